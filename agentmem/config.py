@@ -1,0 +1,229 @@
+"""What a delta-mem adapter is: one frozen dataclass that reads and writes ``delta_mem_config.json``.
+
+Field names are the authors' where their json has them, so that a config reads the same in code and on disk.
+The json also carries switches of experiments that its authors have archived; those must stand at the value
+that turns them off, otherwise ``ConfigError`` names the switch: silently ignoring one would load a different
+mechanism.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from agentmem.errors import ConfigError
+
+WriteStrategy = Literal["token", "message", "sentence"]
+UpdateMode = Literal["standard", "lambda_outside", "no_lambda"]
+DeltaHead = Literal["q", "k", "v", "o"]
+
+CONFIG_FILE = "delta_mem_config.json"
+DELTA_HEADS: tuple[DeltaHead, ...] = ("q", "k", "v", "o")
+
+_GRANULARITY: dict[str, WriteStrategy] = {
+    "token": "token",
+    "message_mean": "message",
+    "sentence_mean": "sentence",
+}
+_GRANULARITY_OUT = {ours: theirs for theirs, ours in _GRANULARITY.items()}
+
+# Archived switches of the json and the one value of each that leaves the mechanism as it is.
+_ARCHIVED_OFF: dict[str, Any] = {
+    "num_memory_partitions": 1,
+    "num_global_memory_partitions": 0,
+    "slot_read_top_k": 0,
+    "global_memory_read_top_k": 0,
+    "memory_reader_layers": [],
+    "latent_memory_layers": [],
+    "memory_readout_mode": "delta",
+    "memory_write_source": "learned_hidden",
+    "target_modules": ["self_attn"],
+    "delta_scale_parameterization": "alpha_over_rank",
+}
+# Their companions: without effect while the switches above are off, so any value is accepted; written back as
+# they stand here.
+_ARCHIVED_IDLE: dict[str, Any] = {
+    "memory_partition_routing": "soft",
+    "memory_partition_basis": "shared",
+    "tie_memory_partition_read_write": False,
+    "memory_partition_read_mode": "softmax",
+    "memory_partition_sigmoid_gate_bias_init": -2.0,
+    "global_memory_mode": "shared_rw",
+    "global_memory_merge_mode": "gated_residual",
+    "global_memory_gate_bias_init": -2.0,
+    "global_memory_read_logit_bias": 0.0,
+    "memory_reader_hidden_size": 1024,
+    "memory_reader_residual_scale": 0.1,
+    "memory_reader_read_only": True,
+    "memory_write_proposals_per_message": 2,
+    "synthetic_memory_slots": 1,
+    "latent_memory_hidden_size": 1024,
+    "latent_memory_residual_scale": 0.1,
+    "latent_memory_slots": 4,
+    "latent_memory_init_std": 0.002,
+    "latent_gate_init": 0.01,
+}
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """One adapter's mechanism. Defaults are the paper's (arXiv 2605.12357, section 3 and appendix A).
+
+    Attributes:
+        rank: r, the side of a state matrix.
+        alpha: corrections are scaled by alpha / rank.
+        num_state_heads: H, state matrices a layer (4 in the multi-state variant).
+        write_strategy: what one write is made from: a token, a message's mean or a sentence's mean.
+        normalize_qk: tanh and L2 norm on memory queries and keys (both or neither).
+        couple_lambda: retention is 1 - beta; otherwise it has weights of its own.
+        state_update_mode: how retention, erasure and writing follow from the gates (``steering.gates``).
+        rankwise_gates: one gate for each state row; otherwise one for each state head.
+        delta_heads: which projections are corrected.
+        target_layers: layers that carry memory; empty means all.
+        delta_o_rmsnorm: RMSNorm on the correction of o, after all scaling.
+        trainable_delta_scale: a trained factor sigmoid(raw) * delta_scale_max on alpha / rank, for each layer
+            or for each head (``delta_scale_granularity``).
+        beta_bias_init, lambda_bias_init, output_init, base_slice_ref_width, online_gain, delta_scale_init:
+            how fresh weights start (``LayerMemory.reset_parameters``); without effect on loaded ones.
+
+    Whole numbers given for fractions become fractions and lists become tuples, so that equal configs are
+    equal on disk too.
+
+    Raises:
+        ConfigError: a value of the wrong kind or out of range.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    num_state_heads: int = 1
+    write_strategy: WriteStrategy = "token"
+    normalize_qk: bool = True
+    couple_lambda: bool = True
+    state_update_mode: UpdateMode = "standard"
+    rankwise_gates: bool = True
+    delta_heads: tuple[DeltaHead, ...] = ("q", "o")
+    target_layers: tuple[int, ...] = ()
+    delta_o_rmsnorm: bool = False
+    delta_o_rmsnorm_eps: float = 1e-6
+    trainable_delta_scale: bool = False
+    delta_scale_init: float = 1.0
+    delta_scale_max: float = 2.0
+    delta_scale_granularity: Literal["layer", "head"] = "layer"
+    beta_bias_init: float = -1.5
+    lambda_bias_init: float = 4.0
+    output_init: str = "zero"
+    base_slice_ref_width: int = 8
+    online_gain: float = 0.05
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, _of_kind(field.name, getattr(self, field.name), field.default))
+        self._need(1 <= self.rank <= 256, "rank", "an integer from 1 to 256")
+        self._need(1 <= self.num_state_heads <= 64, "num_state_heads", "an integer from 1 to 64")
+        self._need(self.write_strategy in get_args(WriteStrategy), "write_strategy", "token, message or sentence")
+        self._need(
+            self.state_update_mode in get_args(UpdateMode),
+            "state_update_mode",
+            "standard, lambda_outside or no_lambda",
+        )
+        heads = self.delta_heads
+        self._need(
+            bool(heads) and all(h in DELTA_HEADS for h in heads) and len(set(heads)) == len(heads),
+            "delta_heads",
+            "a non-empty selection of q, k, v, o",
+        )
+        layers = self.target_layers
+        self._need(
+            all(type(n) is int and n >= 0 for n in layers) and len(set(layers)) == len(layers),
+            "target_layers",
+            "distinct layer numbers from 0, or none for all layers",
+        )
+        self._need(self.delta_scale_granularity in ("layer", "head"), "delta_scale_granularity", "layer or head")
+        self._need(self.delta_scale_max > 0, "delta_scale_max", "a positive number")
+        self._need(self.delta_o_rmsnorm_eps > 0, "delta_o_rmsnorm_eps", "a positive number")
+        self._need(self.base_slice_ref_width >= 1, "base_slice_ref_width", "an integer from 1")
+
+    def _need(self, holds: bool, name: str, expected: str) -> None:
+        if not holds:
+            raise ConfigError(f"{name} must be {expected}; found {getattr(self, name)!r}")
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return self.alpha / self.rank
+
+    def replace(self, **changes: Any) -> MemoryConfig:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    def to_json(self) -> dict[str, Any]:
+        """The authors' json object; ``lambda_bias_init``, which theirs lacks, only where it is not 4."""
+        body: dict[str, Any] = {**_ARCHIVED_OFF, **_ARCHIVED_IDLE, **asdict(self)}
+        body["memory_write_granularity"] = _GRANULARITY_OUT[body.pop("write_strategy")]
+        body["delta_heads"] = list(self.delta_heads)
+        body["target_layers"] = list(self.target_layers)
+        if self.lambda_bias_init == type(self).lambda_bias_init:
+            del body["lambda_bias_init"]
+        return body
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> MemoryConfig:
+        """Read the authors' json object.
+
+        Raises:
+            ConfigError: an unknown key, an archived option that is switched on, or a value of the wrong kind.
+        """
+        ours = {field.name for field in fields(cls)} - {"write_strategy"}
+        known = ours | _ARCHIVED_OFF.keys() | _ARCHIVED_IDLE.keys()
+        unknown = sorted(body.keys() - known - {"memory_write_granularity"})
+        if unknown:
+            raise ConfigError(f"unknown memory option {unknown[0]!r}; known options: {', '.join(sorted(known))}")
+        for key, off in _ARCHIVED_OFF.items():
+            if key in body and body[key] != off:
+                raise ConfigError(
+                    f"{key}={body[key]!r} belongs to an archived experiment that agentmem does not have; "
+                    f"only  {off!r} is supported. Train the adapter without it."
+                )
+        granularity = body.get("memory_write_granularity", "token")
+        if not isinstance(granularity, str) or granularity not in _GRANULARITY:
+            raise ConfigError(
+                f"memory_write_granularity must be one of {', '.join(_GRANULARITY)}; found {granularity!r}"
+            )
+        values = {name: value for name, value in body.items() if name in ours}
+        return cls(write_strategy=_GRANULARITY[granularity], **values)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> MemoryConfig:
+        """Read ``delta_mem_config.json`` from an adapter directory."""
+        path = Path(directory) / CONFIG_FILE
+        try:
+            body = json.loads(path.read_text("utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"{path} is missing: not an adapter directory") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{path} is not readable as json: {error}") from error
+        if not isinstance(body, dict):
+            raise ConfigError(f"{path} must hold a json object; found {type(body).__name__}")
+        return cls.from_json(body)
+
+
+def _of_kind(name: str, value: Any, default: Any) -> Any:
+    """Check a value against the kind of its field's default; see ``MemoryConfig`` for what is converted."""
+    kind = type(default)
+    if kind is tuple and isinstance(value, list):
+        return tuple(value)
+    if kind is float and type(value) in (int, float):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise ConfigError(f"{name} must be a finite number; found {value!r}")
+        return number
+    if type(value) is not kind:
+        raise ConfigError(f"{name} must be a {kind.__name__}; found {value!r}")
+    return value

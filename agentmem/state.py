@@ -1,0 +1,298 @@
+"""MemoryState: the matrices, what they have consumed, and whose they are, as one immutable value.
+
+A state is bytes, strings, integers and one list, so that every carrier (a checkpoint, a queue, a file)
+holds it without a codec of ours and nothing executable is ever loaded. Its digest covers every field;
+equality is equality of digests. A state that is truncated, altered or foreign is refused by a typed error,
+never repaired.
+
+Two plain forms exist, and both verify everything on the way in:
+
+- `to_dict` / `from_dict`: a flat dict of msgpack's own types, for checkpoints.
+- `to_bytes` / `from_bytes`: magic, header length, JSON header, matrices, SHA-256 of all that; for files.
+
+Needs numpy only. The names of this module and class are an on-disk format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from agentmem.errors import CorruptStateError, StateMismatchError
+from agentmem.record import ConsumedRecord
+
+VERSION = 1
+
+_MAGIC = b"agentmem"
+_LENGTH = 4  # bytes of the header's length, little-endian
+_CHECK = 32  # bytes of the SHA-256 at the end
+_ITEM = 4  # bytes of a float32
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MemoryState:
+    """The memory of one session: float32 matrices and the record of what was written into them.
+
+    Attributes:
+        shape: [layers, heads, rank, rank].
+        data: the matrices, little-endian float32 in C order.
+        model_fingerprint: the model that wrote them.
+        adapter_fingerprint: the adapter that wrote them.
+        count, chain, tail: the record of what was consumed, see `agentmem.record`.
+        version: of this format.
+
+    Raises:
+        CorruptStateError: a field has the wrong type or size, or a number is not finite.
+    """
+
+    shape: list[int]
+    data: bytes
+    model_fingerprint: str
+    adapter_fingerprint: str
+    count: int
+    chain: bytes
+    tail: bytes
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        if not _is_int(self.version) or self.version < 1:
+            raise CorruptStateError(f"a state's version is an integer from 1 up; found {self.version!r}")
+        _refuse_newer(self.version)
+        if not isinstance(self.shape, (list, tuple)) or not all(_is_int(n) and n > 0 for n in self.shape):
+            raise CorruptStateError(f"a state's shape is a list of positive integers; found {self.shape!r}")
+        if len(self.shape) != 4 or self.shape[2] != self.shape[3]:
+            raise CorruptStateError(f"a state's shape is [layers, heads, rank, rank]; found {list(self.shape)}")
+        object.__setattr__(self, "shape", list(self.shape))
+        for name in ("data", "chain", "tail"):
+            value = getattr(self, name)
+            if not isinstance(value, (bytes, bytearray, memoryview)):
+                raise CorruptStateError(f"a state's {name} is bytes; found {type(value).__name__}")
+            object.__setattr__(self, name, bytes(value))
+        for name in ("model_fingerprint", "adapter_fingerprint"):
+            if not isinstance(getattr(self, name), str):
+                raise CorruptStateError(f"a state's {name} is a string; found {type(getattr(self, name)).__name__}")
+        expected = math.prod(self.shape) * _ITEM
+        if len(self.data) != expected:
+            raise CorruptStateError(
+                f"a state of shape {self.shape} holds {expected} bytes of float32; found {len(self.data)}"
+            )
+        if not np.isfinite(self.matrices).all():
+            raise CorruptStateError("a state's numbers are finite; found NaN or infinity")
+        ConsumedRecord(self.count, self.chain, self.tail)  # refuses a record that does not fit together
+
+    @classmethod
+    def from_matrices(
+        cls, matrices: ArrayLike, record: ConsumedRecord, *, model_fingerprint: str, adapter_fingerprint: str
+    ) -> MemoryState:
+        """A state from an array [layers, heads, rank, rank]; the numbers are copied as float32."""
+        array = np.ascontiguousarray(matrices, dtype="<f4")
+        return cls(
+            shape=list(array.shape),
+            data=array.tobytes(),
+            model_fingerprint=model_fingerprint,
+            adapter_fingerprint=adapter_fingerprint,
+            count=record.count,
+            chain=record.chain,
+            tail=record.tail,
+        )
+
+    @classmethod
+    def zeros(cls, shape: Sequence[int], model_fingerprint: str, adapter_fingerprint: str) -> MemoryState:
+        """The state of a session in which nothing was said. `shape` is [layers, heads, rank, rank]."""
+        return cls.from_matrices(
+            np.zeros(tuple(shape), dtype=np.float32),
+            ConsumedRecord.empty(),
+            model_fingerprint=model_fingerprint,
+            adapter_fingerprint=adapter_fingerprint,
+        )
+
+    @property
+    def matrices(self) -> NDArray[np.float32]:
+        """The matrices [layers, heads, rank, rank], float32: a read-only view of `data`."""
+        return np.frombuffer(self.data, dtype="<f4").reshape(self.shape)
+
+    @property
+    def record(self) -> ConsumedRecord:
+        """What these matrices have consumed."""
+        return ConsumedRecord(self.count, self.chain, self.tail)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hexadecimal) over every field, in a form in which no two states look alike."""
+        header = json.dumps(self._header(), sort_keys=True, separators=(",", ":")).encode("ascii")
+        digest = hashlib.sha256(_MAGIC + len(header).to_bytes(_LENGTH, "little") + header)
+        digest.update(self.data)
+        return digest.hexdigest()
+
+    def _header(self) -> dict[str, Any]:
+        """Every field but the matrices, in JSON's types."""
+        return {
+            "version": self.version,
+            "shape": self.shape,
+            "model_fingerprint": self.model_fingerprint,
+            "adapter_fingerprint": self.adapter_fingerprint,
+            "count": self.count,
+            "chain": self.chain.hex(),
+            "tail": self.tail.hex(),
+        }
+
+    def __eq__(self, other: object) -> bool:
+        return self.digest == other.digest if isinstance(other, MemoryState) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        return f"MemoryState({self.digest[:12]}, layers={self.shape[0]}, consumed={self.count})"
+
+    def replaced(self, *, matrices: ArrayLike | None = None, record: ConsumedRecord | None = None) -> MemoryState:
+        """This state with other matrices of the same shape, another record, or both.
+
+        Raises:
+            StateMismatchError: the matrices have another shape.
+        """
+        changes: dict[str, Any] = {}
+        if matrices is not None:
+            array = np.ascontiguousarray(matrices, dtype="<f4")
+            if list(array.shape) != self.shape:
+                raise StateMismatchError(f"matrices of shape {self.shape} were expected; found {list(array.shape)}")
+            changes["data"] = array.tobytes()
+        if record is not None:
+            changes.update(count=record.count, chain=record.chain, tail=record.tail)
+        return replace(self, **changes)
+
+    def require(self, model_fingerprint: str, adapter_fingerprint: str, shape: Sequence[int]) -> None:
+        """Refuse this state unless this model and adapter wrote it, in this shape.
+
+        Raises:
+            StateMismatchError: naming both sides.
+        """
+        pairs = (
+            ("model", model_fingerprint, self.model_fingerprint),
+            ("adapter", adapter_fingerprint, self.adapter_fingerprint),
+            ("shape", list(shape), self.shape),
+        )
+        wrong = [f"{name} {here!r} here, {there!r} in the state" for name, here, there in pairs if here != there]
+        if wrong:
+            raise StateMismatchError(
+                f"{self!r} was written elsewhere: {'; '.join(wrong)}. "
+                "Load the model and adapter that wrote it, or start from a new state"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field and the digest, in types that msgpack holds as they are."""
+        plain: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return plain | {"shape": list(self.shape), "digest": self.digest}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> MemoryState:
+        """The state that `to_dict` gave.
+
+        Raises:
+            CorruptStateError: a key is missing or unknown, or a value is not what was written.
+        """
+        if not isinstance(plain, Mapping):
+            raise CorruptStateError(f"a state's plain form is a dict; found {type(plain).__name__}")
+        names = {field.name for field in fields(cls)}
+        _refuse_newer(plain.get("version"))  # before its keys, which are not ours to judge
+        missing, unknown = (names | {"digest"}) - plain.keys(), plain.keys() - names - {"digest"}
+        if missing or unknown:
+            raise CorruptStateError(
+                f"a state's dict has the keys {', '.join(sorted(names | {'digest'}))}; "
+                f"missing: {sorted(missing)}, unknown: {sorted(map(str, unknown))}"
+            )
+        state = cls(**{name: plain[name] for name in names})
+        if plain["digest"] != state.digest:
+            raise CorruptStateError(
+                f"a state's digest is that of its other fields, {state.digest}; found {plain['digest']!r}; "
+                "it was altered after it was written"
+            )
+        return state
+
+    def to_bytes(self) -> bytes:
+        """The state as one file's content."""
+        header = json.dumps(self._header() | {"digest": self.digest}, sort_keys=True).encode("ascii")
+        body = _MAGIC + len(header).to_bytes(_LENGTH, "little") + header + self.data
+        return body + hashlib.sha256(body).digest()
+
+    @classmethod
+    def from_bytes(cls, content: bytes | bytearray | memoryview) -> MemoryState:
+        """The state that `to_bytes` gave.
+
+        Raises:
+            CorruptStateError: the bytes are not exactly those that were written.
+        """
+        content = bytes(content)
+        if not content.startswith(_MAGIC):
+            raise CorruptStateError(
+                f"a state file starts with {_MAGIC!r}; found {content[: len(_MAGIC)]!r}; it is no state"
+            )
+        body, check = content[:-_CHECK], content[-_CHECK:]
+        if hashlib.sha256(body).digest() != check:
+            raise CorruptStateError(
+                f"a state file ends with the SHA-256 of the rest; the {len(content)} bytes found do not: "
+                "the file was truncated or altered"
+            )
+        start = len(_MAGIC) + _LENGTH
+        stop = start + int.from_bytes(body[len(_MAGIC) : start], "little")
+        try:
+            header = json.loads(body[start:stop])
+            plain = header | {name: bytes.fromhex(header[name]) for name in ("chain", "tail")}
+        except (ValueError, TypeError, KeyError) as error:
+            raise CorruptStateError(f"a state file has a JSON header; found none ({error!r})") from error
+        return cls.from_dict(plain | {"data": body[stop:]})
+
+    def stats(self) -> dict[str, Any]:
+        """What the memory holds, in plain numbers.
+
+        Each layer is taken as the block-diagonal matrix of its heads, with singular values s:
+
+        - norm: Frobenius norm, sqrt(sum s^2)
+        - stable_rank: sum s^2 / max s^2
+        - effective_rank: exp of the entropy of s^2 / sum s^2
+        - top_share: share of the energy in the strongest direction, max s^2 / sum s^2
+
+        All are 0 for a layer of zeros.
+        """
+        values = np.linalg.svd(self.matrices.astype(np.float64), compute_uv=False)  # [L, H, r]
+        energy = np.square(values).reshape(self.shape[0], -1)  # [L, H * r]
+        return {
+            "digest": self.digest,
+            "shape": list(self.shape),
+            "bytes": len(self.data),
+            "consumed": self.count,
+            "norm": float(np.sqrt(energy.sum())),
+            "layers": [_layer_stats(row) for row in energy],
+        }
+
+
+def _layer_stats(energy: NDArray[np.float64]) -> dict[str, float]:
+    total, top = float(energy.sum()), float(energy.max())
+    if total == 0.0:
+        return {"norm": 0.0, "stable_rank": 0.0, "effective_rank": 0.0, "top_share": 0.0}
+    shares = energy[energy > 0] / total
+    return {
+        "norm": math.sqrt(total),
+        "stable_rank": total / top,
+        "effective_rank": float(np.exp(-(shares * np.log(shares)).sum())),
+        "top_share": top / total,
+    }
+
+
+def _refuse_newer(version: object) -> None:
+    if isinstance(version, int) and version > VERSION:
+        raise CorruptStateError(
+            f"this agentmem reads states up to version {VERSION}; found version {version}; upgrade agentmem"
+        )
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

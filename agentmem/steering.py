@@ -1,0 +1,242 @@
+"""One layer's memory: its projections, the gates, the corrections. Parameters only, never a session.
+
+Names, shapes and equations follow arXiv 2605.12357 (eq. 4-12) and the authors' file format; D is the width of
+the hidden state, r the rank, H the state heads, W the width of a corrected projection:
+
+    memory_{q,k,v}_proj [H r, D]   beta_proj, lambda_proj [H r or H, D]   beta_bias, lambda_bias [H r or H]
+    delta_{q,k,v,o}_proj [W, H r]  delta_scale_raw [1 or 4]               delta_o_rmsnorm_weight [D]
+
+Projections run in the parameters' dtype; from tanh to the read everything is float32; a correction is cast
+once, when it is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from agentmem.config import DELTA_HEADS, DeltaHead, MemoryConfig
+from agentmem.errors import ConfigError
+
+_NORM_EPS = 1e-6
+
+
+class Gates(NamedTuple):
+    """What the rule multiplies by, each [B, T, H, r] float32."""
+
+    keep: Tensor
+    erase: Tensor
+    write: Tensor
+
+
+class Projected(NamedTuple):
+    """Memory query, key and value, each [B, T, H, r] float32, and the gates."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gates: Gates
+
+
+class LayerMemory(nn.Module):
+    """The memory parameters of one attention layer.
+
+    ``idle`` names the parameters that the config gives no effect: files may hold or lack them, and they need
+    no gradient.
+
+    Args:
+        config: the mechanism.
+        hidden: D, the width of the hidden state that feeds q_proj.
+        widths: output width of each projection; all four are kept, since the authors' files hold the weights
+            of inactive heads too.
+    """
+
+    memory_q_proj: nn.Parameter
+    memory_k_proj: nn.Parameter
+    memory_v_proj: nn.Parameter
+    beta_proj: nn.Parameter
+    beta_bias: nn.Parameter
+    lambda_proj: nn.Parameter
+    lambda_bias: nn.Parameter
+    delta_scale_raw: nn.Parameter
+    delta_o_rmsnorm_weight: nn.Parameter
+
+    def __init__(self, config: MemoryConfig, hidden: int, widths: dict[DeltaHead, int]) -> None:
+        super().__init__()
+        self.config = config
+        self.hidden = hidden
+        size = config.rank * config.num_state_heads
+        gate = size if config.rankwise_gates else config.num_state_heads
+        shapes: dict[str, tuple[int, ...]] = {
+            "memory_q_proj": (size, hidden),
+            "memory_k_proj": (size, hidden),
+            "memory_v_proj": (size, hidden),
+            "beta_proj": (gate, hidden),
+            "beta_bias": (gate,),
+        }
+        if not config.couple_lambda:
+            shapes |= {"lambda_proj": (gate, hidden), "lambda_bias": (gate,)}
+        shapes |= {f"delta_{head}_proj": (widths[head], size) for head in DELTA_HEADS}
+        if config.delta_o_rmsnorm:
+            shapes["delta_o_rmsnorm_weight"] = (widths["o"],)
+        if config.trainable_delta_scale:
+            shapes["delta_scale_raw"] = (len(DELTA_HEADS) if config.delta_scale_granularity == "head" else 1,)
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+        idle = [f"delta_{head}_proj" for head in DELTA_HEADS if head not in config.delta_heads]
+        if config.state_update_mode == "no_lambda" and not config.couple_lambda:
+            idle += ["lambda_proj", "lambda_bias"]
+        self.idle = frozenset(idle)
+        for name in idle:
+            self.get_parameter(name).requires_grad_(False)
+        self._packed: tuple[tuple[int, ...], Tensor] | None = None
+
+    def reset_parameters(
+        self, base: dict[DeltaHead, Tensor] | None = None, generator: torch.Generator | None = None
+    ) -> None:
+        """Fresh weights: projections normal with std 1/sqrt(D), gates at their bias, outputs by
+        ``output_init``.
+
+        ``zero`` outputs leave the model as it is until training moves them. ``base_slice_fixed`` starts each
+        at the first H r columns of the projection it corrects, scaled to a root mean square of online_gain /
+        sqrt(base_slice_ref_width); the paper names this start without defining it, so this reading is ours.
+        """
+        config = self.config
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name in ("memory_q_proj", "memory_k_proj", "memory_v_proj"):
+                    parameter.normal_(0.0, self.hidden**-0.5, generator=generator)
+                elif name == "beta_bias":
+                    parameter.fill_(config.beta_bias_init)
+                elif name == "lambda_bias":
+                    parameter.fill_(config.lambda_bias_init)
+                elif name == "delta_o_rmsnorm_weight":
+                    parameter.fill_(1.0)
+                elif name == "delta_scale_raw":
+                    share = min(max(config.delta_scale_init / config.delta_scale_max, 1e-4), 1 - 1e-4)
+                    parameter.fill_(torch.logit(torch.tensor(share)).item())
+                elif name.startswith("delta_"):
+                    parameter.copy_(self._output_start(name, parameter, base))
+                else:
+                    parameter.zero_()
+
+    def _output_start(self, name: str, parameter: Tensor, base: dict[DeltaHead, Tensor] | None) -> Tensor:
+        config = self.config
+        if config.output_init == "zero":
+            return torch.zeros_like(parameter)
+        if config.output_init != "base_slice_fixed" or base is None:
+            raise ConfigError(
+                "output_init must be zero or base_slice_fixed (with the base weights at hand) to start "
+                f"fresh weights; found {config.output_init!r}"
+            )
+        head: DeltaHead = next(h for h in DELTA_HEADS if name == f"delta_{h}_proj")
+        piece = base[head].detach()[:, : parameter.shape[1]].to(parameter)
+        if piece.shape != parameter.shape:
+            raise ConfigError(
+                f"output_init base_slice_fixed takes {parameter.shape[1]} columns (rank x num_state_heads) "
+                f"of the {head} projection, which is {list(base[head].shape)}; use zero or a smaller rank"
+            )
+        target: float = config.online_gain / config.base_slice_ref_width**0.5
+        return piece * (target / piece.pow(2).mean().sqrt().clamp_min(1e-12))
+
+    def project(self, hidden: Tensor, mask: Tensor | None = None) -> Projected:
+        """Everything one token contributes.
+
+        Args:
+            hidden: [B, T, D], any float dtype.
+            mask: [B, T] bool, False where a token must not write (keep 1, erase and write 0); None = all
+                write.
+        """
+        config = self.config
+        weight = self._packed_weight()
+        z = F.linear(hidden.to(weight.dtype), weight).float()
+        size = config.rank * config.num_state_heads
+        gate = self.beta_bias.shape[0]
+        q, k, v = z[..., :size], z[..., size : 2 * size], z[..., 2 * size : 3 * size]
+        shape = (*z.shape[:-1], config.num_state_heads, config.rank)
+        q, k, v = q.reshape(shape), k.reshape(shape), v.reshape(shape)
+        if config.normalize_qk:
+            q = F.normalize(torch.tanh(q), dim=-1, eps=_NORM_EPS)
+            k = F.normalize(torch.tanh(k), dim=-1, eps=_NORM_EPS)
+        beta = torch.sigmoid(z[..., 3 * size : 3 * size + gate] + self.beta_bias.float())
+        lam = 1.0 - beta
+        if not config.couple_lambda:
+            lam = torch.sigmoid(z[..., 3 * size + gate :] + self.lambda_bias.float())
+        return Projected(q, k, v, gates(config, self._per_row(beta), self._per_row(lam), mask))
+
+    def query(self, hidden: Tensor) -> Tensor:
+        """The memory query alone, [B, T, H, r] float32: all that a pass that writes nothing needs."""
+        config = self.config
+        q = F.linear(hidden.to(self.memory_q_proj.dtype), self.memory_q_proj).float()
+        q = q.reshape(*q.shape[:-1], config.num_state_heads, config.rank)
+        return F.normalize(torch.tanh(q), dim=-1, eps=_NORM_EPS) if config.normalize_qk else q
+
+    def correction(self, head: DeltaHead, read: Tensor) -> Tensor:
+        """What is added to a projection's output: [B, T, W] from the read [B, T, H, r] float32."""
+        config = self.config
+        weight = self.get_parameter(f"delta_{head}_proj")
+        # Scaled while it is still float32 and r wide, so that only the product is rounded to the weights'
+        # dtype.
+        read = read * config.scale
+        if config.trainable_delta_scale:
+            index = DELTA_HEADS.index(head) if config.delta_scale_granularity == "head" else 0
+            read = read * (torch.sigmoid(self.delta_scale_raw[index].float()) * config.delta_scale_max)
+        delta = F.linear(read.flatten(-2).to(weight.dtype), weight)
+        if head == "o" and config.delta_o_rmsnorm:
+            x = delta.float()
+            x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + config.delta_o_rmsnorm_eps)
+            delta = x * self.delta_o_rmsnorm_weight.float()
+        return delta
+
+    def _per_row(self, gate: Tensor) -> Tensor:
+        """[..., H r] or [..., H] -> [..., H, r]."""
+        heads, rank = self.config.num_state_heads, self.config.rank
+        if self.config.rankwise_gates:
+            return gate.reshape(*gate.shape[:-1], heads, rank)
+        return gate.unsqueeze(-1).expand(*gate.shape[:-1], heads, rank)
+
+    def _packed_weight(self) -> Tensor:
+        """All projections of the hidden state stacked, so that one product makes them.
+
+        Kept between calls without gradients, until a parameter has changed.
+        """
+        parts: list[Tensor] = [self.memory_q_proj, self.memory_k_proj, self.memory_v_proj, self.beta_proj]
+        if not self.config.couple_lambda:
+            parts.append(self.lambda_proj)
+        if torch.is_grad_enabled():
+            return torch.cat(parts)
+        stamp = (*versions(parts), *(p.data_ptr() for p in parts))
+        if self._packed is None or self._packed[0] != stamp:
+            self._packed = (stamp, torch.cat(parts))
+        return self._packed[1]
+
+
+def versions(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    """How often each tensor was changed in place.
+
+    Changes through ``tensor.data`` and to tensors made in inference mode are not counted by torch, nor here.
+    """
+    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+
+
+def gates(config: MemoryConfig, beta: Tensor, lam: Tensor, mask: Tensor | None) -> Gates:
+    """Keep, erase and write factors from beta and lambda, each [B, T, H, r].
+
+    standard: lambda, beta, beta; lambda_outside: lambda, lambda beta, beta; no_lambda: 1, beta, beta. Where
+        mask
+    [B, T] is False: 1, 0, 0, which is the only setting that leaves a state as it was under every mode.
+    """
+    if config.state_update_mode == "standard":
+        made = Gates(lam, beta, beta)
+    elif config.state_update_mode == "lambda_outside":
+        made = Gates(lam, lam * beta, beta)
+    else:
+        made = Gates(torch.ones_like(beta), beta, beta)
+    if mask is None:
+        return made
+    on = mask[..., None, None]
+    return Gates(torch.where(on, made.keep, 1.0), torch.where(on, made.erase, 0.0), torch.where(on, made.write, 0.0))

@@ -1,0 +1,321 @@
+"""Which messages of a history are new to a memory that has consumed some."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agentmem.errors import CorruptStateError, HistoryEditedError, StateMismatchError
+from agentmem.messages import Message, ToolCall
+from agentmem.record import Alignment, ConsumedRecord
+
+
+def user(text: str) -> Message:
+    return Message("user", text)
+
+
+def reply(text: str) -> Message:
+    return Message("assistant", text)
+
+
+def system(text: str) -> Message:
+    return Message("system", text)
+
+
+def consumed(messages: Sequence[Message]) -> ConsumedRecord:
+    return ConsumedRecord.empty().extend(messages)
+
+
+def thread(turns: int) -> list[Message]:
+    return [m for n in range(turns) for m in (user(f"question {n}"), reply(f"answer {n}"))]
+
+
+def test_everything_is_new_to_an_empty_record() -> None:
+    assert ConsumedRecord.empty().align(thread(2)) == Alignment(new=[0, 1, 2, 3])
+
+
+def test_messages_that_never_write_are_neither_new_nor_consumed() -> None:
+    fact = Message("user", "retrieved", write=False)
+    history = [system("be brief"), user("a"), fact, reply("b"), fact, user("c")]
+    record = consumed(history[:4])
+    assert record.count == 2
+    assert record.align(history) == Alignment(new=[5], consumed=[1, 3])
+
+
+def test_a_history_that_starts_with_the_whole_chain_goes_on_after_it() -> None:
+    history = thread(3)
+    assert consumed(history[:4]).align(history) == Alignment(new=[4, 5], consumed=[0, 1, 2, 3])
+
+
+def test_a_repeated_message_after_the_chain_is_new() -> None:
+    history = [user("ok"), reply("done"), user("ok")]
+    assert consumed(history[:2]).align(history).new == [2]
+
+
+@pytest.mark.parametrize("kept", [2, 3, 4, 5])
+def test_a_trimmed_history_of_equal_turns_keeps_its_last_message_new(kept: int) -> None:
+    turn = [user("go on"), reply("done")]
+    history = [*turn, *turn, *turn, user("go on")]
+    alignment = consumed(history[:-1]).align(history[-kept:])
+    assert alignment == Alignment(new=[kept - 1], consumed=list(range(kept - 1)))
+
+
+def test_a_repeat_appended_to_a_trimmed_history_is_new() -> None:
+    record = consumed([user("a"), user("ok"), user("b"), user("ok")])
+    assert record.align([user("ok"), user("ok")]) == Alignment(new=[1], consumed=[0])
+
+
+def test_a_trimmed_history_is_matched_at_the_end_of_the_tail() -> None:
+    history = thread(6)
+    alignment = consumed(history[:-1]).align([system("x"), *history[-4:]])
+    assert alignment == Alignment(new=[4], consumed=[1, 2, 3])
+
+
+def test_a_middle_that_was_removed_does_not_make_the_rest_new() -> None:
+    history = thread(5)
+    kept = [history[0], history[4], history[9], user("next")]
+    assert consumed(history).align(kept) == Alignment(new=[3], consumed=[0, 1, 2])
+
+
+@pytest.mark.parametrize("summary", [system("what was said"), user("what was said")])
+def test_a_summary_in_place_of_the_head(summary: Message) -> None:
+    history = thread(4)
+    alignment = consumed(history).align([summary, *history[-3:], user("next")])
+    if summary.role == "system":
+        assert alignment == Alignment(new=[4], consumed=[1, 2, 3])
+    else:
+        assert alignment == Alignment(new=[0, 4], consumed=[1, 2, 3], edits=[0])
+
+
+def test_a_summary_before_repeated_turns() -> None:
+    turn = [user("go on"), reply("done")]
+    record = consumed([*turn, *turn])
+    alignment = record.align([user("summary"), reply("done"), user("go on")])
+    assert alignment == Alignment(new=[0, 2], consumed=[1], edits=[0])
+
+
+def test_a_tool_call_edited_by_a_human_is_new() -> None:
+    ask = user("remove the old files")
+    call = Message("assistant", "", tool_calls=(ToolCall("rm", {"path": "/"}, "1"),))
+    edited = Message("assistant", "", tool_calls=(ToolCall("rm", {"path": "/tmp/old"}, "1"),))
+    result = Message("tool", "removed", tool_call_id="1", name="rm")
+    record = consumed([ask, call])
+    assert record.align([ask, edited, result]) == Alignment(new=[1, 2], consumed=[0])
+    # The next turn knows both the call as written first and the edited one.
+    record = record.extend([edited, result, reply("done")])
+    assert record.align([ask, edited, result, reply("done"), user("thanks")]).new == [4]
+
+
+def test_an_edit_at_the_head() -> None:
+    history = thread(3)
+    edited = [user("question zero"), *history[1:], user("next")]
+    alignment = consumed(history).align(edited)
+    assert alignment == Alignment(new=[0, 6], consumed=[1, 2, 3, 4, 5], edits=[0])
+
+
+def test_an_edit_between_equal_messages_leaves_them_consumed() -> None:
+    history = [
+        user("hi"),
+        reply("hello"),
+        user("is it 5?"),
+        reply("yes"),
+        user("bye"),
+        reply("bye"),
+        user("hi"),
+    ]
+    edited = [*history[:2], user("is it 6?"), *history[3:]]
+    assert consumed(history).align(edited) == Alignment(new=[2], consumed=[0, 1, 3, 4, 5, 6], edits=[2])
+
+
+def test_on_edit_error_names_the_message() -> None:
+    history = [system("be brief"), *thread(2)]
+    edited = [history[0], history[1], reply("a rather " + "long " * 40 + "answer"), *history[3:]]
+    with pytest.raises(HistoryEditedError, match=r"message 2 \(assistant: 'a rather long") as caught:
+        consumed(history).align(edited, on_edit="error")
+    assert len(str(caught.value)) < 400
+
+
+def test_on_edit_error_lets_an_appended_message_through() -> None:
+    history = thread(2)
+    assert consumed(history[:3]).align(history, on_edit="error").new == [3]
+
+
+def test_on_edit_rebuild_asks_for_everything_anew() -> None:
+    history = [system("be brief"), *thread(2)]
+    edited = [history[0], user("changed"), *history[2:], user("next")]
+    alignment = consumed(history).align(edited, on_edit="rebuild")
+    assert alignment == Alignment(new=[1, 2, 3, 4, 5], edits=[1], rebuild=True)
+    assert not consumed(history).align(history, on_edit="rebuild").rebuild
+
+
+def test_an_unknown_on_edit_is_refused() -> None:
+    with pytest.raises(ValueError, match="on_edit"):
+        ConsumedRecord.empty().align([], on_edit="ignore")  # type: ignore[arg-type]
+
+
+def test_a_fork_follows_the_record_of_its_checkpoint() -> None:
+    history = thread(3)
+    at_checkpoint = consumed(history[:2])
+    fork = [*history[:2], user("another way"), reply("another answer")]
+    assert at_checkpoint.align(fork).new == [2, 3]
+    assert at_checkpoint.align(history).new == [2, 3, 4, 5]
+
+
+def test_a_reply_taken_back_without_a_rewind() -> None:
+    history = [user("0"), reply("done"), user("1"), reply("a"), user("2"), reply("done")]
+    assert consumed(history).align([*history[:4], user("2!")]) == Alignment(new=[4], consumed=[0, 1, 2, 3])
+
+
+def test_a_history_that_shares_nothing_is_all_new() -> None:
+    assert consumed(thread(2)).align([user("x"), reply("y")]) == Alignment(new=[0, 1])
+
+
+def test_more_than_256_messages_by_the_chain_and_by_the_tail() -> None:
+    history = thread(200)
+    record = consumed(history)
+    assert (record.count, len(record.tail)) == (400, 256 * 8)
+    after = [*history, user("next")]
+    assert record.align(after) == Alignment(new=[400], consumed=list(range(400)))
+    # The oldest is gone: the chain no longer fits, and what precedes the tail is taken as consumed.
+    assert record.align(after[1:]) == Alignment(new=[399], consumed=list(range(399)))
+    # An edit inside the tail is found; one before it cannot be.
+    edited = list(after)
+    edited[300] = user("changed")
+    assert record.align(edited).new == [300, 400]
+    assert record.align(edited).edits == [300]
+    edited[300], edited[10] = history[300], user("changed")
+    assert record.align(edited).new == [400]
+
+
+def test_repeats_older_than_the_tail_do_not_draw_matches_away() -> None:
+    old = [user("ok"), *thread(40)]
+    tail = [user("ok"), *[user(f"m{n}") for n in range(255)]]
+    record = consumed([*old, *tail])
+    history = [*old[:5], *old[6:], *tail, user("next")]
+    assert record.align(history).new == [len(history) - 1]
+
+
+def test_a_long_thread_of_equal_turns_is_not_taken_as_new_when_its_head_goes() -> None:
+    history = [user("go on"), reply("done")] * 300
+    assert consumed(history).align([*history[1:], user("go on")]).new == [599]
+
+
+def test_a_tail_of_exactly_256_is_not_yet_full() -> None:
+    history = thread(128)
+    alignment = consumed(history).align([user("summary"), *history[100:], user("next")])
+    assert alignment.new == [0, 157]
+
+
+def test_the_spelling_of_arguments_does_not_matter_and_everything_else_does() -> None:
+    first = Message("assistant", "x", tool_calls=(ToolCall("f", {"a": 1, "b": [2]}, "id"),), name="n")
+    record = consumed([first])
+    same = replace(first, tool_calls=(ToolCall("f", {"b": [2], "a": 1}, "id"),))
+    assert record.align([same]).new == []
+    others = [
+        replace(first, role="user"),
+        replace(first, content="y"),
+        replace(first, name="m"),
+        replace(first, tool_call_id="1"),
+        replace(first, tool_calls=()),
+        replace(first, tool_calls=(ToolCall("g", {"a": 1, "b": [2]}, "id"),)),
+        replace(first, tool_calls=(ToolCall("f", {"a": 1, "b": [3]}, "id"),)),
+        replace(first, tool_calls=(ToolCall("f", {"a": 1, "b": [2]}, "other"),)),
+    ]
+    assert all(record.align([other]).new == [0] for other in others)
+
+
+def test_a_record_that_does_not_fit_together_is_refused() -> None:
+    record = consumed(thread(2))
+    for changes in (
+        {"count": -1},
+        {"count": True},
+        {"count": 3},
+        {"chain": record.chain[:-1]},
+        {"tail": record.tail + b"\0"},
+        {"tail": record.tail.hex()},
+    ):
+        with pytest.raises(CorruptStateError):
+            replace(record, **changes)
+
+
+def test_parallel_branches_merge_into_the_record_of_the_joined_history() -> None:
+    base, left, right = thread(2), [user("left"), reply("l")], [reply("r")]
+    record = consumed(base)
+    merged = record.merge([record.extend(left), record, record.extend(right)])
+    assert merged == consumed([*base, *left, *right])
+    assert merged.align([*base, *left, *right, user("next")]).new == [7]
+
+
+def test_a_branch_longer_than_the_tail_merges_and_is_found_by_the_tail() -> None:
+    base, left, right = thread(2), thread(150), [user("r")]
+    record = consumed(base)
+    merged = record.merge([record.extend(left), record.extend(right)])
+    assert merged.count == 4 + 300 + 1
+    assert merged.align([*base, *left, *right, user("next")]).new == [305]
+
+
+def test_a_branch_that_does_not_continue_the_base_is_refused() -> None:
+    record = consumed(thread(2))
+    for other in (consumed(thread(1)), consumed([user("x"), *thread(2)])):
+        with pytest.raises(StateMismatchError, match="same base"):
+            record.merge([other])
+
+
+texts = st.lists(st.sampled_from(["ok", "done", "yes", "a", "b"]).map(user), max_size=12)
+
+
+@given(texts, texts)
+def test_what_is_appended_to_a_whole_history_is_exactly_what_is_new(
+    old: list[Message], new: list[Message]
+) -> None:
+    alignment = consumed(old).align([*old, *new])
+    assert alignment.new == list(range(len(old), len(old) + len(new)))
+    assert alignment.consumed == list(range(len(old)))
+    assert not alignment.edits
+
+
+@given(st.integers(1, 300), st.integers(0, 5), st.data())
+def test_trimming_the_head_of_distinct_messages_changes_nothing(
+    old: int, new: int, data: st.DataObject
+) -> None:
+    messages = [user(str(n)) for n in range(old + new)]
+    kept = data.draw(st.integers(1, old))
+    alignment = consumed(messages[:old]).align(messages[old - kept :])
+    assert alignment == Alignment(new=list(range(kept, kept + new)), consumed=list(range(kept)))
+
+
+@given(st.lists(st.sampled_from(["keep", "remove", "replace", "insert before"]), min_size=1, max_size=40))
+def test_distinct_messages_that_stay_are_consumed_and_all_others_new(fates: list[str]) -> None:
+    old = [user(str(n)) for n in range(len(fates))]
+    history, stay = [], []
+    for message, fate in zip(old, fates, strict=True):
+        if fate in ("replace", "insert before"):
+            history.append(user(f"not {message.content}"))
+        if fate in ("keep", "insert before"):
+            stay.append(len(history))
+            history.append(message)
+    alignment = consumed(old).align(history)
+    assert alignment.consumed == stay
+    assert alignment.new == [i for i in range(len(history)) if i not in stay]
+    assert alignment.edits == [i for i in alignment.new if stay and i < stay[-1]]
+
+
+@given(texts, texts, st.sampled_from(["write", "rebuild"]))
+def test_every_message_is_consumed_or_new_and_never_both(
+    old: list[Message], history: list[Message], on_edit: str
+) -> None:
+    alignment = consumed(old).align(history, on_edit=on_edit)  # type: ignore[arg-type]
+    assert sorted([*alignment.new, *alignment.consumed]) == list(range(len(history)))
+    assert set(alignment.edits) <= set(alignment.new)
+    # What is taken as consumed is a subsequence of what was consumed.
+    remaining = iter(old)
+    assert all(any(m == history[i] for m in remaining) for i in alignment.consumed)
+    # A second look, after the new ones were written, finds nothing.
+    if not alignment.edits:
+        record = consumed(old).extend([history[i] for i in alignment.new])
+        if history[: len(old)] == old:
+            assert record.align(history).new == []

@@ -1,0 +1,81 @@
+"""Token ids to text while they arrive: whole characters only, and stop strings wherever tokens break.
+
+Knows tokens and text, no model. ``Decoder`` keeps for every token how much text stood after it, so that a cut in the
+text can be traced back to the tokens before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+_BROKEN = "\ufffd"  # what a tokenizer shows for an unfinished character
+_PATIENCE = 8  # tokens after which bytes that make no character are shown as they are
+
+
+class Decoder:
+    """The text of one reply, token by token.
+
+    Attributes:
+        ids: the tokens so far.
+        text: their text, up to the last finished character.
+        ends: for each token, the length of ``text`` after it.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.text = ""
+        self.ends: list[int] = []
+        # Decoding starts at ``_from`` (a token before the open piece, for tokenizers that join with spaces).
+        self._from = 0
+        self._done = 0
+
+    def push(self, token: int) -> str:
+        """Add a token; returns the text it completes (often its own, empty inside a character)."""
+        self.ids.append(token)
+        known = self._decode(self.ids[self._from : self._done])
+        longer = self._decode(self.ids[self._from :])
+        piece = ""
+        if not longer.endswith(_BROKEN) or len(self.ids) - self._done > _PATIENCE:
+            piece = longer[len(known) :]
+            self.text += piece
+            self._from, self._done = self._done, len(self.ids)
+        self.ends.append(len(self.text))
+        return piece
+
+    def whole(self, length: int) -> int:
+        """How many tokens stand wholly within the first ``length`` characters and end on a finished one."""
+        ends, count = self.ends, len(self.ends)
+        while count and ends[count - 1] > length:
+            count -= 1
+        while count and ends[count - 1] == (ends[count - 2] if count > 1 else 0):
+            count -= 1
+        return count
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+
+class StopFinder:
+    """Looks for the first stop string in a growing text."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._searched = 0
+        self._longest = max((len(s) for s in self._stops), default=0)
+
+    def find(self, text: str) -> int | None:
+        """Where the first stop string begins, or None."""
+        start = max(0, self._searched - self._longest + 1)
+        found = [at for stop in self._stops if (at := text.find(stop, start)) >= 0]
+        self._searched = len(text)
+        return min(found) if found else None
+
+    def safe(self, text: str) -> int:
+        """Length of the part of ``text`` in which no stop string can begin any more."""
+        for length in range(min(self._longest - 1, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._stops):
+                return len(text) - length
+        return len(text)

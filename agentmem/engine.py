@@ -1,0 +1,317 @@
+"""The engine: one model, many sessions. Every call takes a state and returns a new one; nothing is remembered here.
+
+All methods may be called from any thread; the ``a`` forms never block an event loop. One worker thread owns the model
+and takes the turns that are under way step by step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
+from types import TracebackType
+from typing import Any, TypeVar
+
+from agentmem.errors import TurnCancelledError
+from agentmem.messages import Message
+from agentmem.plan import Request, WritePolicy
+from agentmem.record import OnEdit
+from agentmem.replies import Delta
+from agentmem.sampling import Sampling
+from agentmem.session import Runtime
+from agentmem.state import MemoryState
+from agentmem.steered import SteeredModel
+from agentmem.turn import Emit, Remembered, Turn, run_remember, run_turn
+from agentmem.window import Window
+from agentmem.worker import Worker
+
+T = TypeVar("T")
+
+
+class Engine:
+    """A model ready to take turns; make one with ``agentmem.load``, or from a model that you built.
+
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: its tokenizer, with a chat template.
+        steered: the model with memory attached; None = no memory.
+        name: what replies name as their model.
+        kv_cache_tokens: how many prompt tokens of recent prefills are kept for retries and branches; 0 = none.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        steered: SteeredModel | None = None,
+        *,
+        name: str = "model",
+        kv_cache_tokens: int = 8192,
+    ) -> None:
+        model.eval()
+        self.name = name
+        self._runtime = Runtime(model, tokenizer, steered, kv_cache_tokens)
+        self._worker = Worker(f"agentmem-{name}")
+
+    @property
+    def model(self) -> Any:
+        """The transformers model. Do not run it while turns are under way."""
+        return self._runtime.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The transformers tokenizer."""
+        return self._runtime.tokenizer
+
+    @property
+    def steered(self) -> SteeredModel | None:
+        """The model with its memory, or None."""
+        return self._runtime.steered
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether an adapter is attached."""
+        return self._runtime.steered is not None
+
+    @property
+    def max_tokens_limit(self) -> int:
+        """The longest context of the model, in tokens."""
+        return self._runtime.limit
+
+    @property
+    def model_fingerprint(self) -> str:
+        """Which model this is (see ``fingerprint``)."""
+        return self._runtime.model_fingerprint
+
+    @property
+    def adapter_fingerprint(self) -> str:
+        """Which adapter this is; empty without one."""
+        return self._runtime.adapter_fingerprint
+
+    def zero_state(self) -> MemoryState:
+        """The memory of a session that has consumed nothing.
+
+        Raises:
+            StateMismatchError: the engine has no memory.
+        """
+        return self._runtime.zero_state()
+
+    def turn(
+        self,
+        messages: Sequence[Message],
+        state: MemoryState | None = None,
+        *,
+        sampling: Sampling | None = None,
+        window: Window | None = None,
+        write: WritePolicy = "all",
+        on_edit: OnEdit = "write",
+        tools: Sequence[Mapping[str, Any]] = (),
+        memory: bool = True,
+    ) -> Turn:
+        """Answer the last message.
+
+        Args:
+            messages: the history as given; what the state has not consumed yet is written, once.
+            state: the memory at the start; None = empty. Never changed.
+            sampling: how to decode; None = greedy, at most 512 tokens.
+            window: what the prompt shows; None = the last 4,096 tokens.
+            write: "all", "input" (the reply is recorded, not written) or "off".
+            on_edit: what an edit of consumed history does: "write", "error" or "rebuild".
+            tools: function descriptions in OpenAI form.
+            memory: False runs the bare model; the state comes back as given.
+
+        Raises:
+            StateMismatchError, CorruptStateError: the state belongs to another model or adapter.
+            WindowError, TranscriptError, HistoryEditedError, ConfigError: as they say.
+            TurnCancelledError, EngineClosedError: the turn was cancelled or the engine closed.
+        """
+        request = _request(messages, sampling, window, write, on_edit, tools, memory)
+        return _wait(self._submit(request, state, lambda _: None))
+
+    def stream(
+        self,
+        messages: Sequence[Message],
+        state: MemoryState | None = None,
+        *,
+        sampling: Sampling | None = None,
+        window: Window | None = None,
+        write: WritePolicy = "all",
+        on_edit: OnEdit = "write",
+        tools: Sequence[Mapping[str, Any]] = (),
+        memory: bool = True,
+    ) -> TurnStream:
+        """As ``turn``, giving the reply as it is decoded: iterate, then call ``result()``."""
+        request = _request(messages, sampling, window, write, on_edit, tools, memory)
+        return TurnStream(lambda emit: self._submit(request, state, emit))
+
+    async def aturn(
+        self,
+        messages: Sequence[Message],
+        state: MemoryState | None = None,
+        *,
+        sampling: Sampling | None = None,
+        window: Window | None = None,
+        write: WritePolicy = "all",
+        on_edit: OnEdit = "write",
+        tools: Sequence[Mapping[str, Any]] = (),
+        memory: bool = True,
+    ) -> Turn:
+        """As ``turn``, without blocking the loop; cancelling the task cancels the turn."""
+        request = _request(messages, sampling, window, write, on_edit, tools, memory)
+        return await _await(self._submit(request, state, lambda _: None))
+
+    def astream(
+        self,
+        messages: Sequence[Message],
+        state: MemoryState | None = None,
+        *,
+        sampling: Sampling | None = None,
+        window: Window | None = None,
+        write: WritePolicy = "all",
+        on_edit: OnEdit = "write",
+        tools: Sequence[Mapping[str, Any]] = (),
+        memory: bool = True,
+    ) -> AsyncTurnStream:
+        """As ``aturn``, giving the reply as it is decoded: ``async for``, then ``await stream.result()``."""
+        request = _request(messages, sampling, window, write, on_edit, tools, memory)
+        return AsyncTurnStream(lambda emit: self._submit(request, state, emit))
+
+    def remember(
+        self, messages: Sequence[Message], state: MemoryState | None = None, *, on_edit: OnEdit = "write"
+    ) -> Remembered:
+        """Write messages into the memory without a reply.
+
+        Raises:
+            StateMismatchError: the engine has no memory, or the state is another's.
+        """
+        return _wait(self._worker.submit(lambda: run_remember(self._runtime, messages, state, on_edit)))
+
+    async def aremember(
+        self, messages: Sequence[Message], state: MemoryState | None = None, *, on_edit: OnEdit = "write"
+    ) -> Remembered:
+        """As ``remember``, without blocking the loop."""
+        return await _await(self._worker.submit(lambda: run_remember(self._runtime, messages, state, on_edit)))
+
+    def count_tokens(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> int:
+        """Tokens of these messages as the chat template renders them."""
+        return len(self._runtime.transcript.render(list(messages), tools=tools).input_ids)
+
+    def forget_prefills(self) -> None:
+        """Empty the cache of prefills. Changes no result, only speed."""
+        _wait(self._worker.submit(self._clear))
+
+    def close(self) -> None:
+        """End the worker; turns under way fail with EngineClosedError. Idempotent."""
+        self._worker.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _submit(self, request: Request, state: MemoryState | None, emit: Emit) -> Future[Turn]:
+        return self._worker.submit(lambda: run_turn(self._runtime, request, state, emit))
+
+    def _clear(self) -> Any:
+        self._runtime.prefix.clear()
+        yield
+
+
+class TurnStream:
+    """A turn under way, to iterate over once. Leaving the iteration early cancels the turn."""
+
+    def __init__(self, start: Any) -> None:
+        self._queue: queue.SimpleQueue[Delta | None] = queue.SimpleQueue()
+        self._future: Future[Turn] = start(self._queue.put)
+        self._future.add_done_callback(lambda _: self._queue.put(None))
+
+    def __iter__(self) -> Iterator[Delta]:
+        try:
+            while (delta := self._queue.get()) is not None:
+                yield delta
+        finally:
+            self.cancel()
+        if not self._future.cancelled() and (error := self._future.exception()) is not None:
+            raise error
+
+    def result(self) -> Turn:
+        """The finished turn; waits for it. Raises as ``Engine.turn``."""
+        return _wait(self._future)
+
+    def cancel(self) -> None:
+        """End the turn before its next step; nothing is changed. Without effect on a finished one."""
+        self._future.cancel()
+
+
+class AsyncTurnStream:
+    """As ``TurnStream``, for an event loop. Made and iterated in the same loop."""
+
+    def __init__(self, start: Any) -> None:
+        loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Delta | None] = asyncio.Queue()
+
+        def put(delta: Delta | None) -> None:
+            # The loop may be gone when a turn that nobody waits for ends.
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._queue.put_nowait, delta)
+
+        self._future: Future[Turn] = start(put)
+        self._future.add_done_callback(lambda _: put(None))
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        try:
+            while (delta := await self._queue.get()) is not None:
+                yield delta
+        finally:
+            self.cancel()
+        if not self._future.cancelled() and (error := self._future.exception()) is not None:
+            raise error
+
+    async def result(self) -> Turn:
+        """The finished turn; waits for it. Raises as ``Engine.turn``."""
+        return await _await(self._future)
+
+    def cancel(self) -> None:
+        """As ``TurnStream.cancel``."""
+        self._future.cancel()
+
+
+def _request(
+    messages: Sequence[Message],
+    sampling: Sampling | None,
+    window: Window | None,
+    write: WritePolicy,
+    on_edit: OnEdit,
+    tools: Sequence[Mapping[str, Any]],
+    memory: bool,
+) -> Request:
+    return Request(tuple(messages), sampling or Sampling(), window or Window(), write, on_edit, tuple(tools), memory)
+
+
+def _wait(future: Future[T]) -> T:
+    try:
+        return future.result()
+    except CancelledError:
+        raise TurnCancelledError("the turn was cancelled; its state is unchanged") from None
+    except BaseException:
+        future.cancel()  # the waiting itself was interrupted (Ctrl-C): the turn must not go on
+        raise
+
+
+async def _await(future: Future[T]) -> T:
+    try:
+        return await asyncio.wrap_future(future)
+    except asyncio.CancelledError:
+        if future.cancelled() and not _being_cancelled():
+            raise TurnCancelledError("the turn was cancelled; its state is unchanged") from None
+        future.cancel()
+        raise
+
+
+def _being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -1,0 +1,102 @@
+"""Loads a model, its tokenizer and its adapter into an engine: the embedded one, a directory, or a hub id."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from agentmem.config import CONFIG_FILE
+from agentmem.engine import Engine
+from agentmem.errors import AdapterError, ConfigError, MissingAdapterError
+from agentmem.steered import SteeredModel
+
+NANO = Path(__file__).parent / "nano" / "weights"
+
+
+def load(
+    model: str | Path = "nano",
+    adapter: str | Path | Literal[False] | None = None,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    attn_implementation: str = "auto",
+    *,
+    kv_cache_tokens: int = 8192,
+) -> Engine:
+    """Load an engine.
+
+    Args:
+        model: "nano" (the embedded model), a directory, or a hub id. Local files are used where they are there.
+        adapter: a directory or a hub id; None = the one in the model's ``adapter`` folder; False = no memory.
+        device: "auto" = CUDA, then Apple's, then the CPU.
+        dtype: "auto" = float32 on a CPU, else the dtype that the weights are stored in.
+        attn_implementation: "auto" = flash_attention_2 where flash-attn is installed and the device can, else sdpa.
+        kv_cache_tokens: see ``Engine``.
+
+    Raises:
+        MissingAdapterError: no adapter was given and the model has none of its own.
+        AdapterError, ConfigError, UnsupportedModelError: the adapter or the model does not fit.
+        OSError: the files cannot be found or read.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = str(NANO if model == "nano" else model)
+    chosen = _device(device)
+    directory = None if adapter is False else _adapter_directory(place, adapter)
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ConfigError(f"the tokenizer of {model} has no chat template; use a chat model, or set one and save it")
+    loaded = AutoModelForCausalLM.from_pretrained(
+        place,
+        dtype=_dtype(dtype, chosen),
+        attn_implementation=_attention(attn_implementation, chosen, dtype),
+    ).to(chosen)
+    loaded.requires_grad_(False)
+    steered = None if directory is None else SteeredModel.attach(loaded, adapter=directory)
+    return Engine(loaded, tokenizer, steered, name=str(model), kv_cache_tokens=kv_cache_tokens)
+
+
+def _adapter_directory(model: str, adapter: str | Path | None) -> Path:
+    if adapter is None:
+        own = Path(model) / "adapter"
+        if (own / CONFIG_FILE).exists():
+            return own
+        raise MissingAdapterError(
+            f"{model} has no adapter of its own: pass adapter= with a directory or hub id of one trained for it, "
+            "or adapter=False to run it without memory"
+        )
+    if Path(adapter).is_dir():
+        return Path(adapter)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(adapter), allow_patterns=["*.json", "*.safetensors", "*.pt"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise AdapterError(
+            f"adapter {str(adapter)!r} is neither a directory nor a reachable hub id: {error}"
+        ) from error
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _dtype(dtype: str | torch.dtype, device: torch.device) -> Any:
+    if dtype == "auto" and device.type == "cpu":
+        return torch.float32
+    return dtype
+
+
+def _attention(name: str, device: torch.device, dtype: str | torch.dtype) -> str:
+    if name != "auto":
+        return name
+    half = dtype in ("auto", "bfloat16", "float16", torch.bfloat16, torch.float16)
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+    return "flash_attention_2" if able and half and find_spec("flash_attn") is not None else "sdpa"

@@ -1,0 +1,158 @@
+"""What a model said, taken apart: text, reasoning and tool calls in the Qwen and Hermes form.
+
+Regions are told apart by token where the tokenizer has their delimiters as tokens (then a string argument that spells
+``</tool_call>`` with ordinary tokens stays an argument), and by their text otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from agentmem.messages import ToolCall
+
+Kind = Literal["text", "reasoning", "tool_call"]
+
+_OPEN: dict[str, Kind] = {"<think>": "reasoning", "<tool_call>": "tool_call"}
+_CLOSE = {"reasoning": "</think>", "tool_call": "</tool_call>"}
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A piece of a reply as it is decoded; for a tool call the raw text of its JSON."""
+
+    text: str
+    kind: Kind = "text"
+
+
+@dataclass(frozen=True)
+class InvalidToolCall:
+    """A call that is no JSON object with a name and an object of arguments: its text, and what is wrong."""
+
+    text: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Tags:
+    """The delimiters of one tokenizer: those that are tokens, by id, and those that are only text."""
+
+    by_token: Mapping[int, str]
+    by_text: tuple[str, ...]
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Tags:
+        """Look the delimiters up in a vocabulary (slow for large ones: do it once)."""
+        vocabulary: dict[str, int] = tokenizer.get_vocab()
+        tags = [*_OPEN, *_CLOSE.values()]
+        by_token = {vocabulary[tag]: tag for tag in tags if tag in vocabulary}
+        return cls(by_token, tuple(tag for tag in tags if tag not in vocabulary))
+
+
+@dataclass(frozen=True)
+class ParsedReply:
+    """A whole reply; ``tool_calls`` have ids that follow from ``seed`` and their place."""
+
+    content: str
+    reasoning: str
+    tool_calls: tuple[ToolCall, ...]
+    invalid_tool_calls: tuple[InvalidToolCall, ...]
+
+
+class ReplyParser:
+    """Takes a reply's tokens and text as they come, gives deltas, and at the end the whole."""
+
+    def __init__(self, tags: Tags, start: Kind = "text") -> None:
+        """``start`` is the region that the prompt left open (reasoning, where the template opens ``<think>``)."""
+        self._tags = tags
+        self._kind: Kind = start
+        self._regions: list[list[str]] = [[start, ""]]
+        self._held = ""
+
+    def push(self, token: int, text: str) -> list[Delta]:
+        """Add a token and the text that it completed."""
+        tag = self._tags.by_token.get(token)
+        if tag is not None and self._switches(tag):
+            before, _, after = text.partition(tag)
+            deltas = [*self._add(before), *self._flush()]
+            self._switch(tag)
+            return [*deltas, *self._add(after)]
+        return self._add(text)
+
+    def finish(self) -> list[Delta]:
+        """The text that was held back as the possible start of a delimiter."""
+        return self._flush()
+
+    def parsed(self, seed: bytes) -> ParsedReply:
+        """The whole reply. Call ids are ``call_`` and 24 hex digits from ``seed`` and the call's place."""
+        calls: list[ToolCall] = []
+        invalid: list[InvalidToolCall] = []
+        for index, text in enumerate(body for kind, body in self._regions if kind == "tool_call"):
+            try:
+                name, arguments = _call(text)
+            except ValueError as error:
+                invalid.append(InvalidToolCall(text.strip(), str(error)))
+            else:
+                name_of = hashlib.sha256(seed + index.to_bytes(4, "big")).hexdigest()[:24]
+                calls.append(ToolCall(name, arguments, f"call_{name_of}"))
+        content = "".join(body for kind, body in self._regions if kind == "text")
+        reasoning = "".join(body for kind, body in self._regions if kind == "reasoning")
+        structured = len(self._regions) > 1
+        return ParsedReply(content.strip() if structured else content, reasoning.strip(), tuple(calls), tuple(invalid))
+
+    def _switches(self, tag: str) -> bool:
+        return tag in _OPEN if self._kind == "text" else tag == _CLOSE[self._kind]
+
+    def _switch(self, tag: str) -> None:
+        self._kind = _OPEN.get(tag, "text")
+        self._regions.append([self._kind, ""])
+
+    def _add(self, text: str) -> list[Delta]:
+        if not self._tags.by_text:
+            return self._emit(text)
+        self._held += text
+        deltas: list[Delta] = []
+        while True:
+            found = [
+                (at, tag) for tag in self._tags.by_text if self._switches(tag) and (at := self._held.find(tag)) >= 0
+            ]
+            if not found:
+                break
+            at, tag = min(found)
+            deltas += self._emit(self._held[:at])
+            self._held = self._held[at + len(tag) :]
+            self._switch(tag)
+        ready = len(self._held)
+        for length in range(min(len(self._held), max(map(len, self._tags.by_text)) - 1), 0, -1):
+            if any(tag.startswith(self._held[-length:]) for tag in self._tags.by_text):
+                ready -= length
+                break
+        deltas += self._emit(self._held[:ready])
+        self._held = self._held[ready:]
+        return deltas
+
+    def _flush(self) -> list[Delta]:
+        held, self._held = self._held, ""
+        return self._emit(held)
+
+    def _emit(self, text: str) -> list[Delta]:
+        if not text:
+            return []
+        self._regions[-1][1] += text
+        return [Delta(text, self._kind)]
+
+
+def _call(text: str) -> tuple[str, dict[str, Any]]:
+    try:
+        body = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(body, dict) or not isinstance(body.get("name"), str):
+        raise ValueError('expected a JSON object with a "name"')
+    arguments = body.get("arguments", {})
+    if not isinstance(arguments, dict):
+        raise ValueError(f'"arguments" must be a JSON object; found {type(arguments).__name__}')
+    return body["name"], arguments

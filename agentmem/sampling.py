@@ -1,0 +1,72 @@
+"""Chooses the next token: greedy, or temperature with top-k and top-p, from a seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from agentmem.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a reply is decoded.
+
+    Attributes:
+        temperature: 0 = greedy; otherwise logits are divided by it.
+        top_p: keep the smallest set of tokens whose probability reaches this; 1 = all.
+        top_k: keep this many tokens; 0 = all.
+        max_tokens: at most this many reply tokens.
+        stop: strings that end the reply; the reply is cut before the first of them.
+        seed: the same seed gives the same reply; None = another one each time.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 512
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for holds, name, expected in (
+            (self.temperature >= 0, "temperature", "0 or more"),
+            (0 < self.top_p <= 1, "top_p", "above 0 and at most 1"),
+            (self.top_k >= 0, "top_k", "0 or more"),
+            (self.max_tokens >= 1, "max_tokens", "1 or more"),
+            (isinstance(self.stop, tuple) and all(self.stop), "stop", "a tuple of non-empty strings"),
+        ):
+            if not holds:
+                raise ConfigError(f"{name} must be {expected}; found {getattr(self, name)!r}")
+
+
+class Sampler:
+    """Draws the tokens of one reply."""
+
+    def __init__(self, sampling: Sampling, device: torch.device) -> None:
+        self._sampling = sampling
+        self._generator = torch.Generator(device)
+        if sampling.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(sampling.seed)
+
+    def choose(self, logits: Tensor) -> int:
+        """The next token from logits [V]."""
+        chosen = self._sampling
+        if chosen.temperature == 0:
+            return int(logits.argmax())
+        logits = logits.float() / chosen.temperature
+        if 0 < chosen.top_k < logits.shape[-1]:
+            logits = logits.masked_fill(logits < logits.topk(chosen.top_k).values[-1], -torch.inf)
+        if chosen.top_p < 1:
+            ordered, order = logits.sort(descending=True)
+            mass = ordered.softmax(-1)
+            # A token stays while the tokens before it have not reached top_p; so the first always stays.
+            logits = logits.index_fill(0, order[mass.cumsum(-1) - mass >= chosen.top_p], -torch.inf)
+        return int(torch.multinomial(logits.softmax(-1), 1, generator=self._generator))

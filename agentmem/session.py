@@ -1,0 +1,184 @@
+"""One session on the model while a turn runs: a KV cache, a state, the sums of an open pass.
+
+Feeds tokens in chunks and yields between them, so that the worker can serve others. The memory's whole truth goes in as
+a tensor and comes out as one; the session is thrown away with the turn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agentmem.errors import StateMismatchError
+from agentmem.fingerprint import model_fingerprint
+from agentmem.passes import Pending
+from agentmem.prefix import PrefixCache, crop
+from agentmem.record import ConsumedRecord
+from agentmem.replies import Tags
+from agentmem.state import MemoryState
+from agentmem.steered import SteeredModel
+from agentmem.transcript import Transcript
+from agentmem.worker import Steps
+
+CHUNK = 1024
+"""Most tokens in one forward pass. A constant, so that a prompt is always cut at the same places."""
+
+
+class Runtime:
+    """What all sessions of an engine share; nothing of any session.
+
+    Attributes:
+        model, tokenizer: as loaded.
+        steered: the model with its memory attached, or None.
+        transcript: the chat template.
+        prefix: recent prefills.
+        limit: the longest context that the model takes.
+        end_ids: tokens that end a reply.
+        tags: delimiters of reasoning and tool calls.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, steered: SteeredModel | None, kv_cache_tokens: int) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.steered = steered
+        self.transcript = Transcript(tokenizer)
+        self.prefix = PrefixCache(kv_cache_tokens)
+        self.limit: int = model.config.get_text_config().max_position_embeddings
+        self.end_ids = _end_ids(model, tokenizer)
+        self.tags = Tags.of(tokenizer)
+        self.device: torch.device = model.get_input_embeddings().weight.device
+        self.model_fingerprint = model_fingerprint(model)
+        self.adapter_fingerprint = steered.adapter_fingerprint if steered is not None else ""
+
+    def zero_state(self) -> MemoryState:
+        """The memory of a session that has consumed nothing."""
+        if self.steered is None:
+            raise StateMismatchError("this engine has no adapter and so no memory; load one with adapter=")
+        return MemoryState.zeros(self.steered.state_shape, self.model_fingerprint, self.adapter_fingerprint)
+
+    def to_tensor(self, state: MemoryState) -> Tensor:
+        """[1, L, H, r, r] on the model's device.
+
+        Raises:
+            StateMismatchError: another model's or adapter's state.
+        """
+        assert self.steered is not None
+        state.require(self.model_fingerprint, self.adapter_fingerprint, self.steered.state_shape)
+        return torch.tensor(state.matrices).unsqueeze(0).to(self.device)
+
+    def to_state(self, tensor: Tensor, record: ConsumedRecord) -> MemoryState:
+        """The value that a turn returns."""
+        return MemoryState.from_matrices(
+            tensor[0].cpu().numpy(),
+            record,
+            model_fingerprint=self.model_fingerprint,
+            adapter_fingerprint=self.adapter_fingerprint,
+        )
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Where a session stands, apart from its KV. Tensors are never changed in place, so this copies nothing."""
+
+    length: int
+    state: Tensor | None
+    pending: Pending | None
+
+
+class Session:
+    """One session. ``state`` None runs the bare model."""
+
+    def __init__(self, runtime: Runtime, state: Tensor | None) -> None:
+        self._runtime = runtime
+        self.state = state
+        self.pending: Pending | None = None
+        self.cache: Any = None
+        self.logits: Tensor | None = None
+        self.fresh_cache()
+
+    @property
+    def length(self) -> int:
+        """Tokens in the KV cache."""
+        return int(self.cache.get_seq_length())
+
+    def fresh_cache(self) -> None:
+        """Start at position 0 again; the state stays."""
+        from transformers import DynamicCache
+
+        # Without the model's config every layer keeps all its KV, sliding ones too, so that it can be cut back.
+        self.cache = DynamicCache()
+
+    def digest(self) -> bytes:
+        """SHA-256 of the matrices."""
+        body = b"" if self.state is None else self.state.cpu().numpy().tobytes()
+        return hashlib.sha256(body).digest()
+
+    def snapshot(self) -> Snapshot:
+        """To come back to with ``rewind``."""
+        return Snapshot(self.length, self.state, self.pending)
+
+    def rewind(self, to: Snapshot) -> None:
+        """Go back to an earlier place of the same pass."""
+        crop(self.cache, to.length)
+        self.state, self.pending = to.state, to.pending
+
+    def feed(
+        self,
+        ids: Sequence[int],
+        segments: Sequence[int],
+        *,
+        logits: bool = False,
+        close: bool = True,
+    ) -> Steps[None]:
+        """Read tokens, and write those whose segment is not -1; yields after each forward pass.
+
+        Args:
+            ids: the tokens; nothing happens for none.
+            segments: one number a token; token adapters only look at the sign.
+            logits: keep those of the last token in ``self.logits`` ([V]).
+            close: for message and sentence adapters, whether the pass ends here.
+        """
+        for start in range(0, len(ids), CHUNK):
+            stop = min(start + CHUNK, len(ids))
+            last = stop == len(ids)
+            self._forward(ids[start:stop], segments[start:stop], logits and last, close and last)
+            yield
+
+    def _forward(self, ids: Sequence[int], segments: Sequence[int], logits: bool, close: bool) -> None:
+        runtime = self._runtime
+        tokens = torch.tensor([ids], device=runtime.device)
+        if self.state is None:
+            inputs = {"input_ids": tokens, "past_key_values": self.cache, "use_cache": True}
+            if logits:
+                self.logits = runtime.model(**inputs, logits_to_keep=1).logits[0, -1]
+            else:
+                runtime.model.get_decoder()(**inputs)
+            return
+        assert runtime.steered is not None
+        writing = any(segment >= 0 for segment in segments)
+        numbers = torch.tensor([segments], device=runtime.device) if writing else None
+        mixed = numbers is not None and any(segment < 0 for segment in segments)
+        out = runtime.steered(
+            tokens,
+            self.state,
+            segments=numbers,
+            write=(numbers >= 0) if mixed and numbers is not None else writing,
+            cache=self.cache,
+            logits_to_keep=1 if logits else -1,
+            pending=self.pending,
+            close=close,
+        )
+        self.state, self.pending = out.state, out.pending
+        if out.logits is not None:
+            self.logits = out.logits[0, -1]
+
+
+def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    named = [getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id]
+    found = {i for n in named if n is not None for i in (n if isinstance(n, list) else [n])}
+    return frozenset(found)

@@ -1,0 +1,274 @@
+"""One turn as a transaction: messages and a state in, a reply and a new state out, or nothing at all.
+
+The walk (docs/engine.md draws it): context-only passes over new messages that are not shown; the prompt, consumed
+messages read with writes off and new ones written; the reply, decoded token by token; its text cut where it ends; the
+tokens that close it. A turn is a generator that yields between forward passes. It changes nothing but the cache of
+prefills, which can only save time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from agentmem.config import WriteStrategy
+from agentmem.decoding import Decoder, StopFinder
+from agentmem.messages import Message
+from agentmem.plan import Plan, Request, plan_remember, plan_turn
+from agentmem.prefix import Prefill, Prompt
+from agentmem.record import ConsumedRecord, OnEdit
+from agentmem.replies import Delta, InvalidToolCall, ReplyParser
+from agentmem.sampling import Sampler
+from agentmem.sentences import sentence_numbers
+from agentmem.session import Runtime, Session, Snapshot
+from agentmem.state import MemoryState
+from agentmem.worker import Steps
+
+Emit = Callable[[Delta], None]
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one turn: shown in the prompt, decoded, and prompt tokens whose KV was at hand."""
+
+    input_tokens: int
+    output_tokens: int
+    cache_read_tokens: int
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a turn returns.
+
+    Attributes:
+        message: the reply; its content is the text outside reasoning and calls.
+        state: the new state; the one given for write="off", and for a turn without memory.
+        reasoning: what stood between ``<think>`` and ``</think>``.
+        invalid_tool_calls: calls that could not be read.
+        finish_reason: "stop", "length" or "tool_calls".
+        usage: token counts.
+        written, read: tokens written into the memory, and shown without being written.
+        edits: indices of messages that were new before consumed ones (``on_edit="write"``).
+        token_ids: the reply's tokens as the model was fed them, without the generation prompt and the closing tokens.
+    """
+
+    message: Message
+    state: MemoryState | None
+    reasoning: str
+    invalid_tool_calls: tuple[InvalidToolCall, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    written: int
+    read: int
+    edits: tuple[int, ...]
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """What a context-only write returns: the new state, tokens written, and edits as in ``Turn``."""
+
+    state: MemoryState
+    written: int
+    edits: tuple[int, ...]
+
+
+def run_remember(
+    runtime: Runtime, messages: Sequence[Message], state: MemoryState | None, on_edit: OnEdit
+) -> Steps[Remembered]:
+    """Write messages without a reply."""
+    given = runtime.zero_state() if state is None else state
+    session = Session(runtime, runtime.to_tensor(given))
+    plan = plan_remember(messages, given.record, runtime.transcript, _strategy(runtime), runtime.limit, on_edit)
+    yield from _write_hidden(runtime, session, plan)
+    assert session.state is not None
+    new_state = runtime.to_state(session.state, plan.record.extend(plan.new))
+    return Remembered(new_state, _written(plan), plan.edits)
+
+
+def run_turn(runtime: Runtime, request: Request, state: MemoryState | None, emit: Emit) -> Steps[Turn]:
+    """Answer the last message."""
+    steered = runtime.steered is not None and request.memory
+    given = (state if state is not None else runtime.zero_state()) if steered else None
+    session = Session(runtime, runtime.to_tensor(given) if given is not None else None)
+    record = given.record if given is not None else ConsumedRecord.empty()
+    if not steered:
+        request = replace(request, memory=False)
+    plan = plan_turn(request, record, runtime.transcript, _strategy(runtime), runtime.limit)
+    yield from _write_hidden(runtime, session, plan)
+    speaks = steered and request.write == "all"
+    key = _key(session, plan, speaks)
+    prefill, hit = yield from _prefill(runtime, session, plan, key, speaks)
+    try:
+        reply = _Reply(runtime, request, session, plan, speaks, emit)
+        yield from reply.decode()
+        if speaks:
+            yield from reply.commit()
+    finally:
+        runtime.prefix.put(key, prefill)
+    seed = hashlib.sha256(plan.record.extend(plan.new).chain + repr(reply.ids).encode()).digest()
+    parsed = reply.parser.parsed(seed)
+    message = Message("assistant", parsed.content, parsed.tool_calls)
+    out = state
+    if session.state is not None and request.write != "off":
+        out = runtime.to_state(session.state, plan.record.extend([*plan.new, message]))
+    finish = "tool_calls" if parsed.tool_calls and reply.finish == "stop" else reply.finish
+    return Turn(
+        message=message,
+        state=out,
+        reasoning=parsed.reasoning,
+        invalid_tool_calls=parsed.invalid_tool_calls,
+        finish_reason=finish,
+        usage=Usage(len(plan.prompt.ids) + len(plan.opening), len(reply.decoder.ids), hit),
+        written=_written(plan) + reply.written,
+        read=plan.prompt.writes.count(False) if steered else 0,
+        edits=plan.edits,
+        token_ids=tuple(reply.ids),
+    )
+
+
+def _written(plan: Plan) -> int:
+    return sum(sum(piece.writes) for piece in [*plan.hidden, plan.prompt])
+
+
+def _strategy(runtime: Runtime) -> WriteStrategy:
+    return runtime.steered.config.write_strategy if runtime.steered is not None else "token"
+
+
+def _write_hidden(runtime: Runtime, session: Session, plan: Plan) -> Steps[None]:
+    """The context-only passes, each with KV of its own."""
+    if plan.rebuild and runtime.steered is not None:
+        session.state = runtime.steered.zeros()
+    for piece in plan.hidden:
+        yield from session.feed(piece.ids, piece.segments)
+        session.fresh_cache()
+
+
+def _key(session: Session, plan: Plan, speaks: bool) -> Prompt:
+    segments = [*plan.prompt.segments, *([0 if speaks else -1] * len(plan.opening))]
+    return Prompt(session.digest(), (*plan.prompt.ids, *plan.opening), tuple(segments), plan.border)
+
+
+def _prefill(runtime: Runtime, session: Session, plan: Plan, key: Prompt, speaks: bool) -> Steps[tuple[Prefill, int]]:
+    """Read the prompt and the generation prompt; returns the prefill and how many of its tokens were at hand."""
+    found = runtime.prefix.take(key)
+    if found is not None and found.logits is not None:
+        session.cache, session.logits = found.cache, found.logits
+        session.state, session.pending = found.state, found.pending
+        return found, found.length
+    hit, border, prompt = 0, plan.border, plan.prompt
+    if found is not None:
+        session.cache, hit = found.cache, found.length
+    else:
+        yield from session.feed(prompt.ids[:border], prompt.segments[:border])
+    voice = [0 if speaks and _strategy(runtime) != "sentence" else -1] * len(plan.opening)
+    ids, segments = prompt.ids[border:], prompt.segments[border:]
+    if _strategy(runtime) == "token":
+        yield from session.feed([*ids, *plan.opening], [*segments, *voice], logits=True)
+    else:
+        yield from session.feed(ids, segments)
+        yield from session.feed(plan.opening, voice, logits=True, close=False)
+    return Prefill(session.cache, len(key.ids), session.state, session.logits, session.pending), hit
+
+
+class _Reply:
+    """Decodes one reply and, where the policy says so, leaves the state as if exactly its tokens had been fed."""
+
+    def __init__(
+        self, runtime: Runtime, request: Request, session: Session, plan: Plan, speaks: bool, emit: Emit
+    ) -> None:
+        self._runtime = runtime
+        self._request = request
+        self._session = session
+        self._opening = plan.opening
+        self._emit = emit
+        # Sentences are known only when the reply is whole; until then a sentence adapter only reads.
+        self._late = _strategy(runtime) == "sentence"
+        self._segment = 0 if speaks and not self._late else -1
+        self.decoder = Decoder(runtime.tokenizer)
+        opening = runtime.tokenizer.decode(plan.opening)
+        self.parser = ReplyParser(runtime.tags, "reasoning" if opening.rstrip().endswith("<think>") else "text")
+        self.ids: list[int] = []
+        self.finish: Literal["stop", "length"] = "stop"
+        self.written = 0
+        self._text = ""
+        self._fed = 0
+        self._shown = 0
+        self._start = session.snapshot()
+        # Where the session stood after each token that may still be cut off.
+        self._held: dict[int, Snapshot] = {0: self._start}
+
+    def decode(self) -> Steps[None]:
+        """Sample until an end token, a stop string, or a limit; then settle text and tokens."""
+        sampling, decoder, session = self._request.sampling, self.decoder, self._session
+        sampler = Sampler(sampling, self._runtime.device)
+        stops = StopFinder(sampling.stop)
+        room = self._runtime.limit - session.length - 8  # the closing tokens need some places
+        cut: int | None = None
+        while True:
+            assert session.logits is not None
+            token = sampler.choose(session.logits)
+            if token in self._runtime.end_ids:
+                break
+            decoder.push(token)
+            cut = stops.find(decoder.text)
+            if cut is not None:
+                break
+            self._show(stops.safe(decoder.text))
+            if len(decoder.ids) >= min(sampling.max_tokens, room):
+                self.finish = "length"
+                break
+            yield from session.feed([token], [self._segment], logits=True, close=False)
+            self._fed += 1
+            self._held[self._fed] = session.snapshot()
+        self._settle(len(decoder.text) if cut is None else cut)
+
+    def commit(self) -> Steps[None]:
+        """Feed what is left of the reply and the tokens that close it; the reply is then written."""
+        session, runtime = self._session, self._runtime
+        closing = runtime.transcript.closing_ids()
+        if self._late:
+            session.rewind(self._start)
+            numbers = sentence_numbers(self._text, self.ids, self._encode)
+            yield from session.feed([*self.ids, *closing], [*numbers, *(-1 for _ in closing)])
+            self.written = len(numbers)
+        else:
+            rest = [*self.ids[self._fed :], *closing]
+            yield from session.feed(rest, [self._segment] * len(rest))
+            self.written = len(self._opening) + len(self.ids) + len(closing)
+
+    def _settle(self, length: int) -> None:
+        """Cut the reply to its first ``length`` characters: text, tokens, and the place of the session."""
+        decoder = self.decoder
+        kept = decoder.whole(length)
+        self._text = decoder.text[:length]
+        self._show(length)
+        # What a cut leaves of the token that it goes through.
+        remainder = self._text[decoder.ends[kept - 1] if kept else 0 :]
+        rest = self._encode(remainder) if remainder else []
+        self._deliver([*self.parser.push(-1, remainder), *self.parser.finish()])
+        self.ids = [*decoder.ids[:kept], *rest]
+        if self._fed > kept:
+            self._session.rewind(self._held[kept])
+            self._fed = kept
+
+    def _show(self, safe: int) -> None:
+        """Hand on the tokens whose text can no longer be cut, and forget the places before them."""
+        decoder = self.decoder
+        whole = decoder.whole(safe)
+        for index in range(self._shown, whole):
+            start = decoder.ends[index - 1] if index else 0
+            self._deliver(self.parser.push(decoder.ids[index], decoder.text[start : decoder.ends[index]]))
+            self._held.pop(index, None)
+        self._shown = max(self._shown, whole)
+
+    def _deliver(self, deltas: Sequence[Delta]) -> None:
+        for delta in deltas:
+            self._emit(delta)
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._runtime.tokenizer.encode(text, add_special_tokens=False)
+        return ids

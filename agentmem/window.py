@@ -1,0 +1,143 @@
+"""Which messages a prompt shows, and how history that no prompt showed is cut for reading.
+
+Both depend on messages, sizes and constants only, never on free memory, so that a turn gives the same on
+any machine. A tool call is never parted from its results: models answer a result without its call with
+nonsense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from agentmem.errors import ConfigError, WindowError
+from agentmem.messages import Message
+
+DEFAULT_TOKENS = 4096
+PIECE_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Window:
+    """The last messages that fit.
+
+    Attributes:
+        tokens: at most so many tokens in all, system messages and overhead included; None: no limit.
+        messages: at most so many messages, system messages included; None: no limit.
+
+    Raises:
+        ConfigError: a limit is no positive integer.
+    """
+
+    tokens: int | None = DEFAULT_TOKENS
+    messages: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "messages"):
+            limit = getattr(self, name)
+            if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+                raise ConfigError(f"a window's {name} are a positive integer or None; found {limit!r}")
+
+    def clip(self, limit: int | None) -> Window:
+        """This window, with no more tokens than a model can read (None: any number)."""
+        if limit is None or (self.tokens is not None and self.tokens <= limit):
+            return self
+        return replace(self, tokens=limit)
+
+    def visible(self, messages: Sequence[Message], sizes: Sequence[int], overhead: int = 0) -> list[int]:
+        """Indices of the messages to show, ascending.
+
+        All system messages, and of the others as many of the last as fit, an assistant message with tool
+        calls and the results that answer it counting as one. The last of these always shows.
+
+        Args:
+            messages: the whole history.
+            sizes: tokens of each message.
+            overhead: tokens that belong to no message: preamble, tools, generation prompt, room for a reply.
+
+        Raises:
+            WindowError: system messages and the last message with its tool group do not fit.
+        """
+        if len(sizes) != len(messages):
+            raise ValueError(f"one size per message was expected; found {len(sizes)} for {len(messages)}")
+        shown = [i for i, message in enumerate(messages) if message.role == "system"]
+        fixed = sum(sizes[i] for i in shown)
+        tokens, count = overhead + fixed, len(shown)
+        groups = tool_groups(messages)
+        for group in reversed(groups):
+            tokens += sum(sizes[i] for i in group)
+            count += len(group)
+            if not self._holds(tokens, count):
+                if group is groups[-1]:
+                    raise WindowError(self._too_small(overhead, fixed, tokens - overhead - fixed, count))
+                break
+            shown += group
+        if not groups and not self._holds(tokens, count):
+            raise WindowError(self._too_small(overhead, fixed, 0, count))
+        return sorted(shown)
+
+    def _holds(self, tokens: int, count: int) -> bool:
+        return (self.tokens is None or tokens <= self.tokens) and (self.messages is None or count <= self.messages)
+
+    def _too_small(self, overhead: int, system: int, last: int, count: int) -> str:
+        return (
+            f"a window of {_limit(self.tokens)} tokens and {_limit(self.messages)} messages cannot show what every "
+            f"prompt needs: {count} messages, {system} tokens of system messages, {last} of the last message with "
+            f"the tool calls and results that belong to it, {overhead} of tools and prompt; widen the window (the "
+            "model's own limit permitting) or shorten these messages"
+        )
+
+
+def tool_groups(messages: Sequence[Message]) -> list[list[int]]:
+    """Indices of all but system messages in groups that are shown together or not at all, oldest first.
+
+    A group is one message, or an assistant message with tool calls and the tool messages that answer it: by
+    the call's id, or standing behind the call where ids are missing. Where other messages stand in between
+    (a human who spoke before the last result was in), they join the group, so that a group is always an
+    unbroken run.
+    """
+    others = [i for i, message in enumerate(messages) if message.role != "system"]
+    callers: dict[str, int] = {}
+    latest: int | None = None
+    joined = list(range(len(others)))  # per place the earliest place that it must be shown with
+    for place, index in enumerate(others):
+        message = messages[index]
+        if message.tool_calls:
+            latest = place
+            callers.update((call.id, place) for call in message.tool_calls if call.id)
+        elif message.role == "tool":
+            caller = callers.get(message.tool_call_id, latest)
+            joined[place] = place if caller is None else caller
+    groups: list[list[int]] = []
+    reach = stop = len(others)  # reach: the earliest place that anything from here on must be shown with
+    for place in reversed(range(len(others))):
+        reach = min(reach, joined[place])
+        if reach >= place:
+            groups.append(others[place:stop])
+            stop = place
+    return groups[::-1]
+
+
+def pieces(sizes: Sequence[int], limit: int = PIECE_TOKENS) -> list[list[int]]:
+    """Cut messages into passes of at most `limit` tokens at message borders, oldest first.
+
+    Args:
+        sizes: tokens of each message.
+        limit: of one piece; a longer message is a piece of its own.
+
+    Returns:
+        Indices of the messages of each piece.
+    """
+    cut: list[list[int]] = []
+    room = 0
+    for index, size in enumerate(sizes):
+        if not cut or size > room:
+            cut.append([])
+            room = limit
+        cut[-1].append(index)
+        room -= size
+    return cut
+
+
+def _limit(limit: int | None) -> str:
+    return "any number of" if limit is None else str(limit)

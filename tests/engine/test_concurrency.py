@@ -1,0 +1,166 @@
+"""Many threads and event loops on one engine: isolated sessions, cancelled turns, streams."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from agentmem import Engine, MemoryState, Message, Sampling, Turn
+from agentmem.errors import EngineClosedError, TurnCancelledError
+
+LONG = Sampling(max_tokens=400)
+SHORT = Sampling(max_tokens=10)
+
+
+def user(text: str) -> Message:
+    return Message("user", text)
+
+
+def essence(turn: Turn) -> tuple[Any, ...]:
+    """Everything of a turn but how many prompt tokens were at hand."""
+    return turn.message, turn.state, turn.token_ids, turn.finish_reason, turn.written
+
+
+def converse(engine: Engine, name: str) -> list[Turn]:
+    history: list[Message] = []
+    state: MemoryState | None = None
+    turns = []
+    for said in ("My name is {}.", "Remember that, {}!", "How are you, {}?"):
+        history.append(user(said.format(name)))
+        turn = engine.turn(history, state, sampling=SHORT)
+        history.append(turn.message)
+        state = turn.state
+        turns.append(turn)
+    return turns
+
+
+def test_interleaved_sessions_equal_their_solo_runs(make_engine: Any) -> None:
+    engine = make_engine()
+    names = [f"fox {n}" for n in range(6)]
+    alone = {name: converse(engine, name) for name in names}
+    engine.forget_prefills()
+    with ThreadPoolExecutor(len(names)) as pool:
+        together = dict(zip(names, pool.map(lambda name: converse(engine, name), names), strict=True))
+    for name in names:
+        assert [t.token_ids for t in together[name]] == [t.token_ids for t in alone[name]]
+        assert [t.state for t in together[name]] == [t.state for t in alone[name]]
+
+
+def test_a_stream_gives_the_reply_piece_by_piece(make_engine: Any) -> None:
+    engine = make_engine()
+    messages = [user("How are you today?")]
+    turn = engine.turn(messages, sampling=LONG)
+    stream = engine.stream(messages, sampling=LONG)
+    pieces = [delta.text for delta in stream]
+    assert len(pieces) > 10
+    assert "".join(pieces) == turn.message.content
+    assert essence(stream.result()) == essence(turn)
+
+
+def test_a_stop_string_never_shows_in_a_stream(make_engine: Any) -> None:
+    engine = make_engine()
+    messages = [user("How are you today?")]
+    text = engine.turn(messages, sampling=LONG).message.content
+    stop = text[50:56]
+    shown = "".join(d.text for d in engine.stream(messages, sampling=Sampling(max_tokens=400, stop=(stop,))))
+    assert shown == text[: text.index(stop)]
+
+
+def test_cancelling_midway_changes_nothing(make_engine: Any) -> None:
+    engine = make_engine()
+    start = engine.turn([user("Hello.")], sampling=SHORT).state
+    before = start.to_bytes()
+    messages = [user("Hello."), user("How are you?")]
+    stream = engine.stream(messages, start, sampling=LONG)
+    next(iter(stream))
+    stream.cancel()
+    with pytest.raises(TurnCancelledError):
+        stream.result()
+    assert start.to_bytes() == before
+    undisturbed = make_engine()
+    repeated = engine.turn(messages, start, sampling=SHORT)
+    assert essence(repeated) == essence(undisturbed.turn(messages, start, sampling=SHORT))
+
+
+def test_leaving_a_stream_early_cancels_the_turn(make_engine: Any) -> None:
+    engine = make_engine()
+    stream = engine.stream([user("How are you?")], sampling=LONG)
+    for _ in stream:
+        break
+    with pytest.raises(TurnCancelledError):
+        stream.result()
+
+
+def test_a_failing_turn_reaches_its_caller_and_nobody_else(make_engine: Any, monkeypatch: Any) -> None:
+    engine = make_engine()
+    expected = engine.turn([user("Fine?")], sampling=SHORT)
+    failures = iter([False] * 4 + [True])
+    real = engine.model.forward
+
+    def flaky(*args: Any, **kwargs: Any) -> Any:
+        if next(failures, False):
+            raise RuntimeError("the device is on fire")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(engine.model, "forward", flaky)
+    with pytest.raises(RuntimeError, match="on fire"):
+        engine.turn([user("Fine?")], sampling=Sampling(max_tokens=50))
+    assert engine.turn([user("Fine?")], sampling=SHORT).state == expected.state
+
+
+async def test_async_turns_run_beside_each_other_and_never_block_the_loop(make_engine: Any) -> None:
+    engine = make_engine()
+    alone = [engine.turn([user(f"Number {n}?")], sampling=SHORT) for n in range(4)]
+    beats = 0
+
+    async def heart() -> None:
+        nonlocal beats
+        while True:
+            beats += 1
+            await asyncio.sleep(0.002)
+
+    pulse = asyncio.create_task(heart())
+    together = await asyncio.gather(*(engine.aturn([user(f"Number {n}?")], sampling=SHORT) for n in range(4)))
+    pulse.cancel()
+    assert [t.state for t in together] == [t.state for t in alone]
+    assert beats > 3
+
+
+async def test_async_stream_and_cancel(make_engine: Any) -> None:
+    engine = make_engine()
+    messages = [user("How are you today?")]
+    turn = await engine.aturn(messages, sampling=SHORT)
+    stream = engine.astream(messages, sampling=SHORT)
+    assert "".join([delta.text async for delta in stream]) == turn.message.content
+    assert essence(await stream.result()) == essence(turn)
+    task = asyncio.create_task(engine.aturn(messages, sampling=Sampling(max_tokens=2000)))
+    await asyncio.sleep(0.05)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert essence(await engine.aturn(messages, sampling=SHORT)) == essence(turn)
+
+
+def test_closing_ends_what_runs_and_refuses_what_comes(make_engine: Any) -> None:
+    engine = make_engine()
+    started, failed = threading.Event(), []
+
+    def run() -> None:
+        try:
+            for _ in engine.stream([user("How are you?")], sampling=Sampling(max_tokens=3000)):
+                started.set()
+        except EngineClosedError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    started.wait(10)
+    engine.close()
+    thread.join(10)
+    assert failed
+    with pytest.raises(EngineClosedError):
+        engine.turn([user("Anyone?")])

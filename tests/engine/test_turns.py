@@ -1,0 +1,263 @@
+"""A turn is a transaction whose state follows from messages and start state alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from agentmem import Engine, MemoryState, Message, Sampling, Window
+from agentmem.errors import HistoryEditedError, StateMismatchError, WindowError
+from agentmem.sentences import sentence_numbers
+from agentmem.transcript import Transcript
+
+STRATEGIES = ("token", "message", "sentence")
+
+
+def user(text: str, **more: Any) -> Message:
+    return Message("user", text, **more)
+
+
+def by_hand(engine: Engine, messages: list[Message], reply: tuple[int, ...], text: str) -> np.ndarray[Any, Any]:
+    """The state after a first turn, from the definition: one pass over the messages, one over the reply."""
+    steered, transcript = engine.steered, Transcript(engine.tokenizer)
+    assert steered is not None
+    strategy = steered.config.write_strategy
+    prompt = transcript.render(messages, add_generation_prompt=True, sentences=True)
+    numbers = prompt.sentence_segments() if strategy == "sentence" else prompt.message_segments()
+    end = len(prompt.input_ids) - prompt.owner.count(len(messages))
+    opening, closing = prompt.input_ids[end:], transcript.closing_ids()
+    segments = torch.tensor([numbers[:end]])
+    with torch.no_grad():
+        out = steered(torch.tensor([prompt.input_ids[:end]]), write=segments >= 0, segments=segments, cache=True)
+        spoken = [0] * (len(opening) + len(reply) + len(closing))
+        if strategy == "sentence":
+            pieces = sentence_numbers(text, reply, lambda t: engine.tokenizer.encode(t, add_special_tokens=False))
+            spoken = [*(-1 for _ in opening), *pieces, *(-1 for _ in closing)]
+        numbers_after = torch.tensor([spoken])
+        out = steered(
+            torch.tensor([[*opening, *reply, *closing]]),
+            out.state,
+            write=numbers_after >= 0,
+            segments=numbers_after,
+            cache=out.cache,
+        )
+    state: np.ndarray[Any, Any] = out.state[0].numpy()
+    return state
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("ending", ["length", "stop string", "stop inside a token", "second end token"])
+def test_state_equals_feeding_the_returned_reply_by_hand(
+    make_engine: Any, strategy: str, heads: int, ending: str
+) -> None:
+    engine = make_engine(write_strategy=strategy, num_state_heads=heads, couple_lambda=heads == 1)
+    messages = [Message("system", "Be kind."), user("My favorite color is teal. Really!\n\nDo you know?")]
+    free = engine.turn(messages, sampling=Sampling(max_tokens=24))
+    assert free.finish_reason == "length"
+    assert len(free.token_ids) <= 24
+    turn, sampling = free, Sampling(max_tokens=24)
+    text = engine.tokenizer.decode(free.token_ids)
+    if ending == "stop string":
+        sampling = Sampling(max_tokens=24, stop=(text[9:13],))
+    elif ending == "stop inside a token":
+        sampling = Sampling(max_tokens=24, stop=(_inside_a_token(engine, free.token_ids),))
+    elif ending == "second end token":
+        engine.close()
+        engine.model.generation_config.eos_token_id = [engine.tokenizer.eos_token_id, free.token_ids[7]]
+        engine = Engine(engine.model, engine.tokenizer, engine.steered)
+    if ending != "length":
+        turn = engine.turn(messages, sampling=sampling)
+        assert turn.finish_reason == "stop"
+        assert len(turn.message.content) < len(free.message.content)
+    for stop in sampling.stop:
+        assert stop not in turn.message.content
+        assert text.startswith(turn.message.content)
+    reply = engine.tokenizer.decode(turn.token_ids)
+    assert reply.startswith(turn.message.content)
+    assert turn.state is not None
+    np.testing.assert_allclose(turn.state.matrices, by_hand(engine, messages, turn.token_ids, reply), atol=1e-5, rtol=0)
+    engine.close()
+
+
+def _inside_a_token(engine: Engine, ids: tuple[int, ...]) -> str:
+    """A stop string that begins inside one of the reply's tokens and ends inside another."""
+    texts = [engine.tokenizer.decode([i]) for i in ids]
+    for n in range(4, len(texts) - 1):
+        if len(texts[n]) > 1 and "�" not in texts[n] + texts[n + 1] and texts[n + 1]:
+            return texts[n][1:] + texts[n + 1][:1]
+    pytest.fail("the random reply has no token of two characters; choose another seed")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_prefills_at_hand_change_no_bit(make_engine: Any, strategy: str) -> None:
+    warm, cold = make_engine(write_strategy=strategy), make_engine(write_strategy=strategy)
+    histories: list[list[Message]] = [[], []]
+    states: list[MemoryState | None] = [None, None]
+    hits = 0
+    for said in (
+        "Hello there.",
+        "My favorite color is teal.",
+        "The test command is pytest -q.",
+        "How are you?",
+    ):
+        for branch in range(2):  # the same turn twice: a retry
+            results = []
+            for place, engine in enumerate((warm, cold)):
+                cold.forget_prefills()
+                messages = [*histories[place], user(f"{said}{branch // 2}")]
+                results.append(engine.turn(messages, states[place], sampling=Sampling(max_tokens=8)))
+            assert results[0].token_ids == results[1].token_ids
+            assert results[0].state == results[1].state
+            assert results[1].usage.cache_read_tokens == 0
+            hits += results[0].usage.cache_read_tokens
+        other = warm.turn([*histories[0], user("Another branch?")], states[0], sampling=Sampling(max_tokens=3))
+        hits += other.usage.cache_read_tokens if histories[0] else 0
+        for place, result in enumerate(results):
+            histories[place] += [user(f"{said}0"), result.message]
+            states[place] = result.state
+    assert hits > 100
+
+
+def test_a_history_is_written_once_however_it_is_windowed(make_engine: Any) -> None:
+    engine = make_engine()
+    history = [
+        user("One."),
+        Message("assistant", "Two."),
+        user("Three."),
+        Message("assistant", "Four."),
+        user("Five?"),
+    ]
+    sampling = Sampling(max_tokens=4)
+    first = engine.turn(history, window=Window(messages=1), sampling=sampling)
+    again = engine.turn(
+        [*history, first.message, user("Six?")], first.state, window=Window(messages=1), sampling=sampling
+    )
+    assert first.state.record.count == 6
+    assert again.state.record.count == 8
+    # What was hidden and new in the first turn is written by a pass of its own; in the second nothing is.
+    size = engine.count_tokens
+    closing = len(Transcript(engine.tokenizer).closing_ids())
+    opening = len(Transcript(engine.tokenizer).generation_prompt_ids())
+    assert first.written == size(history) + opening + len(first.token_ids) + closing
+    assert again.written == size([user("Six?")]) + opening + len(again.token_ids) + closing
+    assert again.usage.input_tokens == size([user("Six?")]) + opening
+
+
+def test_context_only_passes_are_cut_at_message_borders_of_a_constant_size(make_engine: Any) -> None:
+    engine = make_engine()
+    long = [user(f"{n}: " + "hello there, how are you today? " * 40) for n in range(15)]
+    assert engine.count_tokens(long) > 2 * 2048
+    remembered = engine.remember(long)
+    state = None
+    for piece in _pieces(engine, long):
+        state = engine.remember(piece, state).state
+    np.testing.assert_allclose(remembered.state.matrices, state.matrices, atol=1e-6)
+    assert remembered.state.record == state.record
+    assert remembered.written == engine.count_tokens(long)
+
+
+def _pieces(engine: Engine, messages: list[Message]) -> list[list[Message]]:
+    pieces: list[list[Message]] = [[]]
+    for message in messages:
+        if pieces[-1] and engine.count_tokens([*pieces[-1], message]) > 2048:
+            pieces.append([])
+        pieces[-1].append(message)
+    return pieces
+
+
+def test_write_policy(make_engine: Any) -> None:
+    engine = make_engine()
+    messages = [user("My favorite color is teal.")]
+    start = engine.turn(messages, sampling=Sampling(max_tokens=4)).state
+    history = [*messages, user("And now?")]
+    off = engine.turn(history, start, write="off", sampling=Sampling(max_tokens=6))
+    assert off.state is start
+    assert off.written == 0
+    only = engine.turn(history, start, write="input", sampling=Sampling(max_tokens=6), window=Window(messages=1))
+    full = engine.turn(history, start, write="all", sampling=Sampling(max_tokens=6), window=Window(messages=1))
+    assert only.state.record.count == start.record.count + 2
+    np.testing.assert_allclose(only.state.matrices, engine.remember(history, start).state.matrices, atol=1e-5, rtol=0)
+    assert np.abs(only.state.matrices - full.state.matrices).max() > 1e-4
+
+
+def test_messages_that_must_not_write_are_shown_only(make_engine: Any) -> None:
+    engine = make_engine()
+    facts = user("Facts: the moon is far.", write=False)
+    plain = engine.turn([Message("system", "Be kind."), user("Hello?")], sampling=Sampling(max_tokens=4))
+    shown = engine.turn([Message("system", "Be kind."), facts, user("Hello?")], sampling=Sampling(max_tokens=4))
+    assert shown.usage.input_tokens > plain.usage.input_tokens
+    assert shown.written - len(shown.token_ids) == plain.written - len(plain.token_ids)
+    assert shown.state.record.count == plain.state.record.count == 2
+
+
+def test_edits_are_reported_refused_or_rebuilt(make_engine: Any) -> None:
+    engine = make_engine()
+    first = engine.turn([user("The port is 80.")], sampling=Sampling(max_tokens=4))
+    edited = [user("The port is 81."), first.message, user("Well?")]
+    written = engine.turn(edited, first.state, sampling=Sampling(max_tokens=4))
+    assert written.edits == (0,)
+    assert written.state.record.count == 5
+    with pytest.raises(HistoryEditedError, match="message 0"):
+        engine.turn(edited, first.state, on_edit="error")
+    rebuilt = engine.turn(edited, first.state, on_edit="rebuild", sampling=Sampling(max_tokens=4))
+    afresh = engine.turn(edited, None, sampling=Sampling(max_tokens=4))
+    assert rebuilt.state == afresh.state
+
+
+def test_a_foreign_state_is_refused_and_names_both_sides(make_engine: Any) -> None:
+    engine, other_model, other_adapter = make_engine(), make_engine(model_seed=7), make_engine(seed=9)
+    for other in (other_model, other_adapter):
+        state = other.turn([user("Hi.")], sampling=Sampling(max_tokens=2)).state
+        with pytest.raises(StateMismatchError) as raised:
+            engine.turn([user("Hi.")], state)
+        here, there = (engine.model_fingerprint, other.model_fingerprint)
+        if here == there:
+            here, there = (engine.adapter_fingerprint, other.adapter_fingerprint)
+        assert here[:8] in str(raised.value)
+        assert there[:8] in str(raised.value)
+
+
+def test_no_memory_is_the_bare_model(make_engine: Any) -> None:
+    bare, steered = make_engine(memory=False), make_engine()
+    messages = [user("How are you today?")]
+    sampling = Sampling(max_tokens=12)
+    expected = bare.turn(messages, sampling=sampling)
+    state = steered.turn([user("My favorite color is teal.")], sampling=sampling).state
+    without = steered.turn(messages, state, sampling=sampling, memory=False)
+    assert without.token_ids == expected.token_ids
+    assert without.state is state
+    assert expected.state is None
+    assert steered.turn(messages, state, sampling=sampling).token_ids != expected.token_ids
+    with pytest.raises(StateMismatchError, match="no adapter"):
+        bare.zero_state()
+
+
+def test_seeds_and_filters(make_engine: Any) -> None:
+    engine = make_engine()
+    messages = [user("Tell me.")]
+
+    def ids(**sampling: Any) -> tuple[int, ...]:
+        turn = engine.turn(messages, sampling=Sampling(max_tokens=12, **sampling))
+        return tuple(turn.token_ids)
+
+    assert ids(temperature=1.5, seed=3) == ids(temperature=1.5, seed=3)
+    assert len({ids(temperature=1.5, seed=n) for n in range(4)}) > 1
+    assert ids(temperature=1.5, top_k=1, seed=3) == ids()
+    assert ids(temperature=1.5, top_p=1e-6, seed=3) == ids()
+
+
+def test_a_window_too_small_for_the_last_message_is_refused(make_engine: Any) -> None:
+    engine = make_engine()
+    with pytest.raises(WindowError):
+        engine.turn([user("hello there " * 50)], window=Window(tokens=20))
+
+
+def test_a_reply_stops_at_the_end_of_the_context(make_engine: Any) -> None:
+    engine = make_engine(limit=64)
+    turn = engine.turn([user("How are you?")], sampling=Sampling(max_tokens=500))
+    assert turn.finish_reason == "length"
+    assert turn.usage.input_tokens + turn.usage.output_tokens <= 64

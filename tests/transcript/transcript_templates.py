@@ -1,0 +1,172 @@
+"""Chat templates in five styles, each with one habit that makes borders hard to find, and a tokenizer for them."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+CHATML = """
+{%- for m in messages %}
+{{- '<|im_start|>' + m.role + '\n' + m.content }}
+{%- for call in m.tool_calls or [] %}
+{{- '\n<tool_call>\n' + call.function | tojson + '\n</tool_call>' }}
+{%- endfor %}
+{{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}
+"""
+
+# Strips the reasoning of earlier turns, opens an empty one in the last, groups tool results in one user turn, names
+# the tools inside the system turn, and looks at how a user's text begins.
+QWEN = """
+{%- if tools or messages[0].role == 'system' %}
+{{- '<|im_start|>system\n' }}
+{%- if messages[0].role == 'system' %}{{- messages[0].content }}{%- endif %}
+{%- if tools %}
+{{- '\n\n# Tools\n' }}{%- for tool in tools %}{{- tool | tojson + '\n' }}{%- endfor %}
+{%- endif %}
+{{- '<|im_end|>\n' }}
+{%- endif %}
+{%- set ns = namespace(query=messages | length - 1, found=false) %}
+{%- for m in messages[::-1] %}
+{%- if not ns.found and m.role == 'user' and not m.content.startswith('<tool_response>') %}
+{%- set ns.found = true %}{%- set ns.query = messages | length - 1 - loop.index0 %}
+{%- endif %}
+{%- endfor %}
+{%- for m in messages %}
+{%- if m.role == 'user' %}
+{{- '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}
+{%- elif m.role == 'assistant' %}
+{%- set text = m.content %}{%- set thought = '' %}
+{%- if '</think>' in text %}
+{%- set thought = text.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+{%- set text = text.split('</think>')[-1].lstrip('\n') %}
+{%- endif %}
+{{- '<|im_start|>assistant\n' }}
+{%- if loop.index0 > ns.query and (loop.last or thought) %}
+{{- '<think>\n' + thought.strip('\n') + '\n</think>\n\n' }}
+{%- endif %}
+{{- text.lstrip('\n') }}
+{%- for call in m.tool_calls or [] %}
+{%- if text or not loop.first %}{{- '\n' }}{%- endif %}
+{{- '<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' }}
+{{- call.function.arguments | tojson + '}\n</tool_call>' }}
+{%- endfor %}
+{{- '<|im_end|>\n' }}
+{%- elif m.role == 'tool' %}
+{%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{- '<|im_start|>user' }}{%- endif %}
+{{- '\n<tool_response>\n' + m.content + '\n</tool_response>' }}
+{%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{- '<|im_end|>\n' }}{%- endif %}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\n' }}
+{%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}
+{%- endif %}
+"""
+
+# Writes BOS and a system turn of its own, trims every text, and writes a tool call instead of the content.
+LLAMA = """
+{{- bos_token }}
+{{- '<|start_header_id|>system<|end_header_id|>\n\nToday is Monday.\n' }}
+{%- if messages[0].role == 'system' %}
+{{- messages[0].content | trim }}{%- set messages = messages[1:] %}
+{%- endif %}
+{{- '<|eot_id|>' }}
+{%- for m in messages %}
+{{- '<|start_header_id|>' + ('ipython' if m.role == 'tool' else m.role) + '<|end_header_id|>\n\n' }}
+{%- if m.tool_calls %}
+{{- '{"name": "' + m.tool_calls[0].function.name + '", ' }}
+{{- '"parameters": ' + m.tool_calls[0].function.arguments | tojson + '}' }}
+{%- else %}
+{{- m.content | trim }}
+{%- endif %}
+{{- '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
+{%- endif %}
+"""
+
+# Knows no system and no tool role, and insists on alternation.
+GEMMA = """
+{{- bos_token }}
+{%- for m in messages %}
+{%- if m.role not in ('user', 'assistant') %}{{- raise_exception('System role not supported') }}{%- endif %}
+{%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{- raise_exception('Roles must alternate') }}{%- endif %}
+{{- '<start_of_turn>' + ('model' if m.role == 'assistant' else 'user') + '\n' }}
+{{- m.content | trim + '<end_of_turn>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<start_of_turn>model\n' }}{%- endif %}
+"""
+
+# Puts the system text and the tools before the last question; the generation prompt is empty.
+MISTRAL = """
+{{- bos_token }}
+{%- set ns = namespace(last=0, system='') %}
+{%- for m in messages %}
+{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}
+{%- if m.role == 'system' %}{%- set ns.system = m.content + '\n\n' %}{%- endif %}
+{%- endfor %}
+{%- for m in messages %}
+{%- if m.role == 'user' %}
+{%- if tools and loop.index0 == ns.last %}
+{{- '[AVAILABLE_TOOLS]' + tools | tojson + '[/AVAILABLE_TOOLS]' }}
+{%- endif %}
+{{- '[INST] ' + (ns.system if loop.index0 == ns.last else '') + m.content + ' [/INST]' }}
+{%- elif m.role == 'assistant' %}
+{{- ' ' + m.content + eos_token }}
+{%- elif m.role == 'tool' %}
+{{- '[TOOL_RESULTS]' + m.content + '[/TOOL_RESULTS]' }}
+{%- endif %}
+{%- endfor %}
+"""
+
+# Looks at the first character of a text, so that no mark inside it stays unseen.
+PEEKING = """
+{%- for m in messages %}
+{{- '<|im_start|>' + m.role + ('!' if m.content[:1] == '!' else '') + '\n' + m.content + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}
+"""
+
+# The same, and its beginnings change as the conversation goes on.
+SHIFTING = "{{- messages | length }}" + PEEKING
+
+SPECIAL = [
+    "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+    "<start_of_turn>", "<end_of_turn>", "<s>", "</s>", "[INST]", "[/INST]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]",
+    "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
+]  # fmt: skip
+TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
+
+_BOS = {LLAMA: "<|begin_of_text|>", GEMMA: "<s>", MISTRAL: "<s>"}
+
+
+@cache
+def tokenizer(template: str, trim_offsets: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of a few hundred tokens with all the control tokens above."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=SPECIAL,
+        show_progress=False,
+    )
+    text = "hello there, how are you today? system user assistant tool name arguments the answer is fine.\n\n"
+    backend.train_from_iterator([text] * 2, trainer)
+    backend.add_tokens([AddedToken(tag, special=False) for tag in TAGS])
+    if trim_offsets:
+        backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="</s>",
+        bos_token=_BOS.get(template),
+        additional_special_tokens=SPECIAL,
+    )
+    made.chat_template = template
+    return made

@@ -1,0 +1,49 @@
+"""The recipe that puts retrieved facts before a model and finds what its reply cites.
+
+Facts stand in the leading system message, numbered from 1; the reply names them as [1]. System messages are
+shown to the model and never written into its memory, so facts stay out of the matrices and can change every
+turn.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from langchain_core.documents import Document
+from langchain_core.messages import BaseMessage
+
+# Fenced blocks and inline code, where [1] is an index and no citation. An open fence runs to the end.
+_CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
+_CITATION = re.compile(r"\[([0-9]{1,6}(?:\s*,\s*[0-9]{1,6})*)\]")
+
+
+def facts_block(documents: Sequence[Document]) -> str:
+    """The documents' texts as numbered facts, or "" for no documents.
+
+    ``"Facts:\\n[1] first text\\n[2] second text"``. A text takes one line: line breaks inside it become
+    spaces, so that no text can pretend to be another number.
+    """
+    if not documents:
+        return ""
+    lines = [f"[{number}] {_one_line(document.page_content)}" for number, document in enumerate(documents, start=1)]
+    return "\n".join(["Facts:", *lines])
+
+
+def cited(reply: str | BaseMessage, documents: Sequence[Document]) -> list[Document]:
+    """The documents whose numbers the reply cites, each once, in the order of their first citation.
+
+    ``[2]``, ``[1][3]`` and ``[1, 3]`` cite; numbers in code spans and fenced code do not, and a number that
+    no document has is passed over.
+
+    Args:
+        reply: the model's text, or its message.
+        documents: the documents in the order that ``facts_block`` numbered them.
+    """
+    text = reply if isinstance(reply, str) else reply.text
+    numbers = [int(number) for group in _CITATION.findall(_CODE.sub(" ", text)) for number in group.split(",")]
+    return [documents[n - 1] for n in dict.fromkeys(numbers) if 1 <= n <= len(documents)]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())

@@ -1,0 +1,114 @@
+"""Which databases and collections a FactStore opens, and what closing means."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import chromadb
+import pytest
+from langchain_core.embeddings import DeterministicFakeEmbedding, Embeddings
+
+from agentmem.errors import FactStoreError, MissingExtraError
+from agentmem_chroma import FactStore
+
+Open = Callable[..., FactStore]
+
+
+def test_a_path_or_a_client(embeddings: Embeddings, tmp_path: Path) -> None:
+    with pytest.raises(FactStoreError, match="neither"):
+        FactStore(embeddings=embeddings)
+    with chromadb.EphemeralClient() as client, pytest.raises(FactStoreError, match="both"):
+        FactStore(tmp_path, client=client, embeddings=embeddings)
+
+
+def test_facts_outlive_the_store(open_store: Open) -> None:
+    with open_store() as store:
+        (id,) = store.add("a fact", source="s")
+    again = open_store()
+    assert again.search("a fact", 1)[0].fact.id == id
+    assert again.add("a fact", source="s") == [id]
+    assert again.count() == 1
+
+
+def test_a_closed_store_says_so(store: FactStore) -> None:
+    store.close()
+    store.close()
+    for call in (store.count, store.facts, lambda: store.add("x"), lambda: store.search("x")):
+        with pytest.raises(FactStoreError, match="closed"):
+            call()
+
+
+def test_a_given_client_stays_open(embeddings: Embeddings) -> None:
+    with chromadb.EphemeralClient() as client:
+        with FactStore(client=client, embeddings=embeddings, collection="given-client") as store:
+            store.add("a fact")
+        with FactStore(client=client, embeddings=embeddings, collection="given-client") as store:
+            assert store.count() == 1
+
+
+def test_collections_are_apart(open_store: Open) -> None:
+    one, two = open_store(collection="one"), open_store(collection="two")
+    one.add("a fact")
+    assert (one.count(), two.count()) == (1, 0)
+
+
+@pytest.mark.parametrize("space", ["l2", "ip"])
+def test_another_distance_is_refused(tmp_path: Path, open_store: Open, space: Any) -> None:
+    with chromadb.PersistentClient(str(tmp_path / "db")) as client:
+        client.create_collection("facts", configuration={"hnsw": {"space": space}})
+        with pytest.raises(FactStoreError, match=f"'{space}' distance.*'cosine'.*another collection"):
+            open_store(client=client)
+
+
+def test_a_collection_without_our_record_is_refused(tmp_path: Path, open_store: Open) -> None:
+    with chromadb.PersistentClient(str(tmp_path / "db")) as client:
+        client.create_collection("facts", configuration={"hnsw": {"space": "cosine"}})
+        with pytest.raises(FactStoreError, match="not made by a FactStore"):
+            open_store(client=client)
+
+
+def test_another_dimension_is_refused(open_store: Open) -> None:
+    open_store(embeddings=DeterministicFakeEmbedding(size=16)).close()
+    with pytest.raises(FactStoreError, match=r"dimension 16.*dimension 8"):
+        open_store(embeddings=DeterministicFakeEmbedding(size=8))
+
+
+class Renamed(DeterministicFakeEmbedding):
+    model_name: str = "small"
+
+
+def test_another_embedder_is_refused_and_a_given_name_overrides(open_store: Open) -> None:
+    open_store(embeddings=Renamed(size=16)).close()
+    with pytest.raises(FactStoreError, match=r"'Renamed\(small\)'.*'Renamed\(large\)'"):
+        open_store(embeddings=Renamed(size=16, model_name="large"))
+    with pytest.raises(FactStoreError, match="'DeterministicFakeEmbedding'"):
+        open_store(embeddings=DeterministicFakeEmbedding(size=16))
+    assert open_store(embeddings=Renamed(size=16, model_name="large"), embedder="Renamed(small)").count() == 0
+
+
+def test_a_bad_collection_name_is_refused(open_store: Open) -> None:
+    with pytest.raises(FactStoreError, match="collection 'no spaces'"):
+        open_store(collection="no spaces")
+
+
+def test_a_damaged_database_is_refused(tmp_path: Path, open_store: Open) -> None:
+    (tmp_path / "facts").mkdir()
+    (tmp_path / "facts" / "chroma.sqlite3").write_bytes(b"no database" * 1000)
+    with pytest.raises(FactStoreError, match="cannot open the database"):
+        open_store()
+
+
+def test_a_path_that_is_no_directory_is_refused(tmp_path: Path, open_store: Open) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(FactStoreError, match="directory"):
+        open_store(path=tmp_path / "file")
+
+
+def test_a_missing_chromadb_names_the_extra(open_store: Open, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "chromadb", None)
+    with pytest.raises(MissingExtraError, match=r"agentmem-delta\[chroma\]"):
+        open_store()
+    assert not (tmp_path / "facts").exists()

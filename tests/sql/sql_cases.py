@@ -1,0 +1,54 @@
+"""Shared by the SQL tests: checkpoints made by hand, and child processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.base import Checkpoint, empty_checkpoint
+
+TABLES = ("threads", "blobs", "checkpoints", "channels", "writes")
+
+
+def config(thread: str = "t", ns: str = "", checkpoint_id: str | None = None) -> RunnableConfig:
+    found: RunnableConfig = {"configurable": {"thread_id": thread, "checkpoint_ns": ns}}
+    if checkpoint_id is not None:
+        found["configurable"]["checkpoint_id"] = checkpoint_id
+    return found
+
+
+def checkpoint(values: dict[str, Any] | None = None, version: str | int | float = 1) -> Checkpoint:
+    made = empty_checkpoint()
+    made["channel_values"] = dict(values or {})
+    made["channel_versions"] = dict.fromkeys(made["channel_values"], version)
+    return made
+
+
+def put(saver: Any, to: RunnableConfig, values: dict[str, Any] | None = None, **metadata: Any) -> RunnableConfig:
+    """Store a checkpoint with all its values; gives its config."""
+    version = saver.get_next_version(None, None)
+    made = checkpoint(values, version)
+    return saver.put(to, made, {"source": "loop", "step": 0, **metadata}, made["channel_versions"])
+
+
+def memory(fill: int, size: int = 9216) -> dict[str, Any]:
+    """The shape of a memory state as graphs carry it: a plain dict around bytes."""
+    return {"v": 1, "dtype": "float32", "shape": [36, 1, 8, 8], "matrices": bytes([fill % 256]) * size}
+
+
+def start_child(*arguments: str, code: str | None = None, **environment: str) -> subprocess.Popen[str]:
+    """Start Python on ``code``, or on sql_child.py, with this process's import path."""
+    command = [sys.executable, *(("-c", code) if code else (str(Path(__file__).with_name("sql_child.py")),))]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen([*command, *arguments], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(child: subprocess.Popen[str]) -> str:
+    """What the child printed; fails with its error output where it failed."""
+    out, err = child.communicate(timeout=120)
+    assert child.returncode == 0, err
+    return out.strip()

@@ -1,0 +1,167 @@
+"""Threads, tasks, loops and processes on one database."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from sql_cases import checkpoint, config, finish, put, start_child
+from sql_graphs import chat_graph, say
+from sqlalchemy import Engine, event
+
+from agentmem.errors import StorageError
+from agentmem_sql import SQLAlchemySaver
+
+Sql = Callable[..., list[Any]]
+
+DANGLING = """
+    SELECT count(*) FROM (SELECT thread, digest FROM agentmem_channels WHERE digest IS NOT NULL
+                          UNION SELECT thread, digest FROM agentmem_writes)
+    WHERE (thread, digest) NOT IN (SELECT thread, digest FROM agentmem_blobs)
+"""
+
+
+def test_eight_threads_with_a_thread_id_each(saver: SQLAlchemySaver, sql: Sql) -> None:
+    graph = chat_graph(saver)
+
+    def talk(number: int) -> str:
+        for _ in range(3):
+            state = graph.invoke(say(f"I am {number}"), config(f"thread {number}"))
+        assert {m.content for m in state["messages"] if m.type == "human"} == {f"I am {number}"}
+        return str(state["messages"][-1].content)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(talk, range(8))) == ["answer 3"] * 8
+    assert sql(DANGLING) == [(0,)]
+
+
+def test_eight_threads_on_one_thread_id_and_a_deleter(saver: SQLAlchemySaver, sql: Sql) -> None:
+    """Writers, readers and a deletion of the same thread: what is read is whole, what is left is whole."""
+
+    def work(number: int) -> None:
+        for step in range(8):
+            at = put(saver, config(), {"shared": b"same" * 2000, "own": [number, step]}, writer=number)
+            saver.put_writes(at, [("shared", b"same" * 2000), ("own", step)], f"task {number}")
+            if number == 0 and step == 4:
+                saver.delete_thread("t")
+            found = saver.get_tuple(config())
+            assert found is None or found.checkpoint["channel_values"]["shared"] == b"same" * 2000
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert sql(DANGLING) == [(0,)]
+    assert sql("SELECT count(*) FROM agentmem_threads") == [(1,)]
+    assert sql("SELECT count(*) FROM agentmem_blobs WHERE length(body) > 8000") == [(1,)]
+
+
+def test_processes_that_start_together_on_a_new_database(url: str, saver: SQLAlchemySaver, sql: Sql) -> None:
+    """They make the tables, and write threads of their own and one that all of them write."""
+    children = [start_child("write", url, own, "20") for own in ("a", "b")]
+    put(saver, config("c"), {"shared": b"same" * 500}, writer="c")
+    assert [finish(child) for child in children] == ["done"] * 2
+    found = Counter((one.config["configurable"]["thread_id"], one.metadata["writer"]) for one in saver.list(None))  # type: ignore[typeddict-item]
+    assert found == {("a", "a"): 20, ("b", "b"): 20, ("everybody's", "a"): 20, ("everybody's", "b"): 20, ("c", "c"): 1}
+    assert sql("SELECT version FROM agentmem_schema_versions") == [(1,)]
+    assert sql("SELECT count(*) FROM agentmem_blobs WHERE length(body) > 1000") == [(4,)]
+    assert sql(DANGLING) == [(0,)]
+
+
+async def test_many_tasks_at_once(url: str, sql: Sql) -> None:
+    async with SQLAlchemySaver.from_url(url) as saver:
+
+        async def talk(number: int) -> None:
+            for step in range(4):
+                made = checkpoint({"x": [number, step]}, saver.get_next_version(None, None))
+                at = await saver.aput(config(f"{number}"), made, {}, made["channel_versions"])
+                await saver.aput_writes(at, [("x", step)], "task")
+                found = await saver.aget_tuple(config(f"{number}"))
+                assert found is not None
+                assert found.checkpoint["channel_values"]["x"] == [number, step]
+
+        await asyncio.gather(*(talk(number) for number in range(20)))
+        assert len([one async for one in saver.alist(None)]) == 80
+    assert sql(DANGLING) == [(0,)]
+
+
+@pytest.mark.parametrize("url_of", ["sqlite:///{path}", "sqlite:///:memory:"])
+def test_one_saver_in_several_loops_and_threads(url_of: str, path: Any) -> None:
+    with SQLAlchemySaver.from_url(url_of.format(path=path)) as saver:
+
+        async def talk(number: int) -> None:
+            for step in range(5):
+                made = checkpoint({"x": step})
+                await asyncio.gather(*(saver.aput(config(f"{number}.{n}"), made, {}, {"x": 1}) for n in range(3)))
+
+        for number in range(3):
+            asyncio.run(talk(number))
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda number: asyncio.run(talk(number)), range(3, 7)))
+        assert len(list(saver.list(None))) == 7 * 3 * 5
+
+
+async def test_synchronous_calls_work_in_a_running_loop(saver: SQLAlchemySaver) -> None:
+    graph = chat_graph(saver)
+    assert graph.invoke(say("hello"), config())["messages"][-1].content == "answer 1"
+    assert (await graph.ainvoke(say("hello"), config()))["messages"][-1].content == "answer 2"
+
+
+@pytest.mark.parametrize("url_of", ["sqlite:///{path}", "sqlite:///:memory:"])
+async def test_a_call_that_would_wait_for_its_own_loop_is_refused(url_of: str, path: Any) -> None:
+    async with SQLAlchemySaver.from_url(url_of.format(path=path)) as saver:
+        await saver.asetup()
+        blocking = saver if "memory" in url_of else SQLAlchemySaver.from_url(url_of.format(path=path))
+        made = checkpoint({"x": 1})
+        busy = asyncio.create_task(saver.aput(config("a"), made, {}, made["channel_versions"]))
+        refused = 0
+        while not busy.done():
+            try:
+                blocking.put(config("b"), made, {}, made["channel_versions"])
+            except StorageError as error:
+                assert "aput" in str(error)  # noqa: PT017  (how often it is refused depends on the driver's thread)
+                refused += 1
+            await asyncio.sleep(0)
+        await busy
+        assert refused > 0
+        blocking.put(config("b"), made, {}, made["channel_versions"])
+        assert {one.config["configurable"]["thread_id"] async for one in saver.alist(None)} == {"a", "b"}
+        blocking.close()
+
+
+async def test_cancelled_tasks_store_all_or_nothing_and_block_nobody(url: str, sql: Sql) -> None:
+    """A put is cancelled at each of its statements in turn, and so is one that waits behind it."""
+    made = checkpoint({"x": b"x" * 20_000})
+    statements = 0
+
+    def cancel(*_: object) -> None:
+        nonlocal statements
+        statements += 1
+        if statements == at_statement:
+            busy.cancel()
+            waiting.cancel()
+
+    async with SQLAlchemySaver.from_url(url) as saver:
+        await saver.asetup()
+
+        def put_task(name: str) -> asyncio.Task[Any]:
+            return asyncio.create_task(saver.aput(config(name), made, {}, made["channel_versions"]))
+
+        event.listen(Engine, "before_cursor_execute", cancel)
+        try:
+            for at_statement in range(1, 9):
+                statements = 0
+                busy, waiting = put_task(f"busy {at_statement}"), put_task(f"waiting {at_statement}")
+                behind = put_task(f"behind {at_statement}")
+                # The results are kept until the next put is through: an exception may hold a driver's cursor.
+                results = await asyncio.gather(busy, waiting, behind, return_exceptions=True)
+                assert [type(result) for result in results] == [asyncio.CancelledError] * 2 + [dict]
+        finally:
+            event.remove(Engine, "before_cursor_execute", cancel)
+        async for found in saver.alist(None):
+            assert found.checkpoint["channel_values"] == {"x": b"x" * 20_000}
+    assert sql(DANGLING) == [(0,)]
+    assert sql("SELECT count(*) FROM agentmem_threads") == sql("SELECT count(*) FROM agentmem_checkpoints")
+    assert sql("SELECT count(*) FROM agentmem_threads WHERE instr(name, 'waiting')") == [(0,)]

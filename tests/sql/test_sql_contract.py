@@ -1,0 +1,241 @@
+"""What LangGraph asks of a checkpointer and its suite does not test."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import pytest
+from langchain_core.messages import HumanMessage
+from langgraph.checkpoint.base import writes_sort_key
+from langgraph.checkpoint.serde.types import ERROR, INTERRUPT, RESUME
+from sql_cases import checkpoint, config, memory, put
+
+from agentmem.errors import StorageError
+from agentmem_sql import SQLAlchemySaver
+
+ODD = [
+    "",
+    "a\0b",
+    "\0",
+    "😀𠀋",
+    "\ud800",
+    "a'; DROP TABLE agentmem_blobs; --",
+    '"',
+    "a",
+    "A",
+    "á",
+    "a ",
+    "%_",
+]
+
+
+def test_pending_writes_come_in_the_order_in_which_a_run_applies_them(saver: SQLAlchemySaver) -> None:
+    at = put(saver, config())
+    tasks = [(f"~__pregel_pull, {name}", f"task-{hash_}") for name, hash_ in (("b", 1), ("a", 9), ("c", 0), ("a", 3))]
+    for path, task in tasks:
+        saver.put_writes(at, [("x", f"{path}{task}0"), ("y", f"{path}{task}1")], task, path)
+    saver.put_writes(at, [("x", "input")], "task-zz")
+    expected = [(task, channel, f"{path}{task}{index}") for path, task in tasks for index, channel in enumerate("xy")]
+    expected.sort(key=lambda write: writes_sort_key(write[2].split("task")[0], write[0], int(write[2][-1])))
+
+    found = saver.get_tuple(at)
+
+    assert found is not None
+    assert found.pending_writes == [("task-zz", "x", "input"), *expected]
+
+
+def test_ordinary_writes_are_kept_and_special_ones_replaced(saver: SQLAlchemySaver) -> None:
+    at = put(saver, config())
+    saver.put_writes(at, [("x", 1), ("x", 2)], "task")
+    saver.put_writes(at, [("x", 3), ("x", 4)], "task")
+    saver.put_writes(at, [(INTERRUPT, "first"), (RESUME, "r")], "task")
+    saver.put_writes(at, [(INTERRUPT, "second")], "task")
+    saver.put_writes(at, [("x", 5), (INTERRUPT, "third")], "task")  # not all special: nothing is replaced
+
+    found = saver.get_tuple(at)
+
+    assert found is not None
+    assert found.pending_writes is not None
+    assert {(channel, value) for _, channel, value in found.pending_writes} == {
+        ("x", 1),
+        ("x", 2),
+        (INTERRUPT, "second"),
+        (RESUME, "r"),
+    }
+
+
+def test_writes_may_arrive_before_their_checkpoint(saver: SQLAlchemySaver) -> None:
+    made = checkpoint({"x": 1})
+    saver.put_writes(config(checkpoint_id=made["id"]), [(ERROR, "boom")], "task")
+    assert saver.get_tuple(config()) is None
+    saver.put(config(), made, {}, made["channel_versions"])
+    found = saver.get_tuple(config())
+    assert found is not None
+    assert found.pending_writes == [("task", ERROR, "boom")]
+
+
+def test_metadata_filter_is_exact_and_counts_before_the_limit(saver: SQLAlchemySaver) -> None:
+    values: list[Any] = [
+        1,
+        True,
+        "1",
+        1.5,
+        None,
+        2**60,
+        "it's",
+        '"',
+        "x",
+        {"a": 1},
+        {"a": 1, "b": 2},
+        [1, 2],
+        [1],
+    ]
+    for value in values:
+        put(saver, config(), k=value)
+    put(saver, config())
+
+    for value in values:
+        found = [one.metadata.get("k") for one in saver.list(config(), filter={"k": value}, limit=1)]
+        assert [(type(one), one) for one in found] == [(type(value), value)]
+    assert list(saver.list(config(), filter={"missing": None})) == []
+    assert [one.metadata["k"] for one in saver.list(config(), filter={"k": (1, 2)})] == [[1, 2]]
+
+
+@pytest.mark.parametrize("key", ["it's", 'a"b', "a.b", "", "$", "k') OR 1=1 --", "ключ", "a\0b"])
+def test_filter_keys_are_data(saver: SQLAlchemySaver, key: str) -> None:
+    put(saver, config(), **{key: "other"})
+    wanted = put(saver, config(), **{key: "yes"})
+    assert [one.config for one in saver.list(None, filter={key: "yes"})] == [wanted]
+
+
+def test_listing_pages_through_every_thread_newest_first(saver: SQLAlchemySaver) -> None:
+    stored = [put(saver, config(f"thread {n % 3}", ns=("", "sub:1")[n % 2]), {"n": n}) for n in range(75)]
+
+    found = list(saver.list(None))
+    assert [one.config for one in found] == stored[::-1]
+    assert [one.checkpoint["channel_values"]["n"] for one in found] == list(range(75))[::-1]
+    assert [one.config for one in saver.list({"configurable": {"thread_id": "thread 1"}})] == stored[1::3][::-1]
+    assert [one.config for one in saver.list(config("thread 1", "sub:1"))] == stored[1::6][::-1]
+    assert [one.config for one in saver.list(None, before=stored[70], limit=40)] == stored[30:70][::-1]
+    assert [one.config for one in saver.list(stored[5])] == [stored[5]]
+    assert list(saver.list(None, limit=0)) == []
+
+
+def test_a_thread_may_be_deleted_while_it_is_listed(saver: SQLAlchemySaver) -> None:
+    for number in range(70):
+        put(saver, config(), {"n": number})
+    listing = saver.list(config())
+    assert next(listing).checkpoint["channel_values"] == {"n": 69}
+    saver.delete_thread("t")
+    assert len(list(listing)) == 31  # the rest of the page that was read
+
+
+def test_equal_ids_in_several_threads_are_all_listed(saver: SQLAlchemySaver) -> None:
+    made = checkpoint({"x": 1})
+    for number in range(40):
+        saver.put(config(f"thread {number}"), made, {}, made["channel_versions"])
+    assert len({one.config["configurable"]["thread_id"] for one in saver.list(None)}) == 40
+
+
+def test_put_replaces_a_checkpoint_of_the_same_id(saver: SQLAlchemySaver) -> None:
+    made = checkpoint({"x": 1}, version="1")
+    saver.put(config(), made, {"step": 1}, made["channel_versions"])
+    again = {**made, "channel_values": {"x": 2}, "channel_versions": {"x": "2"}}
+    saver.put(config(checkpoint_id="parent"), again, {"step": 2}, {"x": "2"})
+    (found,) = saver.list(config())
+    assert found.checkpoint["channel_values"] == {"x": 2}
+    assert found.metadata["step"] == 2
+    assert found.parent_config == config(checkpoint_id="parent")
+
+
+def test_checkpoint_comes_back_as_it_was(saver: SQLAlchemySaver) -> None:
+    made = checkpoint({"none": None, "bytes": b"\0\xff", "memory": memory(3), "messages": [HumanMessage("hi", id="1")]})
+    made |= {"v": 1, "versions_seen": {"node": {"none": 1}}, "updated_channels": ["none"]}
+    at = saver.put(config(), made, {}, made["channel_versions"])
+    found = saver.get_tuple(at)
+    assert found is not None
+    assert found.checkpoint == made
+
+
+def test_values_are_those_of_the_named_versions(saver: SQLAlchemySaver) -> None:
+    """Unchanged channels come from earlier puts, emptied ones are absent; 1, 1.0 and "1" stay apart."""
+    made = checkpoint({"a": "int", "b": "kept", "gone": 1}, version=1)
+    saver.put(config(), made, {}, made["channel_versions"])
+    for version in ("1", 1.0):
+        other = checkpoint({"a": f"{version!r}"}, version)
+        saver.put(config("t", "other"), other, {}, other["channel_versions"])
+        saver.put(config(), other, {}, {"a": version})
+    last = checkpoint({"a": "new", "b": "kept"})
+    last["channel_versions"] = {"a": 2, "b": 1, "gone": 2}
+    saver.put(config(), last, {}, {"a": 2, "gone": 2})
+    first, newest = saver.get_tuple(config(checkpoint_id=made["id"])), saver.get_tuple(config())
+    assert first is not None
+    assert newest is not None
+    assert first.checkpoint["channel_values"] == {"a": "int", "b": "kept", "gone": 1}
+    assert newest.checkpoint["channel_values"] == {"a": "new", "b": "kept"}
+
+
+def test_versions_grow_as_text_and_never_repeat(saver: SQLAlchemySaver) -> None:
+    versions = [saver.get_next_version(None, None)]
+    for _ in range(1000):
+        versions.append(saver.get_next_version(versions[-1], None))
+    assert versions == sorted(versions)
+    random.seed(1)
+    left = saver.get_next_version(versions[-1], None)
+    random.seed(1)
+    assert saver.get_next_version(versions[-1], None) != left
+    assert saver.get_next_version(41, None).startswith(f"{42:032}.")  # a thread that came from integer versions
+
+
+@pytest.mark.parametrize("length", [1, 1000])
+def test_odd_and_long_names_survive_and_stay_apart(saver: SQLAlchemySaver, length: int) -> None:
+    names = [name * length for name in ODD if name or length == 1] + ["你" * length, "a" * 128, "a" * 129]
+    stored = {}
+    for name in names:
+        values = {f"channel {name!r}": name.encode("utf-8", "surrogatepass"), "text": "x\0y😀"}
+        at = put(saver, config(name, ns=name), values)
+        saver.put_writes(at, [(name, "value")], "task", name)
+        stored[name] = (at, values)
+    for name, (at, values) in stored.items():
+        found = saver.get_tuple(config(name, ns=name))
+        assert found is not None
+        assert found.config == at
+        assert found.checkpoint["channel_values"] == values
+        assert found.pending_writes == [("task", name, "value")]
+        assert [one.config for one in saver.list({"configurable": {"thread_id": name}})] == [at]
+    assert len(list(saver.list(None))) == len(names)
+
+
+def test_ids_too_long_to_sort_by_are_refused(saver: SQLAlchemySaver) -> None:
+    made = {**checkpoint(), "id": "x" * 129}
+    with pytest.raises(StorageError, match="at most 128 bytes, found 129"):
+        saver.put(config(), made, {}, {})
+
+
+def test_a_config_must_name_its_thread_and_writes_their_checkpoint(saver: SQLAlchemySaver) -> None:
+    with pytest.raises(StorageError, match="thread_id"):
+        saver.get_tuple({"configurable": {}})
+    with pytest.raises(StorageError, match="checkpoint id"):
+        saver.put_writes(config(), [("x", 1)], "task")
+
+
+def test_tuples_share_no_value(saver: SQLAlchemySaver) -> None:
+    at = put(saver, config(), {"x": [1], "y": [1]})
+    saver.put_writes(at, [("x", [1])], "task")
+    found = saver.get_tuple(at)
+    assert found is not None
+    found.checkpoint["channel_values"]["x"].append(2)
+    assert found.checkpoint["channel_values"]["y"] == [1]
+    assert found.pending_writes == [("task", "x", [1])]
+
+
+def test_clones_share_the_database(saver: SQLAlchemySaver) -> None:
+    clone = copy.copy(saver)
+    at = put(clone, config(), {"x": 1})
+    found = saver.get_tuple(at)
+    assert found is not None
+    clone.close()
+    with pytest.raises(StorageError, match="closed"):
+        saver.get_tuple(at)

@@ -1,0 +1,137 @@
+"""Real LangGraph graphs on the saver: every durability, restart, fork, interrupt, subgraph."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+import pytest
+from langgraph.graph import END, START, StateGraph
+from langgraph.types import Command, interrupt
+from sql_cases import config, finish, memory, start_child
+from sql_graphs import chat_graph, say
+
+from agentmem_sql import SQLAlchemySaver
+
+
+@pytest.mark.parametrize("durability", ["sync", "async", "exit"])
+def test_graph_keeps_its_thread(saver: SQLAlchemySaver, durability: Any) -> None:
+    graph = chat_graph(saver)
+    for number in (1, 2, 3):
+        state = graph.invoke(say(f"turn {number}"), config(), durability=durability)
+        assert state["messages"][-1].content == f"answer {number}"
+    assert graph.get_state(config()).values["memory"] == memory(3)
+    assert len(list(saver.list(config()))) == (3 if durability == "exit" else 9)
+
+
+@pytest.mark.parametrize("durability", ["sync", "async", "exit"])
+async def test_graph_keeps_its_thread_in_asyncio(url: str, durability: Any) -> None:
+    async with SQLAlchemySaver.from_url(url) as saver:
+        graph = chat_graph(saver)
+        for number in (1, 2, 3):
+            state = await graph.ainvoke(say(f"turn {number}"), config(), durability=durability)
+            assert state["messages"][-1].content == f"answer {number}"
+        assert (await graph.aget_state(config())).values["memory"] == memory(3)
+        history = [one async for one in graph.aget_state_history(config())]
+        assert len(history) == (3 if durability == "exit" else 9)
+
+
+def test_a_new_process_goes_on_with_the_thread(saver: SQLAlchemySaver, url: str) -> None:
+    graph = chat_graph(saver)
+    graph.invoke(say("one"), config())
+    assert finish(start_child("turn", url, "t")) == "answer 2 2"
+    assert graph.invoke(say("three"), config())["messages"][-1].content == "answer 3"
+
+
+def test_time_travel_and_fork(saver: SQLAlchemySaver) -> None:
+    graph = chat_graph(saver)
+    for number in (1, 2, 3):
+        graph.invoke(say(f"turn {number}"), config())
+    ends = [one for one in graph.get_state_history(config()) if not one.next][::-1]
+    assert [one.values["memory"] for one in ends] == [memory(1), memory(2), memory(3)]
+
+    left = graph.invoke(say("left"), ends[0].config)
+    edited = graph.update_state(ends[0].config, {"memory": memory(99)})
+    right = graph.invoke(say("right"), edited)
+
+    assert [m.content for m in left["messages"]] == ["turn 1", "answer 1", "left", "answer 2"]
+    assert [m.content for m in right["messages"]] == ["turn 1", "answer 1", "right", "answer 2"]
+    assert graph.get_state(edited).values["memory"] == memory(99)
+    assert graph.get_state(ends[2].config).values["memory"] == memory(3)
+    parent = graph.get_state(edited).parent_config
+    assert parent["configurable"]["checkpoint_id"] == ends[0].config["configurable"]["checkpoint_id"]
+
+
+class Asked(TypedDict):
+    answers: list[str]
+
+
+def asking_graph(saver: SQLAlchemySaver) -> Any:
+    def ask(state: Asked) -> dict[str, Any]:
+        return {"answers": [interrupt("first?"), interrupt("second?")]}
+
+    inner = StateGraph(Asked)
+    inner.add_node("ask", ask)
+    inner.add_edge(START, "ask")
+    inner.add_edge("ask", END)
+    outer = StateGraph(Asked)
+    outer.add_node("sub", inner.compile())
+    outer.add_edge(START, "sub")
+    outer.add_edge("sub", END)
+    return outer.compile(checkpointer=saver)
+
+
+def test_interrupts_in_a_subgraph_resume(saver: SQLAlchemySaver, url: str) -> None:
+    first = asking_graph(saver).invoke({"answers": []}, config())
+    assert first["__interrupt__"][0].value == "first?"
+    with SQLAlchemySaver.from_url(url) as other:
+        graph = asking_graph(other)
+        assert graph.invoke(Command(resume="a"), config())["__interrupt__"][0].value == "second?"
+        assert graph.invoke(Command(resume="b"), config()) == {"answers": ["a", "b"]}
+        namespaces = {
+            one.config["configurable"]["checkpoint_ns"] for one in other.list({"configurable": {"thread_id": "t"}})
+        }
+        assert len(namespaces) == 2
+
+
+STRICT = """
+import sys
+from dataclasses import dataclass
+from typing import Any, TypedDict
+from agentmem_sql import SQLAlchemySaver
+from langgraph.graph import END, START, StateGraph
+
+@dataclass(frozen=True)
+class Note:
+    text: str
+    raw: bytes
+
+class State(TypedDict):
+    note: Note
+    memory: dict[str, Any]
+
+def node(state):
+    return {"note": Note(state["note"].text + "!", b"\\0\\xff"), "memory": {"v": 1, "matrices": b"\\1" * 9}}
+
+def graph(saver):
+    builder = StateGraph(State)
+    builder.add_node("node", node)
+    builder.add_edge(START, "node")
+    builder.add_edge("node", END)
+    return builder.compile(checkpointer=saver)
+
+at = {"configurable": {"thread_id": "t"}}
+with SQLAlchemySaver.from_url(sys.argv[1]) as saver:
+    compiled = graph(saver)
+    assert compiled.checkpointer is not saver, "strict mode compiles with a clone"
+    compiled.invoke({"note": Note("a", b""), "memory": {}}, at)
+with SQLAlchemySaver.from_url(sys.argv[1]) as saver:
+    values = graph(saver).get_state(at).values
+    assert values == {"note": Note("a!", b"\\0\\xff"), "memory": {"v": 1, "matrices": b"\\1" * 9}}, values
+    blocked = saver.get_tuple(at).checkpoint["channel_values"]["note"]
+    assert not isinstance(blocked, Note), "the saver itself has no allowlist"
+print("ok", "torch" in sys.modules)
+"""
+
+
+def test_strict_msgpack_through_the_clone_that_compile_makes(url: str) -> None:
+    assert finish(start_child(url, code=STRICT, LANGGRAPH_STRICT_MSGPACK="true")) == "ok False"

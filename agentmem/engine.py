@@ -24,7 +24,7 @@ from agentmem.state import MemoryState
 from agentmem.steered import SteeredModel
 from agentmem.turn import Emit, Remembered, Turn, run_remember, run_turn
 from agentmem.window import Window
-from agentmem.worker import Worker
+from agentmem.worker import Steps, Worker
 
 T = TypeVar("T")
 
@@ -93,7 +93,7 @@ class Engine:
         """The memory of a session that has consumed nothing.
 
         Raises:
-            StateMismatchError: the engine has no memory.
+            MissingAdapterError: the engine has no memory.
         """
         return self._runtime.zero_state()
 
@@ -183,7 +183,8 @@ class Engine:
         """Write messages into the memory without a reply.
 
         Raises:
-            StateMismatchError: the engine has no memory, or the state is another's.
+            MissingAdapterError: the engine has no memory.
+            StateMismatchError: the state is another model's or adapter's.
         """
         return _wait(self._worker.submit(lambda: run_remember(self._runtime, messages, state, on_edit)))
 
@@ -195,7 +196,7 @@ class Engine:
 
     def count_tokens(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> int:
         """Tokens of these messages as the chat template renders them."""
-        return len(self._runtime.transcript.render(list(messages), tools=tools).input_ids)
+        return _wait(self._worker.submit(lambda: self._count(messages, tools)))
 
     def forget_prefills(self) -> None:
         """Empty the cache of prefills. Changes no result, only speed."""
@@ -216,9 +217,14 @@ class Engine:
     def _submit(self, request: Request, state: MemoryState | None, emit: Emit) -> Future[Turn]:
         return self._worker.submit(lambda: run_turn(self._runtime, request, state, emit))
 
-    def _clear(self) -> Any:
+    def _clear(self) -> Steps[None]:
         self._runtime.prefix.clear()
         yield
+
+    def _count(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Steps[int]:
+        # On the worker, since tokenizers are not made for several threads.
+        yield
+        return len(self._runtime.transcript.render(list(messages), tools=tools).input_ids)
 
 
 class TurnStream:

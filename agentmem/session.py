@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agentmem.errors import StateMismatchError
+from agentmem.errors import MissingAdapterError
 from agentmem.fingerprint import model_fingerprint
 from agentmem.passes import Pending
 from agentmem.prefix import PrefixCache, crop
@@ -58,7 +58,7 @@ class Runtime:
     def zero_state(self) -> MemoryState:
         """The memory of a session that has consumed nothing."""
         if self.steered is None:
-            raise StateMismatchError("this engine has no adapter and so no memory; load one with adapter=")
+            raise MissingAdapterError("this engine has no adapter and so no memory; load one with adapter=")
         return MemoryState.zeros(self.steered.state_shape, self.model_fingerprint, self.adapter_fingerprint)
 
     def to_tensor(self, state: MemoryState) -> Tensor:
@@ -67,7 +67,8 @@ class Runtime:
         Raises:
             StateMismatchError: another model's or adapter's state.
         """
-        assert self.steered is not None
+        if self.steered is None:
+            raise MissingAdapterError("this engine has no adapter and takes no state; load one with adapter=")
         state.require(self.model_fingerprint, self.adapter_fingerprint, self.steered.state_shape)
         return torch.tensor(state.matrices).unsqueeze(0).to(self.device)
 

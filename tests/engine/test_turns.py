@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from agentmem import Engine, MemoryState, Message, Sampling, Window
-from agentmem.errors import HistoryEditedError, StateMismatchError, WindowError
+from agentmem.errors import HistoryEditedError, MissingAdapterError, StateMismatchError, WindowError
 from agentmem.sentences import sentence_numbers
 from agentmem.transcript import Transcript
 
@@ -232,8 +232,10 @@ def test_no_memory_is_the_bare_model(make_engine: Any) -> None:
     assert without.state is state
     assert expected.state is None
     assert steered.turn(messages, state, sampling=sampling).token_ids != expected.token_ids
-    with pytest.raises(StateMismatchError, match="no adapter"):
+    with pytest.raises(MissingAdapterError, match="adapter="):
         bare.zero_state()
+    with pytest.raises(MissingAdapterError, match="adapter="):
+        bare.remember(messages, state)
 
 
 def test_seeds_and_filters(make_engine: Any) -> None:

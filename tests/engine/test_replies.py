@@ -1,0 +1,119 @@
+"""Text and tool calls out of tokens, wherever tokens break."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from agentmem.decoding import Decoder, StopFinder
+from agentmem.replies import ReplyParser, Tags
+
+CALL = '<tool_call>\n{"name": "run", "arguments": {"cmd": "pytest -q", "n": 3}}\n</tool_call>'
+
+
+def parse(tokenizer: Any, text: str, start: Any = "text") -> Any:
+    parser, decoder = ReplyParser(Tags.of(tokenizer), start), Decoder(tokenizer)
+    deltas = []
+    for token in tokenizer.encode(text, add_special_tokens=False):
+        deltas += parser.push(token, decoder.push(token))
+    deltas += parser.finish()
+    return parser.parsed(b"seed"), deltas
+
+
+class TextTagged:
+    """The same tokenizer, but tool-call delimiters are ordinary text to it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def get_vocab(self) -> dict[str, int]:
+        return {k: v for k, v in self._tokenizer.get_vocab().items() if not k.startswith(("<tool", "</tool"))}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
+@pytest.fixture(params=["by token", "by text"])
+def tagged(request: pytest.FixtureRequest, tokenizer: Any) -> Any:
+    return tokenizer if request.param == "by token" else TextTagged(tokenizer)
+
+
+def test_text_and_calls_come_apart(tagged: Any) -> None:
+    reply, deltas = parse(tagged, f"I will.\n{CALL}\n{CALL}")
+    assert reply.content == "I will."
+    assert [(c.name, c.arguments) for c in reply.tool_calls] == [("run", {"cmd": "pytest -q", "n": 3})] * 2
+    assert reply.tool_calls[0].id != reply.tool_calls[1].id
+    assert all(c.id.startswith("call_") for c in reply.tool_calls)
+    assert "".join(d.text for d in deltas if d.kind == "text").strip() == "I will."
+    assert "pytest" in "".join(d.text for d in deltas if d.kind == "tool_call")
+
+
+def test_call_ids_follow_from_the_seed_alone(tokenizer: Any) -> None:
+    assert parse(tokenizer, CALL)[0] == parse(tokenizer, CALL)[0]
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [("{", "JSON"), ("[1]", "name"), ('{"name": 3}', "name"), ('{"name": "f", "arguments": [1]}', "arguments")],
+)
+def test_unreadable_calls_are_kept_as_invalid(tagged: Any, body: str, error: str) -> None:
+    reply, _ = parse(tagged, f"Well. <tool_call>{body}</tool_call>")
+    assert reply.tool_calls == ()
+    assert reply.invalid_tool_calls[0].text == body
+    assert error in reply.invalid_tool_calls[0].error
+
+
+def test_an_unfinished_call_is_invalid_not_lost(tagged: Any) -> None:
+    reply, _ = parse(tagged, '<tool_call>\n{"name": "run", "argum')
+    assert '"argum' in reply.invalid_tool_calls[0].text
+
+
+def test_reasoning_is_its_own(tokenizer: Any) -> None:
+    reply, _ = parse(tokenizer, "<think>\nhm\n</think>\n\nYes.")
+    assert (reply.reasoning, reply.content) == ("hm", "Yes.")
+    opened, _ = parse(tokenizer, "hm\n</think>\n\nYes.", "reasoning")
+    assert (opened.reasoning, opened.content) == ("hm", "Yes.")
+
+
+def test_plain_text_is_untouched(tagged: Any) -> None:
+    text = "  a < b, <tool_ is no tag </think> nor that \n"
+    assert parse(tagged, text)[0].content == text
+
+
+@pytest.mark.parametrize("text", ["héllo — 你好 😀 fin", "plain", "ends in 😀"])
+def test_a_decoder_gives_whole_characters(tokenizer: Any, text: str) -> None:
+    decoder = Decoder(tokenizer)
+    pieces = [decoder.push(token) for token in tokenizer.encode(text, add_special_tokens=False)]
+    assert "".join(pieces) == decoder.text == text
+    assert "\ufffd" not in decoder.text
+    assert decoder.whole(len(text)) == len(decoder.ids)
+
+
+def test_half_a_character_is_not_kept(tokenizer: Any) -> None:
+    ids = tokenizer.encode("ok 😀", add_special_tokens=False)[:-1]
+    decoder = Decoder(tokenizer)
+    for token in ids:
+        decoder.push(token)
+    assert decoder.text == "ok "
+    assert tokenizer.decode(ids[: decoder.whole(len(decoder.text))]) == "ok "
+
+
+def test_bytes_that_never_make_a_character_are_shown_in_the_end(tokenizer: Any) -> None:
+    byte = tokenizer.encode("é", add_special_tokens=False)[0]
+    decoder = Decoder(tokenizer)
+    for _ in range(30):
+        decoder.push(byte)
+    assert "\ufffd" in decoder.text
+
+
+def test_stops_are_found_across_pieces_and_held_back_until_then() -> None:
+    finder = StopFinder(("STOP", "\n\n"))
+    text = ""
+    for piece in ("abc S", "TO"):
+        text += piece
+        assert finder.find(text) is None
+    assert text[: finder.safe(text)] == "abc "
+    assert finder.safe("abc STx") == 7
+    assert finder.find(text + "P and more\n\n") == 4
+    assert StopFinder(()).safe("abc") == 3

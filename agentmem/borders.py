@@ -26,12 +26,11 @@ from agentmem.messages import Message, ToolCall
 
 NOBODY = -1
 
-# Marks: eight characters a message, from plane 16, or from plane 15 where texts use 16 themselves. The
-# first of a text and of a name, the last of each, and one after every reasoning tag, since templates drop
-# what stands before.
-_PLANES = {base: re.compile(f"[{chr(base)}-{chr(base + 0xFFFF)}]") for base in (0x100000, 0xF0000)}
-_STEP = 8
-_MOST = 0x10000 // _STEP
+# Marks: four private-use characters for each message, where texts use none. One begins a text and one ends
+# it, one stands around a call's name, and one after every reasoning tag, since templates drop what stands
+# before it.
+_PRIVATE_USE = re.compile("[\U000f0000-\U0010ffff]")
+_STEP = 4
 _BEGIN, _RESUME, _END, _NAME = range(4)
 
 _LEAD = re.compile(r"<[^<>/\s][^<>\s]*>\s*")  # left outside the marks: templates compare how a text starts and ends
@@ -115,10 +114,10 @@ class Borders:
         self, messages: Sequence[Message], tools: Tools | None, add_generation_prompt: bool, text: Text
     ) -> list[_Places] | None:
         """Where each message's strings stand in `text`; None if the marks cannot be believed."""
-        base = next((base for base, marks in _PLANES.items() if not marks.search(text.text)), None)
-        if len(messages) > _MOST or base is None:
+        base = _free_block(text.text, len(messages) * _STEP)
+        if base is None:
             return None
-        for style in (_mark_around, _mark_behind):
+        for style in (_mark_around, _mark_behind, _mark_after):
             places = self._read_marks(messages, tools, add_generation_prompt, text, base, style)
             if places is not None:
                 return places
@@ -133,7 +132,7 @@ class Borders:
         base: int,
         style: Callable[[Message, str, str], str],
     ) -> list[_Places] | None:
-        marks = _PLANES[base]
+        marks = re.compile(f"[{chr(base)}-{chr(base + len(messages) * _STEP - 1)}]")
 
         def mark(index: int, kind: str, value: str) -> str:
             own = base + index * _STEP
@@ -161,7 +160,7 @@ class Borders:
         if len(found) != len(messages) or _plain_without(marks, marked) != text.plain:
             return None
         for index, places in found.items():
-            _widen(places, messages[index].content.strip(), text.text)
+            _widen(places, messages[index].content.strip(), self.template.quoted(messages[index]), text.text)
         return [found[i] for i in range(len(messages))]
 
     def _by_places(
@@ -318,7 +317,7 @@ class Borders:
 
 def _mark_around(message: Message, text: str, marks: str) -> str:
     """The text with marks inside its outer white space and tags, so that trimming and comparing still work."""
-    begin, resume, end = marks
+    begin, resume, end = marks[_BEGIN], marks[_RESUME], marks[_END]
     core = text.strip()
     lead = match.end() if (match := _LEAD.match(core)) else 0
     trail = match.start() if (match := _TRAIL.search(core, lead)) else len(core)
@@ -330,12 +329,22 @@ def _mark_around(message: Message, text: str, marks: str) -> str:
 
 
 def _mark_behind(message: Message, text: str, marks: str) -> str:
-    """The text with marks at its end, before outer white space; a call's text bears none, its names do."""
-    begin, _, end = marks
-    if message.tool_calls:
-        return text  # templates ask whether a call comes with text
+    """The text with marks at its end, before outer white space."""
     stop = len(text.rstrip()) or len(text)
-    return text[:stop] + begin + end + text[stop:]
+    return _mark_after(message, text[:stop], marks) + text[stop:]
+
+
+def _mark_after(message: Message, text: str, marks: str) -> str:
+    """The text with marks at its very end; a call's text bears none, its names do."""
+    # Templates ask whether a call comes with text.
+    return text if message.tool_calls else text + marks[_BEGIN] + marks[_END]
+
+
+def _free_block(text: str, size: int) -> int | None:
+    """The start of a block of private-use characters that a text does not use."""
+    used = {ord(char) for char in _PRIVATE_USE.findall(text)}
+    starts = range(0xF0000, 0x110000 - size, size)
+    return next((at for at in starts if not any(at <= char < at + size for char in used)), None)
 
 
 def _agreement(a: str, b: str) -> int:
@@ -349,17 +358,26 @@ def _plain_without(marks: re.Pattern[str], marked: Text) -> tuple[Span, ...]:
     return tuple((a - bisect_left(places, a), b - bisect_left(places, b)) for a, b in marked.plain)
 
 
-def _widen(places: _Places, core: str, text: str) -> None:
-    """Take in the tags at a content's edges, which were left outside the marks, where they were kept."""
+def _widen(places: _Places, core: str, given: str, text: str) -> None:
+    """Take in what a content's marks left outside, where the template has kept it.
+
+    Args:
+        places: changed in place.
+        core: the content without outer white space.
+        given: the content as it was marked, control tokens quoted.
+        text: the rendered conversation.
+    """
     if places.content is None:
         return
     start, stop = places.content
     if start == stop:  # marked behind: as much as the template has kept
         start -= _agreement(core[::-1], text[:start][::-1])
-    lead = match.group() if (match := _LEAD.match(core)) else ""
+        places.content, places.first = (start, stop), min(places.first, start)
+        return
+    lead = match.group() if (match := _LEAD.match(given.strip())) else ""
     if lead and text.endswith(lead, 0, start):
         start -= len(lead)
-    trail = match.group() if (match := _TRAIL.search(core, len(lead))) else ""
+    trail = match.group() if (match := _TRAIL.search(given.strip(), len(lead))) else ""
     if trail and text.startswith(trail, stop):
         stop += len(trail)
     places.content = (start, stop)

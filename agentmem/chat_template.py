@@ -124,7 +124,11 @@ class ChatTemplate:
 
     def content(self, message: Message) -> Text:
         """A message's content as it would stand in a rendered conversation."""
-        return self._unquote(str(self._quote(message.content, self._control_of(message))))
+        return self._unquote(self.quoted(message))
+
+    def quoted(self, message: Message) -> str:
+        """A message's content as the template is given it."""
+        return str(self._quote(message.content, self._control_of(message)))
 
     def _control_of(self, message: Message) -> re.Pattern[str]:
         return self._turn if message.role == "assistant" else self._control

@@ -186,7 +186,7 @@ class MemoryConfig:
             if key in body and body[key] != off:
                 raise ConfigError(
                     f"{key}={body[key]!r} belongs to an archived experiment that agentmem does not have; "
-                    f"only  {off!r} is supported. Train the adapter without it."
+                    f"only {off!r} is supported. Train the adapter without it."
                 )
         granularity = body.get("memory_write_granularity", "token")
         if not isinstance(granularity, str) or granularity not in _GRANULARITY:

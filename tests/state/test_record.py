@@ -269,9 +269,7 @@ texts = st.lists(st.sampled_from(["ok", "done", "yes", "a", "b"]).map(user), max
 
 
 @given(texts, texts)
-def test_what_is_appended_to_a_whole_history_is_exactly_what_is_new(
-    old: list[Message], new: list[Message]
-) -> None:
+def test_what_is_appended_to_a_whole_history_is_exactly_what_is_new(old: list[Message], new: list[Message]) -> None:
     alignment = consumed(old).align([*old, *new])
     assert alignment.new == list(range(len(old), len(old) + len(new)))
     assert alignment.consumed == list(range(len(old)))
@@ -279,9 +277,7 @@ def test_what_is_appended_to_a_whole_history_is_exactly_what_is_new(
 
 
 @given(st.integers(1, 300), st.integers(0, 5), st.data())
-def test_trimming_the_head_of_distinct_messages_changes_nothing(
-    old: int, new: int, data: st.DataObject
-) -> None:
+def test_trimming_the_head_of_distinct_messages_changes_nothing(old: int, new: int, data: st.DataObject) -> None:
     messages = [user(str(n)) for n in range(old + new)]
     kept = data.draw(st.integers(1, old))
     alignment = consumed(messages[:old]).align(messages[old - kept :])

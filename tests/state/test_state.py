@@ -6,9 +6,10 @@ import copy
 import dataclasses
 import json
 import math
-import os
 import subprocess
 import sys
+from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,7 @@ SHAPE = [3, 2, 4, 4]
 def make(seed: int = 0, messages: int = 3) -> MemoryState:
     matrices = np.random.default_rng(seed).normal(size=SHAPE).astype(np.float32)
     record = ConsumedRecord.empty().extend([Message("user", f"message {n}") for n in range(messages)])
-    return MemoryState.from_matrices(
-        matrices, record, model_fingerprint="model-é", adapter_fingerprint="adapter"
-    )
+    return MemoryState.from_matrices(matrices, record, model_fingerprint="model-é", adapter_fingerprint="adapter")
 
 
 STATE = make()
@@ -127,13 +126,10 @@ def test_any_bytes_are_taken_as_data(kind: Any) -> None:
     assert type(state.data) is bytes
 
 
-def test_the_dict_survives_langgraph_in_strict_mode() -> None:
-    try:
-        from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
-    except ImportError:
-        if os.environ.get("CI") == "true":
-            raise
-        pytest.skip("needs the langgraph extra")
+def test_the_dict_survives_langgraph_in_strict_mode(needs: Callable[[object, str], None]) -> None:
+    needs(find_spec("langgraph"), "the langgraph extra")
+    from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
+
     serializer = JsonPlusSerializer(allowed_msgpack_modules=[])
     kind, content = serializer.dumps_typed({"memory": STATE.to_dict()})
     assert kind == "msgpack"
@@ -173,9 +169,7 @@ def test_stats_of_known_matrices() -> None:
     state = STATE.replaced(matrices=matrices)
     stats = state.stats()
     one, two, empty = stats["layers"]
-    assert one == pytest.approx(
-        {"norm": math.sqrt(18), "stable_rank": 2, "effective_rank": 2, "top_share": 0.5}
-    )
+    assert one == pytest.approx({"norm": math.sqrt(18), "stable_rank": 2, "effective_rank": 2, "top_share": 0.5})
     entropy = -(0.8 * math.log(0.8) + 0.2 * math.log(0.2))
     assert two == pytest.approx(
         {"norm": math.sqrt(20), "stable_rank": 1.25, "effective_rank": math.exp(entropy), "top_share": 0.8}

@@ -7,9 +7,9 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from transcript_templates import CHATML, GEMMA, LLAMA, MISTRAL, PEEKING, QWEN, SHIFTING, tokenizer
+from transcript_templates import CHATML, COUNTING, GEMMA, LLAMA, MISTRAL, PEEKING, QWEN, SHIFTING, tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from agentmem.errors import TranscriptError
@@ -167,6 +167,24 @@ def test_reasoning_that_is_stripped_from_earlier_turns_and_kept_in_the_last() ->
     assert rendered.input_ids.count(think) == 1
 
 
+@pytest.mark.parametrize("after", ["", "\n\n"])
+@pytest.mark.parametrize("thought", ["why", ""])
+@pytest.mark.parametrize("calls", [(), CALL.tool_calls])
+def test_a_reply_of_nothing_but_reasoning(after: str, thought: str, calls: tuple[ToolCall, ...]) -> None:
+    tok = tokenizer(QWEN)
+    reply = Message("assistant", f"<think>\n{thought}\n</think>{after}", tool_calls=calls)
+    rendered = Transcript(tok).render([HELLO, reply, reply, ASK], sentences=True)
+    call = '<tool_call>\n{"name": "look", "arguments": {"at": "x"}}\n</tool_call>' if calls else ""
+    assert parts(tok, rendered) == {
+        0: "<|im_start|>user\nhello there<|im_end|>\n",
+        1: f"<|im_start|>assistant\n{call}<|im_end|>\n",
+        2: f"<|im_start|>assistant\n{call}<|im_end|>\n",
+        3: "<|im_start|>user\nwhat is it?<|im_end|>\n",
+    }
+    pieces = texts(tok, rendered.input_ids, rendered.sentence_segments())
+    assert pieces == ["hello there", "what is it?"]
+
+
 def test_the_empty_reasoning_of_the_last_turn_is_part_of_the_reply() -> None:
     expected = {
         0: "<|im_start|>user\nhello there<|im_end|>\n",
@@ -292,16 +310,18 @@ def test_mistral_names_the_tools_before_the_last_question() -> None:
     )
 
 
-def test_marks_that_a_template_notices_give_way_to_beginnings() -> None:
-    tok = tokenizer(PEEKING)
-    rendered = Transcript(tok).render([Message("user", "!now. Go"), HI], add_generation_prompt=True, sentences=True)
+@pytest.mark.parametrize(("template", "head"), [(PEEKING, "{}!"), (COUNTING, "{} {}")])
+def test_marks_that_a_template_notices_are_not_believed(template: str, head: str) -> None:
+    tok = tokenizer(template)
+    talk = [Message("user", "!now. Go"), Message("assistant", "!Hi. <b>")]
+    rendered = Transcript(tok).render(talk, add_generation_prompt=True, sentences=True)
     assert parts(tok, rendered) == {
-        0: "<|im_start|>user!\n!now. Go<|im_end|>\n",
-        1: "<|im_start|>assistant\nHi. How are you?<|im_end|>\n",
+        0: f"<|im_start|>{head.format('user', 8)}\n!now. Go<|im_end|>\n",
+        1: f"<|im_start|>{head.format('assistant', 8)}\n!Hi. <b><|im_end|>\n",
         2: "<|im_start|>assistant\n",
     }
     pieces = texts(tok, rendered.input_ids, rendered.sentence_segments())
-    assert pieces == ["!now.", " Go", "Hi.", " How are you?"]
+    assert pieces == ["!now.", " Go", "!Hi.", " <b>"]
 
 
 def test_a_template_that_gives_no_hold_is_refused_with_what_was_seen() -> None:
@@ -509,7 +529,7 @@ messages = st.lists(
 )
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=60)
 @given(messages, st.booleans())
 def test_any_text_keeps_its_borders_in_chatml(given_messages: list[Message], prompt: bool) -> None:
     tok = tokenizer(CHATML)
@@ -526,7 +546,7 @@ def test_any_text_keeps_its_borders_in_chatml(given_messages: list[Message], pro
     assert (len(given_messages) in rendered.owner) is prompt
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=60)
 @given(messages)
 def test_any_text_keeps_its_borders_where_reasoning_is_stripped(given_messages: list[Message]) -> None:
     tok = tokenizer(QWEN)

@@ -124,7 +124,7 @@ MISTRAL = """
 {%- endfor %}
 """
 
-# Looks at the first character of a text, so that no mark inside it stays unseen.
+# Looks at the first character of a text: marks there are noticed.
 PEEKING = """
 {%- for m in messages %}
 {{- '<|im_start|>' + m.role + ('!' if m.content[:1] == '!' else '') + '\n' + m.content + '<|im_end|>\n' }}
@@ -132,8 +132,16 @@ PEEKING = """
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}
 """
 
+# Counts characters: any mark is noticed.
+COUNTING = """
+{%- for m in messages %}
+{{- '<|im_start|>' + m.role + ' ' + m.content | length | string + '\n' + m.content + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}
+"""
+
 # The same, and its beginnings change as the conversation goes on.
-SHIFTING = "{{- messages | length }}" + PEEKING
+SHIFTING = "{{- messages | length }}" + COUNTING
 
 SPECIAL = [
     "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",

@@ -1,0 +1,58 @@
+"""Confidence intervals for shares of right answers.
+
+Questions of one conversation share a memory and are not independent, so intervals come from resampling whole
+conversations; where every answer is right or wrong, which leaves nothing to resample, from Wilson's formula with the
+conversations as the sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+_Z = 1.959964  # 95 %
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Share:
+    """Right answers out of ``questions``, with a 95 % interval."""
+
+    right: int
+    questions: int
+    low: float
+    high: float
+
+    @property
+    def value(self) -> float:
+        """right / questions."""
+        return self.right / self.questions
+
+
+def share(conversations: Sequence[tuple[int, int]], seed: int = 0) -> Share:
+    """From (right, questions) of each conversation; none of them empty.
+
+    Raises:
+        ValueError: no conversation, or one without questions.
+    """
+    if not conversations or any(asked < 1 for _, asked in conversations):
+        raise ValueError("a share needs conversations with at least one question each")
+    counts = np.array(conversations, dtype=np.int64)
+    right, asked = (int(total) for total in counts.sum(axis=0))
+    if right in (0, asked):
+        low, high = _wilson(len(counts) if right else 0, len(counts))
+        return Share(right, asked, low, high)
+    rng = np.random.default_rng(seed)
+    drawn = counts[rng.integers(0, len(counts), (_RESAMPLES, len(counts)))].sum(axis=1)
+    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])
+    return Share(right, asked, float(low), float(high))
+
+
+def _wilson(right: int, n: int) -> tuple[float, float]:
+    p = right / n
+    centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n * n)) / (1 + _Z**2 / n)
+    return max(0.0, centre - half), min(1.0, centre + half)

@@ -1,0 +1,134 @@
+"""Recall: bindings are told in a conversation, small talk follows, then each is asked back.
+
+Everything runs through ``Engine.turn`` with writes on, as an agent would. While a conversation is told, the window
+shows only the message at hand, so that what is recalled has been written, never re-read. Each question is a branch of
+the state at the end of the conversation. Arms:
+
+    whole     the bare model with the whole conversation in the prompt
+    window    the bare model with the question alone
+    zeroed    the model with memory, its matrices set to zero
+    foreign   the model with memory, the matrices of another conversation
+    memory    the model with memory, its own
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
+from typing import Literal, get_args
+
+import numpy as np
+
+from agentmem.engine import Engine
+from agentmem.messages import Message
+from agentmem.nano.language import Binding, ask, draw_bindings, filler, is_correct, tell
+from agentmem.sampling import Sampling
+from agentmem.state import MemoryState
+from agentmem.window import Window
+
+Arm = Literal["whole", "window", "zeroed", "foreign", "memory"]
+ARMS: tuple[Arm, ...] = get_args(Arm)
+MEMORY_ARMS: tuple[Arm, ...] = ("zeroed", "foreign", "memory")
+
+BINDINGS = (1, 2, 4, 6, 8)
+FILLERS = (0, 4, 16, 64)
+
+_ONLY_THIS = Window(messages=1)
+_REPLY = Sampling(max_tokens=32)
+_QUESTIONS = 8  # at least this many of a conversation, in different words where bindings are fewer
+
+
+@dataclass(frozen=True)
+class Cell:
+    """How many bindings are told and how many small-talk messages of the user follow."""
+
+    bindings: int
+    fillers: int
+
+    @property
+    def bar(self) -> float | None:
+        """The accuracy that the memory arm must reach here, where one is set."""
+        if self.fillers <= 4:
+            return 0.98 if self.bindings <= 4 else 0.95
+        return 0.90 if self.fillers == 16 and self.bindings <= 4 else None
+
+    def conversations(self, questions: int) -> int:
+        """How many conversations give at least ``questions`` questions."""
+        return -(-questions // (self.bindings * self._phrasings))
+
+    @property
+    def _phrasings(self) -> int:
+        return -(-_QUESTIONS // self.bindings)
+
+    def questions(self, rng: Random, told: list[Binding]) -> list[tuple[Binding, str]]:
+        """Every binding asked in each of a few ways."""
+        return [(b, ask(rng, b.attribute)) for b in told for _ in range(self._phrasings)]
+
+
+CELLS = tuple(Cell(b, f) for f in FILLERS for b in BINDINGS)
+
+
+@dataclass(frozen=True)
+class Told:
+    """A conversation after its telling: history, the bindings in it, and the state it left."""
+
+    history: list[Message]
+    bindings: list[Binding]
+    state: MemoryState
+
+
+def converse(engine: Engine, cell: Cell, rng: Random) -> Told:
+    """Tell the bindings, then small talk, one engine turn after the other; the replies are the model's own."""
+    bindings = draw_bindings(rng, cell.bindings)
+    said = [tell(rng, b)[0] for b in bindings] + [filler(rng)[0] for _ in range(cell.fillers)]
+    history: list[Message] = []
+    state = engine.zero_state()
+    for text in said:
+        history.append(Message("user", text))
+        turn = engine.turn(history, state, window=_ONLY_THIS, sampling=_REPLY)
+        assert turn.state is not None
+        history.append(turn.message)
+        state = turn.state
+    return Told(history, bindings, state)
+
+
+def measure(
+    engine: Engine, cell: Cell, conversations: int, seed: int, arms: dict[Arm, int]
+) -> Iterator[dict[Arm, tuple[int, int]]]:
+    """Run conversations of one cell; yields (right, questions) of each arm, conversation by conversation.
+
+    Args:
+        arms: how many of the conversations each arm takes part in, the first ones.
+        seed: conversations are drawn from (seed, cell, number).
+    """
+    # The memory of the conversation before is the foreign one; the first takes that of one more conversation.
+    other = converse(engine, cell, _rng(seed, cell, -1)).state
+    for number in range(conversations):
+        rng = _rng(seed, cell, number)
+        told = converse(engine, cell, rng)
+        asked = cell.questions(rng, told.bindings)
+        counts: dict[Arm, tuple[int, int]] = {}
+        for arm in ARMS:
+            if number < arms.get(arm, 0):
+                right = sum(is_correct(_answer(engine, arm, told, other, text), b) for b, text in asked)
+                counts[arm] = (right, len(asked))
+        other = told.state
+        yield counts
+
+
+def _answer(engine: Engine, arm: Arm, told: Told, other: MemoryState, question: str) -> str:
+    history = [*told.history, Message("user", question)]
+    if arm in ("whole", "window"):
+        window = Window(tokens=None) if arm == "whole" else _ONLY_THIS
+        return engine.turn(history, window=window, sampling=_REPLY, memory=False).message.content
+    state = told.state
+    if arm == "zeroed":
+        state = state.replaced(matrices=np.zeros_like(state.matrices))
+    elif arm == "foreign":
+        state = state.replaced(matrices=other.matrices)
+    return engine.turn(history, state, window=_ONLY_THIS, sampling=_REPLY).message.content
+
+
+def _rng(seed: int, cell: Cell, number: int) -> Random:
+    return Random(f"recall {seed} {cell.bindings} {cell.fillers} {number}")

@@ -1,0 +1,103 @@
+"""Shows a results file: the table of the README, a plot of the curves, and whether the bars hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from agentmem.errors import MissingExtraError
+from agentmem.evaluation.recall import ARMS, BINDINGS, FILLERS, Arm
+from agentmem.evaluation.runner import shares
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+
+_NAMES: dict[Arm, str] = {
+    "whole": "whole conversation in the prompt, no memory",
+    "window": "question alone, no memory",
+    "zeroed": "memory set to zero",
+    "foreign": "memory of another conversation",
+    "memory": "memory",
+}
+
+
+def missed_bars(results: dict[str, Any]) -> list[str]:
+    """A line for each cell whose memory arm stays under its bar."""
+    return [
+        f"{cell.bindings} bindings, {cell.fillers} fillers: {s.value:.3f}, bar {cell.bar:.2f}"
+        for cell, s in shares(results, "memory")
+        if cell.bar is not None and s.value < cell.bar
+    ]
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The results as markdown: memory cell by cell, then the arms side by side."""
+    memory = {(c.bindings, c.fillers): s for c, s in shares(results, "memory")}
+    fillers = [f for f in FILLERS if any(key[1] == f for key in memory)]
+    lines = [
+        "Exact answers by the memory alone (nothing of the conversation in the prompt), with 95 % intervals:",
+        "",
+        "| facts told | " + " | ".join(f"{f} messages between" for f in fillers) + " |",
+        "|---" * (len(fillers) + 1) + "|",
+    ]
+    for n in BINDINGS:
+        row = [memory.get((n, f)) for f in fillers]
+        if any(row):
+            cells = [f"{s.value:.3f} ({s.low:.3f}-{s.high:.3f})" if s else "" for s in row]
+            lines.append(f"| {n} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "The same questions by arm, lowest and highest cell:",
+        "",
+        "| arm | exact answers | questions |",
+    ]
+    lines.append("|---|---|---|")
+    for arm in ARMS:
+        found = [s for _, s in shares(results, arm)]
+        if found:
+            values = sorted(s.value for s in found)
+            lines.append(
+                f"| {_NAMES[arm]} | {values[0]:.3f} to {values[-1]:.3f} | {sum(s.questions for s in found):,} |"
+            )
+    lines += ["", f"Measured in {results['seconds'] / 60:.0f} minutes ({results['machine']})."]
+    return "\n".join(lines)
+
+
+def put_into(page: Path, table: str) -> None:
+    """Replace what stands between the result marks of a page.
+
+    Raises:
+        ValueError: the page has no such marks.
+    """
+    text = page.read_text("utf-8")
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{page} has no place for results: it needs the lines {BEGIN} and {END}")
+    page.write_text(f"{head}{BEGIN}\n{table}\n{END}{tail}", "utf-8")
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Draw accuracy against facts told, a line for each number of messages between, controls in grey.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise MissingExtraError("matplotlib", "train") from None
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for arm, style in (("memory", "-o"), ("zeroed", ":"), ("foreign", "--")):
+        for f in FILLERS:
+            points = [(c.bindings, s) for c, s in shares(results, arm) if c.fillers == f]  # type: ignore[arg-type]
+            if points:
+                x, y = zip(*((n, s.value) for n, s in points), strict=True)
+                label = f"{f} messages between" if arm == "memory" else None
+                axes.plot(x, y, style, label=label, color=None if arm == "memory" else "0.6")
+    axes.set(xlabel="facts told", ylabel="exact answers", ylim=(0, 1.02), xticks=BINDINGS)
+    axes.legend(title="memory (controls in grey)")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,72 @@
+"""Ground rules of all tests: offline, one thread, reproducible, and nothing skipped that CI should have.
+
+- A missing service or extra is met with ``needs``: it skips with the reason on your machine and fails where
+  CI=true, so that CI cannot turn green by skipping. Only a missing GPU skips everywhere.
+- torch is not imported here: a test that checks what is imported without it must be able to.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable
+
+import pytest
+from hypothesis import settings
+
+# Set before torch or a hub client is imported, and inherited by the processes that tests start.
+os.environ.update(
+    {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "ANONYMIZED_TELEMETRY": "False",
+        "LANGSMITH_TRACING": "false",
+        "OMP_NUM_THREADS": "1",
+    }
+)
+
+# No deadline: how long an example takes says more about the machine than about the code.
+settings.register_profile("local", deadline=None, print_blob=True)
+settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True)
+
+IN_CI = os.environ.get("CI", "").lower() == "true"
+settings.load_profile("ci" if IN_CI else "local")
+
+Needs = Callable[[object, str], None]
+
+
+def _needs(present: object, reason: str) -> None:
+    if present:
+        return
+    if IN_CI:
+        pytest.fail(f"CI must provide what this test needs: {reason}")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def needs() -> Needs:
+    """``needs(present, reason)``: go on where ``present`` is true, else skip, or fail where CI=true."""
+    return _needs
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
+    """Skip ``gpu`` tests where there is no CUDA device; torch is asked only if there is such a test."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and not _has_cuda():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Hold torch to one thread once it is imported: tests run side by side, and sums keep their order."""
+    torch = sys.modules.get("torch")
+    if torch is not None and hasattr(torch, "set_num_threads"):
+        torch.set_num_threads(1)

@@ -1,0 +1,143 @@
+"""README.md and docs/*.md do what they say: Python blocks run, commands exist, links lead somewhere.
+
+A page's ```python blocks run in order in one namespace, in an empty folder, offline, warnings as errors. A block
+marked ```python no-run needs what a test has not (a GPU, a server, a download) and is only compiled. In
+```console, ```bash and ```sh blocks every `make` target, `agentmem` command and long option must exist.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import CodeType, ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
+
+_FENCE = re.compile(r"^```(?P<info>[^`\n]*)\n(?P<body>.*?)^```[ ]*$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
+_HEADING = re.compile(r"^#+ +(.+?) *$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: the words after the fence, the text, and the line of the page where the text starts."""
+
+    info: tuple[str, ...]
+    text: str
+    line: int
+
+
+def blocks(text: str) -> list[Block]:
+    return [
+        Block(tuple(found["info"].split()), found["body"], text.count("\n", 0, found.start("body")) + 1)
+        for found in _FENCE.finditer(text)
+    ]
+
+
+def python_blocks(page: Path) -> list[tuple[CodeType, bool]]:
+    """The page's compiled blocks, and for each whether it is to be run."""
+    found = []
+    for block in blocks(page.read_text()):
+        if not block.info or block.info[0] != "python":
+            continue
+        assert block.info[1:] in {(), ("no-run",)}, f"{page.name}:{block.line}: unknown mark {block.info[1:]}"
+        # Blank lines before the code make tracebacks name the page's own lines.
+        code = compile("\n" * (block.line - 1) + block.text, str(page), "exec", dont_inherit=True)
+        found.append((code, len(block.info) == 1))
+    return found
+
+
+def command_lines(text: str) -> Iterator[list[str]]:
+    """Commands of the shell blocks as words; of a console block only the lines that begin with "$"."""
+    for block in blocks(text):
+        if not block.info or block.info[0] not in {"console", "bash", "sh"}:
+            continue
+        for line in block.text.replace("\\\n", " ").splitlines():
+            prompt, _, rest = line.strip().partition(" ")
+            if block.info[0] == "console" and prompt != "$":
+                continue
+            for part in re.split(r"&&|\|\||;|\|", rest if prompt == "$" else line):
+                words = shlex.split(part, comments=True)
+                while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+                    words.pop(0)
+                if words:
+                    yield words
+
+
+@cache
+def make_targets() -> frozenset[str]:
+    return frozenset(re.findall(r"^([a-z][\w-]*):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+@cache
+def agentmem_help(command: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    """What `agentmem COMMAND --help` prints; an unknown command exits with 2."""
+    call = [sys.executable, "-c", "from agentmem.cli import main; main()", *command, "--help"]
+    # Wide and plain, so that no option is cut or split by colour codes.
+    environment = {"PATH": "/usr/bin:/bin", "COLUMNS": "240", "NO_COLOR": "1", "TERM": "dumb"}
+    return subprocess.run(call, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def anchors(text: str) -> set[str]:
+    """The heading anchors of a page, as GitHub names them."""
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in _HEADING.findall(text)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    # A real module, since dataclasses and type hints look their module up by name.
+    module = ModuleType("page_" + page.stem)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for code, runs in python_blocks(page):
+        if runs:
+            exec(code, module.__dict__)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_commands_exist(page: Path) -> None:
+    wrong = []
+    for words in command_lines(page.read_text()):
+        if words[0] == "make":
+            named = [word for word in words[1:] if "=" not in word and not word.startswith("-")]
+            wrong += [f"make {target}" for target in named if target not in make_targets()]
+        if words[0] == "agentmem":
+            stop = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+            command = shlex.join(words[:stop])
+            answer = agentmem_help(tuple(words[1:stop]))
+            if answer.returncode != 0:
+                wrong.append(f"{command}: {answer.stderr.strip()}")
+            options = sorted({word.partition("=")[0] for word in words if word.startswith("--")})
+            wrong += [f"{command} {option}" for option in options if option not in answer.stdout]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = _FENCE.sub("", page.read_text())
+    broken = []
+    for plain, image in _LINK.findall(text):
+        path, _, anchor = (plain or image).partition("#")
+        if re.match(r"[a-z]+:", path):
+            continue
+        target = (page.parent / path) if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target.read_text())):
+            broken.append(plain or image)
+    assert broken == []
+
+
+def test_results_area_is_marked_once() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert text.count("<!-- results:begin -->") == 1
+    assert text.count("<!-- results:end -->") == 1
+    assert text.index("<!-- results:begin -->") < text.index("<!-- results:end -->")

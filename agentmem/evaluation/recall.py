@@ -94,14 +94,22 @@ def converse(engine: Engine, cell: Cell, rng: Random) -> Told:
 
 
 def measure(
-    engine: Engine, cell: Cell, conversations: int, seed: int, arms: dict[Arm, int]
+    engine: Engine,
+    cell: Cell,
+    conversations: int,
+    seed: int,
+    arms: dict[Arm, int],
+    blank: dict[tuple[Arm, str], str] | None = None,
 ) -> Iterator[dict[Arm, tuple[int, int]]]:
     """Run conversations of one cell; yields (right, questions) of each arm, conversation by conversation.
 
     Args:
         arms: how many of the conversations each arm takes part in, the first ones.
         seed: conversations are drawn from (seed, cell, number).
+        blank: answers of the arms that know nothing of any conversation, by question. Decoding is greedy, so one
+            question has one answer there: it is asked once and counted as often as it comes. Filled here.
     """
+    blank = {} if blank is None else blank
     # The memory of the conversation before is the foreign one; the first takes that of one more conversation.
     other = converse(engine, cell, _rng(seed, cell, -1)).state
     for number in range(conversations):
@@ -111,23 +119,31 @@ def measure(
         counts: dict[Arm, tuple[int, int]] = {}
         for arm in ARMS:
             if number < arms.get(arm, 0):
-                right = sum(is_correct(_answer(engine, arm, told, other, text), b) for b, text in asked)
+                right = sum(is_correct(_answer(engine, arm, told, other, text, blank), b) for b, text in asked)
                 counts[arm] = (right, len(asked))
         other = told.state
         yield counts
 
 
-def _answer(engine: Engine, arm: Arm, told: Told, other: MemoryState, question: str) -> str:
+def _answer(
+    engine: Engine, arm: Arm, told: Told, other: MemoryState, question: str, blank: dict[tuple[Arm, str], str]
+) -> str:
     history = [*told.history, Message("user", question)]
-    if arm in ("whole", "window"):
-        window = Window(tokens=None) if arm == "whole" else _ONLY_THIS
-        return engine.turn(history, window=window, sampling=_REPLY, memory=False).message.content
-    state = told.state
-    if arm == "zeroed":
-        state = state.replaced(matrices=np.zeros_like(state.matrices))
-    elif arm == "foreign":
-        state = state.replaced(matrices=other.matrices)
+    if arm == "whole":
+        return engine.turn(history, window=Window(tokens=None), sampling=_REPLY, memory=False).message.content
+    if arm in ("window", "zeroed"):
+        if (arm, question) not in blank:
+            blank[arm, question] = _knowing_nothing(engine, arm, told, history)
+        return blank[arm, question]
+    state = told.state.replaced(matrices=other.matrices) if arm == "foreign" else told.state
     return engine.turn(history, state, window=_ONLY_THIS, sampling=_REPLY).message.content
+
+
+def _knowing_nothing(engine: Engine, arm: Arm, told: Told, history: list[Message]) -> str:
+    if arm == "window":
+        return engine.turn(history, window=_ONLY_THIS, sampling=_REPLY, memory=False).message.content
+    empty = told.state.replaced(matrices=np.zeros_like(told.state.matrices))
+    return engine.turn(history, empty, window=_ONLY_THIS, sampling=_REPLY).message.content
 
 
 def _rng(seed: int, cell: Cell, number: int) -> Random:

@@ -98,6 +98,7 @@ def _ordered(jobs: Sequence[Job]) -> list[Job]:
 
 
 _engine: Any = None
+_blank: dict[tuple[Arm, str], str] = {}
 
 
 def _start(setup: Setup) -> None:
@@ -112,4 +113,4 @@ def _start(setup: Setup) -> None:
 
 
 def _work(job: Job) -> list[dict[Arm, tuple[int, int]]]:
-    return list(measure(_engine, job.cell, job.conversations, job.seed, job.arms))
+    return list(measure(_engine, job.cell, job.conversations, job.seed, job.arms, _blank))

@@ -1,0 +1,62 @@
+"""agentmem_langgraph: LangGraph agents on a local model that carries their working memory.
+
+The truth is the graph state alone. A chat model takes a memory in a `MemoryTurn` and puts the new one there;
+`MemoryChannel` keeps it in the graph as plain data and merges parallel branches; `MemoryNode` and
+`MemoryMiddleware` do both for you. The names below load on first use; torch is imported when a model loads.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from agentmem.errors import MissingExtraError
+
+_HOMES = {
+    "ChatDeltaMem": "agentmem_langgraph.chat_model",
+    "MemoryChannel": "agentmem_langgraph.channel",
+    "MemoryMiddleware": "agentmem_langgraph.middleware",
+    "MemoryNode": "agentmem_langgraph.node",
+    "MemoryTurn": "agentmem_langgraph.carrier",
+    "merge_states": "agentmem_langgraph.merge",
+    "numbered_facts": "agentmem_langgraph.facts",
+    "without_matrices": "agentmem_langgraph.tracing",
+}
+_NEEDS = {"langchain": "langchain", "langchain_core": "langchain-core", "langgraph": "langgraph"}
+
+__all__ = [
+    "ChatDeltaMem",
+    "MemoryChannel",
+    "MemoryMiddleware",
+    "MemoryNode",
+    "MemoryTurn",
+    "merge_states",
+    "numbered_facts",
+    "without_matrices",
+]
+
+if TYPE_CHECKING:
+    from agentmem_langgraph.carrier import MemoryTurn
+    from agentmem_langgraph.channel import MemoryChannel
+    from agentmem_langgraph.chat_model import ChatDeltaMem
+    from agentmem_langgraph.facts import numbered_facts
+    from agentmem_langgraph.merge import merge_states
+    from agentmem_langgraph.middleware import MemoryMiddleware
+    from agentmem_langgraph.node import MemoryNode
+    from agentmem_langgraph.tracing import without_matrices
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'agentmem_langgraph' has no attribute {name!r}")
+    try:
+        return getattr(import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _NEEDS:
+            raise
+        raise MissingExtraError(_NEEDS[package], "langgraph") from error
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

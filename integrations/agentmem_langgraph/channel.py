@@ -1,0 +1,108 @@
+"""The graph channel that keeps a memory: `Annotated[MemoryState, MemoryChannel]`.
+
+Nodes read a MemoryState; checkpoints hold its plain dict, so every saver stores it, strict msgpack included,
+and nothing has to be registered. What comes in is verified by its digest. Parallel branches merge relative
+to the memory that the step began with (`agentmem_langgraph.merge`), in task order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+from langgraph.channels.base import BaseChannel
+from langgraph.errors import EmptyChannelError, InvalidUpdateError
+from langgraph.types import Overwrite
+
+from agentmem.state import MemoryState
+from agentmem_langgraph.carrier import as_state
+from agentmem_langgraph.merge import merge_from_nothing, merge_states
+
+Update = MemoryState | dict[str, Any] | None
+
+
+class MemoryChannel(BaseChannel[MemoryState, Update, dict[str, Any]]):
+    """Holds one memory, empty at first.
+
+    An update is a MemoryState or its plain dict. None empties the channel and `Overwrite(x)` replaces what
+    it holds, whatever else was written in the same step.
+    """
+
+    __slots__ = ("_state",)
+
+    def __init__(self, typ: Any = MemoryState, key: str = "") -> None:
+        super().__init__(typ, key)
+        self._state: MemoryState | None = None
+
+    def __eq__(self, other: object) -> bool:
+        # Channels are equal when they behave alike; LangGraph compares those of several schemas.
+        return isinstance(other, MemoryChannel)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def ValueType(self) -> Any:
+        """What nodes read."""
+        return MemoryState
+
+    @property
+    def UpdateType(self) -> Any:
+        """What nodes write."""
+        return Update
+
+    def get(self) -> MemoryState:
+        """The memory.
+
+        Raises:
+            EmptyChannelError: nothing was written yet.
+        """
+        if self._state is None:
+            raise EmptyChannelError()
+        return self._state
+
+    def checkpoint(self) -> dict[str, Any] | Any:
+        """The memory's plain dict, or LangGraph's mark of an empty channel."""
+        return super().checkpoint() if self._state is None else self._state.to_dict()
+
+    def from_checkpoint(self, checkpoint: dict[str, Any] | Any) -> Self:
+        """A channel that holds what `checkpoint` gave.
+
+        Raises:
+            CorruptStateError: the checkpoint is not exactly what was written.
+        """
+        channel = type(self)(self.typ, self.key)
+        if checkpoint is not channel.checkpoint():
+            channel._state = as_state(checkpoint)
+        return channel
+
+    def copy(self) -> Self:
+        """A channel with the same memory, which is immutable and so shared."""
+        channel = type(self)(self.typ, self.key)
+        channel._state = self._state
+        return channel
+
+    def update(self, values: Sequence[Any]) -> bool:
+        """Take what a step wrote, in task order; True if the memory changed.
+
+        Raises:
+            CorruptStateError: a dict is not exactly what `MemoryState.to_dict` gave.
+            StateMismatchError: a memory was written by another model or adapter, or a parallel branch does
+                not continue the memory that this channel holds.
+            InvalidUpdateError: more than one write of the step replaces the memory.
+        """
+        if not values:
+            return False
+        before = self._state
+        replacing = [value for value in values if value is None or isinstance(value, Overwrite)]
+        if len(replacing) > 1:
+            raise InvalidUpdateError(
+                f"at key {self.key!r} one write of a step may replace the memory (None or Overwrite); "
+                f"found {len(replacing)}"
+            )
+        if replacing:
+            value = replacing[0]
+            self._state = as_state(value.value if isinstance(value, Overwrite) else None)
+        else:
+            states = [v if isinstance(v, MemoryState) else MemoryState.from_dict(v) for v in values]
+            self._state = merge_from_nothing(states) if before is None else merge_states(before, states)
+        return self._state != before

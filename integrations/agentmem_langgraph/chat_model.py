@@ -1,0 +1,334 @@
+"""ChatDeltaMem: a LangChain chat model on a local model that carries memory.
+
+The model holds no session. A call takes the memory in a `MemoryTurn` and leaves the new one there; a call
+without one starts from an empty memory and drops it at the end. All work is done on the engine's own thread,
+so the async methods never block a loop and no torch mode is ever set on a caller's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from langchain_core.caches import BaseCache
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.globals import get_llm_cache
+from langchain_core.language_models import LanguageModelInput
+from langchain_core.language_models.base import LangSmithParams
+from langchain_core.language_models.chat_models import BaseChatModel
+from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.runnables import Runnable
+from langchain_core.tools import BaseTool
+from langchain_core.utils.function_calling import convert_to_openai_tool
+from pydantic import ConfigDict, Field, model_validator
+
+import agentmem
+from agentmem import Window
+from agentmem.errors import ConfigError, MissingAdapterError, TurnError
+from agentmem.messages import Message
+from agentmem_langgraph.carrier import MemoryTurn
+from agentmem_langgraph.messages import to_ai_message, to_engine
+from agentmem_langgraph.streaming import ChunkWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from agentmem import Engine, Remembered
+
+Tool = Mapping[str, Any] | type | Callable[..., Any] | BaseTool
+
+_LOADING = Lock()  # one load at a time: two calls at once must not load one model twice
+_PER_CALL = ("temperature", "top_p", "top_k", "max_tokens", "seed", "window", "write", "on_edit")
+_NOT_YET = "a forced tool choice and structured output are not supported yet"
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call as the engine takes it."""
+
+    turn: MemoryTurn
+    messages: list[Message]
+    options: dict[str, Any]
+
+
+class ChatDeltaMem(BaseChatModel):
+    """A local chat model whose attention is steered by a memory.
+
+        llm = ChatDeltaMem(model="nano")
+        turn = MemoryTurn(None)
+        llm.invoke("My favorite color is teal.", memory=turn)
+        turn.state                                    # MemoryState: keep it, give it to the next call
+
+    Every sampling option, `window`, `write` and `on_edit` may also be given per call or bound:
+    `llm.bind(max_tokens=20)`.
+    """
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    engine: Any = Field(default=None, exclude=True, repr=False)
+    """An `agentmem.Engine`. Without one, `model` and `adapter` are loaded on first use."""
+    model: str | Path | None = None
+    """"nano" (the default), a directory, or a hub id."""
+    adapter: str | Path | Literal[False] | None = None
+    """A directory or a hub id; None: the one shipped with the model; False: no memory."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: no limit."""
+    max_tokens: int = 512
+    """Most tokens of a reply."""
+    stop: list[str] | None = None
+    """Strings that end a reply; `stop` of a call replaces them."""
+    seed: int | None = None
+    window: Window | int | None = None
+    """What of the history the prompt shows; an int is a number of tokens. None: the last 4,096 tokens."""
+    write: Literal["all", "input", "off"] = "all"
+    """What is written into memory: everything, everything but the reply, or nothing."""
+    on_edit: Literal["write", "error", "rebuild"] = "write"
+    """What an edited history does."""
+    use_memory: bool = True
+    """False: the bare model, for comparison. A carrier's memory is then neither read nor changed."""
+    cache: BaseCache | bool | None = Field(default=False, exclude=True)
+    """LangChain's LLM cache, off: a cached reply brings no new memory. Never together with `memory=`."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.engine is not None and (self.model is not None or self.adapter is not None):
+            raise ConfigError("give an engine, or a model and an adapter to load; found both")
+        return self
+
+    # ------------------------------------------------------------------ calls
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        call, engine = self._call(messages, stop, kwargs), self._ready()
+        with call.turn.claim() as state:
+            result = engine.turn(call.messages, state, **call.options)
+            message = to_ai_message(result, engine.name)
+            call.turn.commit(result.state)
+        return ChatResult(generations=[ChatGeneration(message=message)])
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        call, engine = self._call(messages, stop, kwargs), await self._aready()
+        with call.turn.claim() as state:
+            result = await engine.aturn(call.messages, state, **call.options)
+            message = to_ai_message(result, engine.name)
+            call.turn.commit(result.state)
+        return ChatResult(generations=[ChatGeneration(message=message)])
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        call, engine, writer = self._call(messages, stop, kwargs), self._ready(), ChunkWriter()
+        with call.turn.claim() as state:
+            stream = engine.stream(call.messages, state, **call.options)
+            try:
+                for delta in stream:
+                    if chunk := writer.chunk(delta):
+                        if run_manager:
+                            run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                        yield chunk
+                result = stream.result()
+                last = writer.last(result, engine.name)
+                if run_manager:
+                    run_manager.on_llm_new_token(last.text, chunk=last)
+            finally:
+                stream.cancel()  # for a consumer that left; without effect on a finished turn
+            # Before the last chunk is handed out: a consumer may stop there.
+            call.turn.commit(result.state)
+        yield last
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        call, engine, writer = self._call(messages, stop, kwargs), await self._aready(), ChunkWriter()
+        with call.turn.claim() as state:
+            stream = engine.astream(call.messages, state, **call.options)
+            try:
+                async for delta in stream:
+                    if chunk := writer.chunk(delta):
+                        if run_manager:
+                            await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                        yield chunk
+                result = await stream.result()
+                last = writer.last(result, engine.name)
+                if run_manager:
+                    await run_manager.on_llm_new_token(last.text, chunk=last)
+            finally:
+                stream.cancel()
+            call.turn.commit(result.state)
+        yield last
+
+    # ------------------------------------------------------------------ memory without a reply
+
+    def remember(self, messages: LanguageModelInput, *, memory: MemoryTurn) -> Remembered:
+        """Write messages into memory without a reply; `memory.state` is then the new memory.
+
+        Args:
+            messages: what `invoke` takes. Consumed ones are passed over.
+            memory: the carrier; it serves this one call.
+
+        Raises:
+            MissingAdapterError: the model has no memory, or `use_memory` is False.
+            TurnError: the carrier has served a call.
+        """
+        history, engine = self._remembered(messages), self._ready()
+        with memory.claim() as state:
+            result = engine.remember(history, state, on_edit=self.on_edit)
+            memory.commit(result.state)
+        return result
+
+    async def aremember(self, messages: LanguageModelInput, *, memory: MemoryTurn) -> Remembered:
+        """As `remember`, without blocking the loop."""
+        history, engine = self._remembered(messages), await self._aready()
+        with memory.claim() as state:
+            result = await engine.aremember(history, state, on_edit=self.on_edit)
+            memory.commit(result.state)
+        return result
+
+    # ------------------------------------------------------------------ tools and tokens
+
+    def bind_tools(
+        self, tools: Sequence[Tool], *, tool_choice: str | bool | None = None, **kwargs: Any
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """The model with tools to call: LangChain tools, functions, pydantic classes or OpenAI dicts.
+
+        Raises:
+            NotImplementedError: a tool choice other than None or "auto".
+            ConfigError: a tool that is no function.
+        """
+        if tool_choice not in (None, "auto"):
+            raise NotImplementedError(f"{_NOT_YET}; found tool_choice={tool_choice!r}; pass 'auto' or none")
+        return self.bind(tools=[_openai_tool(tool) for tool in tools], **kwargs)
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """The tokens of a text, by the model's own tokenizer."""
+        if self.custom_get_token_ids is not None:
+            return self.custom_get_token_ids(text)
+        return list(self._ready().tokenizer.encode(text, add_special_tokens=False))
+
+    def get_num_tokens_from_messages(self, messages: Sequence[BaseMessage], tools: Sequence[Tool] | None = None) -> int:
+        """Tokens of the messages (and tools) as the model's chat template renders them."""
+        return self._ready().count_tokens(to_engine(messages), [_openai_tool(tool) for tool in tools or ()])
+
+    # ------------------------------------------------------------------ what LangChain asks about the model
+
+    @property
+    def _llm_type(self) -> str:
+        return "agentmem"
+
+    @property
+    def _model_name(self) -> str:
+        return str(self.engine.name if self.engine is not None else self.model or "nano")
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        return {
+            "model_name": self._model_name,
+            "adapter": None if self.adapter is None else str(self.adapter),
+            "use_memory": self.use_memory,
+            "stop": self.stop,
+        } | {name: getattr(self, name) for name in _PER_CALL}
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        params = super()._get_ls_params(stop=stop, **kwargs)
+        params["ls_provider"] = "agentmem"
+        params["ls_model_name"] = self._model_name
+        return params
+
+    # ------------------------------------------------------------------ inside
+
+    def _ready(self) -> Engine:
+        with _LOADING:
+            if self.engine is None:
+                self.engine = agentmem.load(model=self.model or "nano", adapter=self.adapter)
+        engine: Engine = self.engine
+        return engine
+
+    async def _aready(self) -> Engine:
+        return self._ready() if self.engine is not None else await asyncio.to_thread(self._ready)
+
+    def _remembered(self, messages: LanguageModelInput) -> list[Message]:
+        if not self.use_memory:
+            raise MissingAdapterError("use_memory is False, so there is no memory to write to; make it True")
+        return to_engine(self._convert_input(messages).to_messages())
+
+    def _call(self, messages: list[BaseMessage], stop: list[str] | None, kwargs: Mapping[str, Any]) -> _Call:
+        options = dict(kwargs)
+        options.pop("stream", None)  # LangChain's own switch between its two paths
+        turn = self._carrier(options.pop("memory", None))
+        tools = [_openai_tool(tool) for tool in options.pop("tools", None) or ()]
+        if options.pop("tool_choice", None) not in (None, "auto") or "response_format" in options:
+            raise NotImplementedError(f"{_NOT_YET}; found {sorted(kwargs)}")
+        given = {name: options.pop(name, getattr(self, name)) for name in _PER_CALL}
+        if options:
+            raise ConfigError(f"a call takes memory, tools, stop, {', '.join(_PER_CALL)}; found {', '.join(options)}")
+        window = given["window"]
+        sampling = agentmem.Sampling(
+            temperature=given["temperature"],
+            top_p=given["top_p"],
+            top_k=given["top_k"],
+            max_tokens=given["max_tokens"],
+            stop=tuple(self.stop or () if stop is None else stop),
+            seed=given["seed"],
+        )
+        return _Call(
+            turn,
+            to_engine(messages),
+            {
+                "sampling": sampling,
+                "window": Window(tokens=window) if isinstance(window, int) else window or Window(),
+                "write": given["write"],
+                "on_edit": given["on_edit"],
+                "tools": tools,
+                "memory": self.use_memory,
+            },
+        )
+
+    def _carrier(self, memory: Any) -> MemoryTurn:
+        if memory is None:
+            return MemoryTurn()
+        if not isinstance(memory, MemoryTurn):
+            raise TurnError(
+                "memory= takes a MemoryTurn, which brings the new memory back; "
+                f"found {type(memory).__name__}; pass memory=MemoryTurn(state)"
+            )
+        if self.cache is not False and (isinstance(self.cache, BaseCache) or get_llm_cache() is not None):
+            raise TurnError(
+                "a call with a memory can not go through an LLM cache: a cached reply brings no new memory; "
+                "leave ChatDeltaMem's cache=False"
+            )
+        return memory
+
+
+def _openai_tool(tool: Tool) -> dict[str, Any]:
+    plain = convert_to_openai_tool(tool)
+    function = plain.get("function")
+    if plain.get("type") != "function" or not isinstance(function, Mapping) or not function.get("name"):
+        raise ConfigError(f"a tool is a function with a name; found {plain!r}; leave out others")
+    return plain

@@ -1,0 +1,42 @@
+"""Shows text to a model in the leading system message: a system prompt, and retrieved facts with numbers.
+
+System messages are shown and never written, so facts stay out of the memory and may change every turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from langchain_core.documents import Document
+from langchain_core.messages import BaseMessage, HumanMessage, SystemMessage
+
+
+def numbered_facts(documents: Sequence[Document]) -> str:
+    """The documents' texts as numbered facts: "Facts:", then a line "[1] text" for each; "" for none.
+
+    A text takes one line, so that no text can pretend to be another number.
+    """
+    lines = [f"[{n}] {_one_line(d.page_content)}" for n, d in enumerate(documents, start=1)]
+    return "\n".join(["Facts:", *lines]) if lines else ""
+
+
+def with_leading_text(messages: Sequence[BaseMessage], before: str, after: str) -> list[BaseMessage]:
+    """`messages` with one leading system message: `before`, what a leading one says already, `after`.
+
+    Most chat templates take a single system message, and only in front. Empty texts add nothing.
+    """
+    if not before and not after:
+        return list(messages)
+    head = messages[0] if messages and isinstance(messages[0], SystemMessage) else None
+    parts = [part for part in (before, head.text if head else "", after) if part]
+    rest = list(messages[1:] if head else messages)
+    return [SystemMessage("\n\n".join(parts)), *rest]
+
+
+def question(messages: Sequence[BaseMessage]) -> str:
+    """What to look up facts for: the text of the last human message, or ""."""
+    return next((m.text for m in reversed(messages) if isinstance(m, HumanMessage)), "")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())

@@ -1,0 +1,156 @@
+"""LangChain's messages to agentmem's and back.
+
+A memory recognises a message that it has consumed by its digest. So a reply that went out as an AIMessage
+must come back as the same message, whether it was streamed or not, and nothing that a graph may add later
+(ids, usage, metadata, reasoning) may count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from langchain_core.messages import (
+    AIMessage,
+    BaseMessage,
+    ChatMessage,
+    HumanMessage,
+    SystemMessage,
+    ToolMessage,
+)
+from langchain_core.messages import InvalidToolCall as InvalidCall
+from langchain_core.messages import ToolCall as Call
+from langchain_core.messages.ai import UsageMetadata
+
+from agentmem.errors import TranscriptError
+from agentmem.messages import ROLES, Message, Role, ToolCall
+
+if TYPE_CHECKING:
+    from agentmem import Turn
+
+REASONING = "reasoning_content"
+"""Where an AIMessage keeps its reasoning (in additional_kwargs); LangChain's content blocks read it there."""
+
+_MARK = "agentmem"  # additional_kwargs["agentmem"] = {"write": False}
+# Blocks of an AI message that are no text: calls stand in `tool_calls` too, and reasoning is never sent back.
+_NOT_SAID = {"tool_call", "tool_call_chunk", "invalid_tool_call", "tool_use", "reasoning", "thinking"}
+
+
+def to_engine(messages: Sequence[BaseMessage]) -> list[Message]:
+    """The same messages for the engine, one for one.
+
+    Raises:
+        TranscriptError: a kind of message or content that a text model cannot be shown.
+    """
+    return [_to_engine(message) for message in messages]
+
+
+def _to_engine(message: BaseMessage) -> Message:
+    write, name = _write_flag(message), message.name or ""
+    if isinstance(message, AIMessage):
+        return Message(
+            "assistant",
+            _text(message),
+            tool_calls=tuple(ToolCall(c["name"], c["args"], c["id"] or "") for c in message.tool_calls),
+            name=name,
+            write=write,
+        )
+    if isinstance(message, ToolMessage):
+        text = _text(message)
+        if message.status == "error" and not text.startswith("Error"):
+            text = f"Error: {text}"  # templates show a tool's text alone
+        return Message("tool", text, tool_call_id=message.tool_call_id, name=name, write=write)
+    return Message(_role(message), _text(message), name=name, write=write)
+
+
+def _role(message: BaseMessage) -> Role:
+    if isinstance(message, HumanMessage):
+        return "user"
+    if isinstance(message, SystemMessage):
+        return "system"
+    if isinstance(message, ChatMessage) and message.role in ROLES and message.role != "tool":
+        return message.role  # type: ignore[return-value]
+    raise TranscriptError(
+        f"a human, AI, system or tool message was expected; found {type(message).__name__} "
+        f"({getattr(message, 'role', message.type)!r}); convert or remove it first"
+    )
+
+
+def _write_flag(message: BaseMessage) -> bool:
+    mark = message.additional_kwargs.get(_MARK, {})
+    write = mark.get("write", True) if isinstance(mark, Mapping) else None
+    if not isinstance(write, bool):
+        raise TranscriptError(
+            f'additional_kwargs["{_MARK}"] is {{"write": True}} or {{"write": False}}; found {mark!r}'
+        )
+    return write
+
+
+def _text(message: BaseMessage) -> str:
+    if isinstance(message.content, str):
+        return message.content
+    texts = []
+    for block in message.content:
+        if isinstance(block, str):
+            texts.append(block)
+        elif block.get("type") == "text" and isinstance(block.get("text"), str):
+            texts.append(block["text"])
+        elif not (isinstance(message, AIMessage) and block.get("type") in _NOT_SAID):
+            raise TranscriptError(
+                f"a text model reads text; found a block of type {block.get('type')!r} in a {message.type} "
+                "message; describe it in text, or leave it out"
+            )
+    return "".join(texts)
+
+
+def to_ai_message(turn: Turn, model_name: str) -> AIMessage:
+    """What a turn said, with usage, and with the digest of the new memory in place of the memory."""
+    return AIMessage(
+        content=turn.message.content,
+        tool_calls=[
+            Call(name=call.name, args=dict(call.arguments), id=call.id, type="tool_call")
+            for call in turn.message.tool_calls
+        ],
+        invalid_tool_calls=invalid_calls(turn),
+        additional_kwargs={REASONING: turn.reasoning} if turn.reasoning else {},
+        response_metadata=response_metadata(turn, model_name),
+        usage_metadata=usage(turn),
+    )
+
+
+def invalid_calls(turn: Turn) -> list[InvalidCall]:
+    """Calls that could not be read. Their arguments are what the model wrote, from the opening tag on.
+
+    With the tag the text is no JSON; else LangChain would complete the cut-off call of a stream to a valid one.
+    """
+    return [
+        InvalidCall(name=None, args=f"<tool_call>{c.text}", id=None, error=c.error, type="invalid_tool_call")
+        for c in turn.invalid_tool_calls
+    ]
+
+
+def response_metadata(turn: Turn, model_name: str) -> dict[str, Any]:
+    """model_name, finish_reason, memory (new digest, tokens written and read), and edits if there are any."""
+    metadata: dict[str, Any] = {
+        "model_name": model_name,
+        "finish_reason": turn.finish_reason,
+        "memory": {
+            "digest": turn.state.digest if turn.state else None,
+            "written": turn.written,
+            "read": turn.read,
+        },
+    }
+    if turn.edits:
+        metadata["edits"] = list(turn.edits)
+    return metadata
+
+
+def usage(turn: Turn) -> UsageMetadata:
+    """Token counts in LangChain's form."""
+    used = turn.usage
+    return UsageMetadata(
+        input_tokens=used.input_tokens,
+        output_tokens=used.output_tokens,
+        total_tokens=used.input_tokens + used.output_tokens,
+        input_token_details={"cache_read": used.cache_read_tokens},
+    )

@@ -1,0 +1,84 @@
+"""MemoryMiddleware: gives the model of `create_agent` the memory that the agent's state keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Annotated, Any, NotRequired
+
+from langchain.agents.middleware.types import (
+    AgentMiddleware,
+    AgentState,
+    ExtendedModelResponse,
+    ModelRequest,
+    ModelResponse,
+    PrivateStateAttr,
+)
+from langgraph.types import Command
+
+from agentmem.state import MemoryState
+from agentmem_langgraph.carrier import MemoryTurn
+from agentmem_langgraph.channel import MemoryChannel
+from agentmem_langgraph.node import memory_update
+from agentmem_langgraph.tracing import MATRIX_FREE
+
+
+class PrivateMemoryState(AgentState[Any]):
+    """An agent's state with a memory that is no part of its input and output."""
+
+    memory: NotRequired[Annotated[MemoryState, MemoryChannel, PrivateStateAttr]]
+
+
+class SharedMemoryState(AgentState[Any]):
+    """An agent's state with a memory that comes in with the input and goes out with the output."""
+
+    memory: NotRequired[Annotated[MemoryState, MemoryChannel]]
+
+
+class MemoryMiddleware(AgentMiddleware[Any, Any, Any]):
+    """Memory for an agent whose model is a ChatDeltaMem.
+
+        agent = create_agent(ChatDeltaMem(), tools, middleware=[MemoryMiddleware()], checkpointer=saver)
+
+    Every call of the model is one turn of the memory, kept in the state key "memory". Middleware that repeats
+    failed calls may stand before or after this one: a failed call changes nothing. Middleware after this one
+    that asks the model twice where both calls succeed gets a TurnError: only one can be the next turn.
+
+    Args:
+        shared: the memory is part of the agent's input and output: for an agent that is a node of a graph
+            with a "memory" of its own. Otherwise it stays inside the agent's own thread.
+    """
+
+    trace_policy = MATRIX_FREE
+
+    def __init__(self, *, shared: bool = False) -> None:
+        super().__init__()
+        self.state_schema = SharedMemoryState if shared else PrivateMemoryState
+
+    def wrap_model_call(
+        self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]
+    ) -> ExtendedModelResponse[Any]:
+        """Call the model with the memory, and put the new one into the agent's state."""
+        turn = _turn(request)
+        return _with_memory(handler(_carrying(request, turn)), turn)
+
+    async def awrap_model_call(
+        self,
+        request: ModelRequest[Any],
+        handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]],
+    ) -> ExtendedModelResponse[Any]:
+        """As `wrap_model_call`."""
+        turn = _turn(request)
+        return _with_memory(await handler(_carrying(request, turn)), turn)
+
+
+def _turn(request: ModelRequest[Any]) -> MemoryTurn:
+    state: Mapping[str, Any] = request.state
+    return MemoryTurn(state.get("memory"))
+
+
+def _carrying(request: ModelRequest[Any], turn: MemoryTurn) -> ModelRequest[Any]:
+    return request.override(model_settings={**request.model_settings, "memory": turn})
+
+
+def _with_memory(response: ModelResponse[Any], turn: MemoryTurn) -> ExtendedModelResponse[Any]:
+    return ExtendedModelResponse(response, Command(update=memory_update(turn, "memory")))

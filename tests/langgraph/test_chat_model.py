@@ -1,0 +1,248 @@
+"""ChatDeltaMem: memory through a call, streams, options and metadata."""
+
+from __future__ import annotations
+
+import pytest
+from fake_engine import FakeEngine
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage
+from pydantic import ValidationError
+
+from agentmem import Delta, MemoryState, Window
+from agentmem.errors import ConfigError, MissingAdapterError
+from agentmem_langgraph import ChatDeltaMem, MemoryTurn
+
+TELL = "My favorite color is teal."
+ASK = "What is my favorite color?"
+KNOWN = "Your favorite color is teal."
+
+
+def told(llm: BaseChatModel) -> MemoryState:
+    turn = MemoryTurn()
+    llm.invoke(TELL, memory=turn)
+    assert turn.state is not None
+    return turn.state
+
+
+def gathered(chunks: list[AIMessageChunk]) -> AIMessageChunk:
+    whole = chunks[0]
+    for chunk in chunks[1:]:
+        whole += chunk
+    return whole
+
+
+# ---------------------------------------------------------------------- memory through a call
+
+
+def test_a_memory_goes_in_and_the_new_one_comes_out(llm: ChatDeltaMem) -> None:
+    state = told(llm)
+    turn = MemoryTurn(state)
+    assert llm.invoke(ASK, memory=turn).text == KNOWN
+    assert turn.state is not None
+    assert turn.state != state
+    assert turn.state.count == state.count + 2
+
+
+def test_without_a_memory_it_is_a_plain_chat_model(llm: ChatDeltaMem) -> None:
+    told(llm)
+    assert llm.invoke(ASK).text == "I do not know yet."
+    assert llm.invoke([HumanMessage(TELL), AIMessage("Noted."), HumanMessage(ASK)]).text == KNOWN
+
+
+async def test_all_four_ways_to_call_give_the_same_reply_and_memory(llm: ChatDeltaMem) -> None:
+    state = told(llm)
+    turns = [MemoryTurn(state) for _ in range(4)]
+    replies = [
+        llm.invoke(ASK, memory=turns[0]),
+        await llm.ainvoke(ASK, memory=turns[1]),
+        gathered(list(llm.stream(ASK, memory=turns[2]))),
+        gathered([chunk async for chunk in llm.astream(ASK, memory=turns[3])]),
+    ]
+    assert [reply.text for reply in replies] == [KNOWN] * 4
+    assert len({turn.state for turn in turns}) == 1
+    assert len({str(reply.usage_metadata) for reply in replies}) == 1
+    assert len({str(reply.response_metadata) for reply in replies}) == 1
+
+
+def test_the_metadata_names_the_memory_by_its_digest_only(llm: ChatDeltaMem) -> None:
+    turn = MemoryTurn(told(llm))
+    reply = llm.invoke(ASK, memory=turn)
+    assert turn.state is not None
+    assert reply.response_metadata == {
+        "model_name": "fake",
+        "finish_reason": "stop",
+        "memory": {"digest": turn.state.digest, "written": 1, "read": 0},
+    }
+    assert reply.usage_metadata == {
+        "input_tokens": 6,
+        "output_tokens": 5,
+        "total_tokens": 11,
+        "input_token_details": {"cache_read": 3},
+    }
+
+
+def test_edits_of_the_history_are_reported(llm: ChatDeltaMem) -> None:
+    turn = MemoryTurn()
+    reply = llm.invoke(TELL, memory=turn)
+    history = [HumanMessage("My favorite color is red."), reply, HumanMessage(ASK)]
+    again = llm.invoke(history, memory=MemoryTurn(turn.state))
+    assert again.response_metadata["edits"] == [0]
+
+
+def test_remember_writes_without_a_reply(llm: ChatDeltaMem, fake: FakeEngine) -> None:
+    turn = MemoryTurn()
+    assert llm.remember([("user", TELL)], memory=turn).written == 1
+    assert not fake.calls
+    assert llm.invoke(ASK, memory=MemoryTurn(turn.state)).text == KNOWN
+
+
+async def test_aremember_writes_without_a_reply(llm: ChatDeltaMem) -> None:
+    turn = MemoryTurn()
+    await llm.aremember(TELL, memory=turn)
+    assert (await llm.ainvoke(ASK, memory=MemoryTurn(turn.state))).text == KNOWN
+
+
+def test_use_memory_false_is_the_bare_model_and_leaves_the_memory_alone(llm: ChatDeltaMem) -> None:
+    state = told(llm)
+    bare = llm.model_copy(update={"use_memory": False})
+    turn = MemoryTurn(state)
+    assert bare.invoke(ASK, memory=turn).text == "I do not know yet."
+    assert turn.state == state
+    with pytest.raises(MissingAdapterError):
+        bare.remember(TELL, memory=MemoryTurn())
+
+
+# ---------------------------------------------------------------------- streams
+
+
+def test_a_stream_has_one_text_block_usage_once_and_an_end(llm: ChatDeltaMem) -> None:
+    chunks = list(llm.stream(ASK))
+    assert [chunk.chunk_position for chunk in chunks] == [None] * (len(chunks) - 1) + ["last"]
+    assert sum(chunk.usage_metadata is not None for chunk in chunks) == 1
+    assert sum(bool(chunk.response_metadata) for chunk in chunks) == 1
+    whole = gathered(chunks)
+    assert [block["type"] for block in whole.content_blocks] == ["text"]
+    assert len(chunks) > 3
+
+
+def test_the_newer_block_form_streams_one_text_block(fake: FakeEngine) -> None:
+    llm = ChatDeltaMem(engine=fake, output_version="v1")
+    whole = gathered(list(llm.stream(ASK)))
+    assert [block["type"] for block in whole.content] == ["text"]
+    assert whole.text == "I do not know yet."
+
+
+@pytest.mark.parametrize(
+    "deltas",
+    [
+        [Delta("  Two lines.\n"), Delta("\nAnd more. \n")],
+        [Delta("Sure.\n\n"), Delta('{"name": "f", "arguments": {"x": 1.5, "y": "ü"}}', "tool_call")],
+        [Delta("hm\n", "reasoning"), Delta("\n\n"), Delta("Right. "), Delta("So.")],
+        [Delta(" Sure"), Delta('{"name": "f", "arguments": {}}', "tool_call"), Delta("\n"), Delta("{", "tool_call")],
+        [Delta('{"name": "f", "arguments": {"x": ', "tool_call")],
+        [Delta('{"arguments": {}}', "tool_call")],
+    ],
+    ids=["space", "call", "reasoning", "call-then-invalid", "cut-off", "no-name"],
+)
+def test_a_streamed_reply_and_a_whole_one_are_the_same_message_to_the_memory(
+    fake: FakeEngine, deltas: list[Delta]
+) -> None:
+    llm = ChatDeltaMem(engine=fake)
+    for how in (
+        lambda turn: llm.invoke("Hello!", memory=turn),
+        lambda turn: gathered(list(llm.stream("Hello!", memory=turn))),
+    ):
+        fake.scripted.append(list(deltas))
+        turn = MemoryTurn()
+        reply = how(turn)
+        kinds = [delta.kind for delta in deltas]
+        assert len(reply.tool_calls) + len(reply.invalid_tool_calls) == kinds.count("tool_call")
+        # What follows in the same history is new, and nothing else.
+        llm.invoke([HumanMessage("Hello!"), reply, HumanMessage("Go on.")], memory=(after := MemoryTurn(turn.state)))
+        assert turn.state is not None
+        assert after.state is not None
+        assert after.state.count == turn.state.count + 2
+
+
+def test_reasoning_is_kept_apart_and_never_sent_back(fake: FakeEngine) -> None:
+    llm = ChatDeltaMem(engine=fake)
+    for how in (llm.invoke, lambda text: gathered(list(llm.stream(text)))):
+        fake.scripted.append([Delta("Let me "), Delta("think.\n", "reasoning"), Delta("Yes.")])
+        fake.scripted[-1][0] = Delta("Let me ", "reasoning")
+        reply = how("Hello!")
+        assert reply.text == "Yes."
+        assert [block["type"] for block in reply.content_blocks] == ["reasoning", "text"]
+        assert reply.content_blocks[0]["reasoning"] == "Let me think."
+        llm.invoke([HumanMessage("Hello!"), reply, HumanMessage("Why?")])
+        assert fake.calls[-1]["messages"][1].content == "Yes."
+
+
+# ---------------------------------------------------------------------- options
+
+
+def test_options_of_the_model_reach_the_engine_and_those_of_a_call_win(fake: FakeEngine) -> None:
+    llm = ChatDeltaMem(
+        engine=fake, temperature=0.5, top_p=0.9, top_k=7, max_tokens=11, stop=["a"], seed=3, window=99, write="input"
+    )
+    llm.invoke("Hello!")
+    sampling = fake.calls[-1]["sampling"]
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.5, 0.9, 7)
+    assert (sampling.max_tokens, sampling.stop, sampling.seed) == (11, ("a",), 3)
+    assert fake.calls[-1]["window"] == Window(tokens=99)
+    assert fake.calls[-1]["write"] == "input"
+    llm.bind(max_tokens=2, window=Window(tokens=None, messages=3), write="off").invoke("Hello!", stop=["b"], seed=None)
+    assert fake.calls[-1]["sampling"].max_tokens == 2
+    assert fake.calls[-1]["sampling"].stop == ("b",)
+    assert fake.calls[-1]["sampling"].seed is None
+    assert fake.calls[-1]["window"] == Window(tokens=None, messages=3)
+    assert fake.calls[-1]["write"] == "off"
+
+
+def test_stop_and_max_tokens_end_the_reply(llm: ChatDeltaMem) -> None:
+    assert llm.invoke(ASK, stop=["know"]).text == "I do not "
+    assert llm.bind(max_tokens=2).invoke(ASK).text.split() == ["I", "do"]
+
+
+def test_unknown_options_are_refused(fake: FakeEngine, llm: ChatDeltaMem) -> None:
+    with pytest.raises(ConfigError, match="penalty"):
+        llm.invoke("Hello!", penalty=2)
+    with pytest.raises(ValidationError, match="maxtokens"):
+        ChatDeltaMem(engine=fake, maxtokens=3)
+    with pytest.raises(ValidationError, match="found both"):
+        ChatDeltaMem(engine=fake, model="nano")
+
+
+def test_the_engine_is_loaded_on_first_use(fake: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+    monkeypatch.setattr("agentmem.load", lambda **options: loaded.append(options) or fake, raising=False)
+    llm = ChatDeltaMem(model="some/model", adapter="some/adapter")
+    assert not loaded
+    assert llm.asdict()["model_name"] == "some/model"
+    llm.batch(["Hello!", "Hello!"])
+    assert loaded == [{"model": "some/model", "adapter": "some/adapter"}]
+
+
+def test_tokens_are_counted_by_the_models_own_tokenizer(llm: ChatDeltaMem) -> None:
+    assert llm.get_num_tokens("two words") == 2
+    assert llm.get_num_tokens_from_messages([HumanMessage("two words"), AIMessage("yes")]) == 5
+
+
+def test_different_settings_are_different_models_to_langchain(fake: FakeEngine) -> None:
+    seen = {
+        str(ChatDeltaMem(engine=fake, **options).asdict())
+        for options in ({}, {"temperature": 1.0}, {"window": 7}, {"write": "off"}, {"seed": 1}, {"use_memory": False})
+    }
+    assert len(seen) == 6
+    assert ChatDeltaMem(engine=fake)._get_ls_params(stop=["x"]) == {
+        "ls_provider": "agentmem",
+        "ls_model_name": "fake",
+        "ls_model_type": "chat",
+        "ls_temperature": 0.0,
+        "ls_max_tokens": 512,
+        "ls_stop": ["x"],
+    }
+
+
+def test_system_messages_stay_in_front_of_the_history(fake: FakeEngine, llm: ChatDeltaMem) -> None:
+    llm.invoke([SystemMessage("Be brief."), HumanMessage("Hello!")])
+    assert [m.role for m in fake.calls[-1]["messages"]] == ["system", "user"]

@@ -1,0 +1,99 @@
+"""Tools: every kind reaches the prompt, calls come back, forced choices are refused for now."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from fake_engine import FakeEngine
+from langchain_core.messages import AIMessageChunk, HumanMessage, ToolMessage
+from langchain_core.tools import tool
+from pydantic import BaseModel
+
+from agentmem.errors import ConfigError
+from agentmem_langgraph import ChatDeltaMem, MemoryTurn
+
+
+def gathered(chunks: list[AIMessageChunk]) -> AIMessageChunk:
+    whole = chunks[0]
+    for chunk in chunks[1:]:
+        whole += chunk
+    return whole
+
+
+# ---------------------------------------------------------------------- tools
+
+
+@tool
+def get_port(city: str) -> str:
+    """The port of a city."""
+    return "4711"
+
+
+def plain(city: str) -> str:
+    """The port of a city."""
+    return "4711"
+
+
+class Port(BaseModel):
+    """The port of a city."""
+
+    city: str
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (get_port, "get_port"),
+        (plain, "plain"),
+        (Port, "Port"),
+        ({"title": "port", "description": "of a city", "type": "object", "properties": {}}, "port"),
+        ({"type": "function", "function": {"name": "port", "parameters": {}}}, "port"),
+    ],
+    ids=["tool", "function", "pydantic", "schema", "openai"],
+)
+def test_every_kind_of_tool_reaches_the_prompt(fake: FakeEngine, llm: ChatDeltaMem, kind: Any, name: str) -> None:
+    reply = llm.bind_tools([kind], tool_choice="auto").invoke(f"Call {name} with city Berlin.")
+    assert [t["function"]["name"] for t in fake.calls[-1]["tools"]] == [name]
+    (call,) = reply.tool_calls
+    assert (call["name"], call["args"]) == (name, {"city": "Berlin"})
+    assert call["id"].startswith("call_")
+    assert reply.text == "Sure."
+    assert reply.response_metadata["finish_reason"] == "tool_calls"
+
+
+def test_a_streamed_call_comes_as_tool_call_chunks(llm: ChatDeltaMem) -> None:
+    chunks = list(llm.bind_tools([get_port]).stream("Call get_port with city Berlin."))
+    assert [len(chunk.tool_call_chunks) for chunk in chunks] == [0] * (len(chunks) - 1) + [1]
+    whole = gathered(chunks)
+    assert whole.tool_calls == llm.bind_tools([get_port]).invoke("Call get_port with city Berlin.").tool_calls
+    assert whole.text == "Sure."
+
+
+def test_a_call_and_its_result_go_back_to_the_engine(fake: FakeEngine, llm: ChatDeltaMem) -> None:
+    bound, turn = llm.bind_tools([get_port]), MemoryTurn()
+    history: list[Any] = [HumanMessage("Call get_port with city Berlin.")]
+    history.append(bound.invoke(history, memory=turn))
+    history.append(ToolMessage("4711", tool_call_id=history[-1].tool_calls[0]["id"], name="get_port"))
+    assert bound.invoke(history, memory=MemoryTurn(turn.state)).text == "The result is 4711."
+    _, call, result = fake.calls[-1]["messages"]
+    assert call.tool_calls[0].arguments == {"city": "Berlin"}
+    assert (result.role, result.tool_call_id, result.name) == ("tool", call.tool_calls[0].id, "get_port")
+
+
+@pytest.mark.parametrize("choice", ["any", "get_port", "required", True])
+def test_a_forced_tool_choice_is_refused_for_now(llm: ChatDeltaMem, choice: Any) -> None:
+    with pytest.raises(NotImplementedError, match="not supported yet"):
+        llm.bind_tools([get_port], tool_choice=choice)
+
+
+def test_structured_output_is_refused_for_now(llm: ChatDeltaMem) -> None:
+    with pytest.raises(NotImplementedError, match="not supported yet"):
+        llm.with_structured_output(Port)
+    with pytest.raises(NotImplementedError, match="not supported yet"):
+        llm.invoke("Hello!", response_format={"type": "json_object"})
+
+
+def test_a_tool_that_is_no_function_is_refused(llm: ChatDeltaMem) -> None:
+    with pytest.raises(ConfigError, match="web_search"):
+        llm.bind_tools([{"type": "web_search"}])

@@ -1,0 +1,123 @@
+"""MemoryNode: what it shows the model, what it leaves out of the state, and which state forms it reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from fake_engine import FakeEngine
+from langchain_core.documents import Document
+from langchain_core.language_models import FakeListChatModel
+from langchain_core.messages import HumanMessage, SystemMessage
+from langchain_core.retrievers import BaseRetriever
+from pydantic import Field
+
+from agentmem import MemoryState
+from agentmem.errors import TranscriptError, TurnError
+from agentmem_langgraph import ChatDeltaMem, MemoryNode, numbered_facts
+
+HELLO = {"messages": [HumanMessage("Hello!")]}
+
+
+class Shelf(BaseRetriever):
+    """Returns its documents, and keeps what it was asked."""
+
+    documents: list[Document]
+    asked: list[str] = Field(default_factory=list)
+
+    def _get_relevant_documents(self, query: str, *, run_manager: Any) -> list[Document]:
+        self.asked.append(query)
+        return self.documents
+
+
+@pytest.fixture
+def shelf() -> Shelf:
+    facts = ["The retry limit is 300.", "The api gate is\nblue."]
+    return Shelf(documents=[Document(fact) for fact in facts])
+
+
+def shown(fake: FakeEngine) -> list[tuple[str, str]]:
+    return [(message.role, message.content) for message in fake.calls[-1]["messages"]]
+
+
+def test_it_returns_the_reply_and_the_plain_memory(llm: ChatDeltaMem) -> None:
+    update = MemoryNode(llm).invoke(HELLO)
+    assert [m.type for m in update["messages"]] == ["ai"]
+    assert MemoryState.from_dict(update["memory"]).count == 2
+    again = MemoryNode(llm).invoke({"messages": [HumanMessage("Good bye!")], "memory": update["memory"]})
+    assert again["memory"]["count"] == 4
+
+
+def test_keys_can_be_named(llm: ChatDeltaMem) -> None:
+    update = MemoryNode(llm, messages_key="talk", memory_key="osam").invoke({"talk": [HumanMessage("Hello!")]})
+    assert set(update) == {"talk", "osam"}
+
+
+def test_a_state_may_be_an_object(llm: ChatDeltaMem) -> None:
+    @dataclass
+    class State:
+        messages: list[Any]
+        memory: MemoryState | None = None
+
+    update = MemoryNode(llm).invoke(State([HumanMessage("Hello!")]))
+    memory = MemoryState.from_dict(update["memory"])
+    assert MemoryNode(llm).invoke(State([HumanMessage("Good bye!")], memory))["memory"]["count"] == 4
+
+
+def test_a_state_without_messages_is_refused(llm: ChatDeltaMem) -> None:
+    with pytest.raises(TranscriptError, match="talk"):
+        MemoryNode(llm, messages_key="talk").invoke(HELLO)
+
+
+def test_bound_models_carry_the_memory_too(fake: FakeEngine, llm: ChatDeltaMem) -> None:
+    update = MemoryNode(llm.bind(max_tokens=3).with_config(tags=["x"])).invoke(HELLO)
+    assert update["memory"]["count"] == 2
+    assert fake.calls[-1]["sampling"].max_tokens == 3
+
+
+def test_a_model_that_ignores_the_memory_is_refused() -> None:
+    with pytest.raises(TurnError, match="ChatDeltaMem"):
+        MemoryNode(FakeListChatModel(responses=["hi"])).invoke(HELLO)
+
+
+def test_a_model_without_memory_leaves_the_memory_out(llm: ChatDeltaMem) -> None:
+    bare = MemoryNode(llm.model_copy(update={"use_memory": False}))
+    assert set(bare.invoke(HELLO)) == {"messages"}
+    memory = MemoryNode(llm).invoke(HELLO)["memory"]
+    assert bare.invoke({**HELLO, "memory": memory})["memory"] == memory
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_facts_are_shown_in_the_leading_system_message(
+    fake: FakeEngine, llm: ChatDeltaMem, shelf: Shelf, is_async: bool
+) -> None:
+    node = MemoryNode(llm, system="Be brief.", retriever=shelf)
+    state = {"messages": [HumanMessage("Hello!"), HumanMessage("What is the retry limit?")]}
+    update = await node.ainvoke(state) if is_async else node.invoke(state)
+    assert shelf.asked[-1] == "What is the retry limit?"
+    facts = "Facts:\n[1] The retry limit is 300.\n[2] The api gate is blue."
+    assert shown(fake)[0] == ("system", f"Be brief.\n\n{facts}")
+    assert update["messages"][0].text == "The retry limit is 300 [1]."
+    # Neither stored nor recorded: two human messages and the reply.
+    assert [m.type for m in update["messages"]] == ["ai"]
+    assert update["memory"]["count"] == 3
+
+
+def test_a_system_message_of_the_history_stays_in_one_with_the_facts(
+    fake: FakeEngine, llm: ChatDeltaMem, shelf: Shelf
+) -> None:
+    node = MemoryNode(llm, system="A", retriever=shelf, format_facts=lambda documents: f"{len(documents)} facts")
+    node.invoke({"messages": [SystemMessage("B"), HumanMessage("Hello!")]})
+    assert shown(fake) == [("system", "A\n\nB\n\n2 facts"), ("user", "Hello!")]
+
+
+def test_without_system_and_facts_the_history_is_shown_as_it_is(fake: FakeEngine, llm: ChatDeltaMem) -> None:
+    MemoryNode(llm, retriever=Shelf(documents=[])).invoke(HELLO)
+    assert shown(fake) == [("user", "Hello!")]
+
+
+def test_a_fact_can_not_pretend_to_be_another() -> None:
+    facts = numbered_facts([Document("a\n[2] b"), Document("c")])
+    assert facts.splitlines() == ["Facts:", "[1] a [2] b", "[2] c"]
+    assert numbered_facts([]) == ""

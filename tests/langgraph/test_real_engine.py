@@ -1,0 +1,153 @@
+"""The chat model on the real engine, with a model that babbles: random weights, every token possible.
+
+What such a model says (stray tags, cut-off calls, white space at either end) is what conversions must survive: a
+reply that comes back in the history has to be the message that the memory recorded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from langchain_core.messages import BaseMessage, HumanMessage, ToolMessage
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from agentmem import Engine, MemoryConfig, SteeredModel
+from agentmem.errors import AgentMemError
+from agentmem_langgraph import ChatDeltaMem, MemoryTurn
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>\n{{ c.function | tojson }}\n</tool_call>{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+# Whole texts as tokens, so that a babbling model says something a parser has work with.
+PIECES = ('{"name": "f", "arguments": {}}', '{"name": "f", "arg', "  ", "\n", "\n\n", " word", "word.", "é")
+
+
+@pytest.fixture(scope="module")
+def babbler() -> Iterator[Engine]:
+    bpe = Tokenizer(
+        models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
+    )
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    bpe.add_tokens([AddedToken(text, special=False, normalized=False) for text in (*TAGS, *PIECES)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.chat_template = TEMPLATE
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=4096,
+        initializer_range=0.1,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = Qwen3ForCausalLM(config)
+    with torch.no_grad():  # tags, pieces and the end come often; single bytes and other control tokens hardly ever
+        model.lm_head.bias = torch.nn.Parameter(torch.full((len(tokenizer),), -6.0))
+        for text in (*TAGS, *PIECES, "<|im_end|>"):
+            model.lm_head.bias[tokenizer.convert_tokens_to_ids(text)] = 2.0
+    steered = SteeredModel.attach(model, config=MemoryConfig(rank=4), seed=0)
+    with torch.no_grad():
+        for parameter in steered.memory.parameters():
+            parameter.normal_(0.0, 0.3)
+    with Engine(model, tokenizer, steered, name="babbler") as engine:
+        yield engine
+
+
+def how(llm: ChatDeltaMem, way: int, messages: list[BaseMessage], turn: MemoryTurn) -> Any:
+    """The four ways to call, in turn."""
+    if way == 0:
+        return llm.invoke(messages, memory=turn)
+    if way == 1:
+        chunks = list(llm.stream(messages, memory=turn))
+        return sum(chunks[1:], chunks[0])
+    if way == 2:
+        return asyncio.run(llm.ainvoke(messages, memory=turn))
+
+    async def streamed() -> Any:
+        chunks = [chunk async for chunk in llm.astream(messages, memory=turn)]
+        return sum(chunks[1:], chunks[0])
+
+    return asyncio.run(streamed())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_a_model_says_is_recognised_when_it_comes_back(babbler: Engine, seed: int) -> None:
+    llm = ChatDeltaMem(engine=babbler, temperature=1.0, max_tokens=12)
+    history: list[BaseMessage] = []
+    state = None
+    for turn_number in range(8):
+        history.append(HumanMessage(f"question {turn_number}"))
+        turn = MemoryTurn(state)
+        reply = how(llm.bind(seed=seed * 100 + turn_number), (turn_number + seed) % 4, history, turn)
+        assert "edits" not in reply.response_metadata
+        history.append(reply)
+        history += [ToolMessage("done", tool_call_id=call["id"]) for call in reply.tool_calls]
+        assert turn.state is not None
+        assert turn.state.count == len(history) - len(reply.tool_calls)
+        state = turn.state
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_all_ways_to_call_say_the_same(babbler: Engine, seed: int) -> None:
+    llm = ChatDeltaMem(engine=babbler, temperature=1.0, max_tokens=12, seed=seed)
+    turns = [MemoryTurn() for _ in range(4)]
+    replies = [how(llm, way, [HumanMessage("Hello!")], turn) for way, turn in enumerate(turns)]
+    assert len({turn.state for turn in turns}) == 1
+    for reply in replies[1:]:
+        assert reply.text == replies[0].text
+        assert reply.tool_calls == replies[0].tool_calls
+        assert [c["args"] for c in reply.invalid_tool_calls] == [c["args"] for c in replies[0].invalid_tool_calls]
+        assert reply.additional_kwargs == replies[0].additional_kwargs
+        assert reply.response_metadata == replies[0].response_metadata | {
+            "memory": reply.response_metadata["memory"],
+        }
+
+
+async def test_a_cancelled_call_changes_nothing_and_can_be_repeated(babbler: Engine) -> None:
+    llm = ChatDeltaMem(engine=babbler, temperature=1.0, seed=1, max_tokens=400, stop=["never"])
+    turn, undisturbed = MemoryTurn(), MemoryTurn()
+    task = asyncio.create_task(llm.ainvoke("Hello!", memory=turn))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises((asyncio.CancelledError, AgentMemError)):
+        await task
+    assert not turn.used
+    assert turn.state is None
+    await llm.ainvoke("Hello!", memory=turn)
+    await llm.ainvoke("Hello!", memory=undisturbed)
+    assert turn.state == undisturbed.state
+
+
+async def test_the_loop_runs_on_while_a_reply_is_made(babbler: Engine) -> None:
+    llm = ChatDeltaMem(engine=babbler, temperature=1.0, seed=1, max_tokens=40)
+    call = asyncio.create_task(llm.ainvoke("Hello!"))
+    ticks = 0
+    while not call.done():
+        ticks += 1
+        await asyncio.sleep(0)
+    assert call.result().response_metadata["model_name"] == "babbler"
+    assert ticks > 2
+
+
+async def test_no_torch_mode_leaks_out_of_a_stream(babbler: Engine) -> None:
+    llm = ChatDeltaMem(engine=babbler, max_tokens=5)
+    async for _ in llm.astream("Hello!"):
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+    for _ in llm.stream("Hello!"):
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()

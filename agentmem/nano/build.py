@@ -1,0 +1,227 @@
+"""nano from nothing: language, tokenizer, base, adapter, the shipped directory.
+
+    <out>/config.json generation_config.json model.safetensors (bfloat16)
+          tokenizer.json tokenizer_config.json chat_template.jinja
+          adapter/delta_mem_config.json adapter/adapter.safetensors
+          recipe.json
+
+Everything follows from the seed. A build that is stopped goes on from its last checkpoint (in ``<out>/.build``);
+a finished part is not made again. The base is frozen as it will be shipped, rounded to bfloat16, before the adapter is
+trained on it.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3ForCausalLM
+
+from agentmem import __version__
+from agentmem.adapter import SAFETENSORS_FILE
+from agentmem.config import MemoryConfig
+from agentmem.nano.batches import BaseBatches
+from agentmem.nano.memory_batches import MemoryBatches
+from agentmem.nano.model import fresh_model, nano_config
+from agentmem.nano.tokenizer import train_tokenizer
+from agentmem.steered import SteeredModel
+from agentmem.training.adapter import start_as_copier, train_adapter
+from agentmem.training.allocator import keep_memory
+from agentmem.training.loop import Plan, TrainingLog
+from agentmem.training.pretrain import pretrain
+
+WEIGHTS = Path(__file__).parent / "weights"
+"""The directory of the shipped model."""
+
+_OnStep = Callable[[int, TrainingLog], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sizes and lengths; the defaults make the shipped model.
+
+    The base is trained twice, each time along a cosine: on everything in a curriculum, then mostly on tools and facts.
+    """
+
+    tokenizer_episodes: int = 4000
+    width: int = 128
+    layers: int = 4
+    base_steps: int = 1800
+    base_rate: float = 3e-3
+    skill_steps: int = 1300
+    skill_rate: float = 1.5e-3
+    skill_share: float = 0.65
+    base_episodes: int = 12
+    rank: int = 32
+    memory_steps: int = 1250
+    memory_rate: float = 3e-3
+
+    @property
+    def memory(self) -> MemoryConfig:
+        """The mechanism: uncoupled retention, since with retention 1 - beta every write also forgets."""
+        return MemoryConfig(rank=self.rank, alpha=2.0 * self.rank, couple_lambda=False)
+
+
+def build(
+    out_dir: str | Path,
+    *,
+    seed: int = 0,
+    recipe: Recipe | None = None,
+    threads: int | None = None,
+    console: Console | None = None,
+) -> Path:
+    """Make nano and put it into ``out_dir``; returns that directory.
+
+    Args:
+        out_dir: made if it is not there; a finished build in it is replaced only once the new one is complete.
+        seed: of the tokenizer's corpus, the weights' start and every batch.
+        recipe: other sizes or lengths than the shipped model's.
+        threads: CPU threads; None = as many as torch takes.
+        console: where progress is shown; None = the standard output.
+
+    Raises:
+        ConfigError: ``<out>/.build`` holds checkpoints of another seed or recipe.
+    """
+    recipe = recipe or Recipe()
+    out = Path(out_dir)
+    work = out / ".build"
+    work.mkdir(parents=True, exist_ok=True)
+    keep_memory()
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    columns = (TextColumn("{task.description:<10}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+               TextColumn("loss {task.fields[loss]}"), TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
+    try:
+        with Progress(*columns, console=console) as progress:
+            tokenizer = _tokenizer(work, seed, recipe)
+            model = fresh_model(nano_config(tokenizer, width=recipe.width, layers=recipe.layers), seed)
+            logs = {
+                "base": _base(work, model, tokenizer, seed, recipe, _shower(progress, "base", recipe.base_steps)),
+                "skills": _skills(
+                    work, model, tokenizer, seed, recipe, _shower(progress, "skills", recipe.skill_steps)
+                ),
+            }
+            _round(model)
+            steered = SteeredModel.attach(model, config=recipe.memory, seed=seed)
+            logs["adapter"] = _memory(
+                work, steered, tokenizer, seed, recipe, _shower(progress, "adapter", recipe.memory_steps)
+            )
+    finally:
+        torch.set_num_threads(before)
+    _ship(out, tokenizer, model, steered)
+    text = json.dumps(_report(out, model, steered, seed, recipe, logs), indent=2) + "\n"
+    (out / "recipe.json").write_text(text, "utf-8")
+    shutil.rmtree(work)
+    return out
+
+
+def _tokenizer(work: Path, seed: int, recipe: Recipe) -> PreTrainedTokenizerBase:
+    if not (work / "tokenizer" / "tokenizer_config.json").exists():
+        train_tokenizer(seed, episodes=recipe.tokenizer_episodes).save_pretrained(work / "tokenizer")
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(work / "tokenizer")
+    return tokenizer
+
+
+def _base(
+    work: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, seed: int, recipe: Recipe, on_step: _OnStep
+) -> TrainingLog:
+    batches = BaseBatches(tokenizer, seed=seed, episodes=recipe.base_episodes, steps=recipe.base_steps)
+    plan = Plan(recipe.base_steps, recipe.base_rate, warmup=30)
+    return pretrain(model, batches, plan, seed=seed, checkpoint=work / "base.safetensors", on_step=on_step)
+
+
+def _skills(
+    work: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, seed: int, recipe: Recipe, on_step: _OnStep
+) -> TrainingLog:
+    batches = BaseBatches(
+        tokenizer,
+        seed=seed + 1,
+        episodes=recipe.base_episodes,
+        steps=recipe.skill_steps,
+        skills=recipe.skill_share,
+    )
+    plan = Plan(recipe.skill_steps, recipe.skill_rate, warmup=30)
+    return pretrain(model, batches, plan, seed=seed, checkpoint=work / "skills.safetensors", on_step=on_step)
+
+
+def _memory(
+    work: Path, steered: SteeredModel, tokenizer: PreTrainedTokenizerBase, seed: int, recipe: Recipe, on_step: _OnStep
+) -> TrainingLog:
+    start_as_copier(steered)
+    return train_adapter(
+        steered,
+        MemoryBatches(tokenizer, seed=seed, steps=recipe.memory_steps),
+        Plan(recipe.memory_steps, recipe.memory_rate, weight_decay=0.0),
+        checkpoint=work / "adapter.safetensors",
+        on_step=on_step,
+    )
+
+
+def _round(model: Qwen3ForCausalLM) -> None:
+    """Round the base to bfloat16 and widen it again: the numbers that ship, at the speed of float32."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16).to(parameter.dtype))
+
+
+def _ship(out: Path, tokenizer: PreTrainedTokenizerBase, model: Qwen3ForCausalLM, steered: SteeredModel) -> None:
+    steered.detach()
+    with torch.no_grad():
+        steered.memory.to(torch.bfloat16)
+    steered.save(out / "adapter")
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    # Weight files are written for their owner alone; these are to be read by whoever installs the package.
+    for file in (out / "model.safetensors", out / "adapter" / SAFETENSORS_FILE):
+        file.chmod(0o644)
+
+
+def _report(
+    out: Path, model: Qwen3ForCausalLM, steered: SteeredModel, seed: int, recipe: Recipe, logs: dict[str, TrainingLog]
+) -> dict[str, Any]:
+    shipped = [p for p in out.rglob("*") if p.is_file() and ".build" not in p.parts and p.name != "recipe.json"]
+    return {
+        "seed": seed,
+        "recipe": asdict(recipe),
+        "parameters": {
+            "base": sum(p.numel() for p in model.parameters()),
+            "adapter": sum(p.numel() for p in steered.memory.parameters()),
+            "vocabulary": model.config.vocab_size,
+        },
+        "training": {
+            name: {
+                "steps": len(log.losses),
+                "seconds": round(log.seconds, 1),
+                "loss_every_100_steps": [round(loss, 4) for loss in log.losses[99::100]],
+                "final_loss": round(log.recent(), 4),
+            }
+            for name, log in logs.items()
+        },
+        "versions": {
+            "agentmem": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "threads": torch.get_num_threads(),
+        "bytes": {str(p.relative_to(out)): p.stat().st_size for p in sorted(shipped)},
+    }
+
+
+def _shower(progress: Progress, name: str, steps: int) -> Callable[[int, TrainingLog], None]:
+    task = progress.add_task(name, total=steps, loss="-")
+
+    def show(step: int, log: TrainingLog) -> None:
+        progress.update(task, completed=step, loss=f"{log.recent():.3f}")
+
+    return show

@@ -1,0 +1,192 @@
+"""Training a memory adapter on a frozen model: context is written, not replayed; the loss is on the replies.
+
+A batch is a write pass and a read pass. The write pass runs over what was said, from the zero state; the read pass runs
+over questions, each from the state that its conversation left, and sees nothing of it but that state. Gradients flow
+through the state. The write pass can keep its turns apart (each attends to itself alone, as an engine with a short
+window runs them) or let them see each other; the data says which, by blocks.
+
+Nothing here knows nano: rows come from any tokenizer and the model is any ``SteeredModel`` with token writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from agentmem.errors import ConfigError
+from agentmem.steered import SteeredModel
+from agentmem.steering import LayerMemory
+from agentmem.training.loop import Plan, TrainingLog, fit
+
+
+@dataclass
+class Row:
+    """Tokens of one pass.
+
+    Attributes:
+        ids: token ids.
+        writes: whether each token writes to memory.
+        weights: what predicting each token counts in the loss (0 = nothing).
+        blocks: tokens attend to earlier tokens of their own block only; positions restart with each block.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    writes: list[bool] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+
+    def extend(self, ids: Sequence[int], *, write: bool, weight: float, block: int = 0) -> None:
+        """Append tokens of one kind."""
+        self.ids += ids
+        self.writes += [write] * len(ids)
+        self.weights += [weight] * len(ids)
+        self.blocks += [block] * len(ids)
+
+
+@dataclass(frozen=True)
+class PassBatch:
+    """Right-padded rows: ids, positions, blocks [B, T] int64; valid, writes [B, T] bool; weights [B, T] float32."""
+
+    ids: Tensor
+    positions: Tensor
+    blocks: Tensor
+    valid: Tensor
+    writes: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], pad: int) -> PassBatch:
+        """Pad rows to the longest."""
+        length = max(len(row.ids) for row in rows)
+
+        def padded(values: Sequence[Sequence[float]], fill: float, dtype: torch.dtype) -> Tensor:
+            out = torch.full((len(values), length), fill, dtype=dtype)
+            for i, value in enumerate(values):
+                out[i, : len(value)] = torch.tensor(value, dtype=dtype)
+            return out
+
+        return cls(
+            ids=padded([r.ids for r in rows], pad, torch.int64),
+            positions=padded([_positions(r.blocks) for r in rows], 0, torch.int64),
+            blocks=padded([r.blocks for r in rows], -1, torch.int64),
+            valid=padded([[True] * len(r.ids) for r in rows], False, torch.bool),
+            writes=padded([r.writes for r in rows], False, torch.bool),
+            weights=padded([r.weights for r in rows], 0.0, torch.float32),
+        )
+
+    def allowed(self) -> Tensor:
+        """[B, 1, T, T] bool: causal within a block. Padding is a block of its own, so no row of it is empty."""
+        causal = torch.ones(self.ids.shape[1], self.ids.shape[1], dtype=torch.bool).tril()
+        return ((self.blocks[:, :, None] == self.blocks[:, None, :]) & causal).unsqueeze(1)
+
+
+def _positions(blocks: list[int]) -> list[int]:
+    positions: list[int] = []
+    for i, block in enumerate(blocks):
+        positions.append(positions[-1] + 1 if i and blocks[i - 1] == block else 0)
+    return positions
+
+
+@dataclass(frozen=True)
+class MemoryBatch:
+    """A write pass over B conversations and a read pass over R questions; ``of[r]`` is question r's conversation."""
+
+    write: PassBatch
+    read: PassBatch
+    of: Tensor
+
+
+def memory_batch(written: Sequence[Row], questions: Sequence[tuple[int, Row]], pad: int) -> MemoryBatch:
+    """Put conversations and the questions about them (index of the conversation, row) into one batch."""
+    return MemoryBatch(
+        PassBatch.of(written, pad),
+        PassBatch.of([row for _, row in questions], pad),
+        torch.tensor([index for index, _ in questions]),
+    )
+
+
+def run_pass(steered: SteeredModel, batch: PassBatch, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One pass: the mean weighted cross-entropy of its replies (0 where nothing counts) and the state after it."""
+    kept: list[Tensor] = []
+    decoder = steered.model.get_decoder()
+    # The vocabulary product is made for the tokens that count alone, so the hidden state is taken before it.
+    handle = decoder.register_forward_hook(lambda _module, _inputs, output: kept.append(output.last_hidden_state))
+    try:
+        out = steered(
+            batch.ids,
+            state,
+            attention_mask=batch.valid.long(),
+            position_ids=batch.positions,
+            write=batch.writes,
+            logits_to_keep=-1,
+            attention_bias=batch.allowed(),
+        )
+    finally:
+        handle.remove()
+    weights = batch.weights[:, 1:]
+    counts = weights > 0
+    if not bool(counts.any()):
+        return torch.zeros(()), out.state
+    logits = steered.model.get_output_embeddings()(kept[0][:, :-1][counts]).float()
+    losses = F.cross_entropy(logits, batch.ids[:, 1:][counts], reduction="none")
+    return (losses * weights[counts]).sum() / weights[counts].sum(), out.state
+
+
+def memory_loss(steered: SteeredModel, batch: MemoryBatch, *, write_weight: float) -> Tensor:
+    """Loss of the read pass plus ``write_weight`` times that of the replies in the write pass."""
+    written, state = run_pass(steered, batch.write, None)
+    read, _ = run_pass(steered, batch.read, state[batch.of])
+    return read + write_weight * written
+
+
+def start_as_copier(steered: SteeredModel, gain: float = 0.3) -> None:
+    """Start a fresh adapter so that what it writes is what it says when read, in place.
+
+    Memory keys start equal to memory queries, and the correction of o at ``gain`` times the transpose of the memory
+    value: a read then favours the very token that was written, and training has only to find which tokens should match.
+    From outputs at zero it has to find both at once.
+    """
+    with torch.no_grad():
+        for module in steered.memory:
+            assert isinstance(module, LayerMemory)
+            module.get_parameter("memory_k_proj").copy_(module.get_parameter("memory_q_proj"))
+            module.get_parameter("delta_o_proj").copy_(gain * module.get_parameter("memory_v_proj").T)
+
+
+def train_adapter(
+    steered: SteeredModel,
+    batch_of: Callable[[int], MemoryBatch],
+    plan: Plan,
+    *,
+    write_weight: float = 0.5,
+    checkpoint: Path | None = None,
+    on_step: Callable[[int, TrainingLog], None] | None = None,
+) -> TrainingLog:
+    """Train the memory parameters of ``steered`` in place; the model itself is frozen meanwhile.
+
+    Raises:
+        ConfigError: the adapter does not write token by token.
+    """
+    strategy = steered.config.write_strategy
+    if strategy != "token":
+        raise ConfigError(f"training supports token writes; this adapter writes by {strategy}")
+    frozen = [p for p in steered.model.parameters() if p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    trained = [(name, p) for name, p in steered.memory.named_parameters() if p.requires_grad]
+    try:
+        return fit(
+            trained,
+            lambda step: memory_loss(steered, batch_of(step), write_weight=write_weight),
+            plan,
+            checkpoint=checkpoint,
+            on_step=on_step,
+        )
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)

@@ -1,0 +1,83 @@
+"""Training a base model on conversations: every reply counts in full, the rest of the text a little.
+
+The rest counts so that the hidden states of what the user says mean something: memory is written from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from agentmem.training.loop import Plan, TrainingLog, fit
+
+REST_WEIGHT = 0.2
+_REST_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class LMBatch:
+    """Right-padded conversations: ids [B, T] int64, mask [B, T] bool, weight [B, T] float32.
+
+    ``weight[b, t]`` is what predicting token t counts; 0 for padding.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    weight: Tensor
+
+
+def pad_batch(rows: Sequence[tuple[Sequence[int], Sequence[float]]], pad: int) -> LMBatch:
+    """Put rows of (ids, weights) into one right-padded batch."""
+    length = max(len(ids) for ids, _ in rows)
+    ids = torch.full((len(rows), length), pad)
+    mask = torch.zeros(len(rows), length, dtype=torch.bool)
+    weight = torch.zeros(len(rows), length)
+    for i, (row, weights) in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = True
+        weight[i, : len(row)] = torch.tensor(weights)
+    return LMBatch(ids, mask, weight)
+
+
+def lm_loss(model: PreTrainedModel, batch: LMBatch, generator: torch.Generator) -> Tensor:
+    """Weighted next-token cross-entropy, in nats a unit of weight.
+
+    The vocabulary product is the dearest part of a small model, so of the tokens that are no reply a random share is
+    taken, at a weight raised accordingly: the expected loss is the same.
+    """
+    hidden = model.get_decoder()(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).last_hidden_state
+    weight = batch.weight[:, 1:]
+    taken = (weight >= 1) | ((weight > 0) & (torch.rand(weight.shape, generator=generator) < _REST_SHARE))
+    weight = torch.where(weight >= 1, weight, weight / _REST_SHARE)[taken]
+    head = model.get_output_embeddings()
+    assert head is not None
+    losses = F.cross_entropy(head(hidden[:, :-1][taken]).float(), batch.ids[:, 1:][taken], reduction="none")
+    return (losses * weight).sum() / weight.sum()
+
+
+def pretrain(
+    model: PreTrainedModel,
+    batch_of: Callable[[int], LMBatch],
+    plan: Plan,
+    *,
+    seed: int,
+    checkpoint: Path | None = None,
+    on_step: Callable[[int, TrainingLog], None] | None = None,
+) -> TrainingLog:
+    """Train all of ``model`` in place on the batches that ``batch_of`` gives for each step."""
+    model.train()
+
+    def loss_of(step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        return lm_loss(model, batch_of(step), generator)
+
+    try:
+        return fit(model.named_parameters(), loss_of, plan, checkpoint=checkpoint, on_step=on_step)
+    finally:
+        model.eval()

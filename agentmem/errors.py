@@ -5,6 +5,7 @@
     ├── ConfigError                an option is unknown, archived or contradictory
     ├── AdapterError               adapter files do not hold what the config or the model needs
     │   └── MissingAdapterError    memory was asked for and no adapter is at hand
+    ├── ModelNotFoundError         a model's files are not at the place that was given
     ├── UnsupportedModelError      the model's attention is not built in a way we can steer
     ├── SegmentsRequiredError      a message or sentence adapter was asked to write without segments
     ├── StateError                 a memory state cannot be used
@@ -49,6 +50,10 @@ class AdapterError(AgentMemError, ValueError):
 
 class MissingAdapterError(AdapterError):
     """The model has no adapter of its own and none was given."""
+
+
+class ModelNotFoundError(AgentMemError, OSError):
+    """A model's or tokenizer's files are neither in a directory nor on the hub under the name that was given."""
 
 
 class UnsupportedModelError(AgentMemError, TypeError):

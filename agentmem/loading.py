@@ -10,7 +10,7 @@ import torch
 
 from agentmem.config import CONFIG_FILE
 from agentmem.engine import Engine
-from agentmem.errors import AdapterError, ConfigError, MissingAdapterError
+from agentmem.errors import AdapterError, ConfigError, MissingAdapterError, ModelNotFoundError
 from agentmem.steered import SteeredModel
 
 NANO = Path(__file__).parent / "nano" / "weights"
@@ -38,18 +38,25 @@ def load(
     Raises:
         MissingAdapterError: no adapter was given and the model has none of its own.
         AdapterError, ConfigError, UnsupportedModelError: the adapter or the model does not fit.
-        OSError: the files cannot be found or read.
+        ModelNotFoundError: the model's files cannot be found or read.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     place = str(NANO if model == "nano" else model)
     chosen = _device(device)
     directory = None if adapter is False else _adapter_directory(place, adapter)
-    tokenizer = AutoTokenizer.from_pretrained(place)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        config = AutoConfig.from_pretrained(place)
+    except OSError as error:
+        raise ModelNotFoundError(
+            f"no model at {str(model)!r}: neither a directory with one, nor a hub id that can be reached ({error})"
+        ) from error
     if getattr(tokenizer, "chat_template", None) is None:
         raise ConfigError(f"the tokenizer of {model} has no chat template; use a chat model, or set one and save it")
     loaded = AutoModelForCausalLM.from_pretrained(
         place,
+        config=config,
         dtype=_dtype(dtype, chosen),
         attn_implementation=_attention(attn_implementation, chosen, dtype),
     ).to(chosen)

@@ -36,11 +36,11 @@ def scan(
 def block_length(rows: int, length: int, rank: int) -> int:
     """Chunk length for the blocked form, or 0 where the tight loop is as quick or quicker.
 
-    ``rows`` is batch x heads. The loop costs per step whatever the rows, the blocked form per token, row and
-    rank^3: it pays for few rows of a small rank and many tokens. Thresholds measured by
-    ``benchmarks/scan.py``.
+    ``rows`` is batch x heads. The loop costs per step whatever the rows, the blocked form per token and rows x rank^3:
+    it pays for few rows of a small rank and many tokens. Thresholds from ``benchmarks/scan.py --grid``.
     """
-    if length < 48 or rows * rank**3 > 4_500:
+    work = rows * rank**3
+    if work > 4_500 or length < 96 + work // 32:
         return 0
     return 16 if length < 512 else 32 if length < 4096 else 64
 

@@ -23,7 +23,8 @@ class Window:
 
     Attributes:
         tokens: at most so many tokens in all, system messages and overhead included; None: no limit.
-        messages: at most so many messages, system messages included; None: no limit.
+        messages: at most so many messages, system messages not counted; None: no limit. The last message and
+            the tool calls and results that belong to it always show, however many they are.
 
     Raises:
         ConfigError: a limit is no positive integer.
@@ -62,27 +63,27 @@ class Window:
             raise ValueError(f"one size per message was expected; found {len(sizes)} for {len(messages)}")
         shown = [i for i, message in enumerate(messages) if message.role == "system"]
         fixed = sum(sizes[i] for i in shown)
-        tokens, count = overhead + fixed, len(shown)
         groups = tool_groups(messages)
-        for group in reversed(groups):
+        last = groups[-1] if groups else []
+        tokens, count = overhead + fixed + sum(sizes[i] for i in last), len(last)
+        if self.tokens is not None and tokens > self.tokens:
+            raise WindowError(self._too_small(overhead, fixed, tokens - overhead - fixed))
+        shown += last
+        for group in reversed(groups[:-1]):
             tokens += sum(sizes[i] for i in group)
             count += len(group)
             if not self._holds(tokens, count):
-                if group is groups[-1]:
-                    raise WindowError(self._too_small(overhead, fixed, tokens - overhead - fixed, count))
                 break
             shown += group
-        if not groups and not self._holds(tokens, count):
-            raise WindowError(self._too_small(overhead, fixed, 0, count))
         return sorted(shown)
 
     def _holds(self, tokens: int, count: int) -> bool:
         return (self.tokens is None or tokens <= self.tokens) and (self.messages is None or count <= self.messages)
 
-    def _too_small(self, overhead: int, system: int, last: int, count: int) -> str:
+    def _too_small(self, overhead: int, system: int, last: int) -> str:
         return (
-            f"a window of {_limit(self.tokens)} tokens and {_limit(self.messages)} messages cannot show what every "
-            f"prompt needs: {count} messages, {system} tokens of system messages, {last} of the last message with "
+            f"a window of {self.tokens} tokens cannot show what every prompt needs: "
+            f"{system} tokens of system messages, {last} of the last message with "
             f"the tool calls and results that belong to it, {overhead} of tools and prompt; widen the window (the "
             "model's own limit permitting) or shorten these messages"
         )
@@ -137,7 +138,3 @@ def pieces(sizes: Sequence[int], limit: int = PIECE_TOKENS) -> list[list[int]]:
         cut[-1].append(index)
         room -= size
     return cut
-
-
-def _limit(limit: int | None) -> str:
-    return "any number of" if limit is None else str(limit)

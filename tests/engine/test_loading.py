@@ -9,7 +9,7 @@ import pytest
 
 import agentmem
 from agentmem import Message, Sampling
-from agentmem.errors import AdapterError, ConfigError, MissingAdapterError
+from agentmem.errors import AdapterError, ConfigError, MissingAdapterError, ModelNotFoundError
 
 ASK = [Message("user", "How are you?")]
 
@@ -51,7 +51,7 @@ def test_what_cannot_be_found_is_named(saved: tuple[Any, Path], tmp_path: Path) 
     _, place = saved
     with pytest.raises(AdapterError, match="no/such adapter"):
         agentmem.load(place, adapter="no/such adapter")
-    with pytest.raises(OSError, match="nothing-here"):
+    with pytest.raises(ModelNotFoundError, match="nothing-here"):
         agentmem.load(tmp_path / "nothing-here", adapter=False)
     (place / "chat_template.jinja").unlink()
     with pytest.raises(ConfigError, match="chat template"):

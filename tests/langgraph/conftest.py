@@ -4,60 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
-from langchain_core.messages import BaseMessage
 
 import agentmem
 from agentmem import loading
-from agentmem.nano.language import Binding, draw_bindings, filler, is_correct, mine, redraw
 from agentmem_langgraph import ChatDeltaMem
 
 # pytest's importlib mode leaves this folder off the path.
 sys.path.insert(0, str(Path(__file__).parent))
 
 from fake_engine import FakeEngine
-
-
-@dataclass
-class World:
-    """An engine, and things to tell it and ask it about. Bindings are drawn from a fixed seed."""
-
-    engine: Any
-    bindings: list[Binding]
-    changed: list[Binding]
-
-    def llm(self, **options: Any) -> ChatDeltaMem:
-        return ChatDeltaMem(engine=self.engine, **options)
-
-    def tell(self, n: int) -> str:
-        name = mine(self.bindings[n].attribute)
-        return f"{name[0].upper()}{name[1:]} is {self.bindings[n].value}."
-
-    def change(self, n: int) -> str:
-        return f"Actually, {mine(self.changed[n].attribute)} is now {self.changed[n].value}."
-
-    def ask(self, n: int) -> str:
-        return f"What is {mine(self.bindings[n].attribute)}?"
-
-    def small_talk(self, n: int) -> str:
-        return filler(Random(n))[0]
-
-    def knows(self, reply: BaseMessage, n: int, *, changed: bool = False) -> bool:
-        return is_correct(reply.text, (self.changed if changed else self.bindings)[n])
-
-
-ATTRIBUTES = ("favorite color", "favorite food", "home town", "job", "pet", "hobby")
-
-
-def world(engine: Any) -> World:
-    rng = Random(20261)
-    bindings = draw_bindings(rng, 6, attributes=ATTRIBUTES)
-    return World(engine, bindings, [redraw(rng, binding) for binding in bindings])
+from worlds import World, world
 
 
 @pytest.fixture(scope="session")

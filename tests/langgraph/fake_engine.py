@@ -118,7 +118,7 @@ class FakeEngine:
         if last.role == "tool":
             return _words(f"The result is {last.content}.")
         if options.get("tools") and (call := _CALL.search(last.content)):
-            body = {"name": call[1], "arguments": {call[2]: call[3]}}
+            body = {"name": call[1], "arguments": {call[2]: int(call[3]) if call[3].isdigit() else call[3]}}
             return [Delta("Sure.\n"), Delta(json.dumps(body), "tool_call")]
         for number, subject, value in _FACT.findall(messages[0].content if messages[0].role == "system" else ""):
             if subject in last.content:

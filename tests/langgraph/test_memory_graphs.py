@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import pytest
-from conftest import World
 from langchain_core.caches import InMemoryCache
 from langchain_core.globals import set_llm_cache
 from langchain_core.messages import AnyMessage, BaseMessage, HumanMessage
@@ -20,6 +19,7 @@ from langgraph.graph.message import add_messages
 from langgraph.prebuilt import ToolNode, tools_condition
 from langgraph.types import Command, Overwrite, RetryPolicy, Send, interrupt
 from typing_extensions import TypedDict
+from worlds import World
 
 from agentmem import MemoryState, Window
 from agentmem_langgraph import MemoryChannel, MemoryNode
@@ -107,27 +107,28 @@ def test_trimming_the_messages_changes_nothing_of_the_memory(w: World) -> None:
 
 def test_a_tool_loop_is_consumed_once_and_in_order(w: World) -> None:
     @tool
-    def get_port(city: str) -> str:
-        """The port of a city."""
-        return "4711"
+    def get_room(number: int) -> str:
+        """The key of a room."""
+        return "4711" if number == 42 else "wrong room"
 
     builder = StateGraph(State)
     llm = w.llm(window=Window(messages=3), max_tokens=60)
-    builder.add_node("agent", MemoryNode(llm.bind_tools([get_port])))
-    builder.add_node("tools", ToolNode([get_port]))
+    builder.add_node("agent", MemoryNode(llm.bind_tools([get_room])))
+    builder.add_node("tools", ToolNode([get_room]))
     builder.add_edge(START, "agent")
     builder.add_conditional_edges("agent", tools_condition)
     builder.add_edge("tools", "agent")
-    graph = builder.compile(checkpointer=InMemorySaver())
-    say(graph, w.tell(0))
-    reply = say(graph, "Call get_port with city berlin.")
+    saver = InMemorySaver()
+    graph, plain = builder.compile(checkpointer=saver), compiled(MemoryNode(w.llm(**LAST)), saver)
+    reply = say(graph, "Call get_room with number 42.")
     messages = graph.get_state(THREAD).values["messages"]
-    assert [m.type for m in messages] == ["human", "ai", "human", "ai", "tool", "ai"]
-    assert messages[3].tool_calls[0]["args"] == {"city": "berlin"}
+    assert [m.type for m in messages] == ["human", "ai", "tool", "ai"]
+    assert messages[1].tool_calls[0]["args"] == {"number": 42}
     assert "4711" in reply.text
-    assert memory_of(graph).count == 6
+    assert memory_of(graph).count == 4
     # Nothing of the loop is taken for new or edited afterwards.
-    reply = say(graph, w.ask(0))
+    say(plain, w.tell(0))
+    reply = say(plain, w.ask(0))
     assert "edits" not in reply.response_metadata
     assert memory_of(graph).count == 8
     assert w.knows(reply, 0)
@@ -236,7 +237,8 @@ def test_a_memory_can_be_set_from_outside(w: World) -> None:
     other: RunnableConfig = {"configurable": {"thread_id": "2"}}
     graph.update_state(other, {"memory": memory_of(graph).to_dict()}, as_node="agent")
     assert w.knows(say(graph, w.ask(0), other), 0)
-    graph.update_state(other, {"memory": None})
+    # An emptied memory takes in what the thread's messages say, and no more.
+    graph.update_state(other, {"memory": None, "messages": Overwrite([])})
     assert not w.knows(say(graph, w.ask(0), other), 0)
 
 

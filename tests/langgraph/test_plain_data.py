@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated
 
 import pytest
-from conftest import World, world
 from fake_engine import FakeEngine
 from langchain_core.messages import AnyMessage, HumanMessage
 from langchain_core.runnables import RunnableConfig
@@ -22,6 +21,7 @@ from langgraph.graph import START, StateGraph
 from langgraph.graph.message import add_messages
 from langsmith._internal._serde import dumps_json
 from typing_extensions import TypedDict
+from worlds import World, world
 
 from agentmem import MemoryState
 from agentmem_langgraph import MemoryChannel, MemoryNode, MemoryTurn, without_matrices

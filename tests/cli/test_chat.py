@@ -1,0 +1,300 @@
+"""The chat keeps threads in its file, compares with the base model, saves, loads, resets, and loses nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_talk import IdealEngine, Talk
+from langchain_core.embeddings import DeterministicFakeEmbedding
+
+from agentmem import Delta, Window
+from agentmem.cli.chat import parse_window
+from agentmem.cli.graph import build_agent, open_threads, thread
+from agentmem.errors import ConfigError
+from agentmem_chroma import FactRetriever, FactStore
+from agentmem_langgraph import ChatDeltaMem
+
+TOLD = "My favorite color is teal."
+ASKED = "What is my favorite color?"
+KNOWN = "Your favorite color is teal."
+UNKNOWN = "I do not know yet."
+
+
+def messages(talk: Talk) -> list[str]:
+    """What the thread's newest checkpoint holds."""
+    with open_threads(talk.db) as saver:
+        agent = build_agent(ChatDeltaMem(engine=talk.engine), saver)
+        state = agent.get_state(thread(talk.thread))
+        assert not state.next
+        return [message.text for message in state.values.get("messages", [])]
+
+
+def test_recalls_beyond_the_window(talk: Talk) -> None:
+    assert talk(TOLD, "Hello!", ASKED).count(KNOWN) == 2
+    assert [len(call["messages"]) for call in talk.engine.calls] == [1, 3, 5]
+    assert all(call["window"] == Window(messages=1) for call in talk.engine.calls)
+
+
+def test_threads_go_on_where_they_were_left(talk: Talk) -> None:
+    talk(TOLD)
+    assert KNOWN in talk(ASKED)
+    talk.thread = "another"
+    assert UNKNOWN in talk(ASKED)
+
+
+def test_quit_ends(talk: Talk) -> None:
+    talk(TOLD, "/quit", "Hello!")
+    assert messages(talk)[0::2] == [TOLD]
+
+
+def test_blank_lines_say_nothing(talk: Talk) -> None:
+    talk("", "   ")
+    assert messages(talk) == []
+
+
+def test_help_names_every_command(talk: Talk) -> None:
+    shown = talk("/help")
+    for command in ("/reset", "/stats", "/save DIR", "/load DIR", "/memory on", "/memory off", "/quit"):
+        assert command in shown
+
+
+def test_unknown_command_is_not_said(talk: Talk) -> None:
+    assert "/forget is no command" in talk("/forget")
+    assert messages(talk) == []
+
+
+def test_reset_forgets_messages_memory_and_history(talk: Talk) -> None:
+    shown = talk(TOLD, "/reset", "/stats", ASKED)
+    assert "the memory is empty" in shown
+    assert UNKNOWN in shown
+    assert messages(talk) == [ASKED, UNKNOWN]
+    with open_threads(talk.db) as saver:
+        texts = {m.text for saved in saver.list(None) for m in saved.checkpoint["channel_values"].get("messages", [])}
+    assert TOLD not in texts
+
+
+def test_stats(talk: Talk) -> None:
+    assert "the memory is empty" in talk("/stats")
+    shown = talk(TOLD, "/stats")
+    assert "2 messages consumed" in shown
+    assert "effective rank" in shown
+    assert "1.000" in shown  # one fact is one direction of norm 1
+
+
+def test_memory_off_is_beside_the_thread(talk: Talk) -> None:
+    shown = talk(TOLD, "/memory off", "/memory", ASKED, "/stats", "/memory on", ASKED, "/memory")
+    off, on = shown.split("memory on: back")
+    assert UNKNOWN in off
+    assert "memory is off" in off
+    assert "2 messages consumed" in off
+    assert KNOWN in on
+    assert "memory is on" in on
+    assert messages(talk)[2:] == [ASKED, KNOWN]
+
+
+def test_memory_takes_on_or_off(talk: Talk) -> None:
+    assert "ConfigError: /memory takes on or off; found 'maybe'" in talk("/memory maybe")
+
+
+def test_save_and_load(talk: Talk, tmp_path: Path) -> None:
+    saved = tmp_path / "kept" / "session"
+    talk(TOLD, f"/save {saved}", "Actually, my favorite color is now red.")
+    assert {file.name for file in saved.iterdir()} == {"memory.state", "messages.json"}
+    before = len(messages(talk))
+    shown = talk(f"/load {saved}", ASKED)
+    assert KNOWN in shown
+    assert before == 4
+    assert messages(talk)[0::2] == [TOLD, ASKED]
+    talk.thread = "new"
+    assert KNOWN in talk(f"/load {saved}", ASKED)
+
+
+def test_load_ends_the_comparison(talk: Talk, tmp_path: Path) -> None:
+    talk(TOLD, f"/save {tmp_path}")
+    assert KNOWN in talk("/memory off", f"/load {tmp_path}", ASKED)
+
+
+def test_nothing_to_save(talk: Talk, tmp_path: Path) -> None:
+    assert "ConfigError" in talk(f"/save {tmp_path / 'kept'}")
+    assert not (tmp_path / "kept").exists()
+
+
+@pytest.mark.parametrize("command", ["/save", "/load"])
+def test_a_directory_is_needed(talk: Talk, command: str) -> None:
+    assert f"ConfigError: {command} takes a directory" in talk(TOLD, command)
+
+
+def _truncated(kept: Path) -> None:
+    file = kept / "memory.state"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _no_json(kept: Path) -> None:
+    (kept / "messages.json").write_text("hello")
+
+
+def _no_messages(kept: Path) -> None:
+    content = json.loads((kept / "messages.json").read_text())
+    (kept / "messages.json").write_text(json.dumps(content | {"messages": [{"type": "os.system", "data": {}}]}))
+
+
+def _newer(kept: Path) -> None:
+    content = json.loads((kept / "messages.json").read_text())
+    (kept / "messages.json").write_text(json.dumps(content | {"version": 2}))
+
+
+def _of_two_sessions(kept: Path) -> None:
+    content = json.loads((kept / "messages.json").read_text())
+    (kept / "messages.json").write_text(json.dumps(content | {"memory": "0" * 64}))
+
+
+def _memory_missing(kept: Path) -> None:
+    (kept / "memory.state").unlink()
+
+
+def _messages_missing(kept: Path) -> None:
+    (kept / "messages.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "named"),
+    [
+        (_truncated, "CorruptStateError"),
+        (_no_json, "CorruptStateError"),
+        (_no_messages, "CorruptStateError"),
+        (_newer, "CorruptStateError"),
+        (_of_two_sessions, "CorruptStateError"),
+        (_memory_missing, "FileNotFoundError"),
+        (_messages_missing, "FileNotFoundError"),
+    ],
+)
+def test_a_bad_load_is_one_line_and_loses_nothing(talk: Talk, tmp_path: Path, harm: Any, named: str) -> None:
+    kept = tmp_path / "kept"
+    talk("My favorite color is red.", f"/save {kept}", "/reset", TOLD)
+    before = messages(talk)
+    harm(kept)
+    shown = talk(f"/load {kept}")
+    assert len([line for line in shown.splitlines() if named in line]) == 1
+    assert len(shown.strip().splitlines()) == 2  # the greeting and the error
+    assert messages(talk) == before
+    assert KNOWN in talk(ASKED)
+
+
+def test_another_adapters_state_is_refused(talk: Talk, tmp_path: Path) -> None:
+    talk(TOLD, f"/save {tmp_path}")
+
+    class Foreign(IdealEngine):
+        adapter_fingerprint = "another adapter"
+
+    shown = Talk(tmp_path / "other.db", Foreign())(f"/load {tmp_path}")
+    assert "StateMismatchError" in shown
+    assert "another adapter" in shown
+    assert Talk(tmp_path / "other.db", Foreign())("/stats").count("the memory is empty") == 1
+
+
+def test_a_failed_turn_leaves_the_thread(talk: Talk) -> None:
+    talk(TOLD)
+    before = messages(talk)
+    talk.engine.failures = 1
+    with pytest.raises(RuntimeError, match="the model failed"):
+        talk(ASKED)
+    assert messages(talk) == before
+    assert KNOWN in talk(ASKED)
+
+
+class Interrupted(IdealEngine):
+    """Ctrl-C arrives while the reply is under way."""
+
+    interrupt = False
+
+    def astream(self, *args: Any, **options: Any) -> Any:
+        stream = super().astream(*args, **options)
+        return _Interrupting(stream) if self.interrupt else stream
+
+
+class _Interrupting:
+    def __init__(self, stream: Any) -> None:
+        self.cancel = stream.cancel
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        yield Delta("Your favorite")
+        signal.raise_signal(signal.SIGINT)
+        await asyncio.sleep(60)
+
+
+@pytest.mark.parametrize("told", [[], [TOLD]])
+def test_ctrl_c_cancels_the_reply_and_leaves_the_thread(talk: Talk, told: list[str]) -> None:
+    talk.engine = engine = Interrupted()
+    talk(*told)
+    before = messages(talk)
+    engine.interrupt = True
+    shown = talk(ASKED, "/stats")
+    assert "Your favorite" in shown
+    assert "cancelled; the thread is as it was" in shown
+    assert engine.cancelled == 1
+    engine.interrupt = False
+    assert messages(talk) == before
+    assert (KNOWN if told else UNKNOWN) in talk(ASKED)
+    assert messages(talk)[:-2] == before
+
+
+def test_ctrl_c_with_memory_off(talk: Talk) -> None:
+    talk.engine = engine = Interrupted()
+    talk(TOLD)
+    before = messages(talk)
+
+    def lines() -> Any:
+        yield "/memory off"
+        engine.interrupt = True
+        yield ASKED
+        engine.interrupt = False
+        yield "Hello!"
+
+    assert "cancelled" in talk.through(lines())
+    assert len(engine.calls[-1]["messages"]) == len(before) + 1
+    assert messages(talk) == before
+
+
+def test_replies_are_streamed(talk: Talk) -> None:
+    talk(TOLD)
+    assert "Your" in talk.writes
+    assert KNOWN not in talk.writes
+
+
+def test_facts_are_cited_with_their_source(talk: Talk, tmp_path: Path) -> None:
+    with FactStore(tmp_path / "facts", embeddings=DeterministicFakeEmbedding(size=8)) as store:
+        store.add("The retry limit is 300.", source="runbook.md")
+        store.add("The page size is 50.", source="api.md")
+        talk.retriever = FactRetriever(store=store, k=2)
+        shown = talk(TOLD, "What is the page size?")
+    assert re.search(r"The page size is 50 \[(\d)\]\.", shown)
+    assert re.search(r"\[\d\] The page size is 50\. \(api\.md\)", shown)
+    assert "runbook.md" not in shown
+    assert messages(talk)[0::2] == [TOLD, "What is the page size?"]
+
+
+@pytest.mark.parametrize(
+    ("text", "window"),
+    [
+        ("2048", Window(tokens=2048)),
+        ("2048t", Window(tokens=2048)),
+        ("512 tokens", Window(tokens=512)),
+        ("1m", Window(messages=1)),
+        ("3 messages", Window(messages=3)),
+    ],
+)
+def test_windows(text: str, window: Window) -> None:
+    assert parse_window(text) == window
+
+
+@pytest.mark.parametrize("text", ["", "many", "-3", "0", "4k", "1.5", "2 mm"])
+def test_windows_that_are_none(text: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_window(text)

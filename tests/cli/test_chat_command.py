@@ -1,0 +1,87 @@
+"""``agentmem chat`` as a command, on tiny models in directories: the loader, the real engine, real processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from agentmem.cli.app import app
+from agentmem.errors import ConfigError, MissingAdapterError
+
+
+def chat(said: str, *arguments: object) -> str:
+    done = CliRunner().invoke(app, ["chat", *map(str, arguments)], input=said)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def in_a_process(said: str, *arguments: object) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", "from agentmem.cli import main; main()", "chat", *map(str, arguments)],
+        input=said,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_thread_outlives_its_process(tiny_model: Path, tmp_path: Path) -> None:
+    options = ("--model", tiny_model, "--db", tmp_path / "threads.db", "--window", "1m")
+    first = in_a_process("hello\n/stats\n", *options)
+    assert "(0 messages so far)" in first
+    second = in_a_process("/stats\nhow are you\n/stats\n", *options)
+    assert "(2 messages so far)" in second
+    assert _stats(first)[0] == _stats(second)[0]
+    assert _stats(second)[1].startswith("4 messages consumed")
+
+
+def test_save_and_load_between_files(tiny_model: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    first = chat(f"hello\n/stats\n/save {kept}\n", "--model", tiny_model, "--db", tmp_path / "a.db")
+    second = chat(f"/load {kept}\n/stats\n", "--model", tiny_model, "--db", tmp_path / "b.db")
+    assert "loaded 2 messages" in second
+    assert _stats(first) == _stats(second)
+
+
+def test_the_state_of_another_adapter_is_refused(tiny_model: Path, other_adapter: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    chat(f"hello\n/save {kept}\n", "--model", tiny_model, "--db", tmp_path / "a.db")
+    options = ("--model", tiny_model, "--adapter", other_adapter, "--db", tmp_path / "b.db")
+    shown = chat(f"hello\n/stats\n/load {kept}\n/stats\n", *options)
+    assert "StateMismatchError" in shown
+    assert _stats(shown)[0] == _stats(shown)[1]
+
+
+def test_the_thread_of_another_adapter_is_refused(tiny_model: Path, other_adapter: Path, tmp_path: Path) -> None:
+    options = ("--model", tiny_model, "--db", tmp_path / "threads.db")
+    first = chat("hello\n/stats\n", *options)
+    shown = chat("again\n/stats\n", *options, "--adapter", other_adapter)
+    assert "StateMismatchError" in shown
+    assert _stats(first) == _stats(shown)
+    assert "(2 messages so far)" in chat("", *options)
+
+
+def test_threads_have_names(tiny_model: Path, tmp_path: Path) -> None:
+    options = ("--model", tiny_model, "--db", tmp_path / "threads.db")
+    chat("hello\n", *options, "--thread", "one")
+    assert "(0 messages so far)" in chat("", *options, "--thread", "two")
+    assert "(2 messages so far)" in chat("", *options, "--thread", "one")
+
+
+def test_what_is_wrong_with_the_options(tiny_model: Path, other_adapter: Path, tmp_path: Path) -> None:
+    run = CliRunner()
+    window = run.invoke(app, ["chat", "--db", str(tmp_path / "a.db"), "--window", "many"])
+    assert isinstance(window.exception, ConfigError)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    missing = run.invoke(app, ["chat", "--db", str(tmp_path / "a.db"), "--model", str(bare)])
+    assert isinstance(missing.exception, MissingAdapterError)
+
+
+def _stats(shown: str) -> list[str]:
+    return [line for line in shown.splitlines() if "messages consumed" in line]

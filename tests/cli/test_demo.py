@@ -1,0 +1,165 @@
+"""The demo keeps its promise, and says so with its exit code where it does not."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import agentmem
+from agentmem.cli.app import app
+from agentmem.cli.scores import Score, shortfalls
+from agentmem.cli.script import draw_script
+from agentmem.nano.language import named_values
+
+NANO = Path(agentmem.__file__).parent / "nano" / "weights"
+SEEDS = range(40)
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["demo", *map(str, arguments)])
+    return done.exit_code, done.output
+
+
+@pytest.mark.parametrize(
+    ("memory", "zeroed", "foreign", "short"),
+    [
+        (8, 0, 0, 0),
+        (7, 2, 2, 0),
+        (6, 0, 0, 1),
+        (8, 3, 0, 1),
+        (8, 0, 3, 1),
+        (0, 8, 8, 3),
+    ],
+)
+def test_promise(memory: int, zeroed: int, foreign: int, short: int) -> None:
+    arms = {"memory": Score(memory, 8), "zeroed": Score(zeroed, 8), "foreign": Score(foreign, 8)}
+    assert len(shortfalls(arms)) == short
+
+
+@pytest.fixture
+def phases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts a program in the place of the two processes: it ends with a code, or leaves made-up scores."""
+
+    def install(memory: int = 8, zeroed: int = 0, foreign: int = 0, fails: str = "") -> None:
+        arms = {"memory": memory, "zeroed": zeroed, "foreign": foreign}
+        report = {
+            "arms": {arm: {"right": n, "asked": 8} for arm, n in arms.items()},
+            "cites": True,
+            "rewound": True,
+        }
+        program = tmp_path / "phases.py"
+        program.write_text(
+            f"#!{sys.executable}\nimport json, pathlib, sys\nphase, setup = sys.argv[-2:]\n"
+            f"if phase == {fails!r}: sys.exit(7)\n"
+            f"scores = pathlib.Path(json.loads(setup)['data'], 'scores.json')\n"
+            f"if phase == 'ask': scores.write_text({json.dumps(report)!r})\n"
+        )
+        program.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(program))
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("scores", "code"),
+    [
+        ({}, 0),
+        ({"memory": 7, "zeroed": 2, "foreign": 2}, 0),
+        ({"memory": 6}, 1),
+        ({"zeroed": 3}, 1),
+        ({"foreign": 3}, 1),
+        ({"fails": "tell"}, 7),
+        ({"fails": "ask"}, 7),
+    ],
+)
+def test_exit_code(phases: Callable[..., None], tmp_path: Path, scores: dict[str, int], code: int) -> None:
+    phases(**scores)
+    found, shown = run("--data", tmp_path / "data")
+    assert found == code
+    assert ("falls short" in shown) == (code == 1)
+
+
+def test_two_processes_that_end(phases: Callable[..., None], tmp_path: Path) -> None:
+    phases()
+    _, shown = run("--data", tmp_path / "data")
+    started = re.findall(r"process (\d+) started", shown)
+    assert len(set(started)) == 2
+    assert re.findall(r"process (\d+) ended", shown) == started
+    assert str(os.getpid()) not in started
+
+
+def test_every_run_starts_from_nothing(phases: Callable[..., None], tmp_path: Path) -> None:
+    phases()
+    data = tmp_path / "data"
+    run("--data", data)
+    (data / "facts").mkdir()
+    (data / "facts" / "old").touch()
+    assert run("--data", data)[0] == 0
+    assert not (data / "facts").exists()
+
+
+def test_nothing_of_the_user_is_deleted(phases: Callable[..., None], tmp_path: Path) -> None:
+    phases()
+    (tmp_path / "thesis.txt").write_text("mine")
+    done = CliRunner().invoke(app, ["demo", "--data", str(tmp_path)])
+    assert isinstance(done.exception, agentmem.errors.ConfigError)
+    assert "--data" in str(done.exception)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_script_follows_from_its_seed() -> None:
+    assert draw_script(3) == draw_script(3)
+    assert len({draw_script(seed).said for seed in SEEDS}) == len(SEEDS)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_script(seed: int) -> None:
+    script = draw_script(seed)
+    held = [binding for _, binding in script.questions]
+    assert len(held) >= 8
+    assert len({b.attribute for b in held}) == len(held)
+    # One fact is told, then changed.
+    assert script.new in held
+    assert script.old.attribute == script.new.attribute
+    assert script.old.value != script.new.value
+    before = script.said[: script.said.index(script.change)]
+    assert any(script.old.value in named_values(text, script.old.attribute) for text in before)
+    # What holds at the end was said, and no question says it.
+    for question, binding in script.questions:
+        assert any(binding.value in named_values(text, binding.attribute) for text in script.said)
+        assert not named_values(question, binding.attribute)
+    # The other thread is told the same things with values that the thread never had.
+    for binding in [*held, script.old]:
+        assert script.elsewhere[binding.attribute].value != binding.value
+    # The store can not answer the questions.
+    for sourced in script.facts:
+        assert not any(b.value in named_values(sourced.fact.sentence, b.attribute) for b in held)
+        assert not any(sourced.fact.subject in question for question, _ in script.questions)
+    assert script.asked in script.facts
+    assert script.asked.fact.subject in script.fact_question
+
+
+@pytest.mark.timeout(900)
+def test_demo_with_nano(tmp_path: Path, needs: Callable[[object, str], None]) -> None:
+    """The main job: learned in one process, known in another, and only with the thread's own memory."""
+    needs((NANO / "adapter").is_dir(), "the embedded model's weights (agentmem nano build)")
+    done = subprocess.run(
+        [sys.executable, "-c", "from agentmem.cli import main; main()", "demo", "--data", str(tmp_path / "data")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "data" / "scores.json").read_text())
+    assert report["arms"]["memory"]["right"] >= report["arms"]["memory"]["asked"] - 1
+    assert report["cites"]
+    assert report["rewound"]
+    assert done.stderr == ""

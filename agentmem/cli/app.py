@@ -68,7 +68,7 @@ def nano_build(
     out: Annotated[Path, typer.Argument(help="Where the model goes; an interrupted build there is resumed.")],
     seed: Annotated[int, typer.Option(help="Everything follows from it.")] = 0,
 ) -> None:
-    """Make the embedded model from nothing: tokenizer, base model, adapter (about 45 minutes on 2 cores)."""
+    """Make the embedded model from nothing: tokenizer, base model, adapter (under 45 minutes on 2 cores)."""
     from agentmem.nano.build import build
 
     build(out, seed=seed)
@@ -96,7 +96,7 @@ def evaluate(
 def demo(
     model: Model = "nano",
     adapter: Adapter = None,
-    seed: Annotated[int, typer.Option(help="Names and values are drawn from it.")] = 1,
+    seed: Annotated[int, typer.Option(help="Names and values are drawn from it.")] = 3,
     data: Annotated[Path, typer.Option(help="Where threads and facts are kept; emptied first.")] = Path("demo-data"),
 ) -> None:
     """Watch an agent learn in one process and answer from its memory in another."""

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from agentmem.evaluation.report import markdown, missed_bars, put_into
+from agentmem.evaluation.report import details, markdown, missed_bars, put_into
 from agentmem.evaluation.report import plot as draw
 from agentmem.evaluation.runner import Setup, plan, run, save
 
@@ -37,7 +37,8 @@ def evaluate(
     save(results, out)
     table = markdown(results)
     console.print(Markdown(table))
-    console.print(f"results: {out}")
+    out.with_suffix(".md").write_text(details(results), "utf-8")
+    console.print(f"results: {out}, every cell: {out.with_suffix('.md')}")
     if page is not None:
         put_into(page, table)
     if plot is not None:

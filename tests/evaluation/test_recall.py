@@ -10,7 +10,7 @@ import pytest
 import agentmem
 from agentmem.evaluation.intervals import share
 from agentmem.evaluation.recall import ARMS, CELLS, MEMORY_ARMS, Cell, measure
-from agentmem.evaluation.report import BEGIN, END, markdown, missed_bars, plot, put_into
+from agentmem.evaluation.report import BEGIN, END, details, markdown, missed_bars, plot, put_into
 from agentmem.evaluation.runner import Setup, plan, run, save
 from agentmem.nano.language import draw_bindings
 
@@ -61,13 +61,14 @@ def test_a_run_is_repeatable_and_reported(tmp_path: Path) -> None:
     assert results["cells"] == again["cells"]
     save(results, tmp_path / "deep" / "results.json")
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    page.write_text(f"before\n{BEGIN}\nstale\n{END}\nafter\n")
     put_into(page, markdown(results))
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
-    assert "old" not in text
+    assert "stale" not in text
     assert "| 1 | " in text
+    assert details(results).count("\n| 1 | 0 | ") == 1
     plot(results, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 5000
     page.write_text("no marks")

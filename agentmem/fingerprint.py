@@ -23,7 +23,7 @@ _SIZES = (
     "num_key_value_heads",
     "head_dim",
 )
-_ROWS = 64  # embedding rows sampled, spread over the vocabulary
+_ROWS = 64  # embedding rows and columns sampled, spread over vocabulary and width
 _VALUES = 4096  # numbers taken from each sampled tensor
 
 
@@ -34,7 +34,8 @@ def model_fingerprint(model: Any) -> str:
     digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode())
     embedding = model.get_input_embeddings().weight
     rows = torch.linspace(0, embedding.shape[0] - 1, min(_ROWS, embedding.shape[0])).long()
-    samples = {"embedding": embedding[rows.to(embedding.device)]}
+    columns = torch.linspace(0, embedding.shape[1] - 1, min(_ROWS, embedding.shape[1])).long()
+    samples = {"embedding": embedding[rows.to(embedding.device)][:, columns.to(embedding.device)]}
     samples |= {n: p for n, p in model.get_decoder().named_parameters() if p.dim() == 1 and "norm" in n}
     for name in sorted(samples):
         values = samples[name].detach().flatten()[:_VALUES].to("cpu", torch.bfloat16)

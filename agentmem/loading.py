@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 
 from agentmem.config import CONFIG_FILE
 from agentmem.engine import Engine
@@ -40,29 +42,38 @@ def load(
         AdapterError, ConfigError, UnsupportedModelError: the adapter or the model does not fit.
         ModelNotFoundError: the model's files cannot be found or read.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place = str(NANO if model == "nano" else model)
     chosen = _device(device)
     directory = None if adapter is False else _adapter_directory(place, adapter)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
-        config = AutoConfig.from_pretrained(place)
-    except OSError as error:
-        raise ModelNotFoundError(
-            f"no model at {str(model)!r}: neither a directory with one, nor a hub id that can be reached ({error})"
-        ) from error
+    tokenizer = _found(AutoTokenizer.from_pretrained, place)
     if getattr(tokenizer, "chat_template", None) is None:
         raise ConfigError(f"the tokenizer of {model} has no chat template; use a chat model, or set one and save it")
-    loaded = AutoModelForCausalLM.from_pretrained(
+    loaded = _found(
+        AutoModelForCausalLM.from_pretrained,
         place,
-        config=config,
         dtype=_dtype(dtype, chosen),
         attn_implementation=_attention(attn_implementation, chosen, dtype),
     ).to(chosen)
     loaded.requires_grad_(False)
     steered = None if directory is None else SteeredModel.attach(loaded, adapter=directory)
     return Engine(loaded, tokenizer, steered, name=str(model), kv_cache_tokens=kv_cache_tokens)
+
+
+def _found(read: Callable[..., Any], place: str, **options: Any) -> Any:
+    """Read from a directory or what the hub left here before; only then from the hub."""
+    try:
+        try:
+            return read(place, local_files_only=True, **options)
+        except OSError:
+            if Path(place).exists():
+                raise
+            return read(place, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelNotFoundError(
+            f"no model at {place!r}: neither a directory with a whole one, nor a hub id that can be reached ({error})"
+        ) from error
 
 
 def _adapter_directory(model: str, adapter: str | Path | None) -> Path:
@@ -79,8 +90,12 @@ def _adapter_directory(model: str, adapter: str | Path | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    wanted = ["*.json", "*.safetensors", "*.pt"]
     try:
-        return Path(snapshot_download(str(adapter), allow_patterns=["*.json", "*.safetensors", "*.pt"]))
+        try:
+            return Path(snapshot_download(str(adapter), allow_patterns=wanted, local_files_only=True))
+        except LocalEntryNotFoundError:
+            return Path(snapshot_download(str(adapter), allow_patterns=wanted))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise AdapterError(
             f"adapter {str(adapter)!r} is neither a directory nor a reachable hub id: {error}"

@@ -42,7 +42,7 @@ class Message:
             System messages are never written, whatever this says.
 
     Raises:
-        TranscriptError: the role is unknown, or the content is not text.
+        TranscriptError: the role is unknown, or the content is not text, or not valid Unicode.
     """
 
     role: Role
@@ -59,6 +59,12 @@ class Message:
             raise TranscriptError(
                 f"a message's content is text; found {type(self.content).__name__}; join text blocks first"
             )
+        try:
+            self.content.encode()
+        except UnicodeEncodeError as error:
+            raise TranscriptError(
+                f"a message's content is valid Unicode; found half a surrogate pair at {error.start}; repair the text"
+            ) from None
         # A list is what callers often have at hand; a tuple is what makes the message a value.
         object.__setattr__(self, "tool_calls", tuple(self.tool_calls))
 

@@ -30,7 +30,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from agentmem.errors import CorruptStateError, HistoryEditedError, StateMismatchError
+from agentmem.errors import ConfigError, CorruptStateError, HistoryEditedError, StateMismatchError
 from agentmem.messages import Message
 
 OnEdit = Literal["write", "error", "rebuild"]
@@ -148,7 +148,7 @@ class ConsumedRecord:
             HistoryEditedError: `on_edit` is "error" and a message before a consumed one is new or changed.
         """
         if on_edit not in ("write", "error", "rebuild"):
-            raise ValueError(f'on_edit is "write", "error" or "rebuild"; found {on_edit!r}')
+            raise ConfigError(f'on_edit is "write", "error" or "rebuild"; found {on_edit!r}')
         places = [i for i, message in enumerate(history) if message.writes]
         digests = [_short(history[i]) for i in places]
         matched = self._matched(digests)

@@ -147,8 +147,10 @@ class ReplyParser:
 
 def _call(text: str) -> tuple[str, dict[str, Any]]:
     try:
-        body = json.loads(text)
-    except ValueError as error:
+        body = json.loads(text, parse_constant=_refuse)
+        # Half a surrogate pair can be spelled in JSON, and then no tokenizer takes it.
+        json.dumps(body, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(body, dict) or not isinstance(body.get("name"), str):
         raise ValueError('expected a JSON object with a "name"')
@@ -156,3 +158,7 @@ def _call(text: str) -> tuple[str, dict[str, Any]]:
     if not isinstance(arguments, dict):
         raise ValueError(f'"arguments" must be a JSON object; found {type(arguments).__name__}')
     return body["name"], arguments
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON number")

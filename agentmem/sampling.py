@@ -35,10 +35,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for holds, name, expected in (
-            (self.temperature >= 0, "temperature", "0 or more"),
+            (self.temperature == 0 or 1e-4 <= self.temperature < float("inf"), "temperature", "0, or 0.0001 or more"),
             (0 < self.top_p <= 1, "top_p", "above 0 and at most 1"),
             (self.top_k >= 0, "top_k", "0 or more"),
             (self.max_tokens >= 1, "max_tokens", "1 or more"),
+            (self.seed is None or 0 <= self.seed < 2**63, "seed", "None or an integer from 0 to 2**63 - 1"),
             (isinstance(self.stop, tuple) and all(self.stop), "stop", "a tuple of non-empty strings"),
         ):
             if not holds:
@@ -61,7 +62,8 @@ class Sampler:
         chosen = self._sampling
         if chosen.temperature == 0:
             return int(logits.argmax())
-        logits = logits.float() / chosen.temperature
+        # Less the largest, which changes nothing of the distribution and cannot overflow.
+        logits = (logits.float() - logits.float().max()) / chosen.temperature
         if 0 < chosen.top_k < logits.shape[-1]:
             logits = logits.masked_fill(logits < logits.topk(chosen.top_k).values[-1], -torch.inf)
         if chosen.top_p < 1:

@@ -15,6 +15,7 @@ from typing import Literal
 
 from agentmem.config import WriteStrategy
 from agentmem.decoding import Decoder, StopFinder
+from agentmem.errors import MissingAdapterError
 from agentmem.messages import Message
 from agentmem.plan import Plan, Request, plan_remember, plan_turn
 from agentmem.prefix import Prefill, Prompt
@@ -91,6 +92,10 @@ def run_remember(
 
 def run_turn(runtime: Runtime, request: Request, state: MemoryState | None, emit: Emit) -> Steps[Turn]:
     """Answer the last message."""
+    if state is not None and request.memory and runtime.steered is None:
+        raise MissingAdapterError(
+            "this engine has no adapter and takes no state; load one with adapter=, or pass memory=False"
+        )
     steered = runtime.steered is not None and request.memory
     given = (state if state is not None else runtime.zero_state()) if steered else None
     session = Session(runtime, runtime.to_tensor(given) if given is not None else None)
@@ -107,8 +112,12 @@ def run_turn(runtime: Runtime, request: Request, state: MemoryState | None, emit
         yield from reply.decode()
         if speaks:
             yield from reply.commit()
-    finally:
+    except GeneratorExit:
+        # Cancelled between two forward passes, so every layer holds the same tokens.
         runtime.prefix.put(key, prefill)
+        raise
+    # After an error inside a forward pass the KV may be torn between layers; then it is dropped.
+    runtime.prefix.put(key, prefill)
     seed = hashlib.sha256(plan.record.extend(plan.new).chain + repr(reply.ids).encode()).digest()
     parsed = reply.parser.parsed(seed)
     message = Message("assistant", parsed.content, parsed.tool_calls)

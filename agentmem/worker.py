@@ -80,7 +80,7 @@ class Worker:
     def _step(self, job: _Job) -> bool:
         """Advance a job; True while it goes on."""
         if job.future.cancelled():
-            job.steps.close()
+            _drop(job)
             return False
         # A caller may cancel between a job's last step and its result; then the result is dropped.
         with suppress(InvalidStateError):
@@ -101,6 +101,12 @@ class Worker:
             if job is not None:
                 waiting.append(job)
         for job in waiting:
-            job.steps.close()
+            _drop(job)
             with suppress(InvalidStateError):
                 job.future.set_exception(EngineClosedError("the engine was closed while this turn ran"))
+
+
+def _drop(job: _Job) -> None:
+    """End a job that nobody waits for; what its clean-up raises must not end the worker."""
+    with suppress(Exception):
+        job.steps.close()

@@ -38,7 +38,7 @@ from agentmem.cli.graph import (
     set_head,
     thread,
 )
-from agentmem.errors import AgentMemError, ConfigError
+from agentmem.errors import ConfigError
 from agentmem_chroma import FactRetriever, cited
 from agentmem_langgraph import ChatDeltaMem
 
@@ -159,7 +159,7 @@ class Chat:
                 self._commands[command](argument.strip())
             else:
                 self._show(f"{command} is no command; /help lists them", "red")
-        except (AgentMemError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - the outermost prompt: whatever it is, the chat goes on
             self._console.print(error_line(error), soft_wrap=True)
 
     def _say(self, text: str) -> None:

@@ -25,7 +25,7 @@ _MARKER = ".agentmem-demo"
 
 
 def demo(model: str, adapter: str | None, seed: int, data: Path) -> int:
-    """Run it. Returns the exit code: 1 where it falls short of its promise, else that of a process that failed.
+    """Run it. Returns the exit code: 1 where an arm falls short of its bar, else that of a process that failed.
 
     Raises:
         ConfigError: ``data`` holds something that no demo put there.

@@ -29,6 +29,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3ForCausalL
 from agentmem import __version__
 from agentmem.adapter import SAFETENSORS_FILE
 from agentmem.config import MemoryConfig
+from agentmem.errors import ConfigError
 from agentmem.nano.batches import BaseBatches
 from agentmem.nano.memory_batches import MemoryBatches
 from agentmem.nano.model import fresh_model, nano_config
@@ -95,10 +96,12 @@ def build(
     out = Path(out_dir)
     work = out / ".build"
     work.mkdir(parents=True, exist_ok=True)
+    _claim(work, seed, recipe)
     keep_memory()
     before = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)
+    used = torch.get_num_threads()
     columns = (TextColumn("{task.description:<10}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
                TextColumn("loss {task.fields[loss]}"), TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
     try:
@@ -119,10 +122,22 @@ def build(
     finally:
         torch.set_num_threads(before)
     _ship(out, tokenizer, model, steered)
-    text = json.dumps(_report(out, model, steered, seed, recipe, logs), indent=2) + "\n"
+    text = json.dumps(_report(out, model, steered, seed, recipe, logs) | {"threads": used}, indent=2) + "\n"
     (out / "recipe.json").write_text(text, "utf-8")
     shutil.rmtree(work)
     return out
+
+
+def _claim(work: Path, seed: int, recipe: Recipe) -> None:
+    """Note whose build lies in ``work``; refuse to go on with another's."""
+    wanted = json.dumps({"seed": seed, "recipe": asdict(recipe)}, sort_keys=True)
+    note = work / "run.json"
+    found = note.read_text("utf-8") if note.exists() else wanted
+    if found != wanted:
+        raise ConfigError(
+            f"{work} holds an unfinished build of {found}; expected {wanted}; finish that one or remove the directory"
+        )
+    note.write_text(wanted, "utf-8")
 
 
 def _tokenizer(work: Path, seed: int, recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -213,7 +228,6 @@ def _report(
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "threads": torch.get_num_threads(),
         "bytes": {str(p.relative_to(out)): p.stat().st_size for p in sorted(shipped)},
     }
 

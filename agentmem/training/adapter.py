@@ -5,7 +5,8 @@ over questions, each from the state that its conversation left, and sees nothing
 through the state. The write pass can keep its turns apart (each attends to itself alone, as an engine with a short
 window runs them) or let them see each other; the data says which, by blocks.
 
-Nothing here knows nano: rows come from any tokenizer and the model is any ``SteeredModel`` with token writes.
+Nothing here knows nano: rows come from any tokenizer and the model is any ``SteeredModel`` with token writes, on
+the CPU.
 """
 
 from __future__ import annotations

@@ -112,6 +112,23 @@ def test_a_failing_turn_reaches_its_caller_and_nobody_else(make_engine: Any, mon
     assert engine.turn([user("Fine?")], sampling=SHORT).state == expected.state
 
 
+def test_a_failure_inside_a_forward_pass_leaves_no_torn_prefill(make_engine: Any) -> None:
+    engine, undisturbed = make_engine(), make_engine()
+    messages = [user("My favorite color is teal.")]
+    engine.turn(messages, sampling=SHORT)  # its prefill is at hand for what follows
+    calls = iter(range(100))
+
+    def fail(*_: Any) -> None:
+        if next(calls) == 4:
+            raise MemoryError("out of memory between two layers")
+
+    handle = engine.model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        engine.turn(messages, sampling=LONG)
+    handle.remove()
+    assert essence(engine.turn(messages, sampling=SHORT)) == essence(undisturbed.turn(messages, sampling=SHORT))
+
+
 async def test_async_turns_run_beside_each_other_and_never_block_the_loop(make_engine: Any) -> None:
     engine = make_engine()
     alone = [engine.turn([user(f"Number {n}?")], sampling=SHORT) for n in range(4)]

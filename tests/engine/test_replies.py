@@ -55,7 +55,14 @@ def test_call_ids_follow_from_the_seed_alone(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize(
     ("body", "error"),
-    [("{", "JSON"), ("[1]", "name"), ('{"name": 3}', "name"), ('{"name": "f", "arguments": [1]}', "arguments")],
+    [
+        ("{", "JSON"),
+        ("[" * 3000, "JSON"),
+        ("[1]", "name"),
+        ('{"name": 3}', "name"),
+        ('{"name": "f", "arguments": [1]}', "arguments"),
+        ('{"name": "f", "arguments": {"x": NaN}}', "NaN"),
+    ],
 )
 def test_unreadable_calls_are_kept_as_invalid(tagged: Any, body: str, error: str) -> None:
     reply, _ = parse(tagged, f"Well. <tool_call>{body}</tool_call>")

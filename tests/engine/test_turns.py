@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from agentmem import Engine, MemoryState, Message, Sampling, Window
-from agentmem.errors import HistoryEditedError, MissingAdapterError, StateMismatchError, WindowError
+from agentmem.errors import (
+    ConfigError,
+    HistoryEditedError,
+    MissingAdapterError,
+    StateMismatchError,
+    TranscriptError,
+    WindowError,
+)
 from agentmem.sentences import sentence_numbers
 from agentmem.transcript import Transcript
 
@@ -236,6 +243,9 @@ def test_no_memory_is_the_bare_model(make_engine: Any) -> None:
         bare.zero_state()
     with pytest.raises(MissingAdapterError, match="adapter="):
         bare.remember(messages, state)
+    with pytest.raises(MissingAdapterError, match="adapter="):
+        bare.turn(messages, state)
+    assert bare.turn(messages, state, sampling=sampling, memory=False).state is state
 
 
 def test_seeds_and_filters(make_engine: Any) -> None:
@@ -250,6 +260,27 @@ def test_seeds_and_filters(make_engine: Any) -> None:
     assert len({ids(temperature=1.5, seed=n) for n in range(4)}) > 1
     assert ids(temperature=1.5, top_k=1, seed=3) == ids()
     assert ids(temperature=1.5, top_p=1e-6, seed=3) == ids()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"temperature": -1}, {"temperature": 1e-40}, {"top_p": 0}, {"seed": 2**64}, {"max_tokens": 0}, {"stop": ("",)}],
+)
+def test_sampling_that_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        Sampling(**wrong)
+
+
+def test_a_fingerprint_sees_the_whole_vocabulary(make_engine: Any) -> None:
+    engine = make_engine(memory=False)
+    with torch.no_grad():
+        engine.model.get_input_embeddings().weight[-40:] += 1.0
+    assert Engine(engine.model, engine.tokenizer).model_fingerprint != engine.model_fingerprint
+
+
+def test_text_that_is_no_unicode_is_refused() -> None:
+    with pytest.raises(TranscriptError, match="surrogate"):
+        user("half \ud800 a pair")
 
 
 def test_a_window_too_small_for_the_last_message_is_refused(make_engine: Any) -> None:

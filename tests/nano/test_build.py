@@ -90,3 +90,10 @@ def test_checkpoints_of_another_recipe_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match="another run"):
         build(tmp_path, seed=1, recipe=MICRO, threads=1, console=Console(file=StringIO()))
+
+
+def test_an_unfinished_build_of_another_seed_is_refused(tmp_path: Path) -> None:
+    (tmp_path / ".build").mkdir()
+    (tmp_path / ".build" / "run.json").write_text('{"seed": 0}')
+    with pytest.raises(ConfigError, match="unfinished build"):
+        build(tmp_path, seed=1, recipe=MICRO, threads=1, console=Console(file=StringIO()))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentmem.errors import CorruptStateError, HistoryEditedError, StateMismatchError
+from agentmem.errors import ConfigError, CorruptStateError, HistoryEditedError, StateMismatchError
 from agentmem.messages import Message, ToolCall
 from agentmem.record import Alignment, ConsumedRecord
 
@@ -153,7 +153,7 @@ def test_on_edit_rebuild_asks_for_everything_anew() -> None:
 
 
 def test_an_unknown_on_edit_is_refused() -> None:
-    with pytest.raises(ValueError, match="on_edit"):
+    with pytest.raises(ConfigError, match="on_edit"):
         ConsumedRecord.empty().align([], on_edit="ignore")  # type: ignore[arg-type]
 
 

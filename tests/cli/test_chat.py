@@ -203,8 +203,7 @@ def test_a_failed_turn_leaves_the_thread(talk: Talk) -> None:
     talk(TOLD)
     before = messages(talk)
     talk.engine.failures = 1
-    with pytest.raises(RuntimeError, match="the model failed"):
-        talk(ASKED)
+    assert "the model failed" in talk(ASKED)
     assert messages(talk) == before
     assert KNOWN in talk(ASKED)
 

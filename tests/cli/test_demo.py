@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -55,9 +56,11 @@ def phases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
             "cites": True,
             "rewound": True,
         }
-        program = tmp_path / "phases.py"
-        program.write_text(
-            f"#!{sys.executable}\nimport json, pathlib, sys\nphase, setup = sys.argv[-2:]\n"
+        code, program = tmp_path / "phases.py", tmp_path / "phases"
+        # A shell in front: an interpreter whose path has a space cannot stand in a script's first line.
+        program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(code))} "$@"\n')
+        code.write_text(
+            f"import json, pathlib, sys\nphase, setup = sys.argv[-2:]\n"
             f"if phase == {fails!r}: sys.exit(7)\n"
             f"scores = pathlib.Path(json.loads(setup)['data'], 'scores.json')\n"
             f"if phase == 'ask': scores.write_text({json.dumps(report)!r})\n"

@@ -27,6 +27,7 @@ _HOMES = {
     "SteeredOutput": "agentmem.steered",
     "ToolCall": "agentmem.messages",
     "Turn": "agentmem.turn",
+    "TurnOptions": "agentmem.engine",
     "TurnStream": "agentmem.engine",
     "Usage": "agentmem.turn",
     "Window": "agentmem.window",
@@ -51,6 +52,7 @@ __all__ = [
     "SteeredOutput",
     "ToolCall",
     "Turn",
+    "TurnOptions",
     "TurnStream",
     "Usage",
     "Window",
@@ -63,7 +65,7 @@ __all__ = [
 if TYPE_CHECKING:
     from agentmem.adapter import Adapter, load_adapter, save_adapter
     from agentmem.config import MemoryConfig
-    from agentmem.engine import AsyncTurnStream, Engine, TurnStream
+    from agentmem.engine import AsyncTurnStream, Engine, TurnOptions, TurnStream
     from agentmem.loading import load
     from agentmem.messages import Message, ToolCall
     from agentmem.record import ConsumedRecord

@@ -11,7 +11,7 @@ import queue
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar, Unpack
 
 from agentmem.errors import TurnCancelledError
 from agentmem.messages import Message
@@ -27,6 +27,26 @@ from agentmem.window import Window
 from agentmem.worker import Steps, Worker
 
 T = TypeVar("T")
+
+
+class TurnOptions(TypedDict, total=False):
+    """What a turn may be told; each has a default.
+
+    Attributes:
+        sampling: how to decode; greedy, at most 512 tokens.
+        window: what the prompt shows; the last 4,096 tokens.
+        write: "all" (the default), "input" (the reply is recorded, not written) or "off".
+        on_edit: what an edit of consumed history does: "write" (the default), "error" or "rebuild".
+        tools: function descriptions in OpenAI form.
+        memory: False runs the bare model; the state comes back as given.
+    """
+
+    sampling: Sampling
+    window: Window
+    write: WritePolicy
+    on_edit: OnEdit
+    tools: Sequence[Mapping[str, Any]]
+    memory: bool
 
 
 class Engine:
@@ -98,83 +118,42 @@ class Engine:
         return self._runtime.zero_state()
 
     def turn(
-        self,
-        messages: Sequence[Message],
-        state: MemoryState | None = None,
-        *,
-        sampling: Sampling | None = None,
-        window: Window | None = None,
-        write: WritePolicy = "all",
-        on_edit: OnEdit = "write",
-        tools: Sequence[Mapping[str, Any]] = (),
-        memory: bool = True,
+        self, messages: Sequence[Message], state: MemoryState | None = None, **options: Unpack[TurnOptions]
     ) -> Turn:
         """Answer the last message.
 
         Args:
             messages: the history as given; what the state has not consumed yet is written, once.
             state: the memory at the start; None = empty. Never changed.
-            sampling: how to decode; None = greedy, at most 512 tokens.
-            window: what the prompt shows; None = the last 4,096 tokens.
-            write: "all", "input" (the reply is recorded, not written) or "off".
-            on_edit: what an edit of consumed history does: "write", "error" or "rebuild".
-            tools: function descriptions in OpenAI form.
-            memory: False runs the bare model; the state comes back as given.
+            options: see ``TurnOptions``.
 
         Raises:
             StateMismatchError, CorruptStateError: the state belongs to another model or adapter.
             WindowError, TranscriptError, HistoryEditedError, ConfigError: as they say.
             TurnCancelledError, EngineClosedError: the turn was cancelled or the engine closed.
         """
-        request = _request(messages, sampling, window, write, on_edit, tools, memory)
+        request = Request(tuple(messages), **options)
         return _wait(self._submit(request, state, lambda _: None))
 
     def stream(
-        self,
-        messages: Sequence[Message],
-        state: MemoryState | None = None,
-        *,
-        sampling: Sampling | None = None,
-        window: Window | None = None,
-        write: WritePolicy = "all",
-        on_edit: OnEdit = "write",
-        tools: Sequence[Mapping[str, Any]] = (),
-        memory: bool = True,
+        self, messages: Sequence[Message], state: MemoryState | None = None, **options: Unpack[TurnOptions]
     ) -> TurnStream:
         """As ``turn``, giving the reply as it is decoded: iterate, then call ``result()``."""
-        request = _request(messages, sampling, window, write, on_edit, tools, memory)
+        request = Request(tuple(messages), **options)
         return TurnStream(lambda emit: self._submit(request, state, emit))
 
     async def aturn(
-        self,
-        messages: Sequence[Message],
-        state: MemoryState | None = None,
-        *,
-        sampling: Sampling | None = None,
-        window: Window | None = None,
-        write: WritePolicy = "all",
-        on_edit: OnEdit = "write",
-        tools: Sequence[Mapping[str, Any]] = (),
-        memory: bool = True,
+        self, messages: Sequence[Message], state: MemoryState | None = None, **options: Unpack[TurnOptions]
     ) -> Turn:
         """As ``turn``, without blocking the loop; cancelling the task cancels the turn."""
-        request = _request(messages, sampling, window, write, on_edit, tools, memory)
+        request = Request(tuple(messages), **options)
         return await _await(self._submit(request, state, lambda _: None))
 
     def astream(
-        self,
-        messages: Sequence[Message],
-        state: MemoryState | None = None,
-        *,
-        sampling: Sampling | None = None,
-        window: Window | None = None,
-        write: WritePolicy = "all",
-        on_edit: OnEdit = "write",
-        tools: Sequence[Mapping[str, Any]] = (),
-        memory: bool = True,
+        self, messages: Sequence[Message], state: MemoryState | None = None, **options: Unpack[TurnOptions]
     ) -> AsyncTurnStream:
         """As ``aturn``, giving the reply as it is decoded: ``async for``, then ``await stream.result()``."""
-        request = _request(messages, sampling, window, write, on_edit, tools, memory)
+        request = Request(tuple(messages), **options)
         return AsyncTurnStream(lambda emit: self._submit(request, state, emit))
 
     def remember(
@@ -284,18 +263,6 @@ class AsyncTurnStream:
     def cancel(self) -> None:
         """As ``TurnStream.cancel``."""
         self._future.cancel()
-
-
-def _request(
-    messages: Sequence[Message],
-    sampling: Sampling | None,
-    window: Window | None,
-    write: WritePolicy,
-    on_edit: OnEdit,
-    tools: Sequence[Mapping[str, Any]],
-    memory: bool,
-) -> Request:
-    return Request(tuple(messages), sampling or Sampling(), window or Window(), write, on_edit, tuple(tools), memory)
 
 
 def _wait(future: Future[T]) -> T:

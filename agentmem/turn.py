@@ -105,8 +105,8 @@ def run_turn(runtime: Runtime, request: Request, state: MemoryState | None, emit
     plan = plan_turn(request, record, runtime.transcript, _strategy(runtime), runtime.limit)
     yield from _write_hidden(runtime, session, plan)
     speaks = steered and request.write == "all"
-    key = _key(session, plan, speaks)
-    prefill, hit = yield from _prefill(runtime, session, plan, key, speaks)
+    key = _key(session, plan, _voice(runtime, speaks))
+    prefill, hit = yield from _prefill(runtime, session, plan, key)
     try:
         reply = _Reply(runtime, request, session, plan, speaks, emit)
         yield from reply.decode()
@@ -156,12 +156,20 @@ def _write_hidden(runtime: Runtime, session: Session, plan: Plan) -> Steps[None]
         session.fresh_cache()
 
 
-def _key(session: Session, plan: Plan, speaks: bool) -> Prompt:
-    segments = [*plan.prompt.segments, *([0 if speaks else -1] * len(plan.opening))]
+def _voice(runtime: Runtime, speaks: bool) -> int:
+    """The segment of a reply's tokens while it is decoded: 0, or -1 where they only read.
+
+    Sentences are known only when the reply is whole; until then a sentence adapter only reads.
+    """
+    return 0 if speaks and _strategy(runtime) != "sentence" else -1
+
+
+def _key(session: Session, plan: Plan, voice: int) -> Prompt:
+    segments = [*plan.prompt.segments, *([voice] * len(plan.opening))]
     return Prompt(session.digest(), (*plan.prompt.ids, *plan.opening), tuple(segments), plan.border)
 
 
-def _prefill(runtime: Runtime, session: Session, plan: Plan, key: Prompt, speaks: bool) -> Steps[tuple[Prefill, int]]:
+def _prefill(runtime: Runtime, session: Session, plan: Plan, key: Prompt) -> Steps[tuple[Prefill, int]]:
     """Read the prompt and the generation prompt; returns the prefill and how many of its tokens were at hand."""
     found = runtime.prefix.take(key)
     if found is not None and found.logits is not None:
@@ -173,13 +181,12 @@ def _prefill(runtime: Runtime, session: Session, plan: Plan, key: Prompt, speaks
         session.cache, hit = found.cache, found.length
     else:
         yield from session.feed(prompt.ids[:border], prompt.segments[:border])
-    voice = [0 if speaks and _strategy(runtime) != "sentence" else -1] * len(plan.opening)
-    ids, segments = prompt.ids[border:], prompt.segments[border:]
     if _strategy(runtime) == "token":
-        yield from session.feed([*ids, *plan.opening], [*segments, *voice], logits=True)
+        yield from session.feed(key.ids[border:], key.segments[border:], logits=True)
     else:
-        yield from session.feed(ids, segments)
-        yield from session.feed(plan.opening, voice, logits=True, close=False)
+        end = len(prompt.ids)
+        yield from session.feed(key.ids[border:end], key.segments[border:end])
+        yield from session.feed(key.ids[end:], key.segments[end:], logits=True, close=False)
     return Prefill(session.cache, len(key.ids), session.state, session.logits, session.pending), hit
 
 
@@ -194,9 +201,8 @@ class _Reply:
         self._session = session
         self._opening = plan.opening
         self._emit = emit
-        # Sentences are known only when the reply is whole; until then a sentence adapter only reads.
         self._late = _strategy(runtime) == "sentence"
-        self._segment = 0 if speaks and not self._late else -1
+        self._segment = _voice(runtime, speaks)
         self.decoder = Decoder(runtime.tokenizer)
         opening = runtime.tokenizer.decode(plan.opening)
         self.parser = ReplyParser(runtime.tags, "reasoning" if opening.rstrip().endswith("<think>") else "text")

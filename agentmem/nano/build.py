@@ -40,9 +40,6 @@ from agentmem.training.allocator import keep_memory
 from agentmem.training.loop import Plan, TrainingLog
 from agentmem.training.pretrain import pretrain
 
-WEIGHTS = Path(__file__).parent / "weights"
-"""The directory of the shipped model."""
-
 _OnStep = Callable[[int, TrainingLog], None]
 
 

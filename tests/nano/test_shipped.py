@@ -11,20 +11,20 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agentmem import SteeredModel
+from agentmem.loading import NANO
 from agentmem.messages import Message
 from agentmem.nano import language, toolchat
-from agentmem.nano.build import WEIGHTS
 from agentmem.nano.chatml import render
 from agentmem.nano.language import Binding
 
-TOKENIZER = AutoTokenizer.from_pretrained(WEIGHTS)
+TOKENIZER = AutoTokenizer.from_pretrained(NANO)
 
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[torch.nn.Module]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield AutoModelForCausalLM.from_pretrained(WEIGHTS, dtype=torch.float32)
+    yield AutoModelForCausalLM.from_pretrained(NANO, dtype=torch.float32)
     torch.set_num_threads(before)
 
 
@@ -41,7 +41,7 @@ def chat(*pairs: tuple[str, str]) -> list[Message]:
 
 
 def test_everything_is_there_and_small() -> None:
-    names = {str(p.relative_to(WEIGHTS)) for p in WEIGHTS.rglob("*") if p.is_file()}
+    names = {str(p.relative_to(NANO)) for p in NANO.rglob("*") if p.is_file()}
     assert names == {
         "config.json",
         "generation_config.json",
@@ -53,11 +53,11 @@ def test_everything_is_there_and_small() -> None:
         "adapter/adapter.safetensors",
         "recipe.json",
     }
-    assert sum(p.stat().st_size for p in WEIGHTS.rglob("*") if p.is_file()) < 12_000_000
+    assert sum(p.stat().st_size for p in NANO.rglob("*") if p.is_file()) < 12_000_000
 
 
 def test_it_is_a_bfloat16_qwen3_of_a_few_million_parameters_with_two_end_tokens() -> None:
-    model = AutoModelForCausalLM.from_pretrained(WEIGHTS)
+    model = AutoModelForCausalLM.from_pretrained(NANO)
     assert model.config.model_type == "qwen3"
     assert model.dtype == torch.bfloat16
     assert 1_000_000 <= sum(p.numel() for p in model.parameters()) <= 4_000_000
@@ -127,7 +127,7 @@ def test_drawn_calls_are_well_formed_and_a_single_fact_is_cited(model: torch.nn.
 
 
 def test_the_adapter_answers_from_the_state_alone_and_the_zero_state_knows_nothing(model: torch.nn.Module) -> None:
-    steered = SteeredModel.attach(model, adapter=WEIGHTS / "adapter")
+    steered = SteeredModel.attach(model, adapter=NANO / "adapter")
     try:
         rng = Random(31)
         right = blank = 0
@@ -164,7 +164,7 @@ def decode(steered: SteeredModel, messages: list[Message], state: torch.Tensor) 
 
 
 def test_the_recipe_says_how_it_was_made() -> None:
-    recipe = json.loads((WEIGHTS / "recipe.json").read_text("utf-8"))
+    recipe = json.loads((NANO / "recipe.json").read_text("utf-8"))
     assert {"seed", "recipe", "parameters", "training", "versions", "bytes"} <= recipe.keys()
 
 

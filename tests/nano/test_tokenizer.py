@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from agentmem.loading import NANO
 from agentmem.messages import Message, ToolCall
-from agentmem.nano.build import WEIGHTS
 from agentmem.nano.chatml import render
 from agentmem.nano.episodes import draw_episode
 from agentmem.nano.pools import ATTRIBUTES
 from agentmem.nano.tokenizer import CONTROL, MARKUP, train_tokenizer
 
-TOKENIZER = AutoTokenizer.from_pretrained(WEIGHTS)
+TOKENIZER = AutoTokenizer.from_pretrained(NANO)
 
 
 @given(st.text(max_size=200))

@@ -93,6 +93,11 @@ class ConsumedRecord:
                     f"the record of {self.count} consumed messages has a {name} of {expected} bytes; found {len(value)}"
                 )
 
+    @property
+    def recent(self) -> tuple[bytes, ...]:
+        """The digests of the last messages that were consumed, at most 256, oldest first; 8 bytes each."""
+        return tuple(self.tail[at : at + DIGEST] for at in range(0, len(self.tail), DIGEST))
+
     @classmethod
     def empty(cls) -> ConsumedRecord:
         """Nothing consumed."""

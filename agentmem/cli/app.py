@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from agentmem import __version__
+from agentmem.cli.transfer import import_threads
 from agentmem.errors import AgentMemError, MissingExtraError
 
 app = typer.Typer(
@@ -28,9 +29,25 @@ app = typer.Typer(
 )
 nano = typer.Typer(help="The embedded model.", no_args_is_help=True)
 app.add_typer(nano, name="nano")
+storage = typer.Typer(help="The databases that keep threads: what they hold, and what is to go.", no_args_is_help=True)
+app.add_typer(storage, name="storage")
 
 Model = Annotated[str, typer.Option(help='"nano", a directory, or a hub id.')]
 Adapter = Annotated[str | None, typer.Option(help="A directory or hub id; left out, the model's own.")]
+
+Url = Annotated[
+    str,
+    typer.Argument(
+        metavar="URL",
+        envvar="AGENTMEM_DATABASE",
+        help="Of the database, as for SQLAlchemySaver, or the path of a SQLite file.",
+    ),
+]
+Prefix = Annotated[str, typer.Option(help="What the names of the tables begin with.")]
+Schema = Annotated[str | None, typer.Option(help="Of the tables; left out, the connection's own.")]
+Encrypted = Annotated[bool, typer.Option("--encrypted", help="With AES, by the key in LANGGRAPH_AES_KEY.")]
+KeyFile = Annotated[Path | None, typer.Option(help="Holds the hmac_key of the database, byte by byte.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
 def main() -> None:
@@ -122,6 +139,57 @@ def chat(
     from agentmem.cli.chat import chat as run
 
     run(model, adapter, thread, db, window, facts)
+
+
+@storage.command("report")
+def storage_report(
+    url: Url,
+    limit: Annotated[int, typer.Option(min=0, help="Show this many threads; 0 shows all.")] = 20,
+    order: Annotated[Literal["bytes", "checkpoints", "idle"], typer.Option(help="What comes first.")] = "bytes",
+    orphans: Annotated[bool, typer.Option("--orphans", help="Look for content that nothing refers to; slow.")] = False,
+    as_json: AsJson = False,
+    prefix: Prefix = "agentmem_",
+    schema: Schema = None,
+    encrypted: Encrypted = False,
+    hmac_key_file: KeyFile = None,
+) -> None:
+    """Show what threads take: checkpoints, pending writes, bytes."""
+    _require(langgraph="sql", sqlalchemy="sql")
+    from agentmem.cli.storage import Place, report
+
+    report(Place(url, prefix, schema, encrypted, hmac_key_file), limit, order, orphans, as_json)
+
+
+@storage.command("prune")
+def storage_prune(
+    url: Url,
+    keep: Annotated[int | None, typer.Option(min=1, help="So many checkpoints stay, the newest.")] = None,
+    max_age: Annotated[str | None, typer.Option(help="Checkpoints stored longer ago go, but the newest: 30d.")] = None,
+    idle: Annotated[str | None, typer.Option(help="Threads not written for longer are deleted: 90d.")] = None,
+    thread: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
+    vacuum: Annotated[bool, typer.Option("--vacuum", help="Then give the space back: SQLite files shrink.")] = False,
+    as_json: AsJson = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    prefix: Prefix = "agentmem_",
+    schema: Schema = None,
+    encrypted: Encrypted = False,
+    hmac_key_file: KeyFile = None,
+) -> None:
+    """Take out checkpoints and threads that are too many or too old. Shows what would go, and asks.
+
+    A checkpoint stays if each of --keep, --max-age and --idle that is given lets it. What stays does not change, and
+    the newest checkpoint of a thread goes with --idle only.
+    """
+    _require(langgraph="sql", sqlalchemy="sql")
+    from agentmem.cli.storage import Place, policy, prune
+
+    place = Place(url, prefix, schema, encrypted, hmac_key_file)
+    stays = policy(keep, max_age, idle)
+    raise typer.Exit(prune(place, stays, thread, dry_run=dry_run, vacuum=vacuum, as_json=as_json, yes=yes))
+
+
+storage.command("import")(import_threads)
 
 
 def _require(**extras: str) -> None:

@@ -1,13 +1,13 @@
-"""Between LangGraph's values and what the tables hold.
+"""Between LangGraph's checkpoints and rows.
 
-Everything that calls the serializer is here, and none of it needs a connection: values are serialised before
-a transaction begins and deserialised after it has ended (the checkpoint's own dictionary, which names the
-channel versions to fetch, is the exception). A stored value is the serializer's type tag, a zero byte and its
-bytes. No pickle is ever written or read, whatever the serializer is set to.
+A row is sealed: one digest over its columns and its thread, so that nothing in it can be changed, and no row
+moved elsewhere, unnoticed. Where the channels' values lie is packed into the column ``content``, name by name.
 """
 
 from __future__ import annotations
 
+import struct
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -25,22 +25,24 @@ from langgraph.checkpoint.base import (
 from langgraph.checkpoint.serde.base import SerializerProtocol
 
 from agentmem.errors import StorageError
+from agentmem_sql.cache import Body, Held_by
 from agentmem_sql.keys import (
-    content_digest,
+    DIGEST_BYTES,
     decode_text,
     encode_text,
     exact_key,
     is_hashed,
     open_key,
-    seal,
     thread_key,
-    version_key,
 )
+from agentmem_sql.packing import Packer, Unpacker, dump, load
+from agentmem_sql.vault import Vault
 
-# Blob kinds. 0 is a serialised value; others are free for structures made of values.
-VALUE = 0
+_LENGTH = struct.Struct(">I")
+_CHECKPOINT_COLUMNS = ("ns", "id", "ns_name", "parent", "created", "run", "metadata", "body", "content", "history")
+_WRITE_COLUMNS = ("ns", "checkpoint", "task", "idx", "path", "channel", "digest")
 
-Slot = tuple[bytes, bytes]  # the keys of a channel's name and version
+Row = Mapping[Any, Any]  # of a table, by column
 
 
 @dataclass(frozen=True)
@@ -79,26 +81,6 @@ class Address:
 
 
 @dataclass(frozen=True)
-class NewCheckpoint:
-    """What ``put`` stores: column values by name, and new content by digest."""
-
-    thread: str
-    row: Mapping[str, Any]
-    channels: Sequence[Mapping[str, Any]]
-    blobs: Mapping[bytes, bytes]
-
-
-@dataclass(frozen=True)
-class NewWrites:
-    """What ``put_writes`` stores; ``replace``: rows of the same task and index are overwritten."""
-
-    thread: str
-    rows: Sequence[Mapping[str, Any]]
-    blobs: Mapping[bytes, bytes]
-    replace: bool
-
-
-@dataclass(frozen=True)
 class StoredWrite:
     """A pending write as read."""
 
@@ -108,6 +90,11 @@ class StoredWrite:
     channel: str
     digest: bytes
 
+    @property
+    def order(self) -> Any:
+        """What LangGraph sorts writes by."""
+        return writes_sort_key(self.path, self.task, self.idx)
+
 
 @dataclass
 class StoredCheckpoint:
@@ -116,76 +103,78 @@ class StoredCheckpoint:
     address: Address
     id: str
     parent: str | None
+    created: int
     metadata: CheckpointMetadata
     body: dict[str, Any]
-    digests: dict[str, bytes] = field(default_factory=dict)  # channel -> content; no empty channels
+    digests: dict[str, bytes]  # channel -> content; no empty channels
+    history: bytes | None
     writes: list[StoredWrite] = field(default_factory=list)
-    contents: Mapping[bytes, bytes] = field(default_factory=dict)  # digest -> verified blob body
+    contents: Mapping[bytes, Body] = field(default_factory=dict)  # everything that the two refer to
 
+    @property
+    def roots(self) -> set[bytes]:
+        """The content that the checkpoint and its pending writes name."""
+        return {*self.digests.values(), *(write.digest for write in self.writes)}
 
-def dump(serde: SerializerProtocol, value: Any) -> bytes:
-    """A value's stored bytes.
-
-    Raises:
-        StorageError: the serializer fell back to pickle.
-    """
-    tag, data = serde.dumps_typed(value)
-    _refuse_pickle(tag)
-    return tag.encode() + b"\0" + data
-
-
-def load(serde: SerializerProtocol, body: bytes) -> Any:
-    """The value of stored bytes.
-
-    Raises:
-        StorageError: the bytes are a pickle.
-    """
-    tag, _, data = body.partition(b"\0")
-    _refuse_pickle(tag.decode())
-    return serde.loads_typed((tag.decode(), data))
+    @property
+    def held(self) -> Held_by:
+        """What each channel held."""
+        versions: ChannelVersions = self.body["channel_versions"]
+        return {name: (version, self.digests.get(name)) for name, version in versions.items()}
 
 
 def encode_checkpoint(
+    packer: Packer,
     serde: SerializerProtocol,
+    vault: Vault,
     config: RunnableConfig,
     checkpoint: Checkpoint,
     metadata: CheckpointMetadata,
     new_versions: ChannelVersions,
-) -> NewCheckpoint:
-    """Serialise a checkpoint and the values of the channels in ``new_versions``."""
+    parents: Held_by,
+) -> tuple[Row, Held_by]:
+    """The row of a checkpoint, and what its channels hold; values go to the packer.
+
+    A channel that is not in ``new_versions`` holds what it held in the parent at the same version. Where the
+    parent does not know that version (there is none, or it is gone) the value that came along is stored.
+    """
     address = Address.of(config)
-    ns = open_key(address.ns)
     values = checkpoint["channel_values"]
-    blobs: dict[bytes, bytes] = {}
-    channels = [
-        {
-            "ns": ns,
-            "name": open_key(name),
-            "version": version_key(version),
-            "digest": _add_blob(blobs, dump(serde, values[name])) if name in values else None,
-        }
-        for name, version in new_versions.items()
-    ]
+    held: dict[str, tuple[str | int | float, bytes | None]] = {}
+    for name, version in checkpoint["channel_versions"].items():
+        before = parents.get(name)
+        if name not in new_versions and before is not None and _same(before[0], version):
+            held[name] = before
+        else:
+            held[name] = version, packer.pack(values[name]) if name in values else None
+    ns = open_key(address.ns)
+    merged = get_checkpoint_metadata(config, metadata)
+    run = merged.get("run_id")
     own = {key: value for key, value in checkpoint.items() if key not in ("channel_values", "id")}
     row = {
         "ns": ns,
         "id": exact_key(checkpoint["id"], "checkpoint id"),
         "ns_name": encode_text(address.ns) if is_hashed(ns) else None,
         "parent": None if address.id is None else exact_key(address.id, "checkpoint id"),
-        "metadata": dump(serde, get_checkpoint_metadata(config, metadata)),
-        "body": dump(serde, own),
+        "created": time.time_ns() // 1_000_000,
+        "run": vault.run_key(run) if isinstance(run, str) else None,
+        "metadata": vault.close(dump(serde, merged)),
+        "body": vault.close(dump(serde, own)),
+        "content": pack_content({name: digest for name, (_, digest) in held.items() if digest is not None}),
+        "history": None,
     }
-    return NewCheckpoint(address.thread, {**row, "seal": _seal(address.thread, row)}, channels, blobs)
+    return {**row, "seal": seal_checkpoint(vault, address.thread, row)}, held
 
 
 def encode_writes(
-    serde: SerializerProtocol,
+    packer: Packer,
+    vault: Vault,
     config: RunnableConfig,
     writes: Sequence[tuple[str, Any]],
     task_id: str,
     task_path: str,
-) -> NewWrites:
-    """Serialise the pending writes of a task.
+) -> list[Row]:
+    """The rows of the pending writes of a task; values go to the packer.
 
     Raises:
         StorageError: the config names no checkpoint to hang them on.
@@ -193,62 +182,114 @@ def encode_writes(
     address = Address.of(config)
     if address.id is None:
         raise StorageError("expected a config with the checkpoint id to store writes under, found none")
-    blobs: dict[bytes, bytes] = {}
     ns, checkpoint = open_key(address.ns), exact_key(address.id, "checkpoint id")
     task, path = exact_key(task_id, "task id"), encode_text(task_path)
-    rows = {
-        (index := WRITES_IDX_MAP.get(channel, position)): {
+    rows: list[Row] = []
+    by_index = {
+        WRITES_IDX_MAP.get(channel, position): (channel, value) for position, (channel, value) in enumerate(writes)
+    }
+    for index, (channel, value) in by_index.items():
+        row: dict[str, Any] = {
             "ns": ns,
             "checkpoint": checkpoint,
             "task": task,
             "idx": index,
             "path": path,
             "channel": encode_text(channel),
-            "digest": _add_blob(blobs, dump(serde, value)),
+            "digest": packer.pack(value),
         }
-        for position, (channel, value) in enumerate(writes)
-    }
-    special_only = all(channel in WRITES_IDX_MAP for channel, _ in writes)
-    return NewWrites(address.thread, list(rows.values()), blobs, replace=special_only)
+        rows.append({**row, "seal": seal_write(vault, address.thread, row)})
+    return rows
 
 
-def decode_row(serde: SerializerProtocol, row: Mapping[str, Any]) -> StoredCheckpoint:
-    """A row of the checkpoints table, with the thread's ``name``, before its content is fetched.
+def replaces(writes: Sequence[tuple[str, Any]]) -> bool:
+    """Whether the writes of a task replace what it wrote before: those to special channels do."""
+    return all(channel in WRITES_IDX_MAP for channel, _ in writes)
+
+
+def decode_row(vault: Vault, serde: SerializerProtocol, thread: str, row: Row) -> StoredCheckpoint:
+    """A row of the checkpoints table.
 
     Raises:
         StorageError: the row was changed or damaged since it was written.
     """
-    thread, checkpoint_id = decode_text(row["name"]), decode_text(row["id"])
-    if _seal(thread, row) != row["seal"]:
-        raise damaged(thread, checkpoint_id, "the checkpoint's row")
+    check_seal(vault, thread, row)
+    checkpoint_id = decode_text(row["id"])
     ns = decode_text(row["ns"] if row["ns_name"] is None else row["ns_name"])
-    parent = None if row["parent"] is None else decode_text(row["parent"])
     return StoredCheckpoint(
         Address(thread, ns, checkpoint_id),
         checkpoint_id,
-        parent,
-        load(serde, row["metadata"]),
-        load(serde, row["body"]),
+        None if row["parent"] is None else decode_text(row["parent"]),
+        row["created"],
+        load(serde, vault.open(row["metadata"])),
+        load(serde, vault.open(row["body"])),
+        unpack_content(row["content"]),
+        row["history"],
     )
 
 
-def slots(stored: StoredCheckpoint) -> dict[str, Slot]:
-    """Under which keys the channels table has the channels of a checkpoint."""
-    versions: ChannelVersions = stored.body["channel_versions"]
-    return {name: (open_key(name), version_key(version)) for name, version in versions.items()}
+def decode_write(vault: Vault, thread: str, row: Row) -> StoredWrite:
+    """A row of the writes table.
+
+    Raises:
+        StorageError: the row was changed or damaged since it was written.
+    """
+    if seal_write(vault, thread, row) != row["seal"]:
+        raise damaged(thread, decode_text(row["checkpoint"]), "a pending write")
+    return StoredWrite(
+        decode_text(row["path"]), decode_text(row["task"]), row["idx"], decode_text(row["channel"]), row["digest"]
+    )
 
 
-def to_tuple(serde: SerializerProtocol, stored: StoredCheckpoint) -> CheckpointTuple:
-    """What LangGraph gets; every value is deserialised anew, so that no two tuples share one."""
-    values = {name: load(serde, stored.contents[digest]) for name, digest in stored.digests.items()}
-    ordered = sorted(stored.writes, key=lambda write: writes_sort_key(write.path, write.task, write.idx))
+def to_tuple(unpacker: Unpacker, stored: StoredCheckpoint) -> CheckpointTuple:
+    """What LangGraph gets."""
+    values = {name: unpacker.unpack(digest) for name, digest in stored.digests.items()}
+    ordered = sorted(stored.writes, key=lambda write: write.order)
     return CheckpointTuple(
         config=stored.address.config(stored.id),
         checkpoint=cast(Checkpoint, {**stored.body, "id": stored.id, "channel_values": values}),
         metadata=stored.metadata,
         parent_config=None if stored.parent is None else stored.address.config(stored.parent),
-        pending_writes=[(write.task, write.channel, load(serde, stored.contents[write.digest])) for write in ordered],
+        pending_writes=[(write.task, write.channel, unpacker.unpack(write.digest)) for write in ordered],
     )
+
+
+def seal_checkpoint(vault: Vault, thread: str, row: Row) -> bytes:
+    """The seal of a checkpoint's row."""
+    return vault.seal((thread_key(thread), *(_sealed(row[name]) for name in _CHECKPOINT_COLUMNS)))
+
+
+def check_seal(vault: Vault, thread: str, row: Row) -> None:
+    """Compare a checkpoint's row with its seal.
+
+    Raises:
+        StorageError: the row was changed or damaged since it was written.
+    """
+    if seal_checkpoint(vault, thread, row) != row["seal"]:
+        raise damaged(thread, decode_text(row["id"]), "the checkpoint's row")
+
+
+def seal_write(vault: Vault, thread: str, row: Row) -> bytes:
+    """The seal of a pending write's row."""
+    return vault.seal((thread_key(thread), *(_sealed(row[name]) for name in _WRITE_COLUMNS)))
+
+
+def pack_content(digests: Mapping[str, bytes]) -> bytes:
+    """The column ``content``: each channel's name with its length before, and its digest."""
+    names = ((encode_text(name), digest) for name, digest in digests.items())
+    return b"".join([_LENGTH.pack(len(name)) + name + digest for name, digest in names])
+
+
+def unpack_content(packed: bytes) -> dict[str, bytes]:
+    """The inverse of ``pack_content``."""
+    found: dict[str, bytes] = {}
+    at = 0
+    while at < len(packed):
+        start = at + _LENGTH.size
+        end = start + _LENGTH.unpack_from(packed, at)[0]
+        at = end + DIGEST_BYTES
+        found[decode_text(packed[start:end])] = packed[end:at]
+    return found
 
 
 def matches(metadata: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
@@ -260,7 +301,7 @@ def damaged(thread: str, checkpoint_id: str, what: str) -> StorageError:
     """The error for stored bytes that are not those that were written."""
     return StorageError(
         f"{what} of checkpoint {checkpoint_id!r} in thread {thread[:80]!r} is missing "
-        "or is not what was stored (its SHA-256 digest differs): the row was changed from outside "
+        "or is not what was stored (its digest differs): the row was changed from outside "
         "or the disk is damaged; restore the database from a backup, or delete the thread"
     )
 
@@ -273,22 +314,5 @@ def _same(left: Any, right: Any) -> bool:
     return isinstance(left, bool) == isinstance(right, bool) and bool(left == right)
 
 
-def _seal(thread: str, row: Mapping[str, Any]) -> bytes:
-    columns = ("ns", "id", "ns_name", "parent", "metadata", "body")
-    return seal((thread_key(thread), *(row[name] for name in columns)))
-
-
-def _add_blob(blobs: dict[bytes, bytes], body: bytes) -> bytes:
-    digest = content_digest(VALUE, body)
-    blobs[digest] = body
-    return digest
-
-
-def _refuse_pickle(tag: str) -> None:
-    # An encrypting serializer appends its cipher: "pickle+aes".
-    if tag.partition("+")[0] == "pickle":
-        raise StorageError(
-            "expected a value that msgpack can hold, found one that the serializer pickles, "
-            "and pickles can run code when they are read; "
-            "store plain data, messages, dataclasses or pydantic models"
-        )
+def _sealed(value: bytes | int | None) -> bytes | None:
+    return b"%d" % value if isinstance(value, int) else value

@@ -5,82 +5,99 @@ so the writers of one process line up here instead, whichever saver they use. Th
 loop. It is never held while code of the caller runs (values are serialised before, deserialised after), so
 whoever holds it finishes, with one exception: a task's turn ends only when its loop runs. A blocking call
 made in that loop's own thread would wait for ever, and is refused with a ``StorageError`` instead.
+
+An interruption (Ctrl-C) may come between any two steps of the main thread, also while it leaves. That it is gone is
+therefore noted in one step, by itself; if the next in line was not called any more, it finds out by looking.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from contextlib import asynccontextmanager, contextmanager
+from concurrent.futures import TimeoutError as WaitTimeout
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
+from typing import TypeVar
 from weakref import WeakValueDictionary
 
 from agentmem.errors import StorageError
+from agentmem_sql import forks
+from agentmem_sql.inflight import REFUSAL
+
+T = TypeVar("T")
+
+# How long whoever waits goes without looking for itself, in seconds.
+_PATIENCE = 1.0
 
 
 @dataclass(eq=False)
 class _Ticket:
     loop: asyncio.AbstractEventLoop | None  # whose task it is; None for a thread
     turn: Future[None] = field(default_factory=Future)
+    gone: bool = False
 
 
 class Gate:
-    """A fair lock; ``with gate.hold()`` in a thread, ``async with gate.ahold()`` in a task."""
+    """A fair lock; ``gate.run(do)`` in a thread, ``await gate.arun(do)`` in a task."""
 
     def __init__(self) -> None:
         self._mutex = Lock()  # guards the line, held for microseconds
-        self._line: deque[_Ticket] = deque()  # the first one's turn it is
+        self._line: deque[_Ticket] = deque()  # the first one's turn it is; there may be some that are gone
+        forks.watch(self)
 
-    @contextmanager
-    def hold(self) -> Iterator[None]:
-        """Wait in this thread until it is this caller's turn.
+    def forked(self) -> None:
+        """Forget the line: its threads and tasks are those of the process that this one was forked from."""
+        self._mutex = Lock()
+        self._line.clear()
+
+    def run(self, do: Callable[[], T]) -> T:
+        """Wait in this thread until it is this caller's turn, and call ``do``.
 
         Raises:
             StorageError: called in a running event loop that has a task in the line: neither could go on.
         """
-        ticket = self._join(_Ticket(loop=None), blocks=_running_loop())
+        ticket = _Ticket(loop=None)
         try:
-            ticket.turn.result()
-            yield
+            self._join(ticket, blocks=_running_loop())
+            while not ticket.turn.done():
+                try:
+                    ticket.turn.result(_PATIENCE)
+                except WaitTimeout:
+                    self._call_first()
+            return do()
         finally:
-            self._leave(ticket)
+            ticket.gone = True
+            self._call_first()
 
-    @asynccontextmanager
-    async def ahold(self) -> AsyncIterator[None]:
-        """Wait in this task until it is its turn; the loop goes on meanwhile."""
-        ticket = self._join(_Ticket(loop=asyncio.get_running_loop()), blocks=None)
+    async def arun(self, do: Callable[[], Awaitable[T]]) -> T:
+        """Wait in this task until it is its turn, and await ``do()``; the loop goes on meanwhile."""
+        ticket = _Ticket(loop=asyncio.get_running_loop())
         try:
-            if not ticket.turn.done():
-                await asyncio.wrap_future(ticket.turn)
-            yield
+            self._join(ticket, blocks=None)
+            while not ticket.turn.done():
+                await asyncio.wait({asyncio.wrap_future(ticket.turn)}, timeout=_PATIENCE)
+                self._call_first()
+            return await do()
         finally:
-            self._leave(ticket)
+            ticket.gone = True
+            self._call_first()
 
-    def _join(self, ticket: _Ticket, blocks: asyncio.AbstractEventLoop | None) -> _Ticket:
+    def _join(self, ticket: _Ticket, blocks: asyncio.AbstractEventLoop | None) -> None:
         with self._mutex:
-            if blocks is not None and any(ahead.loop is blocks for ahead in self._line):
-                raise StorageError(
-                    "a synchronous checkpointer call was made in a running event loop while an asynchronous "
-                    "one on the same database is under way in that loop, so both would wait for ever; "
-                    "await the asynchronous method (aput, aput_writes, aget_tuple, ...) here, "
-                    "or make the synchronous call in another thread (asyncio.to_thread)"
-                )
+            if blocks is not None and any(ahead.loop is blocks and not ahead.gone for ahead in self._line):
+                raise StorageError(REFUSAL)
             self._line.append(ticket)
-            if self._line[0] is ticket:
-                ticket.turn.set_result(None)
-        return ticket
+        self._call_first()
 
-    def _leave(self, ticket: _Ticket) -> None:
+    def _call_first(self) -> None:
+        """Strike off those at the head who are gone, and tell the first that it is its turn; any number of times."""
         with self._mutex:
-            held = self._line[0] is ticket
-            self._line.remove(ticket)
-            # A ticket that was cancelled in the meantime is skipped here: it leaves by itself and calls the
-            # next.
-            if held and self._line and self._line[0].turn.set_running_or_notify_cancel():
+            while self._line and self._line[0].gone:
+                self._line.popleft()
+            if self._line and not self._line[0].turn.done():
                 self._line[0].turn.set_result(None)
 
 

@@ -1,4 +1,4 @@
-"""Text and numbers of LangGraph as the bytes that tables are keyed by, and digests.
+"""Text of LangGraph as the bytes that tables are keyed by.
 
 Encodings are exact (NUL, lone surrogates and every plane survive), keep the order of the text, and distinct
 inputs give distinct keys. Where the length is open, text longer than a key is replaced by a tagged SHA-256;
@@ -7,13 +7,13 @@ the name itself is then stored in another column. Pure functions, no database.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from hashlib import sha256
 
 from agentmem.errors import StorageError
 
 DIGEST_BYTES = 32
 KEY_BYTES = 128
+RUN_BYTES = 8
 
 # Never occurs in UTF-8, so a hashed key equals no spelled one.
 _HASHED = b"\xff"
@@ -25,8 +25,18 @@ def encode_text(text: str) -> bytes:
 
 
 def decode_text(data: bytes) -> str:
-    """The inverse of ``encode_text``."""
-    return data.decode("utf-8", "surrogatepass")
+    """The inverse of ``encode_text``.
+
+    Raises:
+        StorageError: the bytes are none that it made.
+    """
+    try:
+        return data.decode("utf-8", "surrogatepass")
+    except (UnicodeDecodeError, AttributeError) as error:  # AttributeError: a damaged file gives other types, too
+        raise StorageError(
+            f"expected a stored name or id, found {str(data)[:40]}, which is no text: the row was changed from outside "
+            "or the disk is damaged; restore the database from a backup"
+        ) from error
 
 
 def thread_key(thread_id: str) -> bytes:
@@ -57,26 +67,6 @@ def exact_key(text: str, what: str) -> bytes:
             "LangGraph's own ids have 36 characters, use a shorter one"
         )
     return data
-
-
-def version_key(version: str | int | float) -> bytes:
-    """The key of a channel version; ``1``, ``1.0`` and ``"1"`` stay apart."""
-    if isinstance(version, str):
-        return _fit(b"s" + encode_text(version))
-    return _fit(f"{'i' if isinstance(version, int) else 'f'}{version!r}".encode())
-
-
-def content_digest(kind: int, body: bytes) -> bytes:
-    """The digest that a blob is keyed by; equal bodies of different kinds have different ones."""
-    return sha256(bytes([kind]) + body).digest()
-
-
-def seal(fields: Iterable[bytes | None]) -> bytes:
-    """One digest over several columns, each with its length, so that no byte can move from one to another."""
-    total = sha256()
-    for data in fields:
-        total.update(b"-" if data is None else b"%d:" % len(data) + data)
-    return total.digest()
 
 
 def _fit(data: bytes) -> bytes:

@@ -1,43 +1,166 @@
 """Which version of the tables a database has, and how it gets to the one that this code uses.
 
-A database without our tables gets them all at once, and the row that says which version they are in the same
-transaction. Several processes may start on one new database together: the first that gets the write lock does
-the work, the others find it done.
+Migrations are numbered and each is recorded in ``schema_versions``, in the transaction that does it: one that
+fails leaves the database where the one before it ended, and is taken up again by the next caller. Several
+processes may start on one database together: the first takes a lock, the others find the work done.
+
+MySQL commits when a table is made or changed, so there a migration that fails may have done a part of its work.
+Every one of them must therefore do nothing where its work is done already.
 """
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, func, insert, inspect, select
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from typing import Protocol, TypeVar
+
+from sqlalchemy import BigInteger, Connection, func, literal, select
+from sqlalchemy.exc import DBAPIError
 
 from agentmem.errors import StorageError
-from agentmem_sql.tables import metadata, schema_versions
+from agentmem_sql import faults
+from agentmem_sql.dialects import add_rows
+from agentmem_sql.tables import Tables
 
-SCHEMA_VERSION = 1
+T = TypeVar("T")
+
+# How long a process waits for another one's migrations on MySQL, in seconds; elsewhere the database decides.
+_LOCK_TIMEOUT = 300
 
 
-def is_current(connection: Connection) -> bool:
-    """Whether the database has the tables of this version.
+class Transact(Protocol):
+    """``transact(connection, work)`` does work in one transaction; SQLite's holds the write lock from the start."""
+
+    def __call__(self, connection: Connection, work: Callable[[Connection], T], /) -> T: ...
+
+
+@dataclass(frozen=True)
+class Migration:
+    """One step: ``upgrade(connection, tables)`` brings tables of the number before it to ``number``."""
+
+    number: int
+    description: str
+    upgrade: Callable[[Connection, Tables], None]
+
+
+def _create_tables(connection: Connection, tables: Tables) -> None:
+    tables.metadata.create_all(connection)
+
+
+# 1 was a development version.
+MIGRATIONS: Sequence[Migration] = (Migration(2, "threads, blobs, checkpoints, writes, settings", _create_tables),)
+
+
+def is_current(connection: Connection, tables: Tables, migrations: Sequence[Migration] = MIGRATIONS) -> bool:
+    """Whether the database has the tables of this version; one statement.
 
     Raises:
-        StorageError: a newer version made the database.
+        StorageError: a newer version made the database, or one from before the first release.
     """
-    if not inspect(connection).has_table(schema_versions.name):
+    return _version(connection, tables, migrations) == migrations[-1].number
+
+
+def migrate(
+    connection: Connection,
+    tables: Tables,
+    transact: Transact,
+    migrations: Sequence[Migration] = MIGRATIONS,
+) -> None:
+    """Do what is missing, each step in a transaction of its own.
+
+    Args:
+        connection: one that has no transaction under way.
+        transact: how.
+
+    Raises:
+        StorageError: as ``is_current``, or another process kept the lock for too long.
+    """
+    step = partial(_step, tables=tables, migrations=migrations)
+    while alone(connection, tables, transact, step):
+        pass
+
+
+def alone(connection: Connection, tables: Tables, transact: Transact, work: Callable[[Connection], T]) -> T:
+    """Do work in a transaction while no other connection, of any process, does so on the same tables.
+
+    Raises:
+        StorageError: another process kept the lock for too long.
+    """
+
+    def locked(connection: Connection) -> T:
+        if connection.dialect.name == "postgresql":
+            number = literal(_lock_number(connection, tables), BigInteger)
+            connection.execute(select(func.pg_advisory_xact_lock(number)))
+        return work(connection)
+
+    with _alone_on_mysql(connection, tables):
+        return transact(connection, locked)
+
+
+def _step(connection: Connection, tables: Tables, migrations: Sequence[Migration]) -> bool:
+    """Do the next migration; gives whether there are more."""
+    tables.schema_versions.create(connection, checkfirst=True)
+    version = _version(connection, tables, migrations)
+    following = next((one for one in migrations if version is None or one.number > version), None)
+    if following is None:
         return False
-    version = connection.execute(select(func.max(schema_versions.c.version))).scalar_one()
-    if version != SCHEMA_VERSION:
+    following.upgrade(connection, tables)
+    add_rows(connection, tables.schema_versions, [{"version": following.number}], replace=False)
+    return following is not migrations[-1]
+
+
+def _version(connection: Connection, tables: Tables, migrations: Sequence[Migration]) -> int | None:
+    """The number of the newest migration that was done; None where there are no tables."""
+    versions = tables.schema_versions
+    try:
+        version: int | None = connection.execute(select(func.max(versions.c.version))).scalar()
+    except DBAPIError as error:
+        if faults.is_missing_table(error):
+            return None
+        raise
+    if version is not None and version < migrations[0].number:
         raise StorageError(
-            f"expected a checkpoint database of schema version {SCHEMA_VERSION}, found version {version}: "
-            "another agentmem made it; upgrade agentmem-delta, or open another database"
+            f"expected a checkpoint database of schema version {migrations[0].number} or later, found version "
+            f"{version}, made by agentmem before its first release, whose threads cannot be carried over: "
+            f"drop the tables whose names begin with {tables.prefix!r}, or open another database"
         )
-    return True
+    if version is not None and version > migrations[-1].number:
+        raise StorageError(
+            f"expected a checkpoint database of schema version {migrations[-1].number} at most, found version "
+            f"{version}: a newer agentmem made it; upgrade agentmem-delta, or open another database"
+        )
+    return version
 
 
-def migrate(connection: Connection) -> None:
-    """Make the tables where they are missing, inside a transaction that holds the write lock.
+@contextmanager
+def _alone_on_mysql(connection: Connection, tables: Tables) -> Iterator[None]:
+    """Hold a lock that outlives the commits which MySQL makes of itself."""
+    if connection.dialect.name not in ("mysql", "mariadb"):
+        yield
+        return
+    name = f"agentmem-{_lock_number(connection, tables) & (1 << 63) - 1}"
+    if connection.execute(select(func.get_lock(name, _LOCK_TIMEOUT))).scalar() != 1:
+        raise StorageError(
+            f"expected the migrations of the checkpoint tables to end within {_LOCK_TIMEOUT} s, found the lock "
+            f"{name!r} still held by another connection; see SHOW PROCESSLIST for what it does"
+        )
+    connection.rollback()
+    try:
+        yield
+    finally:
+        try:
+            connection.rollback()
+            connection.execute(select(func.release_lock(name)))
+            connection.rollback()
+        except DBAPIError:
+            connection.invalidate()  # the lock ends with the connection
 
-    Raises:
-        StorageError: a newer version made the database.
-    """
-    if not is_current(connection):
-        metadata.create_all(connection)
-        connection.execute(insert(schema_versions).values(version=SCHEMA_VERSION))
+
+def _lock_number(connection: Connection, tables: Tables) -> int:
+    """A number of 64 bits, with sign, for these tables on this server."""
+    schema = connection.schema_for_object(tables.schema_versions)
+    spelled = f"{connection.engine.url.database}\0{schema}\0{tables.schema_versions.name}"
+    return int.from_bytes(sha256(spelled.encode()).digest()[:8], signed=True)

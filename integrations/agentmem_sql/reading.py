@@ -1,82 +1,250 @@
-"""What is read, as functions of a connection inside one transaction, which is one snapshot.
+"""What is read, as functions of a connection.
 
-A checkpoint takes four statements, whatever it holds: its row, its channels, its pending writes, and the
-content of both; a page of a listing takes four for each namespace on it.
+No snapshot over several statements is needed, so none is asked of the database. A checkpoint's row and its
+pending writes come in one statement. Everything else is content, which never changes: it is there, or it was
+taken out together with the checkpoint after the row was read. What is missing is therefore read again, row
+first, and only if it is missing a second time is the database damaged.
+
+What this process has written or read before is not fetched again (see ``cache``).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.serde.base import SerializerProtocol
-from sqlalchemy import Connection, RowMapping, and_, bindparam, or_, select
+from sqlalchemy import Connection, RowMapping, and_, bindparam, literal_column, or_, select
 
-from agentmem_sql.codec import (
-    Address,
-    Slot,
-    StoredCheckpoint,
-    StoredWrite,
-    damaged,
-    decode_row,
-    matches,
-    slots,
-)
-from agentmem_sql.keys import content_digest, decode_text, encode_text, exact_key, open_key, thread_key
-from agentmem_sql.tables import blobs, channels, checkpoints, threads, writes
+from agentmem_sql.cache import Body, Cache, Thread
+from agentmem_sql.codec import Address, StoredCheckpoint, damaged, decode_row, decode_write, matches
+from agentmem_sql.keys import decode_text, encode_text, exact_key, open_key, thread_key
+from agentmem_sql.prepared import Prepared
+from agentmem_sql.tables import Tables
+from agentmem_sql.trees import LEAVES, Node, parse
+from agentmem_sql.vault import Vault
 
 T = TypeVar("T")
 
 # Parameters of one IN list stay far below every driver's limit.
-_CHUNK = 400
+CHUNK = 1000
 _PAGE = 32
+_ATTEMPTS = 3
 
-# Built once: building a statement takes SQLAlchemy longer than running it takes SQLite.
-_IN_THREAD = threads.c.key == bindparam("thread_key")
-_IN_NS = checkpoints.c.ns == bindparam("ns")
-_WITH_ID = checkpoints.c.id == bindparam("id")
-_ROWS = (
-    select(threads.c.name, *checkpoints.columns)
-    .join_from(checkpoints, threads, checkpoints.c.thread == threads.c.number)
-    .order_by(checkpoints.c.id.desc(), checkpoints.c.thread.desc(), checkpoints.c.ns.desc())
-)
-_ONE = _ROWS.where(_IN_THREAD, _IN_NS, _WITH_ID)
-_NEWEST = _ROWS.where(_IN_THREAD, _IN_NS).limit(1)
-_CHANNELS = select(channels.c.name, channels.c.version, channels.c.digest).where(
-    channels.c.thread == bindparam("thread"),
-    channels.c.ns == bindparam("ns"),
-    channels.c.version.in_(bindparam("versions", expanding=True)),
-    channels.c.digest.is_not(None),
-)
-_WRITES = select(writes).where(
-    writes.c.thread == bindparam("thread"),
-    writes.c.ns == bindparam("ns"),
-    writes.c.checkpoint.in_(bindparam("ids", expanding=True)),
-)
-_CONTENT = select(blobs.c.digest, blobs.c.kind, blobs.c.body).where(
-    blobs.c.thread == bindparam("thread"), blobs.c.digest.in_(bindparam("digests", expanding=True))
-)
+
+class Found(NamedTuple):
+    """A checkpoint, and what this process knows of its thread."""
+
+    checkpoint: StoredCheckpoint
+    known: Thread
+
+
+class Missing(Exception):
+    """Content that a row refers to is not there."""
 
 
 def chunks(items: Sequence[T]) -> Iterator[Sequence[T]]:
     """Pieces short enough for one IN list."""
-    return (items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK))
+    return (items[start : start + CHUNK] for start in range(0, len(items), CHUNK))
 
 
-def find(connection: Connection, serde: SerializerProtocol, address: Address) -> StoredCheckpoint | None:
-    """The checkpoint that an address names, or the newest of its namespace; None where there is none.
+class Reader:
+    """Reads the tables of one database; its statements are built once, which takes longer than running them."""
 
-    Raises:
-        StorageError: it was changed or damaged since it was stored.
-    """
-    row = connection.execute(_NEWEST if address.id is None else _ONE, _keys(address)).mappings().one_or_none()
-    if row is None:
-        return None
-    found = decode_row(serde, dict(row))
-    _complete(connection, [(row, found)])
-    return found
+    def __init__(self, tables: Tables, vault: Vault, cache: Cache) -> None:
+        self._vault = vault
+        self._cache = cache
+        self.tables = tables
+        threads, checkpoints, writes, blobs = tables.threads, tables.checkpoints, tables.writes, tables.blobs
+        self._row_columns = (threads.c.name, threads.c.number, threads.c.epoch, *checkpoints.c)
+        pending = and_(
+            writes.c.thread == checkpoints.c.thread,
+            writes.c.ns == checkpoints.c.ns,
+            writes.c.checkpoint == checkpoints.c.id,
+        )
+        in_namespace = and_(threads.c.key == bindparam("key"), checkpoints.c.ns == bindparam("ns"))
+        one = (
+            select(
+                threads.c.number,
+                threads.c.epoch,
+                *(column for column in checkpoints.c if column.name not in ("thread", "ns")),
+                *(writes.c[name] for name in ("task", "idx", "path", "channel", "digest")),
+                writes.c.seal.label("write_seal"),
+            )
+            .select_from(threads)
+            .join(checkpoints, checkpoints.c.thread == threads.c.number)
+            .outerjoin(writes, pending)
+            .where(in_namespace)
+        )
+        others = checkpoints.alias()
+        newest = (
+            select(others.c.id)
+            .where(others.c.thread == threads.c.number, others.c.ns == bindparam("ns"))
+            .order_by(others.c.id.desc())
+            .limit(literal_column("1"))
+            .correlate(threads)
+            .scalar_subquery()
+        )
+        self._one = Prepared(one.where(checkpoints.c.id == bindparam("id")))
+        self._newest = Prepared(one.where(checkpoints.c.id == newest))
+        self._listed = (
+            select(*self._row_columns)
+            .join_from(checkpoints, threads, checkpoints.c.thread == threads.c.number)
+            .order_by(checkpoints.c.id.desc(), checkpoints.c.thread.desc(), checkpoints.c.ns.desc())
+        )
+        self._pending = select(writes).where(
+            writes.c.thread == bindparam("thread"),
+            writes.c.ns == bindparam("ns"),
+            writes.c.checkpoint.in_(bindparam("ids", expanding=True)),
+        )
+        self._epoch = select(threads.c.epoch).where(threads.c.number == bindparam("thread"))
+        self._content = select(blobs.c.digest, blobs.c.kind, blobs.c.body).where(
+            blobs.c.thread == bindparam("thread"), blobs.c.digest.in_(bindparam("digests", expanding=True))
+        )
+
+    def find(self, connection: Connection, serde: SerializerProtocol, address: Address) -> Found | None:
+        """The checkpoint that an address names, or the newest of its namespace; None where there is none.
+
+        Raises:
+            StorageError: it was changed or damaged since it was stored.
+        """
+        before = None
+        for _ in range(_ATTEMPTS):
+            found = self.row(connection, serde, address)
+            if found is None:
+                return None
+            try:
+                stored, known = found
+                stored.contents = self.collect(connection, known, stored.roots)
+                return found
+            except Missing:
+                if before == (known.epoch, stored.id):
+                    break
+                before = known.epoch, stored.id
+        raise damaged(address.thread, stored.id, "a stored value")
+
+    def locate(self, connection: Connection, address: Address) -> tuple[Thread, bytes] | None:
+        """What is known of a thread, and the key of the checkpoint that an address names; None if there is none."""
+        keys = {"key": thread_key(address.thread), "ns": open_key(address.ns)}
+        if address.id is not None:
+            keys["id"] = exact_key(address.id, "checkpoint id")
+        row = (self._newest if address.id is None else self._one).run(connection, keys).first()
+        return None if row is None else (self._cache.at(address.thread, row.number, row.epoch), row.id)
+
+    def row(self, connection: Connection, serde: SerializerProtocol, address: Address) -> Found | None:
+        """As ``find``, without the content."""
+        keys = {"key": thread_key(address.thread), "ns": open_key(address.ns)}
+        if address.id is None:
+            rows = self._newest.run(connection, keys).mappings().all()
+        else:
+            keys["id"] = exact_key(address.id, "checkpoint id")
+            rows = self._one.run(connection, keys).mappings().all()
+        if not rows:
+            return None
+        first: Mapping[str, Any] = {**rows[0], "ns": keys["ns"]}
+        stored = decode_row(self._vault, serde, address.thread, first)
+        for row in rows:
+            if row["task"] is not None:
+                pending = {**row, "ns": keys["ns"], "checkpoint": row["id"], "seal": row["write_seal"]}
+                stored.writes.append(decode_write(self._vault, address.thread, pending))
+        known = self._cache.at(address.thread, first["number"], first["epoch"])
+        known.hold(address.ns, stored.id, stored.held)
+        return Found(stored, known)
+
+    def collect(self, connection: Connection, known: Thread, roots: Iterable[bytes]) -> dict[bytes, Body]:
+        """Content and all content that it refers to, level by level, each read once and compared with its digest.
+
+        Raises:
+            Missing: some of it is not there, or is not what was stored.
+        """
+        found: dict[bytes, Body] = {}
+        wanted = set(roots)
+        while wanted:
+            level: dict[bytes, Body] = {}
+            fetch: list[bytes] = []
+            for digest in wanted:
+                body = known.body(digest)
+                if body is None:
+                    fetch.append(digest)
+                else:
+                    level[digest] = body
+            for part in chunks(sorted(fetch)):
+                level.update(self._fetch(connection, known, part))
+            if len(level) < len(wanted):
+                raise Missing
+            found.update(level)
+            nodes = [body for body in level.values() if type(body) is Node]
+            wanted = {link for node in nodes for link in node.links if link not in found}
+        return found
+
+    def _fetch(self, connection: Connection, known: Thread, digests: Sequence[bytes]) -> Iterator[tuple[bytes, Body]]:
+        open_body, digest_of = self._vault.open, self._vault.digest
+        parameters = {"thread": known.number, "digests": digests}
+        for digest, kind, stored in connection.execute(self._content, parameters).all():
+            plain = open_body(stored)
+            if digest_of(kind, plain) == digest:
+                if kind in LEAVES:  # goes into the cache when it is unpacked, most of it as something else
+                    yield digest, plain
+                else:
+                    node = parse(kind, plain)
+                    known.add(digest, node)
+                    yield digest, node
+
+    def complete(self, connection: Connection, serde: SerializerProtocol, found: Sequence[Found]) -> list[Found]:
+        """Fetch pending writes and content of checkpoints; those that were taken out meanwhile are left out.
+
+        Raises:
+            StorageError: one was changed or damaged since it was stored.
+        """
+        groups: defaultdict[tuple[int, str], dict[bytes, Found]] = defaultdict(dict)
+        for one in found:
+            assert one.known.number is not None
+            groups[one.known.number, one.checkpoint.address.ns][encode_text(one.checkpoint.id)] = one
+        whole: dict[tuple[str, str, str], Found | None] = {}
+        for (thread, ns), members in groups.items():
+            for part in chunks(list(members)):
+                keys = {"thread": thread, "ns": open_key(ns), "ids": part}
+                for row in connection.execute(self._pending, keys).mappings():
+                    holder = members.get(row["checkpoint"])
+                    if holder is None:  # the index that found the row says something else than the row
+                        of = members[part[0]].checkpoint.address.thread
+                        raise damaged(of, decode_text(row["checkpoint"]), "a pending write")
+                    stored = holder.checkpoint
+                    stored.writes.append(decode_write(self._vault, stored.address.thread, row))
+            epoch = connection.execute(self._epoch, {"thread": thread}).scalar_one_or_none()
+            for one in members.values():
+                address = one.checkpoint.address
+                # If something was taken out of the thread meanwhile, it may have been these writes.
+                kept = one.known.epoch == epoch and self._fill(connection, one)
+                whole[address.thread, address.ns, one.checkpoint.id] = (
+                    one if kept else self.find(connection, serde, address)
+                )
+        in_order = (whole[one.checkpoint.address.thread, one.checkpoint.address.ns, one.checkpoint.id] for one in found)
+        return [one for one in in_order if one is not None]
+
+    def _fill(self, connection: Connection, found: Found) -> bool:
+        stored, known = found
+        try:
+            stored.contents = self.collect(connection, known, stored.roots)
+        except Missing:
+            keys = {
+                "key": thread_key(stored.address.thread),
+                "ns": open_key(stored.address.ns),
+                "id": exact_key(stored.id, "checkpoint id"),
+            }
+            again = self._one.run(connection, keys).mappings().first()
+            if again is not None and again["epoch"] == known.epoch:
+                raise damaged(stored.address.thread, stored.id, "a stored value") from None
+            return False
+        return True
+
+    def decode(self, serde: SerializerProtocol, row: RowMapping) -> Found:
+        """A row of a listing."""
+        thread = decode_text(row["name"])
+        stored = decode_row(self._vault, serde, thread, row)
+        return Found(stored, self._cache.at(thread, row["number"], row["epoch"]))
 
 
 class Listing:
@@ -87,6 +255,7 @@ class Listing:
 
     def __init__(
         self,
+        reader: Reader,
         serde: SerializerProtocol,
         config: RunnableConfig | None,
         *,
@@ -94,105 +263,49 @@ class Listing:
         before: RunnableConfig | None,
         limit: int | None,
     ) -> None:
+        self._reader = reader
         self._serde = serde
         self._filter = filter or {}
         self._left = limit
         self._page_size = _PAGE if limit is None or self._filter else min(limit, _PAGE)
-        self._query = _ROWS.limit(self._page_size)
-        self._keys: dict[str, bytes] = {}
+        checkpoints = reader.tables.checkpoints
+        query = reader._listed.limit(self._page_size)
         if config is not None:
             address = Address.of(config)
-            self._keys = _keys(address)
-            self._query = self._query.where(_IN_THREAD)
+            query = query.where(reader.tables.threads.c.key == thread_key(address.thread))
             if "checkpoint_ns" in config["configurable"]:
-                self._query = self._query.where(_IN_NS)
+                query = query.where(checkpoints.c.ns == open_key(address.ns))
             if address.id is not None:
-                self._query = self._query.where(_WITH_ID)
+                query = query.where(checkpoints.c.id == exact_key(address.id, "checkpoint id"))
         end = None if before is None else before["configurable"].get("checkpoint_id")
         if end:
-            self._query = self._query.where(checkpoints.c.id < encode_text(end))
+            query = query.where(checkpoints.c.id < encode_text(end))
+        self._query = query
         self._last: RowMapping | None = None
         self.finished = limit is not None and limit <= 0
 
-    def next_page(self, connection: Connection) -> list[StoredCheckpoint]:
+    def next_page(self, connection: Connection) -> list[Found]:
         """The next checkpoints that match; may be none although the listing is not ``finished``."""
-        query = self._query if self._last is None else self._query.where(_after(self._last))
-        rows = connection.execute(query, self._keys).mappings().all()
-        matching = []
-        for row in rows:
-            stored = decode_row(self._serde, dict(row))
-            if matches(stored.metadata, self._filter):
-                matching.append((row, stored))
+        query = self._query if self._last is None else self._query.where(self._after(self._last))
+        rows = connection.execute(query).mappings().all()
+        found = [(row, self._reader.decode(self._serde, row)) for row in rows]
+        matching = [(row, one) for row, one in found if matches(one.checkpoint.metadata, self._filter)]
+        wanted = matching if self._left is None else matching[: self._left]
+        whole = self._reader.complete(connection, self._serde, [one for _, one in wanted])
         if self._left is not None:
-            matching = matching[: self._left]
-            self._left -= len(matching)
-        self.finished = len(rows) < self._page_size or self._left == 0
-        self._last = rows[-1] if rows else None
-        _complete(connection, matching)
-        return [stored for _, stored in matching]
+            self._left -= len(whole)
+        # One that was taken out meanwhile makes room for the next that matches, on this page or another.
+        rest = len(wanted) < len(matching)
+        self.finished = (len(rows) < self._page_size and not rest) or self._left == 0
+        if rows:
+            self._last = wanted[-1][0] if rest else rows[-1]
+        return whole
 
-
-def _keys(address: Address) -> dict[str, bytes]:
-    """The parameters of the statements above; a value that a statement does not name is ignored."""
-    keys = {"thread_key": thread_key(address.thread), "ns": open_key(address.ns)}
-    return keys if address.id is None else {**keys, "id": exact_key(address.id, "checkpoint id")}
-
-
-def _after(last: RowMapping) -> Any:
-    """The rows that follow one in the order of a listing."""
-    ids, numbers, spaces = checkpoints.c.id, checkpoints.c.thread, checkpoints.c.ns
-    return or_(
-        ids < last["id"],
-        and_(ids == last["id"], numbers < last["thread"]),
-        and_(ids == last["id"], numbers == last["thread"], spaces < last["ns"]),
-    )
-
-
-def _complete(connection: Connection, found: Iterable[tuple[RowMapping, StoredCheckpoint]]) -> None:
-    """Fetch channels, pending writes and content of checkpoints."""
-    groups: defaultdict[tuple[int, bytes], list[tuple[bytes, StoredCheckpoint]]] = defaultdict(list)
-    for row, stored in found:
-        groups[row["thread"], row["ns"]].append((row["id"], stored))
-    for (thread, ns), members in groups.items():
-        _fetch_channels(connection, thread, ns, [stored for _, stored in members])
-        _fetch_writes(connection, thread, ns, dict(members))
-        _fetch_content(connection, thread, [stored for _, stored in members])
-
-
-def _fetch_channels(connection: Connection, thread: int, ns: bytes, stored: Sequence[StoredCheckpoint]) -> None:
-    wanted = [slots(one) for one in stored]
-    held: dict[Slot, bytes] = {}
-    for part in chunks(sorted({version for each in wanted for _, version in each.values()})):
-        keys = {"thread": thread, "ns": ns, "versions": part}
-        for name, version, digest in connection.execute(_CHANNELS, keys):
-            held[name, version] = digest
-    for one, each in zip(stored, wanted, strict=True):
-        one.digests = {channel: held[slot] for channel, slot in each.items() if slot in held}
-
-
-def _fetch_writes(connection: Connection, thread: int, ns: bytes, stored: Mapping[bytes, StoredCheckpoint]) -> None:
-    for part in chunks(list(stored)):
-        for row in connection.execute(_WRITES, {"thread": thread, "ns": ns, "ids": part}).mappings():
-            stored[row["checkpoint"]].writes.append(
-                StoredWrite(
-                    decode_text(row["path"]),
-                    decode_text(row["task"]),
-                    row["idx"],
-                    decode_text(row["channel"]),
-                    row["digest"],
-                )
-            )
-
-
-def _fetch_content(connection: Connection, thread: int, stored: Sequence[StoredCheckpoint]) -> None:
-    """Content is read once however many checkpoints point to it, and compared with its digest."""
-    needed = {one.id: {*one.digests.values(), *(write.digest for write in one.writes)} for one in stored}
-    contents: dict[bytes, bytes] = {}
-    for part in chunks(sorted(set().union(*needed.values()))):
-        for digest, kind, body in connection.execute(_CONTENT, {"thread": thread, "digests": part}):
-            if content_digest(kind, body) == digest:
-                contents[digest] = body
-    for one in stored:
-        if not needed[one.id] <= contents.keys():
-            raise damaged(one.address.thread, one.id, "a stored value")
-        one.contents = contents
+    def _after(self, last: RowMapping) -> Any:
+        """The rows that follow one in the order of a listing."""
+        columns = self._reader.tables.checkpoints.c
+        return or_(
+            columns.id < last["id"],
+            and_(columns.id == last["id"], columns.thread < last["thread"]),
+            and_(columns.id == last["id"], columns.thread == last["thread"], columns.ns < last["ns"]),
+        )

@@ -3,16 +3,15 @@
 Keys, names and values are bytes everywhere. Text columns differ too much to hold them: collations merge
 ``a``, ``A`` and ``á``, NUL and lone surrogates are refused, index rows have length limits. Nothing of
 unbounded length is part of a key (see ``keys``), so the widest primary key, that of the writes, takes under
-500 bytes.
+600 bytes.
 
     schema_versions   which migrations this database has seen
-    threads           one row a thread; every other row hangs on its number
-    blobs             content of the thread, one row a distinct content, keyed by SHA-256; kind 0 is a
-    serialised
-                      value, other kinds are free for structures made of values
-    checkpoints       metadata, and the checkpoint without its channel values
-    channels          (version, channel) -> blob; no blob: the channel was empty at that version
-    writes            pending writes of a checkpoint -> blob
+    settings          how its rows are protected (see ``vault``)
+    threads           one row a thread; every other row hangs on its number. ``epoch`` counts the times that
+                      anything was taken out of the thread: whoever knows the epoch knows what is still there
+    blobs             content of the thread, one row a distinct content, keyed by digest (see ``trees``)
+    checkpoints       metadata, the checkpoint without its channel values, and where those are
+    writes            pending writes of a checkpoint
 
 A channel value and the pending write that made it are the same content and so the same row.
 """
@@ -25,7 +24,7 @@ from sqlalchemy import (
     BigInteger,
     Column,
     ForeignKey,
-    ForeignKeyConstraint,
+    Index,
     Integer,
     LargeBinary,
     MetaData,
@@ -35,92 +34,91 @@ from sqlalchemy import (
 from sqlalchemy.dialects import mysql
 from sqlalchemy.types import TypeEngine
 
-from agentmem_sql.keys import DIGEST_BYTES, KEY_BYTES
+from agentmem_sql.keys import DIGEST_BYTES, KEY_BYTES, RUN_BYTES
+
+DEFAULT_PREFIX = "agentmem_"
 
 # MySQL alone sizes binary columns, and indexes only those with a size.
 _KEY: TypeEngine[bytes] = LargeBinary().with_variant(mysql.VARBINARY(KEY_BYTES), "mysql", "mariadb")
+_RUN: TypeEngine[bytes] = LargeBinary().with_variant(mysql.VARBINARY(RUN_BYTES), "mysql", "mariadb")
 _DIGEST: TypeEngine[bytes] = LargeBinary().with_variant(mysql.BINARY(DIGEST_BYTES), "mysql", "mariadb")
 _BODY: TypeEngine[bytes] = LargeBinary().with_variant(mysql.LONGBLOB(), "mysql", "mariadb")
 # SQLite numbers rows by itself only where the type is INTEGER.
 _NUMBER: TypeEngine[int] = BigInteger().with_variant(Integer, "sqlite")
 
-metadata = MetaData(
-    naming_convention={
-        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-        "fk": "fk_%(table_name)s_%(referred_table_name)s",
-        "pk": "pk_%(table_name)s",
-    }
-)
+
+class Tables:
+    """The tables under a name prefix and in a schema; ``metadata`` holds them all (for Alembic, too)."""
+
+    def __init__(self, *, prefix: str = DEFAULT_PREFIX, schema: str | None = None) -> None:
+        self.prefix = prefix
+        self.metadata = MetaData(
+            schema=schema,
+            naming_convention={
+                "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+                "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+                "fk": "fk_%(table_name)s_%(referred_table_name)s",
+            },
+        )
+        self.schema_versions = self._table(
+            "schema_versions", Column("version", Integer, primary_key=True, autoincrement=False)
+        )
+        self.settings = self._table(
+            "settings", Column("name", _KEY, primary_key=True), Column("value", _BODY, nullable=False)
+        )
+        self.threads = self._table(
+            "threads",
+            Column("number", _NUMBER, primary_key=True, autoincrement=True),
+            Column("key", _DIGEST, nullable=False, unique=True),
+            Column("name", _BODY, nullable=False),
+            Column("epoch", BigInteger, nullable=False),
+            sqlite_autoincrement=True,  # the number of a deleted thread is never given to another
+        )
+        self.blobs = self._table(
+            "blobs",
+            self._thread(),
+            Column("digest", _DIGEST, primary_key=True),
+            Column("kind", SmallInteger, nullable=False),
+            Column("body", _BODY, nullable=False),
+        )
+        self.checkpoints = self._table(
+            "checkpoints",
+            self._thread(),
+            Column("ns", _KEY, primary_key=True),
+            Column("id", _KEY, primary_key=True),
+            Column("ns_name", _BODY),  # only where `ns` is the digest of a long name
+            Column("parent", _KEY),
+            Column("created", BigInteger, nullable=False),  # milliseconds since 1970, when it was first stored
+            Column("run", _RUN),  # the beginning of the digest of metadata["run_id"]
+            Column("metadata", _BODY, nullable=False),
+            Column("body", _BODY, nullable=False),
+            Column("content", _BODY, nullable=False),  # channel -> digest, see `codec`
+            Column("history", _DIGEST),  # what pruned ancestors wrote to delta channels, see `deltas`
+            Column("seal", _DIGEST, nullable=False),  # over the columns above but the thread's number
+        )
+        self.writes = self._table(
+            "writes",
+            self._thread(),
+            Column("ns", _KEY, primary_key=True),
+            Column("checkpoint", _KEY, primary_key=True),
+            Column("task", _KEY, primary_key=True),
+            Column("idx", Integer, primary_key=True, autoincrement=False),
+            Column("path", _BODY, nullable=False),
+            Column("channel", _BODY, nullable=False),
+            Column("digest", _DIGEST, nullable=False),
+            Column("seal", _DIGEST, nullable=False),
+        )
+        Index(None, self.checkpoints.c.thread, self.checkpoints.c.created)
+        Index(None, self.checkpoints.c.run)
+
+    def _table(self, name: str, *columns: Column[Any], **options: Any) -> Table:
+        return Table(self.prefix + name, self.metadata, *columns, **options)
+
+    def _thread(self) -> Column[Any]:
+        number = self.threads.c.number
+        return Column("thread", _NUMBER, ForeignKey(number), primary_key=True, autoincrement=False)
 
 
-def _thread() -> Column[Any]:
-    return Column("thread", _NUMBER, ForeignKey("agentmem_threads.number"), primary_key=True, autoincrement=False)
-
-
-def _blob() -> ForeignKeyConstraint:
-    return ForeignKeyConstraint(["thread", "digest"], ["agentmem_blobs.thread", "agentmem_blobs.digest"])
-
-
-schema_versions = Table(
-    "agentmem_schema_versions",
-    metadata,
-    Column("version", Integer, primary_key=True, autoincrement=False),
-)
-
-threads = Table(
-    "agentmem_threads",
-    metadata,
-    Column("number", _NUMBER, primary_key=True, autoincrement=True),
-    Column("key", _DIGEST, nullable=False, unique=True),
-    Column("name", _BODY, nullable=False),
-    sqlite_autoincrement=True,  # the number of a deleted thread is never given to another
-)
-
-blobs = Table(
-    "agentmem_blobs",
-    metadata,
-    _thread(),
-    Column("digest", _DIGEST, primary_key=True),
-    Column("kind", SmallInteger, nullable=False),
-    Column("body", _BODY, nullable=False),
-)
-
-checkpoints = Table(
-    "agentmem_checkpoints",
-    metadata,
-    _thread(),
-    Column("ns", _KEY, primary_key=True),
-    Column("id", _KEY, primary_key=True),
-    Column("ns_name", _BODY),  # only where `ns` is the digest of a long name
-    Column("parent", _KEY),
-    Column("metadata", _BODY, nullable=False),
-    Column("body", _BODY, nullable=False),
-    Column("seal", _DIGEST, nullable=False),  # SHA-256 over the columns above but the thread's number
-)
-
-channels = Table(
-    "agentmem_channels",
-    metadata,
-    _thread(),
-    Column("ns", _KEY, primary_key=True),
-    # The version stands first: one names hardly more than a row, so a list of them finds all.
-    Column("version", _KEY, primary_key=True),
-    Column("name", _KEY, primary_key=True),
-    Column("digest", _DIGEST),
-    _blob(),
-)
-
-writes = Table(
-    "agentmem_writes",
-    metadata,
-    _thread(),
-    Column("ns", _KEY, primary_key=True),
-    Column("checkpoint", _KEY, primary_key=True),
-    Column("task", _KEY, primary_key=True),
-    Column("idx", Integer, primary_key=True, autoincrement=False),
-    Column("path", _BODY, nullable=False),
-    Column("channel", _BODY, nullable=False),
-    Column("digest", _DIGEST, nullable=False),
-    _blob(),
-)
+def metadata(*, prefix: str = DEFAULT_PREFIX, schema: str | None = None) -> MetaData:
+    """The tables as SQLAlchemy metadata, to be merged into an Alembic ``target_metadata``."""
+    return Tables(prefix=prefix, schema=schema).metadata

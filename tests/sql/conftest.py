@@ -1,19 +1,46 @@
-"""Fixtures for the SQL checkpointer: a saver on a file, its URL, and plain SQL on that file."""
+"""Fixtures for the SQL checkpointer: a database of its own for every test, savers on it, and plain SQL.
+
+Without more, a test runs on a SQLite file (``url``, ``path``, ``saver``, ``sql``). One that asks for
+``database_url`` (or ``any_saver``, ``ask``) runs on SQLite, PostgreSQL and MariaDB, each time in a database that
+is empty and its own; one that asks for ``async_url`` runs with every asynchronous driver. ``new_url`` makes a
+database when called, ``look`` asks one something behind the saver's back. Servers are named by
+AGENTMEM_TEST_POSTGRES and AGENTMEM_TEST_MYSQL.
+"""
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
+from sqlalchemy import URL, Connection, NullPool, create_engine, make_url, text
+from sqlalchemy.exc import DBAPIError
 
 from agentmem_sql import SQLAlchemySaver
 
 # pytest's importlib mode leaves this folder off the path; sql_cases is shared with child processes.
 sys.path.insert(0, str(Path(__file__).parent))
+
+BACKENDS = ("sqlite", "postgresql", "mysql")
+ASYNC_DRIVERS = ("sqlite+aiosqlite", "postgresql+psycopg", "postgresql+asyncpg", "mysql+asyncmy")
+
+# The sync driver is named, since these URLs are also used to look behind the saver's back.
+SERVERS = {
+    "postgresql": os.environ.get("AGENTMEM_TEST_POSTGRES", "postgresql+psycopg://postgres@127.0.0.1:5432/test"),
+    "mysql": os.environ.get("AGENTMEM_TEST_MYSQL", "mysql+pymysql://root@127.0.0.1:3306/test"),
+}
+_DROP = {"postgresql": "DROP DATABASE IF EXISTS {} WITH (FORCE)", "mysql": "DROP DATABASE IF EXISTS {}"}
+
+Needs = Callable[[object, str], None]
+NewUrl = Callable[[str], str]
+Sql = Callable[..., list[Any]]
 
 
 @pytest.fixture
@@ -33,7 +60,7 @@ def saver(url: str) -> Iterator[SQLAlchemySaver]:
 
 
 @pytest.fixture
-def sql(path: Path) -> Callable[..., list[Any]]:
+def sql(path: Path) -> Sql:
     """Run one statement on the file, behind the saver's back; gives the rows."""
 
     def run(statement: str, *parameters: object) -> list[Any]:
@@ -45,3 +72,124 @@ def sql(path: Path) -> Callable[..., list[Any]]:
             connection.close()
 
     return run
+
+
+@contextmanager
+def _server(backend: str) -> Iterator[Connection]:
+    engine = create_engine(SERVERS[backend], poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        yield connection
+
+
+@pytest.fixture(scope="session")
+def servers(needs: Needs) -> Iterator[Callable[[str], Connection]]:
+    """The connection to a server on which databases are made; the test skips (fails in CI) where there is none."""
+    found: dict[str, Connection | str] = {}
+    with ExitStack() as opened:
+
+        def server(backend: str) -> Connection:
+            if backend not in found:
+                try:
+                    found[backend] = opened.enter_context(_server(backend))
+                except (DBAPIError, ModuleNotFoundError) as error:
+                    found[backend] = str(error).splitlines()[0]
+            connection = found[backend]
+            where = make_url(SERVERS[backend]).render_as_string(hide_password=True)
+            needs(isinstance(connection, Connection), f"the test server {where}: {connection}")
+            assert isinstance(connection, Connection)
+            return connection
+
+        yield server
+
+
+@pytest.fixture
+def new_url(tmp_path: Path, servers: Callable[[str], Connection]) -> Iterator[NewUrl]:
+    """``new_url("postgresql")`` makes an empty database and gives its URL; it is dropped after the test.
+
+    ``new_url("postgresql+asyncpg")`` gives the URL with that driver.
+    """
+    made: list[tuple[str, str]] = []
+
+    def new(driver: str) -> str:
+        backend = driver.split("+")[0]
+        name = f"agentmem_{uuid4().hex[:16]}"
+        if backend == "sqlite":
+            return f"{driver}:///{tmp_path / name}.db"
+        servers(backend).exec_driver_sql(f"CREATE DATABASE {name}")
+        made.append((backend, name))
+        at = make_url(SERVERS[backend]).set(database=name)
+        return _text(at if driver == backend else at.set(drivername=driver))
+
+    yield new
+    for backend, name in made:
+        server = servers(backend)
+        if backend == "mysql":
+            _kill_mysql(server, name)
+        server.exec_driver_sql(_DROP[backend].format(name))
+
+
+def _kill_mysql(server: Connection, name: str) -> None:
+    """End what a test left open: DROP DATABASE would wait for its transactions."""
+    for (number,) in server.execute(text("SELECT id FROM information_schema.processlist WHERE db = :db"), {"db": name}):
+        try:
+            server.exec_driver_sql(f"KILL {number}")
+        except DBAPIError as error:
+            if "Unknown thread" not in str(error):
+                raise
+
+
+@pytest.fixture(params=BACKENDS)
+def database_url(request: pytest.FixtureRequest, new_url: NewUrl) -> str:
+    """An empty database on each of the three, by its synchronous driver."""
+    return new_url(request.param)
+
+
+@pytest.fixture(params=ASYNC_DRIVERS)
+def async_url(request: pytest.FixtureRequest, new_url: NewUrl) -> str:
+    """An empty database, by each of the asynchronous drivers."""
+    return new_url(request.param)
+
+
+@pytest.fixture
+def postgresql_url(new_url: NewUrl) -> str:
+    return new_url("postgresql")
+
+
+@pytest.fixture
+def mysql_url(new_url: NewUrl) -> str:
+    return new_url("mysql")
+
+
+@pytest.fixture
+def any_saver(database_url: str) -> Iterator[SQLAlchemySaver]:
+    """A saver on each of the three databases."""
+    with SQLAlchemySaver.from_url(database_url) as opened:
+        yield opened
+
+
+@pytest.fixture
+def look() -> Sql:
+    """``look(url, statement, **parameters)`` runs one statement behind the saver's back; gives the rows.
+
+    Parameters are written ``:name``.
+    """
+
+    def run(url: str, statement: str, **parameters: object) -> list[Any]:
+        at = make_url(url)
+        server = SERVERS.get(at.get_backend_name(), "sqlite://")
+        engine = create_engine(at.set(drivername=make_url(server).drivername), poolclass=NullPool)
+        with engine.begin() as connection:
+            result = connection.execute(text(statement), parameters)
+            return [tuple(row) for row in result] if result.returns_rows else []
+
+    return run
+
+
+@pytest.fixture
+def ask(look: Sql, database_url: str) -> Sql:
+    """``look`` on ``database_url``: ``ask(statement, **parameters)``."""
+    return partial(look, database_url)
+
+
+def _text(url: URL) -> str:
+    return url.render_as_string(hide_password=False)

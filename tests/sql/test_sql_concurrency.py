@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
-from sql_cases import checkpoint, config, finish, put, start_child
+from sql_cases import checkpoint, config, put
+from sql_chains import unaccounted
 from sql_graphs import chat_graph, say
+from sql_processes import Template, template
 from sqlalchemy import Engine, event
 
 from agentmem.errors import StorageError
@@ -18,11 +24,11 @@ from agentmem_sql import SQLAlchemySaver
 
 Sql = Callable[..., list[Any]]
 
-DANGLING = """
-    SELECT count(*) FROM (SELECT thread, digest FROM agentmem_channels WHERE digest IS NOT NULL
-                          UNION SELECT thread, digest FROM agentmem_writes)
-    WHERE (thread, digest) NOT IN (SELECT thread, digest FROM agentmem_blobs)
-"""
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Template]:
+    with template(tmp_path_factory.mktemp("reports")) as started:
+        yield started
 
 
 def test_eight_threads_with_a_thread_id_each(saver: SQLAlchemySaver, sql: Sql) -> None:
@@ -36,7 +42,7 @@ def test_eight_threads_with_a_thread_id_each(saver: SQLAlchemySaver, sql: Sql) -
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(talk, range(8))) == ["answer 3"] * 8
-    assert sql(DANGLING) == [(0,)]
+    assert unaccounted(sql) == (set(), set())
 
 
 def test_eight_threads_on_one_thread_id_and_a_deleter(saver: SQLAlchemySaver, sql: Sql) -> None:
@@ -53,21 +59,54 @@ def test_eight_threads_on_one_thread_id_and_a_deleter(saver: SQLAlchemySaver, sq
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
-    assert sql(DANGLING) == [(0,)]
+    assert unaccounted(sql) == (set(), set())
     assert sql("SELECT count(*) FROM agentmem_threads") == [(1,)]
     assert sql("SELECT count(*) FROM agentmem_blobs WHERE length(body) > 8000") == [(1,)]
 
 
-def test_processes_that_start_together_on_a_new_database(url: str, saver: SQLAlchemySaver, sql: Sql) -> None:
-    """They make the tables, and write threads of their own and one that all of them write."""
-    children = [start_child("write", url, own, "20") for own in ("a", "b")]
+def test_processes_that_start_together_on_a_new_file(
+    url: str, saver: SQLAlchemySaver, sql: Sql, processes: Template
+) -> None:
+    """They make the tables, and write a thread of their own and one that all of them write."""
+    started = [processes.start("write_both", url, own, 20) for own in "ab"]
     put(saver, config("c"), {"shared": b"same" * 500}, writer="c")
-    assert [finish(child) for child in children] == ["done"] * 2
+    assert [one.wait() for one in started] == [0, 0]
     found = Counter((one.config["configurable"]["thread_id"], one.metadata["writer"]) for one in saver.list(None))  # type: ignore[typeddict-item]
     assert found == {("a", "a"): 20, ("b", "b"): 20, ("everybody's", "a"): 20, ("everybody's", "b"): 20, ("c", "c"): 1}
-    assert sql("SELECT version FROM agentmem_schema_versions") == [(1,)]
+    assert sql("SELECT count(*) FROM agentmem_schema_versions") == [(1,)]
     assert sql("SELECT count(*) FROM agentmem_blobs WHERE length(body) > 1000") == [(4,)]
-    assert sql(DANGLING) == [(0,)]
+    assert unaccounted(sql) == (set(), set())
+
+
+def test_processes_that_write_one_file_wait_for_each_other(
+    url: str, path: Path, tmp_path: Path, saver: SQLAlchemySaver, sql: Sql, processes: Template
+) -> None:
+    """Also while another one keeps the lock; nobody starves, and a reader meets no error and does not wait."""
+    stop = tmp_path / "stop"
+    started = [processes.start("write", url, thread, str(stop)) for thread in "ab"]
+    for one in started:
+        one.until_it_says(5)
+    with closing(sqlite3.connect(path, isolation_level=None, timeout=30)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        before = [len(one.said()) for one in started]
+        reads = 0
+        ends = time.monotonic() + 1
+        while time.monotonic() < ends:
+            assert all(saver.get_tuple(config(thread)) is not None for thread in "ab")
+            assert next(saver.list(None)) is not None
+            reads += 1
+        held = [len(one.said()) for one in started]
+        other.execute("COMMIT")
+    for one, number in zip(started, held, strict=True):
+        one.until_it_says(number + 30)
+    stop.touch()
+    assert [one.wait() for one in started] == [0, 0]
+    assert sum(held) <= sum(before) + 2  # what was stored already, and said a moment later
+    assert reads > 20
+    for thread, one in zip("ab", started, strict=True):
+        assert 0.5 < max(took for _, took in one.said()) < 10
+        assert len(list(saver.list(config(thread)))) == len(one.said())
+    assert unaccounted(sql) == (set(), set())
 
 
 async def test_many_tasks_at_once(url: str, sql: Sql) -> None:
@@ -84,7 +123,7 @@ async def test_many_tasks_at_once(url: str, sql: Sql) -> None:
 
         await asyncio.gather(*(talk(number) for number in range(20)))
         assert len([one async for one in saver.alist(None)]) == 80
-    assert sql(DANGLING) == [(0,)]
+    assert unaccounted(sql) == (set(), set())
 
 
 @pytest.mark.parametrize("url_of", ["sqlite:///{path}", "sqlite:///:memory:"])
@@ -151,7 +190,7 @@ async def test_cancelled_tasks_store_all_or_nothing_and_block_nobody(url: str, s
 
         event.listen(Engine, "before_cursor_execute", cancel)
         try:
-            for at_statement in range(1, 9):
+            for at_statement in range(1, 7):  # a first put takes six
                 statements = 0
                 busy, waiting = put_task(f"busy {at_statement}"), put_task(f"waiting {at_statement}")
                 behind = put_task(f"behind {at_statement}")
@@ -162,6 +201,6 @@ async def test_cancelled_tasks_store_all_or_nothing_and_block_nobody(url: str, s
             event.remove(Engine, "before_cursor_execute", cancel)
         async for found in saver.alist(None):
             assert found.checkpoint["channel_values"] == {"x": b"x" * 20_000}
-    assert sql(DANGLING) == [(0,)]
+    assert unaccounted(sql) == (set(), set())
     assert sql("SELECT count(*) FROM agentmem_threads") == sql("SELECT count(*) FROM agentmem_checkpoints")
     assert sql("SELECT count(*) FROM agentmem_threads WHERE instr(name, 'waiting')") == [(0,)]

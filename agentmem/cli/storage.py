@@ -1,0 +1,216 @@
+"""``agentmem storage``: what the threads in a database take, and taking out what a policy does not let stay."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import typer
+from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
+from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
+from rich import box
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from agentmem.errors import ConfigError
+from agentmem_sql import Compaction, Retention, RetentionReport, SQLAlchemySaver, StorageReport
+from agentmem_sql.presence import check_present
+from agentmem_sql.sizes import Order
+
+_KEY = "LANGGRAPH_AES_KEY"
+_UNITS = {
+    "s": timedelta(seconds=1),
+    "m": timedelta(minutes=1),
+    "h": timedelta(hours=1),
+    "d": timedelta(days=1),
+    "w": timedelta(weeks=1),
+}
+_SHOWN = 20  # threads in the table of a sweep; the sums are over all
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which database, which tables in it, and how they are protected."""
+
+    url: str
+    prefix: str
+    schema: str | None
+    encrypted: bool
+    hmac_key_file: Path | None
+
+    def open(self) -> SQLAlchemySaver:
+        """A saver on a database that exists; makes neither a file nor tables.
+
+        Raises:
+            StorageError: there is no such database, or it keeps no threads.
+            ConfigError: a key cannot be read.
+        """
+        # What has no scheme is the path of a SQLite file.
+        url = self.url if "://" in self.url else f"sqlite:///{self.url}"
+        serde = encrypting() if self.encrypted else JsonPlusSerializer()
+        key = None if self.hmac_key_file is None else _read_key(self.hmac_key_file)
+        check_present(url, schema=self.schema, table_prefix=self.prefix)
+        return SQLAlchemySaver.from_url(
+            url, serde=serde, schema=self.schema, table_prefix=self.prefix, hmac_key=key, cache_bytes=0
+        )
+
+
+def report(place: Place, limit: int, order: Order, orphans: bool, as_json: bool) -> None:
+    """Show what the threads of a database take."""
+    with place.open() as saver, Console(stderr=True).status("measuring"):
+        found = saver.storage_report(limit=limit or None, order=order, orphans=orphans)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        Console().print(_sizes(found))
+        Console().print(_database(found), highlight=False)
+
+
+def prune(
+    place: Place, stays: Retention, threads: list[str] | None, *, dry_run: bool, vacuum: bool, as_json: bool, yes: bool
+) -> int:
+    """Show what a policy does not let stay, ask, and take it out. Returns the exit code: 1 where threads failed."""
+    if not (dry_run or yes) and (as_json or not sys.stdin.isatty()):
+        raise typer.BadParameter("nobody can be asked here: pass --yes to delete, or --dry-run to see what would go")
+    console = Console()
+    with place.open() as saver:
+        done = None if dry_run or yes else _ask(saver, stays, threads, console)
+        if done is None:
+            done = _sweep(saver, stays, threads, dry_run=dry_run)
+        compaction = saver.compact() if vacuum and not dry_run else None
+    if as_json:
+        _print_json({**done.to_dict(), "compaction": None if compaction is None else _compacted(compaction)})
+    else:
+        console.print(_swept(done))
+        if compaction is not None:
+            console.print(f"database: {decimal(compaction.before)}, now {decimal(compaction.after)}", highlight=False)
+    return 1 if done.failed else 0
+
+
+def _ask(
+    saver: SQLAlchemySaver, stays: Retention, threads: list[str] | None, console: Console
+) -> RetentionReport | None:
+    """Show what would go and ask; the answer is None for go on, and a report where there is nothing to do."""
+    planned = _sweep(saver, stays, threads, dry_run=True)
+    if not planned.removed:
+        return planned
+    console.print(_swept(planned))
+    typer.confirm(f"Remove {_count(planned.removed, 'checkpoint')}?", abort=True)
+    return None
+
+
+def _sweep(saver: SQLAlchemySaver, stays: Retention, threads: list[str] | None, *, dry_run: bool) -> RetentionReport:
+    with Console(stderr=True).status("looking" if dry_run else "sweeping"):
+        return saver.retain(stays, thread_ids=threads, dry_run=dry_run)
+
+
+def policy(keep: int | None, max_age: str | None, idle: str | None) -> Retention:
+    """What the options say is to stay."""
+    if keep is None and max_age is None and idle is None:
+        raise typer.BadParameter("nothing would ever go: pass --keep, --max-age or --idle")
+    return Retention(
+        max_checkpoints=keep,
+        max_age=None if max_age is None else _span("--max-age", max_age),
+        idle=None if idle is None else _span("--idle", idle),
+    )
+
+
+def _span(option: str, text: str) -> timedelta:
+    """A duration such as 90d, 12h or 45m."""
+    found = re.fullmatch(r"(\d{1,6})([smhdw])", text.strip())
+    if found is None or not int(found[1]):
+        said = f"expected a number above zero and a unit (s, m, h, d, w), such as 30d, found {text!r}"
+        raise typer.BadParameter(said, param_hint=option)
+    return int(found[1]) * _UNITS[found[2]]
+
+
+def encrypting() -> EncryptedSerializer:
+    if _KEY not in os.environ:
+        raise ConfigError(f"expected the key of an encrypted database in the environment variable {_KEY}, found none")
+    try:
+        return EncryptedSerializer.from_pycryptodome_aes()
+    except ImportError as error:
+        raise ConfigError("encrypted databases need the package pycryptodome; run: pip install pycryptodome") from error
+    except ValueError as error:
+        raise ConfigError(f"expected {_KEY} to be 16, 24 or 32 bytes, found {len(os.environ[_KEY])}") from error
+
+
+def _read_key(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"the key file cannot be read: {error}") from error
+
+
+def _print_json(found: dict[str, Any]) -> None:
+    typer.echo(json.dumps(found, indent=2))
+
+
+def _compacted(compaction: Compaction) -> dict[str, int]:
+    return {**compaction._asdict(), "freed": compaction.freed}
+
+
+def _sizes(found: StorageReport) -> Table:
+    table = _table("checkpoints", "writes", "content", "rows", "last stored, UTC")
+    for one in found.threads:
+        sizes = (decimal(one.content_bytes), decimal(one.row_bytes))
+        when = "" if one.newest is None else f"{one.newest:%Y-%m-%d %H:%M}"
+        table.add_row(_name(one.thread_id), str(one.checkpoints), str(one.pending_writes), *sizes, when)
+    table.add_section()
+    sizes = (decimal(found.content_bytes), decimal(found.row_bytes))
+    all_threads = _threads(found.thread_count, len(found.threads))
+    table.add_row(all_threads, str(found.checkpoints), str(found.pending_writes), *sizes, "", style="bold")
+    return table
+
+
+def _database(found: StorageReport) -> str:
+    said = f"database: {decimal(found.database_bytes)}"
+    if found.free_bytes is not None:
+        said += f", of which {decimal(found.free_bytes)} free"
+    if found.orphan_blobs is not None and found.orphan_bytes is not None:
+        orphans = f"{_count(found.orphan_blobs, 'piece')} of content ({decimal(found.orphan_bytes)})"
+        said += f"\nnothing refers to: {orphans}"
+    return said
+
+
+def _swept(found: RetentionReport) -> Table:
+    table = _table("would go" if found.dry_run else "removed", "left", "freed")
+    shown = found.threads[:_SHOWN]
+    for one in shown:
+        left = "none, thread deleted" if one.deleted else str(one.kept)
+        table.add_row(_name(one.thread_id), str(one.removed), left, decimal(one.bytes_freed))
+    for thread_id, error in found.failed.items():
+        table.add_row(Text.assemble(_name(thread_id), (f": {error}", "red")), "", "", "")
+    table.add_section()
+    sums = (str(found.removed), str(found.kept), decimal(found.bytes_freed))
+    table.add_row(_threads(len(found.threads), len(shown)), *sums, style="bold")
+    return table
+
+
+def _table(*numbers: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table.add_column("thread", overflow="fold")
+    for header in numbers:
+        table.add_column(header, justify="right", no_wrap=True)
+    return table
+
+
+def _name(thread_id: str) -> Text:
+    """A thread's id; what a terminal would take as a command is spelled out."""
+    return Text("".join(one if one.isprintable() else ascii(one)[1:-1] for one in thread_id))
+
+
+def _threads(number: int, shown: int) -> str:
+    return _count(number, "thread") + (f" ({shown} shown)" if shown < number else "")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -1,0 +1,204 @@
+"""Delta channels: values that checkpoints do not hold, but that follow from what was written before.
+
+LangGraph stores such a channel's value now and then (the seed) and asks for the writes since, along the parents
+of a checkpoint. The parents' rows come in one recursive statement for a hundred of them, the writes in another,
+and content as always. The writes come with the thread's epoch: if it has changed since the first row was read,
+something was taken out in between, and everything is read again.
+
+When ancestors are pruned, what they wrote since the last seed is kept with their nearest survivor, as its
+HISTORY: in order, seed and writes by reference. So a pruned thread means what it meant before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from sqlalchemy import Connection, Integer, and_, bindparam, cast, literal, select
+
+from agentmem_sql.cache import Body, Thread
+from agentmem_sql.codec import Address, Row, StoredWrite, check_seal, damaged, decode_write, unpack_content
+from agentmem_sql.keys import decode_text, encode_text, open_key
+from agentmem_sql.reading import Missing, Reader, chunks
+from agentmem_sql.trees import HISTORY, History, read_history
+from agentmem_sql.vault import Vault
+
+_ANCESTORS = 100  # in one statement
+
+
+@dataclass
+class Ancestor:
+    """A checkpoint on the way to the root: what it holds, and what its own pruned ancestors left."""
+
+    id: bytes
+    parent: bytes | None
+    digests: Mapping[str, bytes]
+    left: Mapping[str, History]
+    writes: list[StoredWrite] = field(default_factory=list)
+
+
+class Walker:
+    """Reads the ancestors of checkpoints."""
+
+    def __init__(self, reader: Reader, vault: Vault) -> None:
+        self._vault = vault
+        self._reader = reader
+        threads, blobs = reader.tables.threads, reader.tables.blobs
+        checkpoints, writes = reader.tables.checkpoints, reader.tables.writes
+        columns = [column for column in checkpoints.c if column.name not in ("thread", "ns")]
+        here = and_(checkpoints.c.thread == bindparam("thread"), checkpoints.c.ns == bindparam("ns"))
+        start = select(*columns, cast(literal(0), Integer).label("depth"))
+        chain = start.where(here, checkpoints.c.id == bindparam("id")).cte("ancestors", recursive=True)
+        step = select(*columns, chain.c.depth + 1)
+        step = step.where(here, checkpoints.c.id == chain.c.parent, chain.c.depth < _ANCESTORS - 1)
+        self.chain = select(chain.union_all(step)).order_by("depth")
+        of_channels = and_(
+            writes.c.thread == threads.c.number,
+            writes.c.ns == bindparam("ns"),
+            writes.c.checkpoint.in_(bindparam("ids", expanding=True)),
+            writes.c.channel.in_(bindparam("channels", expanding=True)),
+        )
+        self._pending = (
+            select(threads.c.epoch, *writes.c)  # a row without a write where there are none
+            .select_from(threads)
+            .outerjoin(writes, of_channels)
+            .where(threads.c.number == bindparam("thread"))
+        )
+        self._history = select(blobs.c.kind, blobs.c.body).where(
+            blobs.c.thread == bindparam("thread"), blobs.c.digest == bindparam("digest")
+        )
+
+    def read(
+        self, connection: Connection, address: Address, channels: Sequence[str]
+    ) -> tuple[dict[str, History], dict[bytes, Body], Thread] | None:
+        """For each channel the nearest seed among a checkpoint's ancestors and the writes since; and the content.
+
+        None if there is no such checkpoint.
+
+        Raises:
+            StorageError: something was changed or damaged since it was stored.
+        """
+        before = None
+        while (located := self._reader.locate(connection, address)) is not None:
+            known, start = located
+            try:
+                histories = self._histories(connection, address, known, start, channels)
+                wanted = {digest for one in histories.values() for digest in one.digests}
+                return histories, self._reader.collect(connection, known, wanted), known
+            except Missing:
+                if before == (known.epoch, start):
+                    raise damaged(address.thread, decode_text(start), "a value of an ancestor") from None
+                before = known.epoch, start
+        return None
+
+    def _histories(
+        self, connection: Connection, address: Address, known: Thread, start: bytes, channels: Sequence[str]
+    ) -> dict[str, History]:
+        assert known.number is not None
+        ns = open_key(address.ns)
+        ancestors = self._ancestors(connection, address.thread, known.number, ns, start, channels)
+        self._add_writes(connection, address.thread, known, ns, ancestors[1:], channels)
+        return fold(ancestors, channels)
+
+    def left(self, connection: Connection, thread: int, digest: bytes | None) -> dict[str, History]:
+        """What pruned ancestors left with a checkpoint.
+
+        Raises:
+            Missing: it is not there, or is not what was stored.
+        """
+        if digest is None:
+            return {}
+        stored = connection.execute(self._history, {"thread": thread, "digest": digest}).one_or_none()
+        if stored is None or stored.kind != HISTORY:
+            raise Missing
+        body = self._vault.open(stored.body)
+        if self._vault.digest(HISTORY, body) != digest:
+            raise Missing
+        return read_history(body)
+
+    def _ancestors(
+        self, connection: Connection, thread_id: str, thread: int, ns: bytes, start: bytes, channels: Sequence[str]
+    ) -> list[Ancestor]:
+        """The checkpoint itself and its ancestors, until every channel is found.
+
+        Raises:
+            Missing: the checkpoint is not there, or something that was left with one of them.
+        """
+        found: dict[bytes, Ancestor] = {}
+        missing = set(channels)
+        following: bytes | None = start
+        while following is not None and missing:
+            rows = connection.execute(self.chain, {"thread": thread, "ns": ns, "id": following}).mappings().all()
+            following = rows[-1]["parent"] if len(rows) == _ANCESTORS else None
+            for row in rows:
+                if row["id"] in found:  # a checkpoint that was stored as its own ancestor
+                    return list(found.values())
+                check_seal(self._vault, thread_id, {**row, "ns": ns})
+                left = self.left(connection, thread, row["history"])
+                one = Ancestor(row["id"], row["parent"], unpack_content(row["content"]), left)
+                if found:  # what the checkpoint itself holds is not asked for
+                    missing -= one.digests.keys()
+                missing -= {name for name, history in one.left.items() if history.seed is not None}
+                found[one.id] = one
+                if not missing:
+                    break
+        if not found:
+            raise Missing
+        return list(found.values())
+
+    def _add_writes(
+        self,
+        connection: Connection,
+        thread_id: str,
+        known: Thread,
+        ns: bytes,
+        ancestors: Iterable[Ancestor],
+        channels: Sequence[str],
+    ) -> None:
+        """Read what the ancestors wrote.
+
+        Raises:
+            Missing: something was taken out of the thread since it was found.
+        """
+        by_id = {one.id: one for one in ancestors}
+        keys = {"thread": known.number, "ns": ns, "channels": [encode_text(name) for name in channels]}
+        for part in chunks(list(by_id)):
+            rows = connection.execute(self._pending, {**keys, "ids": part}).mappings().all()
+            if not rows or rows[0]["epoch"] != known.epoch:
+                raise Missing
+            for row in rows:
+                if row["checkpoint"] is not None:
+                    add_write(self._vault, thread_id, by_id, row)
+
+
+def add_write(vault: Vault, thread_id: str, ancestors: Mapping[bytes, Ancestor], row: Row) -> None:
+    """Give an ancestor a pending write that was read for it.
+
+    Raises:
+        StorageError: the write was changed or damaged since it was stored.
+    """
+    one = ancestors.get(row["checkpoint"])
+    if one is None:  # the index that found the row says something else than the row
+        raise damaged(thread_id, decode_text(row["checkpoint"]), "a pending write")
+    one.writes.append(decode_write(vault, thread_id, row))
+
+
+def fold(ancestors: Sequence[Ancestor], channels: Iterable[str]) -> dict[str, History]:
+    """The seed and writes of each channel, along a checkpoint and its ancestors (the checkpoint stands first)."""
+    return {name: _fold_one(ancestors, name) for name in channels}
+
+
+def _fold_one(ancestors: Sequence[Ancestor], channel: str) -> History:
+    newest_first: list[tuple[str, bytes]] = []
+    for number, one in enumerate(ancestors):
+        if number:
+            own = sorted((write for write in one.writes if write.channel == channel), key=lambda write: write.order)
+            newest_first += [(write.task, write.digest) for write in reversed(own)]
+            if channel in one.digests:
+                return History(one.digests[channel], newest_first[::-1])
+        left = one.left.get(channel)
+        if left is not None:
+            newest_first += reversed(left.writes)
+            if left.seed is not None:
+                return History(left.seed, newest_first[::-1])
+    return History(None, newest_first[::-1])

@@ -1,0 +1,225 @@
+"""Between LangGraph's values and content.
+
+Everything that calls the serializer on channel values is here, and none of it needs a connection: values are
+packed before a transaction begins and unpacked after it has ended. No pickle is ever written or read, whatever
+the serializer is set to. With an ``EncryptedSerializer`` the serializer inside it is called; encryption is
+between content and the database (see ``vault``), so that equal values are one content all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from langgraph.checkpoint.serde.base import SerializerProtocol
+from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
+from langgraph.checkpoint.serde.types import _DeltaSnapshot
+
+from agentmem.errors import StorageError
+from agentmem_sql import trees
+from agentmem_sql.cache import Body, Thread
+from agentmem_sql.recall import Recalled, recall, recognise
+from agentmem_sql.shapes import Shapes
+from agentmem_sql.trees import FANOUT, INLINE, LIST, NODE, PART, PART_BYTES, RUN, SPLIT, VALUE, Inline, Node
+from agentmem_sql.vault import Vault
+
+_NUMBERS = frozenset({int, float, bool, type(None)})
+
+
+def plain_serde(serde: SerializerProtocol) -> SerializerProtocol:
+    """The serializer that makes plain bytes."""
+    return serde.serde if isinstance(serde, EncryptedSerializer) else serde
+
+
+def dump(serde: SerializerProtocol, value: Any) -> bytes:
+    """A value's bytes: the type tag, a zero byte, the serialised value.
+
+    Raises:
+        StorageError: the serializer fell back to pickle.
+    """
+    tag, data = serde.dumps_typed(value)
+    if tag != "msgpack":
+        _refuse_pickle(tag)
+    return tag.encode() + b"\0" + data
+
+
+def load(serde: SerializerProtocol, body: bytes) -> Any:
+    """The value of such bytes.
+
+    Raises:
+        StorageError: the bytes are a pickle.
+    """
+    tag, _, data = body.partition(b"\0")
+    name = tag.decode()
+    if name != "msgpack":
+        _refuse_pickle(name)
+    return serde.loads_typed((name, data))
+
+
+class Packer:
+    """Packs the values of one call; equal content once.
+
+    Attributes:
+        new: content that the thread does not have, as far as is known: digest -> (kind, body).
+        trusting: whether something was left out because ``known`` says that the thread has it.
+    """
+
+    def __init__(self, serde: SerializerProtocol, vault: Vault, known: Thread, *, trusting: bool = False) -> None:
+        self.new: dict[bytes, tuple[int, bytes]] = {}
+        self.trusting = trusting
+        self._serde = serde
+        self._vault = vault
+        self._known = known
+        self._recalled: list[Recalled] = []
+
+    def pack(self, value: Any) -> bytes:
+        """The digest of a value's content.
+
+        Raises:
+            StorageError: the serializer would pickle it.
+            TypeError: the serializer does not know it.
+        """
+        # Of a copy: a node that runs meanwhile may change the list.
+        if type(value) is list and (items := value.copy()):
+            return self._list(items, items, trees.ITEMS)
+        if type(value) is _DeltaSnapshot and type(value.value) is list and (items := value.value.copy()):
+            return self._list(_DeltaSnapshot(items), items, trees.SNAPSHOT)
+        return self._add(VALUE, dump(self._serde, value))
+
+    def remember(self, known: Thread) -> None:
+        """Tell the cache what was stored; to be called after the commit."""
+        for digest, (kind, body) in self.new.items():
+            known.add(digest, trees.parse(kind, body) if kind in (LIST, NODE, SPLIT) else body)
+        for one in self._recalled:
+            known.add(one.digest, one)
+
+    def _list(self, value: Any, items: list[Any], of: int) -> bytes:
+        """``value`` is the list, or what holds it."""
+        if type(items[0]) in _NUMBERS and all(type(item) in _NUMBERS for item in items):
+            if len(items) <= RUN:
+                return self._add(VALUE, dump(self._serde, value))
+            of += trees.RUNS
+            runs = (items[at : at + RUN] for at in range(0, len(items), RUN))
+            entries = [trees.link(self._add(VALUE, dump(self._serde, run))) for run in runs]
+        else:
+            entries = self._items(items)
+        levels = []
+        while len(entries) >= FANOUT:
+            full = len(entries) - len(entries) % FANOUT
+            levels.append(entries[full:])
+            groups = [entries[at : at + FANOUT] for at in range(0, full, FANOUT)]
+            entries = [trees.link(self._add(NODE, b"".join(group))) for group in groups]
+        levels.append(entries)
+        return self._add(LIST, trees.list_body(of, levels[::-1]))
+
+    def _items(self, items: Sequence[Any]) -> list[bytes]:
+        entries: list[bytes] = []
+        for item, recalled in zip(items, recognise(items, self._known.messages), strict=True):
+            if recalled is not None:
+                entries.append(b"\0" + recalled.digest)
+                self.trusting = True
+                continue
+            # A node that runs meanwhile may change the message: it is recalled if it was the same all the time.
+            snapshot = recall(item, b"", whole=False)
+            # In a list the serializer makes no difference between these two.
+            body = dump(self._serde, bytes(item) if isinstance(item, bytearray) else item)
+            if len(body) <= INLINE:
+                entries.append(trees.inline(body))
+                continue
+            digest = self._add(VALUE, body)
+            entries.append(trees.link(digest))
+            if snapshot is not None and recognise([item], {snapshot.id: snapshot})[0] is snapshot:
+                snapshot.digest = digest
+                self._recalled.append(snapshot)
+        return entries
+
+    def _add(self, kind: int, body: bytes) -> bytes:
+        if len(body) > PART_BYTES and kind == VALUE:
+            starts = range(0, len(body), PART_BYTES)
+            body = b"".join([self._add(PART, body[at : at + PART_BYTES]) for at in starts])
+            kind = SPLIT
+        digest = self._vault.digest(kind, body)
+        if digest in self._known.stored:
+            self.trusting = True
+        else:
+            self.new[digest] = kind, body
+        return digest
+
+
+class Unpacker:
+    """Unpacks values out of content that was fetched; every value anew, so that no two results share one."""
+
+    def __init__(
+        self,
+        serde: SerializerProtocol,
+        contents: Mapping[bytes, Body],
+        known: Thread,
+        shapes: Shapes | None = None,
+    ) -> None:
+        """``shapes`` are those of the serializer, if messages may be read without it."""
+        self._serde = serde
+        self._shapes = shapes
+        self._contents = contents
+        self._known = known
+
+    def unpack(self, digest: bytes) -> Any:
+        """The value of content."""
+        body = self._contents[digest]
+        if isinstance(body, Recalled):
+            return body.copy()
+        if isinstance(body, bytes):
+            return self._value(digest, body)
+        if body.kind == SPLIT:
+            return load(self._serde, b"".join([self._part(part) for part in body.entries]))
+        items = self._list(body)
+        return _DeltaSnapshot(items) if body.of in (trees.SNAPSHOT, trees.SNAPSHOT_RUNS) else items
+
+    def _list(self, body: Node) -> list[Any]:
+        entries: list[bytes] = []
+        start = 0
+        for count in body.counts:
+            entries = [below for digest in entries for below in self._node(digest).entries]
+            entries += body.entries[start : start + count]
+            start += count
+        if body.of in (trees.RUNS, trees.SNAPSHOT_RUNS):
+            return [number for digest in entries for number in self.unpack(digest)]
+        contents = self._contents
+        items = []
+        for entry in entries:
+            found = None if type(entry) is Inline else contents[entry]
+            if type(found) is Recalled:
+                items.append(found.copy())
+            else:
+                items.append(load(self._serde, entry) if found is None else self.unpack(entry))
+        return items
+
+    def _value(self, digest: bytes, body: bytes) -> Any:
+        like = None if self._shapes is None else self._shapes.revive(body, digest)
+        if like is not None:
+            self._known.add(digest, like)
+            return like.copy()
+        value = load(self._serde, body)
+        snapshot = recall(value, digest, whole=True)
+        if snapshot is not None and self._shapes is not None:
+            self._shapes.learn(body, value, snapshot)
+        self._known.add(digest, body if snapshot is None else snapshot)
+        return value
+
+    def _node(self, digest: bytes) -> Node:
+        found = self._contents[digest]
+        assert isinstance(found, Node)
+        return found
+
+    def _part(self, digest: bytes) -> bytes:
+        found = self._contents[digest]
+        assert isinstance(found, bytes)
+        return found
+
+
+def _refuse_pickle(tag: str) -> None:
+    if tag.partition("+")[0] == "pickle":
+        raise StorageError(
+            "expected a value that msgpack can hold, found one that the serializer pickles, "
+            "and pickles can run code when they are read; "
+            "store plain data, messages, dataclasses or pydantic models"
+        )

@@ -1,0 +1,150 @@
+"""Recognising messages that were stored before, and handing out messages that were read before.
+
+LangGraph passes the whole list of messages to every checkpoint, and a thread of a thousand messages would be
+serialised a thousand times over. A ``Recalled`` is what a stored message looked like: its class and its fields,
+by value. A message is recognised if its class and fields are the same now; changed in place, however deep, it is
+not, whatever object it is. The same snapshot yields new messages, equal to what deserialising gives and sharing
+nothing that can be changed, at a fraction of the time.
+
+Fields that are all strings, None or empty are compared as they are. Others are compared as msgpack, which tells
+apart what Python's equality does not: ``1``, ``True`` and ``1.0``, the two zeros, a string and the member of an
+enum that equals it, the order of keys. Only messages of langchain-core's own classes whose fields are plain data
+are recalled, others are serialised and deserialised every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import ormsgpack
+from langchain_core.messages import BaseMessage
+
+_CLASSES_OF = "langchain_core.messages."
+# What is not exactly a string, a number, bytes, a list or a dictionary is an error, and its message not recalled.
+_EXACT = (
+    ormsgpack.OPT_PASSTHROUGH_DATACLASS
+    | ormsgpack.OPT_PASSTHROUGH_DATETIME
+    | ormsgpack.OPT_PASSTHROUGH_ENUM
+    | ormsgpack.OPT_PASSTHROUGH_SUBCLASS
+    | ormsgpack.OPT_PASSTHROUGH_TUPLE
+    | ormsgpack.OPT_PASSTHROUGH_UUID
+)
+
+_pack, _unpack = ormsgpack.packb, ormsgpack.unpackb
+_set = object.__setattr__
+
+# In the place of what is empty in a snapshot; never handed out.
+_EMPTY: Mapping[type, Any] = {list: [], dict: {}}
+
+T = TypeVar("T", bound=Hashable)
+
+
+@dataclass(slots=True, eq=False)
+class Recalled:
+    """A stored message by value.
+
+    Attributes:
+        digest: the content it is stored as.
+        id: the message's id.
+        kind: its class.
+        fields: its fields, never handed out; or as msgpack, where one is not a string, None or empty.
+        empty: those of ``fields`` that every copy needs an object of its own for, and its type.
+        assigned: pydantic's names of the fields that were set.
+        whole: deserialised, so that copies may be handed out; one made from a caller's message may differ
+            from that in what the serializer or pydantic make of it.
+        cost: bytes of memory, roughly.
+    """
+
+    digest: bytes
+    id: str
+    kind: type[BaseMessage]
+    fields: dict[str, Any] | bytes
+    empty: tuple[tuple[str, type], ...]
+    assigned: frozenset[str]
+    whole: bool
+    cost: int
+
+    def like(self, digest: bytes, fields: dict[str, Any]) -> Recalled | None:
+        """Another stored message whose fields are of the same types; takes ``fields``, which nobody else has.
+
+        None if one that is empty here is not empty there.
+        """
+        for field, of in self.empty:
+            if fields[field]:
+                return None
+            fields[field] = _EMPTY[of]
+        cost = 1000 + sum([len(value) for value in fields.values() if type(value) is str])
+        return Recalled(digest, fields["id"], self.kind, fields, self.empty, self.assigned, True, cost)
+
+    def copy(self) -> BaseMessage:
+        """A new message with these fields."""
+        if isinstance(self.fields, dict):
+            fields = self.fields.copy()
+            for name, make in self.empty:
+                fields[name] = make()
+        else:
+            fields = _unpack(self.fields)
+        message = object.__new__(self.kind)
+        _set(message, "__dict__", fields)
+        _set(message, "__pydantic_fields_set__", set(self.assigned))
+        _set(message, "__pydantic_extra__", {})
+        _set(message, "__pydantic_private__", None)
+        return message
+
+
+def recall(message: object, digest: bytes, *, whole: bool) -> Recalled | None:
+    """The snapshot of a message that is stored as ``digest``; None if it is not one to be recalled."""
+    if not (type(message).__module__.startswith(_CLASSES_OF) and isinstance(message, BaseMessage)):
+        return None
+    kind = type(message)
+    name = message.__dict__.get("id")
+    if type(name) is not str or message.__pydantic_extra__ != {} or message.__pydantic_private__ is not None:
+        return None
+    assigned = _shared(frozenset(message.__pydantic_fields_set__))
+    fields = message.__dict__.copy()
+    empty: list[tuple[str, type]] = []
+    for field, value in fields.items():
+        of = type(value)
+        if (of is list or of is dict) and not value:
+            fields[field] = _EMPTY[of]
+            empty.append((field, of))
+        elif of is not str and value is not None:
+            try:
+                packed = _pack(fields, option=_EXACT)
+            except TypeError:
+                return None
+            return Recalled(digest, name, kind, packed, (), assigned, whole, 600 + len(packed))
+    size = sum(len(value) for value in fields.values() if type(value) is str)
+    return Recalled(digest, name, kind, fields, _shared(tuple(empty)), assigned, whole, 1000 + size)
+
+
+def recognise(items: Iterable[Any], known: Mapping[str, Recalled]) -> list[Recalled | None]:
+    """For each item of a list the stored message that it equals, or None."""
+    found: list[Recalled | None] = []
+    add, get = found.append, known.get
+    for item in items:  # a thousand times for one checkpoint of a long thread: no function of ours is called in here
+        fields = getattr(item, "__dict__", None)
+        name = None if fields is None else fields.get("id")
+        one = get(name) if type(name) is str else None
+        if one is not None:
+            try:
+                known_fields = one.fields
+                same = (fields if type(known_fields) is dict else _pack(fields, option=_EXACT)) == known_fields
+            except TypeError:  # something that is no plain data, and so was not there
+                same = False
+            if not same or type(item) is not one.kind or item.__pydantic_extra__:
+                one = None
+        add(one)
+    return found
+
+
+@lru_cache(maxsize=256)
+def _shared(value: T) -> T:
+    """One object for all that are equal: messages of a class mostly have the same.
+
+    Thousands of small objects would cost a collection of garbage more than they cost memory.
+    """
+    return value

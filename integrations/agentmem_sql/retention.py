@@ -1,0 +1,301 @@
+"""What stays of a thread, and for how long: policies, which threads they concern, and the sweep over them.
+
+A thread is found by one statement that looks for something to do; most have nothing, and are not locked. What goes
+is decided when the thread is held, on what it has then. Each thread is a transaction of its own, so a sweep that is
+broken off has done whole threads, and the next one goes on with the others.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Any
+
+from langgraph.checkpoint.serde.base import SerializerProtocol
+from sqlalchemy import ColumnElement, Connection, exists, func, or_, select
+
+from agentmem.errors import ConfigError
+from agentmem_sql.codec import Row
+from agentmem_sql.keys import decode_text, encode_text, thread_key
+from agentmem_sql.packing import load
+from agentmem_sql.pruning import Key, Taken, UnreadableThreadError
+from agentmem_sql.reading import chunks
+from agentmem_sql.steps import Job, Steps, Store
+from agentmem_sql.tables import Tables
+from agentmem_sql.vault import Vault
+
+_PAGE = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retention:
+    """What is to stay. At least one of the three; a checkpoint stays if every one that is given lets it.
+
+    Attributes:
+        max_checkpoints: this many of each namespace of a thread stay, the newest (the main graph is a namespace, and
+            so is every subgraph).
+        max_age: a checkpoint that was stored longer ago goes, but the newest of each namespace stays.
+        idle: a thread whose last checkpoint was stored longer ago is deleted, with everything it has.
+
+    A checkpoint of a subgraph's call goes with the checkpoint of the main graph that called it.
+
+    Raises:
+        ConfigError: none is given, or one is not above zero.
+    """
+
+    max_checkpoints: int | None = None
+    max_age: timedelta | None = None
+    idle: timedelta | None = None
+
+    def __post_init__(self) -> None:
+        count = self.max_checkpoints
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise ConfigError(
+                f"expected `max_checkpoints` to be a number from 1 up (the newest always stays), found {count!r}"
+            )
+        for name in ("max_age", "idle"):
+            span = getattr(self, name)
+            if span is not None and not (isinstance(span, timedelta) and span > timedelta(0)):
+                raise ConfigError(f"expected `{name}` to be a timedelta above zero, found {span!r}")
+        if count is None and self.max_age is None and self.idle is None:
+            raise ConfigError("expected max_checkpoints, max_age or idle, found none: nothing would ever go")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreadRetention:
+    """What went of a thread, or would.
+
+    Attributes:
+        thread_id: its name.
+        removed: checkpoints that went.
+        kept: checkpoints that stayed.
+        deleted: whether the thread went with them.
+        bytes_freed: that content and rows take less, without what the database adds.
+    """
+
+    thread_id: str
+    removed: int
+    kept: int
+    deleted: bool
+    bytes_freed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetentionReport:
+    """What a sweep did, or would do.
+
+    Attributes:
+        dry_run: whether nothing was done.
+        threads: the threads that something went of.
+        failed: threads that hold something else than was stored, and why; nothing of them went.
+        kept: checkpoints that are left in all threads that were asked for, those without anything to do included.
+        threads_kept: of these threads, those that are left.
+    """
+
+    dry_run: bool
+    threads: tuple[ThreadRetention, ...]
+    failed: Mapping[str, str]
+    kept: int
+    threads_kept: int
+
+    @property
+    def removed(self) -> int:
+        """Checkpoints that went."""
+        return sum(one.removed for one in self.threads)
+
+    @property
+    def threads_deleted(self) -> int:
+        """Threads that went whole."""
+        return sum(one.deleted for one in self.threads)
+
+    @property
+    def bytes_freed(self) -> int:
+        """That content and rows take less, without what the database adds; see ``Maintenance.compact``."""
+        return sum(one.bytes_freed for one in self.threads)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        sums = {name: getattr(self, name) for name in ("removed", "threads_deleted", "bytes_freed")}
+        return {**asdict(self), **sums, "threads": [asdict(one) for one in self.threads]}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """A policy at a moment; times as in the column ``created``, and what is below one is too old."""
+
+    count: int | None
+    oldest: int | None
+    alive: int | None
+
+    @classmethod
+    def of(cls, policy: Retention, now: datetime | None) -> Limits:
+        """The limits of a policy.
+
+        Raises:
+            ConfigError: ``now`` has no time zone.
+        """
+        if now is not None and now.tzinfo is None:
+            raise ConfigError(f"expected `now` with a time zone, found {now!r}; use datetime.now(UTC)")
+        at = datetime.now(UTC) if now is None else now
+        return cls(policy.max_checkpoints, _before(at, policy.max_age), _before(at, policy.idle))
+
+
+def _before(now: datetime, span: timedelta | None) -> int | None:
+    """In milliseconds since 1970. Not as a datetime, which has no room for ``timedelta.max``."""
+    epoch = datetime.fromtimestamp(0, UTC)
+    return None if span is None else (now - epoch) // timedelta(milliseconds=1) - span // timedelta(milliseconds=1)
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """Decides what goes of a thread."""
+
+    limits: Limits
+    vault: Vault
+    serde: SerializerProtocol
+
+    def choose(self, rows: Mapping[Key, Row]) -> Collection[Key] | None:
+        """Of all checkpoints of a thread, those that go; None where the whole thread does."""
+        alive = self.limits.alive
+        if alive is not None and rows and max(row["created"] for row in rows.values()) < alive:
+            return None
+        namespaces: defaultdict[bytes, list[bytes]] = defaultdict(list)
+        for ns, checkpoint_id in sorted(rows, reverse=True):
+            namespaces[ns].append(checkpoint_id)
+        gone = {
+            (ns, checkpoint_id)
+            for ns, newest_first in namespaces.items()
+            for position, checkpoint_id in enumerate(newest_first)
+            if position and self._is_over(position, rows[ns, checkpoint_id])
+        }
+        oldest_left = min((key for key in rows if key[0] == b"" and key not in gone), default=None)
+        for ns, newest_first in namespaces.items():
+            caller = self._caller(rows[ns, newest_first[0]])
+            # A caller that is not stored any more had its turn if all that is left came later. One that came after
+            # them is not stored yet.
+            if caller is not None and (caller in gone or (oldest_left is not None and caller < oldest_left)):
+                gone.update((ns, checkpoint_id) for checkpoint_id in newest_first)
+        return gone
+
+    def _is_over(self, position: int, row: Row) -> bool:
+        count, oldest = self.limits.count, self.limits.oldest
+        return (count is not None and position >= count) or (oldest is not None and row["created"] < oldest)
+
+    def _caller(self, row: Row) -> Key | None:
+        """The checkpoint of the main graph that a subgraph's call belongs to; None where it is no call's."""
+        ns = decode_text(row["ns"] if row["ns_name"] is None else row["ns_name"])
+        if ":" not in ns.rpartition("|")[2]:  # where the graph keeps a subgraph's thread, its name stands alone
+            return None
+        metadata: Mapping[str, Any] = load(self.serde, self.vault.open(row["metadata"]))
+        caller = (metadata.get("parents") or {}).get("")
+        return (b"", encode_text(caller)) if isinstance(caller, str) else None
+
+
+def sweep(
+    store: Store,
+    serde: SerializerProtocol,
+    policy: Retention,
+    *,
+    thread_ids: Sequence[str] | None,
+    dry_run: bool,
+    now: datetime | None,
+) -> Steps[RetentionReport]:
+    """Apply a policy to threads, or only say what that comes to.
+
+    Raises:
+        ConfigError: ``thread_ids`` is one string, or ``now`` has no time zone.
+    """
+    if isinstance(thread_ids, str):
+        raise ConfigError(f"expected a sequence of thread ids, found the string {thread_ids!r}; pass [{thread_ids!r}]")
+    limits = Limits.of(policy, now)
+    choose = Chooser(limits, store.vault, serde).choose
+    done: list[ThreadRetention] = []
+    failed: dict[str, str] = {}
+    tables = store.reader.tables
+    wanted = None if thread_ids is None else list(dict.fromkeys(map(str, thread_ids)))
+    scopes: list[Sequence[bytes] | None] = (
+        [None] if wanted is None else list(chunks([thread_key(name) for name in wanted]))
+    )
+    for keys in scopes:
+        after: int | None = 0
+        while after is not None:
+            page, after = yield Job(partial(_page, tables=tables, limits=limits, keys=keys, after=after))
+            for thread_id in page:
+                try:
+                    taken = yield from store.remove(serde, thread_id, choose, dry_run=dry_run)
+                except UnreadableThreadError as error:
+                    failed[thread_id] = str(error)
+                else:
+                    done += _results(thread_id, taken)
+    threads_kept = kept = 0
+    for keys in scopes:
+        counts = yield Job(partial(_count, tables=tables, keys=keys))
+        threads_kept, kept = threads_kept + counts[0], kept + counts[1]
+    if dry_run:
+        kept -= sum(one.removed for one in done)
+        threads_kept -= sum(one.deleted for one in done)
+    sums = {"kept": kept, "threads_kept": threads_kept}
+    return RetentionReport(dry_run=dry_run, threads=tuple(done), failed=failed, **sums)
+
+
+def _results(thread_id: str, taken: Taken) -> list[ThreadRetention]:
+    """One, or none where nothing went: the thread was written or swept since it was found."""
+    if not taken.removed:
+        return []
+    return [
+        ThreadRetention(
+            thread_id=thread_id,
+            removed=taken.removed,
+            kept=taken.kept,
+            deleted=taken.deleted,
+            bytes_freed=taken.bytes,
+        )
+    ]
+
+
+def _page(
+    connection: Connection, tables: Tables, limits: Limits, keys: Sequence[bytes] | None, after: int
+) -> tuple[list[str], int | None]:
+    """Some of the threads that have something to do, and the number to go on after (None: done)."""
+    threads = tables.threads
+    query = (
+        select(threads.c.number, threads.c.name)
+        .where(threads.c.number > after, or_(*_conditions(tables, limits)))
+        .order_by(threads.c.number)
+        .limit(_PAGE)
+    )
+    found = connection.execute(query if keys is None else query.where(threads.c.key.in_(keys))).all()
+    return [decode_text(row.name) for row in found], found[-1].number if len(found) == _PAGE else None
+
+
+def _conditions(tables: Tables, limits: Limits) -> Iterator[ColumnElement[bool]]:
+    """What holds of a thread that has something to do; needs no row of it, only indexes."""
+    threads, checkpoints = tables.threads, tables.checkpoints
+    newer = checkpoints.alias()
+    here = checkpoints.c.thread == threads.c.number
+    if limits.alive is not None:
+        newest = select(func.max(checkpoints.c.created)).where(here).correlate(threads).scalar_subquery()
+        yield newest < limits.alive
+    if limits.oldest is not None:
+        same = (newer.c.thread == checkpoints.c.thread) & (newer.c.ns == checkpoints.c.ns)
+        has_newer = exists().where(same, newer.c.id > checkpoints.c.id)
+        old = select(checkpoints.c.id).where(here, checkpoints.c.created < limits.oldest, has_newer)
+        yield old.correlate(threads).exists()
+    if limits.count is not None:
+        full = select(checkpoints.c.ns).where(here).group_by(checkpoints.c.ns)
+        yield full.having(func.count() > limits.count).correlate(threads).exists()
+
+
+def _count(connection: Connection, tables: Tables, keys: Sequence[bytes] | None) -> tuple[int, int]:
+    """How many threads there are, and how many checkpoints they have."""
+    threads, checkpoints = tables.threads, tables.checkpoints
+    each = select(func.count()).select_from(threads)
+    all_of_them = select(func.count()).select_from(checkpoints)
+    if keys is not None:
+        each = each.where(threads.c.key.in_(keys))
+        all_of_them = all_of_them.join(threads, threads.c.number == checkpoints.c.thread)
+        all_of_them = all_of_them.where(threads.c.key.in_(keys))
+    return connection.execute(each).scalar_one(), connection.execute(all_of_them).scalar_one()

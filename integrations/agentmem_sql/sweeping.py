@@ -1,0 +1,117 @@
+"""Freeing content that nothing refers to.
+
+Content refers to content (a list to its nodes, those to items), so what is alive is found by marking: from the
+checkpoints and pending writes of the thread down. Only one thread is looked at, in a transaction that holds its
+row alone (see ``writing``), and its epoch is counted up so that no process trusts what it knew.
+
+Whoever only wants to know what would be freed needs no lock, if content is read before what refers to it: the
+two are committed together, so while the epoch is the same nothing that was read can have lost its referrer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Set
+from typing import NamedTuple
+
+from sqlalchemy import BindParameter, Connection, bindparam, delete, func, select, update
+
+from agentmem.errors import StorageError
+from agentmem_sql.codec import unpack_content
+from agentmem_sql.reading import chunks
+from agentmem_sql.tables import Tables
+from agentmem_sql.trees import LEAVES, parse
+from agentmem_sql.vault import Vault
+
+
+class Content(NamedTuple):
+    """The content of a thread: its digests, and for those that refer to others to which."""
+
+    digests: Set[bytes]
+    links: Mapping[bytes, Collection[bytes]]
+
+
+class Sweeper:
+    """Marks and sweeps the content of single threads."""
+
+    def __init__(self, tables: Tables, vault: Vault) -> None:
+        self._vault = vault
+        self._tables = tables
+        threads, checkpoints, writes, blobs = tables.threads, tables.checkpoints, tables.writes, tables.blobs
+        thread: BindParameter[int] = bindparam("of")
+        some = blobs.c.digest.in_(bindparam("d", expanding=True))
+        self._count_up = update(threads).where(threads.c.number == thread).values(epoch=threads.c.epoch + 1)
+        self._named = select(checkpoints.c.content, checkpoints.c.history).where(checkpoints.c.thread == thread)
+        self._written = select(writes.c.digest).where(writes.c.thread == thread).distinct()
+        self._inner = select(blobs.c.digest, blobs.c.kind, blobs.c.body).where(
+            blobs.c.thread == thread, blobs.c.kind.not_in(LEAVES)
+        )
+        self._all = select(blobs.c.digest).where(blobs.c.thread == thread)
+        self._free = delete(blobs).where(blobs.c.thread == thread, some)
+        self._weigh = select(func.sum(func.length(blobs.c.body))).where(blobs.c.thread == thread, some)
+
+    def sweep(self, connection: Connection, thread: int) -> int:
+        """Delete the content of a thread that nothing refers to; gives the number of rows.
+
+        Raises:
+            StorageError: content cannot be read; nothing is deleted then.
+        """
+        dead = self.unreferenced(connection, thread)
+        self.free(connection, thread, dead)
+        return len(dead)
+
+    def free(self, connection: Connection, thread: int, dead: Collection[bytes]) -> None:
+        """Delete content that nothing refers to, and count the thread's epoch up."""
+        for part in chunks(sorted(dead)):
+            connection.execute(self._free, {"of": thread, "d": part})
+        connection.execute(self._count_up, {"of": thread})
+
+    def unreferenced(self, connection: Connection, thread: int) -> set[bytes]:
+        """The digests of content that nothing refers to."""
+        content = self.content(connection, thread)
+        of = {"of": thread}
+        roots: set[bytes] = set(connection.execute(self._written, of).scalars())
+        for packed, history in connection.execute(self._named, of):
+            roots.update(named(packed, history))
+        return unreachable(content, roots)
+
+    def content(self, connection: Connection, thread: int) -> Content:
+        """What a thread has, whether anything refers to it or not.
+
+        Raises:
+            StorageError: what some of it refers to cannot be told.
+        """
+        of = {"of": thread}
+        digests = set(connection.execute(self._all, of).scalars())
+        links = {row[0]: self._links(*row) for row in connection.execute(self._inner, of)}
+        return Content(digests, links)
+
+    def _links(self, digest: bytes, kind: int, stored: bytes) -> frozenset[bytes]:
+        body = self._vault.open(stored)
+        if self._vault.digest(kind, body) != digest:  # what it referred to would be taken for dead
+            raise StorageError(
+                "a stored list of the thread is not what was stored (its digest differs), so what it refers to is "
+                "unknown and nothing was taken out; restore the database from a backup, or delete the thread"
+            )
+        return frozenset(parse(kind, body).links)
+
+    def weigh(self, connection: Connection, thread: int, digests: Collection[bytes]) -> int:
+        """The bytes that content takes as it is stored, without what the database adds."""
+        parts = (connection.execute(self._weigh, {"of": thread, "d": part}) for part in chunks(sorted(digests)))
+        return sum(int(found.scalar_one() or 0) for found in parts)
+
+
+def named(packed: bytes, history: bytes | None) -> Iterable[bytes]:
+    """The content that a checkpoint's row names, out of its columns ``content`` and ``history``."""
+    yield from unpack_content(packed).values()
+    if history is not None:
+        yield history
+
+
+def unreachable(content: Content, roots: Iterable[bytes]) -> set[bytes]:
+    """What of a thread's content cannot be reached from the roots."""
+    alive: set[bytes] = set()
+    pending = set(roots)
+    while pending:
+        alive |= pending
+        pending = {link for digest in pending for link in content.links.get(digest, ())} - alive
+    return set(content.digests) - alive

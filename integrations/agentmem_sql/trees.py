@@ -1,0 +1,157 @@
+"""Content: values as bodies that are stored once each, lists of them as trees.
+
+    VALUE     a serialised value: the serializer's type tag, a zero byte, its bytes
+    LIST      a list: what it is of (see below), and the entries that are in no node, level by level
+    NODE      16 entries of a level
+    SPLIT     the digests of the parts of a body that is too large for one row
+    PART      such a part
+    HISTORY   what pruned ancestors wrote to delta channels (see ``deltas``)
+
+The entries of the lowest level are digests of items, or the items themselves where those are hardly longer. As
+soon as 16 entries of a level are together they become a NODE, whose digest is an entry of the level above; what
+is left over of each level, fewer than 16, is in the LIST. So nodes are always full and never change, two lists
+that begin alike share all nodes that cover what is alike, and a list that grows by one item stores that item and
+a LIST of some 600 bytes, hardly more when it is long. Long lists of numbers are cut into runs of 256 numbers,
+each a VALUE. A snapshot of a delta channel that holds a list is stored as that list.
+
+Pure functions: no database, no serializer settings.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from agentmem.errors import StorageError
+from agentmem_sql.keys import DIGEST_BYTES
+
+VALUE, LIST, NODE, SPLIT, PART, HISTORY = range(6)
+LEAVES = frozenset({VALUE, PART})  # kinds that refer to nothing
+
+# What a LIST is of.
+ITEMS, RUNS, SNAPSHOT, SNAPSHOT_RUNS = range(4)  # each with its runs next to it
+
+FANOUT = 16
+RUN = 256
+INLINE = 48  # bytes of an item that costs less in its leaf than in a row of its own
+# The smallest packet limit in use (MySQL's default of 16 MB) holds a body of this size however it is quoted.
+PART_BYTES = 4 * 2**20
+
+_HEAD = struct.Struct(">BB")  # what it is of, number of levels; then each level's number of entries, highest first
+_LINK = b"\0"  # before a digest; before an item stands its length, 1 to INLINE
+
+
+class Inline(bytes):
+    """An item that its leaf holds itself."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """Parsed content that refers to other content: by digests, or in the lowest level by ``Inline`` items.
+
+    Attributes:
+        kind: LIST, NODE, SPLIT or HISTORY.
+        entries: of a LIST those of all levels, highest first.
+        counts: of a LIST the number of entries of each level.
+        of: what a LIST is of.
+    """
+
+    kind: int
+    entries: tuple[bytes, ...]
+    counts: bytes = b""
+    of: int = ITEMS
+
+    @property
+    def links(self) -> Iterator[bytes]:
+        """The digests among the entries."""
+        return (entry for entry in self.entries if type(entry) is bytes)
+
+
+def inline(body: bytes) -> bytes:
+    """How a leaf holds an item of 1 to ``INLINE`` bytes."""
+    return bytes((len(body),)) + body
+
+
+def link(digest: bytes) -> bytes:
+    """How a leaf refers to a longer item, and a level above to a node."""
+    return _LINK + digest
+
+
+def list_body(of: int, levels: Sequence[Sequence[bytes]]) -> bytes:
+    """The body of a LIST; the highest level stands first."""
+    counts = bytes([len(level) for level in levels])
+    return _HEAD.pack(of, len(counts)) + counts + b"".join([entry for level in levels for entry in level])
+
+
+def parse(kind: int, body: bytes) -> Node:
+    """The entries of a LIST, NODE, SPLIT or HISTORY body.
+
+    Raises:
+        StorageError: the body is not one.
+    """
+    if kind == LIST:
+        of, levels = _HEAD.unpack_from(body)
+        start = _HEAD.size + levels
+        return Node(kind, _entries(body, start), body[_HEAD.size : start], of)
+    if kind == NODE:
+        return Node(kind, _entries(body, 0))
+    if kind == SPLIT:
+        return Node(kind, tuple(body[at : at + DIGEST_BYTES] for at in range(0, len(body), DIGEST_BYTES)))
+    if kind == HISTORY:
+        return Node(kind, tuple(digest for one in read_history(body).values() for digest in one.digests))
+    raise StorageError(f"expected content of a kind up to {HISTORY}, found {kind}: a newer version wrote it; upgrade")
+
+
+def _entries(body: bytes, start: int) -> tuple[bytes, ...]:
+    found: list[bytes] = []
+    while start < len(body):
+        length = body[start]
+        end = start + 1 + (length or DIGEST_BYTES)
+        piece = body[start + 1 : end]
+        found.append(Inline(piece) if length else piece)
+        start = end
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What a delta channel was before a checkpoint whose ancestors are gone.
+
+    Attributes:
+        seed: the content of the value that the writes apply to; None if the search goes on at the parent.
+        writes: (task, content), oldest first.
+    """
+
+    seed: bytes | None
+    writes: Sequence[tuple[str, bytes]]
+
+    @property
+    def digests(self) -> Iterator[bytes]:
+        """All content that it needs."""
+        if self.seed is not None:
+            yield self.seed
+        for _, digest in self.writes:
+            yield digest
+
+
+def history_body(channels: Mapping[str, History]) -> bytes:
+    """The body of a HISTORY."""
+    plain = {
+        name: [one.seed and one.seed.hex(), [[task, digest.hex()] for task, digest in one.writes]]
+        for name, one in channels.items()
+    }
+    return json.dumps(plain).encode()
+
+
+def read_history(body: bytes) -> dict[str, History]:
+    """The inverse of ``history_body``."""
+    plain: dict[str, Any] = json.loads(body)
+    return {
+        name: History(seed and bytes.fromhex(seed), [(task, bytes.fromhex(digest)) for task, digest in writes])
+        for name, (seed, writes) in plain.items()
+    }

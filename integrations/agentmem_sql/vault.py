@@ -1,0 +1,156 @@
+"""How stored bytes are protected: digests and seals, keyed if there is a key, and encryption.
+
+Without a key, digests are SHA-256 and find damage. With one they are HMAC-SHA256, so that nobody who can write
+to the database can put other bytes in place of ours. With an ``EncryptedSerializer`` every body and every
+checkpoint's row is encrypted by its cipher, and a row that is not is refused. Equal content must still have
+equal digests to be stored once, and a plain digest would tell whoever reads the file what it can guess; so an
+encrypted database has a random key of its own for the digests, kept in it encrypted.
+
+The settings table says which of all this a database was made with. A saver that is set up otherwise is refused
+when it opens the database, before it reads or writes a row.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Iterable
+from hashlib import sha256
+from secrets import token_bytes
+
+from langgraph.checkpoint.serde.base import CipherProtocol, SerializerProtocol
+from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
+from sqlalchemy import Connection, insert, select
+
+from agentmem.errors import ConfigError, StorageError
+from agentmem_sql.keys import RUN_BYTES, encode_text
+from agentmem_sql.tables import Tables
+
+MIN_KEY_BYTES = 16
+
+_PLAIN, _ENCRYPTED = b"\0", b"\1"  # first byte of everything stored
+_MODE, _SECRET, _CHECK = b"protection", b"secret", b"check"
+_RUN = 255  # no kind of content
+_CHECKED = b"agentmem"  # what the check is a digest of
+
+
+class Vault:
+    """Digests, seals and encryption of one database; shared by a saver and its clones."""
+
+    def __init__(self, serde: SerializerProtocol, hmac_key: bytes | None) -> None:
+        """Take the cipher of an ``EncryptedSerializer``, and the caller's key for digests.
+
+        Raises:
+            ConfigError: the key is not bytes or too short.
+        """
+        if hmac_key is not None and (not isinstance(hmac_key, bytes) or len(hmac_key) < MIN_KEY_BYTES):
+            found = f"{len(hmac_key)} bytes" if isinstance(hmac_key, bytes) else type(hmac_key).__name__
+            raise ConfigError(
+                f"expected an hmac_key of at least {MIN_KEY_BYTES} random bytes, found {found}; "
+                "make one with secrets.token_bytes(32) and keep it outside the database"
+            )
+        self._cipher: CipherProtocol | None = serde.cipher if isinstance(serde, EncryptedSerializer) else None
+        self._given = hmac_key
+        self._key = hmac_key  # in an encrypted database without hmac_key: known once it is open
+
+    @property
+    def encrypts(self) -> bool:
+        """Whether bodies are encrypted."""
+        return self._cipher is not None
+
+    def digest(self, kind: int, plain: bytes) -> bytes:
+        """The digest that a blob is keyed by; equal bodies of different kinds have different ones."""
+        if self._key is None:
+            return sha256(bytes((kind,)) + plain).digest()
+        return hmac.digest(self._key, bytes((kind,)) + plain, "sha256")
+
+    def run_key(self, run_id: str) -> bytes:
+        """What checkpoints of a run are found by; runs may share one, so what is found is compared."""
+        return self.digest(_RUN, encode_text(run_id))[:RUN_BYTES]
+
+    def seal(self, fields: Iterable[bytes | None]) -> bytes:
+        """One digest over several columns, each with its length: no byte can move from one to another."""
+        joined = b"".join([b"-" if data is None else b"%d:" % len(data) + data for data in fields])
+        return sha256(joined).digest() if self._key is None else hmac.digest(self._key, joined, "sha256")
+
+    def close(self, plain: bytes) -> bytes:
+        """The bytes to store."""
+        if self._cipher is None:
+            return _PLAIN + plain
+        name, encrypted = self._cipher.encrypt(plain)
+        return _ENCRYPTED + name.encode() + b"\0" + encrypted
+
+    def open(self, stored: bytes) -> bytes:
+        """The inverse of ``close``.
+
+        Raises:
+            StorageError: the bytes are encrypted and this saver has no cipher, or the other way round, or
+                they were not encrypted with this cipher's key.
+        """
+        mark = stored[:1]
+        if mark == _PLAIN and self._cipher is None:
+            return stored[1:]
+        if mark == _ENCRYPTED and self._cipher is not None:
+            name, _, encrypted = stored[1:].partition(b"\0")
+            try:
+                return self._cipher.decrypt(name.decode(), encrypted)
+            except Exception as error:
+                raise StorageError(
+                    "a stored row cannot be decrypted: it was changed or damaged, or encrypted with another key; "
+                    "pass the serializer that the database was written with, or restore a backup"
+                ) from error
+        if mark == _PLAIN and self._cipher is not None:
+            raise StorageError(
+                "expected an encrypted row, found one that is not: someone wrote to the database without the key; "
+                "restore a backup"
+            )
+        raise StorageError("a stored row is damaged, or encrypted and this saver has no cipher; restore a backup")
+
+    # The settings of a database.
+
+    def is_settled(self, connection: Connection, tables: Tables) -> bool:
+        """Whether the database says how it is protected, and this saver is set up for that.
+
+        Raises:
+            StorageError: it is protected in another way, or with another key.
+        """
+        rows = connection.execute(select(tables.settings.c.name, tables.settings.c.value)).all()
+        found = {bytes(row[0]): bytes(row[1]) for row in rows}
+        if _MODE not in found:
+            return False
+        if found[_MODE] != self._mode():
+            raise StorageError(
+                f"expected a checkpoint database that is {self._mode().decode()}, found one that is "
+                f"{found[_MODE].decode(errors='replace')}; pass the serde and the hmac_key that it was made with, "
+                "or copy its threads into a new database with agentmem_sql.copy_threads"
+            )
+        if self.encrypts:
+            secret = self.open(found.get(_SECRET, b""))
+            self._key = self._given or secret
+        if self._key is not None and not hmac.compare_digest(found.get(_CHECK, b""), self.seal([_CHECKED])):
+            raise StorageError(
+                "expected the key that this checkpoint database was made with, found another; "
+                "pass the hmac_key and the serde that were used when the database was new"
+            )
+        return True
+
+    def settle(self, connection: Connection, tables: Tables) -> None:
+        """Write down how a new database is protected, in a transaction that may write.
+
+        Raises:
+            StorageError: another process was faster, and protects it in another way.
+        """
+        if self.is_settled(connection, tables):
+            return
+        settings = {_MODE: self._mode()}
+        if self.encrypts:
+            secret = token_bytes(32)
+            settings[_SECRET] = self.close(secret)
+            self._key = self._given or secret
+        if self._key is not None:
+            settings[_CHECK] = self.seal([_CHECKED])
+        rows = [{"name": name, "value": value} for name, value in settings.items()]
+        connection.execute(insert(tables.settings), rows)
+
+    def _mode(self) -> bytes:
+        encryption = b"encrypted" if self.encrypts else b"not encrypted"
+        return encryption + (b", with an hmac_key" if self._given is not None else b", without hmac_key")

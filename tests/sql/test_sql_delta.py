@@ -1,0 +1,375 @@
+"""The history of delta channels: LangGraph's cases for the capability, and what they leave out.
+
+The eight cases of the conformance suite for ``delta_channel_history`` are in its repository but not in the package,
+so they are written anew here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from langchain_core.messages import HumanMessage
+from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.base import BaseCheckpointSaver, DeltaChannelHistory
+from langgraph.checkpoint.serde.types import _DeltaSnapshot
+from sql_cases import config
+from sql_chains import empty, grow, history, id_of, made, plain_sql, shared_database, write
+from sql_mirror import SyncMirror
+from sqlalchemy import Connection, Engine, create_engine, event
+
+from agentmem.errors import StorageError
+from agentmem_sql import SQLAlchemySaver
+
+NewUrl = Callable[[str], str]
+Sql = Callable[..., list[Any]]
+Saver = BaseCheckpointSaver[str]
+
+
+async def child(saver: Saver, parent: RunnableConfig, **values: Any) -> RunnableConfig:
+    """Store a child of a checkpoint, which holds ``values``; writes go to ``d`` and ``e``."""
+    one = made(values, "d e")
+    return await saver.aput(parent, one, {}, one["channel_versions"])
+
+
+async def seed_and_writes(saver: Saver, at: RunnableConfig, channel: str = "d") -> tuple[Any, list[Any]]:
+    found = (await saver.aget_delta_channel_history(config=at, channels=[channel]))[channel]
+    return found.get("seed"), [value for _, _, value in found["writes"]]
+
+
+async def writes_are_oldest_first(saver: Saver, root: RunnableConfig) -> None:
+    at = await child(saver, root)
+    for number in range(4):
+        await saver.aput_writes(at, [("d", [number, 0]), ("d", [number, 1])], "task")
+        at = await child(saver, at)
+    found = await saver.aget_delta_channel_history(config=at, channels=["d"])
+    assert found == {"d": {"writes": [("task", "d", [number, half]) for number in range(4) for half in (0, 1)]}}
+
+
+async def seed_is_the_nearest_snapshot(saver: Saver, root: RunnableConfig) -> None:
+    at = await child(saver, root, d=_DeltaSnapshot(["far"]))
+    await saver.aput_writes(at, [("d", "before")], "task")
+    at = await child(saver, at, d=_DeltaSnapshot(["near"]))
+    at = await child(saver, at)
+    await saver.aput_writes(at, [("d", "after")], "task")
+    at = await child(saver, at)
+    assert await seed_and_writes(saver, at) == (_DeltaSnapshot(["near"]), ["after"])
+
+
+async def own_pending_writes_are_excluded(saver: Saver, root: RunnableConfig) -> None:
+    at = await child(saver, root, d=_DeltaSnapshot([1]))
+    await saver.aput_writes(at, [("d", "counts")], "task")
+    at = await child(saver, at)
+    await saver.aput_writes(at, [("d", "is pending")], "task")
+    assert await seed_and_writes(saver, at) == (_DeltaSnapshot([1]), ["counts"])
+
+
+async def channels_end_independently(saver: Saver, root: RunnableConfig) -> None:
+    at = await child(saver, root, d=_DeltaSnapshot(["d"]), e=_DeltaSnapshot(["far e"]))
+    await saver.aput_writes(at, [("d", 1), ("e", 1)], "task")
+    at = await child(saver, at, e=_DeltaSnapshot(["e"]))
+    await saver.aput_writes(at, [("d", 2), ("e", 2)], "task")
+    at = await child(saver, at)
+    assert await saver.aget_delta_channel_history(config=at, channels=["d", "e"]) == {
+        "d": {"seed": _DeltaSnapshot(["d"]), "writes": [("task", "d", 1), ("task", "d", 2)]},
+        "e": {"seed": _DeltaSnapshot(["e"]), "writes": [("task", "e", 2)]},
+    }
+
+
+async def no_channels_no_answer(saver: Saver, root: RunnableConfig) -> None:
+    at = await child(saver, root, d=_DeltaSnapshot([1]))
+    assert await saver.aget_delta_channel_history(config=at, channels=[]) == {}
+
+
+async def a_walk_to_the_root_has_no_seed(saver: Saver, root: RunnableConfig) -> None:
+    at = await child(saver, root)
+    await saver.aput_writes(at, [("d", "first")], "task")
+    at = await child(saver, at)
+    found = await saver.aget_delta_channel_history(config=at, channels=["d", "never written"])
+    assert found == {"d": {"writes": [("task", "d", "first")]}, "never written": {"writes": []}}
+
+
+async def a_plain_value_is_a_seed(saver: Saver, root: RunnableConfig) -> None:
+    """Of a thread that was written before the channel became a delta channel."""
+    at = await child(saver, root, d=["plain", "list"], e=None)
+    await saver.aput_writes(at, [("d", "after")], "task")
+    at = await child(saver, at)
+    assert await saver.aget_delta_channel_history(config=at, channels=["d", "e"]) == {
+        "d": {"seed": ["plain", "list"], "writes": [("task", "d", "after")]},
+        "e": {"seed": None, "writes": []},
+    }
+
+
+async def writes_of_the_seeds_checkpoint_are_replayed(saver: Saver, root: RunnableConfig) -> None:
+    at = await child(saver, root, d=_DeltaSnapshot([1]))
+    await saver.aput_writes(at, [("d", "on the seed's own checkpoint")], "task")
+    at = await child(saver, at)
+    assert await seed_and_writes(saver, at) == (_DeltaSnapshot([1]), ["on the seed's own checkpoint"])
+
+
+CASES = (
+    writes_are_oldest_first,
+    seed_is_the_nearest_snapshot,
+    own_pending_writes_are_excluded,
+    channels_end_independently,
+    no_channels_no_answer,
+    a_walk_to_the_root_has_no_seed,
+    a_plain_value_is_a_seed,
+    writes_of_the_seeds_checkpoint_are_replayed,
+)
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql", "mysql"])
+def database_url(
+    request: pytest.FixtureRequest, servers: Callable[[str], Connection], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    with shared_database(request.param, servers, tmp_path_factory.mktemp("delta")) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def ask(database_url: str) -> Iterator[Sql]:
+    with plain_sql(database_url) as run:
+        yield run
+
+
+@pytest.fixture
+def any_saver(database_url: str, ask: Sql) -> Iterator[SQLAlchemySaver]:
+    with SQLAlchemySaver.from_url(database_url) as saver:
+        yield saver
+        empty(saver, ask)
+
+
+@pytest.fixture(params=[False, True], ids=["async", "sync"])
+async def either(request: pytest.FixtureRequest, database_url: str) -> AsyncIterator[Saver]:
+    """A saver on each database, by its asynchronous methods and by its synchronous ones."""
+    async with SQLAlchemySaver.from_url(database_url) as saver:
+        yield SyncMirror(saver) if request.param else saver
+        for case in CASES:
+            await saver.adelete_thread(case.__name__)
+
+
+async def test_delta_history_conforms(either: Saver, subtests: pytest.Subtests) -> None:
+    for case in CASES:
+        with subtests.test(case=case.__name__):
+            await case(either, config(case.__name__, ns="sub:1"))
+
+
+async def test_delta_history_conforms_by_asyncpg(new_url: NewUrl, subtests: pytest.Subtests) -> None:
+    async with SQLAlchemySaver.from_url(new_url("postgresql+asyncpg")) as saver:
+        for case in CASES:
+            with subtests.test(case=case.__name__):
+                await case(saver, config(case.__name__))
+
+
+def default_walk(saver: SQLAlchemySaver, at: RunnableConfig, channels: list[str]) -> Mapping[str, DeltaChannelHistory]:
+    """What LangGraph's base class answers: slowly, by ``get_tuple``."""
+    return BaseCheckpointSaver.get_delta_channel_history(saver, config=at, channels=channels)
+
+
+def random_history(saver: SQLAlchemySaver, chance: random.Random, size: int) -> list[RunnableConfig]:
+    """Checkpoints with random parents, snapshots, plain values, and writes of several tasks to several channels."""
+    made_: list[RunnableConfig] = []
+    for number in range(size):
+        parent = None if not made_ or chance.random() < 0.05 else chance.choice(made_[-4:])
+        values: dict[str, Any] = {
+            name: chance.choice([_DeltaSnapshot([f"{name}{number}"]), [f"plain {name}{number}"], None])
+            for name in "abc"
+            if chance.random() < 0.15
+        }
+        at = grow(saver, parent, values, deltas="a b c")
+        made_.append(at)
+        for task in range(chance.randrange(3)):
+            path = chance.choice(["", f"~__pregel_pull, {chance.choice('xyz')}", "~__pregel_push, 0001"])
+            writes = [(chance.choice("abcx"), f"{number} {task} {index}") for index in range(chance.randrange(1, 4))]
+            saver.put_writes(at, writes, f"{chance.randrange(100):02}-{task}", path)
+    return made_
+
+
+def test_history_is_that_of_the_default_walk(any_saver: SQLAlchemySaver, database_url: str) -> None:
+    chance = random.Random(7)
+    with SQLAlchemySaver.from_url(database_url, cache_bytes=0) as cold:
+        for size in (12, 24):
+            for at in random_history(any_saver, chance, size):
+                channels = chance.sample(["a", "b", "c", "x"], chance.randrange(1, 5))
+                expected = default_walk(any_saver, at, channels)
+                assert any_saver.get_delta_channel_history(config=at, channels=channels) == expected
+                assert cold.get_delta_channel_history(config=at, channels=channels) == expected
+            any_saver.delete_thread("t")
+
+
+def test_only_ancestors_on_the_way_count(any_saver: SQLAlchemySaver) -> None:
+    """Branches leave one checkpoint, in ids that lie between each other.
+
+    No other namespace or thread is seen, though the same checkpoint ids are in them.
+    """
+    root = grow(any_saver, None, {"d": _DeltaSnapshot(["root"])})
+    write(any_saver, root, "shared")
+    left, right = grow(any_saver, root), grow(any_saver, root)
+    for at, name in ((left, "left"), (right, "right"), (root, "late")):
+        write(any_saver, at, name, task=name)
+    left, right = grow(any_saver, left), grow(any_saver, right)
+    for thread, ns in (("u", ""), ("t", "sub:1")):
+        same = {**made({"d": _DeltaSnapshot(["other"])}), "id": id_of(root)}
+        elsewhere = any_saver.put(config(thread, ns), same, {}, same["channel_versions"])
+        write(any_saver, elsewhere, f"{thread} {ns}", task="other")
+        last = grow(any_saver, elsewhere)
+        assert history(any_saver, last) == (_DeltaSnapshot(["other"]), [f"{thread} {ns}"])
+
+    assert history(any_saver, left) == (_DeltaSnapshot(["root"]), ["late", "shared", "left"])
+    assert history(any_saver, right) == (_DeltaSnapshot(["root"]), ["late", "shared", "right"])
+
+
+def test_writes_of_a_superstep_come_in_the_order_in_which_it_applied_them(any_saver: SQLAlchemySaver) -> None:
+    at = grow(any_saver)
+    for path, task in [("~pull, b", "1"), ("~pull, a", "9"), ("", "zz"), ("~pull, c", "0"), ("~pull, a", "3")]:
+        write(any_saver, at, f"{path} {task} 0", f"{path} {task} 1", task=task, path=path)
+    _, writes = history(any_saver, grow(any_saver, at))
+    found = any_saver.get_tuple(at)
+    (listed,) = any_saver.list(at)
+    assert found is not None
+    assert [value for _, _, value in found.pending_writes or ()] == writes
+    assert listed.pending_writes == found.pending_writes
+    assert writes == [
+        f"{path} {index}"
+        for path in (" zz", "~pull, a 3", "~pull, a 9", "~pull, b 1", "~pull, c 0")
+        for index in (0, 1)
+    ]
+
+
+def test_walks_longer_than_one_statement(any_saver: SQLAlchemySaver, database_url: str) -> None:
+    at = grow(any_saver, None, {"d": _DeltaSnapshot([0])})
+    for number in range(1, 106):
+        any_saver.put_writes(at, [("d", number), ("e", -number)], "task")
+        at = grow(any_saver, at)
+    with SQLAlchemySaver.from_url(database_url) as other:
+        assert history(other, at) == (_DeltaSnapshot([0]), list(range(1, 106)))
+        assert history(other, at, "e") == (None, list(range(-1, -106, -1)))
+
+
+def test_the_newest_checkpoint_is_meant_where_none_is_named(any_saver: SQLAlchemySaver) -> None:
+    at = grow(any_saver, None, {"d": _DeltaSnapshot([1])})
+    write(any_saver, at, 2)
+    write(any_saver, grow(any_saver, at), 3)
+    assert history(any_saver, config()) == (_DeltaSnapshot([1]), [2])
+
+
+def test_what_is_not_there_has_no_history(any_saver: SQLAlchemySaver) -> None:
+    nothing: Mapping[str, DeltaChannelHistory] = {"d": {"writes": []}, "e": {"writes": []}}
+    grow(any_saver, None, {"d": _DeltaSnapshot([1])}, thread="u")
+    for at in (config(), config("u", "other"), config("u", checkpoint_id="missing")):
+        assert any_saver.get_delta_channel_history(config=at, channels=["d", "e"]) == nothing
+    orphan = grow(any_saver, config(checkpoint_id="a parent that was never stored"))
+    write(any_saver, config(checkpoint_id="a parent that was never stored"), "of no checkpoint")
+    assert history(any_saver, orphan) == (None, [])
+
+
+def test_a_checkpoint_that_is_its_own_parent_ends_the_walk(any_saver: SQLAlchemySaver) -> None:
+    """Such are stored by whoever copies checkpoints with ``put(found.config, found.checkpoint, ...)``."""
+    one = made({}, "d")
+    first = any_saver.put(config(checkpoint_id=one["id"]), one, {}, {})
+    write(any_saver, first, "first")
+    second = grow(any_saver, first)
+    assert history(any_saver, second) == (None, ["first"])
+    assert history(any_saver, first) == (None, [])
+    any_saver.prune(["t"])
+    assert history(any_saver, second) == (None, ["first"])
+
+
+@contextmanager
+def counted(engine: Engine) -> Iterator[list[str]]:
+    """The statements that the engine sends."""
+    statements: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        statements.append(statement)
+
+    event.listen(engine, "before_cursor_execute", note)
+    yield statements
+    event.remove(engine, "before_cursor_execute", note)
+
+
+def test_a_history_takes_few_statements(database_url: str) -> None:
+    engine = create_engine(database_url)
+    with SQLAlchemySaver(engine) as saver, SQLAlchemySaver(engine) as other:
+        saver.delete_thread("t")
+        at = grow(saver, None, {"d": _DeltaSnapshot([HumanMessage("hello", id="1")])})
+        for number in range(60):
+            write(saver, at, [HumanMessage(f"message {number}", id=f"m{number}")])
+            at = grow(saver, at)
+        other.setup()
+        for asked, most in ((other, 6), (saver, 3)):  # nothing is known yet; all content is known
+            with counted(engine) as statements:
+                seed, writes = history(asked, at)
+            assert len(statements) <= most, statements
+            assert (len(seed.value), len(writes)) == (1, 60)
+    engine.dispose()
+
+
+def test_a_history_that_is_pruned_while_it_is_read_is_whole(database_url: str) -> None:
+    """At each of its statements in turn, everything but the newest checkpoint, or the one before, is taken out."""
+    engine = create_engine(database_url)
+    pruned = 0
+
+    def prune(*_: Any) -> None:
+        nonlocal statement, pruned
+        statement += 1
+        if statement == when:
+            pruned += 1
+            prunes()
+
+    with SQLAlchemySaver(engine, cache_bytes=0) as saver, SQLAlchemySaver.from_url(database_url) as other:
+        saver.setup()
+        for thread, latest in (("all", True), ("one", False)):
+            for when in range(1, 8):
+                root = grow(other, None, {"d": _DeltaSnapshot([[0] * 99])}, thread=thread)
+                write(other, root, [1] * 99)
+                middle = grow(other, root, run_id="middle")
+                write(other, middle, [2] * 99)
+                at = grow(other, middle)
+                expected = history(other, at)
+                statement = 0
+
+                def prunes(latest: bool = latest, thread: str = thread) -> None:
+                    if latest:
+                        other.prune([thread])
+                    else:
+                        other.delete_for_runs(["middle"])
+
+                event.listen(engine, "before_cursor_execute", prune)
+                assert history(saver, at) == expected, (thread, when)
+                event.remove(engine, "before_cursor_execute", prune)
+                other.delete_thread(thread)
+    engine.dispose()
+    assert pruned >= 6
+
+
+def test_a_damaged_history_is_refused(saver: SQLAlchemySaver, sql: Sql) -> None:
+    at = grow(saver, None, {"d": _DeltaSnapshot([b"a" * 99])})
+    write(saver, at, b"b" * 99)
+    at = grow(saver, grow(saver, at))
+    saver.prune(["t"])
+    expected = history(saver, at)
+    ((digest, left),) = sql("SELECT digest, body FROM agentmem_blobs WHERE kind = 5")
+    seed, written = (bytes(one[0]).hex() for one in sql("SELECT digest FROM agentmem_blobs WHERE kind <> 5 LIMIT 2"))
+    changed = left.replace(seed.encode(), b"x").replace(written.encode(), seed.encode()).replace(b"x", written.encode())
+    for body in (changed, b"\0{}"):
+        assert body != left
+        sql("UPDATE agentmem_blobs SET body = ? WHERE digest = ?", body, digest)
+        with pytest.raises(StorageError, match="ancestor"):
+            saver.get_delta_channel_history(config=at, channels=["d"])
+        with pytest.raises(StorageError, match="ancestor"):
+            asyncio.run(saver.aget_delta_channel_history(config=at, channels=["d"]))
+        next_ = grow(saver, at)
+        with pytest.raises(StorageError):
+            saver.prune(["t"])
+        assert id_of(next_) != id_of(at)
+    sql("UPDATE agentmem_blobs SET body = ? WHERE digest = ?", left, digest)
+    assert history(saver, at) == expected
+    sql("DELETE FROM agentmem_blobs WHERE digest = ?", digest)
+    with pytest.raises(StorageError, match="missing"):
+        saver.get_delta_channel_history(config=at, channels=["d"])

@@ -1,0 +1,246 @@
+"""With an encrypting serializer nothing of a value is stored in the clear, and all else is as without."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from langchain_core.messages import HumanMessage
+from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
+from sql_cases import checkpoint, config, finish, memory, put, start_child
+from sql_graphs import chat_graph, say
+from sql_protection import HMAC_KEY, NEWEST, PROTECTION, Change, Filled, aes, fill, forge, make_filled, of, update
+from sql_values import read, spelled
+
+from agentmem.errors import StorageError
+from agentmem_sql import SQLAlchemySaver
+from agentmem_sql.trees import VALUE
+from agentmem_sql.vault import Vault
+
+Sql = Callable[..., list[Any]]
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Filled]:
+    """A database with some of everything, by how it is protected."""
+    return cache(lambda protection: make_filled(tmp_path_factory.mktemp("filled") / "threads.db", protection))
+
+
+MARKERS = [b"hush-%d" % number for number in range(8)]
+
+
+def fill_with_secrets(saver: SQLAlchemySaver) -> RunnableConfig:
+    """A thread with a marker wherever a value can be: large, inline, nested, pending, in metadata, in a history."""
+    one, two, three, four, five, six, seven, eight = (marker.decode() for marker in MARKERS)
+    message = HumanMessage(one * 20, id="1", additional_kwargs={"note": two})
+    values = {"messages": [message] * 20, "short": [three, 1], "nested": {"a": [{"b": four}]}, "bytes": five.encode()}
+    made = checkpoint({**values, "d": "seed"})
+    at = saver.put(config(), made, {"source": "loop", "owner": six}, made["channel_versions"])  # type: ignore[typeddict-unknown-key]
+    saver.put_writes(at, [("d", seven)], "task")
+    later = checkpoint(values)
+    later["channel_versions"]["d"] = 2
+    at = saver.put(at, later, {"source": "loop", "owner": six}, {**later["channel_versions"]})  # type: ignore[typeddict-unknown-key]
+    saver.put_writes(at, [("x", eight), ("messages", [message])], "task")
+    return at
+
+
+def stored_text(path: Path) -> bytes:
+    """The bytes of a database in files, write-ahead log included."""
+    return b"".join(one.read_bytes() for one in path.parent.glob(path.name + "*"))
+
+
+@pytest.mark.parametrize("protection", ["encrypted", "both"])
+def test_an_encrypting_serializer_leaves_no_plain_value(url: str, path: Path, protection: str) -> None:
+    with SQLAlchemySaver.from_url(url) as plain:
+        fill_with_secrets(plain)
+        assert [marker for marker in MARKERS if marker not in stored_text(path)] == []  # or the test would see nothing
+        plain.delete_thread("t")
+    path = path.with_name("encrypted.db")
+    with SQLAlchemySaver.from_url(f"sqlite:///{path}", **PROTECTION[protection]) as saver:
+        at = fill_with_secrets(saver)
+        found = saver.get_tuple(at)
+        assert found is not None
+        saver.copy_thread("t", "copy")
+        saver.prune(["t"])
+        assert [marker for marker in [*MARKERS, b"additional_kwargs", b"owner"] if marker in stored_text(path)] == []
+        assert [one.config for one in saver.list(None, filter={"owner": MARKERS[5].decode()}, limit=1)]
+    with SQLAlchemySaver.from_url(f"sqlite:///{path}", **PROTECTION[protection]) as another:
+        assert another.get_tuple(at) == found._replace(parent_config=None)
+        history = another.get_delta_channel_history(config=at, channels=["d"])
+        assert history == {"d": {"writes": [("task", "d", MARKERS[6].decode())], "seed": "seed"}}
+    assert [marker for marker in MARKERS if marker in stored_text(path)] == []
+
+
+def test_equal_content_shows_in_no_digest(tmp_path: Path) -> None:
+    """Nobody who guesses a value finds its digest, nor sees that two databases hold the same."""
+    seen = []
+    for number in range(2):
+        path = tmp_path / f"{number}.db"
+        with SQLAlchemySaver.from_url(f"sqlite:///{path}", serde=aes()) as saver:
+            put(saver, config(), {"x": "the same"})
+        with closing(sqlite3.connect(path)) as connection:
+            seen += connection.execute("SELECT digest, body FROM agentmem_blobs").fetchall()
+    guess = Vault(JsonPlusSerializer(), None).digest(
+        VALUE, b"msgpack\0" + JsonPlusSerializer().dumps_typed("the same")[1]
+    )
+    assert len({guess, *(digest for digest, _ in seen)}) == 3
+    assert len({body for _, body in seen}) == 2
+
+
+def test_encryption_shares_content_as_without(tmp_path: Path) -> None:
+    rows = {}
+    for protection, options in PROTECTION.items():
+        path = tmp_path / f"{protection}.db"
+        with SQLAlchemySaver.from_url(f"sqlite:///{path}", synchronous="OFF", **options) as saver:
+            fill(saver)
+            saver.copy_thread("t", "copy")
+        with closing(sqlite3.connect(path)) as connection:
+            statement = "SELECT thread, kind, count(*), sum(length(body)) FROM agentmem_blobs GROUP BY thread, kind"
+            rows[protection] = connection.execute(statement).fetchall()
+    counts = {protection: [row[:3] for row in found] for protection, found in rows.items()}
+    assert counts["encrypted"] == counts["both"] == counts["hmac"] == counts["plain"]
+    for plain, encrypted in zip(rows["plain"], rows["encrypted"], strict=True):
+        assert encrypted[3] <= plain[3] + 40 * plain[2]
+
+
+PLANTED: dict[str, Change] = {
+    "content": update("blobs", of("t"), body=b"\0msgpack\0\x01"),
+    "metadata": update("checkpoints", NEWEST, metadata=b"\0msgpack\0\x80"),
+    "a checkpoint": update("checkpoints", NEWEST, body=b"\0msgpack\0\x80"),
+    "an empty body": update("blobs", of("t"), body=b""),
+    "a body with a made-up mark": update("blobs", of("t"), body=b"\7msgpack"),
+    "a body of another cipher": update("blobs", of("t"), body=b"\1rot13\0msgpack"),
+    "a forged checkpoint": lambda connection: forge(connection, Vault(JsonPlusSerializer(), None)),
+}
+
+
+@pytest.mark.parametrize("what", PLANTED)
+def test_unencrypted_rows_in_an_encrypted_database_are_refused(filled: Any, what: str) -> None:
+    """LangGraph's own serializer takes them."""
+    after = filled("encrypted").after(PLANTED[what])
+    assert isinstance(after["newest"], StorageError)
+    assert isinstance(after["list"], StorageError)
+    assert spelled(after["newest of other"]) == spelled(filled("encrypted").answers["newest of other"])
+
+
+def test_a_secret_that_someone_planted_is_refused(filled: Any) -> None:
+    """Who knows the key of the digests could make everything else to fit it, unencrypted."""
+    known = Vault(JsonPlusSerializer(), b"the attacker knows this secret..")
+
+    def plant(connection: sqlite3.Connection) -> None:
+        update("settings", "name = CAST('secret' AS BLOB)", value=b"\0the attacker knows this secret..")(connection)
+        update("settings", "name = CAST('check' AS BLOB)", value=known.seal([b"agentmem"]))(connection)
+        forge(connection, known, alone=True)
+
+    after = filled("encrypted").after(plant)
+    assert all(isinstance(answer, StorageError) for answer in after.values())
+
+
+async def test_encryption_in_a_graph_sync_and_async(url: str, path: Path) -> None:
+    async with SQLAlchemySaver.from_url(url, serde=aes(), hmac_key=HMAC_KEY) as saver:
+        graph = chat_graph(saver)
+        graph.invoke(say("hush, a question"), config())
+        await graph.ainvoke(say("hush, another"), config())
+        await saver.acopy_thread("t", "copy")
+        await saver.aprune(["t"])
+        for thread in ("t", "copy"):
+            state = await graph.aget_state(config(thread))
+            assert [one.content for one in state.values["messages"][::2]] == [
+                "hush, a question",
+                "hush, another",
+            ]
+            assert state.values["memory"] == memory(2)
+        history = [one async for one in graph.aget_state_history(config("copy"))]
+        assert len(history) == 6
+    with SQLAlchemySaver.from_url(url, serde=aes(), hmac_key=HMAC_KEY) as another:
+        assert len(chat_graph(another).invoke(say("three"), config())["messages"]) == 6
+    assert b"hush" not in stored_text(path)
+
+
+def test_a_database_is_encrypted_on_every_server(database_url: str, look: Sql) -> None:
+    with SQLAlchemySaver.from_url(database_url, serde=aes()) as saver:
+        at = fill_with_secrets(saver)
+        values = read(saver, at)
+    for table in ("blobs", "checkpoints", "writes", "settings"):
+        for row in look(database_url, f"SELECT * FROM agentmem_{table}"):
+            for value in row:
+                assert not isinstance(value, bytes) or not any(marker in value for marker in MARKERS)
+    with SQLAlchemySaver.from_url(database_url, serde=aes()) as another:
+        assert read(another, at) == values
+    with (
+        SQLAlchemySaver.from_url(database_url) as plain,
+        pytest.raises(StorageError, match="found one that is encrypted"),
+    ):
+        plain.get_tuple(at)
+
+
+STRICT = """
+import sys
+from dataclasses import dataclass
+from typing import Annotated, Any
+from agentmem_sql import SQLAlchemySaver
+from langchain_core.messages import AIMessage, AIMessageChunk, AnyMessage
+from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
+from langgraph.graph import END, START, StateGraph
+from langgraph.graph.message import add_messages
+from pydantic import BaseModel
+
+@dataclass(frozen=True)
+class Note:
+    text: str
+    raw: bytes
+
+class Inner(BaseModel):
+    count: int
+
+class State(BaseModel):
+    messages: Annotated[list[AnyMessage], add_messages]
+    notes: list[Note] = []
+    inner: Inner = Inner(count=0)
+
+def node(state):
+    usage = {"input_tokens": 1, "output_tokens": 2, "total_tokens": 3}
+    answer = AIMessage("answer", additional_kwargs={"n": 1.5}, usage_metadata=usage)
+    notes = [*state.notes, Note("!" * 60, b"\\0\\xff")]
+    return {"messages": [answer], "notes": notes, "inner": Inner(count=state.inner.count + 1)}
+
+def graph(saver):
+    builder = StateGraph(State)
+    builder.add_node("node", node)
+    builder.add_edge(START, "node")
+    builder.add_edge("node", END)
+    return builder.compile(checkpointer=saver)
+
+at = {"configurable": {"thread_id": "t"}}
+encrypted = {"serde": EncryptedSerializer.from_pycryptodome_aes(key=bytes(16))}
+for name, options in (("plain", {}), ("encrypted", encrypted)):
+    url = sys.argv[1] + name
+    with SQLAlchemySaver.from_url(url, **options) as saver:
+        compiled = graph(saver)
+        assert compiled.checkpointer is not saver, "strict mode compiles with a clone"
+        compiled.invoke({"messages": [("user", "one")]}, at)
+        compiled.invoke({"messages": [("user", "two")]}, at)
+        first = compiled.get_state(at).values
+    with SQLAlchemySaver.from_url(url, **options) as saver:
+        bare = saver.get_tuple(at).checkpoint["channel_values"]
+        assert not isinstance(bare["notes"][0], Note), "the saver itself has no allowlist"
+        assert isinstance(bare["messages"][1], AIMessage)
+        values = graph(saver).get_state(at).values
+        assert values == first
+        assert values["notes"] == [Note("!" * 60, b"\\0\\xff")] * 2
+        assert values["inner"] == Inner(count=2)
+        assert [m.content for m in values["messages"]] == ["one", "answer", "two", "answer"]
+        assert values["messages"][1].usage_metadata["total_tokens"] == 3
+print("ok", "torch" in sys.modules)
+"""
+
+
+def test_strict_msgpack_with_pydantic_dataclasses_messages_and_encryption(url: str) -> None:
+    child = start_child(url, code=STRICT, LANGGRAPH_STRICT_MSGPACK="true")
+    assert finish(child).splitlines()[-1] == "ok False"

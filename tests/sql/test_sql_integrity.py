@@ -1,0 +1,244 @@
+"""What was changed or damaged behind the saver's back is refused: never another state."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from functools import cache
+from random import Random
+from typing import Any
+
+import pytest
+from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
+from sql_protection import (
+    HMAC_KEY,
+    NEWEST,
+    OLDER,
+    PROTECTION,
+    WRITE,
+    Change,
+    Filled,
+    aes,
+    exchange,
+    forge,
+    make_filled,
+    of,
+    parts,
+    update,
+)
+from sql_values import spelled
+
+from agentmem.errors import ConfigError, StorageError
+from agentmem_sql import SQLAlchemySaver
+from agentmem_sql.codec import seal_write
+from agentmem_sql.vault import Vault
+
+# Columns by which rows are found. A row whose key is changed is as good as deleted, which nothing can tell from one
+# that was never there: it may be missing from what is read, but what is read is right.
+KEYS = {
+    "threads": ("number", "key"),
+    "blobs": ("thread", "digest"),
+    "checkpoints": ("thread", "ns", "id"),
+    "writes": ("thread", "ns", "checkpoint", "task", "idx"),
+    "settings": ("name",),
+}
+OTHERS = {
+    "threads": ("name",),
+    "blobs": ("kind", "body"),
+    "checkpoints": ("ns_name", "parent", "created", "run", "metadata", "body", "content", "history", "seal"),
+    "writes": ("path", "channel", "digest", "seal"),
+    "settings": ("value",),
+}
+KEY_COLUMNS = [(table, column) for table, columns in KEYS.items() for column in columns]
+OTHER_COLUMNS = [(table, column) for table, columns in OTHERS.items() for column in columns]
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Filled]:
+    """A database with some of everything, by how it is protected."""
+    return cache(lambda protection: make_filled(tmp_path_factory.mktemp("filled") / "threads.db", protection))
+
+
+def flipped(value: bytes | int, random: Random) -> bytes | int:
+    """A value with one bit changed."""
+    if isinstance(value, int):
+        return value ^ 1 << random.randrange(3, 6)
+    place, bit = random.randrange(len(value)), random.randrange(8)
+    return bytes(byte ^ (1 << bit if number == place else 0) for number, byte in enumerate(value))
+
+
+def damages(filled: Filled, table: str, column: str, *, each: int) -> Iterator[dict[str, Any]]:
+    """The answers after one bit of a column was changed, for some rows."""
+    random = Random(f"{table}.{column}")
+    rows = filled.rows(table, column)
+    assert rows
+    random.shuffle(rows)
+    for number, value in rows[: len(rows) if table in ("blobs", "settings") else 2]:
+        for _ in range(each):
+            yield filled.after(update(table, f"rowid = {number}", **{column: flipped(value, random)}))
+
+
+def check_damage(filled: Filled, table: str, column: str, *, each: int) -> None:
+    """A damaged value is refused by whatever reads it, and changes nothing else."""
+    for after in damages(filled, table, column, each=each):
+        refused = [name for name, answer in after.items() if isinstance(answer, StorageError)]
+        assert refused
+        assert spelled({**after, **{name: filled.answers[name] for name in refused}}) == spelled(filled.answers)
+
+
+def check_damaged_key(filled: Filled, table: str, column: str, *, each: int) -> None:
+    """Of a row whose key is damaged nothing is read, or an error; nothing else changes."""
+    before = parts(filled.answers)
+    for after in damages(filled, table, column, each=each):
+        assert spelled(after) != spelled(filled.answers) or table == "settings"
+        assert parts(after) <= before
+
+
+@pytest.mark.parametrize(("table", "column"), OTHER_COLUMNS)
+def test_a_flipped_bit_is_refused(filled: Any, table: str, column: str) -> None:
+    check_damage(filled("both"), table, column, each=1)
+
+
+@pytest.mark.parametrize(("table", "column"), KEY_COLUMNS)
+def test_a_flipped_bit_of_a_key_shows_no_other_state(filled: Any, table: str, column: str) -> None:
+    check_damaged_key(filled("plain"), table, column, each=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("protection", PROTECTION)
+def test_more_flipped_bits_are_refused_however_the_database_is_protected(filled: Any, protection: str) -> None:
+    for table, column in OTHER_COLUMNS:
+        check_damage(filled(protection), table, column, each=4)
+    for table, column in KEY_COLUMNS:
+        check_damaged_key(filled(protection), table, column, each=4)
+
+
+SUB = f"{of('t')} AND ns = CAST('sub:1' AS BLOB)"
+ALL_BUT_KEYS = "ns_name, parent, created, run, metadata, body, content, history, seal"
+MOVES: dict[str, Change] = {
+    "threads exchange names": exchange("threads", "name", "name = CAST('t' AS BLOB)", "name = CAST('other' AS BLOB)"),
+    "threads exchange keys": exchange("threads", "key", "name = CAST('t' AS BLOB)", "name = CAST('other' AS BLOB)"),
+    "threads exchange all": exchange(
+        "threads", "key, name", "name = CAST('t' AS BLOB)", "name = CAST('other' AS BLOB)"
+    ),
+    "checkpoints exchange threads": exchange("checkpoints", "thread", NEWEST, of("other")),
+    "checkpoints exchange namespaces": exchange("checkpoints", "ns", NEWEST, SUB),
+    "checkpoints exchange ids": exchange("checkpoints", "id", NEWEST, OLDER),
+    "checkpoints exchange content": exchange("checkpoints", "content", NEWEST, OLDER),
+    "checkpoints exchange content and seals": exchange("checkpoints", "content, seal", NEWEST, OLDER),
+    "checkpoints exchange all but their keys": exchange("checkpoints", ALL_BUT_KEYS, NEWEST, OLDER),
+    "checkpoints exchange metadata": exchange("checkpoints", "metadata", NEWEST, OLDER),
+    "a checkpoint without its history": update("checkpoints", OLDER, history=None),
+    "a checkpoint of another run": update("checkpoints", NEWEST, run=b"12345678"),
+    "a checkpoint without a run": update("checkpoints", NEWEST, run=None),
+    "a checkpoint without a parent": update("checkpoints", NEWEST, parent=None),
+    "a checkpoint that is older": update("checkpoints", NEWEST, created=1),
+    "a checkpoint of no content": update("checkpoints", NEWEST, content=b""),
+    "writes exchange checkpoints": exchange("writes", "thread, checkpoint", WRITE + " AND idx = 0", of("other")),
+    "writes exchange indices": exchange("writes", "idx", WRITE + " AND idx = 0", WRITE + " AND idx = 1"),
+    "writes exchange channels": exchange("writes", "channel", WRITE + " AND idx = 0", WRITE + " AND idx = 1"),
+    "writes exchange values": exchange("writes", "digest", WRITE + " AND idx = 0", WRITE + " AND idx = 1"),
+    "writes exchange values and seals": exchange(
+        "writes", "digest, seal", WRITE + " AND idx = 0", WRITE + " AND idx = 1"
+    ),
+    "a write of another task": update("writes", WRITE, task=b"task x"),
+    "a byte in the next column": update("writes", WRITE + " AND idx = 0", path=b"pathx", channel=b""),
+    "a write with another path": update("writes", WRITE, path=b""),
+    "content exchanges bodies": exchange("blobs", "body", f"{of('t')} AND kind = 0", f"{of('t')} AND kind = 2"),
+    "content exchanges digests": exchange("blobs", "digest", f"{of('t')} AND kind = 1", f"{of('t')} AND kind = 5"),
+    "content of another kind": update("blobs", f"{of('t')} AND kind = 1", kind=2),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_rows_that_were_moved_or_exchanged_are_refused(filled: Any, move: str) -> None:
+    before = filled("plain")
+    after = before.after(MOVES[move])
+    assert [name for name, answer in after.items() if isinstance(answer, StorageError)]
+    assert parts(after) <= parts(before.answers)
+
+
+# Somebody who can write to the database and knows how everything in it is made, but not the key.
+
+
+def forge_write(connection: sqlite3.Connection, vault: Vault) -> None:
+    """Make the pending writes of a task those of another."""
+    connection.row_factory = sqlite3.Row
+    row = dict(connection.execute(f"SELECT * FROM agentmem_writes WHERE {WRITE}").fetchone())
+    connection.row_factory = None
+    row["path"] = b"forged"
+    where = f"{WRITE} AND idx = {row['idx']}"
+    update("writes", where, path=b"forged", seal=seal_write(vault, "t", row))(connection)
+
+
+def test_without_a_key_digests_find_damage_but_no_forger(filled: Any) -> None:
+    """What `hmac_key` is for; and that the forger of the next test knows the trade."""
+    found = filled("plain")
+    after = found.after(lambda connection: forge(connection, Vault(JsonPlusSerializer(), None)))
+    assert after["newest"].checkpoint["channel_values"]["x"] == b"forged"
+    after = found.after(lambda connection: forge_write(connection, Vault(JsonPlusSerializer(), None)))
+    assert not isinstance(after["get 0"], StorageError)
+
+
+@pytest.mark.parametrize("key", [None, b"another key of length 32 or so..."])
+@pytest.mark.parametrize("forgery", [forge, forge_write])
+def test_with_a_key_nobody_without_it_can_change_anything(filled: Any, forgery: Any, key: bytes | None) -> None:
+    found = filled("hmac")
+    after = found.after(lambda connection: forgery(connection, Vault(JsonPlusSerializer(), key)))
+    name = "newest" if forgery is forge else "get 0"
+    assert isinstance(after[name], StorageError)
+    assert isinstance(after["list"], StorageError)
+
+
+def test_a_body_and_its_digest_made_anew_are_refused_with_a_key(filled: Any) -> None:
+    """The digest is what content refers to content by, so both are changed everywhere."""
+
+    def rewrite(connection: sqlite3.Connection) -> None:
+        vault = Vault(JsonPlusSerializer(), None)
+        rows = connection.execute("SELECT rowid, kind, body FROM agentmem_blobs").fetchall()
+        for number, kind, body in rows:
+            update("blobs", f"rowid = {number}", digest=vault.digest(kind, vault.open(body)))(connection)
+
+    after = filled("hmac").after(rewrite)
+    assert all(isinstance(answer, StorageError) for name, answer in after.items() if name != "history 0")
+
+
+@pytest.mark.parametrize("name", [b"protection", b"check", None])
+def test_settings_that_were_taken_out_open_nothing(filled: Any, name: bytes | None) -> None:
+    def take_out(connection: sqlite3.Connection) -> None:
+        connection.execute("DELETE FROM agentmem_settings WHERE name = ? OR ? IS NULL", (name, name))
+
+    def forged(connection: sqlite3.Connection) -> None:
+        take_out(connection)
+        forge(connection, Vault(JsonPlusSerializer(), None))
+
+    for protection in ("hmac", "both"):
+        after = filled(protection).after(take_out if protection == "both" else forged)
+        assert parts(after) <= parts(filled(protection).answers)
+        if protection == "hmac":
+            assert isinstance(after["newest"], StorageError)
+    wrong = filled("hmac").after(take_out, hmac_key=b"another key of length 32 or so...")
+    assert all(isinstance(answer, StorageError) for answer in wrong.values())
+
+
+@pytest.mark.parametrize("made", PROTECTION)
+@pytest.mark.parametrize("opened", [*PROTECTION, "other hmac_key", "other cipher key"])
+def test_a_database_opens_only_with_what_it_was_made_with(filled: Any, made: str, opened: str) -> None:
+    other = {
+        "other hmac_key": {**PROTECTION[made], "hmac_key": bytes(32)},
+        "other cipher key": {**PROTECTION[made], "serde": aes(b"another aes key.")},
+    }
+    after = filled(made).after(lambda connection: None, **({"cache_bytes": 0} | (PROTECTION | other)[opened]))
+    if made == opened:
+        assert spelled(after) == spelled(filled(made).answers)
+        return
+    for answer in after.values():
+        assert isinstance(answer, StorageError)
+        assert "pass" in str(answer)
+        assert str(HMAC_KEY) not in str(answer)
+
+
+@pytest.mark.parametrize("key", [b"", b"x" * 15, "x" * 32, bytearray(32), 7])
+def test_a_bad_key_is_refused_at_once(url: str, key: Any) -> None:
+    with pytest.raises(ConfigError, match="hmac_key of at least 16 random bytes"):
+        SQLAlchemySaver.from_url(url, hmac_key=key)

@@ -1,0 +1,310 @@
+"""Runs, pruning, copying and reading of one thread at the same time, by several threads and savers.
+
+Two savers on one database know of each other as little as two processes do: each has a cache of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from threading import Event
+from typing import Any
+
+import pytest
+from langchain_core.messages import HumanMessage
+from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
+from langgraph.checkpoint.serde.types import INTERRUPT, _DeltaSnapshot
+from sql_cases import config
+from sql_chains import empty, grow, history, id_of, made, plain_sql, shared_database, unaccounted, write
+from sql_graphs import delta_graph, say
+from sqlalchemy import Connection, create_engine, event
+
+from agentmem.errors import StorageError
+from agentmem_sql import SQLAlchemySaver
+
+Sql = Callable[..., list[Any]]
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql", "mysql"])
+def database_url(
+    request: pytest.FixtureRequest, servers: Callable[[str], Connection], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    with shared_database(request.param, servers, tmp_path_factory.mktemp("races")) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def ask(database_url: str) -> Iterator[Sql]:
+    with plain_sql(database_url) as run:
+        yield run
+
+
+@pytest.fixture
+def any_saver(database_url: str, ask: Sql) -> Iterator[SQLAlchemySaver]:
+    with SQLAlchemySaver.from_url(database_url) as saver:
+        saver.setup()
+        yield saver
+        assert unaccounted(ask) == (set(), set())
+        empty(saver, ask)
+
+
+@pytest.fixture
+def another(database_url: str) -> Iterator[SQLAlchemySaver]:
+    with SQLAlchemySaver.from_url(database_url) as saver:
+        yield saver
+
+
+def messages(number: int) -> list[HumanMessage]:
+    return [HumanMessage(f"message {one} " * 20, id=f"{one}") for one in range(number)]
+
+
+def test_writers_pruners_and_readers_of_one_thread(any_saver: SQLAlchemySaver, another: SQLAlchemySaver) -> None:
+    """Eight writers, six of them in namespaces of their own; two prune the thread all the while, one reads.
+
+    Nothing that was written may be lost: what a delta channel is rebuilt from has no gap, at any time.
+    """
+    steps, writers, namespaces = 8, 8, [*(f"sub:{number}" for number in range(6)), "", ""]
+    savers = (any_saver, another)
+    done = Event()
+
+    def check(saver: SQLAlchemySaver, ns: str) -> int:
+        newest = saver.get_tuple(config(ns=ns))
+        if newest is None:
+            return 0
+        values = newest.checkpoint["channel_values"]
+        assert values["messages"] == messages(values["number"])
+        assert values["raw"] == b"%d" % values["number"] * 999
+        own = [value for _, channel, value in newest.pending_writes or () if channel == "x"]
+        assert own in ([], [[ns, values["number"]]])
+        if ns and values["number"]:  # the first holds the channel itself
+            found = history(saver, newest.config)
+            is_gone = saver.get_tuple(newest.config) is None
+            assert found == (_DeltaSnapshot([ns]), list(range(values["number"]))) or (is_gone and found == (None, []))
+        number: int = values["number"]
+        return number
+
+    def write_all(number: int) -> None:
+        saver, ns = savers[number % 2], namespaces[number]
+        for step in range(steps):
+            values = {"messages": messages(step), "number": step, "raw": b"%d" % step * 999}
+            if step == 0:
+                at = grow(saver, None, {**values, "d": _DeltaSnapshot([ns])}, ns=ns, deltas="")
+            else:
+                write(saver, at, step - 1)
+                at = grow(saver, at, values, ns=ns)
+            saver.put_writes(at, [("x", [ns, step]), ("y", b"%d" % step * 999)], "another")
+            for asked in ("first", "second"):
+                saver.put_writes(at, [(INTERRUPT, f"{asked} {ns} {step}" * 9)], "asking")
+
+    def prune(number: int) -> int:
+        pruned = 0
+        while not done.is_set():
+            savers[number].prune(["t"])
+            pruned += 1
+        return pruned
+
+    def read() -> int:
+        chance, read_ = random.Random(1), 0
+        while not done.is_set():
+            check(chance.choice(savers), chance.choice(namespaces))
+            for found in chance.choice(savers).list(config(ns=chance.choice(namespaces)), limit=3):
+                values = found.checkpoint["channel_values"]
+                assert values["messages"] == messages(values["number"])
+            read_ += 1
+        return read_
+
+    with ThreadPoolExecutor(writers + 3) as pool:
+        busy = [pool.submit(prune, 0), pool.submit(prune, 1), pool.submit(read)]
+        try:
+            list(pool.map(write_all, range(writers)))
+        finally:
+            done.set()
+        assert min(one.result() for one in busy) >= 2
+    for saver in savers:
+        assert [check(saver, ns) for ns in namespaces] == [steps - 1] * writers
+    any_saver.prune(["t"])
+    assert len(list(another.list({"configurable": {"thread_id": "t"}}))) == len(set(namespaces))
+
+
+@pytest.mark.parametrize("durability", ["sync", "async"])
+def test_a_graph_that_is_pruned_while_it_runs(
+    any_saver: SQLAlchemySaver, another: SQLAlchemySaver, durability: Any
+) -> None:
+    def talk(saver: Any) -> list[str]:
+        graph = delta_graph(saver)
+        for turn in range(8):
+            graph.invoke(say(f"turn {turn}"), config(), durability=durability)
+        values = graph.get_state(config()).values
+        return [*(str(message.content) for message in values["messages"]), *values["log"], str(values["total"])]
+
+    done = Event()
+
+    def prune(saver: SQLAlchemySaver) -> None:
+        while not done.is_set():
+            saver.prune(["t"])
+
+    with ThreadPoolExecutor(2) as pool:
+        pruning = [pool.submit(prune, saver) for saver in (any_saver, another)]
+        try:
+            found = talk(any_saver)
+        finally:
+            done.set()
+        for one in pruning:
+            one.result()
+    assert found == talk(InMemorySaver())
+
+
+async def test_tasks_write_while_others_prune(any_saver: SQLAlchemySaver, another: SQLAlchemySaver) -> None:
+    async def write_all(number: int) -> None:
+        at: RunnableConfig = config(ns=f"sub:{number}")
+        for step in range(8):
+            one = made({"messages": messages(step), "number": step})
+            at = await any_saver.aput(at, one, {}, one["channel_versions"])
+            await any_saver.aput_writes(at, [("d", step)], "task")
+            found = await another.aget_tuple(at)
+            assert found is None or found.checkpoint["channel_values"]["messages"] == messages(step)
+
+    async def prune() -> None:
+        for _ in range(8):
+            await another.aprune(["t"])
+
+    await asyncio.gather(*(write_all(number) for number in range(4)), prune())
+    await another.aprune(["t"])
+    async for found in any_saver.alist({"configurable": {"thread_id": "t"}}):
+        assert found.checkpoint["channel_values"]["number"] == 7
+        assert [value for _, _, value in found.pending_writes or ()] == [7]
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["pruned", "deleted"])
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_whoever_knows_a_thread_learns_that_others_took_out_of_it(
+    any_saver: SQLAlchemySaver, another: SQLAlchemySaver, kept: bool, asynchronous: bool
+) -> None:
+    """A saver with a warm cache stores what another has just freed: it is stored anew, not only referred to."""
+
+    def run(name: str, *args: Any) -> Any:
+        if asynchronous:
+            return asyncio.run(getattr(any_saver, f"a{name}")(*args))
+        return getattr(any_saver, name)(*args)
+
+    old = {"messages": messages(40), "raw": b"old" * 999}
+    first = grow(any_saver, None, old)
+    second = grow(any_saver, first, {"raw": b"kept" * 999})
+    found = any_saver.get_tuple(first)
+    assert found is not None
+    another.prune(["t"], strategy="keep_latest" if kept else "delete")
+    again = made(old)
+    third = run("put", second, again, {}, again["channel_versions"])
+    another.prune(["t"], strategy="keep_latest" if kept else "delete")
+    if not kept:
+        third = run("put", config(), again, {}, again["channel_versions"])
+        another.delete_thread("t")
+        another.put(config(), again, {}, again["channel_versions"])
+    run("put_writes", third, [("messages", messages(39)), ("raw", b"kept" * 999)], "task")
+    for saver in (any_saver, another):
+        read = saver.get_tuple(third)
+        assert read is not None
+        assert read.checkpoint == again
+        assert read.pending_writes == [("task", "messages", messages(39)), ("task", "raw", b"kept" * 999)]
+
+
+def test_unchanged_channels_of_a_parent_that_is_taken_out_meanwhile(
+    any_saver: SQLAlchemySaver, another: SQLAlchemySaver
+) -> None:
+    """A run that left an older checkpoint stores a child whose unchanged channels it knows from the parent."""
+    parent = grow(any_saver, None, {"messages": messages(40), "raw": b"raw" * 999}, deltas="")
+    grow(any_saver, parent, {"x": 1}, deltas="")
+    child = made({"messages": messages(40), "raw": b"raw" * 999, "x": 2}, "")
+    another.prune(["t"])
+    at = any_saver.put(parent, child, {}, {"x": "1.5"})
+    for saver in (any_saver, another):
+        found = saver.get_tuple(at)
+        assert found is not None
+        assert found.checkpoint == child
+
+
+@pytest.mark.parametrize("when", range(1, 5))
+def test_a_put_that_is_overtaken_by_a_prune(database_url: str, another: SQLAlchemySaver, ask: Sql, when: int) -> None:
+    """At each of its statements in turn, all that it builds upon but the newest checkpoint is taken out."""
+    engine = create_engine(database_url)
+    statements, pruning = 0, []
+
+    def prune(*_: Any) -> None:
+        nonlocal statements
+        statements += 1
+        if statements == when:
+            pruning.append(pool.submit(another.prune, ["t"]))
+            wait(pruning, timeout=0.2)  # by then it is through, or waits for the put
+
+    with SQLAlchemySaver(engine) as saver, ThreadPoolExecutor(1) as pool:
+        parent = grow(saver, None, {"messages": messages(40)}, deltas="")
+        newest = grow(saver, parent, {"x": 1}, deltas="")
+        child = made({"messages": messages(41), "x": 2}, "")
+        event.listen(engine, "before_cursor_execute", prune)
+        at = saver.put(newest, child, {}, child["channel_versions"])
+        event.remove(engine, "before_cursor_execute", prune)
+        for one in pruning:
+            one.result()
+        assert unaccounted(ask) == (set(), set())
+        found = another.get_tuple(at)
+        assert found is not None
+        assert found.checkpoint == child
+        another.delete_thread("t")
+    engine.dispose()
+
+
+def test_a_listing_that_is_pruned_while_it_is_read(database_url: str, another: SQLAlchemySaver) -> None:
+    """At each of its statements in turn; what is listed all the same has its values and its pending writes."""
+    engine = create_engine(database_url)
+
+    def prune(*_: Any) -> None:
+        nonlocal statements
+        statements += 1
+        if statements == when:
+            another.prune(["t"])
+
+    with SQLAlchemySaver(engine, cache_bytes=0) as saver:
+        saver.setup()
+        for when in range(1, 6):
+            at = None
+            for number in range(3):
+                at = grow(another, at, {"messages": messages(3)})
+                write(another, at, [number] * 99)
+            before = {id_of(one.config): one for one in another.list(config())}
+            statements = 0
+            event.listen(engine, "before_cursor_execute", prune)
+            found = list(saver.list(config()))
+            event.remove(engine, "before_cursor_execute", prune)
+            for one in found:
+                assert one.checkpoint == before[id_of(one.config)].checkpoint
+                assert one.pending_writes == before[id_of(one.config)].pending_writes, when
+            assert found[0].config == at
+            another.delete_thread("t")
+    engine.dispose()
+
+
+def test_clones_share_what_they_know(database_url: str, ask: Sql) -> None:
+    """``compile`` clones the saver in strict mode: the database, its connections and the cache stay one."""
+    strict = JsonPlusSerializer(allowed_msgpack_modules=[("some.module", "Name")])
+    with SQLAlchemySaver.from_url(database_url, serde=strict) as saver:
+        clone = saver.with_allowlist([("another.module", "Name")])
+        assert clone is not saver
+        at = grow(saver, None, {"messages": messages(40)})
+        saver.prune(["t"], strategy="delete")
+        at = grow(clone, at, {"messages": messages(40)})
+        saver.put_writes(at, [("messages", messages(40))], "task")
+        found = clone.get_tuple(at)
+        assert found is not None
+        assert found.pending_writes == [("task", "messages", messages(40))]
+        newest = grow(saver, at, {"messages": messages(41)})
+        clone.prune(["t"])
+        assert [one.config for one in saver.list(config())] == [newest]
+        assert unaccounted(ask) == (set(), set())
+        clone.delete_thread("t")
+        clone.close()
+        with pytest.raises(StorageError, match="closed"):
+            saver.get_tuple(at)

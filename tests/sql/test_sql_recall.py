@@ -1,0 +1,393 @@
+"""Messages that were stored before are recognised without being serialised anew, and only if nothing changed."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    AnyMessage,
+    BaseMessage,
+    ChatMessage,
+    HumanMessage,
+    RemoveMessage,
+    SystemMessage,
+    ToolMessage,
+)
+from langchain_core.runnables import RunnableConfig
+from sql_cases import config, put
+from sql_values import (
+    AT,
+    CALL,
+    NUMBER,
+    USAGE,
+    Counting,
+    messages,
+    places,
+    plain,
+    read,
+    reply,
+    serialised,
+    spelled,
+    texts,
+)
+
+from agentmem_sql import SQLAlchemySaver
+
+pytestmark = pytest.mark.filterwarnings("ignore:Pydantic serializer warnings:UserWarning")
+
+
+@dataclass
+class Reasoning:
+    steps: list[str]
+    score: float
+
+
+def simple() -> AIMessage:
+    return AIMessage("hello", id="m1")
+
+
+def stored(saver: SQLAlchemySaver, at: RunnableConfig) -> Any:
+    """The messages of a checkpoint, as they are read now."""
+    return read(saver, at)["messages"]
+
+
+@pytest.fixture(scope="module")
+def memory_saver() -> Iterator[SQLAlchemySaver]:
+    """A saver that many examples share; each takes a thread of its own."""
+    with SQLAlchemySaver.from_url("sqlite:///:memory:") as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def forgetful_saver() -> Iterator[SQLAlchemySaver]:
+    """One that reads everything from the database every time."""
+    with SQLAlchemySaver.from_url("sqlite:///:memory:", cache_bytes=0) as opened:
+        yield opened
+
+
+def thread(count: int) -> list[AnyMessage]:
+    found: list[AnyMessage] = []
+    for number in range(count // 2):
+        found.append(HumanMessage(f"question {number}" * 10, id=f"h{number}"))
+        found.append(reply(id=f"a{number}", content=f"answer {number}" * 10))
+    return found
+
+
+def test_only_what_is_new_in_a_long_thread_is_serialised(url: str) -> None:
+    serde = Counting()
+    said = thread(300)
+    with SQLAlchemySaver.from_url(url, serde=serde) as saver:
+        at = put(saver, config(), {"messages": said})
+        serde.dumped = 0
+        at = put(saver, at, {"messages": [*said, reply(id="new")]})
+        assert serde.dumped <= 3  # the new message, the checkpoint, its metadata
+
+        got = stored(saver, at)
+        assert got == [*said, reply(id="new")]
+        at = put(saver, at, {"messages": [*got, reply(id="newer")]})
+        serde.loaded = 0
+        assert stored(saver, at) == [*got, reply(id="newer")]
+        assert serde.loaded <= 3  # the message that was never read before, the checkpoint, its metadata
+
+    with SQLAlchemySaver.from_url(url, serde=serde) as another:
+        said = stored(another, config())
+        assert len(said) == 302
+        serde.dumped = 0
+        put(another, at, {"messages": [*said, reply(id="newest")]})
+        assert serde.dumped <= 3
+
+
+def test_messages_that_come_back_equal_are_recognised_whatever_objects_they_are(url: str) -> None:
+    serde = Counting()
+    with SQLAlchemySaver.from_url(url, serde=serde) as saver:
+        at = put(saver, config(), {"messages": thread(40)})
+        serde.dumped = 0
+        at = put(saver, at, {"messages": copy.deepcopy(thread(40))})
+        assert serde.dumped == 2
+        saver.put_writes(at, [("messages", thread(40)[3:5])], "task")
+        assert serde.dumped == 2
+
+
+class Colour(StrEnum):
+    HELLO = "hello"
+    STOP = "stop"
+    MODEL_NAME = "model_name"
+
+
+class One(IntEnum):
+    ONE = 1
+
+
+class Text(str):
+    pass
+
+
+class Pairs(dict[str, Any]):
+    pass
+
+
+class Same(AIMessage):
+    """A user's own class that has nothing of its own."""
+
+
+class Special(AIMessage):
+    """A user's own kind of message."""
+
+    mood: str = "fine"
+
+
+def _set(**fields: Any) -> Callable[[Any], None]:
+    def change(message: BaseMessage) -> None:
+        for name, value in fields.items():
+            setattr(message, name, value)
+
+    return change
+
+
+def _within(*path: Any, to: Any) -> Callable[[Any], None]:
+    def change(message: BaseMessage) -> None:
+        holder = getattr(message, path[0])
+        for step in path[1:-1]:
+            holder = holder[step]
+        holder[path[-1]] = to
+
+    return change
+
+
+def _reorder(message: AIMessage) -> None:
+    message.response_metadata["model_name"] = message.response_metadata.pop("model_name")
+
+
+def _rename_key(message: AIMessage) -> None:
+    metadata: dict[Any, Any] = message.response_metadata
+    items = list(metadata.items())
+    metadata.clear()
+    metadata.update({Colour.MODEL_NAME if key == "model_name" else key: value for key, value in items})
+
+
+def _drop_a_call(message: AIMessage) -> None:
+    message.tool_calls.clear()
+
+
+CHANGES: dict[str, Callable[[Any], None]] = {
+    "content": _set(content="hello!"),
+    "content to blocks": _set(content=[{"type": "text", "text": "hello"}]),
+    "content to nothing": _set(content=""),
+    "content to a member": _set(content=Colour.HELLO),
+    "content to a subclass": _set(content=Text("hello")),
+    "id": _set(id="m2"),
+    "id to none": _set(id=None),
+    "name": _set(name=""),
+    "extra field": _set(note="x"),
+    "extra field that is nothing": _set(note=None),
+    "usage to none": _set(usage_metadata=None),
+    "usage 1 to True": _within("usage_metadata", "input_tokens", to=True),
+    "usage 1 to 1.0": _within("usage_metadata", "input_tokens", to=1.0),
+    "usage 1 to a member": _within("usage_metadata", "input_tokens", to=One.ONE),
+    "usage 0 to False": _within("usage_metadata", "input_token_details", "cache_read", to=False),
+    "usage 0 to -0.0": _within("usage_metadata", "output_tokens", to=-0.0),
+    "score 0.0 to -0.0": _within("additional_kwargs", "reasoning", "score", to=-0.0),
+    "score 0.0 to 0": _within("additional_kwargs", "reasoning", "score", to=0),
+    "score 0.0 to nan": _within("additional_kwargs", "reasoning", "score", to=float("nan")),
+    "True to 1": _within("additional_kwargs", "ok", to=1),
+    "deep in a list": _within("additional_kwargs", "reasoning", "steps", 1, to="c"),
+    "list to tuple": _within("additional_kwargs", "reasoning", "steps", to=("a", "b")),
+    "list to text": _within("additional_kwargs", "reasoning", "steps", to="ab"),
+    "dictionary to a subclass": _set(response_metadata=Pairs(reply().response_metadata)),
+    "dictionary to ordered": _set(response_metadata=OrderedDict(reply().response_metadata)),
+    "value to a member": _within("response_metadata", "finish_reason", to=Colour.STOP),
+    "value to bytes": _within("response_metadata", "finish_reason", to=b"stop"),
+    "text to a time": _within("response_metadata", "at", to=AT),
+    "text to a uuid": _within("response_metadata", "uuid", to=NUMBER),
+    "dictionary to a dataclass": _within("additional_kwargs", "reasoning", to=Reasoning(["a", "b"], 0.0)),
+    "value to a set": _within("response_metadata", "finish_reason", to={1}),
+    "key": _rename_key,
+    "order of keys": _reorder,
+    "call argument 1 to True": _within("tool_calls", 0, "args", "a", to=True),
+    "call argument 1.0 to 1": _within("tool_calls", 0, "args", "b", 0, to=1),
+    "call id": _within("tool_calls", 0, "id", to="c2"),
+    "calls gone": _drop_a_call,
+    "calls to none": _set(tool_calls=None),
+    "invalid call": _set(invalid_tool_calls=[{"name": "x", "args": "{", "id": None, "error": "bad"}]),
+}
+# Of a message that holds nothing but text.
+SIMPLE: dict[str, Callable[[Any], None]] = {
+    **{name: change for name, change in CHANGES.items() if name.split()[0] in ("content", "id", "name", "extra")},
+    "text in a dictionary": _within("additional_kwargs", "a", to="b"),
+    "an empty list for an empty dictionary": _set(additional_kwargs=[]),
+    "nothing for an empty dictionary": _set(response_metadata=None),
+    "an empty dictionary of another class": _set(response_metadata=Pairs()),
+    "usage": _set(usage_metadata=dict(USAGE)),
+    "calls": _set(tool_calls=[CALL]),
+    "calls as a tuple": _set(tool_calls=()),
+    "type": _set(type="human"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_message_changed_in_place_is_stored_anew(memory_saver: SQLAlchemySaver, name: str) -> None:
+    """The object that was stored, the one that was read, and either after a change that is taken back."""
+    change = CHANGES[name]
+    at = put(memory_saver, config(name), {"messages": [reply()]})
+    own, before = reply(), spelled(stored(memory_saver, at))
+    at = put(memory_saver, at, {"messages": [own]})
+    (got,) = stored(memory_saver, at)
+    for message in (own, got):
+        change(message)
+        changed = put(memory_saver, at, {"messages": [message]})
+        assert spelled(stored(memory_saver, changed)) == spelled(serialised([message]))
+        assert spelled(stored(memory_saver, changed)) == spelled(serialised([message]))
+        assert spelled(stored(memory_saver, at)) == before
+        back = put(memory_saver, changed, {"messages": [reply()]})
+        assert spelled(stored(memory_saver, back)) == before
+
+
+@pytest.mark.parametrize("name", SIMPLE)
+def test_a_message_of_text_alone_that_is_changed_is_stored_anew(memory_saver: SQLAlchemySaver, name: str) -> None:
+    own = simple()
+    before = spelled(serialised([own]))
+    at = put(memory_saver, config("simple " + name), {"messages": [own]})
+    (got,) = stored(memory_saver, at)
+    for message in (own, got):
+        SIMPLE[name](message)
+        changed = put(memory_saver, at, {"messages": [message]})
+        assert spelled(stored(memory_saver, changed)) == spelled(serialised([message]))
+        assert spelled(stored(memory_saver, at)) == before
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        (AIMessage("x", id="1"), AIMessageChunk("x", id="1")),
+        (HumanMessage("x", id="1"), SystemMessage("x", id="1")),
+        (AIMessage("x", id="1"), Same("x", id="1")),
+        (ChatMessage("x", id="1", role="a"), ChatMessage("x", id="1", role="b")),
+        (ToolMessage("x", id="1", tool_call_id="a"), ToolMessage("x", id="1", tool_call_id="a", status="error")),
+        (ToolMessage("x", id="1", tool_call_id="a"), ToolMessage("x", id="1", tool_call_id="a", artifact=[])),
+        (HumanMessage("x", id="1"), {"content": "x", "id": "1", "type": "human"}),
+        (HumanMessage("x", id="1"), "x"),
+        (HumanMessage("", id="1"), RemoveMessage(id="1")),
+        (HumanMessage("x", id="1", name="n"), HumanMessage("x", id="1", additional_kwargs={"name": "n"})),
+    ],
+)
+def test_what_only_looks_like_a_stored_message_is_stored_anew(
+    memory_saver: SQLAlchemySaver, left: Any, right: Any
+) -> None:
+    at = put(memory_saver, config("alike"), {"messages": [left]})
+    for one in (right, left, right):
+        at = put(memory_saver, at, {"messages": [one]})
+        assert spelled(stored(memory_saver, at)) == spelled(serialised([one]))
+
+
+def _alike(value: Any) -> list[Any]:
+    """Values that Python may hold for the same, or that are nearly so."""
+    if isinstance(value, bool | int | float):
+        number = 0 if value != value or abs(value) > 2**53 else value
+        return [bool(number), int(number), float(number), -float(number), str(value), None]
+    if isinstance(value, str):
+        return [value + " ", value.encode("utf-8", "surrogatepass"), Text(value), Colour.STOP, None]
+    if isinstance(value, dict):
+        return [dict(reversed(value.items())), Pairs(value), [], list(value)]
+    if isinstance(value, list | tuple):
+        return [list(value), tuple(value), [*value, None], value[::-1], {}]
+    return [False, 0, "", b"", bytearray(b"x"), [], None]
+
+
+@settings(max_examples=80)
+@given(message=messages, other=messages, data=st.data())
+def test_whatever_changes_in_a_message_is_what_comes_back(
+    memory_saver: SQLAlchemySaver, message: BaseMessage, other: BaseMessage, data: st.DataObject
+) -> None:
+    memory_saver.delete_thread("any")
+    at = put(memory_saver, config("any"), {"messages": [other, message]})
+    first = spelled(serialised([other, message]))
+    assert spelled(stored(memory_saver, at)) == first
+    if data.draw(st.booleans(), "the one that was read"):
+        message = stored(memory_saver, at)[1]
+
+    holder, key = data.draw(st.sampled_from(places(message.__dict__)), "place")
+    holder[key] = data.draw(st.sampled_from(_alike(holder[key])) | plain, "value")
+
+    try:
+        expected = spelled(serialised([message, other]))
+    except TypeError:
+        with pytest.raises(TypeError):
+            put(memory_saver, at, {"messages": [message, other]})
+        assert spelled(stored(memory_saver, at)) == first
+        return
+    changed = put(memory_saver, at, {"messages": [message, other]})
+    assert spelled(stored(memory_saver, changed)) == expected
+    assert spelled(stored(memory_saver, changed)) == expected
+    assert spelled(stored(memory_saver, at)) == first
+
+
+FLAT: list[Callable[[], BaseMessage]] = [
+    lambda: HumanMessage("x", id="1"),
+    lambda: SystemMessage("x", id="1", name="n"),
+    lambda: AIMessage("x", id="1"),
+    lambda: AIMessageChunk("x", id="1", chunk_position="last"),
+    lambda: ToolMessage("x", id="1", tool_call_id="c", artifact="y"),
+    lambda: ChatMessage("x", id="1", role="r"),
+    lambda: RemoveMessage(id="1"),
+]
+few = st.none() | texts | st.sampled_from(["ai", "human", "last", "error", "", "v1"]) | st.sampled_from([[], {}, (), 0])
+
+
+@settings(max_examples=80)
+@given(st.lists(st.tuples(st.sampled_from(FLAT), st.integers(0, 9), few), min_size=1, max_size=8))
+def test_messages_of_text_alone_come_back_as_the_serializer_gives_them(
+    forgetful_saver: SQLAlchemySaver, changes: list[tuple[Callable[[], BaseMessage], int, Any]]
+) -> None:
+    """Whatever was read before that looked like them, and whether their class would take them or not."""
+    made = []
+    for make, field, value in changes:
+        message = make()
+        message.__dict__[list(message.__dict__)[field % len(message.__dict__)]] = value
+        made.append(message)
+    expected = spelled(serialised(made))
+    at = put(forgetful_saver, config("any"), {"messages": made})
+    assert spelled(stored(forgetful_saver, at)) == expected
+    assert spelled(stored(forgetful_saver, at)) == expected
+
+
+@pytest.mark.parametrize(
+    "message",
+    [Special("x", id="1", mood="low"), HumanMessage("x"), AIMessage("x", id="1", additional_kwargs={"at": {1, 2}})],
+    ids=["subclass", "no id", "a set in it"],
+)
+def test_messages_that_are_not_recalled_are_stored_all_the_same(url: str, message: Any) -> None:
+    serde = Counting()
+    with SQLAlchemySaver.from_url(url, serde=serde) as saver:
+        at = config()
+        for _ in range(3):
+            serde.dumped = 0
+            at = put(saver, at, {"messages": [message]})
+            assert serde.dumped == 3
+            assert spelled(stored(saver, at)) == spelled(stored(saver, at)) == spelled(serialised([message]))
+            message.content += "!"
+            message.additional_kwargs["n"] = len(message.content)
+
+
+def test_of_two_messages_with_one_id_each_is_itself(saver: SQLAlchemySaver) -> None:
+    both = [HumanMessage("left", id="1"), HumanMessage("right", id="1"), AIMessage("left", id="1")]
+    at = put(saver, config(), {"messages": both})
+    assert stored(saver, at) == both
+    at = put(saver, at, {"messages": both[::-1]})
+    assert stored(saver, at) == both[::-1]
+
+
+def test_a_message_may_lose_its_id_or_be_half_made(saver: SQLAlchemySaver) -> None:
+    odd = HumanMessage.model_construct(content="x", id="1")
+    del odd.__dict__["id"]
+    at = put(saver, config(), {"messages": [odd, HumanMessage("y", id="2")]})
+    assert [one.content for one in stored(saver, at)] == ["x", "y"]

@@ -1,0 +1,673 @@
+"""What stays by a policy, what a sweep says of itself, and what the threads of a database take."""
+
+from __future__ import annotations
+
+import json
+import operator
+import random
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any, TypedDict
+
+import pytest
+from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
+from sql_cases import config, put
+from sql_chains import empty, grow, history, id_of, ids, made, shared_database, unaccounted, write
+from sqlalchemy import Connection, Engine, NullPool, create_engine, event, text
+from typer.testing import CliRunner
+
+from agentmem.cli.app import app
+from agentmem.errors import ConfigError, StorageError
+from agentmem_sql import Retention, RetentionReport, SQLAlchemySaver
+from agentmem_sql.presence import check_present
+
+Sql = Callable[..., list[Any]]
+
+DAY = timedelta(days=1)
+# Byte columns of every table that belongs to threads.
+COLUMNS = {
+    "threads": ("key", "name"),
+    "blobs": ("body",),
+    "checkpoints": ("ns", "id", "ns_name", "parent", "run", "metadata", "body", "content", "history", "seal"),
+    "writes": ("ns", "checkpoint", "task", "path", "channel", "digest", "seal"),
+}
+
+
+class Clock:
+    """The time that checkpoints are stored at."""
+
+    def __init__(self) -> None:
+        self.now = datetime(2026, 1, 1, tzinfo=UTC)
+
+    def time_ns(self) -> int:
+        return int(self.now.timestamp() * 1000) * 1_000_000
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(time, "time_ns", found.time_ns)
+    return found
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql", "mysql"])
+def database_url(
+    request: pytest.FixtureRequest, servers: Callable[[str], Connection], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    with shared_database(request.param, servers, tmp_path_factory.mktemp("retention")) as url:
+        yield url
+
+
+@pytest.fixture
+def any_saver(database_url: str, ask: Sql) -> Iterator[SQLAlchemySaver]:
+    with SQLAlchemySaver.from_url(database_url) as saver:
+        saver.setup()
+        yield saver
+        assert unaccounted(ask) == (set(), set())
+        empty(saver, ask)
+
+
+def chain(saver: Any, count: int, *, clock: Clock | None = None, thread: str = "t", ns: str = "") -> list[str]:
+    """Store checkpoints with pending writes one after another, a day apart; gives their ids."""
+    at = config(thread, ns)
+    found = []
+    log: list[Any] = []
+    for number in range(count):
+        log = [*log, f"item {number} of {thread} " * 5]
+        at = grow(saver, at, {"log": log, "state": bytes([number]) * 300}, deltas="")
+        saver.put_writes(at, [("state", bytes([number + 1]) * 300)], "task")
+        found.append(id_of(at))
+        if clock is not None:
+            clock.now += DAY
+    return found
+
+
+def left(saver: Any, thread: str = "t", ns: str = "") -> list[str]:
+    """The ids of a namespace's checkpoints, oldest first."""
+    return [id_of(one.config) for one in saver.list(config(thread, ns))][::-1]
+
+
+def namespaces(saver: Any) -> set[str]:
+    """The namespaces of all threads."""
+    return {one.config["configurable"]["checkpoint_ns"] for one in saver.list(None)}
+
+
+def content(ask: Sql) -> dict[str, list[Any]]:
+    """Every row of every table."""
+    return {name: sorted(map(repr, ask(f"SELECT * FROM agentmem_{name}"))) for name in COLUMNS}
+
+
+def bytes_of(ask: Sql) -> int:
+    """The bytes in the columns of every table, by plain SQL."""
+    found = 0
+    for name, columns in COLUMNS.items():
+        length = " + ".join(f"COALESCE(LENGTH(t.{column}), 0)" for column in columns)
+        found += int(ask(f"SELECT COALESCE(SUM({length}), 0) FROM agentmem_{name} t")[0][0])
+    return found
+
+
+@contextmanager
+def held(url: str) -> Iterator[None]:
+    """Another process holds every thread's row, or SQLite's write lock."""
+    engine = create_engine(url, poolclass=NullPool)
+    with engine.connect() as connection:
+        sqlite = engine.dialect.name == "sqlite"
+        if sqlite:
+            connection.connection.dbapi_connection.isolation_level = None  # type: ignore[union-attr]
+        connection.execute(text("BEGIN IMMEDIATE" if sqlite else "SELECT number FROM agentmem_threads FOR UPDATE"))
+        yield
+        connection.rollback()
+
+
+# What stays.
+
+
+def test_the_newest_of_each_namespace_stay(any_saver: SQLAlchemySaver) -> None:
+    main, sub = chain(any_saver, 5), chain(any_saver, 4, ns="sub")
+    other = chain(any_saver, 3, thread="other")
+    before = {id_of(one.config): one for one in any_saver.list(config())}
+    report = any_saver.retain(Retention(max_checkpoints=3))
+    assert left(any_saver) == main[-3:]
+    assert left(any_saver, ns="sub") == sub[-3:]
+    assert left(any_saver, "other") == other
+    for one in any_saver.list(config()):
+        was = before[id_of(one.config)]
+        assert (one.checkpoint, one.metadata, one.pending_writes) == (was.checkpoint, was.metadata, was.pending_writes)
+    [thread] = report.threads
+    assert (thread.thread_id, thread.removed, thread.kept, thread.deleted) == ("t", 3, 6, False)
+    assert (report.removed, report.kept, report.threads_kept, report.threads_deleted) == (3, 9, 2, 0)
+    assert not report.dry_run
+
+
+def test_what_was_stored_longer_ago_goes(any_saver: SQLAlchemySaver, clock: Clock) -> None:
+    stored = chain(any_saver, 6, clock=clock)
+    old = chain(any_saver, 2, thread="old", ns="sub", clock=clock)
+    report = any_saver.retain(Retention(max_age=4 * DAY), now=clock.now)
+    assert left(any_saver) == stored[-2:]
+    assert left(any_saver, "old", "sub") == old
+    clock.now += 100 * DAY
+    report = any_saver.retain(Retention(max_age=4 * DAY), now=clock.now)
+    assert left(any_saver) == stored[-1:], "the newest stays, however old"
+    assert left(any_saver, "old", "sub") == old[-1:]
+    assert (report.kept, report.threads_deleted) == (2, 0)
+
+
+def test_age_is_counted_to_the_millisecond(saver: SQLAlchemySaver, clock: Clock) -> None:
+    chain(saver, 2, clock=clock)
+    exactly = clock.now - 2 * DAY  # when the first was stored
+    assert saver.retain(Retention(max_age=DAY), now=exactly + DAY).removed == 0
+    assert saver.retain(Retention(max_age=DAY), now=exactly + DAY + timedelta(milliseconds=1)).removed == 1
+
+
+def test_idle_threads_are_deleted_whole(any_saver: SQLAlchemySaver, clock: Clock, ask: Sql) -> None:
+    chain(any_saver, 3, thread="idle", clock=clock)
+    chain(any_saver, 1, thread="idle", ns="sub", clock=clock)
+    # Its checkpoint never came.
+    any_saver.put_writes(config("idle", checkpoint_id="lost"), [("state", b"early" * 99)], "task")
+    stored = chain(any_saver, 3, thread="busy", clock=clock)
+    report = any_saver.retain(Retention(idle=3.5 * DAY), now=clock.now)
+    [thread] = report.threads
+    assert (thread.thread_id, thread.removed, thread.kept, thread.deleted) == ("idle", 4, 0, True)
+    assert (report.threads_deleted, report.threads_kept, report.kept) == (1, 1, 3)
+    assert [bytes(name) for (name,) in ask("SELECT name FROM agentmem_threads")] == [b"busy"]
+    assert left(any_saver, "busy") == stored
+    chain(any_saver, 1, thread="idle")  # a new one of that name
+    assert len(left(any_saver, "idle")) == 1
+
+
+def test_every_rule_has_to_let_a_checkpoint_stay(saver: SQLAlchemySaver, clock: Clock) -> None:
+    first = chain(saver, 4, thread="old", clock=clock)
+    second = chain(saver, 6, thread="new", clock=clock)
+    policy = Retention(max_checkpoints=4, max_age=3 * DAY, idle=8 * DAY)
+    saver.retain(policy, now=clock.now)
+    assert left(saver, "old") == first[-1:]
+    assert left(saver, "new") == second[-3:], "age says less than count"
+    saver.retain(Retention(max_checkpoints=2, max_age=3 * DAY), now=clock.now)
+    assert left(saver, "new") == second[-2:], "count says less than age"
+    assert saver.retain(policy, now=clock.now + 3 * DAY).threads_deleted == 1
+    assert left(saver, "old") == []
+
+
+def test_only_the_threads_that_are_named(any_saver: SQLAlchemySaver) -> None:
+    for name in ("a", "b", "c"):
+        chain(any_saver, 3, thread=name)
+    report = any_saver.retain(Retention(max_checkpoints=1), thread_ids=["c", "none of ours", "a", "a"])
+    assert [one.thread_id for one in report.threads] == ["a", "c"]
+    assert (report.removed, report.kept, report.threads_kept) == (4, 2, 2)
+    assert [len(left(any_saver, name)) for name in "abc"] == [1, 3, 1]
+    assert any_saver.retain(Retention(max_checkpoints=1), thread_ids=[]).threads == ()
+
+
+def test_calls_of_subgraphs_go_with_their_caller(saver: SQLAlchemySaver) -> None:
+    """And so do those of a caller that went earlier, but not those of one that has yet to be stored."""
+    roots = [grow(saver, deltas="")]
+    for _ in range(4):
+        roots.append(grow(saver, roots[-1], deltas=""))
+    long = "deep|" * 40
+    for number, root in enumerate(roots):
+        for ns in (f"sub:{number}", f"sub:{number}|inner:{number}", f"{long}sub:{number}", f"kept:{number}|plain"):
+            at = grow(saver, ns=ns, values={"n": number}, deltas="", parents={"": id_of(root)})
+            grow(saver, at, {"n": number}, deltas="", parents={"": id_of(root)})
+    grow(saver, ns="sub:early", deltas="", parents={"": id_of(grow(saver, thread="other", deltas=""))})
+    saver.retain(Retention(max_checkpoints=3))
+    calls = {
+        ns for number in (2, 3, 4) for ns in (f"sub:{number}", f"sub:{number}|inner:{number}", f"{long}sub:{number}")
+    }
+    threads_of_their_own = {f"kept:{number}|plain" for number in range(5)}
+    assert namespaces(saver) == {"", "sub:early"} | calls | threads_of_their_own
+    saver.prune(["t"])  # keeps the newest of every namespace, so here the callers go first
+    grow(saver, roots[-1], deltas="")
+    saver.retain(Retention(max_checkpoints=1))
+    assert namespaces(saver) == {""} | threads_of_their_own
+
+
+def test_calls_go_with_a_caller_that_is_not_the_oldest(saver: SQLAlchemySaver, clock: Clock) -> None:
+    """Checkpoints are not always stored in the order of their ids."""
+    early, late, newest = (made({}, "") for _ in range(3))
+    for one in (late, early, newest):
+        saver.put(config(), one, {}, one["channel_versions"])
+        clock.now += DAY
+    for name, caller in (("early", early), ("late", late)):
+        grow(saver, ns=f"sub:{name}", deltas="", parents={"": caller["id"]})
+    assert saver.retain(Retention(max_age=2.5 * DAY), now=clock.now).removed == 2
+    assert left(saver) == [early["id"], newest["id"]]
+    assert namespaces(saver) == {"", "sub:early"}
+
+
+class Talk(TypedDict):
+    asked: Annotated[list[str], operator.add]
+    answers: Annotated[list[str], operator.add]
+
+
+def asking_graph(saver: Any) -> Any:
+    """A graph whose subgraph has two steps and asks in the second."""
+    from langgraph.graph import START, StateGraph
+    from langgraph.types import interrupt
+
+    def ask(state: Any) -> dict[str, list[str]]:
+        return {"answers": [interrupt(state["asked"][-1])]}
+
+    inner = StateGraph(Talk).add_node("before", lambda _: {"asked": []}).add_node("ask", ask)
+    compiled = inner.add_edge(START, "before").add_edge("before", "ask").compile()
+
+    def call(state: Any) -> dict[str, list[str]]:
+        return {"answers": compiled.invoke({"asked": state["asked"][-1:]})["answers"]}
+
+    outer = StateGraph(Talk).add_node("inner", call).add_node("after", lambda _: {"asked": []})
+    return outer.add_edge(START, "inner").add_edge("inner", "after").compile(checkpointer=saver)
+
+
+def test_a_pending_interrupt_survives(any_saver: SQLAlchemySaver, database_url: str) -> None:
+    from langgraph.types import Command
+
+    durability: Any = "exit" if "mysql" in database_url else "async"
+    graph = asking_graph(any_saver)
+    for number in range(3):
+        graph.invoke({"asked": [f"question {number}"]}, config(), durability=durability)
+        if number < 2:
+            graph.invoke(Command(resume=f"answer {number}"), config(), durability=durability)
+    before = graph.get_state(config(), subgraphs=True)
+    any_saver.retain(Retention(max_checkpoints=1))
+    left_over = sorted(ns.partition(":")[0] for ns in namespaces(any_saver))
+    assert left_over == ["", "inner"], "one call, the one that waits"
+    after = graph.get_state(config(), subgraphs=True)
+    assert [(one.id, one.interrupts, one.state.values) for one in after.tasks] == [
+        (one.id, one.interrupts, one.state.values) for one in before.tasks
+    ]
+    state = graph.invoke(Command(resume="answer 2"), config(), durability=durability)
+    assert state["asked"] == [f"question {number}" for number in range(3)]
+    assert state["answers"] == [f"answer {number}" for number in range(3)]
+
+
+def test_delta_channels_keep_their_state(any_saver: SQLAlchemySaver) -> None:
+    from sql_graphs import delta_graph, say
+
+    graph = delta_graph(any_saver)
+    for number in range(10):
+        graph.invoke(say(f"turn {number}"), config())
+    before = {id_of(one.config): one.values for one in graph.get_state_history(config())}
+    report = any_saver.retain(Retention(max_checkpoints=5))
+    assert report.removed == len(before) - 5
+    after = {id_of(one.config): one.values for one in graph.get_state_history(config())}
+    assert len(after) == 5
+    assert after == {name: before[name] for name in after}
+    state = graph.invoke(say("one more"), config())
+    assert [one.content for one in state["messages"] if one.type == "human"][-2:] == ["turn 9", "one more"]
+    assert len(state["messages"]) == 33
+
+
+# What a sweep says, and when it does nothing.
+
+
+def mixed(saver: Any, clock: Clock, seed: int) -> None:
+    """Threads of every kind: forks, shared content, delta channels, subgraph calls, early writes."""
+    chance = random.Random(seed)
+    for name in ("one", "two", "three", "\x00\U0001f600"):
+        stored = [grow(saver, values={"d": ["first"]}, thread=name)]
+        log: list[Any] = []
+        for number in range(chance.randrange(6, 14)):
+            log = [*log, chance.choice([number, f"item {number} " * 9])]
+            parent = chance.choice(stored[-2:])
+            stored.append(grow(saver, parent, {"log": log, "same": b"same" * 99}, deltas="d log same", thread=name))
+            for task in range(chance.randrange(3)):
+                write(saver, stored[-1], [number, task, "w" * 60], task=f"task {task}")
+            if chance.random() < 0.5:
+                grow(saver, ns=f"call:{number}", thread=name, values={"n": log}, parents={"": id_of(stored[-1])})
+            clock.now += DAY
+        saver.put_writes(config(name, checkpoint_id="lost"), [("d", b"early" * 50)], "task")
+
+
+ALL_RULES = Retention(max_checkpoints=3, max_age=20 * DAY, idle=25 * DAY)
+
+
+def test_a_dry_run_changes_nothing_and_says_what_a_real_one_does(
+    any_saver: SQLAlchemySaver, clock: Clock, ask: Sql
+) -> None:
+    mixed(any_saver, clock, seed=3)
+    rows, size, sizes = content(ask), bytes_of(ask), any_saver.storage_report()
+    assert sizes.bytes == size
+    planned = any_saver.retain(ALL_RULES, dry_run=True, now=clock.now)
+    assert content(ask) == rows
+    done = any_saver.retain(ALL_RULES, now=clock.now)
+    assert planned.dry_run
+    assert {**planned.to_dict(), "dry_run": False} == done.to_dict()
+    assert done.removed > 0
+    assert done.bytes_freed == size - bytes_of(ask) == size - any_saver.storage_report().bytes
+    after = {one.thread_id: one for one in any_saver.storage_report().threads}
+    for thread in done.threads:
+        was = next(one for one in sizes.threads if one.thread_id == thread.thread_id)
+        assert thread.deleted == (thread.thread_id not in after)
+        assert thread.bytes_freed == was.bytes - (0 if thread.deleted else after[thread.thread_id].bytes)
+        assert thread.removed == was.checkpoints - (0 if thread.deleted else after[thread.thread_id].checkpoints)
+    assert done.kept == any_saver.storage_report().checkpoints
+    again = any_saver.retain(ALL_RULES, now=clock.now)
+    assert (again.threads, again.bytes_freed, again.kept) == ((), 0, done.kept)
+
+
+def test_what_a_history_adds_is_counted(any_saver: SQLAlchemySaver, ask: Sql) -> None:
+    """Taking out one small checkpoint of a delta channel may cost more than it frees."""
+    at = grow(any_saver, values={"d": ["seed"]})
+    write(any_saver, at, "a", "b")
+    at = grow(any_saver, at)
+    write(any_saver, at, "c")
+    at = grow(any_saver, grow(any_saver, at))
+    size = bytes_of(ask)
+    planned = any_saver.retain(Retention(max_checkpoints=1), dry_run=True)
+    done = any_saver.retain(Retention(max_checkpoints=1))
+    assert planned.threads == done.threads
+    assert done.bytes_freed == size - bytes_of(ask)
+    assert history(any_saver, at) == (["seed"], ["a", "b", "c"])
+
+
+def test_what_has_nothing_to_do_is_not_locked(any_saver: SQLAlchemySaver, database_url: str, clock: Clock) -> None:
+    for name in ("a", "b"):
+        chain(any_saver, 3, thread=name, clock=clock)
+        chain(any_saver, 2, thread=name, ns="sub", clock=clock)
+    policy = Retention(max_checkpoints=3, max_age=20 * DAY, idle=30 * DAY)
+    with held(database_url):
+        assert any_saver.retain(policy, now=clock.now).threads == ()
+        report = any_saver.retain(Retention(max_checkpoints=1), dry_run=True)
+        assert report.removed == 6, "a dry run waits for nobody"
+    clock.now += 25 * DAY
+    policy = Retention(max_age=DAY)
+    assert any_saver.retain(policy, now=clock.now).removed == 6
+    with held(database_url):
+        assert any_saver.retain(policy, now=clock.now).threads == (), "what is left is too old, and stays"
+
+
+def test_a_sweep_that_is_broken_off_has_done_whole_threads(any_saver: SQLAlchemySaver) -> None:
+    stored = {name: chain(any_saver, 4, thread=name) for name in ("a", "b", "c", "d")}
+    deletes = 0
+
+    def interrupt(_connection: Any, _cursor: Any, statement: str, *_others: Any) -> None:
+        nonlocal deletes
+        deletes += "DELETE FROM agentmem_checkpoints" in statement
+        if deletes == 3:
+            raise KeyboardInterrupt
+
+    event.listen(Engine, "after_cursor_execute", interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            any_saver.retain(Retention(max_checkpoints=1))
+    finally:
+        event.remove(Engine, "after_cursor_execute", interrupt)
+    assert {name: left(any_saver, name) for name in stored} == {
+        name: stored[name][-1:] if name in "ab" else stored[name] for name in stored
+    }
+    report = any_saver.retain(Retention(max_checkpoints=1))
+    assert [one.thread_id for one in report.threads] == ["c", "d"]
+
+
+def test_runs_go_on_while_threads_are_swept(any_saver: SQLAlchemySaver) -> None:
+    last: dict[str, Any] = {}
+    running = threading.Event()
+
+    def run(name: str) -> None:
+        at = grow(any_saver, values={"d": []}, thread=name)
+        log: list[str] = []
+        for number in range(25):
+            write(any_saver, at, number)
+            log = [*log, f"item {number} " * 9]
+            at = grow(any_saver, at, {"log": log}, deltas="d log", thread=name)
+            last[name] = at
+            running.set()
+
+    removed = 0
+    with ThreadPoolExecutor() as pool:
+        runs = [pool.submit(run, name) for name in ("a", "b")]
+        running.wait()
+        while not all(one.done() for one in runs):
+            any_saver.retain(Retention(max_checkpoints=2), dry_run=True)
+            removed += any_saver.retain(Retention(max_checkpoints=2)).removed
+    for one in runs:
+        one.result()
+    removed += any_saver.retain(Retention(max_checkpoints=2)).removed
+    assert removed == 2 * 24
+    for name, at in last.items():
+        assert ids(any_saver, name) >= {id_of(at)}
+        found = any_saver.get_tuple(config(name))
+        assert found is not None
+        assert found.config == at
+        assert found.checkpoint["channel_values"]["log"] == [f"item {number} " * 9 for number in range(25)]
+        assert history(any_saver, at) == ([], list(range(25)))
+
+
+def test_many_threads() -> None:
+    """More than are looked at in one go."""
+    with SQLAlchemySaver.from_url("sqlite:///:memory:") as saver:
+        for number in range(520):
+            at = put(saver, config(f"{number}"), {"n": number})
+            if number % 260:
+                put(saver, at, {"n": number})
+        report = saver.retain(Retention(max_checkpoints=1))
+        assert [one.thread_id for one in report.threads] == [str(number) for number in range(520) if number % 260]
+        assert (report.kept, report.threads_kept) == (520, 520)
+        assert saver.storage_report(orphans=True, limit=3).orphan_blobs == 0
+        named = saver.retain(Retention(max_checkpoints=1), thread_ids=[str(number) for number in range(1200)])
+        assert (named.threads, named.threads_kept) == ((), 520)
+
+
+def test_a_damaged_thread_stays_and_the_others_go_on(any_saver: SQLAlchemySaver, clock: Clock, ask: Sql) -> None:
+    for name in ("a", "b", "c"):
+        chain(any_saver, 3, thread=name, clock=clock)
+    [(number,)] = ask("SELECT number FROM agentmem_threads WHERE name = :name", name=b"b")
+    ask("UPDATE agentmem_checkpoints SET created = created + 1 WHERE thread = :number", number=number)
+    for policy in (Retention(max_checkpoints=1), Retention(idle=DAY)):
+        planned = any_saver.retain(policy, dry_run=True, now=clock.now + 9 * DAY)
+        done = any_saver.retain(policy, now=clock.now + 9 * DAY)
+        assert [one.thread_id for one in done.threads] == ["a", "c"]
+        assert list(done.failed) == ["b"]
+        assert "digest differs" in done.failed["b"]
+        assert planned.failed == done.failed
+    assert ask("SELECT count(*) FROM agentmem_checkpoints") == [(3,)]
+    ask("UPDATE agentmem_checkpoints SET created = created - 1 WHERE thread = :number", number=number)
+    assert any_saver.retain(Retention(idle=DAY), now=clock.now + 9 * DAY).threads_deleted == 1
+
+
+async def test_a_task_can_do_it_all(async_url: str, look: Sql) -> None:
+    async with SQLAlchemySaver.from_url(async_url) as saver:
+        for name in ("a", "b"):
+            chain(saver, 4, thread=name)
+        before = await saver.astorage_report(orphans=True)
+        assert (before.checkpoints, before.orphan_blobs) == (8, 0)
+        planned = await saver.aretain(Retention(max_checkpoints=1), thread_ids=["a"], dry_run=True)
+        done = await saver.aretain(Retention(max_checkpoints=1), thread_ids=["a"])
+        assert planned.threads == done.threads
+        assert [len(left(saver, name)) for name in ("a", "b")] == [1, 4]
+        after = await saver.astorage_report()
+        assert before.bytes - after.bytes == done.bytes_freed > 0
+        compaction = await saver.acompact()
+        assert (await saver.astorage_report()).database_bytes == compaction.after
+    assert look(async_url, "SELECT count(*) FROM agentmem_checkpoints") == [(5,)]
+
+
+@pytest.mark.parametrize("key", [None, secrets.token_bytes(32)], ids=["without hmac", "with hmac"])
+def test_protected_databases(url: str, look: Sql, key: bytes | None, clock: Clock) -> None:
+    serde = EncryptedSerializer.from_pycryptodome_aes(key=b"k" * 32)
+    with SQLAlchemySaver.from_url(url, serde=serde, hmac_key=key) as saver:
+        mixed(saver, clock, seed=4)
+        before, size = len(namespaces(saver)), bytes_of(lambda statement: look(url, statement))
+        planned = saver.retain(Retention(max_checkpoints=2), dry_run=True, now=clock.now)
+        done = saver.retain(Retention(max_checkpoints=2), now=clock.now)
+        assert planned.threads == done.threads
+        assert done.bytes_freed == size - bytes_of(lambda statement: look(url, statement)) > 0
+        assert 1 < len(namespaces(saver)) < before, (
+            "calls went with their callers, whose names are in encrypted metadata"
+        )
+        assert saver.storage_report(orphans=True).orphan_blobs == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"max_checkpoints": 0},
+        {"max_checkpoints": True},
+        {"max_checkpoints": "3"},
+        {"max_age": timedelta(0)},
+        {"max_age": 30},
+        {"idle": -DAY},
+    ],
+)
+def test_a_policy_that_cannot_be_meant_is_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        Retention(**arguments)
+
+
+def test_arguments_that_cannot_be_meant_are_refused(saver: SQLAlchemySaver) -> None:
+    policy = Retention(max_checkpoints=1)
+    with pytest.raises(ConfigError, match="sequence"):
+        saver.retain(policy, thread_ids="thread")
+    with pytest.raises(ConfigError, match="time zone"):
+        saver.retain(policy, now=datetime(2026, 1, 1))
+    with pytest.raises(ConfigError, match="limit"):
+        saver.storage_report(limit=0)
+    with pytest.raises(ConfigError, match="order"):
+        saver.storage_report(order="size")  # type: ignore[arg-type]
+    assert saver.retain(Retention(max_age=timedelta.max, idle=timedelta.max)).removed == 0
+
+
+# What threads take.
+
+
+def test_report_tells_what_threads_take(any_saver: SQLAlchemySaver, clock: Clock, ask: Sql) -> None:
+    start = clock.now
+    chain(any_saver, 5, thread="long", clock=clock)
+    chain(any_saver, 2, thread="long", ns="sub", clock=clock)
+    put(any_saver, config("large \U0001f600"), {"blob": b"x" * 100_000})
+    any_saver.put_writes(config("lost", checkpoint_id="never"), [("a", 1)], "task")
+    report = any_saver.storage_report()
+    assert [one.thread_id for one in report.threads] == ["large \U0001f600", "long", "lost"]
+    large, long, lost = report.threads
+    assert (long.checkpoints, long.namespaces, long.pending_writes) == (7, 2, 7)
+    assert (long.oldest, long.newest) == (start, start + 6 * DAY)
+    assert 100_000 < large.content_bytes < 100_100
+    assert (lost.checkpoints, lost.pending_writes, lost.blobs, lost.oldest) == (0, 1, 1, None)
+    assert (report.thread_count, report.checkpoints, report.pending_writes) == (3, 8, 8)
+    assert report.blobs == ask("SELECT count(*) FROM agentmem_blobs")[0][0]
+    assert report.content_bytes == int(ask("SELECT SUM(LENGTH(body)) FROM agentmem_blobs")[0][0])
+    assert report.bytes == bytes_of(ask) == sum(one.bytes for one in report.threads)
+    assert report.database_bytes > report.bytes / 2
+    assert report.orphan_blobs is None
+    first = any_saver.storage_report(limit=1)
+    assert first.threads == (large,)
+    assert (first.thread_count, first.bytes) == (3, report.bytes)
+    assert any_saver.storage_report(order="checkpoints").threads[0].thread_id == "long"
+    assert any_saver.storage_report(order="idle").threads[-1].thread_id == "large \U0001f600"
+    plain = report.to_dict()
+    assert plain["threads"][1]["newest"] == "2026-01-07T00:00:00+00:00"
+    assert plain["bytes"] == report.bytes
+
+
+def test_report_on_a_database_without_threads(any_saver: SQLAlchemySaver) -> None:
+    report = any_saver.storage_report(orphans=True)
+    assert (report.threads, report.thread_count, report.bytes, report.orphan_bytes) == ((), 0, 0, 0)
+    assert report.database_bytes > 0
+
+
+def test_report_finds_content_that_nothing_refers_to(any_saver: SQLAlchemySaver, ask: Sql) -> None:
+    for name in ("a", "b"):
+        chain(any_saver, 2, thread=name)
+    [(number,)] = ask("SELECT number FROM agentmem_threads WHERE name = :name", name=b"b")
+    insert = "INSERT INTO agentmem_blobs (thread, digest, kind, body) VALUES (:number, :digest, 0, :body)"
+    ask(insert, number=number, digest=b"d" * 32, body=b"lost" * 10)
+    report = any_saver.storage_report(orphans=True)
+    assert (report.orphan_blobs, report.orphan_bytes) == (1, 40)
+    size = bytes_of(ask)
+    planned = any_saver.retain(Retention(max_checkpoints=1), dry_run=True)
+    done = any_saver.retain(Retention(max_checkpoints=1))
+    assert planned.threads == done.threads
+    assert done.bytes_freed == size - bytes_of(ask), "a sweep frees it as well"
+    assert any_saver.storage_report(orphans=True).orphan_blobs == 0
+
+
+# Getting the space back.
+
+
+def emptied(saver: SQLAlchemySaver) -> RetentionReport:
+    for number in range(4):
+        put(saver, config(f"thread {number}"), {"x": secrets.token_bytes(200_000)})
+    return saver.retain(Retention(idle=DAY), now=datetime.now(UTC) + 2 * DAY)
+
+
+def test_compacting_gives_the_space_back(any_saver: SQLAlchemySaver, database_url: str) -> None:
+    assert emptied(any_saver).bytes_freed > 800_000
+    before = any_saver.storage_report()
+    done = any_saver.compact()
+    after = any_saver.storage_report()
+    assert done == (before.database_bytes, after.database_bytes)
+    assert done.freed == done.before - done.after
+    if "sqlite" in database_url:
+        assert done.freed > 700_000
+        assert before.free_bytes is not None
+        assert before.free_bytes > 700_000
+        assert after.free_bytes == 0
+    else:  # MySQL measures its tables now and then, and PostgreSQL keeps the space
+        emptied(any_saver)
+        any_saver.compact()
+        assert any_saver.storage_report().database_bytes < 2_000_000, "later rows take the space"
+
+
+def test_a_sqlite_file_shrinks_on_the_disk(url: str, path: Path) -> None:
+    with SQLAlchemySaver.from_url(url) as saver:
+        emptied(saver)
+        put(saver, config(), {"x": "kept"})
+    assert path.stat().st_size > 800_000
+    with SQLAlchemySaver.from_url(url) as saver:
+        size = saver.compact().after
+        assert path.stat().st_size == size < 100_000
+        found = saver.get_tuple(config())
+        assert found is not None
+        assert found.checkpoint["channel_values"] == {"x": "kept"}
+
+
+def test_writers_of_this_process_wait_while_a_file_is_compacted(saver: SQLAlchemySaver) -> None:
+    emptied(saver)
+    with ThreadPoolExecutor() as pool:
+        compacting = [pool.submit(saver.compact) for _ in range(5)]
+        stored = chain(saver, 30)
+    assert all(one.result().after > 0 for one in compacting)
+    assert left(saver) == stored
+
+
+def test_compacting_in_memory() -> None:
+    with SQLAlchemySaver.from_url("sqlite:///:memory:") as saver:
+        emptied(saver)
+        assert saver.compact().freed > 700_000
+        assert len(chain(saver, 2)) == len(left(saver))
+
+
+@pytest.mark.parametrize("backend", ["sqlite", "postgresql"])
+def test_compacting_on_an_engine_of_the_callers(new_url: Callable[[str], str], backend: str) -> None:
+    """Whose listener has a say in every transaction; and it goes on as it was."""
+    engine = create_engine(new_url(backend))
+    begun: list[Connection] = []
+    event.listen(engine, "begin", begun.append)
+    with SQLAlchemySaver(engine) as saver:
+        emptied(saver)
+        saver.compact()
+        begun.clear()
+        chain(saver, 2)
+        assert len(left(saver)) == 2
+        assert begun
+    engine.dispose()
+
+
+def test_schema_and_odd_prefix(postgresql_url: str, look: Sql) -> None:
+    look(postgresql_url, 'CREATE SCHEMA "Odd one"')
+    with SQLAlchemySaver.from_url(postgresql_url, schema="Odd one", table_prefix='my "own"_') as saver:
+        chain(saver, 3)
+        assert saver.storage_report().database_bytes > 0
+        assert saver.retain(Retention(max_checkpoints=1)).removed == 2
+        assert saver.compact().after > 0
+    check_present(postgresql_url, schema="Odd one", table_prefix='my "own"_')
+    with pytest.raises(StorageError, match="no such table"):
+        check_present(postgresql_url, table_prefix='my "own"_')
+    command = ["storage", "report", postgresql_url, "--schema", "Odd one", "--prefix", 'my "own"_', "--json"]
+    assert json.loads(CliRunner().invoke(app, command).stdout)["checkpoints"] == 1

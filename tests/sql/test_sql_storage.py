@@ -1,0 +1,384 @@
+"""How much is stored: content once, lists by their items; and how much of it a process keeps in memory."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sqlite3
+import threading
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from langchain_core.messages import AIMessage, AnyMessage, HumanMessage
+from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.serde.types import INTERRUPT, _DeltaSnapshot
+from langgraph.graph import END, START, StateGraph
+from sql_cases import checkpoint, config, memory, put
+from sql_graphs import State, chat_graph, say
+from sql_values import Counting, read, serialised, spelled
+
+from agentmem_sql import SQLAlchemySaver
+
+Sql = Callable[..., list[Any]]
+
+VALUE, LIST, NODE = 0, 1, 2  # kinds of content
+COLUMNS = {
+    "threads": ("name",),
+    "blobs": ("digest", "body"),
+    "checkpoints": ("ns", "id", "parent", "metadata", "body", "content", "seal"),
+    "writes": ("ns", "checkpoint", "task", "path", "channel", "digest", "seal"),
+}
+
+
+def stored_bytes(sql: Sql) -> int:
+    """The bytes of all columns of any size."""
+    total = 0
+    for table, columns in COLUMNS.items():
+        sizes = " + ".join(f"coalesce(length({name}), 0)" for name in columns)
+        total += sql(f"SELECT coalesce(sum({sizes}), 0) FROM agentmem_{table}")[0][0]
+    return total
+
+
+def kinds(sql: Sql) -> dict[int, int]:
+    """How many rows of content there are, by their kind."""
+    return dict(sql("SELECT kind, count(*) FROM agentmem_blobs GROUP BY kind"))
+
+
+def vacuumed(path: Path) -> int:
+    """The size of the file without free pages."""
+    compact = path.with_suffix(".compact")
+    connection = sqlite3.connect(path)
+    connection.execute("VACUUM INTO ?", (str(compact),))
+    connection.close()
+    size = compact.stat().st_size
+    compact.unlink()
+    return size
+
+
+def text(random: Random, length: int) -> str:
+    return "".join(random.choices("abcdefgh ijklm nopqrst uvwxyz", k=length))
+
+
+def said(count: int) -> list[AnyMessage]:
+    random = Random(count)
+    kinds_of_message = (HumanMessage, AIMessage)
+    return [kinds_of_message[number % 2](text(random, 200), id=f"{number}") for number in range(count)]
+
+
+def chat(saver: SQLAlchemySaver) -> Callable[[], None]:
+    """A graph whose every call is a turn of 200 + 400 characters and 9,216 new bytes of state."""
+    random = Random(1)
+
+    def node(state: State) -> dict[str, Any]:
+        state_of_memory = {"v": 1, "shape": [36, 1, 8, 8], "data": random.randbytes(9216)}
+        return {"messages": [AIMessage(text(random, 400))], "memory": state_of_memory}
+
+    builder = StateGraph(State)
+    builder.add_node("node", node)
+    builder.add_edge(START, "node")
+    builder.add_edge("node", END)
+    graph = builder.compile(checkpointer=saver)
+    return lambda: graph.invoke(say(text(random, 200)), config())
+
+
+def test_a_hundred_turns_of_a_chat_take_less_than_two_megabytes(url: str, path: Path, sql: Sql) -> None:
+    sizes = {}
+    with SQLAlchemySaver.from_url(url, synchronous="OFF") as saver:
+        turn = chat(saver)
+        for number in range(1, 121):
+            turn()
+            if number == 100:
+                assert vacuumed(path) <= 2_000_000
+            sizes[number] = stored_bytes(sql) if number in (20, 40, 100, 120) else 0
+    early, late = sizes[40] - sizes[20], sizes[120] - sizes[100]
+    assert early < late < 1.1 * early
+
+
+@pytest.mark.slow
+def test_turn_1000_takes_what_turn_100_took(url: str, path: Path) -> None:
+    sizes = {}
+    with SQLAlchemySaver.from_url(url, synchronous="OFF") as saver:
+        turn = chat(saver)
+        for number in range(1, 1001):
+            turn()
+            if number in (50, 150, 900, 1000):
+                sizes[number] = vacuumed(path)
+    assert sizes[1000] - sizes[900] == pytest.approx(sizes[150] - sizes[50], rel=0.1)
+
+
+def test_a_list_that_grows_takes_what_is_added(saver: SQLAlchemySaver, sql: Sql) -> None:
+    """Storing whole lists would take 800 times one item for the last forty steps."""
+    items = [f"item {number} " + "x" * 1000 for number in range(120)]
+    at, before = config(), {}
+    for number in range(1, 121):
+        at = put(saver, at, {"x": items[:number]})
+        before[number] = stored_bytes(sql) if number in (1, 80, 120) else 0
+    assert before[120] - before[80] < 40 * 2400
+    assert kinds(sql)[VALUE] == 120
+
+
+def test_unchanged_state_is_stored_once_over_thirty_turns(saver: SQLAlchemySaver, sql: Sql) -> None:
+    graph = chat_graph(saver, fixed=True)
+    for number in range(30):
+        graph.invoke(say(f"turn {number}"), config())
+    big = "SELECT count(*), sum(length(body)) FROM agentmem_blobs WHERE instr(body, 'matrices')"
+    count, size = sql(big)[0]
+    assert count == 1
+    assert size < 9300
+    written = "SELECT count(*), count(DISTINCT digest) FROM agentmem_writes WHERE channel = ?"
+    assert sql(written, b"memory") == [(30, 1)]
+    assert graph.get_state(config()).values["memory"] == memory(7)
+
+
+def test_a_changing_state_is_stored_once_for_channel_and_write(saver: SQLAlchemySaver, sql: Sql) -> None:
+    graph = chat_graph(saver)
+    for number in range(10):
+        graph.invoke(say(f"turn {number}"), config())
+    assert sql("SELECT count(*) FROM agentmem_blobs WHERE instr(body, 'matrices')") == [(10,)]
+
+
+def test_content_is_shared_by_channels_writes_checkpoints_namespaces_and_forks(
+    saver: SQLAlchemySaver, url: str, sql: Sql
+) -> None:
+    messages, large = said(100), "large " * 1000
+    root = put(saver, config(), {"messages": messages, "x": large, "same": messages, "y": large})
+    before = kinds(sql)
+    assert before == {VALUE: 101, LIST: 1, NODE: 0} | before
+
+    saver.put_writes(root, [("x", large), ("messages", messages), ("z", messages[0])], "task")
+    put(saver, config(ns="sub:1"), {"messages": messages, "x": large})
+    left = put(saver, root, {"messages": messages, "x": large})
+    assert kinds(sql) == before
+    with SQLAlchemySaver.from_url(url) as another:  # that knows nothing yet
+        put(another, config(ns="sub:2"), {"messages": messages, "x": large})
+        another.put_writes(left, [("x", large), ("messages", messages)], "task")
+    assert kinds(sql) == before
+
+    for side in ("left", "right"):
+        put(saver, root, {"messages": [*messages, HumanMessage(side, id=side)], "x": large})
+    after = kinds(sql)
+    assert after[VALUE] == before[VALUE] + 2
+    assert after[LIST] == before[LIST] + 2
+    assert sum(after.values()) <= sum(before.values()) + 6
+
+    saver.copy_thread("t", "copy")
+    assert sql("SELECT count(*) FROM agentmem_blobs GROUP BY thread") == [(sum(after.values()),)] * 2
+
+
+def new_rows(saver: SQLAlchemySaver, sql: Sql, before: Any, after: Any) -> dict[int, int]:
+    """What a list adds to a thread that has another."""
+    at = put(saver, config(), {"x": before})
+    had = kinds(sql)
+    at = put(saver, at, {"x": after})
+    assert spelled(read(saver, at)["x"]) == spelled(serialised(after))
+    found = {kind: count - had.get(kind, 0) for kind, count in kinds(sql).items()}
+    return {kind: count for kind, count in found.items() if count}
+
+
+LONG = [f"item {number}, longer than what a leaf holds itself" for number in range(1200)]
+
+
+NEW = "a new item, that is rather longer than the others are"
+
+
+@pytest.mark.parametrize(
+    ("after", "values", "nodes"),
+    [
+        (LONG, 0, 0),
+        ([*LONG, LONG[0]], 0, 1),
+        ([*LONG, NEW], 1, 1),
+        ([*LONG[:600], NEW, *LONG[601:]], 1, 3),
+        (LONG[:-1], 0, 1),
+        (LONG[:1024], 0, 0),
+        (LONG[1:], 0, 80),
+        (_DeltaSnapshot(LONG), 0, 0),
+    ],
+    ids=["same", "repeated", "appended", "changed", "shortened", "cut", "first removed", "snapshot"],
+)
+def test_a_changed_list_shares_what_is_unchanged(
+    saver: SQLAlchemySaver, sql: Sql, after: Any, values: int, nodes: int
+) -> None:
+    added = new_rows(saver, sql, LONG, after)
+    assert added.get(VALUE, 0) == values
+    assert added.get(LIST, 0) == (after != LONG)
+    assert added.get(NODE, 0) <= nodes
+
+
+def test_long_lists_of_numbers_share_their_runs(saver: SQLAlchemySaver, sql: Sql) -> None:
+    numbers = [number / 7 for number in range(10_000)]  # 40 runs
+    assert new_rows(saver, sql, numbers, [*numbers, 1]) == {VALUE: 1, LIST: 1}
+    assert kinds(sql)[VALUE] == 41
+
+
+def test_short_items_have_no_row_of_their_own(saver: SQLAlchemySaver, sql: Sql) -> None:
+    put(saver, config(), {"x": [f"{number}" for number in range(100)] + [{"a": 1}] * 28})
+    assert VALUE not in kinds(sql)
+    assert sql("SELECT count(*) < 12 FROM agentmem_blobs") == [(1,)]
+
+
+# Memory.
+
+
+@pytest.mark.parametrize("size", [0, 1, 50_000, 2**24])
+def test_any_size_of_cache_works(url: str, size: int) -> None:
+    """Also one that is too small for anything."""
+    expected: dict[str, list[AnyMessage]] = {}
+    last: dict[str, RunnableConfig] = {}
+    with SQLAlchemySaver.from_url(url, synchronous="OFF", cache_bytes=size) as saver:
+        for turn in range(1, 5):
+            for number in range(12):
+                name = f"thread {number}"
+                expected[name] = said(turn * 4 + number)
+                last[name] = put(saver, last.get(name, config(name)), {"messages": expected[name], "n": turn})
+                saver.put_writes(last[name], [("messages", expected[name][:2])], "task")
+                assert read(saver, last[name]) == {"messages": expected[name], "n": turn}
+        saver.prune(["thread 3"])
+        for name, messages in expected.items():
+            found = saver.get_tuple(config(name))
+            assert found is not None
+            assert found.checkpoint["channel_values"] == {"messages": messages, "n": 4}
+            assert found.pending_writes == [("task", "messages", messages[:2])]
+        assert len(list(saver.list(None))) == 12 * 4 - 3
+
+
+def test_a_cache_of_no_size_remembers_nothing(url: str) -> None:
+    serde = Counting()
+    with SQLAlchemySaver.from_url(url, serde=serde, cache_bytes=0) as saver:
+        at = put(saver, config(), {"messages": said(20)})
+        for _ in range(2):
+            assert read(saver, at)["messages"] == said(20)
+            serde.dumped = 0
+            at = put(saver, at, {"messages": said(20)})
+            assert serde.dumped == 22
+
+
+def held(saver: SQLAlchemySaver, work: Callable[[], None]) -> int:
+    """The bytes of memory that stay taken after some work."""
+    put(saver, config("first"), {"messages": said(4)})
+    read(saver, config("first"))
+    gc.collect()
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        work()
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("of", ["messages", "values", "channels"])
+def test_a_long_lived_saver_takes_the_memory_it_was_given(of: str) -> None:
+    """Roughly: what is remembered is counted, not measured. Without a limit it were several times as much."""
+    budget = 400_000
+
+    def values(turn: int) -> dict[str, Any]:
+        if of == "messages":
+            return {"messages": said(10 + turn)}
+        if of == "values":
+            return {"x": os.urandom(9000)}
+        return {f"channel {number}": turn for number in range(40)}
+
+    def work() -> None:
+        for number in range(40):
+            at = config(f"thread {number}")
+            for turn in range(5):
+                at = put(saver, at, values(turn))
+                read(saver, at)
+
+    with SQLAlchemySaver.from_url("sqlite:///:memory:", cache_bytes=budget) as saver:
+        assert budget / 4 < held(saver, work) < 2 * budget
+
+
+def test_a_thread_that_another_process_made_anew_is_not_mistaken_for_the_old_one(url: str) -> None:
+    """The cache knows the old one's content, of which the new one has nothing."""
+    with SQLAlchemySaver.from_url(url) as saver, SQLAlchemySaver.from_url(url) as another:
+        messages, large = said(50), "large " * 1000
+        old = put(saver, config(), {"messages": messages, "x": large})
+        read(saver, old)
+        another.delete_thread("t")
+        assert saver.get_tuple(config()) is None
+        new = put(another, config(), {"x": "new"})
+
+        saver.put_writes(new, [("messages", messages), ("x", large)], "task")
+        at = put(saver, new, {"messages": [*messages, HumanMessage("more", id="more")], "x": large})
+
+        for one in (saver, another):
+            found = one.get_tuple(new)
+            assert found is not None
+            assert found.pending_writes == [("task", "messages", messages), ("task", "x", large)]
+            assert read(one, at) == {"messages": [*messages, HumanMessage("more", id="more")], "x": large}
+            assert one.get_tuple(old) is None
+
+
+@pytest.mark.parametrize("channel", ["x", INTERRUPT])
+def test_what_another_process_took_out_is_stored_again(url: str, channel: str) -> None:
+    """Content that the cache says is there was freed meanwhile: for writes that are added, and that replace."""
+    with SQLAlchemySaver.from_url(url) as saver, SQLAlchemySaver.from_url(url) as another:
+        messages, large = said(50), "large " * 1000
+        first = put(saver, config(), {"messages": messages, "x": large})
+        second = put(saver, first, {"messages": [], "x": ""})
+        assert read(saver, first) == {"messages": messages, "x": large}
+        another.prune(["t"])
+        saver.put_writes(second, [(channel, large)], "task")
+        found = another.get_tuple(second)
+        assert found is not None
+        assert found.pending_writes == [("task", channel, large)]
+        third = put(saver, second, {"messages": messages, "x": large})
+        another.prune(["t"])
+        fourth = put(saver, third, {"messages": messages, "x": large})
+        for one in (saver, another):
+            for at in (third, fourth):
+                assert read(one, at) == {"messages": messages, "x": large}
+            assert one.get_tuple(second) is None
+
+
+def test_a_checkpoint_stored_again_after_another_process_pruned_is_whole(url: str) -> None:
+    """With ``durability="exit"`` a checkpoint is stored twice."""
+    with SQLAlchemySaver.from_url(url) as saver, SQLAlchemySaver.from_url(url) as another:
+        large, at = "large " * 1000, config()
+        for value in (large, ""):
+            made = checkpoint({"x": value}, version=f"{len(value)}")
+            at = saver.put(at, made, {}, made["channel_versions"])
+        another.prune(["t"])
+        again = {**made, "channel_values": {"x": large}, "channel_versions": {"x": "3"}}
+        saver.put(config(), again, {}, {"x": "3"})  # type: ignore[arg-type]
+        for one in (saver, another):
+            assert read(one, at) == {"x": large}
+
+
+def test_savers_that_prune_write_and_read_one_thread_agree(url: str) -> None:
+    """Whatever is acknowledged is whole, though each saver's cache is overtaken all the time."""
+    savers = [SQLAlchemySaver.from_url(url, synchronous="OFF") for _ in range(3)]
+    errors: list[BaseException] = []
+    messages = said(40)
+
+    def work(saver: SQLAlchemySaver, ns: str) -> None:
+        try:
+            at = config(ns=ns)
+            for number in range(12):
+                values = {"messages": messages[: number % 7 * 5 + 1], "x": f"shared {number % 3}" * 100}
+                at = put(saver, at, values)
+                saver.put_writes(at, [("x", values["x"])], "task")
+                found = saver.get_tuple(at)
+                assert found is not None
+                assert found.checkpoint["channel_values"] == values
+                assert found.pending_writes == [("task", "x", values["x"])]
+                if number % 3 == 2:
+                    saver.prune(["t"])
+        except BaseException as error:  # noqa: BLE001  (told to the test)
+            errors.append(error)
+
+    workers = [threading.Thread(target=work, args=(saver, f"ns {number}")) for number, saver in enumerate(savers)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for saver in savers:
+        assert len(list(saver.list(None))) >= 3
+        saver.close()
+    assert errors == []

@@ -315,4 +315,6 @@ def _same(left: Any, right: Any) -> bool:
 
 
 def _sealed(value: bytes | int | None) -> bytes | None:
-    return b"%d" % value if isinstance(value, int) else value
+    if value is None or isinstance(value, bytes):
+        return value
+    return b"%d" % value if isinstance(value, int) else repr(value).encode()  # what a damaged file gives

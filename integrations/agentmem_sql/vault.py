@@ -86,7 +86,7 @@ class Vault:
             StorageError: the bytes are encrypted and this saver has no cipher, or the other way round, or
                 they were not encrypted with this cipher's key.
         """
-        mark = stored[:1]
+        mark = stored[:1] if isinstance(stored, bytes) else b""  # a damaged file gives other types, too
         if mark == _PLAIN and self._cipher is None:
             return stored[1:]
         if mark == _ENCRYPTED and self._cipher is not None:
@@ -114,7 +114,7 @@ class Vault:
             StorageError: it is protected in another way, or with another key.
         """
         rows = connection.execute(select(tables.settings.c.name, tables.settings.c.value)).all()
-        found = {bytes(row[0]): bytes(row[1]) for row in rows}
+        found = {name: value for name, value in rows if isinstance(name, bytes) and isinstance(value, bytes)}
         if _MODE not in found:
             return False
         if found[_MODE] != self._mode():

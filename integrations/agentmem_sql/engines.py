@@ -187,12 +187,16 @@ class Engines:
         match self._drivers.backend.name:
             case "sqlite":
                 chosen["connect_args"] = {"isolation_level": None}
+                chosen["pool_reset_on_return"] = None  # `transactions` ends what it begins, and nobody else begins any
                 if "timeout" not in url.query:
                     chosen["connect_args"]["timeout"] = BUSY_TIMEOUT
             case "postgresql":
                 chosen["isolation_level"] = "READ COMMITTED"
                 if url.get_driver_name() == "psycopg":
                     chosen["use_native_hstore"] = False  # or the first connection asks for it
+                    # The statements of the hot paths are few and fixed: planned once, when first used.
+                    if "prepare_threshold" not in url.query:
+                        chosen["connect_args"] = {"prepare_threshold": 0}
             case _:
                 chosen["isolation_level"] = "READ COMMITTED"
         if "connect_args" in self._options:

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as WaitTimeout
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import TypeVar
@@ -33,10 +33,10 @@ T = TypeVar("T")
 _PATIENCE = 1.0
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Ticket:
     loop: asyncio.AbstractEventLoop | None  # whose task it is; None for a thread
-    turn: Future[None] = field(default_factory=Future)
+    turn: Future[None] | None = None  # of one who found others in the line
     gone: bool = False
 
 
@@ -62,7 +62,7 @@ class Gate:
         ticket = _Ticket(loop=None)
         try:
             self._join(ticket, blocks=_running_loop())
-            while not ticket.turn.done():
+            while ticket.turn is not None and not ticket.turn.done():
                 try:
                     ticket.turn.result(_PATIENCE)
                 except WaitTimeout:
@@ -77,7 +77,7 @@ class Gate:
         ticket = _Ticket(loop=asyncio.get_running_loop())
         try:
             self._join(ticket, blocks=None)
-            while not ticket.turn.done():
+            while ticket.turn is not None and not ticket.turn.done():
                 await asyncio.wait({asyncio.wrap_future(ticket.turn)}, timeout=_PATIENCE)
                 self._call_first()
             return await do()
@@ -89,16 +89,20 @@ class Gate:
         with self._mutex:
             if blocks is not None and any(ahead.loop is blocks and not ahead.gone for ahead in self._line):
                 raise StorageError(REFUSAL)
+            if self._line:
+                ticket.turn = Future()
             self._line.append(ticket)
-        self._call_first()
+        if ticket.turn is not None:
+            self._call_first()
 
     def _call_first(self) -> None:
         """Strike off those at the head who are gone, and tell the first that it is its turn; any number of times."""
         with self._mutex:
             while self._line and self._line[0].gone:
                 self._line.popleft()
-            if self._line and not self._line[0].turn.done():
-                self._line[0].turn.set_result(None)
+            first = self._line[0].turn if self._line else None
+            if first is not None and not first.done():
+                first.set_result(None)
 
 
 _gates: WeakValueDictionary[Path, Gate] = WeakValueDictionary()

@@ -48,7 +48,7 @@ def insert_all(
     for at, row in enumerate(rows):
         for name, value in row.items():
             parameters[f"{name}_{at}"] = value
-    return _statement(table, *tables, len(content), len(rows)).run(connection, parameters).rowcount
+    return _statement(table, *tables, len(content), len(rows)).run(connection, parameters)
 
 
 @cache

@@ -1,17 +1,27 @@
-"""Statements of the hot paths, compiled once for each dialect.
+"""Statements of the hot paths, compiled once for each dialect and run on the driver's cursor.
 
-SQLAlchemy looks every statement up in its cache of compiled ones and sets up types for parameters and results.
-Here all of them are bytes and integers, which every driver takes and gives as they are, so that can be left out:
-it takes longer than SQLite needs to run the statement.
+SQLAlchemy looks every statement up in its cache of compiled ones, sets up types for parameters and results and
+describes the columns of what comes back. Here everything is bytes and integers, which every driver takes and gives
+as they are, so that can be left out: it takes longer than SQLite needs to run the statement. What SQLAlchemy does
+about errors (wrapping them, invalidating connections, handlers of the engine's owner) is left to it, and so is the
+whole statement where somebody listens to cursors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter, methodcaller
 from typing import Any
 
-from sqlalchemy import Connection, CursorResult, Executable
+from sqlalchemy import ARRAY, Column, ColumnElement, Connection, Executable, any_, bindparam
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+
+_LIST = "agentmem_list"
+_MARKS = {"qmark": "?", "format": "%s"}
+
+Rows = Sequence[tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
@@ -37,23 +47,30 @@ class Prepared:
         self._counting = statement.execution_options(preserve_rowcount=True)
         self._texts: dict[str, Text] = {}
 
-    def run(self, connection: Connection, parameters: Mapping[str, Any]) -> CursorResult[Any]:
-        """Execute it once."""
+    def run(self, connection: Connection, parameters: Mapping[str, Any]) -> int:
+        """Execute it once; gives the number of rows that were changed."""
         text = self._text(connection)
         if text is None:
-            return connection.execute(self._counting, parameters)
-        return connection.exec_driver_sql(text.sql, text.arrange(parameters))
+            return connection.execute(self._counting, parameters).rowcount
+        return change(connection, text.sql, text.arrange(parameters))
 
     def run_all(self, connection: Connection, rows: Sequence[Mapping[str, Any]], *, counted: bool = False) -> int:
         """Execute it for every row; gives the number of rows that were changed, surely if ``counted``."""
         if len(rows) == 1:
-            return self.run(connection, rows[0]).rowcount
+            return self.run(connection, rows[0])
         text = self._text(connection)
         if counted and connection.dialect.driver == "asyncpg":  # it counts the rows of single statements only
-            return sum([self.run(connection, row).rowcount for row in rows])
+            return sum([self.run(connection, row) for row in rows])
         if text is None:
             return connection.execute(self._counting, rows).rowcount
-        return connection.exec_driver_sql(text.sql, [text.arrange(row) for row in rows]).rowcount
+        return change(connection, text.sql, [text.arrange(row) for row in rows])
+
+    def rows(self, connection: Connection, parameters: Mapping[str, Any]) -> Rows:
+        """Execute it once; gives the rows that it selects, by position."""
+        text = self._text(connection)
+        if text is None:
+            return [tuple(row) for row in connection.execute(self._statement, parameters)]
+        return fetch(connection, text.sql, text.arrange(parameters))
 
     def _text(self, connection: Connection) -> Text | None:
         """What the driver is given; None where it depends on the connection."""
@@ -67,3 +84,91 @@ class Prepared:
             constants = {name: value for name, value in compiled.params.items() if value is not None}
             found = self._texts[key] = Text(compiled.string, compiled.positiontup, constants)
         return found
+
+
+class PreparedLookup:
+    """A SELECT of the rows whose ``column`` is in a list, which is the statement's last parameter.
+
+    PostgreSQL is given the list as one array, so that the statement is always the same. Other drivers are given as
+    many placeholders as there are items.
+    """
+
+    def __init__(self, column: Column[bytes], name: str, select: Callable[[ColumnElement[bool]], Executable]) -> None:
+        """``select`` makes the statement from the condition; ``name`` is the parameter's."""
+        self._name = name
+        self._plain = select(column.in_(bindparam(name, expanding=True)))
+        self._prepared = Prepared(select(_InList(column, name)))
+
+    def rows(self, connection: Connection, parameters: Mapping[str, Any]) -> Rows:
+        """The rows found, by position."""
+        text = self._prepared._text(connection)
+        dialect = connection.dialect
+        if text is not None and dialect.name == "postgresql":
+            return fetch(connection, text.sql, text.arrange(parameters))
+        if text is None or text.order is None or dialect.paramstyle not in _MARKS:
+            return [tuple(row) for row in connection.execute(self._plain, parameters)]
+        items = parameters[self._name]
+        marks = ", ".join([_MARKS[dialect.paramstyle]] * len(items))
+        return fetch(connection, text.sql.replace(_LIST, marks), (*text.arrange(parameters), *items))
+
+
+class _InList(ColumnElement[bool]):
+    """Whether a column's value is in a list."""
+
+    inherit_cache = False
+
+    def __init__(self, column: Column[bytes], name: str) -> None:
+        self.column = column
+        self.name = name
+
+
+@compiles(_InList)
+def _marked(element: _InList, compiler: SQLCompiler, **options: Any) -> str:
+    return f"{compiler.process(element.column, **options)} IN ({_LIST})"
+
+
+@compiles(_InList, "postgresql")
+def _array(element: _InList, compiler: SQLCompiler, **options: Any) -> str:
+    items = bindparam(element.name, type_=ARRAY(element.column.type))
+    return compiler.process(element.column == any_(items), **options)
+
+
+def change(connection: Connection, sql: str, parameters: Any) -> int:
+    """Execute a statement, for every one of a list of parameters; gives the number of rows that were changed."""
+    if _is_watched(connection):
+        return connection.exec_driver_sql(sql, parameters, {"preserve_rowcount": True}).rowcount
+    count: int = _on_cursor(connection, sql, parameters, _count)
+    return count
+
+
+def fetch(connection: Connection, sql: str, parameters: Any) -> Rows:
+    """Execute a statement; gives its rows."""
+    if _is_watched(connection):
+        return [tuple(row) for row in connection.exec_driver_sql(sql, parameters)]
+    rows: Rows = _on_cursor(connection, sql, parameters, _all)
+    return rows
+
+
+def _is_watched(connection: Connection) -> bool:
+    events = connection.dispatch
+    return bool(events.before_cursor_execute or events.after_cursor_execute)
+
+
+def _on_cursor(connection: Connection, sql: str, parameters: Any, result: Callable[[Any], Any]) -> Any:
+    dialect, cursor = connection.dialect, None
+    try:
+        cursor = connection.connection.cursor()
+        if isinstance(parameters, list):
+            dialect.do_executemany(cursor, sql, parameters)
+        else:
+            dialect.do_execute(cursor, sql, parameters)
+        found = result(cursor)
+        cursor.close()
+        return found
+    except BaseException as error:  # noqa: BLE001
+        # It raises. Without the statement it wraps the errors of the driver only.
+        statement = sql if isinstance(error, dialect.loaded_dbapi.Error) else None
+        connection._handle_dbapi_exception(error, statement, None, cursor, None)
+
+
+_count, _all = attrgetter("rowcount"), methodcaller("fetchall")

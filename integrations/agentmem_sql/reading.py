@@ -21,7 +21,7 @@ from sqlalchemy import Connection, RowMapping, and_, bindparam, literal_column, 
 from agentmem_sql.cache import Body, Cache, Thread
 from agentmem_sql.codec import Address, StoredCheckpoint, damaged, decode_row, decode_write, matches
 from agentmem_sql.keys import decode_text, encode_text, exact_key, open_key, thread_key
-from agentmem_sql.prepared import Prepared
+from agentmem_sql.prepared import Prepared, PreparedLookup, Rows
 from agentmem_sql.tables import Tables
 from agentmem_sql.trees import LEAVES, Node, parse
 from agentmem_sql.vault import Vault
@@ -32,6 +32,8 @@ T = TypeVar("T")
 CHUNK = 1000
 _PAGE = 32
 _ATTEMPTS = 3
+# Columns of a pending write that do not say where it belongs.
+_PENDING = ("task", "idx", "path", "channel", "digest", "seal")
 
 
 class Found(NamedTuple):
@@ -65,14 +67,10 @@ class Reader:
             writes.c.checkpoint == checkpoints.c.id,
         )
         in_namespace = and_(threads.c.key == bindparam("key"), checkpoints.c.ns == bindparam("ns"))
+        own = [column for column in checkpoints.c if column.name not in ("thread", "ns")]
+        self._own = tuple(column.name for column in own)
         one = (
-            select(
-                threads.c.number,
-                threads.c.epoch,
-                *(column for column in checkpoints.c if column.name not in ("thread", "ns")),
-                *(writes.c[name] for name in ("task", "idx", "path", "channel", "digest")),
-                writes.c.seal.label("write_seal"),
-            )
+            select(threads.c.number, threads.c.epoch, *own, *(writes.c[name] for name in _PENDING))
             .select_from(threads)
             .join(checkpoints, checkpoints.c.thread == threads.c.number)
             .outerjoin(writes, pending)
@@ -100,8 +98,10 @@ class Reader:
             writes.c.checkpoint.in_(bindparam("ids", expanding=True)),
         )
         self._epoch = select(threads.c.epoch).where(threads.c.number == bindparam("thread"))
-        self._content = select(blobs.c.digest, blobs.c.kind, blobs.c.body).where(
-            blobs.c.thread == bindparam("thread"), blobs.c.digest.in_(bindparam("digests", expanding=True))
+        self._content = PreparedLookup(
+            blobs.c.digest,
+            "digests",
+            select(blobs.c.digest, blobs.c.kind, blobs.c.body).where(blobs.c.thread == bindparam("thread")).where,
         )
 
     def find(self, connection: Connection, serde: SerializerProtocol, address: Address) -> Found | None:
@@ -127,31 +127,35 @@ class Reader:
 
     def locate(self, connection: Connection, address: Address) -> tuple[Thread, bytes] | None:
         """What is known of a thread, and the key of the checkpoint that an address names; None if there is none."""
-        keys = {"key": thread_key(address.thread), "ns": open_key(address.ns)}
-        if address.id is not None:
-            keys["id"] = exact_key(address.id, "checkpoint id")
-        row = (self._newest if address.id is None else self._one).run(connection, keys).first()
-        return None if row is None else (self._cache.at(address.thread, row.number, row.epoch), row.id)
+        rows = self._rows(connection, address)
+        if not rows:
+            return None
+        number, epoch, *values = rows[0]
+        return self._cache.at(address.thread, number, epoch), values[self._own.index("id")]
 
     def row(self, connection: Connection, serde: SerializerProtocol, address: Address) -> Found | None:
         """As ``find``, without the content."""
-        keys = {"key": thread_key(address.thread), "ns": open_key(address.ns)}
-        if address.id is None:
-            rows = self._newest.run(connection, keys).mappings().all()
-        else:
-            keys["id"] = exact_key(address.id, "checkpoint id")
-            rows = self._one.run(connection, keys).mappings().all()
+        rows = self._rows(connection, address)
         if not rows:
             return None
-        first: Mapping[str, Any] = {**rows[0], "ns": keys["ns"]}
-        stored = decode_row(self._vault, serde, address.thread, first)
+        ns, width = open_key(address.ns), 2 + len(self._own)
+        number, epoch, *values = rows[0]
+        own = dict(zip(self._own, values, strict=False), ns=ns)
+        stored = decode_row(self._vault, serde, address.thread, own)
         for row in rows:
-            if row["task"] is not None:
-                pending = {**row, "ns": keys["ns"], "checkpoint": row["id"], "seal": row["write_seal"]}
+            pending = dict(zip(_PENDING, row[width:], strict=True), ns=ns, checkpoint=own["id"])
+            if pending["task"] is not None:
                 stored.writes.append(decode_write(self._vault, address.thread, pending))
-        known = self._cache.at(address.thread, first["number"], first["epoch"])
+        known = self._cache.at(address.thread, number, epoch)
         known.hold(address.ns, stored.id, stored.held)
         return Found(stored, known)
+
+    def _rows(self, connection: Connection, address: Address) -> Rows:
+        """The row of a checkpoint after the thread's number and epoch, once for each of its pending writes."""
+        keys = {"key": thread_key(address.thread), "ns": open_key(address.ns)}
+        if address.id is None:
+            return self._newest.rows(connection, keys)
+        return self._one.rows(connection, keys | {"id": exact_key(address.id, "checkpoint id")})
 
     def collect(self, connection: Connection, known: Thread, roots: Iterable[bytes]) -> dict[bytes, Body]:
         """Content and all content that it refers to, level by level, each read once and compared with its digest.
@@ -182,7 +186,7 @@ class Reader:
     def _fetch(self, connection: Connection, known: Thread, digests: Sequence[bytes]) -> Iterator[tuple[bytes, Body]]:
         open_body, digest_of = self._vault.open, self._vault.digest
         parameters = {"thread": known.number, "digests": digests}
-        for digest, kind, stored in connection.execute(self._content, parameters).all():
+        for digest, kind, stored in self._content.rows(connection, parameters):
             plain = open_body(stored)
             if digest_of(kind, plain) == digest:
                 if kind in LEAVES:  # goes into the cache when it is unpacked, most of it as something else
@@ -229,13 +233,8 @@ class Reader:
         try:
             stored.contents = self.collect(connection, known, stored.roots)
         except Missing:
-            keys = {
-                "key": thread_key(stored.address.thread),
-                "ns": open_key(stored.address.ns),
-                "id": exact_key(stored.id, "checkpoint id"),
-            }
-            again = self._one.run(connection, keys).mappings().first()
-            if again is not None and again["epoch"] == known.epoch:
+            again = self._rows(connection, stored.address)
+            if again and again[0][1] == known.epoch:
                 raise damaged(stored.address.thread, stored.id, "a stored value") from None
             return False
         return True

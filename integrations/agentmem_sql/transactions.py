@@ -15,6 +15,7 @@ Everything here is synchronous: the asynchronous engines run it in a greenlet.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from agentmem.errors import StorageError
 from agentmem_sql import faults
 from agentmem_sql.drivers import spelled
+from agentmem_sql.prepared import change
 
 T = TypeVar("T")
 Work = Callable[[Connection], T]
@@ -38,14 +40,18 @@ class Transactions:
     reader: Engine
     writer: Engine
     before_read: _Prepare | None
-    before_write: _Prepare | None  # inside SQLAlchemy's transaction, as its first act
+    before_write: _Prepare | None  # the first act of a transaction
     commits: bool = False  # whether the reader's connections commit every statement
+    plain: bool = False  # whether SQLAlchemy need not know of a write's transaction
+    begins: bool = False  # whether SQLAlchemy is to know of a read, as listeners and pools of the owner expect
 
     def read(self, work: Work[T]) -> T:
         """Do work that changes nothing."""
         with connect(self.reader) as connection:
             if self.before_read is not None:
                 self.before_read(connection)
+            if self.begins:
+                connection.begin()  # closing the connection rolls it back
             try:
                 return work(connection)
             except InvalidRequestError:
@@ -64,10 +70,13 @@ class Transactions:
     def write_on(self, connection: Connection, work: Work[T]) -> T:
         """Do work in one transaction on a connection of ``writer`` that has none open."""
         try:
-            with connection.begin():
+            with nullcontext() if self.plain else connection.begin():
                 if self.before_write is not None:
                     self.before_write(connection)
-                return work(connection)
+                result = work(connection)
+                if self.plain:
+                    _commit(connection)
+                return result
         except BaseException as error:
             _roll_back(connection)
             if isinstance(error, InvalidRequestError):
@@ -78,7 +87,7 @@ class Transactions:
 def own(engine: Engine) -> Transactions:
     """Transactions on an engine that ``engines`` made."""
     if engine.dialect.name == "sqlite":
-        return Transactions(engine, engine, None, _begin_immediate)
+        return Transactions(engine, engine, None, _begin_immediate, plain=True)
     if engine.dialect.name == "postgresql":
         return Transactions(engine, engine, _autocommit_on, _autocommit_off, commits=True)
     return Transactions(engine, engine, None, _start_transaction)
@@ -87,14 +96,14 @@ def own(engine: Engine) -> Transactions:
 def given(engine: Engine) -> Transactions:
     """Transactions on an engine of the caller's (the ``sync_engine`` of an asynchronous one)."""
     if engine.dialect.name == "sqlite":
-        return Transactions(engine, engine, None, _begin_immediate)
+        return Transactions(engine, engine, None, _begin_immediate, begins=True)
     if engine.dialect.name == "postgresql":
         # A listener for `begin` may set what the rows that one sees depend on, for as long as the transaction lasts.
         listened = bool(engine.dispatch.begin)
         reader = engine if listened else engine.execution_options(isolation_level="AUTOCOMMIT")
         writer = engine.execution_options(isolation_level="READ COMMITTED")
-        return Transactions(reader, writer, None, None, commits=not listened)
-    return Transactions(engine, engine, None, _start_read_committed)
+        return Transactions(reader, writer, None, None, commits=not listened, begins=True)
+    return Transactions(engine, engine, None, _start_read_committed, begins=True)
 
 
 def connect(engine: Engine) -> Connection:
@@ -140,8 +149,15 @@ def _begin_immediate(connection: Connection) -> None:
     """
     driver: Any = connection.connection.driver_connection
     if driver.in_transaction:
-        connection.exec_driver_sql("ROLLBACK")
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+        change(connection, "ROLLBACK", ())
+    change(connection, "BEGIN IMMEDIATE", ())
+
+
+def _commit(connection: Connection) -> None:
+    """End SQLite's transaction, unless the work did."""
+    driver: Any = connection.connection.driver_connection
+    if driver.in_transaction:
+        change(connection, "COMMIT", ())
 
 
 def _autocommit_on(connection: Connection) -> None:
@@ -163,9 +179,9 @@ def _set_autocommit(connection: Connection, mode: bool) -> None:
 
 
 def _start_transaction(connection: Connection) -> None:
-    connection.exec_driver_sql("START TRANSACTION")
+    change(connection, "START TRANSACTION", ())
 
 
 def _start_read_committed(connection: Connection) -> None:
     connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
-    connection.exec_driver_sql("START TRANSACTION")
+    change(connection, "START TRANSACTION", ())

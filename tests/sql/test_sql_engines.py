@@ -149,6 +149,20 @@ def test_an_engine_that_does_not_say_where_its_database_is_serves_its_own_mode()
     saver.close()
 
 
+def test_listeners_for_cursors_see_what_is_stored_and_read(path: Path) -> None:
+    """Statements on hot paths go past SQLAlchemy's execution, but not where a tracer listens to it."""
+    engine = create_engine(f"sqlite:///{path}")
+    seen: list[str] = []
+    with SQLAlchemySaver(engine) as saver:
+        put(saver, config(), {"x": 1})
+        event.listen(engine, "before_cursor_execute", lambda *arguments: seen.append(arguments[2]))
+        put(saver, config(), {"x": 2})
+        saver.get_tuple(config())
+    for wanted in ("INSERT INTO agentmem_blobs", "INSERT INTO agentmem_checkpoints", "SELECT agentmem_threads"):
+        assert any(statement.startswith(wanted) for statement in seen), (wanted, seen)
+    engine.dispose()
+
+
 def test_rows_that_a_listener_for_begin_lets_through(postgresql_url: str) -> None:
     """Row-level security by ``SET LOCAL``, which lasts as long as a transaction: so reads must have one, too."""
     plain = make_url(postgresql_url)

@@ -18,6 +18,7 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.serde.base import SerializerProtocol
 from sqlalchemy import Connection, RowMapping, and_, bindparam, literal_column, or_, select
 
+from agentmem.errors import StorageError
 from agentmem_sql.cache import Body, Cache, Thread
 from agentmem_sql.codec import Address, StoredCheckpoint, damaged, decode_row, decode_write, matches
 from agentmem_sql.keys import decode_text, encode_text, exact_key, open_key, thread_key
@@ -108,7 +109,7 @@ class Reader:
         """The checkpoint that an address names, or the newest of its namespace; None where there is none.
 
         Raises:
-            StorageError: it was changed or damaged since it was stored.
+            StorageError: it was changed or damaged since it was stored, or is pruned again and again.
         """
         before = None
         for _ in range(_ATTEMPTS):
@@ -123,6 +124,10 @@ class Reader:
                 if before == (known.epoch, stored.id):
                     break
                 before = known.epoch, stored.id
+        else:
+            raise StorageError(
+                f"thread {address.thread[:80]!r} was pruned {_ATTEMPTS} times while it was being read; try again"
+            )
         raise damaged(address.thread, stored.id, "a stored value")
 
     def locate(self, connection: Connection, address: Address) -> tuple[Thread, bytes] | None:

@@ -252,6 +252,6 @@ def _nothing(_connection: Connection) -> None:
 
 def _too_often(address: Address) -> StorageError:
     return StorageError(
-        f"thread {address.thread[:80]!r} was pruned {_ATTEMPTS} times while something was being stored in it; "
-        "nothing was stored, try again"
+        f"thread {address.thread[:80]!r} was changed by others {_ATTEMPTS} times while something was being stored "
+        "in it; nothing was stored, try again"
     )

@@ -28,6 +28,8 @@ from agentmem_sql import SQLAlchemySaver
 # pytest's importlib mode leaves this folder off the path; sql_cases is shared with child processes.
 sys.path.insert(0, str(Path(__file__).parent))
 
+from sql_chains import empty, plain_sql, shared_database, unaccounted
+
 BACKENDS = ("sqlite", "postgresql", "mysql")
 ASYNC_DRIVERS = ("sqlite+aiosqlite", "postgresql+psycopg", "postgresql+asyncpg", "mysql+asyncmy")
 
@@ -189,6 +191,35 @@ def look() -> Sql:
 def ask(look: Sql, database_url: str) -> Sql:
     """``look`` on ``database_url``: ``ask(statement, **parameters)``."""
     return partial(look, database_url)
+
+
+# The same for files with many tests: a database for the whole file, emptied after every test.
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def shared_url(
+    request: pytest.FixtureRequest, servers: Callable[[str], Connection], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """A database on each of the three, which the tests of a file share."""
+    with shared_database(request.param, servers, tmp_path_factory.mktemp("shared")) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def shared_ask(shared_url: str) -> Iterator[Sql]:
+    """``ask`` on ``shared_url``, by one connection."""
+    with plain_sql(shared_url) as run:
+        yield run
+
+
+@pytest.fixture
+def swept_saver(shared_url: str, shared_ask: Sql) -> Iterator[SQLAlchemySaver]:
+    """A saver on ``shared_url``; at the end no content may be missing and none left over."""
+    with SQLAlchemySaver.from_url(shared_url) as saver:
+        saver.setup()
+        yield saver
+        assert unaccounted(shared_ask) == (set(), set())
+        empty(saver, shared_ask)
 
 
 def _text(url: URL) -> str:

@@ -38,7 +38,12 @@ def plain_sql(url: str) -> Iterator[Sql]:
     """Runs statements behind the saver's back, as the fixture ``ask`` does, on one connection."""
     engine = create_engine(url, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
-        yield lambda statement: [tuple(row) for row in connection.execute(text(statement))]
+
+        def run(statement: str, **parameters: object) -> list[Any]:
+            result = connection.execute(text(statement), parameters)
+            return [tuple(row) for row in result] if result.returns_rows else []
+
+        yield run
     engine.dispose()
 
 

@@ -2,46 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import pytest
 from langchain_core.messages import HumanMessage
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import CheckpointTuple
 from langgraph.checkpoint.serde.types import INTERRUPT, _DeltaSnapshot
 from sql_cases import config
-from sql_chains import empty, grow, history, id_of, made, plain_sql, shared_database, unaccounted, write
-from sqlalchemy import Connection
+from sql_chains import grow, history, id_of, made, write
 
 from agentmem_sql import SQLAlchemySaver
 
 Sql = Callable[..., list[Any]]
 NAMESPACES = ("", "sub:1|deeper:2", "n" * 300)
-
-
-@pytest.fixture(scope="module", params=["sqlite", "postgresql", "mysql"])
-def database_url(
-    request: pytest.FixtureRequest, servers: Callable[[str], Connection], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
-    with shared_database(request.param, servers, tmp_path_factory.mktemp("copy")) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def ask(database_url: str) -> Iterator[Sql]:
-    with plain_sql(database_url) as run:
-        yield run
-
-
-@pytest.fixture
-def any_saver(database_url: str, ask: Sql) -> Iterator[SQLAlchemySaver]:
-    with SQLAlchemySaver.from_url(database_url) as saver:
-        saver.setup()
-        yield saver
-        assert unaccounted(ask) == (set(), set())
-        empty(saver, ask)
 
 
 def fill(saver: SQLAlchemySaver, thread: str = "t") -> None:
@@ -69,116 +44,116 @@ def seen(saver: SQLAlchemySaver, thread: str) -> list[Any]:
     return [one(found) for found in saver.list({"configurable": {"thread_id": thread}})]
 
 
-def test_a_copy_is_whole_and_shares_nothing(any_saver: SQLAlchemySaver, database_url: str, ask: Sql) -> None:
-    fill(any_saver)
-    source = seen(any_saver, "t")
+def test_a_copy_is_whole_and_shares_nothing(swept_saver: SQLAlchemySaver, shared_url: str, shared_ask: Sql) -> None:
+    fill(swept_saver)
+    source = seen(swept_saver, "t")
     assert len(source) == len(NAMESPACES) * 7
-    any_saver.copy_thread("t", "copy")
-    assert seen(any_saver, "t") == seen(any_saver, "copy") == source
+    swept_saver.copy_thread("t", "copy")
+    assert seen(swept_saver, "t") == seen(swept_saver, "copy") == source
     for table in ("blobs", "checkpoints", "writes"):
-        counts = ask(f"SELECT count(*) FROM agentmem_{table} GROUP BY thread")
+        counts = shared_ask(f"SELECT count(*) FROM agentmem_{table} GROUP BY thread")
         assert len(counts) == 2
         assert counts[0] == counts[1]
 
-    any_saver.delete_thread("t")
-    assert seen(any_saver, "copy") == source
-    with SQLAlchemySaver.from_url(database_url, cache_bytes=0) as other:
+    swept_saver.delete_thread("t")
+    assert seen(swept_saver, "copy") == source
+    with SQLAlchemySaver.from_url(shared_url, cache_bytes=0) as other:
         assert seen(other, "copy") == source
         other.copy_thread("copy", "t")
         other.prune(["copy"], strategy="delete")
         assert seen(other, "t") == source
-    assert seen(any_saver, "t") == source
+    assert seen(swept_saver, "t") == source
 
 
-def test_a_copy_of_a_pruned_thread_means_the_same(any_saver: SQLAlchemySaver) -> None:
-    fill(any_saver)
-    any_saver.prune(["t"])
-    source = seen(any_saver, "t")
+def test_a_copy_of_a_pruned_thread_means_the_same(swept_saver: SQLAlchemySaver) -> None:
+    fill(swept_saver)
+    swept_saver.prune(["t"])
+    source = seen(swept_saver, "t")
     assert len(source) == len(NAMESPACES)
-    any_saver.copy_thread("t", "copy")
-    any_saver.delete_thread("t")
-    assert seen(any_saver, "copy") == source
-    newest = any_saver.get_tuple(config("copy"))
+    swept_saver.copy_thread("t", "copy")
+    swept_saver.delete_thread("t")
+    assert seen(swept_saver, "copy") == source
+    newest = swept_saver.get_tuple(config("copy"))
     assert newest is not None
-    at = grow(any_saver, newest.config, {"d": _DeltaSnapshot([1])})
-    assert history(any_saver, grow(any_saver, at)) == (_DeltaSnapshot([1]), [])
+    at = grow(swept_saver, newest.config, {"d": _DeltaSnapshot([1])})
+    assert history(swept_saver, grow(swept_saver, at)) == (_DeltaSnapshot([1]), [])
 
 
-def test_copies_over_a_thread_that_is_there(any_saver: SQLAlchemySaver) -> None:
+def test_copies_over_a_thread_that_is_there(swept_saver: SQLAlchemySaver) -> None:
     """What it has under the same ids becomes what the source has, the rest of it stays."""
-    at = grow(any_saver, None, {"x": b"old" * 99})
-    any_saver.copy_thread("t", "copy")
-    own = grow(any_saver, {"configurable": {**at["configurable"], "thread_id": "copy"}}, {"x": b"own" * 99})
-    mine = any_saver.get_tuple(own)
-    write(any_saver, at, b"later" * 99)
-    grow(any_saver, at, {"x": b"newer" * 99})
-    source = seen(any_saver, "t")
+    at = grow(swept_saver, None, {"x": b"old" * 99})
+    swept_saver.copy_thread("t", "copy")
+    own = grow(swept_saver, {"configurable": {**at["configurable"], "thread_id": "copy"}}, {"x": b"own" * 99})
+    mine = swept_saver.get_tuple(own)
+    write(swept_saver, at, b"later" * 99)
+    grow(swept_saver, at, {"x": b"newer" * 99})
+    source = seen(swept_saver, "t")
 
-    any_saver.copy_thread("t", "copy")
+    swept_saver.copy_thread("t", "copy")
 
-    assert any_saver.get_tuple(own) == mine
-    assert [one for one in seen(any_saver, "copy") if one[0][0][1] != id_of(own)] == source
-    assert seen(any_saver, "t") == source
+    assert swept_saver.get_tuple(own) == mine
+    assert [one for one in seen(swept_saver, "copy") if one[0][0][1] != id_of(own)] == source
+    assert seen(swept_saver, "t") == source
     # A copy whose checkpoint was replaced gives up the content that it had.
-    any_saver.delete_thread("t")
+    swept_saver.delete_thread("t")
     again = {**made({"x": b"again" * 99}), "id": id_of(at)}
-    any_saver.put(config(), again, {}, again["channel_versions"])
-    any_saver.copy_thread("t", "copy")
-    found = any_saver.get_tuple(config("copy", checkpoint_id=id_of(at)))
+    swept_saver.put(config(), again, {}, again["channel_versions"])
+    swept_saver.copy_thread("t", "copy")
+    found = swept_saver.get_tuple(config("copy", checkpoint_id=id_of(at)))
     assert found is not None
     assert found.checkpoint["channel_values"] == {"x": b"again" * 99}
 
 
-async def test_copies_of_nothing_and_onto_itself(any_saver: SQLAlchemySaver, ask: Sql) -> None:
-    any_saver.copy_thread("missing", "copy")
-    any_saver.copy_thread("missing", "missing")
-    assert ask("SELECT count(*) FROM agentmem_threads") == [(0,)]
-    fill(any_saver)
-    source = seen(any_saver, "t")
-    any_saver.copy_thread("t", "t")
-    any_saver.copy_thread("missing", "t")
-    await any_saver.acopy_thread("t", "t")
-    assert seen(any_saver, "t") == source
-    assert ask("SELECT count(*) FROM agentmem_threads") == [(1,)]
+async def test_copies_of_nothing_and_onto_itself(swept_saver: SQLAlchemySaver, shared_ask: Sql) -> None:
+    swept_saver.copy_thread("missing", "copy")
+    swept_saver.copy_thread("missing", "missing")
+    assert shared_ask("SELECT count(*) FROM agentmem_threads") == [(0,)]
+    fill(swept_saver)
+    source = seen(swept_saver, "t")
+    swept_saver.copy_thread("t", "t")
+    swept_saver.copy_thread("missing", "t")
+    await swept_saver.acopy_thread("t", "t")
+    assert seen(swept_saver, "t") == source
+    assert shared_ask("SELECT count(*) FROM agentmem_threads") == [(1,)]
 
 
-def test_whoever_knows_the_target_learns_that_it_has_changed(any_saver: SQLAlchemySaver, database_url: str) -> None:
+def test_whoever_knows_the_target_learns_that_it_has_changed(swept_saver: SQLAlchemySaver, shared_url: str) -> None:
     """A saver that has read and written the target goes on with it after another has copied over it."""
     value = [HumanMessage("hello " * 50, id="1")]
-    with SQLAlchemySaver.from_url(database_url) as other:
-        at = grow(any_saver, None, {"x": value})
+    with SQLAlchemySaver.from_url(shared_url) as other:
+        at = grow(swept_saver, None, {"x": value})
         mine = {"configurable": {**at["configurable"], "thread_id": "copy"}}
         again = {**made({"x": value}), "id": id_of(at)}
-        any_saver.put(config("copy"), again, {}, again["channel_versions"])
+        swept_saver.put(config("copy"), again, {}, again["channel_versions"])
         replaced = {**made({"x": b"other" * 99}), "id": id_of(at)}
         other.delete_thread("t")
         other.put(config(), replaced, {}, replaced["channel_versions"])
         other.copy_thread("t", "copy")
-        grown = grow(any_saver, mine, {"x": value})
+        grown = grow(swept_saver, mine, {"x": value})
         found = other.get_tuple(grown)
         assert found is not None
         assert found.checkpoint["channel_values"] == {"x": value}
 
 
-def test_copies_in_both_directions_do_not_lock_each_other_out(any_saver: SQLAlchemySaver, database_url: str) -> None:
+def test_copies_in_both_directions_do_not_lock_each_other_out(swept_saver: SQLAlchemySaver, shared_url: str) -> None:
     names = ["a", "b", "c"]
     for name in names:
         at: RunnableConfig = config(name)
         for number in range(5):
-            at = grow(any_saver, at, {"x": b"%d" % number * 999, "same": b"same" * 999})
-    sources = {name: {one[0][0] for one in seen(any_saver, name)} for name in names}
+            at = grow(swept_saver, at, {"x": b"%d" % number * 999, "same": b"same" * 999})
+    sources = {name: {one[0][0] for one in seen(swept_saver, name)} for name in names}
 
     def copy(number: int) -> None:
         source, target = names[number % 3], names[(number + 1 + number % 2) % 3]
-        (any_saver if number % 4 < 2 else other).copy_thread(source, target)
+        (swept_saver if number % 4 < 2 else other).copy_thread(source, target)
         if number % 5 == 0:
             other.copy_thread(source, f"new {number % 2}")
 
-    with SQLAlchemySaver.from_url(database_url) as other:
+    with SQLAlchemySaver.from_url(shared_url) as other:
         with ThreadPoolExecutor(6) as pool:
             list(pool.map(copy, range(24)))
         every = set().union(*sources.values())
         for _ in range(2):
             for source, target in (("a", "b"), ("b", "c"), ("c", "a")):
                 other.copy_thread(source, target)
-        assert all({one[0][0] for one in seen(any_saver, name)} == every for name in names)
+        assert all({one[0][0] for one in seen(swept_saver, name)} == every for name in names)

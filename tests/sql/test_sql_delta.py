@@ -18,9 +18,9 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import BaseCheckpointSaver, DeltaChannelHistory
 from langgraph.checkpoint.serde.types import _DeltaSnapshot
 from sql_cases import config
-from sql_chains import empty, grow, history, id_of, made, plain_sql, shared_database, write
+from sql_chains import grow, history, id_of, made, write
 from sql_mirror import SyncMirror
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Engine, create_engine, event
 
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
@@ -123,31 +123,10 @@ CASES = (
 )
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgresql", "mysql"])
-def database_url(
-    request: pytest.FixtureRequest, servers: Callable[[str], Connection], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
-    with shared_database(request.param, servers, tmp_path_factory.mktemp("delta")) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def ask(database_url: str) -> Iterator[Sql]:
-    with plain_sql(database_url) as run:
-        yield run
-
-
-@pytest.fixture
-def any_saver(database_url: str, ask: Sql) -> Iterator[SQLAlchemySaver]:
-    with SQLAlchemySaver.from_url(database_url) as saver:
-        yield saver
-        empty(saver, ask)
-
-
 @pytest.fixture(params=[False, True], ids=["async", "sync"])
-async def either(request: pytest.FixtureRequest, database_url: str) -> AsyncIterator[Saver]:
+async def either(request: pytest.FixtureRequest, shared_url: str) -> AsyncIterator[Saver]:
     """A saver on each database, by its asynchronous methods and by its synchronous ones."""
-    async with SQLAlchemySaver.from_url(database_url) as saver:
+    async with SQLAlchemySaver.from_url(shared_url) as saver:
         yield SyncMirror(saver) if request.param else saver
         for case in CASES:
             await saver.adelete_thread(case.__name__)
@@ -190,47 +169,47 @@ def random_history(saver: SQLAlchemySaver, chance: random.Random, size: int) -> 
     return made_
 
 
-def test_history_is_that_of_the_default_walk(any_saver: SQLAlchemySaver, database_url: str) -> None:
+def test_history_is_that_of_the_default_walk(swept_saver: SQLAlchemySaver, shared_url: str) -> None:
     chance = random.Random(7)
-    with SQLAlchemySaver.from_url(database_url, cache_bytes=0) as cold:
+    with SQLAlchemySaver.from_url(shared_url, cache_bytes=0) as cold:
         for size in (12, 24):
-            for at in random_history(any_saver, chance, size):
+            for at in random_history(swept_saver, chance, size):
                 channels = chance.sample(["a", "b", "c", "x"], chance.randrange(1, 5))
-                expected = default_walk(any_saver, at, channels)
-                assert any_saver.get_delta_channel_history(config=at, channels=channels) == expected
+                expected = default_walk(swept_saver, at, channels)
+                assert swept_saver.get_delta_channel_history(config=at, channels=channels) == expected
                 assert cold.get_delta_channel_history(config=at, channels=channels) == expected
-            any_saver.delete_thread("t")
+            swept_saver.delete_thread("t")
 
 
-def test_only_ancestors_on_the_way_count(any_saver: SQLAlchemySaver) -> None:
+def test_only_ancestors_on_the_way_count(swept_saver: SQLAlchemySaver) -> None:
     """Branches leave one checkpoint, in ids that lie between each other.
 
     No other namespace or thread is seen, though the same checkpoint ids are in them.
     """
-    root = grow(any_saver, None, {"d": _DeltaSnapshot(["root"])})
-    write(any_saver, root, "shared")
-    left, right = grow(any_saver, root), grow(any_saver, root)
+    root = grow(swept_saver, None, {"d": _DeltaSnapshot(["root"])})
+    write(swept_saver, root, "shared")
+    left, right = grow(swept_saver, root), grow(swept_saver, root)
     for at, name in ((left, "left"), (right, "right"), (root, "late")):
-        write(any_saver, at, name, task=name)
-    left, right = grow(any_saver, left), grow(any_saver, right)
+        write(swept_saver, at, name, task=name)
+    left, right = grow(swept_saver, left), grow(swept_saver, right)
     for thread, ns in (("u", ""), ("t", "sub:1")):
         same = {**made({"d": _DeltaSnapshot(["other"])}), "id": id_of(root)}
-        elsewhere = any_saver.put(config(thread, ns), same, {}, same["channel_versions"])
-        write(any_saver, elsewhere, f"{thread} {ns}", task="other")
-        last = grow(any_saver, elsewhere)
-        assert history(any_saver, last) == (_DeltaSnapshot(["other"]), [f"{thread} {ns}"])
+        elsewhere = swept_saver.put(config(thread, ns), same, {}, same["channel_versions"])
+        write(swept_saver, elsewhere, f"{thread} {ns}", task="other")
+        last = grow(swept_saver, elsewhere)
+        assert history(swept_saver, last) == (_DeltaSnapshot(["other"]), [f"{thread} {ns}"])
 
-    assert history(any_saver, left) == (_DeltaSnapshot(["root"]), ["late", "shared", "left"])
-    assert history(any_saver, right) == (_DeltaSnapshot(["root"]), ["late", "shared", "right"])
+    assert history(swept_saver, left) == (_DeltaSnapshot(["root"]), ["late", "shared", "left"])
+    assert history(swept_saver, right) == (_DeltaSnapshot(["root"]), ["late", "shared", "right"])
 
 
-def test_writes_of_a_superstep_come_in_the_order_in_which_it_applied_them(any_saver: SQLAlchemySaver) -> None:
-    at = grow(any_saver)
+def test_writes_of_a_superstep_come_in_the_order_in_which_it_applied_them(swept_saver: SQLAlchemySaver) -> None:
+    at = grow(swept_saver)
     for path, task in [("~pull, b", "1"), ("~pull, a", "9"), ("", "zz"), ("~pull, c", "0"), ("~pull, a", "3")]:
-        write(any_saver, at, f"{path} {task} 0", f"{path} {task} 1", task=task, path=path)
-    _, writes = history(any_saver, grow(any_saver, at))
-    found = any_saver.get_tuple(at)
-    (listed,) = any_saver.list(at)
+        write(swept_saver, at, f"{path} {task} 0", f"{path} {task} 1", task=task, path=path)
+    _, writes = history(swept_saver, grow(swept_saver, at))
+    found = swept_saver.get_tuple(at)
+    (listed,) = swept_saver.list(at)
     assert found is not None
     assert [value for _, _, value in found.pending_writes or ()] == writes
     assert listed.pending_writes == found.pending_writes
@@ -241,43 +220,43 @@ def test_writes_of_a_superstep_come_in_the_order_in_which_it_applied_them(any_sa
     ]
 
 
-def test_walks_longer_than_one_statement(any_saver: SQLAlchemySaver, database_url: str) -> None:
-    at = grow(any_saver, None, {"d": _DeltaSnapshot([0])})
+def test_walks_longer_than_one_statement(swept_saver: SQLAlchemySaver, shared_url: str) -> None:
+    at = grow(swept_saver, None, {"d": _DeltaSnapshot([0])})
     for number in range(1, 106):
-        any_saver.put_writes(at, [("d", number), ("e", -number)], "task")
-        at = grow(any_saver, at)
-    with SQLAlchemySaver.from_url(database_url) as other:
+        swept_saver.put_writes(at, [("d", number), ("e", -number)], "task")
+        at = grow(swept_saver, at)
+    with SQLAlchemySaver.from_url(shared_url) as other:
         assert history(other, at) == (_DeltaSnapshot([0]), list(range(1, 106)))
         assert history(other, at, "e") == (None, list(range(-1, -106, -1)))
 
 
-def test_the_newest_checkpoint_is_meant_where_none_is_named(any_saver: SQLAlchemySaver) -> None:
-    at = grow(any_saver, None, {"d": _DeltaSnapshot([1])})
-    write(any_saver, at, 2)
-    write(any_saver, grow(any_saver, at), 3)
-    assert history(any_saver, config()) == (_DeltaSnapshot([1]), [2])
+def test_the_newest_checkpoint_is_meant_where_none_is_named(swept_saver: SQLAlchemySaver) -> None:
+    at = grow(swept_saver, None, {"d": _DeltaSnapshot([1])})
+    write(swept_saver, at, 2)
+    write(swept_saver, grow(swept_saver, at), 3)
+    assert history(swept_saver, config()) == (_DeltaSnapshot([1]), [2])
 
 
-def test_what_is_not_there_has_no_history(any_saver: SQLAlchemySaver) -> None:
+def test_what_is_not_there_has_no_history(swept_saver: SQLAlchemySaver) -> None:
     nothing: Mapping[str, DeltaChannelHistory] = {"d": {"writes": []}, "e": {"writes": []}}
-    grow(any_saver, None, {"d": _DeltaSnapshot([1])}, thread="u")
+    grow(swept_saver, None, {"d": _DeltaSnapshot([1])}, thread="u")
     for at in (config(), config("u", "other"), config("u", checkpoint_id="missing")):
-        assert any_saver.get_delta_channel_history(config=at, channels=["d", "e"]) == nothing
-    orphan = grow(any_saver, config(checkpoint_id="a parent that was never stored"))
-    write(any_saver, config(checkpoint_id="a parent that was never stored"), "of no checkpoint")
-    assert history(any_saver, orphan) == (None, [])
+        assert swept_saver.get_delta_channel_history(config=at, channels=["d", "e"]) == nothing
+    orphan = grow(swept_saver, config(checkpoint_id="a parent that was never stored"))
+    write(swept_saver, config(checkpoint_id="a parent that was never stored"), "of no checkpoint")
+    assert history(swept_saver, orphan) == (None, [])
 
 
-def test_a_checkpoint_that_is_its_own_parent_ends_the_walk(any_saver: SQLAlchemySaver) -> None:
+def test_a_checkpoint_that_is_its_own_parent_ends_the_walk(swept_saver: SQLAlchemySaver) -> None:
     """Such are stored by whoever copies checkpoints with ``put(found.config, found.checkpoint, ...)``."""
     one = made({}, "d")
-    first = any_saver.put(config(checkpoint_id=one["id"]), one, {}, {})
-    write(any_saver, first, "first")
-    second = grow(any_saver, first)
-    assert history(any_saver, second) == (None, ["first"])
-    assert history(any_saver, first) == (None, [])
-    any_saver.prune(["t"])
-    assert history(any_saver, second) == (None, ["first"])
+    first = swept_saver.put(config(checkpoint_id=one["id"]), one, {}, {})
+    write(swept_saver, first, "first")
+    second = grow(swept_saver, first)
+    assert history(swept_saver, second) == (None, ["first"])
+    assert history(swept_saver, first) == (None, [])
+    swept_saver.prune(["t"])
+    assert history(swept_saver, second) == (None, ["first"])
 
 
 @contextmanager
@@ -293,8 +272,8 @@ def counted(engine: Engine) -> Iterator[list[str]]:
     event.remove(engine, "before_cursor_execute", note)
 
 
-def test_a_history_takes_few_statements(database_url: str) -> None:
-    engine = create_engine(database_url)
+def test_a_history_takes_few_statements(shared_url: str) -> None:
+    engine = create_engine(shared_url)
     with SQLAlchemySaver(engine) as saver, SQLAlchemySaver(engine) as other:
         saver.delete_thread("t")
         at = grow(saver, None, {"d": _DeltaSnapshot([HumanMessage("hello", id="1")])})
@@ -310,9 +289,9 @@ def test_a_history_takes_few_statements(database_url: str) -> None:
     engine.dispose()
 
 
-def test_a_history_that_is_pruned_while_it_is_read_is_whole(database_url: str) -> None:
+def test_a_history_that_is_pruned_while_it_is_read_is_whole(shared_url: str) -> None:
     """At each of its statements in turn, everything but the newest checkpoint, or the one before, is taken out."""
-    engine = create_engine(database_url)
+    engine = create_engine(shared_url)
     pruned = 0
 
     def prune(*_: Any) -> None:
@@ -322,7 +301,7 @@ def test_a_history_that_is_pruned_while_it_is_read_is_whole(database_url: str) -
             pruned += 1
             prunes()
 
-    with SQLAlchemySaver(engine, cache_bytes=0) as saver, SQLAlchemySaver.from_url(database_url) as other:
+    with SQLAlchemySaver(engine, cache_bytes=0) as saver, SQLAlchemySaver.from_url(shared_url) as other:
         saver.setup()
         for thread, latest in (("all", True), ("one", False)):
             for when in range(1, 8):

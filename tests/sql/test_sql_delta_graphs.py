@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -14,37 +14,14 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.serde.types import _DeltaSnapshot
 from langgraph.types import Command
 from sql_cases import config
-from sql_chains import empty, grow, history, id_of, ids, plain_sql, shared_database, unaccounted
+from sql_chains import grow, history, id_of, ids, unaccounted
 from sql_graphs import chat_graph, delta_graph, say
-from sqlalchemy import Connection, make_url
+from sqlalchemy import make_url
 
 from agentmem_sql import SQLAlchemySaver
 
 Sql = Callable[..., list[Any]]
 State = tuple[list[tuple[str, str]], list[str], int, bytes]
-
-
-@pytest.fixture(scope="module", params=["sqlite", "postgresql", "mysql"])
-def database_url(
-    request: pytest.FixtureRequest, servers: Callable[[str], Connection], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
-    with shared_database(request.param, servers, tmp_path_factory.mktemp("graphs")) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def ask(database_url: str) -> Iterator[Sql]:
-    with plain_sql(database_url) as run:
-        yield run
-
-
-@pytest.fixture
-def any_saver(database_url: str, ask: Sql) -> Iterator[SQLAlchemySaver]:
-    with SQLAlchemySaver.from_url(database_url) as saver:
-        saver.setup()
-        yield saver
-        assert unaccounted(ask) == (set(), set())
-        empty(saver, ask)
 
 
 def of_run(run: str, thread: str = "t") -> RunnableConfig:
@@ -82,27 +59,27 @@ def expected() -> list[State]:
 
 
 def test_a_thread_that_is_pruned_goes_on(
-    any_saver: SQLAlchemySaver, database_url: str, ask: Sql, expected: list[State]
+    swept_saver: SQLAlchemySaver, shared_url: str, shared_ask: Sql, expected: list[State]
 ) -> None:
     """Between snapshots (every seven updates) and across them; by the process that ran it and by others.
 
     On each database with another durability, since they have nothing to do with each other.
     """
-    durability = {"sqlite": "exit", "postgresql": "async", "mysql": "sync"}[make_url(database_url).get_backend_name()]
-    graph = delta_graph(any_saver)
+    durability = {"sqlite": "exit", "postgresql": "async", "mysql": "sync"}[make_url(shared_url).get_backend_name()]
+    graph = delta_graph(swept_saver)
     sizes, snapshots = [], 0
     for turn in range(14):
         talk(graph, turn, durability=durability)
         assert state(graph) == expected[turn]
         if turn % 3 == 2:
-            rows = ask("SELECT count(*), sum(length(body)) FROM agentmem_blobs")[0]
-            snapshots += sum("messages" in one.checkpoint["channel_values"] for one in any_saver.list(config()))
-            any_saver.prune(["t"])
-            sizes.append((rows, ask("SELECT count(*), sum(length(body)) FROM agentmem_blobs")[0]))
-            assert len(ids(any_saver)) == 1
-            assert unaccounted(ask) == (set(), set())
+            rows = shared_ask("SELECT count(*), sum(length(body)) FROM agentmem_blobs")[0]
+            snapshots += sum("messages" in one.checkpoint["channel_values"] for one in swept_saver.list(config()))
+            swept_saver.prune(["t"])
+            sizes.append((rows, shared_ask("SELECT count(*), sum(length(body)) FROM agentmem_blobs")[0]))
+            assert len(ids(swept_saver)) == 1
+            assert unaccounted(shared_ask) == (set(), set())
             assert state(graph) == expected[turn]
-            with SQLAlchemySaver.from_url(database_url) as other:
+            with SQLAlchemySaver.from_url(shared_url) as other:
                 assert state(delta_graph(other)) == expected[turn]
     assert snapshots >= 2
     for before, after in sizes:
@@ -111,34 +88,34 @@ def test_a_thread_that_is_pruned_goes_on(
 
 
 def test_a_question_that_waits_for_its_answer_outlives_pruning(
-    any_saver: SQLAlchemySaver, database_url: str, expected: list[State]
+    swept_saver: SQLAlchemySaver, shared_url: str, expected: list[State]
 ) -> None:
-    graph = delta_graph(any_saver)
+    graph = delta_graph(swept_saver)
     for turn in range(3):
         talk(graph, turn)
     asked = graph.invoke(say("turn 3?"), config())["__interrupt__"]
-    any_saver.prune(["t"])
+    swept_saver.prune(["t"])
     waiting = graph.get_state(config())
     assert [one.value for one in waiting.interrupts] == [one.value for one in asked] == ["turn 3?"]
     assert waiting.next == ("answer",)  # the other node's work is done, and kept
-    with SQLAlchemySaver.from_url(database_url) as other:
+    with SQLAlchemySaver.from_url(shared_url) as other:
         resumed = delta_graph(other)
         resumed.invoke(Command(resume="yes 3"), config())
         assert state(resumed) == expected[3]
     assert state(graph) == expected[3]
 
 
-async def test_pruning_in_asyncio(any_saver: SQLAlchemySaver, expected: list[State]) -> None:
-    graph = delta_graph(any_saver)
+async def test_pruning_in_asyncio(swept_saver: SQLAlchemySaver, expected: list[State]) -> None:
+    graph = delta_graph(swept_saver)
     for turn in range(3):
         await graph.ainvoke(say(f"turn {turn}"), config())
-        await any_saver.aprune(["t"])
+        await swept_saver.aprune(["t"])
         assert await asyncio.to_thread(state, graph) == expected[turn]
 
 
-def test_a_run_in_the_middle_is_taken_out(any_saver: SQLAlchemySaver, expected: list[State]) -> None:
+def test_a_run_in_the_middle_is_taken_out(swept_saver: SQLAlchemySaver, expected: list[State]) -> None:
     """Its checkpoints are gone, and every other state is what it was: later ones hold what the run did."""
-    graph = delta_graph(any_saver)
+    graph = delta_graph(swept_saver)
     for turn in range(7):
         asked = turn == 3
         graph.invoke(say(f"turn {turn}{'?' * asked}"), of_run(f"run {turn}"))
@@ -147,7 +124,7 @@ def test_a_run_in_the_middle_is_taken_out(any_saver: SQLAlchemySaver, expected: 
     before = ends(graph)
     assert list(before.values()) == expected[6::-1]
     for gone in (4, 1, 0, 6, 3):
-        any_saver.delete_for_runs([f"run {gone}"])
+        swept_saver.delete_for_runs([f"run {gone}"])
         left = ends(graph)
         assert left == {key: value for key, value in before.items() if value != expected[gone]}
         before = left
@@ -156,9 +133,9 @@ def test_a_run_in_the_middle_is_taken_out(any_saver: SQLAlchemySaver, expected: 
     assert state(graph) == expected[6]
 
 
-def test_a_fork_is_pruned(any_saver: SQLAlchemySaver) -> None:
+def test_a_fork_is_pruned(swept_saver: SQLAlchemySaver) -> None:
     """The newest branch stays, with what it has from before the fork and nothing of the other branch."""
-    graph = delta_graph(any_saver)
+    graph = delta_graph(swept_saver)
     for turn in range(3):
         graph.invoke(say(f"turn {turn}"), config())
     second = [one.config for one in graph.get_state_history(config()) if not one.next][1]
@@ -167,33 +144,33 @@ def test_a_fork_is_pruned(any_saver: SQLAlchemySaver) -> None:
     graph.invoke(say("right"), edited)
     right = state(graph)
     assert [content for _, content in right[0]][-5:] == ["remark on 4", "edited", "right", "answer 4", "remark on 8"]
-    any_saver.prune(["t"])
+    swept_saver.prune(["t"])
     assert state(graph) == right
     graph.invoke(say("on"), config())
     assert [content for _, content in state(graph)[0]][:-3] == [content for _, content in right[0]]
     assert state(graph)[2] == right[2] + 11
 
 
-def test_a_thread_from_before_its_channel_was_a_delta_channel(any_saver: SQLAlchemySaver) -> None:
+def test_a_thread_from_before_its_channel_was_a_delta_channel(swept_saver: SQLAlchemySaver) -> None:
     """Plain lists of messages in its checkpoints are where the history begins, pruned or not."""
-    chat_graph(any_saver).invoke(say("hello"), config())
-    graph = delta_graph(any_saver)
+    chat_graph(swept_saver).invoke(say("hello"), config())
+    graph = delta_graph(swept_saver)
     graph.invoke(say("again"), config())
     contents = [content for _, content in state(graph)[0]]
     assert contents == ["hello", "answer 1", "again", "answer 2", "remark on 3"]
-    any_saver.prune(["t"])
+    swept_saver.prune(["t"])
     assert [content for _, content in state(graph)[0]] == contents
 
 
-def test_copies_go_on_apart(any_saver: SQLAlchemySaver, expected: list[State]) -> None:
-    graph = delta_graph(any_saver)
+def test_copies_go_on_apart(swept_saver: SQLAlchemySaver, expected: list[State]) -> None:
+    graph = delta_graph(swept_saver)
     for turn in range(3):
         talk(graph, turn)
     graph.invoke(say("turn 3?"), config())
-    any_saver.copy_thread("t", "copy")
-    any_saver.prune(["t"])
-    any_saver.copy_thread("t", "copy of what was pruned")
-    any_saver.delete_thread("t")
+    swept_saver.copy_thread("t", "copy")
+    swept_saver.prune(["t"])
+    swept_saver.copy_thread("t", "copy of what was pruned")
+    swept_saver.delete_thread("t")
     for thread in ("copy", "copy of what was pruned"):
         graph.invoke(Command(resume="yes 3"), config(thread))
         assert state(graph, config(thread)) == expected[3]
@@ -201,15 +178,15 @@ def test_copies_go_on_apart(any_saver: SQLAlchemySaver, expected: list[State]) -
     assert state(graph, config("copy of what was pruned")) == expected[3]
 
 
-def test_snapshots_share_their_items(any_saver: SQLAlchemySaver, ask: Sql) -> None:
+def test_snapshots_share_their_items(swept_saver: SQLAlchemySaver, shared_ask: Sql) -> None:
     """A snapshot of a list that has grown by a few items stores those, a few nodes, and nothing twice."""
     messages = [HumanMessage(f"message {number} " * 20, id=f"{number}") for number in range(400)]
     at, sizes = None, []
     for length in range(300, 401, 10):
-        at = grow(any_saver, at, {"d": _DeltaSnapshot(messages[:length])})
-        sizes.append(ask("SELECT sum(length(body)) FROM agentmem_blobs")[0][0])
+        at = grow(swept_saver, at, {"d": _DeltaSnapshot(messages[:length])})
+        sizes.append(shared_ask("SELECT sum(length(body)) FROM agentmem_blobs")[0][0])
     each = sizes[0] / 300
     assert max(after - before for before, after in pairwise(sizes)) < 10 * each + 4096
-    assert history(any_saver, grow(any_saver, at)) == (_DeltaSnapshot(messages), [])
-    any_saver.prune(["t"])
-    assert ask("SELECT sum(length(body)) FROM agentmem_blobs")[0][0] < sizes[-1]
+    assert history(swept_saver, grow(swept_saver, at)) == (_DeltaSnapshot(messages), [])
+    swept_saver.prune(["t"])
+    assert shared_ask("SELECT sum(length(body)) FROM agentmem_blobs")[0][0] < sizes[-1]

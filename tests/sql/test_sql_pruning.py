@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -15,8 +15,7 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import BaseCheckpointSaver, CheckpointTuple
 from langgraph.checkpoint.serde.types import ERROR, INTERRUPT, RESUME, _DeltaSnapshot
 from sql_cases import config
-from sql_chains import empty, grow, history, id_of, made, plain_sql, shared_database, unaccounted, write
-from sqlalchemy import Connection
+from sql_chains import grow, history, id_of, made, unaccounted, write
 
 from agentmem.errors import ConfigError, StorageError
 from agentmem_sql import SQLAlchemySaver
@@ -28,37 +27,14 @@ Tuples = Mapping[tuple[str, str], CheckpointTuple]  # by namespace and id
 TABLES = ("threads", "blobs", "checkpoints", "writes")
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgresql", "mysql"])
-def database_url(
-    request: pytest.FixtureRequest, servers: Callable[[str], Connection], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
-    with shared_database(request.param, servers, tmp_path_factory.mktemp("pruning")) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def ask(database_url: str) -> Iterator[Sql]:
-    with plain_sql(database_url) as run:
-        yield run
-
-
-@pytest.fixture
-def any_saver(database_url: str, ask: Sql) -> Iterator[SQLAlchemySaver]:
-    with SQLAlchemySaver.from_url(database_url) as saver:
-        saver.setup()
-        yield saver
-        assert unaccounted(ask) == NOTHING
-        empty(saver, ask)
-
-
 def big(number: int) -> bytes:
     """A value that has a row of content for itself."""
     return b"%d." % number * 100
 
 
-def count_of(ask: Sql, table: str) -> int:
+def count_of(shared_ask: Sql, table: str) -> int:
     """How many rows a table has, of all threads."""
-    found: int = ask(f"SELECT count(*) FROM agentmem_{table}")[0][0]
+    found: int = shared_ask(f"SELECT count(*) FROM agentmem_{table}")[0][0]
     return found
 
 
@@ -133,42 +109,42 @@ def assert_taken_out(saver: SQLAlchemySaver, before: Tuples, gone: set[Any], lef
 
 
 def test_runs_that_are_taken_out_leave_every_other_checkpoint_as_it_was(
-    any_saver: SQLAlchemySaver, ask: Sql, database_url: str
+    swept_saver: SQLAlchemySaver, shared_ask: Sql, shared_url: str
 ) -> None:
     """One run after the other, in threads of random shape; then all but the newest checkpoints."""
-    for seed in range(8 if database_url.startswith("sqlite") else 2):
-        random_thread(any_saver, random.Random(seed), 24)
-        before = tuples(any_saver)
-        left = histories(any_saver, before, BaseCheckpointSaver.get_delta_channel_history)
+    for seed in range(8 if shared_url.startswith("sqlite") else 2):
+        random_thread(swept_saver, random.Random(seed), 24)
+        before = tuples(swept_saver)
+        left = histories(swept_saver, before, BaseCheckpointSaver.get_delta_channel_history)
         gone: set[Any] = set()
         for run in ("run 2", "run 1"):
-            any_saver.delete_for_runs([run])
+            swept_saver.delete_for_runs([run])
             gone |= {key for key, one in before.items() if one.metadata["run_id"] == run}
-            assert_taken_out(any_saver, before, gone, left)
-            assert unaccounted(ask) == NOTHING
-        any_saver.prune(["t"])
+            assert_taken_out(swept_saver, before, gone, left)
+            assert unaccounted(shared_ask) == NOTHING
+        swept_saver.prune(["t"])
         kept = {max(key for key in before.keys() - gone if key[0] == ns) for ns, _ in before.keys() - gone}
-        assert_taken_out(any_saver, before, before.keys() - kept, left)
-        assert unaccounted(ask) == NOTHING
-        any_saver.delete_thread("t")
+        assert_taken_out(swept_saver, before, before.keys() - kept, left)
+        assert unaccounted(shared_ask) == NOTHING
+        swept_saver.delete_thread("t")
 
 
 def test_keep_latest_leaves_what_a_new_database_would_hold(
-    any_saver: SQLAlchemySaver, ask: Sql, look: Sql, tmp_path: Path
+    swept_saver: SQLAlchemySaver, shared_ask: Sql, look: Sql, tmp_path: Path
 ) -> None:
     """Row for row as many as if only the newest checkpoint of each namespace had ever been stored."""
     for ns in ("", "sub:1", "n" * 300):
         at, messages = None, []
         for number in range(18):  # lists of 36 items, which take a node
             messages = [*messages, HumanMessage(f"message {number}", id=f"{number}"), [number] * 300]
-            at = grow(any_saver, at, {"messages": messages, "n": big(number), "same": b"s" * 99}, ns=ns, deltas="")
-            any_saver.put_writes(at, [("n", big(number)), ("x", big(-number))], "task", "path")
-            any_saver.put_writes(at, [(INTERRUPT, big(number % 3))], "task 2")
-    before = tuples(any_saver)
-    rows = [count_of(ask, table) for table in TABLES]
-    any_saver.prune(["t"])
+            at = grow(swept_saver, at, {"messages": messages, "n": big(number), "same": b"s" * 99}, ns=ns, deltas="")
+            swept_saver.put_writes(at, [("n", big(number)), ("x", big(-number))], "task", "path")
+            swept_saver.put_writes(at, [(INTERRUPT, big(number % 3))], "task 2")
+    before = tuples(swept_saver)
+    rows = [count_of(shared_ask, table) for table in TABLES]
+    swept_saver.prune(["t"])
 
-    after = tuples(any_saver)
+    after = tuples(swept_saver)
     newest = {max(key for key in before if key[0] == ns) for ns, _ in before}
     assert {key: held(one) for key, one in after.items()} == {key: held(before[key]) for key in newest}
     assert all(one.parent_config is None for one in after.values())
@@ -182,95 +158,97 @@ def test_keep_latest_leaves_what_a_new_database_would_hold(
             for task, writes in of_task.items():
                 other.put_writes(one.config, writes, task, "path")
         new = partial(look, f"sqlite:///{tmp_path}/new.db")
-        assert [count_of(ask, table) for table in TABLES] == [count_of(new, table) for table in TABLES]
-    assert rows > [count_of(ask, table) for table in TABLES]
-    assert ask("SELECT history FROM agentmem_checkpoints WHERE history IS NOT NULL") == []
+        assert [count_of(shared_ask, table) for table in TABLES] == [count_of(new, table) for table in TABLES]
+    assert rows > [count_of(shared_ask, table) for table in TABLES]
+    assert shared_ask("SELECT history FROM agentmem_checkpoints WHERE history IS NOT NULL") == []
 
 
-def test_a_thread_is_pruned_again_and_again(any_saver: SQLAlchemySaver, ask: Sql) -> None:
+def test_a_thread_is_pruned_again_and_again(swept_saver: SQLAlchemySaver, shared_ask: Sql) -> None:
     """What was left with a checkpoint goes on to the next; once there is a new snapshot, it is freed."""
-    at = grow(any_saver, config(checkpoint_id="never stored"), {"d": _DeltaSnapshot([big(0)])})
+    at = grow(swept_saver, config(checkpoint_id="never stored"), {"d": _DeltaSnapshot([big(0)])})
     for number in range(1, 9):
-        write(any_saver, at, big(number))
-        at = grow(any_saver, at)
-        any_saver.prune(["t"])
-        assert history(any_saver, at) == (_DeltaSnapshot([big(0)]), [big(one) for one in range(1, number + 1)])
-        assert [parent_of(one) for one in tuples(any_saver).values()] == [None]
-        assert unaccounted(ask) == NOTHING
-    write(any_saver, at, big(9))
-    at = grow(any_saver, at, {"d": _DeltaSnapshot([big(10)])})
-    any_saver.prune(["t"])
-    assert [count_of(ask, table) for table in TABLES] == [1, 2, 1, 0]
-    write(any_saver, at, big(11))
-    assert history(any_saver, grow(any_saver, at)) == (_DeltaSnapshot([big(10)]), [big(11)])
+        write(swept_saver, at, big(number))
+        at = grow(swept_saver, at)
+        swept_saver.prune(["t"])
+        assert history(swept_saver, at) == (_DeltaSnapshot([big(0)]), [big(one) for one in range(1, number + 1)])
+        assert [parent_of(one) for one in tuples(swept_saver).values()] == [None]
+        assert unaccounted(shared_ask) == NOTHING
+    write(swept_saver, at, big(9))
+    at = grow(swept_saver, at, {"d": _DeltaSnapshot([big(10)])})
+    swept_saver.prune(["t"])
+    assert [count_of(shared_ask, table) for table in TABLES] == [1, 2, 1, 0]
+    write(swept_saver, at, big(11))
+    assert history(swept_saver, grow(swept_saver, at)) == (_DeltaSnapshot([big(10)]), [big(11)])
 
 
 async def test_pruning_says_what_it_cannot_do_and_does_nothing_where_there_is_nothing(
-    any_saver: SQLAlchemySaver,
+    swept_saver: SQLAlchemySaver,
 ) -> None:
-    grow(any_saver, grow(any_saver))
-    before = tuples(any_saver)
+    grow(swept_saver, grow(swept_saver))
+    before = tuples(swept_saver)
     for strategy in ("keep_first", "", "KEEP_LATEST"):
         with pytest.raises(ConfigError, match="'keep_latest' or 'delete', found"):
-            any_saver.prune(["t"], strategy=strategy)
+            swept_saver.prune(["t"], strategy=strategy)
         with pytest.raises(ConfigError, match="'keep_latest' or 'delete', found"):
-            await any_saver.aprune([], strategy=strategy)
-    any_saver.prune([])
-    any_saver.prune(["missing", "missing too"])
-    any_saver.prune(["missing"], strategy="delete")
-    any_saver.delete_for_runs([])
-    any_saver.delete_for_runs(["missing"])
-    any_saver.delete_thread("missing")
-    assert tuples(any_saver) == before
-    await any_saver.aprune(["missing", "t", "t"])
-    once = tuples(any_saver)
+            await swept_saver.aprune([], strategy=strategy)
+    swept_saver.prune([])
+    swept_saver.prune(["missing", "missing too"])
+    swept_saver.prune(["missing"], strategy="delete")
+    swept_saver.delete_for_runs([])
+    swept_saver.delete_for_runs(["missing"])
+    swept_saver.delete_thread("missing")
+    assert tuples(swept_saver) == before
+    await swept_saver.aprune(["missing", "t", "t"])
+    once = tuples(swept_saver)
     assert len(once) == 1
-    any_saver.prune(["t"])
-    assert tuples(any_saver) == once
+    swept_saver.prune(["t"])
+    assert tuples(swept_saver) == once
 
 
-def test_the_strategy_delete_leaves_nothing_of_the_threads_that_are_named(any_saver: SQLAlchemySaver, ask: Sql) -> None:
+def test_the_strategy_delete_leaves_nothing_of_the_threads_that_are_named(
+    swept_saver: SQLAlchemySaver, shared_ask: Sql
+) -> None:
     for thread in ("t", "u", "v", "7"):
-        at = grow(any_saver, None, {"x": big(1)}, thread=thread)
-        any_saver.put_writes(at, [("x", big(2))], "task")
-        any_saver.put_writes(config(thread, checkpoint_id="not there yet"), [("x", big(3))], "task")
-    kept = tuples(any_saver, "v")
-    any_saver.prune(["t", "u", 7], strategy="delete")  # type: ignore[list-item]
-    assert [bytes(name) for (name,) in ask("SELECT name FROM agentmem_threads")] == [b"v"]
-    assert tuples(any_saver, "v") == kept
-    assert [count_of(ask, table) for table in TABLES] == [1, 3, 1, 2]
+        at = grow(swept_saver, None, {"x": big(1)}, thread=thread)
+        swept_saver.put_writes(at, [("x", big(2))], "task")
+        swept_saver.put_writes(config(thread, checkpoint_id="not there yet"), [("x", big(3))], "task")
+    kept = tuples(swept_saver, "v")
+    swept_saver.prune(["t", "u", 7], strategy="delete")  # type: ignore[list-item]
+    assert [bytes(name) for (name,) in shared_ask("SELECT name FROM agentmem_threads")] == [b"v"]
+    assert tuples(swept_saver, "v") == kept
+    assert [count_of(shared_ask, table) for table in TABLES] == [1, 3, 1, 2]
 
 
-def test_writes_that_came_before_their_checkpoint_are_no_ones_to_take(any_saver: SQLAlchemySaver) -> None:
+def test_writes_that_came_before_their_checkpoint_are_no_ones_to_take(swept_saver: SQLAlchemySaver) -> None:
     """A run stores checkpoints in the background, so what a task wrote may come first."""
-    at = grow(any_saver, grow(any_saver, run_id="old"), {"x": big(1)}, run_id="old")
+    at = grow(swept_saver, grow(swept_saver, run_id="old"), {"x": big(1)}, run_id="old")
     coming = made({"x": big(3)})
-    any_saver.put_writes(config(checkpoint_id=coming["id"]), [("d", big(2))], "task")
-    any_saver.prune(["t"])
-    any_saver.delete_for_runs(["old"])
-    assert any_saver.get_tuple(at) is None
-    arrived = any_saver.put(at, coming, {}, coming["channel_versions"])
-    found = any_saver.get_tuple(arrived)
+    swept_saver.put_writes(config(checkpoint_id=coming["id"]), [("d", big(2))], "task")
+    swept_saver.prune(["t"])
+    swept_saver.delete_for_runs(["old"])
+    assert swept_saver.get_tuple(at) is None
+    arrived = swept_saver.put(at, coming, {}, coming["channel_versions"])
+    found = swept_saver.get_tuple(arrived)
     assert found is not None
     assert found.pending_writes == [("task", "d", big(2))]
-    assert history(any_saver, grow(any_saver, arrived)) == (None, [big(2)])
+    assert history(swept_saver, grow(swept_saver, arrived)) == (None, [big(2)])
 
 
-def test_runs_are_taken_out_of_all_threads_and_namespaces(any_saver: SQLAlchemySaver, ask: Sql) -> None:
+def test_runs_are_taken_out_of_all_threads_and_namespaces(swept_saver: SQLAlchemySaver, shared_ask: Sql) -> None:
     runs = ["one", "two", "three"]
     stored: dict[tuple[str, str], list[RunnableConfig]] = {}
     for thread, ns in product(("t", "u", "only one"), ("", "sub:1")):
         at: RunnableConfig = config(thread, ns)
         for number, run in enumerate(["one", "one"] if thread == "only one" else [*runs, *runs]):
             given: RunnableConfig = {**at, "metadata": {"run_id": run}}  # where LangGraph has it
-            at = grow(any_saver, given, {"n": big(number), "same": big(99)})
-            any_saver.put_writes(at, [("n", big(number + 1)), ("x", f"{thread} {ns} {run} " * 30)], "task")
+            at = grow(swept_saver, given, {"n": big(number), "same": big(99)})
+            swept_saver.put_writes(at, [("n", big(number + 1)), ("x", f"{thread} {ns} {run} " * 30)], "task")
             stored.setdefault((thread, ns), []).append(at)
 
-    any_saver.delete_for_runs(["one", "three", "nobody's"])
+    swept_saver.delete_for_runs(["one", "three", "nobody's"])
 
     for (thread, ns), all_ in stored.items():
-        left = [any_saver.get_tuple(at) for at in all_]
+        left = [swept_saver.get_tuple(at) for at in all_]
         if thread == "only one":
             assert left == [None, None]
             continue
@@ -279,28 +257,28 @@ def test_runs_are_taken_out_of_all_threads_and_namespaces(any_saver: SQLAlchemyS
         assert first is not None
         assert second is not None
         assert (parent_of(first), parent_of(second)) == (None, id_of(first.config))
-        newest = any_saver.get_tuple(config(thread, ns))
+        newest = swept_saver.get_tuple(config(thread, ns))
         assert newest is not None
         assert held(newest) == held(second)
         assert {write[1] for write in second.pending_writes or ()} == {"n", "x"}
     # In each thread: two checkpoints and four writes a namespace; content: n, its writes, x of each namespace, same.
-    assert [count_of(ask, table) for table in TABLES] == [2, 2 * (2 + 2 + 2 + 1), 8, 16]
-    any_saver.delete_for_runs(["two"])
-    assert [count_of(ask, table) for table in TABLES] == [0, 0, 0, 0]
+    assert [count_of(shared_ask, table) for table in TABLES] == [2, 2 * (2 + 2 + 2 + 1), 8, 16]
+    swept_saver.delete_for_runs(["two"])
+    assert [count_of(shared_ask, table) for table in TABLES] == [0, 0, 0, 0]
 
 
-def test_content_of_replaced_special_writes_is_freed(any_saver: SQLAlchemySaver, ask: Sql) -> None:
+def test_content_of_replaced_special_writes_is_freed(swept_saver: SQLAlchemySaver, shared_ask: Sql) -> None:
     """An interrupt that is raised again with another value; what something else holds as well stays."""
-    at = grow(any_saver, None, {"x": big(1)})
+    at = grow(swept_saver, None, {"x": big(1)})
     for value in (big(1), big(2), [big(3)] * 40, big(1), big(4)):
-        any_saver.put_writes(at, [(INTERRUPT, value), (RESUME, [value])], "task")
-        found = any_saver.get_tuple(at)
+        swept_saver.put_writes(at, [(INTERRUPT, value), (RESUME, [value])], "task")
+        found = swept_saver.get_tuple(at)
         assert found is not None
         assert sorted(write[1:] for write in found.pending_writes or ()) == [(INTERRUPT, value), (RESUME, [value])]
-        assert unaccounted(ask) == NOTHING
-    any_saver.put_writes(at, [(ERROR, big(4))], "another task")
-    any_saver.put_writes(at, [(INTERRUPT, big(5)), (RESUME, 5)], "task")
-    found = any_saver.get_tuple(at)
+        assert unaccounted(shared_ask) == NOTHING
+    swept_saver.put_writes(at, [(ERROR, big(4))], "another task")
+    swept_saver.put_writes(at, [(INTERRUPT, big(5)), (RESUME, 5)], "task")
+    found = swept_saver.get_tuple(at)
     assert found is not None
     assert found.checkpoint["channel_values"] == {"x": big(1)}
     assert ("another task", ERROR, big(4)) in (found.pending_writes or ())
@@ -308,10 +286,10 @@ def test_content_of_replaced_special_writes_is_freed(any_saver: SQLAlchemySaver,
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_content_of_a_replaced_checkpoint_is_freed(
-    any_saver: SQLAlchemySaver, database_url: str, ask: Sql, cached: bool
+    swept_saver: SQLAlchemySaver, shared_url: str, shared_ask: Sql, cached: bool
 ) -> None:
     """Put again under its id with other values; what other checkpoints hold as well stays."""
-    with SQLAlchemySaver.from_url(database_url, cache_bytes=2**20 if cached else 0) as saver:
+    with SQLAlchemySaver.from_url(shared_url, cache_bytes=2**20 if cached else 0) as saver:
         first = grow(saver, None, {"x": big(1), "shared": big(9)})
         second = grow(saver, first, {"x": big(2), "shared": big(9), "log": [big(3)] * 40})
         before = tuples(saver)["", id_of(first)]
@@ -322,31 +300,31 @@ def test_content_of_a_replaced_checkpoint_is_freed(
             assert found is not None
             assert found.checkpoint == again
             assert (found.metadata, parent_of(found)) == ({"step": 9}, id_of(first))
-            assert unaccounted(ask) == NOTHING
+            assert unaccounted(shared_ask) == NOTHING
         assert tuples(saver)["", id_of(first)] == before
 
 
 @pytest.mark.parametrize("middle", [True, False])
 def test_a_checkpoint_that_is_put_again_keeps_what_its_ancestors_left_it(
-    any_saver: SQLAlchemySaver, middle: bool
+    swept_saver: SQLAlchemySaver, middle: bool
 ) -> None:
     """Whoever puts it again may name the parent that was pruned."""
-    root = grow(any_saver, None, {"d": _DeltaSnapshot([0])}, run_id="root")
+    root = grow(swept_saver, None, {"d": _DeltaSnapshot([0])}, run_id="root")
     if middle:
-        write(any_saver, root, 1)
-    gone = grow(any_saver, root, run_id="gone")
+        write(swept_saver, root, 1)
+    gone = grow(swept_saver, root, run_id="gone")
     if not middle:
-        write(any_saver, gone, 1)
-    last = grow(any_saver, gone, run_id="last")
-    any_saver.delete_for_runs(["gone"])
-    assert history(any_saver, last) == (_DeltaSnapshot([0]), [1])
+        write(swept_saver, gone, 1)
+    last = grow(swept_saver, gone, run_id="last")
+    swept_saver.delete_for_runs(["gone"])
+    assert history(swept_saver, last) == (_DeltaSnapshot([0]), [1])
     again = {**made({"x": 1}), "id": id_of(last)}
-    any_saver.put(gone, again, {}, again["channel_versions"])
-    assert history(any_saver, last) == (_DeltaSnapshot([0]), [1])
-    any_saver.prune(["t"])
-    any_saver.put(gone, again, {}, again["channel_versions"])
-    assert history(any_saver, last) == (_DeltaSnapshot([0]), [1])
-    found = any_saver.get_tuple(last)
+    swept_saver.put(gone, again, {}, again["channel_versions"])
+    assert history(swept_saver, last) == (_DeltaSnapshot([0]), [1])
+    swept_saver.prune(["t"])
+    swept_saver.put(gone, again, {}, again["channel_versions"])
+    assert history(swept_saver, last) == (_DeltaSnapshot([0]), [1])
+    found = swept_saver.get_tuple(last)
     assert found is not None
     assert found.parent_config is None
 

@@ -19,9 +19,9 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.checkpoint.serde.types import INTERRUPT, _DeltaSnapshot
 from sql_cases import config
-from sql_chains import empty, grow, history, id_of, made, plain_sql, shared_database, unaccounted, write
+from sql_chains import grow, history, id_of, made, unaccounted, write
 from sql_graphs import delta_graph, say
-from sqlalchemy import Connection, create_engine, event
+from sqlalchemy import create_engine, event
 
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
@@ -29,32 +29,9 @@ from agentmem_sql import SQLAlchemySaver
 Sql = Callable[..., list[Any]]
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgresql", "mysql"])
-def database_url(
-    request: pytest.FixtureRequest, servers: Callable[[str], Connection], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
-    with shared_database(request.param, servers, tmp_path_factory.mktemp("races")) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def ask(database_url: str) -> Iterator[Sql]:
-    with plain_sql(database_url) as run:
-        yield run
-
-
 @pytest.fixture
-def any_saver(database_url: str, ask: Sql) -> Iterator[SQLAlchemySaver]:
-    with SQLAlchemySaver.from_url(database_url) as saver:
-        saver.setup()
-        yield saver
-        assert unaccounted(ask) == (set(), set())
-        empty(saver, ask)
-
-
-@pytest.fixture
-def another(database_url: str) -> Iterator[SQLAlchemySaver]:
-    with SQLAlchemySaver.from_url(database_url) as saver:
+def another(shared_url: str) -> Iterator[SQLAlchemySaver]:
+    with SQLAlchemySaver.from_url(shared_url) as saver:
         yield saver
 
 
@@ -62,13 +39,13 @@ def messages(number: int) -> list[HumanMessage]:
     return [HumanMessage(f"message {one} " * 20, id=f"{one}") for one in range(number)]
 
 
-def test_writers_pruners_and_readers_of_one_thread(any_saver: SQLAlchemySaver, another: SQLAlchemySaver) -> None:
+def test_writers_pruners_and_readers_of_one_thread(swept_saver: SQLAlchemySaver, another: SQLAlchemySaver) -> None:
     """Eight writers, six of them in namespaces of their own; two prune the thread all the while, one reads.
 
     Nothing that was written may be lost: what a delta channel is rebuilt from has no gap, at any time.
     """
     steps, writers, namespaces = 8, 8, [*(f"sub:{number}" for number in range(6)), "", ""]
-    savers = (any_saver, another)
+    savers = (swept_saver, another)
     done = Event()
 
     def check(saver: SQLAlchemySaver, ns: str) -> int:
@@ -126,13 +103,13 @@ def test_writers_pruners_and_readers_of_one_thread(any_saver: SQLAlchemySaver, a
         assert min(one.result() for one in busy) >= 2
     for saver in savers:
         assert [check(saver, ns) for ns in namespaces] == [steps - 1] * writers
-    any_saver.prune(["t"])
+    swept_saver.prune(["t"])
     assert len(list(another.list({"configurable": {"thread_id": "t"}}))) == len(set(namespaces))
 
 
 @pytest.mark.parametrize("durability", ["sync", "async"])
 def test_a_graph_that_is_pruned_while_it_runs(
-    any_saver: SQLAlchemySaver, another: SQLAlchemySaver, durability: Any
+    swept_saver: SQLAlchemySaver, another: SQLAlchemySaver, durability: Any
 ) -> None:
     def talk(saver: Any) -> list[str]:
         graph = delta_graph(saver)
@@ -148,9 +125,9 @@ def test_a_graph_that_is_pruned_while_it_runs(
             saver.prune(["t"])
 
     with ThreadPoolExecutor(2) as pool:
-        pruning = [pool.submit(prune, saver) for saver in (any_saver, another)]
+        pruning = [pool.submit(prune, saver) for saver in (swept_saver, another)]
         try:
-            found = talk(any_saver)
+            found = talk(swept_saver)
         finally:
             done.set()
         for one in pruning:
@@ -158,13 +135,13 @@ def test_a_graph_that_is_pruned_while_it_runs(
     assert found == talk(InMemorySaver())
 
 
-async def test_tasks_write_while_others_prune(any_saver: SQLAlchemySaver, another: SQLAlchemySaver) -> None:
+async def test_tasks_write_while_others_prune(swept_saver: SQLAlchemySaver, another: SQLAlchemySaver) -> None:
     async def write_all(number: int) -> None:
         at: RunnableConfig = config(ns=f"sub:{number}")
         for step in range(8):
             one = made({"messages": messages(step), "number": step})
-            at = await any_saver.aput(at, one, {}, one["channel_versions"])
-            await any_saver.aput_writes(at, [("d", step)], "task")
+            at = await swept_saver.aput(at, one, {}, one["channel_versions"])
+            await swept_saver.aput_writes(at, [("d", step)], "task")
             found = await another.aget_tuple(at)
             assert found is None or found.checkpoint["channel_values"]["messages"] == messages(step)
 
@@ -174,7 +151,7 @@ async def test_tasks_write_while_others_prune(any_saver: SQLAlchemySaver, anothe
 
     await asyncio.gather(*(write_all(number) for number in range(4)), prune())
     await another.aprune(["t"])
-    async for found in any_saver.alist({"configurable": {"thread_id": "t"}}):
+    async for found in swept_saver.alist({"configurable": {"thread_id": "t"}}):
         assert found.checkpoint["channel_values"]["number"] == 7
         assert [value for _, _, value in found.pending_writes or ()] == [7]
 
@@ -182,19 +159,19 @@ async def test_tasks_write_while_others_prune(any_saver: SQLAlchemySaver, anothe
 @pytest.mark.parametrize("kept", [True, False], ids=["pruned", "deleted"])
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 def test_whoever_knows_a_thread_learns_that_others_took_out_of_it(
-    any_saver: SQLAlchemySaver, another: SQLAlchemySaver, kept: bool, asynchronous: bool
+    swept_saver: SQLAlchemySaver, another: SQLAlchemySaver, kept: bool, asynchronous: bool
 ) -> None:
     """A saver with a warm cache stores what another has just freed: it is stored anew, not only referred to."""
 
     def run(name: str, *args: Any) -> Any:
         if asynchronous:
-            return asyncio.run(getattr(any_saver, f"a{name}")(*args))
-        return getattr(any_saver, name)(*args)
+            return asyncio.run(getattr(swept_saver, f"a{name}")(*args))
+        return getattr(swept_saver, name)(*args)
 
     old = {"messages": messages(40), "raw": b"old" * 999}
-    first = grow(any_saver, None, old)
-    second = grow(any_saver, first, {"raw": b"kept" * 999})
-    found = any_saver.get_tuple(first)
+    first = grow(swept_saver, None, old)
+    second = grow(swept_saver, first, {"raw": b"kept" * 999})
+    found = swept_saver.get_tuple(first)
     assert found is not None
     another.prune(["t"], strategy="keep_latest" if kept else "delete")
     again = made(old)
@@ -205,7 +182,7 @@ def test_whoever_knows_a_thread_learns_that_others_took_out_of_it(
         another.delete_thread("t")
         another.put(config(), again, {}, again["channel_versions"])
     run("put_writes", third, [("messages", messages(39)), ("raw", b"kept" * 999)], "task")
-    for saver in (any_saver, another):
+    for saver in (swept_saver, another):
         read = saver.get_tuple(third)
         assert read is not None
         assert read.checkpoint == again
@@ -213,24 +190,26 @@ def test_whoever_knows_a_thread_learns_that_others_took_out_of_it(
 
 
 def test_unchanged_channels_of_a_parent_that_is_taken_out_meanwhile(
-    any_saver: SQLAlchemySaver, another: SQLAlchemySaver
+    swept_saver: SQLAlchemySaver, another: SQLAlchemySaver
 ) -> None:
     """A run that left an older checkpoint stores a child whose unchanged channels it knows from the parent."""
-    parent = grow(any_saver, None, {"messages": messages(40), "raw": b"raw" * 999}, deltas="")
-    grow(any_saver, parent, {"x": 1}, deltas="")
+    parent = grow(swept_saver, None, {"messages": messages(40), "raw": b"raw" * 999}, deltas="")
+    grow(swept_saver, parent, {"x": 1}, deltas="")
     child = made({"messages": messages(40), "raw": b"raw" * 999, "x": 2}, "")
     another.prune(["t"])
-    at = any_saver.put(parent, child, {}, {"x": "1.5"})
-    for saver in (any_saver, another):
+    at = swept_saver.put(parent, child, {}, {"x": "1.5"})
+    for saver in (swept_saver, another):
         found = saver.get_tuple(at)
         assert found is not None
         assert found.checkpoint == child
 
 
 @pytest.mark.parametrize("when", range(1, 5))
-def test_a_put_that_is_overtaken_by_a_prune(database_url: str, another: SQLAlchemySaver, ask: Sql, when: int) -> None:
+def test_a_put_that_is_overtaken_by_a_prune(
+    shared_url: str, another: SQLAlchemySaver, shared_ask: Sql, when: int
+) -> None:
     """At each of its statements in turn, all that it builds upon but the newest checkpoint is taken out."""
-    engine = create_engine(database_url)
+    engine = create_engine(shared_url)
     statements, pruning = 0, []
 
     def prune(*_: Any) -> None:
@@ -249,7 +228,7 @@ def test_a_put_that_is_overtaken_by_a_prune(database_url: str, another: SQLAlche
         event.remove(engine, "before_cursor_execute", prune)
         for one in pruning:
             one.result()
-        assert unaccounted(ask) == (set(), set())
+        assert unaccounted(shared_ask) == (set(), set())
         found = another.get_tuple(at)
         assert found is not None
         assert found.checkpoint == child
@@ -257,9 +236,9 @@ def test_a_put_that_is_overtaken_by_a_prune(database_url: str, another: SQLAlche
     engine.dispose()
 
 
-def test_a_listing_that_is_pruned_while_it_is_read(database_url: str, another: SQLAlchemySaver) -> None:
+def test_a_listing_that_is_pruned_while_it_is_read(shared_url: str, another: SQLAlchemySaver) -> None:
     """At each of its statements in turn; what is listed all the same has its values and its pending writes."""
-    engine = create_engine(database_url)
+    engine = create_engine(shared_url)
 
     def prune(*_: Any) -> None:
         nonlocal statements
@@ -287,10 +266,10 @@ def test_a_listing_that_is_pruned_while_it_is_read(database_url: str, another: S
     engine.dispose()
 
 
-def test_clones_share_what_they_know(database_url: str, ask: Sql) -> None:
+def test_clones_share_what_they_know(shared_url: str, shared_ask: Sql) -> None:
     """``compile`` clones the saver in strict mode: the database, its connections and the cache stay one."""
     strict = JsonPlusSerializer(allowed_msgpack_modules=[("some.module", "Name")])
-    with SQLAlchemySaver.from_url(database_url, serde=strict) as saver:
+    with SQLAlchemySaver.from_url(shared_url, serde=strict) as saver:
         clone = saver.with_allowlist([("another.module", "Name")])
         assert clone is not saver
         at = grow(saver, None, {"messages": messages(40)})
@@ -303,7 +282,7 @@ def test_clones_share_what_they_know(database_url: str, ask: Sql) -> None:
         newest = grow(saver, at, {"messages": messages(41)})
         clone.prune(["t"])
         assert [one.config for one in saver.list(config())] == [newest]
-        assert unaccounted(ask) == (set(), set())
+        assert unaccounted(shared_ask) == (set(), set())
         clone.delete_thread("t")
         clone.close()
         with pytest.raises(StorageError, match="closed"):

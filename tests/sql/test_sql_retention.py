@@ -18,7 +18,7 @@ from typing import Annotated, Any, TypedDict
 import pytest
 from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
 from sql_cases import config, put
-from sql_chains import empty, grow, history, id_of, ids, made, shared_database, unaccounted, write
+from sql_chains import grow, history, id_of, ids, made, write
 from sqlalchemy import Connection, Engine, NullPool, create_engine, event, text
 from typer.testing import CliRunner
 
@@ -56,23 +56,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return found
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgresql", "mysql"])
-def database_url(
-    request: pytest.FixtureRequest, servers: Callable[[str], Connection], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
-    with shared_database(request.param, servers, tmp_path_factory.mktemp("retention")) as url:
-        yield url
-
-
-@pytest.fixture
-def any_saver(database_url: str, ask: Sql) -> Iterator[SQLAlchemySaver]:
-    with SQLAlchemySaver.from_url(database_url) as saver:
-        saver.setup()
-        yield saver
-        assert unaccounted(ask) == (set(), set())
-        empty(saver, ask)
-
-
 def chain(saver: Any, count: int, *, clock: Clock | None = None, thread: str = "t", ns: str = "") -> list[str]:
     """Store checkpoints with pending writes one after another, a day apart; gives their ids."""
     at = config(thread, ns)
@@ -98,17 +81,17 @@ def namespaces(saver: Any) -> set[str]:
     return {one.config["configurable"]["checkpoint_ns"] for one in saver.list(None)}
 
 
-def content(ask: Sql) -> dict[str, list[Any]]:
+def content(shared_ask: Sql) -> dict[str, list[Any]]:
     """Every row of every table."""
-    return {name: sorted(map(repr, ask(f"SELECT * FROM agentmem_{name}"))) for name in COLUMNS}
+    return {name: sorted(map(repr, shared_ask(f"SELECT * FROM agentmem_{name}"))) for name in COLUMNS}
 
 
-def bytes_of(ask: Sql) -> int:
+def bytes_of(shared_ask: Sql) -> int:
     """The bytes in the columns of every table, by plain SQL."""
     found = 0
     for name, columns in COLUMNS.items():
         length = " + ".join(f"COALESCE(LENGTH(t.{column}), 0)" for column in columns)
-        found += int(ask(f"SELECT COALESCE(SUM({length}), 0) FROM agentmem_{name} t")[0][0])
+        found += int(shared_ask(f"SELECT COALESCE(SUM({length}), 0) FROM agentmem_{name} t")[0][0])
     return found
 
 
@@ -128,15 +111,15 @@ def held(url: str) -> Iterator[None]:
 # What stays.
 
 
-def test_the_newest_of_each_namespace_stay(any_saver: SQLAlchemySaver) -> None:
-    main, sub = chain(any_saver, 5), chain(any_saver, 4, ns="sub")
-    other = chain(any_saver, 3, thread="other")
-    before = {id_of(one.config): one for one in any_saver.list(config())}
-    report = any_saver.retain(Retention(max_checkpoints=3))
-    assert left(any_saver) == main[-3:]
-    assert left(any_saver, ns="sub") == sub[-3:]
-    assert left(any_saver, "other") == other
-    for one in any_saver.list(config()):
+def test_the_newest_of_each_namespace_stay(swept_saver: SQLAlchemySaver) -> None:
+    main, sub = chain(swept_saver, 5), chain(swept_saver, 4, ns="sub")
+    other = chain(swept_saver, 3, thread="other")
+    before = {id_of(one.config): one for one in swept_saver.list(config())}
+    report = swept_saver.retain(Retention(max_checkpoints=3))
+    assert left(swept_saver) == main[-3:]
+    assert left(swept_saver, ns="sub") == sub[-3:]
+    assert left(swept_saver, "other") == other
+    for one in swept_saver.list(config()):
         was = before[id_of(one.config)]
         assert (one.checkpoint, one.metadata, one.pending_writes) == (was.checkpoint, was.metadata, was.pending_writes)
     [thread] = report.threads
@@ -145,16 +128,16 @@ def test_the_newest_of_each_namespace_stay(any_saver: SQLAlchemySaver) -> None:
     assert not report.dry_run
 
 
-def test_what_was_stored_longer_ago_goes(any_saver: SQLAlchemySaver, clock: Clock) -> None:
-    stored = chain(any_saver, 6, clock=clock)
-    old = chain(any_saver, 2, thread="old", ns="sub", clock=clock)
-    report = any_saver.retain(Retention(max_age=4 * DAY), now=clock.now)
-    assert left(any_saver) == stored[-2:]
-    assert left(any_saver, "old", "sub") == old
+def test_what_was_stored_longer_ago_goes(swept_saver: SQLAlchemySaver, clock: Clock) -> None:
+    stored = chain(swept_saver, 6, clock=clock)
+    old = chain(swept_saver, 2, thread="old", ns="sub", clock=clock)
+    report = swept_saver.retain(Retention(max_age=4 * DAY), now=clock.now)
+    assert left(swept_saver) == stored[-2:]
+    assert left(swept_saver, "old", "sub") == old
     clock.now += 100 * DAY
-    report = any_saver.retain(Retention(max_age=4 * DAY), now=clock.now)
-    assert left(any_saver) == stored[-1:], "the newest stays, however old"
-    assert left(any_saver, "old", "sub") == old[-1:]
+    report = swept_saver.retain(Retention(max_age=4 * DAY), now=clock.now)
+    assert left(swept_saver) == stored[-1:], "the newest stays, however old"
+    assert left(swept_saver, "old", "sub") == old[-1:]
     assert (report.kept, report.threads_deleted) == (2, 0)
 
 
@@ -165,20 +148,20 @@ def test_age_is_counted_to_the_millisecond(saver: SQLAlchemySaver, clock: Clock)
     assert saver.retain(Retention(max_age=DAY), now=exactly + DAY + timedelta(milliseconds=1)).removed == 1
 
 
-def test_idle_threads_are_deleted_whole(any_saver: SQLAlchemySaver, clock: Clock, ask: Sql) -> None:
-    chain(any_saver, 3, thread="idle", clock=clock)
-    chain(any_saver, 1, thread="idle", ns="sub", clock=clock)
+def test_idle_threads_are_deleted_whole(swept_saver: SQLAlchemySaver, clock: Clock, shared_ask: Sql) -> None:
+    chain(swept_saver, 3, thread="idle", clock=clock)
+    chain(swept_saver, 1, thread="idle", ns="sub", clock=clock)
     # Its checkpoint never came.
-    any_saver.put_writes(config("idle", checkpoint_id="lost"), [("state", b"early" * 99)], "task")
-    stored = chain(any_saver, 3, thread="busy", clock=clock)
-    report = any_saver.retain(Retention(idle=3.5 * DAY), now=clock.now)
+    swept_saver.put_writes(config("idle", checkpoint_id="lost"), [("state", b"early" * 99)], "task")
+    stored = chain(swept_saver, 3, thread="busy", clock=clock)
+    report = swept_saver.retain(Retention(idle=3.5 * DAY), now=clock.now)
     [thread] = report.threads
     assert (thread.thread_id, thread.removed, thread.kept, thread.deleted) == ("idle", 4, 0, True)
     assert (report.threads_deleted, report.threads_kept, report.kept) == (1, 1, 3)
-    assert [bytes(name) for (name,) in ask("SELECT name FROM agentmem_threads")] == [b"busy"]
-    assert left(any_saver, "busy") == stored
-    chain(any_saver, 1, thread="idle")  # a new one of that name
-    assert len(left(any_saver, "idle")) == 1
+    assert [bytes(name) for (name,) in shared_ask("SELECT name FROM agentmem_threads")] == [b"busy"]
+    assert left(swept_saver, "busy") == stored
+    chain(swept_saver, 1, thread="idle")  # a new one of that name
+    assert len(left(swept_saver, "idle")) == 1
 
 
 def test_every_rule_has_to_let_a_checkpoint_stay(saver: SQLAlchemySaver, clock: Clock) -> None:
@@ -194,14 +177,14 @@ def test_every_rule_has_to_let_a_checkpoint_stay(saver: SQLAlchemySaver, clock: 
     assert left(saver, "old") == []
 
 
-def test_only_the_threads_that_are_named(any_saver: SQLAlchemySaver) -> None:
+def test_only_the_threads_that_are_named(swept_saver: SQLAlchemySaver) -> None:
     for name in ("a", "b", "c"):
-        chain(any_saver, 3, thread=name)
-    report = any_saver.retain(Retention(max_checkpoints=1), thread_ids=["c", "none of ours", "a", "a"])
+        chain(swept_saver, 3, thread=name)
+    report = swept_saver.retain(Retention(max_checkpoints=1), thread_ids=["c", "none of ours", "a", "a"])
     assert [one.thread_id for one in report.threads] == ["a", "c"]
     assert (report.removed, report.kept, report.threads_kept) == (4, 2, 2)
-    assert [len(left(any_saver, name)) for name in "abc"] == [1, 3, 1]
-    assert any_saver.retain(Retention(max_checkpoints=1), thread_ids=[]).threads == ()
+    assert [len(left(swept_saver, name)) for name in "abc"] == [1, 3, 1]
+    assert swept_saver.retain(Retention(max_checkpoints=1), thread_ids=[]).threads == ()
 
 
 def test_calls_of_subgraphs_go_with_their_caller(saver: SQLAlchemySaver) -> None:
@@ -250,10 +233,10 @@ def asking_graph(saver: Any) -> Any:
     from langgraph.graph import START, StateGraph
     from langgraph.types import interrupt
 
-    def ask(state: Any) -> dict[str, list[str]]:
+    def shared_ask(state: Any) -> dict[str, list[str]]:
         return {"answers": [interrupt(state["asked"][-1])]}
 
-    inner = StateGraph(Talk).add_node("before", lambda _: {"asked": []}).add_node("ask", ask)
+    inner = StateGraph(Talk).add_node("before", lambda _: {"asked": []}).add_node("ask", shared_ask)
     compiled = inner.add_edge(START, "before").add_edge("before", "ask").compile()
 
     def call(state: Any) -> dict[str, list[str]]:
@@ -263,18 +246,18 @@ def asking_graph(saver: Any) -> Any:
     return outer.add_edge(START, "inner").add_edge("inner", "after").compile(checkpointer=saver)
 
 
-def test_a_pending_interrupt_survives(any_saver: SQLAlchemySaver, database_url: str) -> None:
+def test_a_pending_interrupt_survives(swept_saver: SQLAlchemySaver, shared_url: str) -> None:
     from langgraph.types import Command
 
-    durability: Any = "exit" if "mysql" in database_url else "async"
-    graph = asking_graph(any_saver)
+    durability: Any = "exit" if "mysql" in shared_url else "async"
+    graph = asking_graph(swept_saver)
     for number in range(3):
         graph.invoke({"asked": [f"question {number}"]}, config(), durability=durability)
         if number < 2:
             graph.invoke(Command(resume=f"answer {number}"), config(), durability=durability)
     before = graph.get_state(config(), subgraphs=True)
-    any_saver.retain(Retention(max_checkpoints=1))
-    left_over = sorted(ns.partition(":")[0] for ns in namespaces(any_saver))
+    swept_saver.retain(Retention(max_checkpoints=1))
+    left_over = sorted(ns.partition(":")[0] for ns in namespaces(swept_saver))
     assert left_over == ["", "inner"], "one call, the one that waits"
     after = graph.get_state(config(), subgraphs=True)
     assert [(one.id, one.interrupts, one.state.values) for one in after.tasks] == [
@@ -285,14 +268,14 @@ def test_a_pending_interrupt_survives(any_saver: SQLAlchemySaver, database_url: 
     assert state["answers"] == [f"answer {number}" for number in range(3)]
 
 
-def test_delta_channels_keep_their_state(any_saver: SQLAlchemySaver) -> None:
+def test_delta_channels_keep_their_state(swept_saver: SQLAlchemySaver) -> None:
     from sql_graphs import delta_graph, say
 
-    graph = delta_graph(any_saver)
+    graph = delta_graph(swept_saver)
     for number in range(10):
         graph.invoke(say(f"turn {number}"), config())
     before = {id_of(one.config): one.values for one in graph.get_state_history(config())}
-    report = any_saver.retain(Retention(max_checkpoints=5))
+    report = swept_saver.retain(Retention(max_checkpoints=5))
     assert report.removed == len(before) - 5
     after = {id_of(one.config): one.values for one in graph.get_state_history(config())}
     assert len(after) == 5
@@ -327,62 +310,62 @@ ALL_RULES = Retention(max_checkpoints=3, max_age=20 * DAY, idle=25 * DAY)
 
 
 def test_a_dry_run_changes_nothing_and_says_what_a_real_one_does(
-    any_saver: SQLAlchemySaver, clock: Clock, ask: Sql
+    swept_saver: SQLAlchemySaver, clock: Clock, shared_ask: Sql
 ) -> None:
-    mixed(any_saver, clock, seed=3)
-    rows, size, sizes = content(ask), bytes_of(ask), any_saver.storage_report()
+    mixed(swept_saver, clock, seed=3)
+    rows, size, sizes = content(shared_ask), bytes_of(shared_ask), swept_saver.storage_report()
     assert sizes.bytes == size
-    planned = any_saver.retain(ALL_RULES, dry_run=True, now=clock.now)
-    assert content(ask) == rows
-    done = any_saver.retain(ALL_RULES, now=clock.now)
+    planned = swept_saver.retain(ALL_RULES, dry_run=True, now=clock.now)
+    assert content(shared_ask) == rows
+    done = swept_saver.retain(ALL_RULES, now=clock.now)
     assert planned.dry_run
     assert {**planned.to_dict(), "dry_run": False} == done.to_dict()
     assert done.removed > 0
-    assert done.bytes_freed == size - bytes_of(ask) == size - any_saver.storage_report().bytes
-    after = {one.thread_id: one for one in any_saver.storage_report().threads}
+    assert done.bytes_freed == size - bytes_of(shared_ask) == size - swept_saver.storage_report().bytes
+    after = {one.thread_id: one for one in swept_saver.storage_report().threads}
     for thread in done.threads:
         was = next(one for one in sizes.threads if one.thread_id == thread.thread_id)
         assert thread.deleted == (thread.thread_id not in after)
         assert thread.bytes_freed == was.bytes - (0 if thread.deleted else after[thread.thread_id].bytes)
         assert thread.removed == was.checkpoints - (0 if thread.deleted else after[thread.thread_id].checkpoints)
-    assert done.kept == any_saver.storage_report().checkpoints
-    again = any_saver.retain(ALL_RULES, now=clock.now)
+    assert done.kept == swept_saver.storage_report().checkpoints
+    again = swept_saver.retain(ALL_RULES, now=clock.now)
     assert (again.threads, again.bytes_freed, again.kept) == ((), 0, done.kept)
 
 
-def test_what_a_history_adds_is_counted(any_saver: SQLAlchemySaver, ask: Sql) -> None:
+def test_what_a_history_adds_is_counted(swept_saver: SQLAlchemySaver, shared_ask: Sql) -> None:
     """Taking out one small checkpoint of a delta channel may cost more than it frees."""
-    at = grow(any_saver, values={"d": ["seed"]})
-    write(any_saver, at, "a", "b")
-    at = grow(any_saver, at)
-    write(any_saver, at, "c")
-    at = grow(any_saver, grow(any_saver, at))
-    size = bytes_of(ask)
-    planned = any_saver.retain(Retention(max_checkpoints=1), dry_run=True)
-    done = any_saver.retain(Retention(max_checkpoints=1))
+    at = grow(swept_saver, values={"d": ["seed"]})
+    write(swept_saver, at, "a", "b")
+    at = grow(swept_saver, at)
+    write(swept_saver, at, "c")
+    at = grow(swept_saver, grow(swept_saver, at))
+    size = bytes_of(shared_ask)
+    planned = swept_saver.retain(Retention(max_checkpoints=1), dry_run=True)
+    done = swept_saver.retain(Retention(max_checkpoints=1))
     assert planned.threads == done.threads
-    assert done.bytes_freed == size - bytes_of(ask)
-    assert history(any_saver, at) == (["seed"], ["a", "b", "c"])
+    assert done.bytes_freed == size - bytes_of(shared_ask)
+    assert history(swept_saver, at) == (["seed"], ["a", "b", "c"])
 
 
-def test_what_has_nothing_to_do_is_not_locked(any_saver: SQLAlchemySaver, database_url: str, clock: Clock) -> None:
+def test_what_has_nothing_to_do_is_not_locked(swept_saver: SQLAlchemySaver, shared_url: str, clock: Clock) -> None:
     for name in ("a", "b"):
-        chain(any_saver, 3, thread=name, clock=clock)
-        chain(any_saver, 2, thread=name, ns="sub", clock=clock)
+        chain(swept_saver, 3, thread=name, clock=clock)
+        chain(swept_saver, 2, thread=name, ns="sub", clock=clock)
     policy = Retention(max_checkpoints=3, max_age=20 * DAY, idle=30 * DAY)
-    with held(database_url):
-        assert any_saver.retain(policy, now=clock.now).threads == ()
-        report = any_saver.retain(Retention(max_checkpoints=1), dry_run=True)
+    with held(shared_url):
+        assert swept_saver.retain(policy, now=clock.now).threads == ()
+        report = swept_saver.retain(Retention(max_checkpoints=1), dry_run=True)
         assert report.removed == 6, "a dry run waits for nobody"
     clock.now += 25 * DAY
     policy = Retention(max_age=DAY)
-    assert any_saver.retain(policy, now=clock.now).removed == 6
-    with held(database_url):
-        assert any_saver.retain(policy, now=clock.now).threads == (), "what is left is too old, and stays"
+    assert swept_saver.retain(policy, now=clock.now).removed == 6
+    with held(shared_url):
+        assert swept_saver.retain(policy, now=clock.now).threads == (), "what is left is too old, and stays"
 
 
-def test_a_sweep_that_is_broken_off_has_done_whole_threads(any_saver: SQLAlchemySaver) -> None:
-    stored = {name: chain(any_saver, 4, thread=name) for name in ("a", "b", "c", "d")}
+def test_a_sweep_that_is_broken_off_has_done_whole_threads(swept_saver: SQLAlchemySaver) -> None:
+    stored = {name: chain(swept_saver, 4, thread=name) for name in ("a", "b", "c", "d")}
     deletes = 0
 
     def interrupt(_connection: Any, _cursor: Any, statement: str, *_others: Any) -> None:
@@ -394,27 +377,27 @@ def test_a_sweep_that_is_broken_off_has_done_whole_threads(any_saver: SQLAlchemy
     event.listen(Engine, "after_cursor_execute", interrupt)
     try:
         with pytest.raises(KeyboardInterrupt):
-            any_saver.retain(Retention(max_checkpoints=1))
+            swept_saver.retain(Retention(max_checkpoints=1))
     finally:
         event.remove(Engine, "after_cursor_execute", interrupt)
-    assert {name: left(any_saver, name) for name in stored} == {
+    assert {name: left(swept_saver, name) for name in stored} == {
         name: stored[name][-1:] if name in "ab" else stored[name] for name in stored
     }
-    report = any_saver.retain(Retention(max_checkpoints=1))
+    report = swept_saver.retain(Retention(max_checkpoints=1))
     assert [one.thread_id for one in report.threads] == ["c", "d"]
 
 
-def test_runs_go_on_while_threads_are_swept(any_saver: SQLAlchemySaver) -> None:
+def test_runs_go_on_while_threads_are_swept(swept_saver: SQLAlchemySaver) -> None:
     last: dict[str, Any] = {}
     running = threading.Event()
 
     def run(name: str) -> None:
-        at = grow(any_saver, values={"d": []}, thread=name)
+        at = grow(swept_saver, values={"d": []}, thread=name)
         log: list[str] = []
         for number in range(25):
-            write(any_saver, at, number)
+            write(swept_saver, at, number)
             log = [*log, f"item {number} " * 9]
-            at = grow(any_saver, at, {"log": log}, deltas="d log", thread=name)
+            at = grow(swept_saver, at, {"log": log}, deltas="d log", thread=name)
             last[name] = at
             running.set()
 
@@ -423,19 +406,19 @@ def test_runs_go_on_while_threads_are_swept(any_saver: SQLAlchemySaver) -> None:
         runs = [pool.submit(run, name) for name in ("a", "b")]
         running.wait()
         while not all(one.done() for one in runs):
-            any_saver.retain(Retention(max_checkpoints=2), dry_run=True)
-            removed += any_saver.retain(Retention(max_checkpoints=2)).removed
+            swept_saver.retain(Retention(max_checkpoints=2), dry_run=True)
+            removed += swept_saver.retain(Retention(max_checkpoints=2)).removed
     for one in runs:
         one.result()
-    removed += any_saver.retain(Retention(max_checkpoints=2)).removed
+    removed += swept_saver.retain(Retention(max_checkpoints=2)).removed
     assert removed == 2 * 24
     for name, at in last.items():
-        assert ids(any_saver, name) >= {id_of(at)}
-        found = any_saver.get_tuple(config(name))
+        assert ids(swept_saver, name) >= {id_of(at)}
+        found = swept_saver.get_tuple(config(name))
         assert found is not None
         assert found.config == at
         assert found.checkpoint["channel_values"]["log"] == [f"item {number} " * 9 for number in range(25)]
-        assert history(any_saver, at) == ([], list(range(25)))
+        assert history(swept_saver, at) == ([], list(range(25)))
 
 
 def test_many_threads() -> None:
@@ -453,21 +436,23 @@ def test_many_threads() -> None:
         assert (named.threads, named.threads_kept) == ((), 520)
 
 
-def test_a_damaged_thread_stays_and_the_others_go_on(any_saver: SQLAlchemySaver, clock: Clock, ask: Sql) -> None:
+def test_a_damaged_thread_stays_and_the_others_go_on(
+    swept_saver: SQLAlchemySaver, clock: Clock, shared_ask: Sql
+) -> None:
     for name in ("a", "b", "c"):
-        chain(any_saver, 3, thread=name, clock=clock)
-    [(number,)] = ask("SELECT number FROM agentmem_threads WHERE name = :name", name=b"b")
-    ask("UPDATE agentmem_checkpoints SET created = created + 1 WHERE thread = :number", number=number)
+        chain(swept_saver, 3, thread=name, clock=clock)
+    [(number,)] = shared_ask("SELECT number FROM agentmem_threads WHERE name = :name", name=b"b")
+    shared_ask("UPDATE agentmem_checkpoints SET created = created + 1 WHERE thread = :number", number=number)
     for policy in (Retention(max_checkpoints=1), Retention(idle=DAY)):
-        planned = any_saver.retain(policy, dry_run=True, now=clock.now + 9 * DAY)
-        done = any_saver.retain(policy, now=clock.now + 9 * DAY)
+        planned = swept_saver.retain(policy, dry_run=True, now=clock.now + 9 * DAY)
+        done = swept_saver.retain(policy, now=clock.now + 9 * DAY)
         assert [one.thread_id for one in done.threads] == ["a", "c"]
         assert list(done.failed) == ["b"]
         assert "digest differs" in done.failed["b"]
         assert planned.failed == done.failed
-    assert ask("SELECT count(*) FROM agentmem_checkpoints") == [(3,)]
-    ask("UPDATE agentmem_checkpoints SET created = created - 1 WHERE thread = :number", number=number)
-    assert any_saver.retain(Retention(idle=DAY), now=clock.now + 9 * DAY).threads_deleted == 1
+    assert shared_ask("SELECT count(*) FROM agentmem_checkpoints") == [(3,)]
+    shared_ask("UPDATE agentmem_checkpoints SET created = created - 1 WHERE thread = :number", number=number)
+    assert swept_saver.retain(Retention(idle=DAY), now=clock.now + 9 * DAY).threads_deleted == 1
 
 
 async def test_a_task_can_do_it_all(async_url: str, look: Sql) -> None:
@@ -536,13 +521,13 @@ def test_arguments_that_cannot_be_meant_are_refused(saver: SQLAlchemySaver) -> N
 # What threads take.
 
 
-def test_report_tells_what_threads_take(any_saver: SQLAlchemySaver, clock: Clock, ask: Sql) -> None:
+def test_report_tells_what_threads_take(swept_saver: SQLAlchemySaver, clock: Clock, shared_ask: Sql) -> None:
     start = clock.now
-    chain(any_saver, 5, thread="long", clock=clock)
-    chain(any_saver, 2, thread="long", ns="sub", clock=clock)
-    put(any_saver, config("large \U0001f600"), {"blob": b"x" * 100_000})
-    any_saver.put_writes(config("lost", checkpoint_id="never"), [("a", 1)], "task")
-    report = any_saver.storage_report()
+    chain(swept_saver, 5, thread="long", clock=clock)
+    chain(swept_saver, 2, thread="long", ns="sub", clock=clock)
+    put(swept_saver, config("large \U0001f600"), {"blob": b"x" * 100_000})
+    swept_saver.put_writes(config("lost", checkpoint_id="never"), [("a", 1)], "task")
+    report = swept_saver.storage_report()
     assert [one.thread_id for one in report.threads] == ["large \U0001f600", "long", "lost"]
     large, long, lost = report.threads
     assert (long.checkpoints, long.namespaces, long.pending_writes) == (7, 2, 7)
@@ -550,41 +535,41 @@ def test_report_tells_what_threads_take(any_saver: SQLAlchemySaver, clock: Clock
     assert 100_000 < large.content_bytes < 100_100
     assert (lost.checkpoints, lost.pending_writes, lost.blobs, lost.oldest) == (0, 1, 1, None)
     assert (report.thread_count, report.checkpoints, report.pending_writes) == (3, 8, 8)
-    assert report.blobs == ask("SELECT count(*) FROM agentmem_blobs")[0][0]
-    assert report.content_bytes == int(ask("SELECT SUM(LENGTH(body)) FROM agentmem_blobs")[0][0])
-    assert report.bytes == bytes_of(ask) == sum(one.bytes for one in report.threads)
+    assert report.blobs == shared_ask("SELECT count(*) FROM agentmem_blobs")[0][0]
+    assert report.content_bytes == int(shared_ask("SELECT SUM(LENGTH(body)) FROM agentmem_blobs")[0][0])
+    assert report.bytes == bytes_of(shared_ask) == sum(one.bytes for one in report.threads)
     assert report.database_bytes > report.bytes / 2
     assert report.orphan_blobs is None
-    first = any_saver.storage_report(limit=1)
+    first = swept_saver.storage_report(limit=1)
     assert first.threads == (large,)
     assert (first.thread_count, first.bytes) == (3, report.bytes)
-    assert any_saver.storage_report(order="checkpoints").threads[0].thread_id == "long"
-    assert any_saver.storage_report(order="idle").threads[-1].thread_id == "large \U0001f600"
+    assert swept_saver.storage_report(order="checkpoints").threads[0].thread_id == "long"
+    assert swept_saver.storage_report(order="idle").threads[-1].thread_id == "large \U0001f600"
     plain = report.to_dict()
     assert plain["threads"][1]["newest"] == "2026-01-07T00:00:00+00:00"
     assert plain["bytes"] == report.bytes
 
 
-def test_report_on_a_database_without_threads(any_saver: SQLAlchemySaver) -> None:
-    report = any_saver.storage_report(orphans=True)
+def test_report_on_a_database_without_threads(swept_saver: SQLAlchemySaver) -> None:
+    report = swept_saver.storage_report(orphans=True)
     assert (report.threads, report.thread_count, report.bytes, report.orphan_bytes) == ((), 0, 0, 0)
     assert report.database_bytes > 0
 
 
-def test_report_finds_content_that_nothing_refers_to(any_saver: SQLAlchemySaver, ask: Sql) -> None:
+def test_report_finds_content_that_nothing_refers_to(swept_saver: SQLAlchemySaver, shared_ask: Sql) -> None:
     for name in ("a", "b"):
-        chain(any_saver, 2, thread=name)
-    [(number,)] = ask("SELECT number FROM agentmem_threads WHERE name = :name", name=b"b")
+        chain(swept_saver, 2, thread=name)
+    [(number,)] = shared_ask("SELECT number FROM agentmem_threads WHERE name = :name", name=b"b")
     insert = "INSERT INTO agentmem_blobs (thread, digest, kind, body) VALUES (:number, :digest, 0, :body)"
-    ask(insert, number=number, digest=b"d" * 32, body=b"lost" * 10)
-    report = any_saver.storage_report(orphans=True)
+    shared_ask(insert, number=number, digest=b"d" * 32, body=b"lost" * 10)
+    report = swept_saver.storage_report(orphans=True)
     assert (report.orphan_blobs, report.orphan_bytes) == (1, 40)
-    size = bytes_of(ask)
-    planned = any_saver.retain(Retention(max_checkpoints=1), dry_run=True)
-    done = any_saver.retain(Retention(max_checkpoints=1))
+    size = bytes_of(shared_ask)
+    planned = swept_saver.retain(Retention(max_checkpoints=1), dry_run=True)
+    done = swept_saver.retain(Retention(max_checkpoints=1))
     assert planned.threads == done.threads
-    assert done.bytes_freed == size - bytes_of(ask), "a sweep frees it as well"
-    assert any_saver.storage_report(orphans=True).orphan_blobs == 0
+    assert done.bytes_freed == size - bytes_of(shared_ask), "a sweep frees it as well"
+    assert swept_saver.storage_report(orphans=True).orphan_blobs == 0
 
 
 # Getting the space back.
@@ -596,22 +581,22 @@ def emptied(saver: SQLAlchemySaver) -> RetentionReport:
     return saver.retain(Retention(idle=DAY), now=datetime.now(UTC) + 2 * DAY)
 
 
-def test_compacting_gives_the_space_back(any_saver: SQLAlchemySaver, database_url: str) -> None:
-    assert emptied(any_saver).bytes_freed > 800_000
-    before = any_saver.storage_report()
-    done = any_saver.compact()
-    after = any_saver.storage_report()
+def test_compacting_gives_the_space_back(swept_saver: SQLAlchemySaver, shared_url: str) -> None:
+    assert emptied(swept_saver).bytes_freed > 800_000
+    before = swept_saver.storage_report()
+    done = swept_saver.compact()
+    after = swept_saver.storage_report()
     assert done == (before.database_bytes, after.database_bytes)
     assert done.freed == done.before - done.after
-    if "sqlite" in database_url:
+    if "sqlite" in shared_url:
         assert done.freed > 700_000
         assert before.free_bytes is not None
         assert before.free_bytes > 700_000
         assert after.free_bytes == 0
     else:  # MySQL measures its tables now and then, and PostgreSQL keeps the space
-        emptied(any_saver)
-        any_saver.compact()
-        assert any_saver.storage_report().database_bytes < 2_000_000, "later rows take the space"
+        emptied(swept_saver)
+        swept_saver.compact()
+        assert swept_saver.storage_report().database_bytes < 2_000_000, "later rows take the space"
 
 
 def test_a_sqlite_file_shrinks_on_the_disk(url: str, path: Path) -> None:

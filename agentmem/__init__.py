@@ -22,6 +22,7 @@ _HOMES = {
     "MemoryState": "agentmem.state",
     "Message": "agentmem.messages",
     "Remembered": "agentmem.turn",
+    "ReplyFormat": "agentmem.formats",
     "Sampling": "agentmem.sampling",
     "SteeredModel": "agentmem.steered",
     "SteeredOutput": "agentmem.steered",
@@ -47,6 +48,7 @@ __all__ = [
     "MemoryState",
     "Message",
     "Remembered",
+    "ReplyFormat",
     "Sampling",
     "SteeredModel",
     "SteeredOutput",
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
     from agentmem.adapter import Adapter, load_adapter, save_adapter
     from agentmem.config import MemoryConfig
     from agentmem.engine import AsyncTurnStream, Engine, TurnOptions, TurnStream
+    from agentmem.formats import ReplyFormat
     from agentmem.loading import load
     from agentmem.messages import Message, ToolCall
     from agentmem.record import ConsumedRecord

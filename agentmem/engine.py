@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, TypedDict, TypeVar, Unpack
 
 from agentmem.errors import TurnCancelledError
+from agentmem.formats import ReplyFormat
 from agentmem.messages import Message
 from agentmem.plan import Request, WritePolicy
 from agentmem.record import OnEdit
@@ -39,6 +40,7 @@ class TurnOptions(TypedDict, total=False):
         on_edit: what an edit of consumed history does: "write" (the default), "error" or "rebuild".
         tools: function descriptions in OpenAI form.
         memory: False runs the bare model; the state comes back as given.
+        form: what the reply is bound to be, a call or JSON (see ``ReplyFormat``); None = whatever the model says.
     """
 
     sampling: Sampling
@@ -47,6 +49,7 @@ class TurnOptions(TypedDict, total=False):
     on_edit: OnEdit
     tools: Sequence[Mapping[str, Any]]
     memory: bool
+    form: ReplyFormat | None
 
 
 class Engine:

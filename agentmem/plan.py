@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from agentmem.config import WriteStrategy
 from agentmem.errors import ConfigError, WindowError
+from agentmem.formats import ReplyFormat
 from agentmem.messages import Message
 from agentmem.record import ConsumedRecord, OnEdit
 from agentmem.sampling import Sampling
@@ -36,6 +37,7 @@ class Request:
         on_edit: what an edit of consumed history does (see ``record``).
         tools: function descriptions for the chat template.
         memory: False runs the bare model.
+        form: what the reply is bound to be; None = whatever the model says.
     """
 
     messages: Sequence[Message]
@@ -45,6 +47,7 @@ class Request:
     on_edit: OnEdit = "write"
     tools: Sequence[Mapping[str, Any]] = ()
     memory: bool = True
+    form: ReplyFormat | None = None
 
     def __post_init__(self) -> None:
         if self.write not in _POLICIES:

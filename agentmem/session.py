@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agentmem.constraint import Grammars
 from agentmem.errors import MissingAdapterError
 from agentmem.fingerprint import model_fingerprint
 from agentmem.passes import Pending
@@ -40,6 +41,7 @@ class Runtime:
         limit: the longest context that the model takes.
         end_ids: tokens that end a reply.
         tags: delimiters of reasoning and tool calls.
+        grammars: holds replies to a format.
     """
 
     def __init__(self, model: Any, tokenizer: Any, steered: SteeredModel | None, kv_cache_tokens: int) -> None:
@@ -51,6 +53,7 @@ class Runtime:
         self.limit: int = model.config.get_text_config().max_position_embeddings
         self.end_ids = _end_ids(model, tokenizer)
         self.tags = Tags.of(tokenizer)
+        self.grammars = Grammars(tokenizer, self.tags, self.end_ids, model.config.get_text_config().vocab_size)
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.model_fingerprint = model_fingerprint(model)
         self.adapter_fingerprint = steered.adapter_fingerprint if steered is not None else ""

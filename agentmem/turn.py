@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from agentmem.config import WriteStrategy
+from agentmem.constraint import Constraint
 from agentmem.decoding import Decoder, StopFinder
 from agentmem.errors import MissingAdapterError
 from agentmem.messages import Message
@@ -103,12 +104,13 @@ def run_turn(runtime: Runtime, request: Request, state: MemoryState | None, emit
     if not steered:
         request = replace(request, memory=False)
     plan = plan_turn(request, record, runtime.transcript, _strategy(runtime), runtime.limit)
+    constraint = _constraint(runtime, request, plan)
     yield from _write_hidden(runtime, session, plan)
     speaks = steered and request.write == "all"
     key = _key(session, plan, _voice(runtime, speaks))
     prefill, hit = yield from _prefill(runtime, session, plan, key)
     try:
-        reply = _Reply(runtime, request, session, plan, speaks, emit)
+        reply = _Reply(runtime, request, session, plan, speaks, emit, constraint)
         yield from reply.decode()
         if speaks:
             yield from reply.commit()
@@ -137,6 +139,24 @@ def run_turn(runtime: Runtime, request: Request, state: MemoryState | None, emit
         edits=plan.edits,
         token_ids=tuple(reply.ids),
     )
+
+
+def _room(runtime: Runtime, plan: Plan) -> int:
+    """How many tokens the model can still take after the prompt; the closing tokens need some places."""
+    return runtime.limit - len(plan.prompt.ids) - len(plan.opening) - 8
+
+
+def _thinks(runtime: Runtime, plan: Plan) -> bool:
+    """Whether the prompt ends within a region of reasoning."""
+    opening: str = runtime.tokenizer.decode(plan.opening)
+    return opening.rstrip().endswith("<think>")
+
+
+def _constraint(runtime: Runtime, request: Request, plan: Plan) -> Constraint | None:
+    if request.form is None:
+        return None
+    budget = min(request.sampling.max_tokens, _room(runtime, plan))
+    return runtime.grammars.constraint(request.form, thinking=_thinks(runtime, plan), budget=budget)
 
 
 def _written(plan: Plan) -> int:
@@ -194,7 +214,14 @@ class _Reply:
     """Decodes one reply and, where the policy says so, leaves the state as if exactly its tokens had been fed."""
 
     def __init__(
-        self, runtime: Runtime, request: Request, session: Session, plan: Plan, speaks: bool, emit: Emit
+        self,
+        runtime: Runtime,
+        request: Request,
+        session: Session,
+        plan: Plan,
+        speaks: bool,
+        emit: Emit,
+        constraint: Constraint | None,
     ) -> None:
         self._runtime = runtime
         self._request = request
@@ -204,8 +231,9 @@ class _Reply:
         self._late = _strategy(runtime) == "sentence"
         self._segment = _voice(runtime, speaks)
         self.decoder = Decoder(runtime.tokenizer)
-        opening = runtime.tokenizer.decode(plan.opening)
-        self.parser = ReplyParser(runtime.tags, "reasoning" if opening.rstrip().endswith("<think>") else "text")
+        self.parser = ReplyParser(runtime.tags, "reasoning" if _thinks(runtime, plan) else "text")
+        self._constraint = constraint
+        self._most = min(request.sampling.max_tokens, _room(runtime, plan))
         self.ids: list[int] = []
         self.finish: Literal["stop", "length"] = "stop"
         self.written = 0
@@ -218,27 +246,33 @@ class _Reply:
 
     def decode(self) -> Steps[None]:
         """Sample until an end token, a stop string, or a limit; then settle text and tokens."""
-        sampling, decoder, session = self._request.sampling, self.decoder, self._session
+        sampling, decoder, session, constraint = self._request.sampling, self.decoder, self._session, self._constraint
         sampler = Sampler(sampling, self._runtime.device)
         stops = StopFinder(sampling.stop)
-        room = self._runtime.limit - session.length - 8  # the closing tokens need some places
         cut: int | None = None
         while True:
             assert session.logits is not None
-            token = sampler.choose(session.logits)
+            logits = session.logits if constraint is None else constraint.mask(session.logits)
+            token: int | None = sampler.choose(logits)
             if token in self._runtime.end_ids:
+                break
+            if constraint is not None and token is not None:
+                token = constraint.take(token)
+            if token is None:
                 break
             decoder.push(token)
             cut = stops.find(decoder.text)
             if cut is not None:
                 break
             self._show(stops.safe(decoder.text))
-            if len(decoder.ids) >= min(sampling.max_tokens, room):
+            if len(decoder.ids) >= self._most:
                 self.finish = "length"
                 break
             yield from session.feed([token], [self._segment], logits=True, close=False)
             self._fed += 1
             self._held[self._fed] = session.snapshot()
+        if constraint is not None and constraint.closing:
+            self.finish = "length"
         self._settle(len(decoder.text) if cut is None else cut)
 
     def commit(self) -> Steps[None]:

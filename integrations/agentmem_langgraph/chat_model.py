@@ -8,7 +8,7 @@ so the async methods never block a loop and no torch mode is ever set on a calle
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -23,8 +23,6 @@ from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable
-from langchain_core.tools import BaseTool
-from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, Field, model_validator
 
 import agentmem
@@ -34,17 +32,15 @@ from agentmem.messages import Message
 from agentmem_langgraph.carrier import MemoryTurn
 from agentmem_langgraph.messages import to_ai_message, to_engine
 from agentmem_langgraph.streaming import ChunkWriter
+from agentmem_langgraph.structured import Method, Tool, chosen, openai_tool, parsing, reply_format
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from agentmem import Engine, Remembered
 
-Tool = Mapping[str, Any] | type | Callable[..., Any] | BaseTool
-
 _LOADING = Lock()  # one load at a time: two calls at once must not load one model twice
 _PER_CALL = ("temperature", "top_p", "top_k", "max_tokens", "seed", "window", "write", "on_edit")
-_NOT_YET = "a forced tool choice and structured output are not supported yet"
 
 
 @dataclass(frozen=True)
@@ -214,17 +210,62 @@ class ChatDeltaMem(BaseChatModel):
     # ------------------------------------------------------------------ tools and tokens
 
     def bind_tools(
-        self, tools: Sequence[Tool], *, tool_choice: str | bool | None = None, **kwargs: Any
+        self,
+        tools: Sequence[Tool],
+        *,
+        tool_choice: Mapping[str, Any] | str | bool | None = None,
+        strict: bool | None = None,
+        parallel_tool_calls: bool | None = None,
+        response_format: Mapping[str, Any] | None = None,
+        **kwargs: Any,
     ) -> Runnable[LanguageModelInput, AIMessage]:
         """The model with tools to call: LangChain tools, functions, pydantic classes or OpenAI dicts.
 
+        Args:
+            tools: what may be called.
+            tool_choice: "auto" or None: as the model wants; "any", "required" or True: some tool is called; a name:
+                that tool is called; "none": none is. What is called so has arguments that fit its schema.
+            strict: calls that the model makes by itself, too, have arguments that fit.
+            parallel_tool_calls: whether a reply may hold several calls; by default one where a call is forced.
+            response_format: of replies that call nothing, in OpenAI's form.
+            kwargs: bound to every call.
+
         Raises:
-            NotImplementedError: a tool choice other than None or "auto".
-            ConfigError: a tool that is no function.
+            ConfigError: a tool that is no function, or a choice of a tool that is not there.
         """
-        if tool_choice not in (None, "auto"):
-            raise NotImplementedError(f"{_NOT_YET}; found tool_choice={tool_choice!r}; pass 'auto' or none")
-        return self.bind(tools=[_openai_tool(tool) for tool in tools], **kwargs)
+        plain = [openai_tool(tool, strict) for tool in tools]
+        chosen(tool_choice, plain)
+        given = {
+            "tool_choice": tool_choice,
+            "parallel_tool_calls": parallel_tool_calls,
+            "response_format": response_format,
+        }
+        return self.bind(tools=plain, **{name: value for name, value in given.items() if value is not None}, **kwargs)
+
+    def with_structured_output(
+        self,
+        schema: dict[str, Any] | type | None = None,
+        *,
+        method: Method = "function_calling",
+        include_raw: bool = False,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, Any]:
+        """The model with replies that fit a schema, as objects of it.
+
+        Args:
+            schema: a pydantic class, a TypedDict, a JSON schema or an OpenAI function.
+            method: "function_calling" shows the schema to the model as a tool, which it then has to call;
+                "json_schema" and "json_mode" bind the reply's text to the schema, which the messages should explain
+                ("json_mode" without a schema: any JSON object).
+            include_raw: give {"raw", "parsed", "parsing_error"} instead of raising what parsing raises.
+            strict: as for `bind_tools`; schemas always bind here.
+            kwargs: bound to every call.
+
+        Raises:
+            ConfigError: a method that does not exist, or no schema.
+        """
+        return parsing(self, schema, method, include_raw=include_raw, strict=strict, options=kwargs)
 
     def get_token_ids(self, text: str) -> list[int]:
         """The tokens of a text, by the model's own tokenizer."""
@@ -234,7 +275,7 @@ class ChatDeltaMem(BaseChatModel):
 
     def get_num_tokens_from_messages(self, messages: Sequence[BaseMessage], tools: Sequence[Tool] | None = None) -> int:
         """Tokens of the messages (and tools) as the model's chat template renders them."""
-        return self._ready().count_tokens(to_engine(messages), [_openai_tool(tool) for tool in tools or ()])
+        return self._ready().count_tokens(to_engine(messages), [openai_tool(tool) for tool in tools or ()])
 
     # ------------------------------------------------------------------ what LangChain asks about the model
 
@@ -282,12 +323,14 @@ class ChatDeltaMem(BaseChatModel):
         options = dict(kwargs)
         options.pop("stream", None)  # LangChain's own switch between its two paths
         turn = self._carrier(options.pop("memory", None))
-        tools = [_openai_tool(tool) for tool in options.pop("tools", None) or ()]
-        if options.pop("tool_choice", None) not in (None, "auto") or "response_format" in options:
-            raise NotImplementedError(f"{_NOT_YET}; found {sorted(kwargs)}")
+        tools = [openai_tool(tool) for tool in options.pop("tools", None) or ()]
+        choice = options.pop("tool_choice", None)
+        parallel = options.pop("parallel_tool_calls", None)
+        form = reply_format(tools, choice, options.pop("response_format", None), parallel=parallel)
         given = {name: options.pop(name, getattr(self, name)) for name in _PER_CALL}
         if options:
-            raise ConfigError(f"a call takes memory, tools, stop, {', '.join(_PER_CALL)}; found {', '.join(options)}")
+            takes = f"memory, tools, tool_choice, parallel_tool_calls, response_format, stop, {', '.join(_PER_CALL)}"
+            raise ConfigError(f"a call takes {takes}; found {', '.join(options)}")
         window = given["window"]
         sampling = agentmem.Sampling(
             temperature=given["temperature"],
@@ -305,7 +348,8 @@ class ChatDeltaMem(BaseChatModel):
                 "window": Window(tokens=window) if isinstance(window, int) else window or Window(),
                 "write": given["write"],
                 "on_edit": given["on_edit"],
-                "tools": tools,
+                "tools": tools if chosen(choice, tools) != "none" else [],
+                "form": form,
                 "memory": self.use_memory,
             },
         )
@@ -324,11 +368,3 @@ class ChatDeltaMem(BaseChatModel):
                 "leave ChatDeltaMem's cache=False"
             )
         return memory
-
-
-def _openai_tool(tool: Tool) -> dict[str, Any]:
-    plain = convert_to_openai_tool(tool)
-    function = plain.get("function")
-    if plain.get("type") != "function" or not isinstance(function, Mapping) or not function.get("name"):
-        raise ConfigError(f"a tool is a function with a name; found {plain!r}; leave out others")
-    return plain

@@ -1,4 +1,4 @@
-"""Tools: every kind reaches the prompt, calls come back, forced choices are refused for now."""
+"""Tools: every kind reaches the prompt, calls come back, a choice binds the reply."""
 
 from __future__ import annotations
 
@@ -81,17 +81,41 @@ def test_a_call_and_its_result_go_back_to_the_engine(fake: FakeEngine, llm: Chat
     assert (result.role, result.tool_call_id, result.name) == ("tool", call.tool_calls[0].id, "get_port")
 
 
-@pytest.mark.parametrize("choice", ["any", "get_port", "required", True])
-def test_a_forced_tool_choice_is_refused_for_now(llm: ChatDeltaMem, choice: Any) -> None:
-    with pytest.raises(NotImplementedError, match="not supported yet"):
+@pytest.mark.parametrize(
+    ("choice", "calls"),
+    [
+        *((choice, None) for choice in (None, "auto", "none", False)),
+        *((choice, "must") for choice in ("any", "required", True, "get_port")),
+        ({"type": "function", "function": {"name": "get_port"}}, "must"),
+    ],
+)
+def test_a_tool_choice_binds_the_reply(fake: FakeEngine, llm: ChatDeltaMem, choice: Any, calls: str | None) -> None:
+    llm.bind_tools([get_port, plain], tool_choice=choice).invoke("Hello!")
+    form, shown = fake.calls[-1]["form"], fake.calls[-1]["tools"]
+    assert (form.calls if form else None) == calls
+    if calls:
+        names = [t["function"]["name"] for t in form.tools]
+        assert names == (["get_port", "plain"] if choice in ("any", "required", True) else ["get_port"])
+        assert not form.parallel, "a forced call is one call"
+    assert len(shown) == (0 if choice in ("none", False) else 2)
+
+
+def test_strict_tools_bind_calls_that_the_model_makes_by_itself(fake: FakeEngine, llm: ChatDeltaMem) -> None:
+    llm.bind_tools([get_port], strict=True, parallel_tool_calls=False).invoke("Hello!")
+    form = fake.calls[-1]["form"]
+    assert (form.calls, form.parallel, form.schema) == ("may", False, None)
+
+
+@pytest.mark.parametrize("choice", ["get_weather", 7, {"type": "function"}])
+def test_a_choice_of_no_tool_is_refused(llm: ChatDeltaMem, choice: Any) -> None:
+    with pytest.raises(ConfigError, match=r"get_port.*found"):
         llm.bind_tools([get_port], tool_choice=choice)
 
 
-def test_structured_output_is_refused_for_now(llm: ChatDeltaMem) -> None:
-    with pytest.raises(NotImplementedError, match="not supported yet"):
-        llm.with_structured_output(Port)
-    with pytest.raises(NotImplementedError, match="not supported yet"):
-        llm.invoke("Hello!", response_format={"type": "json_object"})
+@pytest.mark.parametrize("response_format", [{"type": "xml"}, {"type": "json_schema"}, "json"])
+def test_a_response_format_that_does_not_exist_is_refused(llm: ChatDeltaMem, response_format: Any) -> None:
+    with pytest.raises(ConfigError, match="response_format is"):
+        llm.invoke("Hello!", response_format=response_format)
 
 
 def test_a_tool_that_is_no_function_is_refused(llm: ChatDeltaMem) -> None:

@@ -112,9 +112,11 @@ def test_a_shared_memory_goes_through_an_agent_that_is_a_node(fake: FakeEngine) 
     assert out["memory"].count == 4
 
 
-def test_structured_output_is_refused_for_now(fake: FakeEngine) -> None:
+def test_a_structured_response_beside_memory(nano_engine: Any) -> None:
     class Color(BaseModel):
+        """The color that was asked for."""
+
         name: str
 
-    with pytest.raises(NotImplementedError, match="not supported yet"):
-        say(agent(fake, response_format=Color), ASK)
+    found = say(agent(nano_engine, response_format=Color), ASK)
+    assert isinstance(found["structured_response"], Color)

@@ -1,0 +1,181 @@
+"""Replies bound to a format: whatever a random model would say, and whatever the budget, they fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, Literal
+
+import jsonschema
+import pytest
+from pydantic import BaseModel, Field
+
+from agentmem import Engine, Message, ReplyFormat, Sampling, Turn
+from agentmem.errors import ConfigError
+
+MakeEngine = Callable[..., Engine]
+ASK = [Message("user", "Hello there.")]
+
+
+class Color(Enum):
+    RED = "red"
+    GREEN = "grün"
+
+
+class Item(BaseModel):
+    """Refers to itself and to another class, so its schema has references."""
+
+    name: str
+    color: Color
+    count: int
+    parts: list[Item] = []
+
+
+class Box(BaseModel):
+    items: list[Item]
+    code: str = Field(pattern="^[a-z]{3}-[0-9]{4}$")
+    note: str | None = None
+    weight: float
+
+
+def tool(name: str, parameters: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters, **more}}
+
+
+NOTHING = tool("nothing", {"type": "object", "properties": {}})
+PACK = tool("pack", Box.model_json_schema())
+JSON = ReplyFormat(schema=Box.model_json_schema())
+
+
+def say(engine: Engine, form: ReplyFormat, seed: int = 0, max_tokens: int = 120, **options: Any) -> Turn:
+    sampling = Sampling(temperature=1.0, seed=seed, max_tokens=max_tokens, **options)
+    return engine.turn(ASK, sampling=sampling, form=form)
+
+
+@pytest.mark.parametrize("budget", [60, 120, 300])
+def test_json_fits_its_schema_whatever_the_budget(make_engine: MakeEngine, budget: int) -> None:
+    engine = make_engine()
+    closed = 0
+    for seed in range(4):
+        turn = say(engine, JSON, seed, budget)
+        Box.model_validate_json(turn.message.content)
+        assert len(turn.token_ids) <= budget
+        closed += turn.finish_reason == "length"
+    assert closed or budget == 300, "a random model does not come to an end by itself"
+
+
+@pytest.mark.parametrize("budget", [120, 200])
+def test_a_forced_call_is_one_call_that_fits(make_engine: MakeEngine, budget: int) -> None:
+    engine = make_engine()
+    names = set()
+    for seed in range(6):
+        turn = say(engine, ReplyFormat(tools=[PACK, NOTHING], calls="must"), seed, budget)
+        (call,) = turn.message.tool_calls
+        names.add(call.name)
+        assert (turn.message.content, turn.invalid_tool_calls) == ("", ())
+        jsonschema.validate(call.arguments, Box.model_json_schema() if call.name == "pack" else {"maxProperties": 0})
+    assert names == {"pack", "nothing"}
+
+
+def test_several_calls_where_they_are_allowed(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    form = ReplyFormat(tools=[NOTHING], calls="must", parallel=True)
+    counts = {len(say(engine, form, seed).message.tool_calls) for seed in range(8)}
+    assert min(counts) >= 1
+    assert max(counts) > 1
+
+
+def test_calls_or_json(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    form = ReplyFormat(tools=[NOTHING], calls="may", schema={"type": "array", "items": {"type": "boolean"}})
+    kinds = set()
+    for seed in range(12):
+        turn = say(engine, form, seed)
+        kinds.add(bool(turn.message.tool_calls))
+        if not turn.message.tool_calls:
+            assert isinstance(json.loads(turn.message.content), list)
+    assert kinds == {True, False}
+
+
+def test_text_before_calls_is_free_and_calls_are_not(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    turns = [say(engine, ReplyFormat(tools=[PACK], calls="may", parallel=True), seed, 200) for seed in range(6)]
+    assert any(turn.message.content for turn in turns)
+    for turn in turns:
+        assert turn.invalid_tool_calls == ()
+        for call in turn.message.tool_calls:
+            jsonschema.validate(call.arguments, Box.model_json_schema())
+
+
+def test_objects_are_closed_and_integers_have_64_bits(make_engine: MakeEngine) -> None:
+    """What LangChain makes of functions leaves objects open, and a random model writes integers without end."""
+    engine = make_engine()
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    for seed in range(8):
+        found = json.loads(say(engine, ReplyFormat(schema=schema), seed, 40).message.content)
+        assert found.keys() == {"n"}
+        assert -(2**63) <= found["n"] < 2**63
+
+
+def test_the_same_words_stream_and_the_memory_holds_what_was_said(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    stream = engine.stream(ASK, sampling=Sampling(max_tokens=100), form=JSON)
+    text = "".join(delta.text for delta in stream)
+    turn = engine.turn(ASK, sampling=Sampling(max_tokens=100), form=JSON)
+    assert text == turn.message.content == stream.result().message.content
+    again = engine.remember([*ASK, turn.message], turn.state)
+    assert again.written == 0, "the reply is known as consumed"
+
+
+def test_reasoning_ends_before_the_reply_begins(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    template = engine.tokenizer.chat_template
+    engine.tokenizer.chat_template = template.replace("assistant\\n{% endif %}", "assistant\\n<think>\\n{% endif %}")
+    try:
+        thinking = Engine(engine.model, engine.tokenizer, None, name="thinking")
+        turn = say(thinking, JSON, 1, 150)
+        thinking.close()
+    finally:
+        engine.tokenizer.chat_template = template
+    Box.model_validate_json(turn.message.content)
+    assert "<" not in turn.message.content
+
+
+@pytest.mark.parametrize(
+    ("schema", "named"),
+    [
+        ({"type": "array", "items": {"type": "integer"}, "uniqueItems": True}, "uniqueItems"),
+        ({"type": "object", "properties": {"a": {"not": {"type": "string"}}}}, "not"),
+        ({"type": "string", "format": "path"}, "path"),
+        ({"type": "strange"}, "strange"),
+    ],
+)
+def test_a_schema_that_cannot_be_enforced_is_refused_by_name(
+    make_engine: MakeEngine, schema: dict[str, Any], named: str
+) -> None:
+    engine = make_engine()
+    with pytest.raises(ConfigError, match=rf"cannot be enforced.*{named}"):
+        say(engine, ReplyFormat(schema=schema))
+    assert say(engine, JSON).message.content, "the engine goes on"
+
+
+def test_a_budget_below_the_shortest_reply_is_refused_before_decoding(make_engine: MakeEngine) -> None:
+    with pytest.raises(ConfigError, match=r"takes at least \d+ tokens; found max_tokens=9"):
+        say(make_engine(), JSON, max_tokens=9)
+
+
+@pytest.mark.parametrize("options", [{}, {"calls": "must"}, {"calls": "perhaps", "tools": [NOTHING]}])
+def test_a_format_says_something(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        ReplyFormat(**options)
+
+
+@pytest.mark.parametrize("kind", [Literal["a", "b"], dict[str, int], tuple[int, str], list[Box] | None])
+def test_schemas_that_pydantic_makes(make_engine: MakeEngine, kind: Any) -> None:
+    from pydantic import TypeAdapter
+
+    adapter: TypeAdapter[Any] = TypeAdapter(kind)
+    engine = make_engine()
+    for seed in range(3):
+        adapter.validate_json(say(engine, ReplyFormat(schema=adapter.json_schema()), seed).message.content)

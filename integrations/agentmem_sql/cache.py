@@ -26,6 +26,7 @@ Body = bytes | Node | Recalled
 _DIGEST_COST = 120
 _VALUE_COST = 130
 _NODE_COST = 1800
+_GROUP_COST = 500
 _CHANNEL_COST = 250
 _THREAD_COST = 3000
 # Of a thread, kept at most: checkpoints whose channels are known, and bytes of values that are no messages.
@@ -41,9 +42,12 @@ class Thread:
         """Know nothing yet but the thread's number and epoch; without a number not even that."""
         self.number = number
         self.epoch = epoch
+        self.void = False  # a connection was lost since: the database may have gone back to an earlier time
         self.stored: set[bytes] = set()  # digests of content that the thread has
         self.bodies: dict[bytes, Node | Recalled] = {}  # some of it
         self.messages: dict[str, Recalled] = {}  # by the message's id
+        # Full nodes by their entries: digest, and the entry for the node. True whatever the thread has.
+        self.groups: dict[tuple[bytes, ...], tuple[bytes, bytes]] = {}
         self.size = 0
         self._values: OrderedDict[bytes, bytes] = OrderedDict()
         self._value_bytes = 0
@@ -62,6 +66,13 @@ class Thread:
             self._held[ns, checkpoint_id] = channels
             if len(self._held) > _CHECKPOINTS:
                 self._channels -= len(self._held.popitem(last=False)[1])
+
+    def group(self, entries: tuple[bytes, ...], digest: bytes, link: bytes) -> None:
+        """Remember what a full node of these entries is."""
+        with self._lock:
+            if entries not in self.groups:
+                self.size += _GROUP_COST
+            self.groups[entries] = digest, link
 
     def body(self, digest: bytes) -> Body | None:
         """Content, if known: a message that can be copied, a node, or a value's bytes."""
@@ -117,6 +128,13 @@ class Cache:
         """Know nothing: a thread of the process that this one was forked from may have been at it."""
         self._lock = Lock()
         self._threads.clear()
+
+    def lost(self) -> None:
+        """Know nothing: whoever answers after a connection was lost may not have the last commits."""
+        with self._lock:
+            for one in self._threads.values():
+                one.void = True
+            self._threads.clear()
 
     def get(self, thread_id: str) -> Thread:
         """What is known of a thread; an empty ``Thread`` if nothing is."""

@@ -56,6 +56,7 @@ class Database:
         engine_options: Mapping[str, Any] | None = None,
         prepare: Callable[[Connection], None] | None = None,
         is_prepared: Callable[[Connection], bool] | None = None,
+        on_lost: Callable[[], None] | None = None,
         migrations: Sequence[Migration] = MIGRATIONS,
     ) -> None:
         """Take a URL, or an engine of the caller's, which keeps its settings and is never disposed of.
@@ -70,6 +71,7 @@ class Database:
                 begins with it again. First calls that come at the same time may each call it.
             is_prepared: asked before, as a read, whether ``prepare`` is needed at all: who only reads waits for no
                 writer then.
+            on_lost: called when a connection turns out to be lost, before anything is run again.
             migrations: what makes the tables.
 
         Raises:
@@ -90,6 +92,7 @@ class Database:
         self._gate = _gate(self._url, engine_pool, in_memory=self._in_memory)
         self._prepare = prepare
         self._is_prepared = is_prepared
+        self._on_lost = on_lost
         self._migrations = migrations
         self._ready = False
         self._closed = False
@@ -231,6 +234,8 @@ class Database:
 
     def _pause(self, retries: Retries, error: DBAPIError) -> float:
         """How long to wait before the work is run again; raises where it is not."""
+        if error.connection_invalidated and self._on_lost is not None:
+            self._on_lost()
         pause = retries.pause(error)
         if pause is not None:
             return pause

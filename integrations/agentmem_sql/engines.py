@@ -24,6 +24,7 @@ from agentmem.errors import MissingExtraError, StorageError
 from agentmem_sql import forks
 from agentmem_sql.drivers import Drivers
 from agentmem_sql.loops import LoopEngines
+from agentmem_sql.prepared import DIRECT
 from agentmem_sql.transactions import Transactions, given, own
 
 E = TypeVar("E", Engine, AsyncEngine)
@@ -172,8 +173,8 @@ class Engines:
             raise MissingExtraError(package, self._drivers.backend.extra) from error
 
     def _settle(self, engine: Engine) -> None:
-        if self._inherited:
-            engine.update_execution_options(**self._inherited)
+        # Who asked for a log of statements gets all of them.
+        engine.update_execution_options(**{DIRECT: not self._options.get("echo"), **self._inherited})
         if self._drivers.backend.name == "sqlite":
             event.listen(engine, "connect", self._tune_sqlite)
             event.listen(engine, "handle_error", _keep_connection)

@@ -8,13 +8,12 @@ there, and where there is much to insert, ``writing`` does the same in several s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
 from sqlalchemy import Column, Connection, Select, Table, bindparam, cast, column, insert, select, true, values
 from sqlalchemy.dialects.postgresql import insert as insert_or
 
-from agentmem_sql.prepared import Prepared
+from agentmem_sql.prepared import Prepared, kept
 
 # Every number of rows is a statement of its own, which the server plans when it is new.
 MOST_CONTENT = 12
@@ -48,10 +47,11 @@ def insert_all(
     for at, row in enumerate(rows):
         for name, value in row.items():
             parameters[f"{name}_{at}"] = value
-    return _statement(table, *tables, len(content), len(rows)).run(connection, parameters)
+    size = len(content), len(rows)
+    statement = kept(table, ("all", size), lambda: _statement(table, *tables, *size))
+    return statement.run(connection, parameters)
 
 
-@cache
 def _statement(table: Table, threads: Table, blobs: Table, contents: int, rows: int) -> Prepared:
     of_thread = threads.c.number == bindparam("of"), threads.c.epoch == bindparam("in_epoch")
     locked = select(threads.c.number).where(*of_thread).with_for_update(read=True, key_share=True).cte("locked")

@@ -107,16 +107,27 @@ class Packer:
         while len(entries) >= FANOUT:
             full = len(entries) - len(entries) % FANOUT
             levels.append(entries[full:])
-            groups = [entries[at : at + FANOUT] for at in range(0, full, FANOUT)]
-            entries = [trees.link(self._add(NODE, b"".join(group))) for group in groups]
+            entries = [self._node(tuple(entries[at : at + FANOUT])) for at in range(0, full, FANOUT)]
         levels.append(entries)
         return self._add(LIST, trees.list_body(of, levels[::-1]))
+
+    def _node(self, group: tuple[bytes, ...]) -> bytes:
+        """The entry for a full node; one that was packed before is neither put together nor digested again."""
+        known = self._known
+        found = known.groups.get(group)
+        if found is not None and found[0] in known.stored:
+            self.trusting = True
+            return found[1]
+        digest = self._add(NODE, b"".join(group))
+        link = trees.link(digest)
+        known.group(group, digest, link)
+        return link
 
     def _items(self, items: Sequence[Any]) -> list[bytes]:
         entries: list[bytes] = []
         for item, recalled in zip(items, recognise(items, self._known.messages), strict=True):
             if recalled is not None:
-                entries.append(b"\0" + recalled.digest)
+                entries.append(recalled.link)
                 self.trusting = True
                 continue
             # A node that runs meanwhile may change the message: it is recalled if it was the same all the time.
@@ -129,7 +140,7 @@ class Packer:
             digest = self._add(VALUE, body)
             entries.append(trees.link(digest))
             if snapshot is not None and recognise([item], {snapshot.id: snapshot})[0] is snapshot:
-                snapshot.digest = digest
+                snapshot.digest, snapshot.link = digest, entries[-1]
                 self._recalled.append(snapshot)
         return entries
 

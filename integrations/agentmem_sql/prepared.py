@@ -4,22 +4,27 @@ SQLAlchemy looks every statement up in its cache of compiled ones, sets up types
 describes the columns of what comes back. Here everything is bytes and integers, which every driver takes and gives
 as they are, so that can be left out: it takes longer than SQLite needs to run the statement. What SQLAlchemy does
 about errors (wrapping them, invalidating connections, handlers of the engine's owner) is left to it, and so is the
-whole statement where somebody listens to cursors.
+whole statement on engines that are not ours, or where somebody listens to cursors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, methodcaller
-from typing import Any
+from typing import Any, TypeVar
 
-from sqlalchemy import ARRAY, Column, ColumnElement, Connection, Executable, any_, bindparam
+from sqlalchemy import ARRAY, Column, ColumnElement, Connection, Executable, Table, any_, bindparam
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 
+# An execution option of engines on which statements may go past SQLAlchemy's execution.
+DIRECT = "agentmem_direct"
+
 _LIST = "agentmem_list"
 _MARKS = {"qmark": "?", "format": "%s"}
+
+T = TypeVar("T")
 
 Rows = Sequence[tuple[Any, ...]]
 
@@ -105,11 +110,16 @@ class PreparedLookup:
         dialect = connection.dialect
         if text is not None and dialect.name == "postgresql":
             return fetch(connection, text.sql, text.arrange(parameters))
-        if text is None or text.order is None or dialect.paramstyle not in _MARKS:
+        if text is None or dialect.paramstyle not in ("pyformat", *_MARKS):
             return [tuple(row) for row in connection.execute(self._plain, parameters)]
-        items = parameters[self._name]
+        items, before = parameters[self._name], text.arrange(parameters)
+        # The list is the last thing in the statement, whatever the tables are called.
+        head, _, tail = text.sql.rpartition(_LIST)
+        if text.order is None:
+            named = {f"{_LIST}_{at}": item for at, item in enumerate(items)}
+            return fetch(connection, head + ", ".join([f"%({name})s" for name in named]) + tail, {**before, **named})
         marks = ", ".join([_MARKS[dialect.paramstyle]] * len(items))
-        return fetch(connection, text.sql.replace(_LIST, marks), (*text.arrange(parameters), *items))
+        return fetch(connection, head + marks + tail, (*before, *items))
 
 
 class _InList(ColumnElement[bool]):
@@ -149,9 +159,18 @@ def fetch(connection: Connection, sql: str, parameters: Any) -> Rows:
     return rows
 
 
+def kept(table: Table, key: Hashable, make: Callable[[], T]) -> T:
+    """What is made once for a table, and forgotten with it."""
+    found: T | None = table.info.get(key)
+    if found is None:
+        found = table.info[key] = make()
+    return found
+
+
 def _is_watched(connection: Connection) -> bool:
     events = connection.dispatch
-    return bool(events.before_cursor_execute or events.after_cursor_execute)
+    direct = connection.get_execution_options().get(DIRECT, False)
+    return not direct or bool(events.before_cursor_execute or events.after_cursor_execute)
 
 
 def _on_cursor(connection: Connection, sql: str, parameters: Any, result: Callable[[Any], Any]) -> Any:

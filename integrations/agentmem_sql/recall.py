@@ -22,6 +22,8 @@ from typing import Any, TypeVar
 import ormsgpack
 from langchain_core.messages import BaseMessage
 
+from agentmem_sql.trees import link
+
 _CLASSES_OF = "langchain_core.messages."
 # What is not exactly a string, a number, bytes, a list or a dictionary is an error, and its message not recalled.
 _EXACT = (
@@ -56,6 +58,7 @@ class Recalled:
         whole: deserialised, so that copies may be handed out; one made from a caller's message may differ
             from that in what the serializer or pydantic make of it.
         cost: bytes of memory, roughly.
+        link: how a list refers to it; one object, so that it is hashed once.
     """
 
     digest: bytes
@@ -66,6 +69,10 @@ class Recalled:
     assigned: frozenset[str]
     whole: bool
     cost: int
+    link: bytes = b""
+
+    def __post_init__(self) -> None:
+        self.link = link(self.digest)
 
     def like(self, digest: bytes, fields: dict[str, Any]) -> Recalled | None:
         """Another stored message whose fields are of the same types; takes ``fields``, which nobody else has.

@@ -2,7 +2,8 @@
 
 Works may be run again as a whole: each is one transaction, and what they store is keyed by its content. So a write
 that lost against other transactions is, after a pause, and whatever met a connection that had been closed is, once,
-at once: the pool has dropped that connection and all that are as old.
+at once: the pool has dropped that connection and all that are as old. A statement whose prepared form is out of date
+is run on another connection until one prepares it anew.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from agentmem_sql import faults
 _BUDGET = 20.0
 _RETRIES = 6
 _FIRST_PAUSE = 0.01
+# Every connection of a pool may have prepared the same statement.
+_MOST_UNPREPARED = 32
 
 
 class Retries:
@@ -26,6 +29,7 @@ class Retries:
     def __init__(self) -> None:
         self._lost = 0
         self._reconnected = False
+        self._unprepared = 0
         self._began = time.monotonic()
 
     def pause(self, error: DBAPIError) -> float | None:
@@ -33,6 +37,9 @@ class Retries:
         if error.connection_invalidated:
             again, self._reconnected = not self._reconnected, True
             return 0.0 if again else None
+        if faults.is_unprepared(error) and self._unprepared < _MOST_UNPREPARED:
+            self._unprepared += 1
+            return 0.0
         if not faults.is_transient(error) or self._lost >= _RETRIES or time.monotonic() - self._began > _BUDGET:
             return None
         self._lost += 1

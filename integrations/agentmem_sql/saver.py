@@ -129,7 +129,10 @@ class SQLAlchemySaver(Inspection, Maintenance):
         vault = Vault(self.serde, hmac_key)
         self._store = Store(tables, vault, cache_bytes)
         settle, is_settled = partial(vault.settle, tables=tables), partial(vault.is_settled, tables=tables)
-        self._database = Database(engine, tables=tables, prepare=settle, is_prepared=is_settled, **options)
+        lost = self._store.cache.lost
+        self._database = Database(
+            engine, tables=tables, prepare=settle, is_prepared=is_settled, on_lost=lost, **options
+        )
 
     # Writing.
 

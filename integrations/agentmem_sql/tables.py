@@ -8,7 +8,8 @@ unbounded length is part of a key (see ``keys``), so the widest primary key, tha
     schema_versions   which migrations this database has seen
     settings          how its rows are protected (see ``vault``)
     threads           one row a thread; every other row hangs on its number. ``epoch`` counts the times that
-                      anything was taken out of the thread: whoever knows the epoch knows what is still there
+                      anything was taken out of the thread: whoever knows the epoch knows what is still there.
+                      It starts at random, so that no thread of tables made anew is taken for a former one
     blobs             content of the thread, one row a distinct content, keyed by digest (see ``trees``)
     checkpoints       metadata, the checkpoint without its channel values, and where those are
     writes            pending writes of a checkpoint

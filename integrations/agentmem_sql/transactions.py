@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import InvalidRequestError, OperationalError
+from sqlalchemy.exc import DBAPIError, InvalidRequestError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from agentmem.errors import StorageError
@@ -57,6 +57,9 @@ class Transactions:
             except InvalidRequestError:
                 connection.invalidate()  # its state is not what SQLAlchemy takes it for
                 raise
+            except DBAPIError as error:
+                _forget_prepared(connection, error)
+                raise
 
     def write(self, work: Work[T]) -> T:
         """Do work in one transaction, on a connection of its own."""
@@ -81,6 +84,8 @@ class Transactions:
             _roll_back(connection)
             if isinstance(error, InvalidRequestError):
                 connection.invalidate()  # as in `read`
+            if isinstance(error, DBAPIError):
+                _forget_prepared(connection, error)
             raise
 
 
@@ -139,6 +144,12 @@ def _roll_back(connection: Connection) -> None:
         connection.invalidate()
         if not isinstance(error, Exception):  # otherwise the caller hears of the error that led here
             raise
+
+
+def _forget_prepared(connection: Connection, error: DBAPIError) -> None:
+    """Close a connection whose prepared statements are no good any more; the work is run again on another."""
+    if faults.is_unprepared(error) and not connection.invalidated:
+        connection.invalidate()
 
 
 def _begin_immediate(connection: Connection) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from secrets import randbelow
 from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, Table, bindparam, cast, delete, insert, select
@@ -28,7 +28,7 @@ from agentmem_sql.codec import Row, seal_checkpoint
 from agentmem_sql.dialects import add_rows, insert_missing
 from agentmem_sql.keys import encode_text, thread_key
 from agentmem_sql.onestatement import MOST_CONTENT, MOST_ROWS, insert_all
-from agentmem_sql.prepared import Prepared
+from agentmem_sql.prepared import Prepared, kept
 from agentmem_sql.sweeping import Sweeper
 from agentmem_sql.tables import Tables
 from agentmem_sql.vault import Vault
@@ -106,6 +106,7 @@ class Writer:
             NeedsLockError: there is one of the same id with other content; call again with ``alone``.
         """
         checkpoints = self._tables.checkpoints
+        _check_known(new)
         if new.is_known and not alone:
             return self._add_known(connection, new, checkpoints, [row])
         thread = self._begin(connection, new, alone=alone)
@@ -136,6 +137,7 @@ class Writer:
             StaleCacheError: the cache was wrong.
             NeedsLockError: other content is replaced; call again with ``alone``.
         """
+        _check_known(new)
         if new.is_known and rows and not replace:
             return self._add_known(connection, new, self._tables.writes, rows)
         thread = self._begin(connection, new, alone=alone)
@@ -178,7 +180,7 @@ class Writer:
         statement = self._lock if alone else self._share
         found = self._locked(connection, statement, thread_id)
         if found is None:
-            row = {"key": thread_key(thread_id), "name": encode_text(thread_id), "epoch": 0}
+            row = {"key": thread_key(thread_id), "name": encode_text(thread_id), "epoch": randbelow(2**48)}
             add_rows(connection, self._tables.threads, [row], replace=False)
             found = self._locked(connection, statement, thread_id)
             assert found is not None
@@ -238,6 +240,12 @@ class Writer:
         return None if row is None else Locked(row.number, row.epoch)
 
 
+def _check_known(new: New) -> None:
+    """Refuse what was packed before a connection was lost: the server that answers now may never have had it."""
+    if new.known.void:
+        raise StaleCacheError
+
+
 def insert_new(connection: Connection, table: Table, row: Row) -> bool:
     """Insert a row unless there is one with its key; says whether it was inserted."""
     if connection.dialect.name not in ("mysql", "mariadb"):
@@ -254,15 +262,17 @@ def insert_new(connection: Connection, table: Table, row: Row) -> bool:
     return True
 
 
-@cache
 def insert_content(dialect: str, blobs: Table) -> Prepared:
     """INSERT of content, unless it is there."""
-    return Prepared(insert_missing(dialect, blobs))
+    return kept(blobs, ("content", dialect), lambda: Prepared(insert_missing(dialect, blobs)))
 
 
-@cache
 def insert_locked(dialect: str, table: Table, threads: Table) -> Prepared:
     """INSERT of a row for the thread of number ``of`` if its epoch is ``in_epoch``, whose row is locked (shared)."""
+    return kept(table, ("locked", dialect), lambda: _insert_locked(dialect, table, threads))
+
+
+def _insert_locked(dialect: str, table: Table, threads: Table) -> Prepared:
     columns = [column for column in table.columns if column.name != "thread"]
     values: list[ColumnElement[Any]] = [bindparam(column.name, type_=column.type) for column in columns]
     if dialect == "postgresql":  # there a parameter that is only selected would be text

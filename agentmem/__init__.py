@@ -32,6 +32,7 @@ _HOMES = {
     "TurnStream": "agentmem.engine",
     "Usage": "agentmem.turn",
     "Window": "agentmem.window",
+    "context_limit": "agentmem.loading",
     "load": "agentmem.loading",
     "load_adapter": "agentmem.adapter",
     "save_adapter": "agentmem.adapter",
@@ -59,6 +60,7 @@ __all__ = [
     "Usage",
     "Window",
     "__version__",
+    "context_limit",
     "load",
     "load_adapter",
     "save_adapter",
@@ -69,7 +71,7 @@ if TYPE_CHECKING:
     from agentmem.config import MemoryConfig
     from agentmem.engine import AsyncTurnStream, Engine, TurnOptions, TurnStream
     from agentmem.formats import ReplyFormat
-    from agentmem.loading import load
+    from agentmem.loading import context_limit, load
     from agentmem.messages import Message, ToolCall
     from agentmem.record import ConsumedRecord
     from agentmem.replies import Delta, InvalidToolCall

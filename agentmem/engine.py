@@ -1,19 +1,21 @@
 """The engine: one model, many sessions. Every call takes a state and returns a new one; nothing is remembered here.
 
 All methods may be called from any thread; the ``a`` forms never block an event loop. One worker thread owns the model
-and takes the turns that are under way step by step.
+and takes the turns that are under way step by step, those that decode in one pass together.
 """
 
 from __future__ import annotations
 
 import asyncio
 import queue
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
+from functools import partial
 from types import TracebackType
 from typing import Any, TypedDict, TypeVar, Unpack
 
-from agentmem.errors import TurnCancelledError
+from agentmem.errors import TurnCancelledError, TurnTimeoutError
 from agentmem.formats import ReplyFormat
 from agentmem.messages import Message
 from agentmem.plan import Request, WritePolicy
@@ -41,6 +43,7 @@ class TurnOptions(TypedDict, total=False):
         tools: function descriptions in OpenAI form.
         memory: False runs the bare model; the state comes back as given.
         form: what the reply is bound to be, a call or JSON (see ``ReplyFormat``); None = whatever the model says.
+        timeout: seconds from the call to the whole reply, waiting included; looked at between forward passes.
     """
 
     sampling: Sampling
@@ -50,6 +53,7 @@ class TurnOptions(TypedDict, total=False):
     tools: Sequence[Mapping[str, Any]]
     memory: bool
     form: ReplyFormat | None
+    timeout: float | None
 
 
 class Engine:
@@ -61,6 +65,8 @@ class Engine:
         steered: the model with memory attached; None = no memory.
         name: what replies name as their model.
         kv_cache_tokens: how many prompt tokens of recent prefills are kept for retries and branches; 0 = none.
+        max_batch: how many sessions decode in one pass; 1 = they take turns. Beside others a session's numbers differ
+            in the last bits from those it has alone, so only 1 gives the same state to the bit whatever else runs.
     """
 
     def __init__(
@@ -71,10 +77,11 @@ class Engine:
         *,
         name: str = "model",
         kv_cache_tokens: int = 8192,
+        max_batch: int = 64,
     ) -> None:
         model.eval()
         self.name = name
-        self._runtime = Runtime(model, tokenizer, steered, kv_cache_tokens)
+        self._runtime = Runtime(model, tokenizer, steered, kv_cache_tokens, max_batch)
         self._worker = Worker(f"agentmem-{name}")
 
     @property
@@ -133,7 +140,8 @@ class Engine:
         Raises:
             StateMismatchError, CorruptStateError: the state belongs to another model or adapter.
             WindowError, TranscriptError, HistoryEditedError, ConfigError: as they say.
-            TurnCancelledError, EngineClosedError: the turn was cancelled or the engine closed.
+            TurnCancelledError, TurnTimeoutError, EngineClosedError: the turn was cancelled, took too long, or the
+                engine was closed.
         """
         request = Request(tuple(messages), **options)
         return _wait(self._submit(request, state, lambda _: None))
@@ -197,15 +205,19 @@ class Engine:
         self.close()
 
     def _submit(self, request: Request, state: MemoryState | None, emit: Emit) -> Future[Turn]:
-        return self._worker.submit(lambda: run_turn(self._runtime, request, state, emit))
+        steps = partial(run_turn, self._runtime, request, state, emit)
+        if request.timeout is None:
+            return self._worker.submit(steps)
+        deadline = time.monotonic() + request.timeout
+        return self._worker.submit(lambda: _within(steps(), deadline, request.timeout))
 
     def _clear(self) -> Steps[None]:
         self._runtime.prefix.clear()
-        yield
+        yield None
 
     def _count(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Steps[int]:
         # On the worker, since tokenizers are not made for several threads.
-        yield
+        yield None
         return len(self._runtime.transcript.render(list(messages), tools=tools).input_ids)
 
 
@@ -276,6 +288,31 @@ def _wait(future: Future[T]) -> T:
     except BaseException:
         future.cancel()  # the waiting itself was interrupted (Ctrl-C): the turn must not go on
         raise
+
+
+def _within(steps: Steps[T], deadline: float, seconds: float | None) -> Steps[T]:
+    """The same steps, ended by an error when the time is over."""
+    failed: BaseException | None = None
+    while True:
+        if time.monotonic() > deadline:
+            steps.close()
+            raise TurnTimeoutError(
+                f"the turn took longer than its timeout of {seconds} seconds and was given up; its state is unchanged; "
+                "give it more time, fewer max_tokens or a smaller window"
+            )
+        try:
+            wanted = next(steps) if failed is None else steps.throw(failed)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        try:
+            yield wanted
+            failed = None
+        except GeneratorExit:
+            steps.close()
+            raise
+        except BaseException as error:  # noqa: BLE001 - it is the steps'
+            failed = error
 
 
 async def _await(future: Future[T]) -> T:

@@ -16,6 +16,7 @@
     ├── WindowError                not even what must be shown fits the window
     ├── TurnError                  a turn was used against its contract (a carrier used twice, for example)
     ├── TurnCancelledError         the caller cancelled the turn
+    ├── TurnTimeoutError           the turn took longer than it was given
     ├── EngineClosedError          the engine was closed
     ├── StorageError               a database does not hold what was asked for, or holds something foreign
     └── FactStoreError             the fact store cannot be opened or used
@@ -94,6 +95,10 @@ class TurnError(AgentMemError, RuntimeError):
 
 class TurnCancelledError(AgentMemError):
     """The caller cancelled the turn; the state it started from is unchanged."""
+
+
+class TurnTimeoutError(AgentMemError, TimeoutError):
+    """The turn took longer than the seconds it was given; the state it started from is unchanged."""
 
 
 class EngineClosedError(AgentMemError, RuntimeError):

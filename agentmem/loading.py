@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +27,7 @@ def load(
     attn_implementation: str = "auto",
     *,
     kv_cache_tokens: int = 8192,
+    max_batch: int = 64,
 ) -> Engine:
     """Load an engine.
 
@@ -35,7 +37,7 @@ def load(
         device: "auto" = CUDA, then Apple's, then the CPU.
         dtype: "auto" = float32 on a CPU, else the dtype that the weights are stored in.
         attn_implementation: "auto" = flash_attention_2 where flash-attn is installed and the device can, else sdpa.
-        kv_cache_tokens: see ``Engine``.
+        kv_cache_tokens, max_batch: see ``Engine``.
 
     Raises:
         MissingAdapterError: no adapter was given and the model has none of its own.
@@ -58,7 +60,29 @@ def load(
     ).to(chosen)
     loaded.requires_grad_(False)
     steered = None if directory is None else SteeredModel.attach(loaded, adapter=directory)
-    return Engine(loaded, tokenizer, steered, name=str(model), kv_cache_tokens=kv_cache_tokens)
+    return Engine(loaded, tokenizer, steered, name=str(model), kv_cache_tokens=kv_cache_tokens, max_batch=max_batch)
+
+
+def context_limit(model: str | Path = "nano") -> int | None:
+    """The longest context of a model in tokens, from its config file; None where that is not on this machine.
+
+    Loads no weights and downloads nothing.
+    """
+    file = (NANO if model == "nano" else Path(model)) / "config.json"
+    if not file.is_file():
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            cached = try_to_load_from_cache(str(model), "config.json")
+        except HFValidationError:
+            return None
+        if not isinstance(cached, str):
+            return None
+        file = Path(cached)
+    config = json.loads(file.read_text("utf-8"))
+    found = config.get("text_config", config).get("max_position_embeddings")
+    return found if isinstance(found, int) else None
 
 
 def _found(read: Callable[..., Any], place: str, **options: Any) -> Any:

@@ -38,6 +38,7 @@ class Request:
         tools: function descriptions for the chat template.
         memory: False runs the bare model.
         form: what the reply is bound to be; None = whatever the model says.
+        timeout: seconds from the call to the whole reply, waiting included; None = any.
     """
 
     messages: Sequence[Message]
@@ -48,10 +49,13 @@ class Request:
     tools: Sequence[Mapping[str, Any]] = ()
     memory: bool = True
     form: ReplyFormat | None = None
+    timeout: float | None = None
 
     def __post_init__(self) -> None:
         if self.write not in _POLICIES:
             raise ConfigError(f"write must be one of {', '.join(_POLICIES)}; found {self.write!r}")
+        if self.timeout is not None and not self.timeout > 0:
+            raise ConfigError(f"timeout must be None or seconds above 0; found {self.timeout!r}")
 
 
 @dataclass(frozen=True)

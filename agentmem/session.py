@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agentmem.batching import Decoding, Seat, Want
 from agentmem.constraint import Grammars
 from agentmem.errors import MissingAdapterError
 from agentmem.fingerprint import model_fingerprint
@@ -42,9 +43,12 @@ class Runtime:
         end_ids: tokens that end a reply.
         tags: delimiters of reasoning and tool calls.
         grammars: holds replies to a format.
+        decoding: reads single tokens of many sessions at once.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, steered: SteeredModel | None, kv_cache_tokens: int) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, steered: SteeredModel | None, kv_cache_tokens: int, max_batch: int
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.steered = steered
@@ -54,6 +58,7 @@ class Runtime:
         self.end_ids = _end_ids(model, tokenizer)
         self.tags = Tags.of(tokenizer)
         self.grammars = Grammars(tokenizer, self.tags, self.end_ids, model.config.get_text_config().vocab_size)
+        self.decoding = Decoding(self, max_batch)
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.model_fingerprint = model_fingerprint(model)
         self.adapter_fingerprint = steered.adapter_fingerprint if steered is not None else ""
@@ -103,17 +108,21 @@ class Session:
         self.pending: Pending | None = None
         self.cache: Any = None
         self.logits: Tensor | None = None
+        self.seat: Seat | None = None  # while it decodes beside others
         self.fresh_cache()
 
     @property
     def length(self) -> int:
-        """Tokens in the KV cache."""
+        """Tokens in the KV cache, or in the seat."""
+        if self.seat is not None:
+            return self.seat.length
         return int(self.cache.get_seq_length())
 
     def fresh_cache(self) -> None:
         """Start at position 0 again; the state stays."""
         from transformers import DynamicCache
 
+        self.stop_sharing()
         # Without the model's config every layer keeps all its KV, sliding ones too, so that it can be cut back.
         self.cache = DynamicCache()
 
@@ -128,6 +137,7 @@ class Session:
 
     def rewind(self, to: Snapshot) -> None:
         """Go back to an earlier place of the same pass."""
+        self._runtime.decoding.leave(self, keep=True)
         crop(self.cache, to.length)
         self.state, self.pending = to.state, to.pending
 
@@ -147,13 +157,23 @@ class Session:
             logits: keep those of the last token in ``self.logits`` ([V]).
             close: for message and sentence adapters, whether the pass ends here.
         """
+        self._runtime.decoding.leave(self, keep=True)
         for start in range(0, len(ids), CHUNK):
             stop = min(start + CHUNK, len(ids))
             last = stop == len(ids)
-            self._forward(ids[start:stop], segments[start:stop], logits and last, close and last)
-            yield
+            self.forward(ids[start:stop], segments[start:stop], logits=logits and last, close=close and last)
+            yield None
 
-    def _forward(self, ids: Sequence[int], segments: Sequence[int], logits: bool, close: bool) -> None:
+    def next_token(self, token: int, segment: int) -> Steps[None]:
+        """Read one token, together with the sessions that do the same now; its logits are kept, the pass stays open."""
+        yield Want(self._runtime.decoding, self, token, segment)
+
+    def stop_sharing(self) -> None:
+        """Give up the seat beside others; what was read there is forgotten."""
+        self._runtime.decoding.leave(self, keep=False)
+
+    def forward(self, ids: Sequence[int], segments: Sequence[int], *, logits: bool, close: bool) -> None:
+        """One forward pass of this session alone; see ``feed``."""
         runtime = self._runtime
         tokens = torch.tensor([ids], device=runtime.device)
         if self.state is None:

@@ -109,15 +109,20 @@ def run_turn(runtime: Runtime, request: Request, state: MemoryState | None, emit
     speaks = steered and request.write == "all"
     key = _key(session, plan, _voice(runtime, speaks))
     prefill, hit = yield from _prefill(runtime, session, plan, key)
+    reply = _Reply(runtime, request, session, plan, speaks, emit, constraint)
     try:
-        reply = _Reply(runtime, request, session, plan, speaks, emit, constraint)
         yield from reply.decode()
         if speaks:
             yield from reply.commit()
     except GeneratorExit:
         # Cancelled between two forward passes, so every layer holds the same tokens.
+        session.stop_sharing()
         runtime.prefix.put(key, prefill)
         raise
+    except BaseException:
+        session.stop_sharing()
+        raise
+    session.stop_sharing()
     # After an error inside a forward pass the KV may be torn between layers; then it is dropped.
     runtime.prefix.put(key, prefill)
     seed = hashlib.sha256(plan.record.extend(plan.new).chain + repr(reply.ids).encode()).digest()
@@ -268,7 +273,7 @@ class _Reply:
             if len(decoder.ids) >= self._most:
                 self.finish = "length"
                 break
-            yield from session.feed([token], [self._segment], logits=True, close=False)
+            yield from session.next_token(token, self._segment)
             self._fed += 1
             self._held[self._fed] = session.snapshot()
         if constraint is not None and constraint.closing:

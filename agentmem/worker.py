@@ -1,15 +1,18 @@
 """One thread owns the model; callers hand it jobs from any thread or event loop.
 
-A job is a generator that yields between forward passes. The worker takes one step of each job in turn, so that a short
-turn does not wait for a long one, and drops a job as soon as its future is cancelled. Jobs share nothing here.
+A job is a generator. It yields None between steps of its own, and a ``Shared`` where a step can be done for several
+jobs at once: that is done for all who wait for it, and then they go on. While some wait, one step of one other job is
+taken between two shared ones, each job in its turn, so that a long one holds nobody up. A job is dropped as soon as its
+future is cancelled.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,13 +24,31 @@ from agentmem.errors import EngineClosedError
 
 T = TypeVar("T")
 
-Steps = Generator[None, None, T]
+
+class Team(ABC):
+    """Does work that several jobs wait for."""
+
+    @abstractmethod
+    def run(self, wants: Sequence[Shared]) -> None:
+        """Do it for all of them; what goes wrong with one is set as its ``error``."""
+
+
+class Shared:
+    """Work that a job wants done together with that of others, by ``team``; ``error`` is raised in the job."""
+
+    def __init__(self, team: Team) -> None:
+        self.team = team
+        self.error: BaseException | None = None
+
+
+Steps = Generator[Shared | None, None, T]
 
 
 @dataclass
 class _Job:
     steps: Steps[Any]
     future: Future[Any]
+    wants: Shared | None = None
 
 
 class Worker:
@@ -66,26 +87,59 @@ class Worker:
         # Thread-local, so it holds for every job and leaks into no caller's thread.
         torch.set_grad_enabled(False)
         running: deque[_Job] = deque()
+        waiting: list[_Job] = []
         while True:
-            while not running or not self._inbox.empty():
+            while not (running or waiting) or not self._inbox.empty():
                 job = self._inbox.get()
                 if job is None:
-                    self._abandon(running)
+                    self._abandon([*running, *waiting])
                     return
                 running.append(job)
-            job = running.popleft()
-            if self._step(job):
-                running.append(job)
+            # Those who come together begin together: short first steps are taken before the next shared one.
+            for _ in range(len(running) if not waiting else 1):
+                if running:
+                    self._advance(running.popleft(), running, waiting)
+            if waiting:
+                waiting = self._share(waiting, running)
+
+    def _share(self, waiting: list[_Job], running: deque[_Job]) -> list[_Job]:
+        """Do what jobs wait for and take them on; gives those who wait again."""
+        alive = [job for job in waiting if not self._is_dropped(job)]
+        teams: dict[int, list[Shared]] = {}
+        for job in alive:
+            assert job.wants is not None
+            teams.setdefault(id(job.wants.team), []).append(job.wants)
+        for wants in teams.values():
+            try:
+                wants[0].team.run(wants)
+            except BaseException as error:  # noqa: BLE001 - as in `_step`
+                for want in wants:
+                    want.error = want.error or error
+        again: list[_Job] = []
+        for job in alive:
+            self._advance(job, running, again)
+        return again
+
+    def _advance(self, job: _Job, running: deque[_Job], waiting: list[_Job]) -> None:
+        """Take a step of a job and put it where it belongs then."""
+        if self._step(job):
+            (running if job.wants is None else waiting).append(job)
+
+    def _is_dropped(self, job: _Job) -> bool:
+        if job.future.cancelled():
+            _drop(job)
+            return True
+        return False
 
     def _step(self, job: _Job) -> bool:
         """Advance a job; True while it goes on."""
-        if job.future.cancelled():
-            _drop(job)
+        if self._is_dropped(job):
             return False
+        failed = None if job.wants is None else job.wants.error
         # A caller may cancel between a job's last step and its result; then the result is dropped.
         with suppress(InvalidStateError):
             try:
-                next(job.steps)
+                job.wants = next(job.steps) if failed is None else job.steps.throw(failed)
             except StopIteration as end:
                 job.future.set_result(end.value)
             except BaseException as error:  # noqa: BLE001 - the caller gets it, whatever it is; the worker lives on
@@ -94,8 +148,7 @@ class Worker:
                 return True
         return False
 
-    def _abandon(self, running: deque[_Job]) -> None:
-        waiting = [*running]
+    def _abandon(self, waiting: list[_Job]) -> None:
         while not self._inbox.empty():
             job = self._inbox.get()
             if job is not None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -17,13 +18,13 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from langchain_core.caches import BaseCache
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.globals import get_llm_cache
-from langchain_core.language_models import LanguageModelInput
+from langchain_core.language_models import LanguageModelInput, ModelProfile
 from langchain_core.language_models.base import LangSmithParams
 from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
 import agentmem
 from agentmem import Window
@@ -31,16 +32,17 @@ from agentmem.errors import ConfigError, MissingAdapterError, TurnError
 from agentmem.messages import Message
 from agentmem_langgraph.carrier import MemoryTurn
 from agentmem_langgraph.messages import to_ai_message, to_engine
+from agentmem_langgraph.profile import profile_of
 from agentmem_langgraph.streaming import ChunkWriter
-from agentmem_langgraph.structured import Method, Tool, chosen, openai_tool, parsing, reply_format
+from agentmem_langgraph.structured import Method, Tool, chosen, explained, openai_tool, parsing, reply_format
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from agentmem import Engine, Remembered
+    from agentmem import Engine, Remembered, Turn
 
 _LOADING = Lock()  # one load at a time: two calls at once must not load one model twice
-_PER_CALL = ("temperature", "top_p", "top_k", "max_tokens", "seed", "window", "write", "on_edit")
+_PER_CALL = ("temperature", "top_p", "top_k", "max_tokens", "seed", "window", "write", "on_edit", "timeout")
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,11 @@ class _Call:
     turn: MemoryTurn
     messages: list[Message]
     options: dict[str, Any]
+    added: int  # messages put before the caller's
+
+    def own(self, result: Turn) -> Turn:
+        """The result with the caller's numbers of messages."""
+        return replace(result, edits=tuple(index - self.added for index in result.edits)) if self.added else result
 
 
 class ChatDeltaMem(BaseChatModel):
@@ -60,8 +67,8 @@ class ChatDeltaMem(BaseChatModel):
         llm.invoke("My favorite color is teal.", memory=turn)
         turn.state                                    # MemoryState: keep it, give it to the next call
 
-    Every sampling option, `window`, `write` and `on_edit` may also be given per call or bound:
-    `llm.bind(max_tokens=20)`.
+    Every sampling option, `window`, `write`, `on_edit` and `timeout` may also be given per call or bound:
+    `llm.bind(max_tokens=20)`; and so may `model`, another one that is loaded when it is first named and then kept.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -88,10 +95,16 @@ class ChatDeltaMem(BaseChatModel):
     """What is written into memory: everything, everything but the reply, or nothing."""
     on_edit: Literal["write", "error", "rebuild"] = "write"
     """What an edited history does."""
+    timeout: float | None = None
+    """Seconds that a call may take, waiting for other calls included; then it raises TurnTimeoutError."""
+    streaming: bool = False
+    """True: `invoke` streams as well, for callbacks that listen to tokens."""
     use_memory: bool = True
     """False: the bare model, for comparison. A carrier's memory is then neither read nor changed."""
     cache: BaseCache | bool | None = Field(default=False, exclude=True)
     """LangChain's LLM cache, off: a cached reply brings no new memory. Never together with `memory=`."""
+
+    _others: dict[str, Any] = PrivateAttr(default_factory=dict)  # engines of models that calls named
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -108,10 +121,10 @@ class ChatDeltaMem(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        call, engine = self._call(messages, stop, kwargs), self._ready()
+        call, engine = self._call(messages, stop, kwargs), self._ready(kwargs.get("model"))
         with call.turn.claim() as state:
             result = engine.turn(call.messages, state, **call.options)
-            message = to_ai_message(result, engine.name)
+            message = to_ai_message(call.own(result), engine.name)
             call.turn.commit(result.state)
         return ChatResult(generations=[ChatGeneration(message=message)])
 
@@ -122,10 +135,10 @@ class ChatDeltaMem(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        call, engine = self._call(messages, stop, kwargs), await self._aready()
+        call, engine = self._call(messages, stop, kwargs), await self._aready(kwargs.get("model"))
         with call.turn.claim() as state:
             result = await engine.aturn(call.messages, state, **call.options)
-            message = to_ai_message(result, engine.name)
+            message = to_ai_message(call.own(result), engine.name)
             call.turn.commit(result.state)
         return ChatResult(generations=[ChatGeneration(message=message)])
 
@@ -136,7 +149,8 @@ class ChatDeltaMem(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        call, engine, writer = self._call(messages, stop, kwargs), self._ready(), ChunkWriter()
+        call, writer = self._call(messages, stop, kwargs), ChunkWriter()
+        engine = self._ready(kwargs.get("model"))
         with call.turn.claim() as state:
             stream = engine.stream(call.messages, state, **call.options)
             try:
@@ -146,7 +160,7 @@ class ChatDeltaMem(BaseChatModel):
                             run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                         yield chunk
                 result = stream.result()
-                last = writer.last(result, engine.name)
+                last = writer.last(call.own(result), engine.name)
                 if run_manager:
                     run_manager.on_llm_new_token(last.text, chunk=last)
             finally:
@@ -162,7 +176,8 @@ class ChatDeltaMem(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        call, engine, writer = self._call(messages, stop, kwargs), await self._aready(), ChunkWriter()
+        call, writer = self._call(messages, stop, kwargs), ChunkWriter()
+        engine = await self._aready(kwargs.get("model"))
         with call.turn.claim() as state:
             stream = engine.astream(call.messages, state, **call.options)
             try:
@@ -172,7 +187,7 @@ class ChatDeltaMem(BaseChatModel):
                             await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                         yield chunk
                 result = await stream.result()
-                last = writer.last(result, engine.name)
+                last = writer.last(call.own(result), engine.name)
                 if run_manager:
                     await run_manager.on_llm_new_token(last.text, chunk=last)
             finally:
@@ -279,6 +294,9 @@ class ChatDeltaMem(BaseChatModel):
 
     # ------------------------------------------------------------------ what LangChain asks about the model
 
+    def _resolve_model_profile(self) -> ModelProfile:
+        return profile_of(self.engine, self._model_name)
+
     @property
     def _llm_type(self) -> str:
         return "agentmem"
@@ -299,20 +317,31 @@ class ChatDeltaMem(BaseChatModel):
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = super()._get_ls_params(stop=stop, **kwargs)
         params["ls_provider"] = "agentmem"
-        params["ls_model_name"] = self._model_name
+        params["ls_model_name"] = str(kwargs.get("model") or self._model_name)
         return params
 
     # ------------------------------------------------------------------ inside
 
-    def _ready(self) -> Engine:
-        with _LOADING:
-            if self.engine is None:
-                self.engine = agentmem.load(model=self.model or "nano", adapter=self.adapter)
-        engine: Engine = self.engine
+    def _ready(self, other: str | Path | None = None) -> Engine:
+        """The engine; or that of another model, which a call named."""
+        with _LOADING if self._loaded(other) is None else nullcontext():
+            found = self._loaded(other)  # another thread may have been faster
+            if found is not None:
+                return found
+            if other is None or str(other) == self._model_name:
+                new = self.engine = agentmem.load(model=self.model or "nano", adapter=self.adapter)
+            else:
+                new = self._others[str(other)] = agentmem.load(model=other, adapter=None if self.use_memory else False)
+            return new
+
+    def _loaded(self, other: str | Path | None) -> Engine | None:
+        own = other is None or str(other) == self._model_name
+        engine: Engine | None = self.engine if own else self._others.get(str(other))
         return engine
 
-    async def _aready(self) -> Engine:
-        return self._ready() if self.engine is not None else await asyncio.to_thread(self._ready)
+    async def _aready(self, other: str | Path | None = None) -> Engine:
+        found = self._loaded(other)
+        return await asyncio.to_thread(self._ready, other) if found is None else found
 
     def _remembered(self, messages: LanguageModelInput) -> list[Message]:
         if not self.use_memory:
@@ -322,36 +351,34 @@ class ChatDeltaMem(BaseChatModel):
     def _call(self, messages: list[BaseMessage], stop: list[str] | None, kwargs: Mapping[str, Any]) -> _Call:
         options = dict(kwargs)
         options.pop("stream", None)  # LangChain's own switch between its two paths
+        options.pop("model", None)  # see `_ready`
         turn = self._carrier(options.pop("memory", None))
         tools = [openai_tool(tool) for tool in options.pop("tools", None) or ()]
         choice = options.pop("tool_choice", None)
         parallel = options.pop("parallel_tool_calls", None)
-        form = reply_format(tools, choice, options.pop("response_format", None), parallel=parallel)
+        asked = options.pop("response_format", None)
+        form = reply_format(tools, choice, asked, parallel=parallel)
         given = {name: options.pop(name, getattr(self, name)) for name in _PER_CALL}
         if options:
             takes = f"memory, tools, tool_choice, parallel_tool_calls, response_format, stop, {', '.join(_PER_CALL)}"
             raise ConfigError(f"a call takes {takes}; found {', '.join(options)}")
         window = given["window"]
-        sampling = agentmem.Sampling(
-            temperature=given["temperature"],
-            top_p=given["top_p"],
-            top_k=given["top_k"],
-            max_tokens=given["max_tokens"],
-            stop=tuple(self.stop or () if stop is None else stop),
-            seed=given["seed"],
-        )
+        how = {name: given[name] for name in ("temperature", "top_p", "top_k", "max_tokens", "seed")}
+        sampling = agentmem.Sampling(**how, stop=tuple(self.stop or () if stop is None else stop))
+        history = to_engine(messages)
+        shown = history if asked is None else explained(history, asked)
         return _Call(
             turn,
-            to_engine(messages),
+            shown,
             {
                 "sampling": sampling,
                 "window": Window(tokens=window) if isinstance(window, int) else window or Window(),
-                "write": given["write"],
-                "on_edit": given["on_edit"],
+                **{name: given[name] for name in ("write", "on_edit", "timeout")},
                 "tools": tools if chosen(choice, tools) != "none" else [],
                 "form": form,
                 "memory": self.use_memory,
             },
+            len(shown) - len(history),
         )
 
     def _carrier(self, memory: Any) -> MemoryTurn:

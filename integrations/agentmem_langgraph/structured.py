@@ -5,7 +5,9 @@ What a caller may write for one thing is brought into one form here; what it mea
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 from langchain_core.messages import AIMessage
@@ -16,8 +18,9 @@ from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
 
+from agentmem import ReplyFormat
 from agentmem.errors import ConfigError
-from agentmem.formats import ReplyFormat
+from agentmem.messages import Message
 
 Tool = Mapping[str, Any] | type | Callable[..., Any] | BaseTool
 Method = Literal["function_calling", "json_schema", "json_mode"]
@@ -72,7 +75,8 @@ def reply_format(
     Args:
         tools: in OpenAI's form.
         tool_choice: any spelling.
-        response_format: OpenAI's ``{"type": "json_schema" | "json_object" | "text", ...}``, or None.
+        response_format: OpenAI's ``{"type": "json_schema" | "json_object" | "text", ...}``, or None; "json_object" may
+            name a "schema" as well.
         parallel: whether a reply may hold several calls; by default one where a call is forced, else any number.
 
     Raises:
@@ -89,6 +93,22 @@ def reply_format(
     return ReplyFormat(named, "must", bool(parallel), schema)
 
 
+def explained(messages: Sequence[Message], response_format: Any) -> list[Message]:
+    """The messages, the schema of a ``json_schema`` format shown in the leading system message.
+
+    A model that does not know the schema can only stumble along it. Callers of the other formats say in their messages
+    what they want.
+    """
+    found = list(messages)
+    if isinstance(response_format, Mapping) and response_format.get("type") == "json_schema":
+        told = f"Answer with JSON that fits this schema:\n{json.dumps(wanted_schema(response_format))}"
+        if found and found[0].role == "system":
+            found[0] = replace(found[0], content=f"{found[0].content}\n\n{told}")
+        else:
+            found.insert(0, Message("system", told))
+    return found
+
+
 def wanted_schema(response_format: Any) -> Mapping[str, Any] | None:
     """The JSON schema of a ``response_format``; None where it asks for text.
 
@@ -101,12 +121,13 @@ def wanted_schema(response_format: Any) -> Mapping[str, Any] | None:
     if kind == "text":
         return None
     if kind == "json_object":
-        return {"type": "object"}
-    schema = response_format.get("json_schema", {}).get("schema") if kind == "json_schema" else None
+        schema = response_format.get("schema", {"type": "object"})
+    else:
+        schema = response_format.get("json_schema", {}).get("schema") if kind == "json_schema" else None
     if not isinstance(schema, Mapping):
         raise ConfigError(
             "response_format is {'type': 'json_schema', 'json_schema': {'name': ..., 'schema': ...}}, "
-            f"{{'type': 'json_object'}} or {{'type': 'text'}}; found {response_format!r}"
+            f"{{'type': 'json_object', 'schema': ...}} or {{'type': 'text'}}; found {response_format!r}"
         )
     return schema
 
@@ -137,7 +158,7 @@ def parsing(
             else JsonOutputKeyToolsParser(key_name=tool["function"]["name"], first_tool_only=True)
         )
     else:
-        bound = model.bind(response_format=_response_format(schema), **named)
+        bound = model.bind(response_format=_response_format(schema, method), **named)
         parser = PydanticOutputParser(pydantic_object=schema) if as_class else JsonOutputParser()
     if not include_raw:
         answered: Runnable[Any, Any] = bound | parser
@@ -147,10 +168,12 @@ def parsing(
     return RunnableMap(raw=bound) | parsed.with_fallbacks([failed], exception_key="parsing_error")
 
 
-def _response_format(schema: Any) -> dict[str, Any]:
+def _response_format(schema: Any, method: str) -> dict[str, Any]:
     if schema is None:
         return {"type": "json_object"}
     plain = convert_to_json_schema(schema)
+    if method == "json_mode":
+        return {"type": "json_object", "schema": plain}
     return {"type": "json_schema", "json_schema": {"name": plain.get("title", "reply"), "schema": plain}}
 
 

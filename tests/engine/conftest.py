@@ -50,7 +50,15 @@ def make_engine(tokenizer: Any) -> Iterator[MakeEngine]:
     """Builds engines with a random model and random nonzero memory weights; closes them at the end."""
     made: list[Engine] = []
 
-    def make(*, memory: bool = True, seed: int = 0, model_seed: int = 0, limit: int = 4096, **config: Any) -> Engine:
+    def make(
+        *,
+        memory: bool = True,
+        seed: int = 0,
+        model_seed: int = 0,
+        limit: int = 4096,
+        max_batch: int = 64,
+        **config: Any,
+    ) -> Engine:
         torch.manual_seed(model_seed)
         model = Qwen3ForCausalLM(
             Qwen3Config(
@@ -80,7 +88,7 @@ def make_engine(tokenizer: Any) -> Iterator[MakeEngine]:
                 for name, parameter in steered.memory.named_parameters():
                     if "delta_" in name or name.endswith("beta_proj"):
                         parameter.normal_(0.0, 0.3, generator=generator)
-        engine = Engine(model, tokenizer, steered, name="tiny")
+        engine = Engine(model, tokenizer, steered, name="tiny", max_batch=max_batch)
         made.append(engine)
         return engine
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+import numpy as np
 import pytest
 from langchain_core.caches import InMemoryCache
 from langchain_core.globals import set_llm_cache
@@ -280,7 +281,9 @@ def test_a_fan_out_gives_the_same_memory_every_time(w: World) -> None:
         say(graph, w.tell(0))
         graph.invoke({"messages": [], "topics": [w.tell(n) for n in (1, 2, 3)]}, THREAD)
         memories.append(memory_of(graph))
-    assert memories[0] == memories[1]
+    # Branches decode in one pass, and which of them are together in it is a matter of time.
+    np.testing.assert_allclose(memories[0].matrices, memories[1].matrices, atol=1e-5)
+    assert memories[0].record == memories[1].record
 
 
 @pytest.mark.parametrize("saver", [None, True], ids=["stateless", "stateful"])

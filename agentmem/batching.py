@@ -1,0 +1,292 @@
+"""Decodes the next token of many sessions in one forward pass.
+
+A session that decodes beside others has a *seat*: a row in a block of KV that it shares with sessions of about its
+length. It takes the seat when it first meets others and stands up when it has to do something of its own (read several
+tokens, go back); the tokens that it read there then go to its own cache. Between two tokens sessions come and go. Rows
+share the weights and nothing else: each has its own state, length and mask, and a row that sits a token out is neither
+written nor moved on.
+
+A pass that runs out of memory is split in halves; one that fails is done again row by row, so that the failure is that
+of the session that causes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from agentmem.errors import ConfigError
+from agentmem.worker import Shared, Team
+
+if TYPE_CHECKING:
+    from agentmem.session import Runtime, Session
+
+_SMALLEST = 256  # tokens that a row holds; each larger kind of block holds twice as many
+
+
+class Want(Shared):
+    """A session's wish to read one token and know what follows it. ``segment`` -1: the token is not written."""
+
+    def __init__(self, team: Decoding, session: Session, token: int, segment: int) -> None:
+        super().__init__(team)
+        self.session = session
+        self.token = token
+        self.segment = segment
+
+
+class Seat:
+    """A row in a block. ``taken``: how many tokens it had when it was taken."""
+
+    def __init__(self, block: Block, row: int, length: int) -> None:
+        self.block = block
+        self.row = row
+        self.length = self.taken = length
+
+
+class Block:
+    """KV of some sessions: for each layer keys and values [rows, heads, capacity, d]; rows are dense.
+
+    What is not read yet is zero: attention gives it no weight, but no weight times NaN would be NaN.
+    """
+
+    def __init__(self, like: Any, capacity: int) -> None:
+        self.capacity = capacity
+        self.seats: list[Seat] = []
+        self._kv = [
+            tuple(part.new_zeros(1, part.shape[1], capacity, part.shape[3]) for part in (layer.keys, layer.values))
+            for layer in like.layers
+        ]
+
+    def sit(self, cache: Any, length: int) -> Seat:
+        """Copy a session's cache of ``length`` tokens into a new row."""
+        row = len(self.seats)
+        if row == self._kv[0][0].shape[0]:
+            self._kv = [tuple(torch.cat((part, torch.zeros_like(part))) for part in layer) for layer in self._kv]
+        for parts, layer in zip(self._kv, cache.layers, strict=True):
+            for part, own in zip(parts, (layer.keys, layer.values), strict=True):
+                part[row, :, :length] = own[0, :, :length]
+        seat = Seat(self, row, length)
+        self.seats.append(seat)
+        return seat
+
+    def read(self, seat: Seat, cache: Any) -> None:
+        """Bring a session's own cache to what its row holds now."""
+        own = int(cache.get_seq_length())
+        for index, parts in enumerate(self._kv):
+            new = [part[seat.row : seat.row + 1, :, own : seat.length] for part in parts]
+            if new[0].shape[2]:
+                cache.update(*new, index)
+
+    def free(self, seat: Seat) -> None:
+        """Give a row up; the last row moves into its place."""
+        last = self.seats.pop()
+        if last is not seat:
+            for parts in self._kv:
+                for part in parts:
+                    part[seat.row, :, : last.length] = part[last.row, :, : last.length]
+            last.row = seat.row
+            self.seats[last.row] = last
+
+    def view(self) -> tuple[Any, Tensor]:
+        """A cache for one more token in every row, and where each may look: [rows, 1, 1, longest + 1]."""
+        from transformers import Cache
+
+        device = self._kv[0][0].device
+        lengths = torch.tensor([seat.length for seat in self.seats], device=device)
+        width = max(seat.length for seat in self.seats) + 1
+        allowed = torch.arange(width, device=device) <= lengths[:, None]
+        layers = [_layer(keys, values, lengths, width) for keys, values in self._kv]
+        return Cache(layers=layers), allowed[:, None, None]
+
+
+def _layer(keys: Tensor, values: Tensor, lengths: Tensor, width: int) -> Any:
+    """One layer of a block as transformers takes it: an update writes each row's token behind the row's others."""
+    from transformers.cache_utils import CacheLayerMixin
+
+    rows = torch.arange(len(lengths), device=lengths.device)
+
+    class Layer(CacheLayerMixin):  # type: ignore[misc]
+        def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+            """Nothing to do: the block is there."""
+
+        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+            at = lengths.to(keys.device)
+            keys[rows.to(keys.device), :, at] = key_states[:, :, 0]
+            values[rows.to(keys.device), :, at] = value_states[:, :, 0]
+            return keys[: len(rows), :, :width], values[: len(rows), :, :width]
+
+        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+            return width, 0
+
+        def get_seq_length(self) -> int:
+            return width - 1
+
+        def get_max_length(self) -> int:
+            return int(keys.shape[2])
+
+    return Layer()
+
+
+class Decoding(Team):
+    """The sessions of one engine that decode, in blocks by kind and length."""
+
+    def __init__(self, runtime: Runtime, max_batch: int) -> None:
+        """``max_batch``: sessions in one pass; further ones are in another.
+
+        Raises:
+            ConfigError: not 1 or more.
+        """
+        if max_batch < 1:
+            raise ConfigError(f"max_batch must be 1 or more; found {max_batch}")
+        self._runtime = runtime
+        self._most = max_batch
+        self._blocks: dict[tuple[bool, int], list[Block]] = {}
+        self._together = max_batch > 1 and _can_share(runtime)
+
+    def run(self, wants: Sequence[Shared]) -> None:
+        """Read a token for each; what goes wrong with one is noted with it."""
+        mine = [want for want in wants if isinstance(want, Want)]
+        if len(mine) == 1 or not self._together:
+            for want in mine:
+                self._alone(want)
+            return
+        self._batch(mine)
+
+    def _batch(self, wants: Sequence[Want]) -> None:
+        by_block: dict[int, tuple[Block, list[Want]]] = {}
+        for want in wants:
+            try:
+                block = self._seated(want.session)
+            except torch.OutOfMemoryError:
+                self._alone(want)
+                continue
+            by_block.setdefault(id(block), (block, []))[1].append(want)
+        for block, group in by_block.values():
+            self._pass(block, group)
+
+    def leave(self, session: Session, *, keep: bool) -> None:
+        """Stand up; ``keep``: what was read in the seat is wanted."""
+        seat = session.seat
+        if seat is None:
+            return
+        session.seat = None
+        try:
+            if keep:
+                seat.block.read(seat, session.cache)
+        finally:
+            seat.block.free(seat)
+            if not seat.block.seats:
+                for blocks in self._blocks.values():
+                    if seat.block in blocks:
+                        blocks.remove(seat.block)
+
+    def _seated(self, session: Session) -> Block:
+        """The block that a session sits in, with room for one more token."""
+        # A place is kept free: a pass writes behind the last token of every row, also of those that sit it out.
+        if session.seat is not None and session.seat.length + 1 < session.seat.block.capacity:
+            return session.seat.block
+        self.leave(session, keep=True)
+        length, capacity = session.length, _SMALLEST
+        while capacity <= length + 1:
+            capacity *= 2
+        blocks = self._blocks.setdefault((session.state is not None, capacity), [])
+        block = next((one for one in blocks if len(one.seats) < self._most), None)
+        if block is None:
+            block = Block(session.cache, capacity)
+            blocks.append(block)
+        session.seat = block.sit(session.cache, length)
+        return block
+
+    def _pass(self, block: Block, wants: Sequence[Want]) -> None:
+        """One forward pass over all rows of a block, of which ``wants`` go on."""
+        try:
+            self._forward(block, {want.session.seat.row: want for want in wants if want.session.seat is not None})
+        except torch.OutOfMemoryError:
+            if self._runtime.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if len(wants) == 1:
+                self._alone(wants[0])
+                return
+            # A pass takes the whole block, so one half moves to another; and no block grows as large again.
+            half = len(wants) // 2
+            self._most = max(1, min(self._most, half))
+            for want in wants[half:]:
+                self.leave(want.session, keep=True)
+            self._pass(block, wants[:half])
+            self._batch(wants[half:])
+        except Exception:  # noqa: BLE001 - whose fault it is comes out when each is alone
+            for want in wants:
+                self._alone(want)
+
+    def _alone(self, want: Want) -> None:
+        try:
+            self.leave(want.session, keep=True)
+            want.session.forward([want.token], [want.segment], logits=True, close=False)
+        except Exception as error:  # noqa: BLE001 - the session's job gets it
+            want.error = error
+
+    def _forward(self, block: Block, wants: dict[int, Want]) -> None:
+        runtime = self._runtime
+        cache, allowed = block.view()
+        rows = range(len(block.seats))
+        tokens = torch.tensor([[wants[row].token if row in wants else 0] for row in rows], device=runtime.device)
+        positions = torch.tensor([[seat.length] for seat in block.seats], device=runtime.device)
+        sessions = [want.session for _, want in sorted(wants.items())]
+        states: list[Tensor | None] = [None] * len(block.seats)
+        if sessions[0].state is None:
+            out = runtime.model(
+                input_ids=tokens,
+                attention_mask=_mask(runtime.model, allowed),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            logits = out.logits
+        else:
+            assert runtime.steered is not None
+            empty = runtime.steered.zeros()
+            given = [wants[row].session.state if row in wants else empty for row in rows]
+            write = torch.tensor([[row in wants and wants[row].segment >= 0] for row in rows], device=runtime.device)
+            steered = runtime.steered(
+                tokens,
+                torch.cat([state for state in given if state is not None]),
+                position_ids=positions,
+                write=write if bool(write.any()) else False,
+                cache=cache,
+                attention_bias=allowed,
+                logits_to_keep=1,
+            )
+            logits = steered.logits
+            states = list(torch.split(steered.state, 1))
+        for row, want in wants.items():
+            session = want.session
+            session.logits = logits[row, -1]
+            if want.segment >= 0:  # elsewhere the state is the very one that was given
+                session.state = states[row]
+            assert session.seat is not None
+            session.seat.length += 1
+
+
+def _mask(model: Any, allowed: Tensor) -> Tensor:
+    """A boolean mask in the form that the model's attention takes."""
+    if model.config._attn_implementation != "eager":
+        return allowed
+    zero = torch.zeros((), dtype=model.dtype, device=allowed.device)
+    return torch.where(allowed, zero, torch.finfo(model.dtype).min)
+
+
+def _can_share(runtime: Runtime) -> bool:
+    """Whether rows of one pass can have masks of their own here, and states that are whole after every token.
+
+    Attention over windows and flash attention take no mask like ours; adapters that write by message or sentence keep
+    sums of an open pass. There sessions take turns.
+    """
+    config = runtime.model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windowed = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    by_token = runtime.steered is None or runtime.steered.config.write_strategy == "token"
+    implementation = runtime.model.config._attn_implementation
+    return by_token and implementation in ("sdpa", "eager") and kinds == {"full_attention"} and not windowed

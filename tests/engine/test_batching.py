@@ -1,0 +1,242 @@
+"""Many sessions in one batch: each as it is alone, fair, and none the victim of another."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from agentmem import Engine, MemoryState, Message, ReplyFormat, Sampling, Turn, Window
+from agentmem.errors import ConfigError, TurnCancelledError, TurnTimeoutError
+
+MakeEngine = Callable[..., Engine]
+LISTED = ReplyFormat(schema={"type": "array", "items": {"type": "integer"}, "minItems": 4, "maxItems": 9})
+
+
+def ask(number: int) -> list[Message]:
+    """Histories of very different lengths."""
+    return [Message("user", f"Hello there, {number}! " + "How are you today? " * (7 * (number % 5)))]
+
+
+def options(number: int) -> dict[str, Any]:
+    """Every session has its own sampling, grammar, length and write policy."""
+    return {
+        "sampling": Sampling(
+            temperature=(0.0, 1.0, 0.7)[number % 3],
+            seed=number,
+            max_tokens=12 + 5 * (number % 7),
+            top_k=5 * (number % 2),
+        ),
+        "write": ("all", "input", "off")[number % 3 if number % 4 else 0],
+        "form": LISTED if number % 5 == 1 else None,
+        "memory": number % 6 != 5,
+    }
+
+
+class Count:
+    """How often the model is run, and for how many sessions each time."""
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.batches: list[int] = []
+        self.fail: Callable[[int], None] = lambda rows: None
+        model = engine.model
+        real = type(model).forward
+
+        def forward(own: Any, input_ids: Any = None, *args: Any, **kwargs: Any) -> Any:
+            if own is model:
+                if input_ids.shape[1] == 1:
+                    self.batches.append(input_ids.shape[0])
+                self.fail(input_ids.shape[0])
+            return real(own, input_ids, *args, **kwargs)
+
+        monkeypatch.setattr(type(model), "forward", forward)
+
+
+def assert_same(found: Turn, alone: Turn) -> None:
+    assert (found.token_ids, found.message, found.finish_reason) == (
+        alone.token_ids,
+        alone.message,
+        alone.finish_reason,
+    )
+    if alone.state is not None and found.state is not None:
+        np.testing.assert_allclose(found.state.matrices, alone.state.matrices, atol=1e-5)
+        assert found.state.record == alone.state.record
+    assert (found.state is None) == (alone.state is None)
+
+
+def at_once(engine: Engine, count: int, states: list[MemoryState | None] | None = None) -> list[Turn]:
+    given = states or [None] * count
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(lambda n: engine.turn(ask(n), given[n], **options(n)), range(count)))
+
+
+def test_each_session_is_as_it_is_alone(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine()
+    first = [engine.turn(ask(n), **options(n)) for n in range(20)]
+    states = [turn.state for turn in first]
+    alone = [engine.turn(ask(n), states[n], **options(n)) for n in range(20)]
+    count = Count(engine, monkeypatch)
+    for found, solo in zip(at_once(engine, 20, states), alone, strict=True):
+        assert_same(found, solo)
+    assert max(count.batches) > 8, "they did not meet"
+    assert sum(count.batches) / len(count.batches) > 3
+
+
+def test_replies_that_outgrow_their_rows(make_engine: MakeEngine) -> None:
+    """Rows hold 256 tokens at first: these begin below and end beyond, in the company of shorter ones."""
+    engine = make_engine()
+    sampling = [Sampling(temperature=1.0, seed=n, max_tokens=(40, 330)[n % 2]) for n in range(4)]
+    alone = [engine.turn(ask(n), sampling=sampling[n]) for n in range(4)]
+    assert max(len(turn.token_ids) for turn in alone) == 330
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda n: engine.turn(ask(n), sampling=sampling[n]), range(4)))
+    for found, solo in zip(together, alone, strict=True):
+        assert_same(found, solo)
+
+
+def test_stop_strings_take_back_tokens_of_a_row(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    plain = engine.turn(ask(0), sampling=Sampling(max_tokens=60)).message.content
+    stops = [plain[at : at + 4] for at in (12, 20, 28, 36)]
+    sampling = [Sampling(max_tokens=60, stop=(stop,)) for stop in stops]
+    alone = [engine.turn(ask(0), sampling=each) for each in sampling]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda each: engine.turn(ask(0), sampling=each), sampling))
+    for found, solo in zip(together, alone, strict=True):
+        assert_same(found, solo)
+
+
+@pytest.mark.parametrize("strategy", ["message", "sentence"])
+def test_adapters_that_write_later_take_turns(make_engine: MakeEngine, strategy: str) -> None:
+    engine = make_engine(write_strategy=strategy)
+    alone = [engine.turn(ask(n), **options(n)) for n in range(4)]
+    for found, solo in zip(at_once(engine, 4), alone, strict=True):
+        assert_same(found, solo)
+
+
+async def test_two_hundred_requests_are_all_served(make_engine: MakeEngine) -> None:
+    engine = make_engine(max_batch=16)
+    ends: list[int] = []
+
+    async def one(number: int) -> None:
+        await engine.aturn(ask(number % 5), sampling=Sampling(max_tokens=6))
+        ends.append(number)
+
+    await asyncio.gather(*(one(number) for number in range(200)))
+    # In about the order in which they came: nobody is left for the end.
+    assert max(abs(place - number) for place, number in enumerate(ends)) < 60
+
+
+def test_a_short_request_does_not_wait_for_a_long_prompt(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(limit=32768)
+    events: list[str] = []
+    count = Count(engine, monkeypatch)
+    real = count.fail
+    assert real(1) is None
+    long = [Message("user", "The quick brown fox says: hello there. " * 700)]
+    begun = threading.Event()
+    decoder = engine.model.get_decoder()
+    forward = type(decoder).forward
+
+    def watched(own: Any, input_ids: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if own is decoder and input_ids is not None and input_ids.shape[1] == 1024:
+            events.append("chunk")
+            begun.set()
+        return forward(own, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(type(decoder), "forward", watched)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(
+            engine.turn, long, sampling=Sampling(max_tokens=2), window=Window(tokens=30000), write="off"
+        )
+        assert begun.wait(30)
+        before = len(events)
+        stream = engine.stream(ask(0), sampling=Sampling(max_tokens=3))
+        next(iter(stream))
+        waited = len(events) - before
+        running.result(60)
+    assert len(events) > before + 3, "the long prompt was over too soon to say anything"
+    assert waited <= 3
+
+
+def test_cancelling_frees_the_row_at_once(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    streams = [engine.stream(ask(n), sampling=Sampling(temperature=1.0, seed=n, max_tokens=3000)) for n in range(6)]
+    for stream in streams:
+        next(iter(stream))
+    for stream in streams[:5]:
+        stream.cancel()
+        with pytest.raises(TurnCancelledError):
+            stream.result()
+    alone = engine.turn(ask(7), sampling=Sampling(max_tokens=20))
+    assert len(alone.token_ids) == 20
+    streams[5].cancel()
+    start = time.monotonic()
+    engine.turn(ask(8), sampling=Sampling(max_tokens=2))
+    assert time.monotonic() - start < 5
+
+
+def test_a_turn_that_takes_too_long(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    start = engine.turn(ask(1), sampling=Sampling(max_tokens=4)).state
+    with pytest.raises(TurnTimeoutError, match=r"longer than its timeout of 0\.05 seconds"):
+        engine.turn(ask(2), start, sampling=Sampling(temperature=1.0, max_tokens=3900), timeout=0.05)
+    assert len(engine.turn(ask(2), start, sampling=Sampling(max_tokens=4), timeout=60).token_ids) == 4
+    with pytest.raises(ConfigError, match="timeout"):
+        engine.turn(ask(2), start, timeout=0)
+
+
+def test_a_batch_that_does_not_fit_is_split(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine()
+    alone = [engine.turn(ask(n), **options(n)) for n in range(8)]
+    count = Count(engine, monkeypatch)
+
+    def fail(rows: int) -> None:
+        if rows > 3:
+            raise torch.OutOfMemoryError("out of memory")
+
+    count.fail = fail
+    for found, solo in zip(at_once(engine, 8), alone, strict=True):
+        assert_same(found, solo)
+    assert max(count.batches) > 3, "no batch was too large"
+    assert sum(rows > 3 for rows in count.batches) < 4, "a size that did not fit is not tried at every token"
+
+
+def test_one_that_fails_does_not_take_the_others_with_it(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    alone = [engine.turn(ask(n), **options(n)) for n in range(6)]
+
+    def broken(*_: object) -> int:
+        raise ZeroDivisionError("no token today")
+
+    from agentmem import sampling as module
+
+    real = module.Sampler.choose
+    with ThreadPoolExecutor(7) as pool:
+        monkeypatch.setattr(
+            module.Sampler,
+            "choose",
+            lambda own, logits: broken() if own._sampling.max_tokens == 77 else real(own, logits),
+        )
+        bad = pool.submit(engine.turn, ask(6), sampling=Sampling(max_tokens=77))
+        good = [pool.submit(engine.turn, ask(n), **options(n)) for n in range(6)]
+        with pytest.raises(ZeroDivisionError, match="no token today"):
+            bad.result(60)
+        for found, solo in zip(good, alone, strict=True):
+            assert_same(found.result(60), solo)
+
+
+def test_a_batch_of_none_is_refused(make_engine: MakeEngine) -> None:
+    with pytest.raises(ConfigError, match="max_batch"):
+        make_engine(max_batch=0)

@@ -22,18 +22,20 @@ _CLOSE = {"reasoning": "</think>", "tool_call": "</tool_call>"}
 
 @dataclass(frozen=True)
 class Delta:
-    """A piece of a reply as it is decoded; for a tool call the raw text of its JSON."""
+    """A piece of a reply as it is decoded; for a tool call the raw text of its JSON, and the id of the call."""
 
     text: str
     kind: Kind = "text"
+    call: str = ""
 
 
 @dataclass(frozen=True)
 class InvalidToolCall:
-    """A call that is no JSON object with a name and an object of arguments: its text, and what is wrong."""
+    """A call that is no JSON object with a name and an object of arguments: its text, what is wrong, its id."""
 
     text: str
     error: str
+    id: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Tags:
 
 @dataclass(frozen=True)
 class ParsedReply:
-    """A whole reply; ``tool_calls`` have ids that follow from ``seed`` and their place."""
+    """A whole reply, taken apart."""
 
     content: str
     reasoning: str
@@ -65,9 +67,17 @@ class ParsedReply:
 class ReplyParser:
     """Takes a reply's tokens and text as they come, gives deltas, and at the end the whole."""
 
-    def __init__(self, tags: Tags, start: Kind = "text") -> None:
-        """``start`` is the region that the prompt left open (reasoning, where the template opens ``<think>``)."""
+    def __init__(self, tags: Tags, seed: bytes, start: Kind = "text") -> None:
+        """Begin a reply.
+
+        Args:
+            tags: the tokenizer's delimiters.
+            seed: what ids of calls follow from, together with their place: ``call_`` and 24 hex digits.
+            start: the region that the prompt left open (reasoning, where the template opens ``<think>``).
+        """
         self._tags = tags
+        self._seed = seed
+        self._calls = 0
         self._kind: Kind = start
         self._regions: list[list[str]] = [[start, ""]]
         self._held = ""
@@ -86,18 +96,17 @@ class ReplyParser:
         """The text that was held back as the possible start of a delimiter."""
         return self._flush()
 
-    def parsed(self, seed: bytes) -> ParsedReply:
-        """The whole reply. Call ids are ``call_`` and 24 hex digits from ``seed`` and the call's place."""
+    def parsed(self) -> ParsedReply:
+        """The whole reply."""
         calls: list[ToolCall] = []
         invalid: list[InvalidToolCall] = []
         for index, text in enumerate(body for kind, body in self._regions if kind == "tool_call"):
             try:
                 name, arguments = _call(text)
             except ValueError as error:
-                invalid.append(InvalidToolCall(text.strip(), str(error)))
+                invalid.append(InvalidToolCall(text.strip(), str(error), self._call_id(index)))
             else:
-                name_of = hashlib.sha256(seed + index.to_bytes(4, "big")).hexdigest()[:24]
-                calls.append(ToolCall(name, arguments, f"call_{name_of}"))
+                calls.append(ToolCall(name, arguments, self._call_id(index)))
         content = "".join(body for kind, body in self._regions if kind == "text")
         reasoning = "".join(body for kind, body in self._regions if kind == "reasoning")
         structured = len(self._regions) > 1
@@ -108,6 +117,7 @@ class ReplyParser:
 
     def _switch(self, tag: str) -> None:
         self._kind = _OPEN.get(tag, "text")
+        self._calls += self._kind == "tool_call"
         self._regions.append([self._kind, ""])
 
     def _add(self, text: str) -> list[Delta]:
@@ -142,7 +152,10 @@ class ReplyParser:
         if not text:
             return []
         self._regions[-1][1] += text
-        return [Delta(text, self._kind)]
+        return [Delta(text, self._kind, self._call_id(self._calls - 1) if self._kind == "tool_call" else "")]
+
+    def _call_id(self, index: int) -> str:
+        return f"call_{hashlib.sha256(self._seed + index.to_bytes(4, 'big')).hexdigest()[:24]}"
 
 
 def _call(text: str) -> tuple[str, dict[str, Any]]:

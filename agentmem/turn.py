@@ -125,8 +125,7 @@ def run_turn(runtime: Runtime, request: Request, state: MemoryState | None, emit
     session.stop_sharing()
     # After an error inside a forward pass the KV may be torn between layers; then it is dropped.
     runtime.prefix.put(key, prefill)
-    seed = hashlib.sha256(plan.record.extend(plan.new).chain + repr(reply.ids).encode()).digest()
-    parsed = reply.parser.parsed(seed)
+    parsed = reply.parser.parsed()
     message = Message("assistant", parsed.content, parsed.tool_calls)
     out = state
     if session.state is not None and request.write != "off":
@@ -236,7 +235,9 @@ class _Reply:
         self._late = _strategy(runtime) == "sentence"
         self._segment = _voice(runtime, speaks)
         self.decoder = Decoder(runtime.tokenizer)
-        self.parser = ReplyParser(runtime.tags, "reasoning" if _thinks(runtime, plan) else "text")
+        # Ids of calls follow from what was consumed before them, so that they are known when a call begins.
+        seed = hashlib.sha256(plan.record.extend(plan.new).chain).digest()
+        self.parser = ReplyParser(runtime.tags, seed, "reasoning" if _thinks(runtime, plan) else "text")
         self._constraint = constraint
         self._most = min(request.sampling.max_tokens, _room(runtime, plan))
         self.ids: list[int] = []

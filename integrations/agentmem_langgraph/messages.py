@@ -24,6 +24,7 @@ from langchain_core.messages.ai import UsageMetadata
 
 from agentmem.errors import TranscriptError
 from agentmem.messages import ROLES, Message, Role, ToolCall
+from agentmem_langgraph.calls import NOT_JSON, CallText
 
 if TYPE_CHECKING:
     from agentmem import Turn
@@ -119,14 +120,19 @@ def to_ai_message(turn: Turn, model_name: str) -> AIMessage:
 
 
 def invalid_calls(turn: Turn) -> list[InvalidCall]:
-    """Calls that could not be read. Their arguments are what the model wrote, from the opening tag on.
+    """Calls that could not be read: name and arguments as far as they go, else the whole text, with a mark.
 
-    With the tag the text is no JSON; else LangChain would complete the cut-off call of a stream to a valid one.
+    The mark is no JSON. Without it LangChain would complete the cut-off call of a stream to a valid one.
     """
-    return [
-        InvalidCall(name=None, args=f"<tool_call>{c.text}", id=None, error=c.error, type="invalid_tool_call")
-        for c in turn.invalid_tool_calls
-    ]
+    found = []
+    for call in turn.invalid_tool_calls:
+        text = CallText(call.id, 0)
+        text.push(call.text)
+        args = f"{NOT_JSON}{call.text}" if text.name is None else f"{text.arguments}{text.mark}"
+        found.append(
+            InvalidCall(name=text.name, args=args, id=call.id or None, error=call.error, type="invalid_tool_call")
+        )
+    return found
 
 
 def response_metadata(turn: Turn, model_name: str) -> dict[str, Any]:

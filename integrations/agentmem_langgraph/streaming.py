@@ -9,6 +9,7 @@ from langchain_core.messages import AIMessageChunk
 from langchain_core.messages.tool import tool_call_chunk
 from langchain_core.outputs import ChatGenerationChunk
 
+from agentmem_langgraph.calls import CallText
 from agentmem_langgraph.messages import REASONING, invalid_calls, response_metadata, usage
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ class ChunkWriter:
     """Makes a chunk of each delta and, at the end, the one with usage, metadata and tool calls."""
 
     def __init__(self) -> None:
+        self._calls: dict[str, CallText] = {}  # those that are shown as they come, by id
         self._text = _Trimmed()
         self._reasoning = _Trimmed(leading=False)
 
@@ -31,19 +33,28 @@ class ChunkWriter:
         self._text.leading = False
         if delta.kind == "reasoning" and (shown := self._reasoning.push(delta.text)):
             return _chunk(AIMessageChunk(content="", additional_kwargs={REASONING: shown}))
-        return None  # a call is shown when it is whole and known to be valid
+        if delta.call:
+            call = self._calls.setdefault(delta.call, CallText(delta.call, len(self._calls)))
+            piece = call.push(delta.text)
+            return _chunk(AIMessageChunk(content="", tool_call_chunks=[piece])) if piece else None
+        return None
 
     def last(self, turn: Turn, model_name: str) -> ChatGenerationChunk:
         """What is left of the text, the tool calls, and all that is said once."""
-        content, calls = turn.message.content, turn.message.tool_calls
-        chunks = [
-            tool_call_chunk(name=call.name, args=json.dumps(dict(call.arguments)), id=call.id, index=index)
-            for index, call in enumerate(calls)
-        ]
-        chunks += [
-            tool_call_chunk(name=None, args=call["args"], id=None, index=index)
-            for index, call in enumerate(invalid_calls(turn), start=len(calls))
-        ]
+        content = turn.message.content
+        places = {call: index for index, call in enumerate(self._calls)}
+        chunks = []
+        for call in turn.message.tool_calls:
+            if not self._shown(call.id):
+                place = places.setdefault(call.id, len(places))
+                args = json.dumps(dict(call.arguments))
+                chunks.append(tool_call_chunk(name=call.name, args=args, id=call.id, index=place))
+        for invalid, refused in zip(turn.invalid_tool_calls, invalid_calls(turn), strict=True):
+            if self._shown(invalid.id):
+                chunks.append(self._calls[invalid.id].refuse())
+            else:
+                place = places.setdefault(invalid.id or f"{len(places)}", len(places))
+                chunks.append(tool_call_chunk(name=None, args=refused["args"], id=refused["id"], index=place))
         return _chunk(
             AIMessageChunk(
                 content=content[len(self._text.sent) :],
@@ -53,6 +64,10 @@ class ChunkWriter:
                 chunk_position="last",
             )
         )
+
+    def _shown(self, call: str) -> bool:
+        """Whether something of a call was shown already."""
+        return call in self._calls and self._calls[call].name is not None
 
 
 class _Trimmed:

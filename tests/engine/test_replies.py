@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -13,12 +14,12 @@ CALL = '<tool_call>\n{"name": "run", "arguments": {"cmd": "pytest -q", "n": 3}}\
 
 
 def parse(tokenizer: Any, text: str, start: Any = "text") -> Any:
-    parser, decoder = ReplyParser(Tags.of(tokenizer), start), Decoder(tokenizer)
+    parser, decoder = ReplyParser(Tags.of(tokenizer), b"seed", start), Decoder(tokenizer)
     deltas = []
     for token in tokenizer.encode(text, add_special_tokens=False):
         deltas += parser.push(token, decoder.push(token))
     deltas += parser.finish()
-    return parser.parsed(b"seed"), deltas
+    return parser.parsed(), deltas
 
 
 class TextTagged:
@@ -47,6 +48,13 @@ def test_text_and_calls_come_apart(tagged: Any) -> None:
     assert all(c.id.startswith("call_") for c in reply.tool_calls)
     assert "".join(d.text for d in deltas if d.kind == "text").strip() == "I will."
     assert "pytest" in "".join(d.text for d in deltas if d.kind == "tool_call")
+
+
+def test_pieces_of_a_call_name_the_call(tagged: Any) -> None:
+    reply, deltas = parse(tagged, f"I will.\n{CALL}\n{CALL}")
+    for call in reply.tool_calls:
+        assert json.loads("".join(d.text for d in deltas if d.call == call.id))["name"] == call.name
+    assert not any(d.call for d in deltas if d.kind != "tool_call")
 
 
 def test_call_ids_follow_from_the_seed_alone(tokenizer: Any) -> None:

@@ -172,13 +172,19 @@ def _parse(deltas: list[Delta]) -> tuple[Message, str, tuple[InvalidToolCall, ..
     text = "".join(d.text for d in deltas if d.kind == "text")
     reasoning = "".join(d.text for d in deltas if d.kind == "reasoning").strip()
     calls, invalid = [], []
-    for place, raw in enumerate(d.text for d in deltas if d.kind == "tool_call"):
+    texts: dict[str, str] = {}
+    for place, delta in enumerate(deltas):
+        if delta.kind == "tool_call":
+            key = delta.call or f"place {place}"
+            texts[key] = texts.get(key, "") + delta.text
+    for place, (key, raw) in enumerate(texts.items()):
+        drawn = hashlib.sha256(f"{raw}{place}".encode()).hexdigest()[:24]
+        identity = key if key.startswith("call_") else f"call_{drawn}"
         try:
             body = json.loads(raw)
-            identity = hashlib.sha256(f"{raw}{place}".encode()).hexdigest()[:24]
-            calls.append(ToolCall(body["name"], body["arguments"], f"call_{identity}"))
-        except (ValueError, KeyError) as error:
-            invalid.append(InvalidToolCall(raw, str(error)))
+            calls.append(ToolCall(body["name"], body.get("arguments", {}), identity))
+        except (ValueError, KeyError, TypeError) as error:
+            invalid.append(InvalidToolCall(raw, str(error), key if key.startswith("call_") else ""))
     structured = any(d.kind != "text" for d in deltas)
     message = Message("assistant", text.strip() if structured else text, tuple(calls))
     return message, reasoning, tuple(invalid)

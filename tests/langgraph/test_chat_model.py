@@ -164,6 +164,34 @@ def test_a_streamed_reply_and_a_whole_one_are_the_same_message_to_the_memory(
         assert after.state.count == turn.state.count + 2
 
 
+def call_of(text: str, call: str = "call_1") -> list[Delta]:
+    """A call, letter by letter."""
+    return [Delta(letter, "tool_call", call) for letter in text]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ('\n{"name": "f", "arguments": {"x": {"y": ["}", "\\"}"]}}}\n', '{"x": {"y": ["}", "\\"}"]}}'),
+        ('{"name": "f", "arguments": {"x": "a', '{"x": "a"]<tool_call>'),
+        ('{"arguments": {"x": 1}, "name": "f"}', '{"x": 1}'),
+        ('{"name": "f"}', "{}"),
+        ("[1, 2", "<tool_call>[1, 2"),
+    ],
+    ids=["nested", "cut-off", "other-order", "no-arguments", "no-call"],
+)
+def test_calls_in_pieces_add_up_to_the_whole_call(fake: FakeEngine, text: str, shown: str) -> None:
+    llm = ChatDeltaMem(engine=fake)
+    replies = []
+    for how in (llm.invoke, lambda said: gathered(list(llm.stream(said)))):
+        fake.scripted.append([Delta("Sure.\n"), *call_of(text)])
+        replies.append(how("Hello!"))
+    plain, streamed = replies
+    assert [c["args"] for c in streamed.invalid_tool_calls] == [c["args"] for c in plain.invalid_tool_calls]
+    assert [(c["name"], c["args"]) for c in streamed.tool_calls] == [(c["name"], c["args"]) for c in plain.tool_calls]
+    assert "".join(piece["args"] or "" for piece in streamed.tool_call_chunks) == shown
+
+
 def test_reasoning_is_kept_apart_and_never_sent_back(fake: FakeEngine) -> None:
     llm = ChatDeltaMem(engine=fake)
     for how in (llm.invoke, lambda text: gathered(list(llm.stream(text)))):

@@ -108,6 +108,22 @@ def test_a_forced_call_is_one_whole_call_of_an_offered_tool(nano: ChatDeltaMem) 
         {"book": book, "refund": refund}[call["name"]].invoke(call["args"])
 
 
+def test_a_call_streams_as_it_is_decoded(nano: ChatDeltaMem) -> None:
+    @tool
+    def book(city: str, days: int) -> str:
+        """Book a trip."""
+        return "booked"
+
+    bound = nano.bind_tools([book], tool_choice="any")
+    chunks = [chunk for chunk in bound.stream("Book a trip to Oslo.") if chunk.tool_call_chunks]
+    assert len(chunks) > 4
+    first = chunks[0].tool_call_chunks[0]
+    assert (first["name"], first["id"][:5], first["index"]) == ("book", "call_", 0)
+    assert all(piece["name"] is None for chunk in chunks[1:] for piece in chunk.tool_call_chunks)
+    whole = sum(chunks[1:], chunks[0])
+    assert whole.tool_calls == bound.invoke("Book a trip to Oslo.").tool_calls
+
+
 def test_too_few_tokens_are_refused_before_decoding(nano: ChatDeltaMem) -> None:
     with pytest.raises(ConfigError, match="takes at least"):
         nano.with_structured_output(Trip).invoke("Plan a trip.", max_tokens=5)

@@ -81,12 +81,14 @@ class Block:
                 cache.update(*new, index)
 
     def free(self, seat: Seat) -> None:
-        """Give a row up; the last row moves into its place."""
+        """Give a row up; the last row moves into its place. What is free is zero again."""
         last = self.seats.pop()
+        for parts in self._kv:
+            for part in parts:
+                if last is not seat:
+                    part[seat.row] = part[last.row]
+                part[last.row] = 0
         if last is not seat:
-            for parts in self._kv:
-                for part in parts:
-                    part[seat.row, :, : last.length] = part[last.row, :, : last.length]
             last.row = seat.row
             self.seats[last.row] = last
 
@@ -158,9 +160,11 @@ class Decoding(Team):
     def _batch(self, wants: Sequence[Want]) -> None:
         by_block: dict[int, tuple[Block, list[Want]]] = {}
         for want in wants:
+            if not self._moved(want):
+                continue
             try:
                 block = self._seated(want.session)
-            except torch.OutOfMemoryError:
+            except torch.OutOfMemoryError:  # the session's own cache is as it was
                 self._alone(want)
                 continue
             by_block.setdefault(id(block), (block, []))[1].append(want)
@@ -185,10 +189,8 @@ class Decoding(Team):
 
     def _seated(self, session: Session) -> Block:
         """The block that a session sits in, with room for one more token."""
-        # A place is kept free: a pass writes behind the last token of every row, also of those that sit it out.
-        if session.seat is not None and session.seat.length + 1 < session.seat.block.capacity:
+        if session.seat is not None:
             return session.seat.block
-        self.leave(session, keep=True)
         length, capacity = session.length, _SMALLEST
         while capacity <= length + 1:
             capacity *= 2
@@ -199,6 +201,25 @@ class Decoding(Team):
             blocks.append(block)
         session.seat = block.sit(session.cache, length)
         return block
+
+    def _moved(self, want: Want) -> bool:
+        """Let a session that has outgrown its row stand up; a failure is its own. Says whether it can go on.
+
+        A place is kept free: a pass writes behind the last token of every row, also of those that sit it out.
+        """
+        seat = want.session.seat
+        if seat is None or seat.length + 1 < seat.block.capacity:
+            return True
+        return self._stood_up(want)
+
+    def _stood_up(self, want: Want) -> bool:
+        try:
+            self.leave(want.session, keep=True)
+        except Exception as error:  # noqa: BLE001 - what was read in the seat is lost with it
+            want.session.torn = True
+            want.error = error
+            return False
+        return True
 
     def _pass(self, block: Block, wants: Sequence[Want]) -> None:
         """One forward pass over all rows of a block, of which ``wants`` go on."""
@@ -213,19 +234,20 @@ class Decoding(Team):
             # A pass takes the whole block, so one half moves to another; and no block grows as large again.
             half = len(wants) // 2
             self._most = max(1, min(self._most, half))
-            for want in wants[half:]:
-                self.leave(want.session, keep=True)
+            others = [want for want in wants[half:] if self._stood_up(want)]
             self._pass(block, wants[:half])
-            self._batch(wants[half:])
+            self._batch(others)
         except Exception:  # noqa: BLE001 - whose fault it is comes out when each is alone
             for want in wants:
                 self._alone(want)
 
     def _alone(self, want: Want) -> None:
+        if not self._stood_up(want):
+            return
         try:
-            self.leave(want.session, keep=True)
             want.session.forward([want.token], [want.segment], logits=True, close=False)
         except Exception as error:  # noqa: BLE001 - the session's job gets it
+            want.session.torn = True
             want.error = error
 
     def _forward(self, block: Block, wants: dict[int, Want]) -> None:
@@ -281,12 +303,15 @@ def _mask(model: Any, allowed: Tensor) -> Tensor:
 def _can_share(runtime: Runtime) -> bool:
     """Whether rows of one pass can have masks of their own here, and states that are whole after every token.
 
-    Attention over windows and flash attention take no mask like ours; adapters that write by message or sentence keep
-    sums of an open pass. There sessions take turns.
+    Attention over windows and flash attention take no mask like ours; some rotary embeddings depend on the longest
+    position of a pass; adapters that write by message or sentence keep sums of an open pass. There sessions take turns.
     """
     config = runtime.model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     windowed = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
     by_token = runtime.steered is None or runtime.steered.config.write_strategy == "token"
     implementation = runtime.model.config._attn_implementation
-    return by_token and implementation in ("sdpa", "eager") and kinds == {"full_attention"} and not windowed
+    rotary = getattr(config, "rope_parameters", None) or {}
+    types = {str(one.get("rope_type")) for one in (rotary, *rotary.values()) if isinstance(one, dict)}
+    plain = kinds == {"full_attention"} and not windowed and not types & {"longrope", "dynamic"}
+    return by_token and plain and implementation in ("sdpa", "eager")

@@ -1,12 +1,16 @@
 """Holds a reply to its grammar, token by token, and closes it in time.
 
 ``Grammars`` prepares a tokenizer for llguidance once; a ``Constraint`` serves one reply. Before each token it says what
-may come. Towards the end of the budget it looks before every token whether the reply could still be finished after it:
-if not, the shortest way to the end that is known is followed instead, so that whatever the budget, the reply is whole.
+may come. A token that opens something, and every token near the end of the budget, is taken only if the reply could
+still be finished after it: if not, a short way to the end is followed instead, so that whatever the budget, the reply
+is whole. Ways are found by trying: what closes a string within one, what closes objects outside, and now and then
+anything. Where no way is found from the start (a pattern that ends in certain letters, say) nothing is closed in time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from random import Random
 from threading import Lock
 from typing import Any
@@ -19,14 +23,19 @@ from agentmem.errors import ConfigError
 from agentmem.formats import ReplyFormat, lark
 from agentmem.replies import Tags
 
-# Within so many tokens of the end every token is looked at; before, every few tokens, in case the way grows long.
+# Within so many tokens of the end every token is looked at, and as many more as the way has grown long.
 _ZONE = 200
-_STRIDE = 8
 _MARGIN = 64
-# What brings JSON to its end, and whole values where one is asked for; tried in this order.
-_ENDERS = '"}],:0123456789ntf'
-_TRIES = 8
+# Tokens that may open what takes long to close.
+_OPENERS = frozenset(b'{[":,')
+# What brings a value to its end, within a string and outside; then characters that patterns and formats ask for.
+_WITHIN, _OUTSIDE = '"', '}],:1023456789"ntf[{'
+_ASKED = "@.-:/_T Z+0123456789aeE"
+_TRIES = 16
 _LONGEST_WAY = 4096
+
+
+_Bits = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 class Grammars:
@@ -39,7 +48,7 @@ class Grammars:
         self._end_ids = sorted(end_ids)
         self._width = width
         self._prepared: Any = None
-        self._enders: list[int] = []
+        self._letters: dict[str, int] = {}
         self._lock = Lock()
 
     def constraint(self, form: ReplyFormat, *, thinking: bool, budget: int) -> Constraint:
@@ -57,24 +66,30 @@ class Grammars:
         import llguidance
 
         prepared = self._ready()
-        matcher = llguidance.LLMatcher(prepared, lark(form, self._tags, thinking=thinking), log_level=0)
+        try:
+            grammar = lark(form, self._tags, thinking=thinking)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"a schema is plain JSON; found something else in it ({error})") from error
+        matcher = llguidance.LLMatcher(prepared, grammar, log_level=0)
         if matcher.is_error():
             problem = matcher.get_error().strip().splitlines()[0]
             raise ConfigError(
                 f"this schema cannot be enforced: {problem}; leave that out of the schema, and check it afterwards"
             )
-        return Constraint(matcher, self._width, frozenset(self._end_ids), self._enders, budget)
+        return Constraint(matcher, prepared, self._width, frozenset(self._end_ids), self._letters, budget)
 
     def _ready(self) -> Any:
         with self._lock:
             if self._prepared is None:
                 import llguidance.hf
 
-                self._prepared = llguidance.hf.from_tokenizer(
-                    self._tokenizer, n_vocab=self._width, eos_token=self._end_ids
-                )
-                ids = (self._prepared.tokenize_bytes(letter.encode()) for letter in _ENDERS)
-                self._enders = [found[0] for found in ids if len(found) == 1]
+                width = max(self._width, len(self._tokenizer))  # some tokenizers know more than their model
+                prepared = llguidance.hf.from_tokenizer(self._tokenizer, n_vocab=width, eos_token=self._end_ids)
+                for letter in {*_WITHIN, *_OUTSIDE, *_ASKED}:
+                    found = prepared.tokenize_bytes(letter.encode())
+                    if len(found) == 1 and found[0] < self._width:
+                        self._letters[letter] = found[0]
+                self._prepared = prepared
             return self._prepared
 
 
@@ -85,19 +100,32 @@ class Constraint:
         closing: the rest of the reply is being written by the constraint, to end within the budget.
     """
 
-    def __init__(self, matcher: Any, width: int, end_ids: frozenset[int], enders: list[int], budget: int) -> None:
+    def __init__(
+        self,
+        matcher: Any,
+        tokenizer: Any,
+        width: int,
+        end_ids: frozenset[int],
+        letters: Mapping[str, int],
+        budget: int,
+    ) -> None:
         self.closing = False
         self._matcher = matcher
+        self._tokenizer = tokenizer
         self._width = width
         self._end_ids = end_ids
-        self._enders = enders
+        self._letters = letters
         self._left = budget
-        way = self._find(matcher)
-        if way is None or len(way) > budget:
-            needed = "more than anybody can count" if way is None else f"at least {len(way)}"
-            raise ConfigError(f"the shortest reply of this format takes {needed} tokens; found max_tokens={budget}")
-        self._way = way
-        self._zone = max(_ZONE, 2 * len(way) + _MARGIN)
+        self._place = _Place()
+        way = self._find(matcher, self._place)
+        if way is not None and len(way) > budget:
+            raise ConfigError(
+                f"the shortest reply of this format takes at least {len(way)} tokens; found room for {budget}; "
+                "raise max_tokens, or make the window or the prompt smaller"
+            )
+        self._way = way or []
+        self._guarded = way is not None
+        self._zone = max(_ZONE, len(self._way) + _MARGIN)
 
     def mask(self, logits: Tensor) -> Tensor:
         """Logits [V] with -inf for every token that may not come now."""
@@ -116,62 +144,94 @@ class Constraint:
         if self.closing:
             return self._commit(self._way.pop(0)) if self._way else None
         left = self._left - 1
-        if left < self._zone or left % _STRIDE == 0:
+        if self._guarded and (left < self._zone or _OPENERS & set(self._bytes(token))):
             after = self._matcher.deep_copy()
             after.consume_token(token)
-            way = self._find(after)
+            way = self._find(after, self._place.after(self._bytes(token)))
             if way is not None:
                 self._zone = max(self._zone, len(way) + _MARGIN)
-            if way is None or len(way) > left:
-                # From here, before the token, the way may have been looked for some tokens ago.
-                self._way = self._find(self._matcher) or []
-                self.closing = True
-                return self.take(token)
+            if len(way) > left if way is not None else left < self._zone:
+                here = self._find(self._matcher, self._place)
+                if here is not None and len(here) <= self._left:
+                    self._way, self.closing = here, True
+                    return self.take(token)
         return self._commit(token)
+
+    def _bytes(self, token: int) -> bytes:
+        found: bytes = self._tokenizer.decode_bytes([token])
+        return found
 
     def _commit(self, token: int) -> int:
         if not self._matcher.consume_token(token):
             raise RuntimeError(f"the grammar refused token {token}, which it had allowed: {self._matcher.get_error()}")
+        self._place = self._place.after(self._bytes(token))
         self._left -= 1
         return token
 
-    def _find(self, matcher: Any) -> list[int] | None:
-        """The shortest way to an end that was found, in tokens without the end token."""
+    def _find(self, matcher: Any, place: _Place) -> list[int] | None:
+        """A short way to an end, in tokens without the end token; None where none was found."""
         best: list[int] | None = None
         for attempt in range(_TRIES):
-            way = self._walk(matcher.deep_copy(), Random(attempt), len(best) if best else _LONGEST_WAY)
+            # The first goes straight for the end; the others stray, further each time, until one arrives.
+            most = _LONGEST_WAY if best is None and attempt == 0 else 400
+            way = self._walk(matcher.deep_copy(), place, Random(attempt), attempt / _TRIES, most)
             if way is not None and (best is None or len(way) < len(best)):
                 best = way
-            if attempt == 0 and best is not None:
+            if best is not None and (attempt == 0 or len(best) < _MARGIN):
                 break
         return best
 
-    def _walk(self, matcher: Any, rng: Random, most: int) -> list[int] | None:
+    def _walk(self, matcher: Any, place: _Place, rng: Random, stray: float, most: int) -> list[int] | None:
         """One way to an end: forced tokens, then what closes something, then anything."""
         way: list[int] = []
-        explore = rng.random() if way else 0.0
         while not matcher.is_accepting():
             if len(way) >= most or matcher.is_stopped():
                 return None
-            forced = matcher.compute_ff_tokens()
-            if not forced:
-                allowed = _bits(matcher, self._width)
-                allowed[list(self._end_ids)] = False
-                enders = [token for token in self._enders if allowed[token]]
-                if enders and rng.random() >= explore:
-                    forced = [enders[0]]
-                else:
-                    others = np.flatnonzero(allowed)
-                    if not len(others):
-                        return None
-                    forced = [int(others[rng.randrange(len(others))])]
-            if matcher.try_consume_tokens(forced) != len(forced):
+            step = matcher.compute_ff_tokens() or self._step(_bits(matcher, self._width), place, rng, stray)
+            if not step or matcher.try_consume_tokens(step) != len(step):
                 return None
-            way += forced
+            for token in step:
+                place = place.after(self._bytes(token))
+            way += step
         return way
 
+    def _step(self, allowed: _Bits, place: _Place, rng: Random, stray: float) -> list[int]:
+        allowed[list(self._end_ids)] = False
+        enders = self._some(allowed, _WITHIN if place.quoted else _OUTSIDE)
+        if enders and rng.random() >= stray:
+            return enders[:1]
+        asked = self._some(allowed, _ASKED)
+        if asked and rng.random() < 0.7:
+            return [rng.choice(asked)]
+        others = np.flatnonzero(allowed)
+        return [int(others[rng.randrange(len(others))])] if len(others) else []
 
-def _bits(matcher: Any, width: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    def _some(self, allowed: _Bits, letters: str) -> list[int]:
+        ids = (self._letters.get(letter) for letter in letters)
+        return [token for token in ids if token is not None and allowed[token]]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Whether the next character stands within a JSON string."""
+
+    quoted: bool = False
+    escaped: bool = False
+
+    def after(self, text: bytes) -> _Place:
+        """The place behind a piece of text."""
+        quoted, escaped = self.quoted, self.escaped
+        for byte in text:
+            if quoted and escaped:
+                escaped = False
+            elif quoted and byte == 0x5C:
+                escaped = True
+            elif byte == 0x22:
+                quoted = not quoted
+        return _Place(quoted, escaped)
+
+
+def _bits(matcher: Any, width: int) -> _Bits:
     """Which tokens a matcher allows now: [V]."""
     packed = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
     return np.unpackbits(packed, bitorder="little")[:width].astype(bool)

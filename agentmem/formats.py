@@ -54,6 +54,12 @@ class ReplyFormat:
             raise ConfigError(f"calls={self.calls!r} needs a tool to call; found none")
         if self.calls == "none" and self.schema is None:
             raise ConfigError("a reply format says what calls or what JSON is expected; found neither")
+        for tool in self.tools:
+            function = tool.get("function")
+            if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+                raise ConfigError(
+                    f"a tool is {{'type': 'function', 'function': {{'name': ..., 'parameters': ...}}}}; found {tool!r}"
+                )
 
 
 def lark(form: ReplyFormat, tags: Tags, *, thinking: bool) -> str:
@@ -97,17 +103,25 @@ def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
             found[key] = {name: _closed_any(one) for name, one in found[key].items()}
     for key in _LISTS:
         if isinstance(found.get(key), Sequence) and not isinstance(found[key], str):
-            found[key] = [_closed_any(one) for one in found[key]]
+            # What stands in several parts, or beside properties, is open in each of them.
+            open_parts = key == "allOf" or (key != "prefixItems" and "properties" in found)
+            found[key] = [one if open_parts else _closed_any(one) for one in found[key]]
     for key in _SINGLE:
         if key in found:
             found[key] = _closed_any(found[key])
-    if "properties" in found and "additionalProperties" not in found and "allOf" not in found:
+    # Beside other schemas for the same object its properties are not all that it may have.
+    if "properties" in found and not found.keys() & {"additionalProperties", "$ref", "allOf", "anyOf", "oneOf"}:
         found["additionalProperties"] = False
     kinds = found.get("type")
-    if kinds == "integer" or (isinstance(kinds, list) and "integer" in kinds and "number" not in kinds):
-        if not {"minimum", "exclusiveMinimum"} & found.keys():
+    whole = kinds == "integer" or (isinstance(kinds, list) and "integer" in kinds and "number" not in kinds)
+    if whole and not found.keys() & {"const", "enum"}:
+        least, most = (
+            found.get("minimum", found.get("exclusiveMinimum")),
+            found.get("maximum", found.get("exclusiveMaximum")),
+        )
+        if least is None and (most is None or most > -_WIDEST):
             found["minimum"] = -_WIDEST
-        if not {"maximum", "exclusiveMaximum"} & found.keys():
+        if most is None and (least is None or least < _WIDEST):
             found["maximum"] = _WIDEST
     return found
 
@@ -124,12 +138,21 @@ def _call_schema(tool: Mapping[str, Any]) -> dict[str, Any]:
         "type": "object",
         "properties": {
             "name": {"const": function["name"]},
-            "arguments": _moved(arguments, "#/properties/arguments"),
+            "arguments": _moved(_object(arguments), "#/properties/arguments"),
         },
         "required": ["name", "arguments"],
         "additionalProperties": False,
         "x-guidance": _SPELLING,
     }
+
+
+def _object(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema of objects, whatever else it would permit."""
+    if schema.get("type") == "object":
+        return schema
+    if not schema.keys() & {"$ref", "allOf", "anyOf", "oneOf"}:
+        return {**schema, "type": "object"}
+    return {"allOf": [schema, {"type": "object"}]}
 
 
 def _moved(schema: Any, to: str) -> Any:

@@ -109,6 +109,7 @@ class Session:
         self.cache: Any = None
         self.logits: Tensor | None = None
         self.seat: Seat | None = None  # while it decodes beside others
+        self.torn = False  # a pass failed: its layers may hold different tokens
         self.fresh_cache()
 
     @property

@@ -115,9 +115,10 @@ def run_turn(runtime: Runtime, request: Request, state: MemoryState | None, emit
         if speaks:
             yield from reply.commit()
     except GeneratorExit:
-        # Cancelled between two forward passes, so every layer holds the same tokens.
+        # Cancelled between two forward passes: if none failed, every layer holds the same tokens.
         session.stop_sharing()
-        runtime.prefix.put(key, prefill)
+        if not session.torn:
+            runtime.prefix.put(key, prefill)
         raise
     except BaseException:
         session.stop_sharing()

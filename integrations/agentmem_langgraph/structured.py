@@ -17,6 +17,7 @@ from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
+from pydantic import BaseModel
 
 from agentmem import ReplyFormat
 from agentmem.errors import ConfigError
@@ -123,7 +124,8 @@ def wanted_schema(response_format: Any) -> Mapping[str, Any] | None:
     if kind == "json_object":
         schema = response_format.get("schema", {"type": "object"})
     else:
-        schema = response_format.get("json_schema", {}).get("schema") if kind == "json_schema" else None
+        given = response_format.get("json_schema") if kind == "json_schema" else None
+        schema = given.get("schema") if isinstance(given, Mapping) else None
     if not isinstance(schema, Mapping):
         raise ConfigError(
             "response_format is {'type': 'json_schema', 'json_schema': {'name': ..., 'schema': ...}}, "
@@ -171,7 +173,12 @@ def parsing(
 def _response_format(schema: Any, method: str) -> dict[str, Any]:
     if schema is None:
         return {"type": "json_object"}
-    plain = convert_to_json_schema(schema)
+    if isinstance(schema, type) and issubclass(schema, BaseModel):
+        plain = schema.model_json_schema()  # LangChain's conversion has no place for classes that hold themselves
+    elif isinstance(schema, Mapping) and isinstance(schema.get("schema"), Mapping) and "name" in schema:
+        plain = dict(schema["schema"])  # OpenAI's form of a json_schema
+    else:
+        plain = convert_to_json_schema(schema)
     if method == "json_mode":
         return {"type": "json_object", "schema": plain}
     return {"type": "json_schema", "json_schema": {"name": plain.get("title", "reply"), "schema": plain}}

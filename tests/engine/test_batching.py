@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from agentmem import Engine, MemoryState, Message, ReplyFormat, Sampling, Turn, Window
+from agentmem.batching import Block
 from agentmem.errors import ConfigError, TurnCancelledError, TurnTimeoutError
 
 MakeEngine = Callable[..., Engine]
@@ -235,6 +236,41 @@ def test_one_that_fails_does_not_take_the_others_with_it(
             bad.result(60)
         for found, solo in zip(good, alone, strict=True):
             assert_same(found.result(60), solo)
+
+
+def test_what_is_lost_in_a_row_is_lost_to_one_session(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No memory for what was read in the row, when replies outgrow it: an error there, and the others as ever."""
+    engine = make_engine()
+    sampling = [Sampling(temperature=1.0, seed=n, max_tokens=300) for n in range(3)]
+    alone = [engine.turn(ask(0), sampling=each) for each in sampling]
+    real, failures = Block.read, [1]
+
+    def read(own: Block, *arguments: Any) -> None:
+        if failures:
+            failures.pop()
+            raise torch.OutOfMemoryError("out of memory")
+        real(own, *arguments)
+
+    monkeypatch.setattr(Block, "read", read)
+    with ThreadPoolExecutor(3) as pool:
+        running = [pool.submit(engine.turn, ask(0), sampling=each) for each in sampling]
+        ends = [one.exception(60) for one in running]
+    assert sum(isinstance(end, torch.OutOfMemoryError) for end in ends) == 1
+    for one, end, solo in zip(running, ends, alone, strict=True):
+        if end is None:
+            assert_same(one.result(), solo)
+
+
+def test_a_row_is_left_clean(make_engine: MakeEngine) -> None:
+    engine = make_engine(memory=False)
+    like = engine._runtime.model(input_ids=torch.zeros(1, 5, dtype=torch.long), use_cache=True).past_key_values
+    block = Block(like, 16)
+    first, second = block.sit(like, 5), block.sit(like, 5)
+    for keys, values in block._kv:
+        keys[0], values[1] = torch.nan, torch.inf
+    block.free(first)
+    block.free(second)
+    assert all(not part.isnan().any() and not part.any() for parts in block._kv for part in parts)
 
 
 def test_a_batch_of_none_is_refused(make_engine: MakeEngine) -> None:

@@ -161,8 +161,49 @@ def test_a_schema_that_cannot_be_enforced_is_refused_by_name(
 
 
 def test_a_budget_below_the_shortest_reply_is_refused_before_decoding(make_engine: MakeEngine) -> None:
-    with pytest.raises(ConfigError, match=r"takes at least \d+ tokens; found max_tokens=9"):
+    with pytest.raises(ConfigError, match=r"takes at least \d+ tokens; found room for 9"):
         say(make_engine(), JSON, max_tokens=9)
+
+
+MANY = {f"k{n}": {"type": "string"} for n in range(24)}
+LARGE = {"type": "object", "properties": MANY, "required": list(MANY)}
+NODE = {"$defs": {"N": {"type": "object", "properties": {"child": {"$ref": "#/$defs/N"}}}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "most"),
+    [
+        ({"type": "array", "items": LARGE}, 260),
+        ({**NODE, "type": "object", "properties": {"a": {"type": "array", "items": {"$ref": "#/$defs/N"}}}}, 120),
+        ({"type": "object", "properties": {"child": {"$ref": "#"}}}, 60),
+        ({"type": "string", "format": "email"}, 60),
+        ({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}, 30),
+        ({"type": "object", "properties": {"large": LARGE}}, 12),
+        ({"type": "object", "additionalProperties": {"type": "integer"}}, 12),
+        ({"allOf": [{"properties": {"a": {"type": "string"}}}, {"properties": {"b": {"type": "integer"}}}]}, 60),
+        ({"type": "integer", "const": 2**40}, 60),
+    ],
+    ids=["large", "recursive", "root", "email", "between", "optional", "mapping", "parts", "const"],
+)
+def test_hard_schemas_are_met_in_time(make_engine: MakeEngine, schema: dict[str, Any], most: int) -> None:
+    engine = make_engine()
+    for seed in range(2):
+        found = json.loads(say(engine, ReplyFormat(schema=schema), seed, most).message.content)
+        jsonschema.validate(found, schema)
+
+
+def test_arguments_are_always_an_object(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    loose = tool("loose", {"properties": {"a": {"type": "string"}}})
+    for seed in range(3):
+        (call,) = say(engine, ReplyFormat(tools=[loose], calls="must"), seed).message.tool_calls
+        assert isinstance(call.arguments, dict)
+
+
+@pytest.mark.parametrize("wrong", [{"tools": [{"name": "f"}], "calls": "must"}, {"schema": {"enum": [{1, 2}]}}])
+def test_what_is_no_tool_or_no_json_is_refused(make_engine: MakeEngine, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        say(make_engine(), ReplyFormat(**wrong))
 
 
 @pytest.mark.parametrize("options", [{}, {"calls": "must"}, {"calls": "perhaps", "tools": [NOTHING]}])

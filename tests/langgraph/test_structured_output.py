@@ -60,6 +60,23 @@ async def test_it_streams_and_awaits(nano: ChatDeltaMem) -> None:
     assert chunks[-1] == await bound.ainvoke("Plan a trip.") == bound.invoke("Plan a trip.")
 
 
+class Node(BaseModel):
+    """A number, and perhaps another node."""
+
+    value: int
+    child: Node | None = None
+
+
+@pytest.mark.parametrize("method", ["json_schema", "json_mode"])
+def test_classes_that_hold_themselves(nano: ChatDeltaMem, method: Any) -> None:
+    assert isinstance(nano.with_structured_output(Node, method=method).invoke("Give me a number."), Node)
+
+
+def test_the_form_of_openai(nano: ChatDeltaMem) -> None:
+    schema = {"name": "trip", "strict": True, "schema": Trip.model_json_schema()}
+    Trip.model_validate(nano.with_structured_output(schema, method="json_schema").invoke("Plan a trip."))
+
+
 def test_any_object_in_json_mode(nano: ChatDeltaMem) -> None:
     assert isinstance(nano.with_structured_output(method="json_mode").invoke("Give me an object."), dict)
 

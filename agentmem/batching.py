@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from agentmem.errors import ConfigError
+from agentmem.steered import mask_for
 from agentmem.worker import Shared, Team
 
 if TYPE_CHECKING:
@@ -261,7 +262,7 @@ class Decoding(Team):
         if sessions[0].state is None:
             out = runtime.model(
                 input_ids=tokens,
-                attention_mask=_mask(runtime.model, allowed),
+                attention_mask=mask_for(runtime.model, allowed),
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
@@ -290,14 +291,6 @@ class Decoding(Team):
                 session.state = states[row]
             assert session.seat is not None
             session.seat.length += 1
-
-
-def _mask(model: Any, allowed: Tensor) -> Tensor:
-    """A boolean mask in the form that the model's attention takes."""
-    if model.config._attn_implementation != "eager":
-        return allowed
-    zero = torch.zeros((), dtype=model.dtype, device=allowed.device)
-    return torch.where(allowed, zero, torch.finfo(model.dtype).min)
 
 
 def _can_share(runtime: Runtime) -> bool:

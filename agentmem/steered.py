@@ -206,7 +206,7 @@ class SteeredModel:
         try:
             logits = self._forward(
                 input_ids,
-                attention_mask=attention_mask if attention_bias is None else self._bias(attention_bias),
+                attention_mask=attention_mask if attention_bias is None else mask_for(self.model, attention_bias),
                 position_ids=position_ids,
                 past_key_values=cache,
                 use_cache=cache is not None,
@@ -278,13 +278,6 @@ class SteeredModel:
 
         return [t.register_forward_hook(hook_for(t, heads)) for t, heads in by_module.items()]
 
-    def _bias(self, allowed: Tensor) -> Tensor:
-        """A boolean 4-D mask in the form that the model's attention takes."""
-        if self.model.config._attn_implementation != "eager":
-            return allowed
-        zero = torch.zeros((), dtype=self.model.dtype, device=allowed.device)
-        return torch.where(allowed, zero, torch.finfo(self.model.dtype).min)
-
     def _checked(self, state: Tensor | None, batch: int) -> Tensor:
         if state is None:
             return self.zeros(batch)
@@ -306,6 +299,14 @@ class SteeredModel:
             raise TurnError(
                 f"pending must be of {batch} rows and {len(self.layers)} layers; found {found[0]} and {found[1]}"
             )
+
+
+def mask_for(model: Any, allowed: Tensor) -> Tensor:
+    """A boolean 4-D mask in the form that the model's attention takes."""
+    if model.config._attn_implementation != "eager":
+        return allowed
+    zero = torch.zeros((), dtype=model.dtype, device=allowed.device)
+    return torch.where(allowed, zero, torch.finfo(model.dtype).min)
 
 
 def _need_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:

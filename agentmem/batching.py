@@ -39,12 +39,12 @@ class Want(Shared):
 
 
 class Seat:
-    """A row in a block. ``taken``: how many tokens it had when it was taken."""
+    """A row in a block, and how many tokens it holds."""
 
     def __init__(self, block: Block, row: int, length: int) -> None:
         self.block = block
         self.row = row
-        self.length = self.taken = length
+        self.length = length
 
 
 class Block:

@@ -143,11 +143,11 @@ class Constraint:
         """
         if self.closing:
             return self._commit(self._way.pop(0)) if self._way else None
-        left = self._left - 1
-        if self._guarded and (left < self._zone or _OPENERS & set(self._bytes(token))):
+        left, text = self._left - 1, self._bytes(token)
+        if self._guarded and (left < self._zone or _OPENERS & set(text)):
             after = self._matcher.deep_copy()
             after.consume_token(token)
-            way = self._find(after, self._place.after(self._bytes(token)))
+            way = self._find(after, self._place.after(text))
             if way is not None:
                 self._zone = max(self._zone, len(way) + _MARGIN)
             if len(way) > left if way is not None else left < self._zone:

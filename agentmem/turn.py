@@ -111,19 +111,17 @@ def run_turn(runtime: Runtime, request: Request, state: MemoryState | None, emit
     prefill, hit = yield from _prefill(runtime, session, plan, key)
     reply = _Reply(runtime, request, session, plan, speaks, emit, constraint)
     try:
-        yield from reply.decode()
-        if speaks:
-            yield from reply.commit()
+        try:
+            yield from reply.decode()
+            if speaks:
+                yield from reply.commit()
+        finally:
+            session.stop_sharing()
     except GeneratorExit:
         # Cancelled between two forward passes: if none failed, every layer holds the same tokens.
-        session.stop_sharing()
         if not session.torn:
             runtime.prefix.put(key, prefill)
         raise
-    except BaseException:
-        session.stop_sharing()
-        raise
-    session.stop_sharing()
     # After an error inside a forward pass the KV may be torn between layers; then it is dropped.
     runtime.prefix.put(key, prefill)
     parsed = reply.parser.parsed()
@@ -146,9 +144,9 @@ def run_turn(runtime: Runtime, request: Request, state: MemoryState | None, emit
     )
 
 
-def _room(runtime: Runtime, plan: Plan) -> int:
-    """How many tokens the model can still take after the prompt; the closing tokens need some places."""
-    return runtime.limit - len(plan.prompt.ids) - len(plan.opening) - 8
+def _budget(runtime: Runtime, request: Request, plan: Plan) -> int:
+    """Most tokens of the reply: as many as asked for and the model can still take; closing tokens need some places."""
+    return min(request.sampling.max_tokens, runtime.limit - len(plan.prompt.ids) - len(plan.opening) - 8)
 
 
 def _thinks(runtime: Runtime, plan: Plan) -> bool:
@@ -160,8 +158,8 @@ def _thinks(runtime: Runtime, plan: Plan) -> bool:
 def _constraint(runtime: Runtime, request: Request, plan: Plan) -> Constraint | None:
     if request.form is None:
         return None
-    budget = min(request.sampling.max_tokens, _room(runtime, plan))
-    return runtime.grammars.constraint(request.form, thinking=_thinks(runtime, plan), budget=budget)
+    thinking, budget = _thinks(runtime, plan), _budget(runtime, request, plan)
+    return runtime.grammars.constraint(request.form, thinking=thinking, budget=budget)
 
 
 def _written(plan: Plan) -> int:
@@ -240,7 +238,7 @@ class _Reply:
         seed = hashlib.sha256(plan.record.extend(plan.new).chain).digest()
         self.parser = ReplyParser(runtime.tags, seed, "reasoning" if _thinks(runtime, plan) else "text")
         self._constraint = constraint
-        self._most = min(request.sampling.max_tokens, _room(runtime, plan))
+        self._most = _budget(runtime, request, plan)
         self.ids: list[int] = []
         self.finish: Literal["stop", "length"] = "stop"
         self.written = 0

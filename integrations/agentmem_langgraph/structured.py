@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from langchain_core.messages import AIMessage
 from langchain_core.output_parsers import BaseOutputParser, JsonOutputParser, PydanticOutputParser
@@ -28,8 +28,6 @@ Method = Literal["function_calling", "json_schema", "json_mode"]
 
 _METHODS = ("function_calling", "json_schema", "json_mode")
 _ANY = ("any", "required", True)
-
-Input = TypeVar("Input")
 
 
 def openai_tool(tool: Tool, strict: bool | None = None) -> dict[str, Any]:

@@ -15,17 +15,15 @@ from sqlalchemy.sql.dml import Insert
 
 from agentmem.errors import StorageError
 from agentmem_sql import faults
+from agentmem_sql.prepared import kept
 
 
 def add_rows(connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]], *, replace: bool) -> None:
     """Insert rows; those that exist are replaced or left alone."""
     if rows:
-        # Kept with the table: made anew, a statement would cost more than running it.
-        key = ("agentmem.insert", connection.dialect.name, replace)
-        statement = table.info.get(key)
-        if statement is None:
-            make = upsert if replace else insert_missing
-            statement = table.info[key] = make(connection.dialect.name, table)
+        # Made anew, a statement would cost more than running it.
+        dialect, make = connection.dialect.name, upsert if replace else insert_missing
+        statement = kept(table, ("insert", dialect, replace), lambda: make(dialect, table))
         connection.execute(statement, list(rows))
 
 

@@ -13,6 +13,7 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 from sqlalchemy import Connection
 
 from agentmem_sql.database import Database
+from agentmem_sql.driving import adrive, drive
 from agentmem_sql.packing import plain_serde
 from agentmem_sql.steps import Steps, Store
 
@@ -30,32 +31,10 @@ class Driven(BaseCheckpointSaver[str]):
         return plain_serde(self.serde)
 
     def _run(self, steps: Steps[T]) -> T:
-        try:
-            job = next(steps)
-            while True:
-                try:
-                    result = self._database.run(job.work, write=job.write, single=job.single)
-                except Exception as error:  # noqa: BLE001  (the steps decide what to do about it)
-                    job = steps.throw(error)
-                else:
-                    job = steps.send(result)
-        except StopIteration as end:
-            found: T = end.value
-            return found
+        return drive(steps, lambda job: self._database.run(job.work, write=job.write, single=job.single))
 
     async def _arun(self, steps: Steps[T]) -> T:
-        try:
-            job = next(steps)
-            while True:
-                try:
-                    result = await self._database.arun(job.work, write=job.write, single=job.single)
-                except Exception as error:  # noqa: BLE001  (the steps decide what to do about it)
-                    job = steps.throw(error)
-                else:
-                    job = steps.send(result)
-        except StopIteration as end:
-            found: T = end.value
-            return found
+        return await adrive(steps, lambda job: self._database.arun(job.work, write=job.write, single=job.single))
 
     # Opening and closing. Clones made by `with_allowlist` share the database, and close it for each other.
 

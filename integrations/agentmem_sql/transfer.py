@@ -22,6 +22,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from agentmem.errors import ConfigError, StorageError
 from agentmem_sql.cache import Thread
+from agentmem_sql.driving import adrive, drive
 from agentmem_sql.packing import Packer
 from agentmem_sql.pending import Slot, calls, paths, slots
 from agentmem_sql.saver import SQLAlchemySaver
@@ -134,7 +135,7 @@ def copy_threads(
         StorageError: the target cannot be written. Errors of the source's driver come through as they are.
         ConfigError: the source works inside an event loop only.
     """
-    return _drive(_copy(source, target, thread_ids, on_thread))
+    return drive(_copy(source, target, thread_ids, on_thread), _now)
 
 
 async def acopy_threads(
@@ -145,37 +146,15 @@ async def acopy_threads(
     on_thread: OnThread | None = None,
 ) -> TransferReport:
     """``copy_threads`` for a task, from any checkpointer: one without asynchronous methods is read in a thread."""
-    return await _adrive(_copy(source, target, thread_ids, on_thread))
+    return await adrive(_copy(source, target, thread_ids, on_thread), _soon)
 
 
-def _drive(asking: Asking[T]) -> T:
-    try:
-        asked = next(asking)
-        while True:
-            try:
-                answer = asked.now() if isinstance(asked, Ask) else asked.saver._run(asked.steps)
-            except Exception as error:  # noqa: BLE001  (who asked decides what to do about it)
-                asked = asking.throw(error)
-            else:
-                asked = asking.send(answer)
-    except StopIteration as end:
-        found: T = end.value
-        return found
+def _now(asked: Ask[Any] | OfOurs[Any]) -> Any:
+    return asked.now() if isinstance(asked, Ask) else asked.saver._run(asked.steps)
 
 
-async def _adrive(asking: Asking[T]) -> T:
-    try:
-        asked = next(asking)
-        while True:
-            try:
-                answer = await (asked.soon() if isinstance(asked, Ask) else asked.saver._arun(asked.steps))
-            except Exception as error:  # noqa: BLE001  (who asked decides what to do about it)
-                asked = asking.throw(error)
-            else:
-                asked = asking.send(answer)
-    except StopIteration as end:
-        found: T = end.value
-        return found
+async def _soon(asked: Ask[Any] | OfOurs[Any]) -> Any:
+    return await (asked.soon() if isinstance(asked, Ask) else asked.saver._arun(asked.steps))
 
 
 def _copy(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from sql_cases import config, put
+from sql_cases import checkpoint, config, put
 from sqlalchemy import Table, create_engine, event, make_url, text
 
 from agentmem_sql import SQLAlchemySaver, metadata
@@ -138,8 +138,6 @@ def test_columns_that_are_altered_under_prepared_statements(new_url: NewUrl) -> 
 async def test_the_same_for_a_task(new_url: NewUrl, driver: str) -> None:
     url = new_url(driver)
     async with SQLAlchemySaver.from_url(url, cache_bytes=0) as saver:
-        from sql_cases import checkpoint
-
         made = checkpoint({"messages": messages(3)})
         await saver.aput(config(), made, {"source": "loop", "step": 0}, made["channel_versions"])
         for _ in range(2):

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from threading import Lock
 
 from agentmem_sql import forks
-from agentmem_sql.recall import Recalled
+from agentmem_sql.recall import Recalled, Run
 from agentmem_sql.trees import Node
 
 # What a channel held at a checkpoint: its version there, and its content; no content: the channel was empty.
@@ -27,10 +27,12 @@ _DIGEST_COST = 120
 _VALUE_COST = 130
 _NODE_COST = 1800
 _GROUP_COST = 500
+_RUN_COST = 40  # for a message in it
 _CHANNEL_COST = 250
 _THREAD_COST = 3000
-# Of a thread, kept at most: checkpoints whose channels are known, and bytes of values that are no messages.
+# Of a thread, kept at most: checkpoints whose channels are known, lists of messages, bytes of values that are none.
 _CHECKPOINTS = 16
+_RUNS = 8
 _VALUE_BYTES = 2**20
 _CALLS_BETWEEN_SUMS = 32
 
@@ -48,6 +50,7 @@ class Thread:
         self.messages: dict[str, Recalled] = {}  # by the message's id
         # Full nodes by their entries: digest, and the entry for the node. True whatever the thread has.
         self.groups: dict[tuple[bytes, ...], tuple[bytes, bytes]] = {}
+        self.runs: OrderedDict[str, Run] = OrderedDict()  # lists of messages, by the first one's id
         self.size = 0
         self._values: OrderedDict[bytes, bytes] = OrderedDict()
         self._value_bytes = 0
@@ -73,6 +76,15 @@ class Thread:
             if entries not in self.groups:
                 self.size += _GROUP_COST
             self.groups[entries] = digest, link
+
+    def run(self, run: Run) -> None:
+        """Remember a list of messages in the place of the last one that began with the same message."""
+        with self._lock:
+            before = self.runs.pop(run.first, None)
+            if before is None and len(self.runs) >= _RUNS:
+                _, before = self.runs.popitem(last=False)
+            self.runs[run.first] = run
+            self.size += _RUN_COST * (len(run.links) - (len(before.links) if before else 0))
 
     def body(self, digest: bytes) -> Body | None:
         """Content, if known: a message that can be copied, a node, or a value's bytes."""

@@ -206,7 +206,6 @@ class Engines:
 
     def _tune_sqlite(self, connection: Any, _record: object) -> None:
         cursor = connection.cursor()
-        cursor.execute("PRAGMA foreign_keys=ON")
         cursor.execute(f"PRAGMA synchronous={self._synchronous}")
         cursor.close()
 

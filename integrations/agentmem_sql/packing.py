@@ -18,12 +18,13 @@ from langgraph.checkpoint.serde.types import _DeltaSnapshot
 from agentmem.errors import StorageError
 from agentmem_sql import trees
 from agentmem_sql.cache import Body, Thread
-from agentmem_sql.recall import Recalled, recall, recognise
+from agentmem_sql.recall import Recalled, Run, recall, recognise
 from agentmem_sql.shapes import Shapes
 from agentmem_sql.trees import FANOUT, INLINE, LIST, NODE, PART, PART_BYTES, RUN, SPLIT, VALUE, Inline, Node
 from agentmem_sql.vault import Vault
 
 _NUMBERS = frozenset({int, float, bool, type(None)})
+_NO_MESSAGES = Run(())
 
 
 def plain_serde(serde: SerializerProtocol) -> SerializerProtocol:
@@ -71,6 +72,7 @@ class Packer:
         self._vault = vault
         self._known = known
         self._recalled: list[Recalled] = []
+        self._runs: list[Run] = []
 
     def pack(self, value: Any) -> bytes:
         """The digest of a value's content.
@@ -92,6 +94,8 @@ class Packer:
             known.add(digest, trees.parse(kind, body) if kind in (LIST, NODE, SPLIT) else body)
         for one in self._recalled:
             known.add(one.digest, one)
+        for run in self._runs:
+            known.run(run)
 
     def _list(self, value: Any, items: list[Any], of: int) -> bytes:
         """``value`` is the list, or what holds it."""
@@ -101,15 +105,25 @@ class Packer:
             of += trees.RUNS
             runs = (items[at : at + RUN] for at in range(0, len(items), RUN))
             entries = [trees.link(self._add(VALUE, dump(self._serde, run))) for run in runs]
+            levels = self._levels(entries)
         else:
-            entries = self._items(items)
+            levels = self._items(items)
+        return self._add(LIST, trees.list_body(of, levels[::-1]))
+
+    def _levels(self, entries: list[bytes]) -> list[list[bytes]]:
+        """What is left over of each level, lowest first."""
         levels = []
         while len(entries) >= FANOUT:
-            full = len(entries) - len(entries) % FANOUT
-            levels.append(entries[full:])
-            entries = [self._node(tuple(entries[at : at + FANOUT])) for at in range(0, full, FANOUT)]
+            nodes = self._nodes(entries, 0)
+            levels.append(entries[FANOUT * len(nodes) :])
+            entries = nodes
         levels.append(entries)
-        return self._add(LIST, trees.list_body(of, levels[::-1]))
+        return levels
+
+    def _nodes(self, entries: list[bytes], start: int) -> list[bytes]:
+        """The entries for the full nodes of a level, from the entry ``start`` on."""
+        full = len(entries) - len(entries) % FANOUT
+        return [self._node(tuple(entries[at : at + FANOUT])) for at in range(start, full, FANOUT)]
 
     def _node(self, group: tuple[bytes, ...]) -> bytes:
         """The entry for a full node; one that was packed before is neither put together nor digested again."""
@@ -123,26 +137,54 @@ class Packer:
         known.group(group, digest, link)
         return link
 
-    def _items(self, items: Sequence[Any]) -> list[bytes]:
+    def _items(self, items: Sequence[Any]) -> list[list[bytes]]:
+        """The levels of a list of anything."""
+        name = getattr(items[0], "id", None)
+        run = self._known.runs.get(name) if type(name) is str else None
+        if run is None or not run.begins(items):
+            run = _NO_MESSAGES
+        recalled: list[Recalled] = []
+        entries = run.links + self._entries(items[len(run.links) :], recalled)
+        nodes = run.nodes + self._nodes(entries, FANOUT * len(run.nodes))
+        if run.links:
+            self.trusting = True
+        if recalled and len(entries) >= FANOUT:
+            self._runs.append(run.grown(recalled, nodes))
+        return [entries[FANOUT * len(nodes) :], *self._levels(nodes)] if nodes else [entries]
+
+    def _entries(self, items: Sequence[Any], recalled: list[Recalled]) -> list[bytes]:
+        """How a leaf refers to each item. Adds to ``recalled`` the messages by value, while they have one."""
         entries: list[bytes] = []
-        for item, recalled in zip(items, recognise(items, self._known.messages), strict=True):
-            if recalled is not None:
-                entries.append(recalled.link)
+        unbroken = True
+        for item, found in zip(items, recognise(items, self._known.messages), strict=True):
+            if found is not None:
+                entries.append(found.link)
                 self.trusting = True
-                continue
-            # A node that runs meanwhile may change the message: it is recalled if it was the same all the time.
-            snapshot = recall(item, b"", whole=False)
-            # In a list the serializer makes no difference between these two.
-            body = dump(self._serde, bytes(item) if isinstance(item, bytearray) else item)
-            if len(body) <= INLINE:
-                entries.append(trees.inline(body))
-                continue
-            digest = self._add(VALUE, body)
-            entries.append(trees.link(digest))
-            if snapshot is not None and recognise([item], {snapshot.id: snapshot})[0] is snapshot:
-                snapshot.digest, snapshot.link = digest, entries[-1]
-                self._recalled.append(snapshot)
+                one: Recalled | None = found
+            else:
+                one = self._new_item(item, entries)
+            if one is None:
+                unbroken = False
+            elif unbroken:
+                recalled.append(one)
         return entries
+
+    def _new_item(self, item: Any, entries: list[bytes]) -> Recalled | None:
+        """Add the entry of an item that was not recognised; its snapshot, if it can be recalled."""
+        # A node that runs meanwhile may change the message: it is recalled if it was the same all the time.
+        snapshot = recall(item, b"", whole=False)
+        # In a list the serializer makes no difference between these two.
+        body = dump(self._serde, bytes(item) if isinstance(item, bytearray) else item)
+        if len(body) <= INLINE:
+            entries.append(trees.inline(body))
+            return None
+        digest = self._add(VALUE, body)
+        entries.append(trees.link(digest))
+        if snapshot is None or recognise([item], {snapshot.id: snapshot})[0] is not snapshot:
+            return None
+        snapshot.digest, snapshot.link = digest, entries[-1]
+        self._recalled.append(snapshot)
+        return snapshot
 
     def _add(self, kind: int, body: bytes) -> bytes:
         if len(body) > PART_BYTES and kind == VALUE:

@@ -14,15 +14,16 @@ are recalled, others are serialised and deserialised every time.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import ormsgpack
 from langchain_core.messages import BaseMessage
 
-from agentmem_sql.trees import link
+from agentmem_sql.trees import FANOUT, link
 
 _CLASSES_OF = "langchain_core.messages."
 # What is not exactly a string, a number, bytes, a list or a dictionary is an error, and its message not recalled.
@@ -37,6 +38,7 @@ _EXACT = (
 
 _pack, _unpack = ormsgpack.packb, ormsgpack.unpackb
 _set = object.__setattr__
+_fields_of, _extra_of = attrgetter("__dict__"), attrgetter("__pydantic_extra__")
 
 # In the place of what is empty in a snapshot; never handed out.
 _EMPTY: Mapping[type, Any] = {list: [], dict: {}}
@@ -146,6 +148,52 @@ def recognise(items: Iterable[Any], known: Mapping[str, Recalled]) -> list[Recal
                 one = None
         add(one)
     return found
+
+
+class Run:
+    """The messages that a stored list begins with, field by field, and the full nodes that they make.
+
+    A thousand messages are compared in a few steps of the interpreter, where looking at each takes some thousands.
+    Never changed: a list that has grown gets a new one.
+
+    Attributes:
+        links: how the list refers to the messages.
+        nodes: how it refers to the nodes.
+    """
+
+    __slots__ = ("_fields", "_kinds", "_packed", "first", "links", "nodes")
+
+    def __init__(self, recalled: Sequence[Recalled]) -> None:
+        """Of the first messages of a list, whose nodes are not known."""
+        self.first = recalled[0].id if recalled else ""
+        self.links = [one.link for one in recalled]
+        self.nodes: list[bytes] = []
+        self._fields = [one.fields for one in recalled]
+        self._kinds = [one.kind for one in recalled]
+        self._packed = [at for at, fields in enumerate(self._fields) if type(fields) is bytes]
+
+    def grown(self, recalled: Sequence[Recalled], nodes: list[bytes]) -> Run:
+        """The run of a longer list: this one's messages and those; of its nodes the ones that hold nothing else."""
+        tail, new = Run(recalled), Run(())
+        new.first = self.first or tail.first
+        new.links, new._fields = self.links + tail.links, self._fields + tail._fields
+        new._kinds = self._kinds + tail._kinds
+        new._packed = self._packed + [len(self.links) + at for at in tail._packed]
+        new.nodes = nodes[: len(new.links) // FANOUT]
+        return new
+
+    def begins(self, items: Sequence[Any]) -> bool:
+        """Whether a list begins with messages that equal these."""
+        start = items[: len(self.links)]
+        if list(map(type, start)) != self._kinds:
+            return False
+        now: list[Any] = list(map(_fields_of, start))
+        try:
+            for at in self._packed:
+                now[at] = _pack(now[at], option=_EXACT)
+        except TypeError:  # something that is no plain data, and so was not there
+            return False
+        return now == self._fields and not any(map(_extra_of, start))
 
 
 @lru_cache(maxsize=256)

@@ -234,35 +234,58 @@ SIMPLE: dict[str, Callable[[Any], None]] = {
 }
 
 
+def among(count: int, message: Any) -> list[Any]:
+    """A message in the middle of so many others, which are equal but other objects every time."""
+    said = thread(count)
+    return [*said[: count // 2], message, *said[count // 2 :]]
+
+
+@pytest.mark.parametrize("others", [0, 40])
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_message_changed_in_place_is_stored_anew(memory_saver: SQLAlchemySaver, name: str) -> None:
+def test_a_message_changed_in_place_is_stored_anew(memory_saver: SQLAlchemySaver, name: str, others: int) -> None:
     """The object that was stored, the one that was read, and either after a change that is taken back."""
     change = CHANGES[name]
-    at = put(memory_saver, config(name), {"messages": [reply()]})
+    at = put(memory_saver, config(f"{name} {others}"), {"messages": among(others, reply())})
     own, before = reply(), spelled(stored(memory_saver, at))
-    at = put(memory_saver, at, {"messages": [own]})
-    (got,) = stored(memory_saver, at)
+    at = put(memory_saver, at, {"messages": among(others, own)})
+    got = stored(memory_saver, at)[others // 2]
     for message in (own, got):
         change(message)
-        changed = put(memory_saver, at, {"messages": [message]})
-        assert spelled(stored(memory_saver, changed)) == spelled(serialised([message]))
-        assert spelled(stored(memory_saver, changed)) == spelled(serialised([message]))
+        said = among(others, message)
+        changed = put(memory_saver, at, {"messages": said})
+        assert spelled(stored(memory_saver, changed)) == spelled(serialised(said))
+        assert spelled(stored(memory_saver, changed)) == spelled(serialised(said))
         assert spelled(stored(memory_saver, at)) == before
-        back = put(memory_saver, changed, {"messages": [reply()]})
+        back = put(memory_saver, changed, {"messages": among(others, reply())})
         assert spelled(stored(memory_saver, back)) == before
 
 
+@pytest.mark.parametrize("others", [0, 40])
 @pytest.mark.parametrize("name", SIMPLE)
-def test_a_message_of_text_alone_that_is_changed_is_stored_anew(memory_saver: SQLAlchemySaver, name: str) -> None:
+def test_a_message_of_text_alone_that_is_changed_is_stored_anew(
+    memory_saver: SQLAlchemySaver, name: str, others: int
+) -> None:
     own = simple()
-    before = spelled(serialised([own]))
-    at = put(memory_saver, config("simple " + name), {"messages": [own]})
-    (got,) = stored(memory_saver, at)
+    before = spelled(serialised(among(others, own)))
+    at = put(memory_saver, config(f"simple {name} {others}"), {"messages": among(others, own)})
+    got = stored(memory_saver, at)[others // 2]
     for message in (own, got):
         SIMPLE[name](message)
-        changed = put(memory_saver, at, {"messages": [message]})
-        assert spelled(stored(memory_saver, changed)) == spelled(serialised([message]))
+        said = among(others, message)
+        changed = put(memory_saver, at, {"messages": said})
+        assert spelled(stored(memory_saver, changed)) == spelled(serialised(said))
         assert spelled(stored(memory_saver, at)) == before
+
+
+@pytest.mark.parametrize("kept", [slice(0, 30), slice(0, 17), slice(5, 60), slice(0, 1), slice(None, None, -1)])
+def test_a_list_that_loses_messages_and_gains_others_is_what_comes_back(
+    memory_saver: SQLAlchemySaver, kept: slice
+) -> None:
+    at = put(memory_saver, config(f"lists {kept}"), {"messages": thread(60)})
+    for said in (thread(60)[kept], [*thread(60)[kept], simple()], [*thread(80), "x", *thread(20)], among(60, b"y")):
+        for _ in range(2):
+            at = put(memory_saver, at, {"messages": said})
+            assert spelled(stored(memory_saver, at)) == spelled(serialised(said))
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,10 @@ PYTHON = $(eval PYTHON := $(shell for name in python3.11 python3.12 python3.13 p
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo "$$name" && break; done))$(PYTHON)
 endif
 
-# Wheels only: nothing is built here, and a dependency that has to be built is noticed at once. Python compiles the few
-# modules that are used when they are used: compiling all 17,000 here takes longer than the rest of the setup.
+# Wheels only: nothing is built here, and a dependency that has to be built is noticed at once. One of the tests' is an
+# exception: forbiddenfruit (for blockbuster) comes as source only; it is plain Python, packed in seconds, no compiler.
+# Python compiles the few modules that are used when they are used: compiling all 17,000 here takes longer than the rest
+# of the setup.
 # pip is upgraded first because dependency groups need 25.1.
 define install
 	@test -n "$(PYTHON)" && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -37,7 +39,7 @@ endef
 	@touch $@
 
 .venv/.installed-dev: pyproject.toml constraints.txt
-	$(call install,--group dev)
+	$(call install,--no-binary=forbiddenfruit --group dev)
 	@touch .venv/.installed $@
 
 help:  ## show this list

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -31,15 +32,24 @@ from agentmem.steering import LayerMemory
 SAFETENSORS_FILE = "adapter.safetensors"
 AUTHORS_FILE = "delta_mem_adapter.pt"
 
+_BASE = "base_model_fingerprint"  # in the header of our weights file
 _KEY = re.compile(r"model\.layers\.(\d+)\.self_attn\.(\w+)")
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter in memory: its config and its tensors by file name."""
+    """An adapter in memory.
+
+    Attributes:
+        config: the mechanism.
+        tensors: by file name.
+        base: the fingerprint of the model that it was made for; None where the file does not say, as the authors' never
+            do. It stands in the header of our weights file and is no part of the adapter's own fingerprint.
+    """
 
     config: MemoryConfig
     tensors: Mapping[str, Tensor]
+    base: str | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -66,11 +76,17 @@ def load_adapter(directory: str | Path) -> Adapter:
     if not path.exists():
         raise AdapterError(f"{directory} holds neither {SAFETENSORS_FILE} nor {AUTHORS_FILE}")
     found: Any
+    base: str | None = None
     try:
-        found = load_file(path) if path == ours else torch.load(path, map_location="cpu", weights_only=True)
+        if path == ours:
+            found = load_file(path)
+            with safe_open(path, framework="pt") as file:
+                base = (file.metadata() or {}).get(_BASE)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the restricted unpickler meets damaged bytes with errors of any kind
         raise AdapterError(f"the adapter weights in {path} cannot be read: {error}") from error
-    return Adapter(config, _checked(path, found))
+    return Adapter(config, _checked(path, found), base)
 
 
 def _checked(path: Path, found: Any) -> dict[str, Tensor]:
@@ -114,7 +130,8 @@ def save_adapter(
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as scratch:
         target = SAFETENSORS_FILE if format == "safetensors" else AUTHORS_FILE
         if format == "safetensors":
-            save_file(tensors, Path(scratch) / target)
+            metadata = None if adapter.base is None else {_BASE: adapter.base}
+            save_file(tensors, Path(scratch) / target, metadata=metadata)
         else:
             torch.save(tensors, Path(scratch) / target)
         body = json.dumps(adapter.config.to_json(), indent=2) + "\n"

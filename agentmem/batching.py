@@ -6,8 +6,8 @@ tokens, go back); the tokens that it read there then go to its own cache. Betwee
 share the weights and nothing else: each has its own state, length and mask, and a row that sits a token out is neither
 written nor moved on.
 
-A pass that runs out of memory is split in halves; one that fails is done again row by row, so that the failure is that
-of the session that causes it.
+A pass that runs out of memory is split in halves, and for a while no block grows as large again; one that fails is done
+again row by row, so that the failure is that of the session that causes it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from agentmem.worker import Shared, Team
 if TYPE_CHECKING:
     from agentmem.session import Runtime, Session
 
+_PATIENCE = 64  # full passes after which larger ones are tried again; twice as many each time that they do not fit
+_LONGEST_PATIENCE = 8192
 _SMALLEST = 256  # tokens that a row holds; each larger kind of block holds twice as many
 
 
@@ -145,7 +147,10 @@ class Decoding(Team):
         if max_batch < 1:
             raise ConfigError(f"max_batch must be 1 or more; found {max_batch}")
         self._runtime = runtime
-        self._most = max_batch
+        self._limit = self._most = max_batch
+        self._patience = _PATIENCE
+        self._fitted = 0  # passes of as many rows as may be now, since that last changed
+        self._grew = False  # whether it then became more
         self._blocks: dict[tuple[bool, int], list[Block]] = {}
         self._together = max_batch > 1 and _can_share(runtime)
 
@@ -232,15 +237,31 @@ class Decoding(Team):
             if len(wants) == 1:
                 self._alone(wants[0])
                 return
-            # A pass takes the whole block, so one half moves to another; and no block grows as large again.
+            # A pass takes the whole block, so one half moves to another.
             half = len(wants) // 2
-            self._most = max(1, min(self._most, half))
+            self._shrink(half)
             others = [want for want in wants[half:] if self._stood_up(want)]
             self._pass(block, wants[:half])
             self._batch(others)
         except Exception:  # noqa: BLE001 - whose fault it is comes out when each is alone
             for want in wants:
                 self._alone(want)
+        else:
+            self._grow(len(block.seats))
+
+    def _shrink(self, rows: int) -> None:
+        """More than so many did not fit: no block grows larger for now, and for longer where that was tried in vain."""
+        if self._grew:
+            self._patience = min(2 * self._patience, _LONGEST_PATIENCE)
+        self._most, self._fitted, self._grew = max(1, min(self._most, rows)), 0, False
+
+    def _grow(self, rows: int) -> None:
+        """So many did fit: when all that may be often did, those who come may sit down in larger blocks again."""
+        if rows < self._most or self._most == self._limit:
+            return
+        self._fitted += 1
+        if self._fitted >= self._patience:
+            self._most, self._fitted, self._grew = min(2 * self._most, self._limit), 0, True
 
     def _alone(self, want: Want) -> None:
         if not self._stood_up(want):

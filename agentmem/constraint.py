@@ -1,15 +1,16 @@
 """Holds a reply to its grammar, token by token, and closes it in time.
 
 ``Grammars`` prepares a tokenizer for llguidance once; a ``Constraint`` serves one reply. Before each token it says what
-may come. A token that opens something, and every token near the end of the budget, is taken only if the reply could
-still be finished after it: if not, a short way to the end is followed instead, so that whatever the budget, the reply
-is whole. Ways are found by trying: what closes a string within one, what closes objects outside, and now and then
-anything. Where no way is found from the start (a pattern that ends in certain letters, say) nothing is closed in time.
+may come; what must come needs no model to choose it. A token that opens something, and every token near the end of the
+budget, is taken only if the reply could still be finished after it: if not, a short way to the end is followed instead,
+so that whatever the budget, the reply is whole. Ways are found by trying: what closes a string within one, what closes
+objects outside, and now and then anything. Where no way is found from the start (a pattern that ends in certain
+letters, say) nothing is closed in time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from threading import Lock
@@ -76,7 +77,7 @@ class Grammars:
             raise ConfigError(
                 f"this schema cannot be enforced: {problem}; leave that out of the schema, and check it afterwards"
             )
-        return Constraint(matcher, prepared, self._width, frozenset(self._end_ids), self._letters, budget)
+        return Constraint(matcher, prepared, self._width, self._end_ids, self._letters, budget)
 
     def _ready(self) -> Any:
         with self._lock:
@@ -105,7 +106,7 @@ class Constraint:
         matcher: Any,
         tokenizer: Any,
         width: int,
-        end_ids: frozenset[int],
+        end_ids: Sequence[int],
         letters: Mapping[str, int],
         budget: int,
     ) -> None:
@@ -113,7 +114,7 @@ class Constraint:
         self._matcher = matcher
         self._tokenizer = tokenizer
         self._width = width
-        self._end_ids = end_ids
+        self._end_ids = list(end_ids)
         self._letters = letters
         self._left = budget
         self._place = _Place()
@@ -127,22 +128,30 @@ class Constraint:
         self._guarded = way is not None
         self._zone = max(_ZONE, len(self._way) + _MARGIN)
 
-    def mask(self, logits: Tensor) -> Tensor:
-        """Logits [V] with -inf for every token that may not come now."""
+    def follow(self) -> int | None:
+        """Commit the token that has to come now, and give it: an end token where the reply has to end (it is not
+        committed); None where there is a choice."""
         if self.closing:
-            allowed = np.zeros(self._width, dtype=bool)
-            allowed[self._way[0] if self._way else sorted(self._end_ids)] = True
-        else:
-            allowed = _bits(self._matcher, self._width)
+            return self._close()
+        if self._matcher.is_stopped() and self._matcher.is_accepting():
+            return self._end_ids[0]
+        # All that is certain, spelled as the mask would have it: it permits nothing else then.
+        ahead = self._matcher.compute_ff_tokens()
+        # No look at the end: the way that was found to it before leads through this token.
+        return self._commit(ahead[0]) if ahead and ahead[0] < self._width else None
+
+    def mask(self, logits: Tensor) -> Tensor:
+        """Logits [V] with -inf for every token that may not come now. Where ``follow`` gave None."""
+        allowed = _bits(self._matcher, self._width)
         return logits.masked_fill(~torch.from_numpy(allowed).to(logits.device), -torch.inf)
 
-    def take(self, token: int) -> int | None:
+    def take(self, token: int) -> int:
         """Commit a token that the mask allowed, or another in its place if after it the reply could not end in time.
 
-        Returns the token to feed, None if the reply ends here. End tokens are not given to it.
+        Returns the token to feed, an end token (which is not committed) if the reply ends here.
         """
-        if self.closing:
-            return self._commit(self._way.pop(0)) if self._way else None
+        if token in self._end_ids:
+            return token
         left, text = self._left - 1, self._bytes(token)
         if self._guarded and (left < self._zone or _OPENERS & set(text)):
             after = self._matcher.deep_copy()
@@ -154,8 +163,11 @@ class Constraint:
                 here = self._find(self._matcher, self._place)
                 if here is not None and len(here) <= self._left:
                     self._way, self.closing = here, True
-                    return self.take(token)
+                    return self._close()
         return self._commit(token)
+
+    def _close(self) -> int:
+        return self._commit(self._way.pop(0)) if self._way else self._end_ids[0]
 
     def _bytes(self, token: int) -> bytes:
         found: bytes = self._tokenizer.decode_bytes([token])
@@ -196,7 +208,7 @@ class Constraint:
         return way
 
     def _step(self, allowed: _Bits, place: _Place, rng: Random, stray: float) -> list[int]:
-        allowed[list(self._end_ids)] = False
+        allowed[self._end_ids] = False
         enders = self._some(allowed, _WITHIN if place.quoted else _OUTSIDE)
         if enders and rng.random() >= stray:
             return enders[:1]

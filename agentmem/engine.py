@@ -67,6 +67,7 @@ class Engine:
         kv_cache_tokens: how many prompt tokens of recent prefills are kept for retries and branches; 0 = none.
         max_batch: how many sessions decode in one pass; 1 = they take turns. Beside others a session's numbers differ
             in the last bits from those it has alone, so only 1 gives the same state to the bit whatever else runs.
+        template_options: variables for the chat template, ``{"enable_thinking": False}`` for example.
     """
 
     def __init__(
@@ -78,10 +79,11 @@ class Engine:
         name: str = "model",
         kv_cache_tokens: int = 8192,
         max_batch: int = 64,
+        template_options: Mapping[str, Any] | None = None,
     ) -> None:
         model.eval()
         self.name = name
-        self._runtime = Runtime(model, tokenizer, steered, kv_cache_tokens, max_batch)
+        self._runtime = Runtime(model, tokenizer, steered, kv_cache_tokens, max_batch, template_options)
         self._worker = Worker(f"agentmem-{name}")
 
     @property

@@ -1,10 +1,10 @@
 """What happens in the layers during one steered call: who reads what, and what is written when.
 
-A pass hands every layer its read, in the order in which the model's hooks ask for it, and returns the state
-at its end. ``TokenPass``: token t reads the state that token t - 1 left. ``SegmentPass``: every token reads
-the state from before the pass; sums of hidden states gather by segment, and at its end each segment writes
-once, from its mean, in ascending order. Sums may travel from call to call as ``Pending``, so that one pass
-can be cut anywhere.
+A pass hands every layer its read, in the order in which the model's hooks ask for it, and returns the state at its
+end. ``TokenPass``: token t reads the state that token t - 1 left (``stepping.StepPass`` is the same for one token a
+row). ``SegmentPass``: every token reads the state from before the pass; sums of hidden states gather by segment, and
+at its end each segment writes once, from its mean, in ascending order. Sums may travel from call to call as
+``Pending``, so that one pass can be cut anywhere.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from agentmem.config import DeltaHead
 from agentmem.recurrence import scan
 from agentmem.steering import LayerMemory
 
@@ -43,15 +44,18 @@ class Pass(ABC):
         self.state = state
         self._reads: dict[int, Tensor] = {}
 
-    def read(self, index: int, hidden: Tensor) -> Tensor:
-        """The read [B, T, H, r] of layer ``index`` for hidden states [B, T, D]; made once, then kept."""
+    def see(self, index: int, hidden: Tensor) -> None:
+        """Let layer ``index`` read the state for its hidden states [B, T, D]; done once a layer."""
         if index not in self._reads:
             self._reads[index] = self._visit(index, hidden)
-        return self._reads[index]
 
-    def finish(self, index: int) -> Tensor:
-        """The same read, for the layer's last use of it."""
-        return self._reads.pop(index)
+    def correct(self, index: int, head: DeltaHead, output: Tensor, start: int) -> Tensor:
+        """The output of a projection of layer ``index``, its columns from ``start`` on corrected by what was read."""
+        return self.memory[index].corrected(head, self._reads[index], output, start)
+
+    def leave(self, index: int) -> None:
+        """The layer needs its read no more."""
+        del self._reads[index]
 
     def _query(self, index: int, hidden: Tensor) -> Tensor:
         """Read the state from before the pass with every token."""
@@ -59,7 +63,8 @@ class Pass(ABC):
         return torch.einsum("bhij,bthj->bthi", self.state[:, index].to(q.device), q)
 
     @abstractmethod
-    def _visit(self, index: int, hidden: Tensor) -> Tensor: ...
+    def _visit(self, index: int, hidden: Tensor) -> Tensor:
+        """The read [B, T, H, r] of a layer."""
 
     @abstractmethod
     def end(self, close: bool) -> tuple[Tensor, Pending | None]:

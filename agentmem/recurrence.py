@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["scan", "scan_blocked", "scan_loop", "scan_reference"]
+__all__ = ["scan", "scan_blocked", "scan_loop", "scan_reference", "write_once"]
 
 
 def scan(
@@ -75,6 +75,13 @@ def scan_loop(
     s = state.reshape(batch * heads, rank, rank)
     y, s = _steps(s, rows(q), rows(k), rows(keep), rows(erase), rows(write * v))
     return y.reshape(length, batch, heads, rank).transpose(0, 1), s.reshape(state.shape)
+
+
+def write_once(s: Tensor, k: Tensor, v: Tensor, keep: Tensor, erase: Tensor, write: Tensor) -> Tensor:
+    """The rule's second line for one token: s [M, r, r], the rest [M, r]; the new s."""
+    predicted = torch.bmm(s, k.unsqueeze(-1)).squeeze(-1)
+    u = torch.addcmul(write * v, erase, predicted, value=-1)
+    return torch.addcmul(u.unsqueeze(-1) * k.unsqueeze(-2), keep.unsqueeze(-1), s)
 
 
 def _steps(s: Tensor, q: Tensor, k: Tensor, keep: Tensor, erase: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,15 @@
 """What a model said, taken apart: text, reasoning and tool calls in the Qwen and Hermes form.
 
-Regions are told apart by token where the tokenizer has their delimiters as tokens (then a string argument that spells
-``</tool_call>`` with ordinary tokens stays an argument), and by their text otherwise.
+Regions are told apart by token where the tokenizer has their delimiters as tokens, and by their text otherwise. A
+string argument that spells ``</tool_call>`` stays an argument either way: with ordinary tokens it is no delimiter, and
+as text it is one outside of strings only.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +20,8 @@ Kind = Literal["text", "reasoning", "tool_call"]
 
 _OPEN: dict[str, Kind] = {"<think>": "reasoning", "<tool_call>": "tool_call"}
 _CLOSE = {"reasoning": "</think>", "tool_call": "</tool_call>"}
+# JSON's strings hold no line breaks; so a quote that is never closed hides the end of a call only on its own line.
+_STRING = re.compile(r'"(?:[^"\\\n]|\\.)*"')
 
 
 @dataclass(frozen=True)
@@ -67,15 +71,17 @@ class ParsedReply:
 class ReplyParser:
     """Takes a reply's tokens and text as they come, gives deltas, and at the end the whole."""
 
-    def __init__(self, tags: Tags, seed: bytes, start: Kind = "text") -> None:
+    def __init__(self, tags: Tags, seed: bytes, start: Kind = "text", *, json_text: bool = False) -> None:
         """Begin a reply.
 
         Args:
             tags: the tokenizer's delimiters.
             seed: what ids of calls follow from, together with their place: ``call_`` and 24 hex digits.
             start: the region that the prompt left open (reasoning, where the template opens ``<think>``).
+            json_text: text is JSON if there is any; what it spells in strings begins no region.
         """
         self._tags = tags
+        self._json_text = json_text
         self._seed = seed
         self._calls = 0
         self._kind: Kind = start
@@ -85,7 +91,7 @@ class ReplyParser:
     def push(self, token: int, text: str) -> list[Delta]:
         """Add a token and the text that it completed."""
         tag = self._tags.by_token.get(token)
-        if tag is not None and self._switches(tag):
+        if tag is not None and self._may_switch(tag):
             before, _, after = text.partition(tag)
             deltas = [*self._add(before), *self._flush()]
             self._switch(tag)
@@ -112,8 +118,22 @@ class ReplyParser:
         structured = len(self._regions) > 1
         return ParsedReply(content.strip() if structured else content, reasoning.strip(), tuple(calls), tuple(invalid))
 
-    def _switches(self, tag: str) -> bool:
+    def _may_switch(self, tag: str) -> bool:
         return tag in _OPEN if self._kind == "text" else tag == _CLOSE[self._kind]
+
+    def _switches(self, tag: str, at: int) -> bool:
+        """Whether a delimiter in the held text counts there."""
+        if not self._may_switch(tag) or self._kind == "reasoning":
+            return self._may_switch(tag)
+        before = self._regions[-1][1] + self._held[:at]
+        if self._kind == "text":
+            return not (self._json_text and before.strip())
+        return '"' not in _STRING.sub("", before).rpartition("\n")[2]
+
+    def _next(self) -> tuple[int, str] | None:
+        """The first delimiter in the held text that counts, and where it is."""
+        found = [(one.start(), tag) for tag in self._tags.by_text for one in re.finditer(re.escape(tag), self._held)]
+        return next(((at, tag) for at, tag in sorted(found) if self._switches(tag, at)), None)
 
     def _switch(self, tag: str) -> None:
         self._kind = _OPEN.get(tag, "text")
@@ -125,13 +145,8 @@ class ReplyParser:
             return self._emit(text)
         self._held += text
         deltas: list[Delta] = []
-        while True:
-            found = [
-                (at, tag) for tag in self._tags.by_text if self._switches(tag) and (at := self._held.find(tag)) >= 0
-            ]
-            if not found:
-                break
-            at, tag = min(found)
+        while (found := self._next()) is not None:
+            at, tag = found
             deltas += self._emit(self._held[:at])
             self._held = self._held[at + len(tag) :]
             self._switch(tag)

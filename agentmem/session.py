@@ -7,7 +7,7 @@ a tensor and comes out as one; the session is thrown away with the turn.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,12 +47,18 @@ class Runtime:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, steered: SteeredModel | None, kv_cache_tokens: int, max_batch: int
+        self,
+        model: Any,
+        tokenizer: Any,
+        steered: SteeredModel | None,
+        kv_cache_tokens: int,
+        max_batch: int,
+        template_options: Mapping[str, Any] | None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.steered = steered
-        self.transcript = Transcript(tokenizer)
+        self.transcript = Transcript(tokenizer, template_options)
         self.prefix = PrefixCache(kv_cache_tokens)
         self.limit: int = model.config.get_text_config().max_position_embeddings
         self.end_ids = _end_ids(model, tokenizer)
@@ -165,9 +171,17 @@ class Session:
             self.forward(ids[start:stop], segments[start:stop], logits=logits and last, close=close and last)
             yield None
 
-    def next_token(self, token: int, segment: int) -> Steps[None]:
-        """Read one token, together with the sessions that do the same now; its logits are kept, the pass stays open."""
-        yield Want(self._runtime.decoding, self, token, segment)
+    def read(self, tokens: Sequence[int], segment: int) -> Steps[None]:
+        """Read tokens of a reply; the logits behind them are kept, the pass stays open.
+
+        One token is read together with those of other sessions; several in a pass of their own, but for a session that
+        sits beside others: to stand up and sit down again costs more than to go along with them token by token.
+        """
+        if len(tokens) > 1 and self.seat is None:
+            yield from self.feed(tokens, [segment] * len(tokens), logits=True, close=False)
+            return
+        for token in tokens:
+            yield Want(self._runtime.decoding, self, token, segment)
 
     def stop_sharing(self) -> None:
         """Give up the seat beside others; what was read there is forgotten."""

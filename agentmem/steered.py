@@ -8,7 +8,7 @@ call at a time: the hooks find the running pass on this object (``engine`` gives
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from agentmem.adapter import Adapter, collect, fill, load_adapter, save_adapter
 from agentmem.attach import AttentionSite, find_sites
 from agentmem.config import DeltaHead, MemoryConfig
 from agentmem.errors import AdapterError, ConfigError, SegmentsRequiredError, StateMismatchError, TurnError
+from agentmem.fingerprint import model_fingerprint
 from agentmem.passes import Pass, Pending, TokenPass, segment_pass
 from agentmem.steering import LayerMemory, versions
+from agentmem.stepping import Stack, StepPass
 
 __all__ = ["Pending", "SteeredModel", "SteeredOutput"]
 
@@ -61,6 +63,7 @@ class SteeredModel:
         self._source = source
         self._loaded = versions(self.memory.parameters())
         self._pass: Pass | None = None
+        self._stack = Stack(self._memory)
         self._handles = [
             handle
             for index, (site, module) in enumerate(zip(sites, memory, strict=True))
@@ -88,7 +91,8 @@ class SteeredModel:
 
         Raises:
             UnsupportedModelError: the attention cannot be steered.
-            AdapterError, ConfigError: the adapter does not fit, or both or neither were given.
+            AdapterError, ConfigError: the adapter does not fit, was made for another model, or both or neither were
+                given.
         """
         loaded: Adapter | None = None
         if adapter is not None and config is None:
@@ -97,6 +101,7 @@ class SteeredModel:
         elif config is None or adapter is not None:
             raise ConfigError("give either adapter= (trained weights) or config= (fresh weights to train)")
         sites = _targeted(find_sites(model), config)
+        _need_base(loaded, model)
         memory = [LayerMemory(config, site.hidden, site.widths) for site in sites]
         generator = torch.Generator().manual_seed(seed)
         for site, module in zip(sites, memory, strict=True):
@@ -124,8 +129,9 @@ class SteeredModel:
 
     @property
     def adapter(self) -> Adapter:
-        """The adapter as it stands now (copies)."""
-        return collect(self._memory, self.layers, self.config)
+        """The adapter as it stands now (copies), bound to the model that it steers."""
+        now = collect(self._memory, self.layers, self.config)
+        return replace(now, base=model_fingerprint(self.model))
 
     @property
     def adapter_fingerprint(self) -> str:
@@ -242,6 +248,9 @@ class SteeredModel:
         if not by_segment:
             if segments is not None:
                 mask = segments >= 0 if mask is None else mask & (segments >= 0)
+            ready = self._stack.ready() if length == 1 and not torch.is_grad_enabled() else None
+            if ready is not None:
+                return StepPass(self._memory, ready, state, mask, writing)
             return TokenPass(self._memory, state, mask, writing)
         if writing and segments is None:
             raise SegmentsRequiredError(
@@ -265,13 +274,12 @@ class SteeredModel:
                 running = self._pass
                 if running is None:
                     return None
-                read = running.finish(index) if target is last else running.read(index, inputs[0])
+                if target is not last:
+                    running.see(index, inputs[0])
                 for head, start in heads:
-                    delta = module.correction(head, read).to(output.dtype)
-                    rest = output.shape[-1] - start - delta.shape[-1]
-                    if start or rest:
-                        delta = nn.functional.pad(delta, (start, rest))
-                    output = output + delta
+                    output = running.correct(index, head, output, start)
+                if target is last:
+                    running.leave(index)
                 return output
 
             return hook
@@ -307,6 +315,15 @@ def mask_for(model: Any, allowed: Tensor) -> Tensor:
         return allowed
     zero = torch.zeros((), dtype=model.dtype, device=allowed.device)
     return torch.where(allowed, zero, torch.finfo(model.dtype).min)
+
+
+def _need_base(adapter: Adapter | None, model: Any) -> None:
+    """Refuse an adapter that says it was made for another model: it would fit by shape, and steer at random."""
+    if adapter is not None and adapter.base is not None and adapter.base != (found := model_fingerprint(model)):
+        raise AdapterError(
+            f"the adapter was made for the model of fingerprint {adapter.base}, this model's is {found}; "
+            "load the model that it was trained on, or an adapter that was trained for this one"
+        )
 
 
 def _need_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:

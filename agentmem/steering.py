@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from agentmem.config import DELTA_HEADS, DeltaHead, MemoryConfig
 from agentmem.errors import ConfigError
 
-_NORM_EPS = 1e-6
+NORM_EPS = 1e-6
 
 
 class Gates(NamedTuple):
@@ -94,6 +94,7 @@ class LayerMemory(nn.Module):
         for name in idle:
             self.get_parameter(name).requires_grad_(False)
         self._packed: tuple[tuple[int, ...], Tensor] | None = None
+        self._scales: tuple[tuple[int, ...], list[float]] | None = None
 
     def reset_parameters(
         self, base: dict[DeltaHead, Tensor] | None = None, generator: torch.Generator | None = None
@@ -151,21 +152,29 @@ class LayerMemory(nn.Module):
             mask: [B, T] bool, False where a token must not write (keep 1, erase and write 0); None = all
                 write.
         """
+        weight = self.packed_weight()
+        products = F.linear(hidden.to(weight.dtype), weight)
+        return self.project_from(products, self.beta_bias, getattr(self, "lambda_bias", None), mask)
+
+    def project_from(
+        self, products: Tensor, beta_bias: Tensor, lambda_bias: Tensor | None, mask: Tensor | None = None
+    ) -> Projected:
+        """What tokens contribute, from their products with the packed weight, [..., B, T, 3 H r + gates].
+
+        Of this layer, or of all layers side by side, with all their biases in a shape that stands beside the products.
+        """
         config = self.config
-        weight = self._packed_weight()
-        z = F.linear(hidden.to(weight.dtype), weight).float()
+        z = products.float()
         size = config.rank * config.num_state_heads
         gate = self.beta_bias.shape[0]
-        q, k, v = z[..., :size], z[..., size : 2 * size], z[..., 2 * size : 3 * size]
         shape = (*z.shape[:-1], config.num_state_heads, config.rank)
-        q, k, v = q.reshape(shape), k.reshape(shape), v.reshape(shape)
+        q, k, v = (z[..., at * size : (at + 1) * size].reshape(shape) for at in range(3))
         if config.normalize_qk:
-            q = F.normalize(torch.tanh(q), dim=-1, eps=_NORM_EPS)
-            k = F.normalize(torch.tanh(k), dim=-1, eps=_NORM_EPS)
-        beta = torch.sigmoid(z[..., 3 * size : 3 * size + gate] + self.beta_bias.float())
+            q, k = _unit(q), _unit(k)
+        beta = torch.sigmoid(z[..., 3 * size : 3 * size + gate] + beta_bias.float())
         lam = 1.0 - beta
-        if not config.couple_lambda:
-            lam = torch.sigmoid(z[..., 3 * size + gate :] + self.lambda_bias.float())
+        if lambda_bias is not None:
+            lam = torch.sigmoid(z[..., 3 * size + gate :] + lambda_bias.float())
         return Projected(q, k, v, gates(config, self._per_row(beta), self._per_row(lam), mask))
 
     def query(self, hidden: Tensor) -> Tensor:
@@ -173,7 +182,7 @@ class LayerMemory(nn.Module):
         config = self.config
         q = F.linear(hidden.to(self.memory_q_proj.dtype), self.memory_q_proj).float()
         q = q.reshape(*q.shape[:-1], config.num_state_heads, config.rank)
-        return F.normalize(torch.tanh(q), dim=-1, eps=_NORM_EPS) if config.normalize_qk else q
+        return _unit(q) if config.normalize_qk else q
 
     def correction(self, head: DeltaHead, read: Tensor) -> Tensor:
         """What is added to a projection's output: [B, T, W] from the read [B, T, H, r] float32."""
@@ -192,6 +201,41 @@ class LayerMemory(nn.Module):
             delta = x * self.delta_o_rmsnorm_weight.float()
         return delta
 
+    def corrected(self, head: DeltaHead, read: Tensor, output: Tensor, start: int) -> Tensor:
+        """A projection's output [B, T, ...] with the correction added to the columns from ``start`` on.
+
+        Without gradients the output is changed in place, by the product itself.
+        """
+        weight = self.output_weight(head)
+        width = weight.shape[0]
+        fused = not torch.is_grad_enabled() and output.dtype == weight.dtype and output.is_contiguous()
+        if not fused or (head == "o" and self.config.delta_o_rmsnorm):
+            delta = self.correction(head, read).to(output.dtype)
+            rest = output.shape[-1] - start - width
+            return output + (F.pad(delta, (start, rest)) if start or rest else delta)
+        rows = output.view(-1, output.shape[-1])
+        if rows.shape[1] != width:
+            rows = rows[:, start : start + width]
+        rows.addmm_(read.reshape(rows.shape[0], -1).to(weight.dtype), weight.t(), alpha=self.scale(head))
+        return output
+
+    def output_weight(self, head: DeltaHead) -> Tensor:
+        """The output weight [W, H r] of a head."""
+        weight = self._parameters[f"delta_{head}_proj"]
+        assert weight is not None
+        return weight
+
+    def scale(self, head: DeltaHead) -> float:
+        """What a correction is multiplied by."""
+        config = self.config
+        if not config.trainable_delta_scale:
+            return config.scale
+        stamp = (*versions((self.delta_scale_raw,)), self.delta_scale_raw.data_ptr())
+        if self._scales is None or self._scales[0] != stamp:
+            learned = (torch.sigmoid(self.delta_scale_raw.float()) * config.delta_scale_max).tolist()
+            self._scales = (stamp, [config.scale * one for one in learned])
+        return self._scales[1][DELTA_HEADS.index(head) if config.delta_scale_granularity == "head" else 0]
+
     def _per_row(self, gate: Tensor) -> Tensor:
         """[..., H r] or [..., H] -> [..., H, r]."""
         heads, rank = self.config.num_state_heads, self.config.rank
@@ -199,7 +243,7 @@ class LayerMemory(nn.Module):
             return gate.reshape(*gate.shape[:-1], heads, rank)
         return gate.unsqueeze(-1).expand(*gate.shape[:-1], heads, rank)
 
-    def _packed_weight(self) -> Tensor:
+    def packed_weight(self) -> Tensor:
         """All projections of the hidden state stacked, so that one product makes them.
 
         Kept between calls without gradients, until a parameter has changed.
@@ -213,6 +257,11 @@ class LayerMemory(nn.Module):
         if self._packed is None or self._packed[0] != stamp:
             self._packed = (stamp, torch.cat(parts))
         return self._packed[1]
+
+
+def _unit(x: Tensor) -> Tensor:
+    """tanh, then unit length along the last dimension."""
+    return F.normalize(torch.tanh(x), dim=-1, eps=NORM_EPS)
 
 
 def versions(tensors: Iterable[Tensor]) -> tuple[int, ...]:

@@ -236,7 +236,12 @@ class _Reply:
         self.decoder = Decoder(runtime.tokenizer)
         # Ids of calls follow from what was consumed before them, so that they are known when a call begins.
         seed = hashlib.sha256(plan.record.extend(plan.new).chain).digest()
-        self.parser = ReplyParser(runtime.tags, seed, "reasoning" if _thinks(runtime, plan) else "text")
+        self.parser = ReplyParser(
+            runtime.tags,
+            seed,
+            "reasoning" if _thinks(runtime, plan) else "text",
+            json_text=request.form is not None and request.form.schema is not None,
+        )
         self._constraint = constraint
         self._most = _budget(runtime, request, plan)
         self.ids: list[int] = []
@@ -246,7 +251,7 @@ class _Reply:
         self._fed = 0
         self._shown = 0
         self._start = session.snapshot()
-        # Where the session stood after each token that may still be cut off.
+        # Where the session stood before and between the tokens that may still be cut off.
         self._held: dict[int, Snapshot] = {0: self._start}
 
     def decode(self) -> Steps[None]:
@@ -256,14 +261,16 @@ class _Reply:
         stops = StopFinder(sampling.stop)
         cut: int | None = None
         while True:
-            assert session.logits is not None
-            logits = session.logits if constraint is None else constraint.mask(session.logits)
-            token: int | None = sampler.choose(logits)
-            if token in self._runtime.end_ids:
-                break
-            if constraint is not None and token is not None:
-                token = constraint.take(token)
+            # What has to come waits until it is known what else does, and is then read at once.
+            token = constraint.follow() if constraint is not None else None
             if token is None:
+                yield from self._read()
+                assert session.logits is not None
+                if constraint is None:
+                    token = sampler.choose(session.logits)
+                else:
+                    token = constraint.take(sampler.choose(constraint.mask(session.logits)))
+            if token in self._runtime.end_ids:
                 break
             decoder.push(token)
             cut = stops.find(decoder.text)
@@ -273,12 +280,17 @@ class _Reply:
             if len(decoder.ids) >= self._most:
                 self.finish = "length"
                 break
-            yield from session.next_token(token, self._segment)
-            self._fed += 1
-            self._held[self._fed] = session.snapshot()
         if constraint is not None and constraint.closing:
             self.finish = "length"
         self._settle(len(decoder.text) if cut is None else cut)
+
+    def _read(self) -> Steps[None]:
+        """Feed the tokens that the model has not seen yet."""
+        waiting = self.decoder.ids[self._fed :]
+        if waiting:
+            yield from self._session.read(waiting, self._segment)
+            self._fed += len(waiting)
+            self._held[self._fed] = self._session.snapshot()
 
     def commit(self) -> Steps[None]:
         """Feed what is left of the reply and the tokens that close it; the reply is then written."""
@@ -305,9 +317,9 @@ class _Reply:
         rest = self._encode(remainder) if remainder else []
         self._deliver([*self.parser.push(-1, remainder), *self.parser.finish()])
         self.ids = [*decoder.ids[:kept], *rest]
-        if self._fed > kept:
-            self._session.rewind(self._held[kept])
-            self._fed = kept
+        if self._fed > kept:  # what of it is kept after all is fed again
+            self._fed = max(place for place in self._held if place <= kept)
+            self._session.rewind(self._held[self._fed])
 
     def _show(self, safe: int) -> None:
         """Hand on the tokens whose text can no longer be cut, and forget the places before them."""
@@ -316,8 +328,9 @@ class _Reply:
         for index in range(self._shown, whole):
             start = decoder.ends[index - 1] if index else 0
             self._deliver(self.parser.push(decoder.ids[index], decoder.text[start : decoder.ends[index]]))
-            self._held.pop(index, None)
         self._shown = max(self._shown, whole)
+        last = max(place for place in self._held if place <= self._shown)
+        self._held = {place: held for place, held in self._held.items() if place >= last}
 
     def _deliver(self, deltas: Sequence[Delta]) -> None:
         for delta in deltas:

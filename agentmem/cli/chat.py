@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+import agentmem
 from agentmem import Engine, MemoryState, Window
 from agentmem.cli import saved
 from agentmem.cli.app import error_line
@@ -31,7 +32,6 @@ from agentmem.cli.graph import (
     AgentState,
     ShownFacts,
     build_agent,
-    open_engine,
     open_facts,
     open_threads,
     retriever_of,
@@ -65,7 +65,7 @@ def chat(model: str, adapter: str | None, name: str, db: Path, window: str, fact
     console = Console()
     with ExitStack() as stack:
         with console.status("loading the model"):
-            engine = stack.enter_context(open_engine(model, adapter))
+            engine = stack.enter_context(agentmem.load(model, adapter))
         saver = stack.enter_context(open_threads(db))
         retriever = retriever_of(stack.enter_context(open_facts(facts))) if facts is not None else None
         Chat(engine, saver, name, console, window=shows, retriever=retriever).run(read_lines(console))

@@ -18,8 +18,7 @@ from langgraph.graph.state import CompiledStateGraph
 from langgraph.types import StateSnapshot
 from sqlalchemy import URL
 
-import agentmem
-from agentmem import Engine, MemoryState
+from agentmem import MemoryState
 from agentmem_chroma import FactRetriever, FactStore, facts_block, local_embeddings
 from agentmem_langgraph import ChatDeltaMem, MemoryChannel, MemoryNode
 from agentmem_sql import SQLAlchemySaver
@@ -50,15 +49,6 @@ def build_agent(llm: ChatDeltaMem, saver: BaseCheckpointSaver[str], retriever: F
     builder.add_edge(START, NODE)
     builder.add_edge(NODE, END)
     return builder.compile(checkpointer=saver)
-
-
-def open_engine(model: str, adapter: str | None) -> Engine:
-    """The model; the embedded one loads without a progress bar."""
-    if model == "nano":
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-    return agentmem.load(model, adapter)
 
 
 def open_threads(file: Path) -> SQLAlchemySaver:

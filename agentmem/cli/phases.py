@@ -20,6 +20,7 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.types import StateSnapshot
 from rich.console import Console
 
+import agentmem
 from agentmem import MemoryState, Window
 from agentmem.cli import tables
 from agentmem.cli.app import one_line_errors
@@ -29,7 +30,6 @@ from agentmem.cli.graph import (
     AgentState,
     ShownFacts,
     build_agent,
-    open_engine,
     open_facts,
     open_threads,
     retriever_of,
@@ -70,7 +70,7 @@ def opened(setup: Setup, console: Console) -> Iterator[Bench]:
     """Model, threads and facts, open for one phase."""
     with ExitStack() as stack:
         with console.status("loading the model"):
-            engine = stack.enter_context(open_engine(setup.model, setup.adapter))
+            engine = stack.enter_context(agentmem.load(setup.model, setup.adapter))
         saver = stack.enter_context(open_threads(setup.threads))
         store = stack.enter_context(open_facts(setup.facts))
         limit = _MAX_TOKENS_NANO if setup.model == "nano" else _MAX_TOKENS

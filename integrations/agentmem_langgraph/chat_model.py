@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from langchain_core.caches import BaseCache
@@ -31,17 +29,18 @@ from agentmem import Window
 from agentmem.errors import ConfigError, MissingAdapterError, TurnError
 from agentmem.messages import Message
 from agentmem_langgraph.carrier import MemoryTurn
+from agentmem_langgraph.loading import OF_ONE_MODEL, once
 from agentmem_langgraph.messages import to_ai_message, to_engine
 from agentmem_langgraph.profile import profile_of
 from agentmem_langgraph.streaming import ChunkWriter
-from agentmem_langgraph.structured import Method, Tool, chosen, explained, openai_tool, parsing, reply_format
+from agentmem_langgraph.structured import Method, chosen, explained, parsing, reply_format
+from agentmem_langgraph.tools import Tool, openai_tool
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from agentmem import Engine, Remembered, Turn
 
-_LOADING = Lock()  # one load at a time: two calls at once must not load one model twice
 _PER_CALL = ("temperature", "top_p", "top_k", "max_tokens", "seed", "window", "write", "on_edit", "timeout")
 
 
@@ -79,6 +78,8 @@ class ChatDeltaMem(BaseChatModel):
     """"nano" (the default), a directory, or a hub id."""
     adapter: str | Path | Literal[False] | None = None
     """A directory or a hub id; None: the one shipped with the model; False: no memory."""
+    load_options: dict[str, Any] = Field(default_factory=dict)
+    """What else `agentmem.load` is told: `device`, `dtype`, `quantize`, `revision`, `template_options` and so on."""
     temperature: float = 0.0
     """0 is greedy."""
     top_p: float = 1.0
@@ -108,8 +109,8 @@ class ChatDeltaMem(BaseChatModel):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if self.engine is not None and (self.model is not None or self.adapter is not None):
-            raise ConfigError("give an engine, or a model and an adapter to load; found both")
+        if self.engine is not None and (self.model is not None or self.adapter is not None or self.load_options):
+            raise ConfigError("give an engine, or a model, an adapter and load_options to load; found both")
         return self
 
     # ------------------------------------------------------------------ calls
@@ -324,15 +325,16 @@ class ChatDeltaMem(BaseChatModel):
 
     def _ready(self, other: str | Path | None = None) -> Engine:
         """The engine; or that of another model, which a call named."""
-        with _LOADING if self._loaded(other) is None else nullcontext():
-            found = self._loaded(other)  # another thread may have been faster
-            if found is not None:
-                return found
-            if other is None or str(other) == self._model_name:
-                new = self.engine = agentmem.load(model=self.model or "nano", adapter=self.adapter)
-            else:
-                new = self._others[str(other)] = agentmem.load(model=other, adapter=None if self.use_memory else False)
+        return once(lambda: self._loaded(other), lambda: self._load(other))
+
+    def _load(self, other: str | Path | None) -> Engine:
+        if other is None or str(other) == self._model_name:
+            self.engine = new = agentmem.load(model=self.model or "nano", adapter=self.adapter, **self.load_options)
             return new
+        options = {name: value for name, value in self.load_options.items() if name not in OF_ONE_MODEL}
+        adapter: Literal[False] | None = None if self.use_memory else False
+        self._others[str(other)] = new = agentmem.load(model=str(other), adapter=adapter, **options)
+        return new
 
     def _loaded(self, other: str | Path | None) -> Engine | None:
         own = other is None or str(other) == self._model_name

@@ -6,7 +6,7 @@ What a caller may write for one thing is brought into one form here; what it mea
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -14,33 +14,17 @@ from langchain_core.messages import AIMessage
 from langchain_core.output_parsers import BaseOutputParser, JsonOutputParser, PydanticOutputParser
 from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
 from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
-from langchain_core.tools import BaseTool
-from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
-from pydantic import BaseModel
 
 from agentmem import ReplyFormat
 from agentmem.errors import ConfigError
 from agentmem.messages import Message
+from agentmem_langgraph.tools import json_schema, openai_tool
 
-Tool = Mapping[str, Any] | type | Callable[..., Any] | BaseTool
 Method = Literal["function_calling", "json_schema", "json_mode"]
 
 _METHODS = ("function_calling", "json_schema", "json_mode")
 _ANY = ("any", "required", True)
-
-
-def openai_tool(tool: Tool, strict: bool | None = None) -> dict[str, Any]:
-    """A tool in OpenAI's form.
-
-    Raises:
-        ConfigError: it is no function with a name.
-    """
-    plain = convert_to_openai_tool(tool, strict=strict)
-    function = plain.get("function")
-    if plain.get("type") != "function" or not isinstance(function, Mapping) or not function.get("name"):
-        raise ConfigError(f"a tool is a function with a name; found {plain!r}; leave out others")
-    return plain
 
 
 def chosen(tool_choice: Any, tools: Sequence[Mapping[str, Any]]) -> str:
@@ -171,12 +155,10 @@ def parsing(
 def _response_format(schema: Any, method: str) -> dict[str, Any]:
     if schema is None:
         return {"type": "json_object"}
-    if isinstance(schema, type) and issubclass(schema, BaseModel):
-        plain = schema.model_json_schema()  # LangChain's conversion has no place for classes that hold themselves
-    elif isinstance(schema, Mapping) and isinstance(schema.get("schema"), Mapping) and "name" in schema:
+    if isinstance(schema, Mapping) and isinstance(schema.get("schema"), Mapping) and "name" in schema:
         plain = dict(schema["schema"])  # OpenAI's form of a json_schema
     else:
-        plain = convert_to_json_schema(schema)
+        plain = json_schema(schema)
     if method == "json_mode":
         return {"type": "json_object", "schema": plain}
     return {"type": "json_schema", "json_schema": {"name": plain.get("title", "reply"), "schema": plain}}

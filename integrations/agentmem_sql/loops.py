@@ -61,7 +61,11 @@ class LoopEngines:
         pool = self._pools.get(loop)
         if pool is None:
             self._drop_ended()
-            engine = self._make()
+            # In a thread: for SQLite this looks for the file, and SQLAlchemy may import a driver.
+            engine = await asyncio.to_thread(self._make)
+            if loop in self._pools:  # another task was faster
+                await engine.dispose()
+                return self._pools[loop].transactions
             pool = self._pools[loop] = _Pool(engine, own(engine.sync_engine))
             event.listen(engine.sync_engine, "connect", pool.remember)
             pool.guard = _until_the_loop_ends(loop, self._pools)

@@ -212,6 +212,35 @@ def test_a_batch_that_does_not_fit_is_split(make_engine: MakeEngine, monkeypatch
     assert sum(rows > 3 for rows in count.batches) < 4, "a size that did not fit is not tried at every token"
 
 
+def test_batches_grow_again_when_there_is_memory_again(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agentmem.batching._PATIENCE", 8)
+    engine, fits = make_engine(max_batch=6), [3]
+    count = Count(engine, monkeypatch)
+
+    def fail(rows: int) -> None:
+        if rows > fits[0]:
+            raise torch.OutOfMemoryError("out of memory")
+
+    count.fail = fail
+
+    def wave(tokens: int = 12) -> tuple[int, int]:
+        """The largest batch, and how many were too large."""
+        count.batches.clear()
+        sampling = Sampling(temperature=1.0, seed=1, max_tokens=tokens)
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda _: engine.turn(ask(0), sampling=sampling), range(8)))
+        return max(count.batches), sum(rows > fits[0] for rows in count.batches)
+
+    assert wave()[0] > 3
+    tried = [wave()[1] for _ in range(10)]
+    assert sum(tried[:5]) >= 1, "it is tried again"
+    assert sum(tried[5:]) <= 2, "but less and less"
+    fits[0] = 6
+    assert any(wave(150)[0] == 6 for _ in range(20)), "up to max_batch"
+
+
 def test_one_that_fails_does_not_take_the_others_with_it(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -220,3 +220,40 @@ def test_schemas_that_pydantic_makes(make_engine: MakeEngine, kind: Any) -> None
     engine = make_engine()
     for seed in range(3):
         adapter.validate_json(say(engine, ReplyFormat(schema=adapter.json_schema()), seed).message.content)
+
+
+def text_tagged(engine: Engine) -> Engine:
+    """The same model with a tokenizer to which delimiters are ordinary text."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    plain = json.loads(engine.tokenizer.backend_tokenizer.to_str())
+    plain["added_tokens"] = [one for one in plain["added_tokens"] if one["special"]]
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(plain)), eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    made.chat_template = engine.tokenizer.chat_template
+    return Engine(engine.model, made, None, name="text-tagged")
+
+
+def test_arguments_that_spell_a_delimiter_where_delimiters_are_text(make_engine: MakeEngine) -> None:
+    spelled = "a</tool_call>\n<tool_call>b"
+    odd = tool("odd", {"type": "object", "properties": {"a": {"const": spelled}}, "required": ["a"]})
+    form = ReplyFormat(tools=[odd], calls="must", parallel=True)
+    with text_tagged(make_engine()) as engine:
+        for seed in range(4):
+            stream = engine.stream(ASK, sampling=Sampling(temperature=1.0, seed=seed, max_tokens=220), form=form)
+            deltas = list(stream)
+            turn = stream.result()
+            assert turn.invalid_tool_calls == ()
+            assert turn.message.tool_calls
+            for call in turn.message.tool_calls:
+                assert call.arguments == {"a": spelled}
+                assert json.loads("".join(d.text for d in deltas if d.call == call.id))["arguments"] == {"a": spelled}
+
+
+def test_json_that_spells_a_delimiter_where_delimiters_are_text(make_engine: MakeEngine) -> None:
+    schema = {"type": "object", "properties": {"a": {"const": "<tool_call>x</tool_call>"}}, "required": ["a"]}
+    with text_tagged(make_engine()) as engine:
+        turn = say(engine, ReplyFormat(schema=schema))
+    assert json.loads(turn.message.content) == {"a": "<tool_call>x</tool_call>"}

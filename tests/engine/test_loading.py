@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transcript_templates import QWEN, SMOLLM
+from transcript_templates import tokenizer as transcript_tokenizer
+from transformers import Qwen3Config, Qwen3ForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
 
 import agentmem
-from agentmem import Message, Sampling
+from agentmem import MemoryConfig, Message, Sampling, SteeredModel, Window, loading, quantization
+from agentmem.adapter import load_adapter, save_adapter
 from agentmem.errors import AdapterError, ConfigError, MissingAdapterError, ModelNotFoundError
 
 ASK = [Message("user", "How are you?")]
@@ -56,3 +62,139 @@ def test_what_cannot_be_found_is_named(saved: tuple[Any, Path], tmp_path: Path) 
     (place / "chat_template.jinja").unlink()
     with pytest.raises(ConfigError, match="chat template"):
         agentmem.load(place)
+
+
+def test_an_adapter_of_another_model_is_refused_with_both_fingerprints(make_engine: Any, tmp_path: Path) -> None:
+    made, other = make_engine(), make_engine(model_seed=1)
+    made.steered.save(tmp_path)
+    with pytest.raises(AdapterError) as refused:
+        SteeredModel.attach(other.model, adapter=tmp_path)
+    assert made.model_fingerprint in str(refused.value)
+    assert other.model_fingerprint in str(refused.value)
+    # The authors' files do not say what they were made for.
+    save_adapter(tmp_path / "theirs", load_adapter(tmp_path), format="authors")
+    SteeredModel.attach(other.model, adapter=tmp_path / "theirs").detach()
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize(
+    ("family", "template"),
+    [((Qwen3Config, Qwen3ForCausalLM), QWEN), ((SmolLM3Config, SmolLM3ForCausalLM), SMOLLM)],
+    ids=["Qwen3", "SmolLM3"],
+)
+def test_models_that_reason_are_told_whether_to(
+    family: tuple[Any, Any], template: str, thinking: bool, tmp_path: Path
+) -> None:
+    """Saved and loaded as users do; two turns with memory, whose replies are found again in the next prompt."""
+    tok = transcript_tokenizer(template)
+    config, model_class = family
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    model = model_class(config(vocab_size=len(tok), pad_token_id=0, bos_token_id=1, eos_token_id=1, **sizes, **heads))
+    model.save_pretrained(tmp_path)
+    tok.save_pretrained(tmp_path)
+    SteeredModel.attach(model, config=MemoryConfig(rank=4)).save(tmp_path / "adapter")
+    options, sampling = {"enable_thinking": thinking}, Sampling(max_tokens=3)
+    with agentmem.load(tmp_path, template_options=options) as engine:
+        first = engine.turn(ASK, sampling=sampling)
+        talk = [*ASK, first.message, *ASK]
+        second = engine.turn(talk, first.state, sampling=sampling)
+        for messages, turn in ((ASK, first), (talk, second)):
+            plain = [{"role": message.role, "content": message.content} for message in messages]
+            prompt = tok.apply_chat_template(plain, add_generation_prompt=True, **options)["input_ids"]
+            assert turn.usage.input_tokens == len(prompt)
+        closed = tok.convert_tokens_to_ids("</think>")
+        assert (closed in prompt[-3:]) is not thinking
+        assert second.state is not None
+        assert second.state.record.count == 4
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_a_quantised_model_takes_the_same_adapter_and_states(bits: str) -> None:
+    told, ask = Message("user", "My favorite color is teal."), Message("user", "What is my favorite color?")
+    with agentmem.load("nano", quantize=bits) as quantised, agentmem.load("nano") as whole:
+        kinds = {type(module).__name__ for module in quantised.model.modules()}
+        assert kinds & {"Linear4bit", "Linear8bitLt"}
+        assert quantised.model_fingerprint == whole.model_fingerprint
+        one, other = (quantised, whole) if bits == "4bit" else (whole, quantised)
+        turn = one.turn([told])
+        window = Window(messages=1)
+        after = other.turn([told, turn.message, ask], turn.state, window=window)
+        assert after.message.content == "Your favorite color is teal."
+
+
+def test_layers_are_placed_by_a_device_map(saved: tuple[Any, Path]) -> None:
+    engine, place = saved
+    with agentmem.load(place, device_map={"": "cpu"}) as mapped:
+        sampling = Sampling(max_tokens=4)
+        assert mapped.turn(ASK, sampling=sampling).token_ids == engine.turn(ASK, sampling=sampling).token_ids
+    with pytest.raises(ConfigError, match="device= or device_map="):
+        agentmem.load(place, device="cpu", device_map="auto")
+
+
+def test_a_library_that_is_missing_is_named(saved: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, place = saved
+    with pytest.raises(ConfigError, match=r"'4bit', '8bit'.*'2bit'"):
+        agentmem.load(place, quantize="2bit")
+    for module in (loading, quantization):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"agentmem-delta\[quant\]"):
+        agentmem.load(place, quantize="8bit")
+    with pytest.raises(ConfigError, match=r"agentmem-delta\[quant\]"):
+        agentmem.load(place, device_map="auto")
+
+
+def test_code_that_comes_with_a_model_is_run_only_if_asked_for(saved: tuple[Any, Path], tmp_path: Path) -> None:
+    _, place = saved
+    marker = tmp_path / "was run"
+    (place / "own.py").write_text(
+        f"open({str(marker)!r}, 'w').close()\n"
+        "from transformers import Qwen3Config, Qwen3ForCausalLM\n"
+        "class OwnConfig(Qwen3Config):\n    model_type = 'own'\n"
+        "class OwnModel(Qwen3ForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((place / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}
+    (place / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="trust_remote_code=True"):
+        agentmem.load(place, adapter=False)
+    assert not marker.exists()
+    with agentmem.load(place, adapter=False, trust_remote_code=True) as engine:
+        assert type(engine.model).__name__ == "OwnModel"
+    assert marker.exists()
+
+
+@pytest.mark.parametrize(("progress", "shown"), [(None, True), (True, True), (False, False)])
+def test_progress_is_shown_while_loading(
+    saved: tuple[Any, Path], capfd: pytest.CaptureFixture[str], progress: bool | None, shown: bool
+) -> None:
+    _, place = saved
+    capfd.readouterr()
+    with agentmem.load(place, progress=progress):
+        assert ("100%" in capfd.readouterr().err) is shown
+
+
+def test_a_revision_from_the_hub_that_lies_here(
+    make_engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the hub's own cache keeps it: one folder a commit, and a name for it."""
+    home = tmp_path / "models--some--model"
+    engines = {name: make_engine(model_seed=seed) for seed, name in enumerate(("main", "v1"))}
+    for name, engine in engines.items():
+        commit = name.encode().hex().ljust(40, "0")
+        place = home / "snapshots" / commit
+        engine.model.save_pretrained(place)
+        engine.tokenizer.save_pretrained(place)
+        engine.steered.save(place)
+        (home / "refs").mkdir(exist_ok=True)
+        (home / "refs" / name).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path))
+    for name, engine in engines.items():
+        revision = None if name == "main" else name
+        with agentmem.load("some/model", "some/model", revision=revision, adapter_revision=revision) as loaded:
+            assert loaded.model_fingerprint == engine.model_fingerprint
+            assert loaded.adapter_fingerprint == engine.adapter_fingerprint
+    with pytest.raises(AdapterError, match=engines["v1"].model_fingerprint):
+        agentmem.load("some/model", "some/model", adapter_revision="v1")

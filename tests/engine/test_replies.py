@@ -12,6 +12,8 @@ from agentmem.replies import ReplyParser, Tags
 
 CALL = '<tool_call>\n{"name": "run", "arguments": {"cmd": "pytest -q", "n": 3}}\n</tool_call>'
 
+TEXT_TAGS = Tags({}, ("<think>", "</think>", "<tool_call>", "</tool_call>"))
+
 
 def parse(tokenizer: Any, text: str, start: Any = "text") -> Any:
     parser, decoder = ReplyParser(Tags.of(tokenizer), b"seed", start), Decoder(tokenizer)
@@ -132,3 +134,42 @@ def test_stops_are_found_across_pieces_and_held_back_until_then() -> None:
     assert finder.safe("abc STx") == 7
     assert finder.find(text + "P and more\n\n") == 4
     assert StopFinder(()).safe("abc") == 3
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    ["</tool_call>", 'a "quoted" </tool_call>', "\\</tool_call>", "\n</tool_call>\n<tool_call>", "<tool_call>"],
+)
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_an_argument_may_spell_a_delimiter(spelled: str, ascii_only: bool) -> None:
+    """Also where delimiters are text: within a string they are none, wherever tokens break."""
+    body = json.dumps({"name": "run", "arguments": {"a": spelled, spelled: [spelled, 1]}}, ensure_ascii=ascii_only)
+    text = f"Look:\n<tool_call>\n{body}\n</tool_call>\n<tool_call>\n{body}\n</tool_call>"
+    for size in (1, 3, 1000):
+        parser = ReplyParser(TEXT_TAGS, b"seed")
+        deltas = [
+            delta for at in range(0, len(text), size) for delta in parser.push(0, text[at : at + size])
+        ] + parser.finish()
+        reply = parser.parsed()
+        assert reply.content == "Look:"
+        assert reply.invalid_tool_calls == ()
+        assert [call.arguments for call in reply.tool_calls] == [{"a": spelled, spelled: [spelled, 1]}] * 2
+        for call in reply.tool_calls:
+            assert json.loads("".join(d.text for d in deltas if d.call == call.id))["arguments"] == call.arguments
+
+
+def test_a_quote_that_is_never_closed_does_not_hide_the_next_call(tagged: Any) -> None:
+    reply, _ = parse(tagged, f'<tool_call>\n{{"name": "run\n</tool_call>\n{CALL}\nDone.')
+    assert [call.text for call in reply.invalid_tool_calls] == ['{"name": "run']
+    assert [call.name for call in reply.tool_calls] == ["run"]
+    assert reply.content == "Done."
+
+
+@pytest.mark.parametrize("spelled", ["<tool_call>", "<think>", "a </tool_call> b"])
+def test_json_text_may_spell_a_delimiter(spelled: str) -> None:
+    text = json.dumps({"a": spelled})
+    for size in (1, 4, 1000):
+        parser = ReplyParser(TEXT_TAGS, b"seed", json_text=True)
+        deltas = [delta for at in range(0, len(text), size) for delta in parser.push(0, text[at : at + size])]
+        deltas += parser.finish()
+        assert parser.parsed().content == text == "".join(delta.text for delta in deltas)

@@ -238,16 +238,21 @@ def test_unknown_options_are_refused(fake: FakeEngine, llm: ChatDeltaMem) -> Non
         ChatDeltaMem(engine=fake, maxtokens=3)
     with pytest.raises(ValidationError, match="found both"):
         ChatDeltaMem(engine=fake, model="nano")
+    with pytest.raises(ValidationError, match="found both"):
+        ChatDeltaMem(engine=fake, load_options={"dtype": "float32"})
 
 
 def test_the_engine_is_loaded_on_first_use(fake: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = []
     monkeypatch.setattr("agentmem.load", lambda **options: loaded.append(options) or fake, raising=False)
-    llm = ChatDeltaMem(model="some/model", adapter="some/adapter")
+    options = {"quantize": "4bit", "revision": "v1"}
+    llm = ChatDeltaMem(model="some/model", adapter="some/adapter", load_options=options)
     assert not loaded
     assert llm.asdict()["model_name"] == "some/model"
     llm.batch(["Hello!", "Hello!"])
-    assert loaded == [{"model": "some/model", "adapter": "some/adapter"}]
+    assert loaded == [{"model": "some/model", "adapter": "some/adapter", **options}]
+    llm.invoke("Hello!", model="another/model")
+    assert loaded[1:] == [{"model": "another/model", "adapter": None, "quantize": "4bit"}]
 
 
 def test_tokens_are_counted_by_the_models_own_tokenizer(llm: ChatDeltaMem) -> None:

@@ -67,9 +67,46 @@ class Node(BaseModel):
     child: Node | None = None
 
 
-@pytest.mark.parametrize("method", ["json_schema", "json_mode"])
-def test_classes_that_hold_themselves(nano: ChatDeltaMem, method: Any) -> None:
-    assert isinstance(nano.with_structured_output(Node, method=method).invoke("Give me a number."), Node)
+class Tree(BaseModel):
+    """A tree, whose title is no title of pydantic's."""
+
+    title: str
+    root: Node
+
+
+class Endless(TypedDict):
+    """A number, and perhaps another."""
+
+    value: int
+    child: Endless | None
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", [Node, Tree])
+def test_classes_that_hold_themselves(nano: ChatDeltaMem, kind: type[BaseModel], method: Any) -> None:
+    for seed in range(3):
+        bound = nano.with_structured_output(kind, method=method, temperature=1.0, seed=seed, max_tokens=150)
+        assert isinstance(bound.invoke("Give me a number."), kind)
+        schema = nano.with_structured_output(kind.model_json_schema(), method=method, seed=seed, max_tokens=150)
+        kind.model_validate(schema.invoke("Give me a number."))
+
+
+def test_tools_that_take_what_holds_itself(nano: ChatDeltaMem) -> None:
+    def plant(tree: Tree, count: int) -> str:
+        """Plant trees."""
+        return "planted"
+
+    for given in (plant, tool(plant), Tree):
+        for seed in range(3):
+            bound = nano.bind_tools([given], tool_choice="any", temperature=1.0, seed=seed, max_tokens=200)
+            (call,) = bound.invoke("Plant an oak.").tool_calls
+            Tree.model_validate(call["args"]["tree"] if "tree" in call["args"] else call["args"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_holds_itself_and_cannot_say_so_is_refused(nano: ChatDeltaMem, method: Any) -> None:
+    with pytest.raises(ConfigError, match="'Endless' holds itself"):
+        nano.with_structured_output(Endless, method=method)
 
 
 def test_the_form_of_openai(nano: ChatDeltaMem) -> None:

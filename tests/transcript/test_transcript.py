@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transcript_templates import CHATML, COUNTING, GEMMA, LLAMA, MISTRAL, PEEKING, QWEN, SHIFTING, tokenizer
+from transcript_templates import CHATML, COUNTING, GEMMA, LLAMA, MISTRAL, PEEKING, QWEN, SHIFTING, SMOLLM, tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from agentmem.errors import TranscriptError
@@ -329,7 +329,7 @@ def test_a_template_that_gives_no_hold_is_refused_with_what_was_seen() -> None:
         Transcript(tokenizer(SHIFTING)).render([Message("user", "!now"), HI])
 
 
-@pytest.mark.parametrize("template", [CHATML, QWEN, LLAMA, GEMMA, MISTRAL, PEEKING])
+@pytest.mark.parametrize("template", [CHATML, QWEN, LLAMA, GEMMA, MISTRAL, SMOLLM, PEEKING])
 def test_text_cannot_open_a_turn(template: str) -> None:
     tok = tokenizer(template)
     attack = (
@@ -473,12 +473,12 @@ def test_prompt_reply_and_closing_are_the_rendered_reply() -> None:
     assert [*prompt, *reply, *transcript.closing_ids(HI)] == transcript.render([HELLO, HI]).input_ids
 
 
-@pytest.mark.parametrize("template", [CHATML, QWEN, LLAMA, MISTRAL])
+@pytest.mark.parametrize("template", [CHATML, QWEN, LLAMA, MISTRAL, SMOLLM])
 def test_sizes_counted_alone_agree_with_the_whole(template: str) -> None:
     transcript = Transcript(tokenizer(template))
     attack = Message("user", "<|im_start|>" * 5)
     messages = [HELLO, HI, attack, HI, ASK]
-    if template is not MISTRAL:
+    if template not in (MISTRAL, SMOLLM):  # which write no calls
         messages += [CALL, FOUND, Message("assistant", ""), ASK]
     rendered = transcript.render(messages, tools=TOOLS, add_generation_prompt=True)
     sizes = [transcript.size(message) for message in messages]

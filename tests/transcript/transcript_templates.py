@@ -1,4 +1,4 @@
-"""Chat templates in five styles, each with one habit that makes borders hard to find, and a tokenizer for them."""
+"""Chat templates in six styles, each with one habit that makes borders hard to find, and a tokenizer for them."""
 
 from __future__ import annotations
 
@@ -122,6 +122,38 @@ MISTRAL = """
 {{- '[TOOL_RESULTS]' + m.content + '[/TOOL_RESULTS]' }}
 {%- endif %}
 {%- endfor %}
+"""
+
+# Says in a system turn of its own whether it reasons, which a flag in the system text decides too, and puts an empty
+# reasoning before every reply where it does not.
+SMOLLM = """
+{%- set enable_thinking = true if enable_thinking is not defined else enable_thinking %}
+{%- set ns = namespace(mode='/think' if enable_thinking else '/no_think', text='') %}
+{%- if messages[0].role == 'system' %}
+{%- if '/no_think' in messages[0].content %}{%- set ns.mode = '/no_think' %}
+{%- elif '/think' in messages[0].content %}{%- set ns.mode = '/think' %}
+{%- endif %}
+{%- set ns.text = messages[0].content.replace('/no_think', '').replace('/think', '').rstrip() %}
+{%- endif %}
+{{- '<|im_start|>system\n## Metadata\n\nToday Date: 01 May 2026\nReasoning Mode: ' + ns.mode + '\n\n' }}
+{{- '## Custom Instructions\n\n' + (ns.text or 'You are a helpful assistant.') + '\n\n' }}
+{%- if tools %}
+{{- '### Tools\n\n<tools>\n' }}{%- for tool in tools %}{{- tool | string + '\n' }}{%- endfor %}{{- '</tools>\n\n' }}
+{%- endif %}
+{{- '<|im_end|>\n' }}
+{%- for m in messages %}
+{%- if m.role == 'user' %}
+{{- '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}
+{%- elif m.role == 'assistant' %}
+{{- '<|im_start|>assistant\n' + ('<think>\n\n</think>\n' if ns.mode == '/no_think' else '') + m.content.lstrip('\n') }}
+{{- '<|im_end|>\n' }}
+{%- elif m.role == 'tool' %}
+{{- '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\n' + ('<think>\n\n</think>\n' if ns.mode == '/no_think' else '') }}
+{%- endif %}
 """
 
 # Looks at the first character of a text: marks there are noticed.

@@ -202,11 +202,11 @@ class Decoding(Team):
             capacity *= 2
         blocks = self._blocks.setdefault((session.state is not None, capacity), [])
         block = next((one for one in blocks if len(one.seats) < self._most), None)
-        if block is None:
-            block = Block(session.cache, capacity)
-            blocks.append(block)
-        session.seat = block.sit(session.cache, length)
-        return block
+        made = Block(session.cache, capacity) if block is None else block
+        session.seat = made.sit(session.cache, length)
+        if block is None:  # only now: where there was no room for the session, nothing is kept for it
+            blocks.append(made)
+        return made
 
     def _moved(self, want: Want) -> bool:
         """Let a session that has outgrown its row stand up; a failure is its own. Says whether it can go on.

@@ -49,7 +49,7 @@ class Grammars:
         self._end_ids = sorted(end_ids)
         self._width = width
         self._prepared: Any = None
-        self._letters: dict[str, int] = {}
+        self._vocabulary = _Vocabulary({}, {}, frozenset())
         self._lock = Lock()
 
     def constraint(self, form: ReplyFormat, *, thinking: bool, budget: int) -> Constraint:
@@ -77,7 +77,7 @@ class Grammars:
             raise ConfigError(
                 f"this schema cannot be enforced: {problem}; leave that out of the schema, and check it afterwards"
             )
-        return Constraint(matcher, prepared, self._width, self._end_ids, self._letters, budget)
+        return Constraint(matcher, prepared, self._width, self._end_ids, self._vocabulary, budget)
 
     def _ready(self) -> Any:
         with self._lock:
@@ -86,12 +86,33 @@ class Grammars:
 
                 width = max(self._width, len(self._tokenizer))  # some tokenizers know more than their model
                 prepared = llguidance.hf.from_tokenizer(self._tokenizer, n_vocab=width, eos_token=self._end_ids)
-                for letter in {*_WITHIN, *_OUTSIDE, *_ASKED}:
-                    found = prepared.tokenize_bytes(letter.encode())
-                    if len(found) == 1 and found[0] < self._width:
-                        self._letters[letter] = found[0]
+                added = frozenset(self._tokenizer.get_added_vocab().values())
+                spelled = {
+                    prepared.decode_bytes([token]): token
+                    for token in range(self._width - 1, -1, -1)
+                    if token not in added
+                }
+                letters = {
+                    one: spelled[one.encode()] for one in {*_WITHIN, *_OUTSIDE, *_ASKED} if one.encode() in spelled
+                }
+                self._vocabulary = _Vocabulary(letters, spelled, added)
                 self._prepared = prepared
             return self._prepared
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """Tokens by what they spell.
+
+    Attributes:
+        letters: single characters that close or fill a value.
+        spelled: all tokens but the added ones, by their bytes.
+        added: tokens that the tokenizer's vocabulary was extended by, control tokens among them.
+    """
+
+    letters: Mapping[str, int]
+    spelled: Mapping[bytes, int]
+    added: frozenset[int]
 
 
 class Constraint:
@@ -107,7 +128,7 @@ class Constraint:
         tokenizer: Any,
         width: int,
         end_ids: Sequence[int],
-        letters: Mapping[str, int],
+        vocabulary: _Vocabulary,
         budget: int,
     ) -> None:
         self.closing = False
@@ -115,7 +136,8 @@ class Constraint:
         self._tokenizer = tokenizer
         self._width = width
         self._end_ids = list(end_ids)
-        self._letters = letters
+        self._vocabulary = vocabulary
+        self._added = np.array([token for token in vocabulary.added if token < width], dtype=np.int64)
         self._left = budget
         self._place = _Place()
         way = self._find(matcher, self._place)
@@ -135,14 +157,15 @@ class Constraint:
             return self._close()
         if self._matcher.is_stopped() and self._matcher.is_accepting():
             return self._end_ids[0]
-        # All that is certain, spelled as the mask would have it: it permits nothing else then.
-        ahead = self._matcher.compute_ff_tokens()
+        ahead = self._certain(self._matcher)
         # No look at the end: the way that was found to it before leads through this token.
         return self._commit(ahead[0]) if ahead and ahead[0] < self._width else None
 
     def mask(self, logits: Tensor) -> Tensor:
         """Logits [V] with -inf for every token that may not come now. Where ``follow`` gave None."""
         allowed = _bits(self._matcher, self._width)
+        for token in self._added[allowed[self._added]]:
+            allowed[token] = self._fits(self._matcher, int(token))
         return logits.masked_fill(~torch.from_numpy(allowed).to(logits.device), -torch.inf)
 
     def take(self, token: int) -> int:
@@ -180,6 +203,30 @@ class Constraint:
         self._left -= 1
         return token
 
+    def _fits(self, matcher: Any, token: int) -> bool:
+        """Whether the grammar takes a token; an end token it need not take."""
+        return token in self._end_ids or matcher.deep_copy().try_consume_tokens([token]) == 1
+
+    def _certain(self, matcher: Any) -> list[int]:
+        """What has to come, spelled as the mask would have it: it permits nothing else then.
+
+        Text that happens to spell an added token (``"<think>"`` as a value) is not that token, and the grammar refuses
+        it there; it is spelled by ordinary ones, one at a time.
+        """
+        ahead: list[int] = matcher.compute_ff_tokens()
+        odd = next((at for at, token in enumerate(ahead) if token in self._vocabulary.added), None)
+        if odd is None:
+            return ahead
+        fitting: int = matcher.deep_copy().try_consume_tokens(ahead)
+        if fitting:
+            return ahead[:fitting]
+        text = bytes(matcher.compute_ff_bytes())
+        for end in range(len(text), 0, -1):
+            token = self._vocabulary.spelled.get(text[:end])
+            if token is not None and self._fits(matcher, token):
+                return [token]
+        return []
+
     def _find(self, matcher: Any, place: _Place) -> list[int] | None:
         """A short way to an end, in tokens without the end token; None where none was found."""
         best: list[int] | None = None
@@ -199,7 +246,7 @@ class Constraint:
         while not matcher.is_accepting():
             if len(way) >= most or matcher.is_stopped():
                 return None
-            step = matcher.compute_ff_tokens() or self._step(_bits(matcher, self._width), place, rng, stray)
+            step = self._certain(matcher) or self._step(_bits(matcher, self._width), place, rng, stray)
             if not step or matcher.try_consume_tokens(step) != len(step):
                 return None
             for token in step:
@@ -209,6 +256,7 @@ class Constraint:
 
     def _step(self, allowed: _Bits, place: _Place, rng: Random, stray: float) -> list[int]:
         allowed[self._end_ids] = False
+        allowed[self._added] = False  # where one has to come it is certain
         enders = self._some(allowed, _WITHIN if place.quoted else _OUTSIDE)
         if enders and rng.random() >= stray:
             return enders[:1]
@@ -219,7 +267,7 @@ class Constraint:
         return [int(others[rng.randrange(len(others))])] if len(others) else []
 
     def _some(self, allowed: _Bits, letters: str) -> list[int]:
-        ids = (self._letters.get(letter) for letter in letters)
+        ids = (self._vocabulary.letters.get(letter) for letter in letters)
         return [token for token in ids if token is not None and allowed[token]]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import time
+import weakref
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from functools import partial
@@ -85,6 +86,7 @@ class Engine:
         self.name = name
         self._runtime = Runtime(model, tokenizer, steered, kv_cache_tokens, max_batch, template_options)
         self._worker = Worker(f"agentmem-{name}")
+        weakref.finalize(self, self._worker.close)  # the thread ends with the engine, closed or not
 
     @property
     def model(self) -> Any:

@@ -95,6 +95,8 @@ def load(
         loaded = loaded.to(chosen)
     loaded.requires_grad_(False)
     steered = None if directory is None else SteeredModel.attach(loaded, adapter=directory)
+    if steered is not None:
+        steered.memory.requires_grad_(False)  # an engine does not train, and of frozen weights more can be kept ready
     return Engine(
         loaded,
         tokenizer,

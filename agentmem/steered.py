@@ -21,7 +21,7 @@ from agentmem.config import DeltaHead, MemoryConfig
 from agentmem.errors import AdapterError, ConfigError, SegmentsRequiredError, StateMismatchError, TurnError
 from agentmem.fingerprint import model_fingerprint
 from agentmem.passes import Pass, Pending, TokenPass, segment_pass
-from agentmem.steering import LayerMemory, versions
+from agentmem.steering import LayerMemory
 from agentmem.stepping import Stack, StepPass
 
 __all__ = ["Pending", "SteeredModel", "SteeredOutput"]
@@ -61,7 +61,7 @@ class SteeredModel:
         self.memory = nn.ModuleList(memory)
         self._memory = tuple(memory)
         self._source = source
-        self._loaded = versions(self.memory.parameters())
+        self._as_loaded = "" if source is None else collect(memory, self.layers, config).fingerprint
         self._pass: Pass | None = None
         self._stack = Stack(self._memory)
         self._handles = [
@@ -101,6 +101,7 @@ class SteeredModel:
         elif config is None or adapter is not None:
             raise ConfigError("give either adapter= (trained weights) or config= (fresh weights to train)")
         sites = _targeted(find_sites(model), config)
+        _need_weights(model)
         _need_base(loaded, model)
         memory = [LayerMemory(config, site.hidden, site.widths) for site in sites]
         generator = torch.Generator().manual_seed(seed)
@@ -139,10 +140,8 @@ class SteeredModel:
 
         Of the weights as they stand now where they are fresh or were trained since.
         """
-        now = versions(self.memory.parameters())
-        if self._source is None or any(n > then for n, then in zip(now, self._loaded, strict=True)):
-            return self.adapter.fingerprint
-        return self._source
+        now = collect(self._memory, self.layers, self.config).fingerprint
+        return now if self._source is None or now != self._as_loaded else self._source
 
     def save(self, directory: str | Path) -> None:
         """Save the adapter (safetensors and json)."""
@@ -248,7 +247,7 @@ class SteeredModel:
         if not by_segment:
             if segments is not None:
                 mask = segments >= 0 if mask is None else mask & (segments >= 0)
-            ready = self._stack.ready() if length == 1 and not torch.is_grad_enabled() else None
+            ready = self._stack.ready(state.device) if length == 1 and not torch.is_grad_enabled() else None
             if ready is not None:
                 return StepPass(self._memory, ready, state, mask, writing)
             return TokenPass(self._memory, state, mask, writing)
@@ -315,6 +314,16 @@ def mask_for(model: Any, allowed: Tensor) -> Tensor:
         return allowed
     zero = torch.zeros((), dtype=model.dtype, device=allowed.device)
     return torch.where(allowed, zero, torch.finfo(model.dtype).min)
+
+
+def _need_weights(model: Any) -> None:
+    """Refuse a model some of whose weights lie on no device: accelerate fetches them only when a layer runs."""
+    absent = next((name for name, one in model.named_parameters() if one.is_meta), None)
+    if absent is not None:
+        raise ConfigError(
+            f"the weights of this model must lie on a device, found {absent} offloaded; "
+            "spread the model over more devices, quantise it (quantize='4bit'), or use a smaller one"
+        )
 
 
 def _need_base(adapter: Adapter | None, model: Any) -> None:

@@ -12,7 +12,8 @@ once, when it is added.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -230,8 +231,8 @@ class LayerMemory(nn.Module):
         config = self.config
         if not config.trainable_delta_scale:
             return config.scale
-        stamp = (*versions((self.delta_scale_raw,)), self.delta_scale_raw.data_ptr())
-        if self._scales is None or self._scales[0] != stamp:
+        stamp = stamp_of((self.delta_scale_raw,))
+        if self._scales is None or self._scales[0] != stamp or self.delta_scale_raw.requires_grad:
             learned = (torch.sigmoid(self.delta_scale_raw.float()) * config.delta_scale_max).tolist()
             self._scales = (stamp, [config.scale * one for one in learned])
         return self._scales[1][DELTA_HEADS.index(head) if config.delta_scale_granularity == "head" else 0]
@@ -246,14 +247,15 @@ class LayerMemory(nn.Module):
     def packed_weight(self) -> Tensor:
         """All projections of the hidden state stacked, so that one product makes them.
 
-        Kept between calls without gradients, until a parameter has changed.
+        Kept between calls, until a parameter has changed; of parameters that are being trained nothing is kept, since
+        torch does not count every way in which an optimiser changes them.
         """
         parts: list[Tensor] = [self.memory_q_proj, self.memory_k_proj, self.memory_v_proj, self.beta_proj]
         if not self.config.couple_lambda:
             parts.append(self.lambda_proj)
-        if torch.is_grad_enabled():
+        if any(part.requires_grad for part in parts):
             return torch.cat(parts)
-        stamp = (*versions(parts), *(p.data_ptr() for p in parts))
+        stamp = stamp_of(parts)
         if self._packed is None or self._packed[0] != stamp:
             self._packed = (stamp, torch.cat(parts))
         return self._packed[1]
@@ -262,6 +264,15 @@ class LayerMemory(nn.Module):
 def _unit(x: Tensor) -> Tensor:
     """tanh, then unit length along the last dimension."""
     return F.normalize(torch.tanh(x), dim=-1, eps=NORM_EPS)
+
+
+def stamp_of(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """What changes when a tensor of these is replaced, moved, or changed in a way that torch counts."""
+    try:
+        changes = tuple(map(attrgetter("_version"), tensors))
+    except RuntimeError:  # made in inference mode
+        changes = versions(tensors)
+    return *map(id, tensors), *map(Tensor.data_ptr, tensors), *changes
 
 
 def versions(tensors: Iterable[Tensor]) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from agentmem.config import DeltaHead
 from agentmem.errors import TurnError
 from agentmem.passes import Pass, Pending
 from agentmem.recurrence import write_once
-from agentmem.steering import NORM_EPS, LayerMemory, versions
+from agentmem.steering import NORM_EPS, LayerMemory, stamp_of
 
 
 class Ready(NamedTuple):
@@ -45,17 +45,22 @@ class Stack:
 
     def __init__(self, memory: Sequence[LayerMemory]) -> None:
         self.memory = memory
-        self._parameters = [parameter for module in memory for parameter in module.parameters()]
         self._ready: tuple[tuple[int, ...], Ready | None] | None = None
 
-    def ready(self) -> Ready | None:
-        """What a step needs, without gradients; None where layers lie on several devices and cannot write together."""
-        ends = self._parameters[0], self._parameters[-1]
-        stamp = (*versions(self._parameters), *(end.data_ptr() for end in ends))
-        if self._ready is None or self._ready[0] != stamp:
-            together = len({parameter.device for parameter in self._parameters}) == 1
+    def ready(self, device: torch.device) -> Ready | None:
+        """What a step needs, without gradients; None where layers lie elsewhere than their states on ``device``.
+
+        Nothing is kept of weights that are being trained: torch does not count every way in which an optimiser
+        changes them.
+        """
+        parameters = [one for module in self.memory for one in module._parameters.values() if one is not None]
+        training = any(one.requires_grad for one in parameters)
+        stamp = () if training else stamp_of(parameters)
+        if training or self._ready is None or self._ready[0] != stamp:
+            together = {one.device for one in parameters} == {device}
             self._ready = stamp, self._made() if together else None
-        return self._ready[1]
+        made = self._ready[1]
+        return made if made is None or made.beta.device == device else None
 
     def _made(self) -> Ready:
         memory, config = self.memory, self.memory[0].config

@@ -161,6 +161,7 @@ def steering(model: Qwen3ForCausalLM, rank: int) -> Iterator[SteeredModel]:
     for name, parameter in steered.memory.named_parameters():
         if "delta_" in name:
             torch.nn.init.normal_(parameter, std=1e-3)
+    steered.memory.requires_grad_(False)
     try:
         yield steered
     finally:

@@ -45,9 +45,10 @@ class Encoder:
 class BaseBatches:
     """Conversations for the base model, in a curriculum.
 
-    The first ``COPY_STEPS`` batches are runs of random tokens, repeated over and over, until looking up what
-    followed is learned; until 40 % of the steps every fourth batch still is. Until 30 % of the steps
-    conversations are chats alone; then tools, facts and long ones join.
+    The first ``COPY_STEPS`` batches are runs of random tokens, repeated over and over, until looking up what followed
+    is learned; until 40 % of the steps every fourth batch still is, then every twelfth. Half of the runs are of few
+    different tokens, as names of other scripts are byte by byte: what followed depends on more than one token before.
+    Until 30 % of the steps conversations are chats alone; then tools, facts and long ones join.
 
     Args:
         tokenizer: nano's.
@@ -74,7 +75,8 @@ class BaseBatches:
 
     def __call__(self, step: int) -> LMBatch:
         """The batch of a step."""
-        if self._skills is None and (step < COPY_STEPS or (step < 0.4 * self._steps and step % 4 == 0)):
+        often = step < COPY_STEPS or (step < 0.4 * self._steps and step % 4 == 0)
+        if step % 12 == 0 or (self._skills is None and often):
             return self._copies(step)
         number = step // _GROUP
         if self._group is None or self._group[0] != number:
@@ -98,6 +100,8 @@ class BaseBatches:
         rows: list[_Row] = []
         for _ in range(2 * self._episodes):
             period = rng.randint(3, 16)
-            run = [rng.randrange(self._words) for _ in range(period)]
+            few = rng.random() < 0.5
+            pool = [rng.randrange(self._words) for _ in range(rng.randint(3, 6) if few else period)]
+            run = [rng.choice(pool) for _ in range(period)] if few else pool
             rows.append(((run * 16)[:48], [0.0] * period + [1.0] * (48 - period)))
         return pad_batch(rows, self._pad)

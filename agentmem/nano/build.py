@@ -32,8 +32,8 @@ from agentmem.config import MemoryConfig
 from agentmem.errors import ConfigError
 from agentmem.nano.batches import BaseBatches
 from agentmem.nano.memory_batches import MemoryBatches
-from agentmem.nano.model import fresh_model, nano_config
-from agentmem.nano.tokenizer import train_tokenizer
+from agentmem.nano.model import fresh_model, nano_config, tie_twins
+from agentmem.nano.tokenizer import train_tokenizer, twins
 from agentmem.steered import SteeredModel
 from agentmem.training.adapter import start_as_copier, train_adapter
 from agentmem.training.allocator import keep_memory
@@ -53,14 +53,14 @@ class Recipe:
     tokenizer_episodes: int = 4000
     width: int = 128
     layers: int = 4
-    base_steps: int = 1800
+    base_steps: int = 1600
     base_rate: float = 3e-3
-    skill_steps: int = 1300
+    skill_steps: int = 2100
     skill_rate: float = 1.5e-3
     skill_share: float = 0.65
     base_episodes: int = 12
     rank: int = 32
-    memory_steps: int = 1250
+    memory_steps: int = 1400
     memory_rate: float = 3e-3
 
     @property
@@ -104,7 +104,9 @@ def build(
     try:
         with Progress(*columns, console=console) as progress:
             tokenizer = _tokenizer(work, seed, recipe)
-            model = fresh_model(nano_config(tokenizer, width=recipe.width, layers=recipe.layers), seed)
+            pairs = twins(tokenizer)
+            model = fresh_model(nano_config(tokenizer, width=recipe.width, layers=recipe.layers), seed, pairs)
+            tie_twins(model, pairs)
             logs = {
                 "base": _base(work, model, tokenizer, seed, recipe, _shower(progress, "base", recipe.base_steps)),
                 "skills": _skills(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from random import Random
-from typing import Any
 
 from agentmem.messages import Message
 from agentmem.nano import language, toolchat
+from agentmem.nano.offers import Offer, draw_offer, draw_offers, remembered
 from agentmem.nano.pools import ATTRIBUTES
+from agentmem.nano.turns import PROJECT, Talk, Tools, Turn, facts_message, tools_of
 
-Turn = tuple[Message, ...]
+FACT_COUNTS = (1, 2, 2, 2, 3, 3, 3, 4, 4, 5)
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Episode:
     """A conversation and the tools that its system turn lists."""
 
     messages: tuple[Message, ...]
-    tools: tuple[Mapping[str, Any], ...] = ()
+    tools: Tools = ()
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Question:
 
     turn: Turn
     system: Message | None = None
-    tools: tuple[Mapping[str, Any], ...] = ()
+    tools: Tools = ()
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class MemoryEpisode:
         recalls: which of the turns ask for something told before them.
         shown: how many of the last turns a question's prompt still shows.
         questions: the final turns.
+        tools: the tools that the system turn of some written turns lists.
+        equipped: which of the turns show them.
     """
 
     system: Message | None
@@ -54,77 +57,21 @@ class MemoryEpisode:
     recalls: frozenset[int]
     shown: int
     questions: tuple[Question, ...]
-
-
-@dataclass
-class _Talk:
-    """A conversation under way: what has been told so far and where it may go."""
-
-    rng: Random
-    told: dict[str, language.Binding] = field(default_factory=dict)
-
-    def tell(self) -> Turn:
-        free = [name for name in ATTRIBUTES if name not in self.told]
-        binding = language.draw_bindings(self.rng, 1, attributes=free)[0]
-        self.told[binding.attribute] = binding
-        return _turn(*language.tell(self.rng, binding))
-
-    def change(self) -> Turn:
-        binding = language.redraw(self.rng, self.told[self.rng.choice(sorted(self.told))])
-        self.told[binding.attribute] = binding
-        return _turn(*language.change(self.rng, binding))
-
-    def ask(self) -> Turn:
-        attribute = self.rng.choice(sorted(self.told))
-        return _turn(language.ask(self.rng, attribute), language.answer(self.told[attribute]))
-
-    def ask_unknown(self) -> Turn:
-        attribute = self.rng.choice([name for name in ATTRIBUTES if name not in self.told])
-        return _turn(language.ask(self.rng, attribute), language.unknown(attribute))
-
-    def filler(self) -> Turn:
-        return _turn(*language.filler(self.rng))
-
-    def take(self, step: str) -> Turn:
-        """One step by name: "tell", "change", "ask", "unknown" or "filler"."""
-        makers = {
-            "tell": self.tell,
-            "change": self.change,
-            "ask": self.ask,
-            "unknown": self.ask_unknown,
-            "filler": self.filler,
-        }
-        return makers[step]()
-
-
-def _turn(user: str, reply: str) -> Turn:
-    return (Message("user", user), Message("assistant", reply))
-
-
-def tool_turn(rng: Random, tools: list[dict[str, Any]]) -> Turn:
-    """A request, the call that answers it, the tool's result and the sentence that reports it."""
-    said, call = toolchat.request(rng, rng.choice(tools))
-    returned, report = toolchat.result(rng)
-    return (
-        Message("user", said),
-        Message("assistant", "", tool_calls=(call,)),
-        Message("tool", returned, name=call.name),
-        Message("assistant", report),
-    )
-
-
-def _facts_message(facts: list[toolchat.Fact], plain: Message | None) -> Message:
-    head = f"{plain.content}\n\n" if plain else ""
-    return Message("system", head + toolchat.facts_block(facts))
+    tools: Tools = ()
+    equipped: frozenset[int] = frozenset()
 
 
 def _system(rng: Random, share: float = 0.35) -> Message | None:
     return Message("system", language.system_text(rng)) if rng.random() < share else None
 
 
+def _episode(system: Message | None, turns: Sequence[Turn], tools: Tools = ()) -> Episode:
+    return Episode((*([system] if system else []), *(m for turn in turns for m in turn)), tools)
+
+
 def chat_episode(rng: Random, *, bindings: int, fillers: int, asks: int) -> Episode:
     """Telling, changing and asking with small talk in between, all of it visible; some asks find nothing told."""
-    talk = _Talk(rng)
+    talk = Talk(rng)
     system = _system(rng)
     steps = ["tell"] * bindings + ["filler"] * fillers + ["ask"] * asks + ["change"] * rng.choice((0, 0, 1, 2))
     rng.shuffle(steps)
@@ -138,62 +85,115 @@ def chat_episode(rng: Random, *, bindings: int, fillers: int, asks: int) -> Epis
             turns.append(talk.ask_unknown())
         else:
             turns.append(talk.ask() if step == "ask" else talk.change())
-    messages = [message for turn in turns for message in turn]
-    return Episode((*([system] if system else []), *messages))
+    return _episode(system, turns)
 
 
 def tool_episode(rng: Random) -> Episode:
-    """A conversation with one to four tools in which some messages ask for a call and some do not."""
-    talk = _Talk(rng)
-    system = _system(rng, 0.5)
+    """A conversation with one to four named tools in which some messages ask for a call and some do not."""
+    talk = Talk(rng)
+    system = _system(rng, 0.4)
     tools = toolchat.draw_tools(rng, rng.choice((1, 1, 2, 2, 3, 4)))
     turns = []
     for _ in range(rng.choice((1, 2, 2, 3))):
         kind = rng.random()
-        if kind < 0.65:
-            turns.append(tool_turn(rng, tools))
-        elif kind < 0.8:
+        if kind < 0.75:
+            turns.append(talk.named_call(tools))
+        elif kind < 0.87:
             turns.append(talk.tell())
         else:
             turns.append(talk.ask() if talk.told else talk.filler())
-    return Episode((*([system] if system else []), *(m for turn in turns for m in turn)), tuple(tools))
+    return _episode(system, turns, tuple(tools))
+
+
+def offer_episode(rng: Random) -> Episode:
+    """A conversation with tools as LangChain gives them; what some of them need is told before they are asked for."""
+    talk = Talk(rng)
+    system = _system(rng, 0.25)
+    offers = draw_offers(rng, rng.choice((1,) * 8 + (2,) * 8 + (3,) * 5 + (4,)))
+    needed = [offer.subject for offer in offers if offer.kind == "remembered"]
+    turns = []
+    for attribute in needed:
+        if rng.random() < 0.85:
+            turns.append(talk.tell(attribute))
+            if rng.random() < 0.2:
+                turns.append(talk.change(attribute))
+    talk.kept |= set(needed) - set(talk.told)
+    if needed and rng.random() < 0.4:
+        turns.insert(rng.randint(0, len(turns)), talk.tell())
+    for i in range(rng.choice((1, 2, 2, 2, 3))):
+        kind = rng.random()
+        if kind < (0.75 if i == 0 else 0.65):
+            turns.append(talk.offer_call(offers))
+        elif kind < 0.82:
+            turns.append(talk.unoffered(offers))
+        elif kind < 0.87:
+            turns.append(talk.tell())
+        elif kind < 0.94:
+            turns.append(talk.ask() if talk.askable else talk.ask_unknown())
+        else:
+            turns.append(talk.filler())
+    return _episode(system, turns, tools_of(offers))
 
 
 def fact_episode(rng: Random) -> Episode:
-    """A conversation whose system message quotes facts; questions about them are answered with the source's number."""
-    talk = _Talk(rng)
-    facts = toolchat.draw_facts(rng, rng.choice((1, 2, 3, 3, 4, 5)))
-    quoted = {fact.subject for fact in facts}
-    for name in quoted & set(ATTRIBUTES):
-        talk.told[name] = language.Binding(name, "")
-    turns = []
-    for _ in range(rng.choice((1, 2, 3, 4))):
-        kind = rng.random()
-        asked = sorted(name for name in talk.told if name not in quoted)
-        if kind < 0.65:
-            fact = rng.choice(facts)
-            turns.append(_turn(toolchat.ask_fact(rng, fact), toolchat.cite(facts, fact)))
-        elif kind < 0.8:
-            turns.append(talk.tell())
-        elif asked:
-            binding = talk.told[rng.choice(asked)]
-            turns.append(_turn(language.ask(rng, binding.attribute), language.answer(binding)))
-        else:
-            turns.append(talk.filler() if kind < 0.9 else talk.ask_unknown())
-    head = _facts_message(facts, _system(rng, 0.5))
-    return Episode((head, *(m for turn in turns for m in turn)))
+    """A conversation whose system message quotes facts; questions about them are answered with the source's number.
+
+    Most ask for several of the facts. What was told and stands in no fact is answered without a number; where something
+    told disagrees with a fact, the fact wins and the answer says so.
+    """
+    talk = Talk(rng)
+    facts = toolchat.draw_facts(rng, rng.choice(FACT_COUNTS))
+    talk.kept = {fact.subject for fact in facts} & set(ATTRIBUTES)
+    asked = rng.sample(facts, min(len(facts), rng.choice((1, 2, 2, 3, 3, 4))))
+    disputed = [fact for fact in asked if fact.subject in talk.kept]
+    turns: list[Turn] = []
+    for fact in disputed:
+        if rng.random() < 0.4:
+            turns.append(talk.tell(fact.subject))
+    if rng.random() < 0.25:
+        turns.append(talk.tell())
+    late: list[Turn] = [talk.ask_fact(facts, fact) for fact in asked]
+    kind = rng.random()
+    if talk.askable and kind < 0.75:
+        late.append(talk.ask())
+    elif kind < 0.08:
+        late.append(talk.ask_unknown())
+    elif kind < 0.14:
+        late.append(talk.filler())
+    rng.shuffle(turns)
+    rng.shuffle(late)
+    return _episode(facts_message(facts, _system(rng, 0.4)), [*turns, *late])
+
+
+def chatter_episode(rng: Random) -> Episode:
+    """Sentences outside the language among others; in a third of the conversations with tools at hand."""
+    talk = Talk(rng)
+    system = _system(rng)
+    steps = ["chatter"] * rng.choice((1, 2, 3)) + ["tell"] * rng.choice((0, 1, 1, 2)) + ["filler"] * rng.choice((0, 1))
+    rng.shuffle(steps)
+    turns = [talk.take(step) for step in steps]
+    if talk.told:
+        turns.append(talk.ask())
+    tools: Tools = ()
+    if rng.random() < 0.35:
+        tools = tools_of(draw_offers(rng, rng.choice((1, 1, 2))))
+    return _episode(system, turns, tools)
 
 
 def draw_episode(rng: Random, *, long: bool = False, skills: float = 0.4) -> Episode:
     """A conversation for the base model.
 
-    ``skills`` is the share of tool and fact conversations; ``long`` ones go on for up to some 24 turns of small talk.
+    ``skills`` is the share of named tools (a quarter of it), tools as LangChain gives them (35 %), facts (30 %) and
+    sentences outside the language (a tenth); ``long`` ones go on for up to some 24 turns of small talk.
     """
     kind = rng.random()
-    if kind < 0.6 * skills:
-        return tool_episode(rng)
     if kind < skills:
-        return fact_episode(rng)
+        share = kind / skills
+        if share < 0.25:
+            return tool_episode(rng)
+        if share < 0.6:
+            return offer_episode(rng)
+        return fact_episode(rng) if share < 0.9 else chatter_episode(rng)
     if long:
         return chat_episode(rng, bindings=rng.randint(1, 8), fillers=rng.randint(4, 24), asks=rng.randint(2, 6))
     return chat_episode(rng, bindings=rng.randint(1, 5), fillers=rng.randint(0, 2), asks=rng.randint(2, 6))
@@ -206,35 +206,82 @@ def draw_memory_episode(
     fillers: int = 0,
     changes: int = 0,
     asks: int = 0,
+    calls: int = 0,
     shown: int = 0,
     system: bool = False,
+    tooled: float = 0.0,
     questions: Sequence[str] = ("ask",),
 ) -> MemoryEpisode:
     """A conversation that is told first and asked later.
 
-    Small talk falls anywhere among and after the told bindings; changes and asks fall after the first of them.
-    ``system`` puts a plain system message before it. ``questions`` says what the final turns are:
-    "ask" (about a told binding), "unknown", "filler", "tool" or "fact".
+    Small talk and ``calls`` tool turns fall anywhere among and after the told bindings; changes and asks fall after the
+    first of them. Tool turns show the tools; of the others a fifth does. ``system`` puts a plain system message before
+    it. ``questions`` says what the final turns are: "ask" (about a told binding), "unknown", "filler", "chatter",
+    "tool" (named), "offer" (a lookup, function or creator), "remembered" (a call that needs what was told), "unoffered"
+    or "fact"; ``tooled`` is the share of the first four whose prompts show tools nonetheless.
     """
-    talk = _Talk(rng)
-    steps = ["tell"] * bindings + ["filler"] * fillers
+    talk = Talk(rng)
+    steps = ["tell"] * bindings + ["filler"] * fillers + ["call"] * calls
     rng.shuffle(steps)
     for step in ["change"] * changes + ["ask"] * asks:
         steps.insert(rng.randint(steps.index("tell") + 1, len(steps)), step)
     head = Message("system", language.system_text(rng)) if system else None
-    turns = tuple(talk.take(step) for step in steps)
+    offers = _recallless(rng, rng.choice((1, 1, 1, 2))) if calls else ()
+    turns = tuple(talk.offer_call(offers) if step == "call" else talk.take(step) for step in steps)
     recalls = frozenset(i for i, step in enumerate(steps) if step == "ask")
-    return MemoryEpisode(head, turns, recalls, shown, tuple(_question(talk, kind, head) for kind in questions))
+    equipped = frozenset(i for i, step in enumerate(steps) if calls and (step == "call" or rng.random() < 0.2))
+    asked = tuple(_question(talk, kind, head, offers, tooled) for kind in questions)
+    return MemoryEpisode(head, turns, recalls, shown, asked, tools_of(offers), equipped)
 
 
-def _question(talk: _Talk, kind: str, system: Message | None) -> Question:
+def _recallless(rng: Random, n: int) -> tuple[Offer, ...]:
+    """Tools whose requests give all that they need."""
+    while True:
+        first = draw_offer(rng)
+        if first.kind != "remembered":
+            break
+    offers: tuple[Offer, ...] = (first,)
+    while len(offers) < n:
+        offers = tuple(o for o in draw_offers(rng, n + 1, first=first) if o.kind != "remembered")[:n]
+    return offers
+
+
+def _question(
+    talk: Talk, kind: str, system: Message | None, offers: tuple[Offer, ...] = (), tooled: float = 0.0
+) -> Question:
     rng = talk.rng
     if kind == "tool":
         tools = toolchat.draw_tools(rng, rng.choice((1, 2, 3)))
-        return Question(tool_turn(rng, tools), system, tuple(tools))
+        return Question(talk.named_call(tools), system, tuple(tools))
     if kind == "fact":
-        facts = toolchat.draw_facts(rng, rng.choice((1, 2, 3, 4)))
-        fact = rng.choice(facts)
-        turn = _turn(toolchat.ask_fact(rng, fact), toolchat.cite(facts, fact))
-        return Question(turn, _facts_message(facts, system))
-    return Question(talk.take(kind), system)
+        return _fact_question(talk, system)
+    if kind in ("offer", "unoffered"):
+        shown = offers or _recallless(rng, rng.choice((1, 1, 2)))
+        said = talk.offer_call(shown) if kind == "offer" else talk.unoffered(shown)
+        return Question(said, system, tools_of(shown))
+    if kind == "remembered":
+        told = rng.random() < 0.85 or len(talk.told) == len(ATTRIBUTES)
+        names = sorted(talk.told) if told else [name for name in ATTRIBUTES if name not in talk.told]
+        needed = remembered(rng, rng.choice(names))
+        shown = draw_offers(rng, rng.choice((1, 1, 2)), first=needed)
+        return Question(talk.offer_call([needed]), system, tools_of(shown))
+    at_hand = tools_of(offers or draw_offers(rng, rng.choice((1, 1, 2)))) if rng.random() < tooled else ()
+    return Question(talk.take(kind), system, at_hand)
+
+
+def _fact_question(talk: Talk, system: Message | None) -> Question:
+    """A question with facts in its prompt: for one of them, some stating otherwise what was told, or for none."""
+    rng = talk.rng
+    facts = toolchat.draw_facts(rng, rng.choice(FACT_COUNTS))
+    told = [name for name in PROJECT if name in talk.told and all(name != fact.subject for fact in facts)]
+    fact = rng.choice(facts)
+    kind = rng.random()
+    if told and kind < 0.3:
+        other = language.redraw(rng, talk.told[rng.choice(told)])
+        facts[facts.index(fact)] = fact = toolchat.Fact(other.attribute, other.value)
+    talk.kept = {fact.subject for fact in facts}
+    try:
+        uncited = kind > 0.8 and talk.askable
+        return Question(talk.ask() if uncited else talk.ask_fact(facts, fact), facts_message(facts, system))
+    finally:
+        talk.kept = set()

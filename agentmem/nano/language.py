@@ -168,7 +168,12 @@ def change(rng: Random, binding: Binding) -> tuple[str, str]:
 
 def ask(rng: Random, attribute: str) -> str:
     """A user message that asks for the attribute's value."""
-    return rng.choice(_ASK).format(mine=mine(attribute))
+    return ask_about(rng, mine(attribute))
+
+
+def ask_about(rng: Random, name: str) -> str:
+    """A user message that asks for what ``name`` ("my pet", "the retry limit") is."""
+    return rng.choice(_ASK).format(mine=name)
 
 
 def answer(binding: Binding) -> str:

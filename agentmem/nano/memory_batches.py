@@ -19,6 +19,8 @@ from agentmem.nano.episodes import MemoryEpisode, draw_memory_episode
 from agentmem.training.adapter import MemoryBatch, Row, memory_batch
 
 ACKNOWLEDGE_WEIGHT = 0.2
+_SKILLS = ("tool", "fact", "filler", "chatter", "offer", "unoffered", "remembered", "ask")
+_SKILL_WEIGHTS = (18, 16, 8, 4, 16, 4, 26, 8)
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Mix:
         bindings, fillers: inclusive ranges, drawn once a batch, so rows are about equally long.
         episodes: conversations in the batch.
         unknown: one conversation in so many is asked something that was never told; 0 = none.
-        skills: the questions are tools, facts and small talk.
+        skills: the questions are tools, facts, small talk and calls that need what was told.
+        calls: tool turns among what is written, an inclusive range; a third of the questions then shows tools.
         plain: no changes, no questions on the way, no system message.
     """
 
@@ -38,26 +41,35 @@ class Mix:
     episodes: int
     unknown: int = 0
     skills: bool = False
+    calls: tuple[int, int] = (0, 0)
     plain: bool = False
 
 
 def stage_mix(step: int, steps: int) -> Mix:
     """The curriculum: one or two bindings until writing and reading are found, then more, then long conversations.
 
-    After the first stage a tenth of the steps keeps tools, facts and small talk as they were. Towards the end fewer
-    questions are about what was never told, since they teach doubt along with honesty.
+    After the second stage a fifth of the steps has tools: one in ten asks for calls, facts and small talk, one in ten
+    has calls among what is written and tools in some questions' prompts. The others are recall alone, up to twelve
+    bindings and twenty turns of small talk. Towards the end fewer questions are about what was never told, since they
+    teach doubt along with honesty.
     """
     if step < 0.2 * steps:
         return Mix((1, 2), (0, 1), 24, plain=True)
-    if step % 10 == 9:
-        return Mix((1, 3), (0, 2), 12, skills=True)
-    unknown = 3 if step < 0.8 * steps else 8
-    if step < 0.4 * steps:
-        return Mix((1, 6), (0, 2), 16, unknown)
     kind = step % 10
+    if kind == 9:
+        return Mix((1, 4), (0, 3), 14, skills=True)
+    unknown = 3 if step < 0.8 * steps else 8
+    if step < 0.35 * steps:
+        return Mix((1, 6), (0, 2), 16, unknown)
+    if kind == 4:
+        return Mix((1, 6), (0, 3), 8, unknown, calls=(1, 2))
     if kind in (1, 6):
-        return Mix((1, 5), (8, 20), 8, unknown)
-    if kind in (3, 8):
+        return Mix((2, 9), (8, 20), 8, unknown)
+    if kind == 8:
+        return Mix((6, 12), (4, 16), 8, unknown)
+    if kind == 3:
+        return Mix((6, 12), (0, 4), 10, unknown)
+    if kind == 0:
         return Mix((2, 8), (3, 8), 12, unknown)
     return Mix((1, 8), (0, 4), 16, unknown)
 
@@ -86,6 +98,7 @@ class MemoryBatches:
         changes, asks = rng.choice((0, 0, 0, 1, 1, 2)), rng.choice((0, 0, 1, 2))
         shown = min(rng.choice((0, 0, 0, 0, 1, 2)), bindings + fillers)
         system, apart = rng.random() < 0.3, rng.random() < 0.75
+        calls = rng.randint(*mix.calls)
         if mix.plain:
             changes, asks, shown, system = 0, 0, 0, False
         written: list[Row] = []
@@ -93,15 +106,19 @@ class MemoryBatches:
         for i in range(mix.episodes):
             kinds = ["unknown" if mix.unknown and i % mix.unknown == 0 else "ask", *(["ask"] * (0 if shown else 2))]
             if mix.skills:
-                kinds = [rng.choice(("tool", "tool", "fact", "filler"))]
+                kinds = rng.choices(_SKILLS, _SKILL_WEIGHTS)
+            elif calls:
+                kinds = [kinds[0], "remembered" if rng.random() < 0.4 else "ask"]
             episode = draw_memory_episode(
                 rng,
                 bindings=bindings,
                 fillers=fillers,
                 changes=changes,
                 asks=asks,
+                calls=calls,
                 shown=shown,
                 system=system,
+                tooled=0.4 if mix.calls[1] else 0.25 if mix.skills else 0.0,
                 questions=kinds,
             )
             written.append(self.written(episode, apart=apart))
@@ -113,8 +130,10 @@ class MemoryBatches:
         row = Row()
         for i, turn in enumerate(episode.turns):
             block = i if apart else 0
-            if episode.system is not None and (apart or i == 0):
-                for piece in render([episode.system]):
+            if apart or i == 0:
+                opening = [episode.system] if episode.system else []
+                tools = episode.tools if i in episode.equipped or not apart else ()
+                for piece in render(opening, tools):
                     row.extend(self._encoder.encode(piece.text), write=False, weight=0.0, block=block)
             # A reply that answers comes from memory; others repeat what stands in view.
             counts = 1.0 if i in episode.recalls else ACKNOWLEDGE_WEIGHT

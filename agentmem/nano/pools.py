@@ -50,3 +50,12 @@ VERBS = _WORDS["verbs"]
 PARAMETERS = _WORDS["parameters"]
 SYLLABLES = _WORDS["syllables"]
 """What invented words are made of."""
+CITIES = _WORDS["cities"]
+GOODS = _WORDS["goods"]
+KINDS = _WORDS["kinds"]
+"""Adjectives."""
+FIRMS = _WORDS["firms"]
+ACTIONS = _WORDS["actions"]
+"""Verbs of requests that leave an argument to memory."""
+JOBS = _WORDS["jobs"]
+"""What such requests are about."""

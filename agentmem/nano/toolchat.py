@@ -13,6 +13,7 @@ from random import Random
 from typing import Any
 
 from agentmem.messages import ToolCall
+from agentmem.nano.language import ask_about
 from agentmem.nano.pools import ATTRIBUTES, PARAMETERS, SYLLABLES, VERBS, WORDS
 
 _REQUEST = (
@@ -26,7 +27,58 @@ _REQUEST = (
     "Please {spoken} for {args}.",
 )
 _BARE = {*WORDS, *ATTRIBUTES["home town"].values, *ATTRIBUTES["name"].values}
+# Tools of other people's tests: a model is never trained on them.
+WITHHELD = "get_weather"
 _REQUEST_BARE = ("Call {tool}.", "Please use {tool}.", "Run the tool {tool}.", "Please {spoken}.")
+_ONSETS = (
+    *(
+        "b",
+        "br",
+        "c",
+        "ch",
+        "cl",
+        "cr",
+        "d",
+        "dr",
+        "f",
+        "fl",
+        "fr",
+        "g",
+        "gl",
+        "gr",
+        "h",
+        "j",
+        "k",
+        "kl",
+        "l",
+        "m",
+        "n",
+    ),
+    *(
+        "p",
+        "ph",
+        "pl",
+        "pr",
+        "qu",
+        "r",
+        "s",
+        "sc",
+        "sh",
+        "sk",
+        "sl",
+        "sn",
+        "sp",
+        "st",
+        "str",
+        "t",
+        "th",
+        "tr",
+        "v",
+        "w",
+    ),
+)
+_VOWELS = (*"aeiou", *"aeiou", "ai", "au", "ea", "ee", "ie", "io", "oo", "ou")
+_CODAS = ("", "", "", *"nrsltmx", "ck", "nd", "nt", "st", "ng", "rn", "lt")
 _ARGUMENT = ("{p} {v}", "{p} {v}", "{p} = {v}", '{p} "{v}"', "{p}: {v}")
 
 
@@ -44,8 +96,13 @@ class Fact:
 
 
 def invented_word(rng: Random) -> str:
-    """A pronounceable word of two or three syllables that means nothing."""
-    return "".join(rng.choice(SYLLABLES) for _ in range(rng.choice((2, 2, 3))))
+    """A pronounceable word that means nothing: of plain syllables, or of such as no tokenizer has whole."""
+    if rng.random() < 0.5:
+        return "".join(rng.choice(SYLLABLES) for _ in range(rng.choice((2, 2, 3))))
+    syllables = (
+        rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(rng.choice((1, 2, 2, 3)))
+    )
+    return "".join(syllables)
 
 
 def _some_value(rng: Random) -> str:
@@ -105,6 +162,8 @@ def draw_tools(rng: Random, n: int) -> list[dict[str, Any]]:
     tools: dict[str, dict[str, Any]] = {}
     while len(tools) < n:
         tool = draw_tool(rng)
+        if tool["function"]["name"].startswith(WITHHELD):
+            continue
         tools.setdefault(tool["function"]["name"], tool)
     return list(tools.values())
 
@@ -158,16 +217,19 @@ def draw_facts(rng: Random, n: int) -> list[Fact]:
 
 
 def facts_block(facts: Sequence[Fact]) -> str:
-    """The block that a system message ends with: "Facts:" and one numbered sentence a line."""
-    return "\n".join(["Facts:", *(f"[{i}] {fact.sentence}" for i, fact in enumerate(facts, 1))])
+    """The block that a system message ends with: "Facts:" and a sentence a line, each with its number behind it."""
+    return "\n".join(["Facts:", *(f"{fact.sentence} [{i}]" for i, fact in enumerate(facts, 1))])
 
 
 def ask_fact(rng: Random, fact: Fact) -> str:
-    """A user message that asks for the fact's value."""
-    form = rng.choice(("What is the {s}?", "What is the {s}?", "Please tell me the {s}.", "Can you tell me the {s}?"))
-    return form.format(s=fact.subject)
+    """A user message that asks for the fact's value, in the words in which a binding is asked."""
+    return ask_about(rng, f"the {fact.subject}")
 
 
-def cite(facts: Sequence[Fact], fact: Fact) -> str:
-    """The right answer from a facts block: "The retry limit is 300 [2]."."""
-    return f"The {fact.subject} is {fact.value} [{list(facts).index(fact) + 1}]."
+def cite(facts: Sequence[Fact], fact: Fact, told: str | None = None) -> str:
+    """The right answer from a facts block, which is the line of the fact: "The retry limit is 300. [2]".
+
+    A fact wins over another value that was told, and the answer says so: "The port is 3000. [1] You said 8080.".
+    """
+    aside = f" You said {told}." if told is not None and told != fact.value else ""
+    return f"{fact.sentence} [{list(facts).index(fact) + 1}]{aside}"

@@ -1,8 +1,8 @@
 """The recipe that puts retrieved facts before a model and finds what its reply cites.
 
-Facts stand in the leading system message, numbered from 1; the reply names them as [1]. System messages are
-shown to the model and never written into its memory, so facts stay out of the matrices and can change every
-turn.
+Facts stand in the leading system message, each with its number behind it, from 1; the reply names them as [1].
+System messages are shown to the model and never written into its memory, so facts stay out of the matrices and can
+change every turn.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ _CITATION = re.compile(r"\[([0-9]{1,6}(?:\s*,\s*[0-9]{1,6})*)\]")
 def facts_block(documents: Sequence[Document]) -> str:
     """The documents' texts as numbered facts, or "" for no documents.
 
-    ``"Facts:\\n[1] first text\\n[2] second text"``. A text takes one line: line breaks inside it become
-    spaces, so that no text can pretend to be another number.
+    ``"Facts:\\nfirst text [1]\\nsecond text [2]"``. A text takes one line: line breaks inside it become spaces, and the
+    last number of a line is its own, so that no text can pretend to be another number. Behind the text the number is
+    where a reply puts it, so a small model that copies a fact has cited it.
     """
     if not documents:
         return ""
-    lines = [f"[{number}] {_one_line(document.page_content)}" for number, document in enumerate(documents, start=1)]
+    lines = [f"{_one_line(document.page_content)} [{number}]" for number, document in enumerate(documents, start=1)]
     return "\n".join(["Facts:", *lines])
 
 

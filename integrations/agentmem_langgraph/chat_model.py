@@ -22,14 +22,14 @@ from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable
-from pydantic import ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 import agentmem
 from agentmem import Window
 from agentmem.errors import ConfigError, MissingAdapterError, TurnError
 from agentmem.messages import Message
 from agentmem_langgraph.carrier import MemoryTurn
-from agentmem_langgraph.loading import OF_ONE_MODEL, once
+from agentmem_langgraph.loading import Engines, Source
 from agentmem_langgraph.messages import to_ai_message, to_engine
 from agentmem_langgraph.profile import profile_of
 from agentmem_langgraph.streaming import ChunkWriter
@@ -105,15 +105,14 @@ class ChatDeltaMem(BaseChatModel):
     cache: BaseCache | bool | None = Field(default=False, exclude=True)
     """LangChain's LLM cache, off: a cached reply brings no new memory. Never together with `memory=`."""
 
-    _others: dict[str, Any] = PrivateAttr(default_factory=dict)  # engines of models that calls named
+    engines: Any = Field(default_factory=Engines, exclude=True, repr=False)
+    """What this model and its copies have loaded; `close` ends it."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if self.engine is not None and (self.model is not None or self.adapter is not None or self.load_options):
             raise ConfigError("give an engine, or a model, an adapter and load_options to load; found both")
         return self
-
-    # ------------------------------------------------------------------ calls
 
     def _generate(
         self,
@@ -293,10 +292,14 @@ class ChatDeltaMem(BaseChatModel):
         """Tokens of the messages (and tools) as the model's chat template renders them."""
         return self._ready().count_tokens(to_engine(messages), [openai_tool(tool) for tool in tools or ()])
 
+    def close(self) -> None:
+        """Close the engines that this model and its copies have loaded, not one that was given."""
+        self.engines.close()
+
     # ------------------------------------------------------------------ what LangChain asks about the model
 
     def _resolve_model_profile(self) -> ModelProfile:
-        return profile_of(self.engine, self._model_name)
+        return profile_of(self._loaded(None), self._model_name)
 
     @property
     def _llm_type(self) -> str:
@@ -321,25 +324,22 @@ class ChatDeltaMem(BaseChatModel):
         params["ls_model_name"] = str(kwargs.get("model") or self._model_name)
         return params
 
-    # ------------------------------------------------------------------ inside
-
     def _ready(self, other: str | Path | None = None) -> Engine:
         """The engine; or that of another model, which a call named."""
-        return once(lambda: self._loaded(other), lambda: self._load(other))
+        found: Engine = self._loaded(other) or self.engines.load(self._source(other))
+        return found
 
-    def _load(self, other: str | Path | None) -> Engine:
-        if other is None or str(other) == self._model_name:
-            self.engine = new = agentmem.load(model=self.model or "nano", adapter=self.adapter, **self.load_options)
-            return new
-        options = {name: value for name, value in self.load_options.items() if name not in OF_ONE_MODEL}
-        adapter: Literal[False] | None = None if self.use_memory else False
-        self._others[str(other)] = new = agentmem.load(model=str(other), adapter=adapter, **options)
-        return new
+    def _source(self, other: str | Path | None) -> Source:
+        own = Source(self.model or "nano", self.adapter, self.load_options)
+        return own if self._is_own(other) else own.of_another(str(other), memory=self.use_memory)
 
     def _loaded(self, other: str | Path | None) -> Engine | None:
-        own = other is None or str(other) == self._model_name
-        engine: Engine | None = self.engine if own else self._others.get(str(other))
-        return engine
+        own = self._is_own(other) and self.engine is not None
+        found: Engine | None = self.engine if own else self.engines.get(self._source(other))
+        return found
+
+    def _is_own(self, other: str | Path | None) -> bool:
+        return other is None or str(other) == self._model_name
 
     async def _aready(self, other: str | Path | None = None) -> Engine:
         found = self._loaded(other)

@@ -12,11 +12,11 @@ from langchain_core.messages import BaseMessage, HumanMessage, SystemMessage
 
 
 def numbered_facts(documents: Sequence[Document]) -> str:
-    """The documents' texts as numbered facts: "Facts:", then a line "[1] text" for each; "" for none.
+    """The documents' texts as numbered facts: "Facts:", then a line "text [1]" for each; "" for none.
 
-    A text takes one line, so that no text can pretend to be another number.
+    A text takes one line and the last number of a line is its own, so that no text can pretend to be another number.
     """
-    lines = [f"[{n}] {_one_line(d.page_content)}" for n, d in enumerate(documents, start=1)]
+    lines = [f"{_one_line(d.page_content)} [{n}]" for n, d in enumerate(documents, start=1)]
     return "\n".join(["Facts:", *lines]) if lines else ""
 
 

@@ -33,7 +33,7 @@ class MemoryNode(Runnable[Any, dict[str, Any]]):
         system: a system prompt, shown before the messages and never stored.
         retriever: looks up facts for the last human message. They are shown in the leading system message,
             and neither stored nor written into memory.
-        format_facts: how the facts are shown; by default "Facts:" and a line "[1] text" for each.
+        format_facts: how the facts are shown; by default "Facts:" and a line "text [1]" for each.
         name: of the node.
     """
 

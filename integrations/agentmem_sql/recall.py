@@ -36,6 +36,9 @@ _EXACT = (
     | ormsgpack.OPT_PASSTHROUGH_UUID
 )
 
+# What msgpack makes of something that is no plain data, and what arrays and tensors make of a comparison.
+_NOT_PLAIN = (TypeError, ValueError, RuntimeError)
+
 _pack, _unpack = ormsgpack.packb, ormsgpack.unpackb
 _set = object.__setattr__
 _fields_of, _extra_of = attrgetter("__dict__"), attrgetter("__pydantic_extra__")
@@ -142,7 +145,7 @@ def recognise(items: Iterable[Any], known: Mapping[str, Recalled]) -> list[Recal
             try:
                 known_fields = one.fields
                 same = (fields if type(known_fields) is dict else _pack(fields, option=_EXACT)) == known_fields
-            except TypeError:  # something that is no plain data, and so was not there
+            except _NOT_PLAIN:  # and so was not there
                 same = False
             if not same or type(item) is not one.kind or item.__pydantic_extra__:
                 one = None
@@ -191,9 +194,9 @@ class Run:
         try:
             for at in self._packed:
                 now[at] = _pack(now[at], option=_EXACT)
-        except TypeError:  # something that is no plain data, and so was not there
+            return now == self._fields and not any(map(_extra_of, start))
+        except _NOT_PLAIN:  # and so was not there
             return False
-        return now == self._fields and not any(map(_extra_of, start))
 
 
 @lru_cache(maxsize=256)

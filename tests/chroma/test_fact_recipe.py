@@ -12,13 +12,13 @@ DOCUMENTS = [Document(page_content=text) for text in ("first text", "second text
 
 
 def test_the_block_numbers_its_facts() -> None:
-    assert facts_block(DOCUMENTS[:2]) == "Facts:\n[1] first text\n[2] second text"
+    assert facts_block(DOCUMENTS[:2]) == "Facts:\nfirst text [1]\nsecond text [2]"
     assert facts_block([]) == ""
 
 
 @pytest.mark.parametrize("text", ["a\nb", "a\r\nb", "  a\n\n  b\n", "a\u2028b", "a\x0bb"])
 def test_a_fact_takes_one_line(text: str) -> None:
-    assert facts_block([Document(page_content=text)]) == "Facts:\n[1] a b"
+    assert facts_block([Document(page_content=text)]) == "Facts:\na b [1]"
 
 
 @pytest.mark.parametrize(

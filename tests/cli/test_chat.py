@@ -273,7 +273,7 @@ def test_facts_are_cited_with_their_source(talk: Talk, tmp_path: Path) -> None:
         store.add("The page size is 50.", source="api.md")
         talk.retriever = FactRetriever(store=store, k=2)
         shown = talk(TOLD, "What is the page size?")
-    assert re.search(r"The page size is 50 \[(\d)\]\.", shown)
+    assert re.search(r"The page size is 50\. \[(\d)\]", shown)
     assert re.search(r"\[\d\] The page size is 50\. \(api\.md\)", shown)
     assert "runbook.md" not in shown
     assert messages(talk)[0::2] == [TOLD, "What is the page size?"]

@@ -257,3 +257,22 @@ def test_json_that_spells_a_delimiter_where_delimiters_are_text(make_engine: Mak
     with text_tagged(make_engine()) as engine:
         turn = say(engine, ReplyFormat(schema=schema))
     assert json.loads(turn.message.content) == {"a": "<tool_call>x</tool_call>"}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"enum": ["</tool_call>"]},
+        {"enum": ["see <|im_end|> here"]},
+        {"enum": ["<think>", "<tool_call>", "x"]},
+        {"type": "object", "properties": {"<think>": {"enum": [1, 2]}}, "required": ["<think>"]},
+        {"type": "string", "pattern": "^<think>[ab]{2,4}</think>$"},
+    ],
+)
+def test_values_that_spell_a_token_of_the_template(make_engine: MakeEngine, schema: dict[str, Any]) -> None:
+    engine = make_engine()
+    for seed in range(3):
+        jsonschema.validate(json.loads(say(engine, ReplyFormat(schema=schema), seed).message.content), schema)
+        given = {"type": "object", "properties": {"value": schema}, "required": ["value"]}
+        (call,) = say(engine, ReplyFormat(tools=[tool("pick", given)], calls="must"), seed).message.tool_calls
+        jsonschema.validate(dict(call.arguments), given)

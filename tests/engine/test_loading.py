@@ -198,3 +198,25 @@ def test_a_revision_from_the_hub_that_lies_here(
             assert loaded.adapter_fingerprint == engine.adapter_fingerprint
     with pytest.raises(AdapterError, match=engines["v1"].model_fingerprint):
         agentmem.load("some/model", "some/model", adapter_revision="v1")
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_model_is_the_same_model_in_every_dtype(
+    make_engine: Any, tmp_path: Path, stored: torch.dtype, loaded: torch.dtype
+) -> None:
+    engine = make_engine()
+    engine.model.to(stored)
+    engine.model.save_pretrained(tmp_path)
+    engine.tokenizer.save_pretrained(tmp_path)
+    engine.steered.save(tmp_path / "adapter")
+    with agentmem.load(tmp_path, device="cpu", dtype=loaded) as other:
+        assert other.model.dtype == loaded
+        assert other.model_fingerprint == engine.model_fingerprint
+
+
+def test_offloaded_weights_are_refused(make_engine: Any) -> None:
+    model = make_engine(memory=False).model
+    model.model.layers[1].self_attn.q_proj.to("meta")
+    with pytest.raises(ConfigError, match=r"layers\.1\.self_attn\.q_proj\.weight offloaded"):
+        SteeredModel.attach(model, config=MemoryConfig(rank=4))

@@ -20,7 +20,7 @@ from agentmem.nano.pools import ATTRIBUTES
 NAMES = sorted(ATTRIBUTES)
 RANK = max(len(NAMES), *(len(a.values) for a in ATTRIBUTES.values()))
 _CALL = re.compile(r"Call (\w+) with (\w+) (\S+)\.")
-_FACT = re.compile(r"\[(\d+)\] The (.+) is (.+)\.")
+_FACT = re.compile(r"The (.+) is (.+)\. \[(\d+)\]")
 
 
 class FakeEngine:
@@ -30,6 +30,9 @@ class FakeEngine:
     name = "fake"
     has_memory = True
     max_tokens_limit = 4096
+
+    def close(self) -> None:
+        """There is no thread to end."""
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
@@ -120,9 +123,9 @@ class FakeEngine:
         if options.get("tools") and (call := _CALL.search(last.content)):
             body = {"name": call[1], "arguments": {call[2]: int(call[3]) if call[3].isdigit() else call[3]}}
             return [Delta("Sure.\n"), Delta(json.dumps(body), "tool_call")]
-        for number, subject, value in _FACT.findall(messages[0].content if messages[0].role == "system" else ""):
+        for subject, value, number in _FACT.findall(messages[0].content if messages[0].role == "system" else ""):
             if subject in last.content:
-                return _words(f"The {subject} is {value} [{number}].")
+                return _words(f"The {subject} is {value}. [{number}]")
         for attribute in NAMES:
             if re.search(rf"\b{attribute}\b", last.content) and options.get("memory", True):
                 column = state.matrices[0, 0, :, NAMES.index(attribute)]

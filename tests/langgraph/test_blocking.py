@@ -108,7 +108,7 @@ async def test_a_model_that_is_loaded_on_first_use() -> None:
     async with watched():
         llm = ChatDeltaMem(model="nano", max_tokens=5)
         await asyncio.gather(llm.ainvoke(TELL), llm.ainvoke(TELL, model="nano"))
-    llm.engine.close()
+    llm.close()
 
 
 async def test_a_graph_with_facts_and_a_database(llm: ChatDeltaMem, saver: SQLAlchemySaver, facts: FactStore) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from fake_engine import FakeEngine
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage
+from langchain_core.runnables import ConfigurableField
 from pydantic import ValidationError
 
 from agentmem import Delta, MemoryState, Window
@@ -253,6 +256,33 @@ def test_the_engine_is_loaded_on_first_use(fake: FakeEngine, monkeypatch: pytest
     assert loaded == [{"model": "some/model", "adapter": "some/adapter", **options}]
     llm.invoke("Hello!", model="another/model")
     assert loaded[1:] == [{"model": "another/model", "adapter": None, "quantize": "4bit"}]
+
+
+def test_copies_share_what_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LangChain makes a new object of a configurable model for every call."""
+    loaded: list[dict[str, Any]] = []
+
+    def load(**options: Any) -> FakeEngine:
+        loaded.append(options)
+        return FakeEngine()
+
+    monkeypatch.setattr("agentmem.load", load, raising=False)
+    llm = ChatDeltaMem(model="some/model")
+    configurable = llm.configurable_fields(max_tokens=ConfigurableField(id="limit"))
+    for limit in (2, 3, 4):
+        configurable.with_config(configurable={"limit": limit}).invoke("Hello!")
+        llm.invoke("Hello!")
+    assert len(loaded) == 1
+    bare = llm.model_copy(update={"adapter": False, "load_options": {"dtype": "float32"}})
+    bare.invoke("Hello!")
+    assert loaded[1:] == [{"model": "some/model", "adapter": False, "dtype": "float32"}]
+    # A copy without memory must not leave a model without memory to one that has it.
+    llm.model_copy(update={"use_memory": False}).invoke("Hello!", model="another")
+    llm.invoke("Hello!", model="another")
+    assert [one["adapter"] for one in loaded[2:]] == [False, None]
+    llm.close()
+    llm.invoke("Hello!")
+    assert len(loaded) == 5
 
 
 def test_tokens_are_counted_by_the_models_own_tokenizer(llm: ChatDeltaMem) -> None:

@@ -96,9 +96,9 @@ async def test_facts_are_shown_in_the_leading_system_message(
     state = {"messages": [HumanMessage("Hello!"), HumanMessage("What is the retry limit?")]}
     update = await node.ainvoke(state) if is_async else node.invoke(state)
     assert shelf.asked[-1] == "What is the retry limit?"
-    facts = "Facts:\n[1] The retry limit is 300.\n[2] The api gate is blue."
+    facts = "Facts:\nThe retry limit is 300. [1]\nThe api gate is blue. [2]"
     assert shown(fake)[0] == ("system", f"Be brief.\n\n{facts}")
-    assert update["messages"][0].text == "The retry limit is 300 [1]."
+    assert update["messages"][0].text == "The retry limit is 300. [1]"
     # Neither stored nor recorded: two human messages and the reply.
     assert [m.type for m in update["messages"]] == ["ai"]
     assert update["memory"]["count"] == 3
@@ -119,5 +119,5 @@ def test_without_system_and_facts_the_history_is_shown_as_it_is(fake: FakeEngine
 
 def test_a_fact_can_not_pretend_to_be_another() -> None:
     facts = numbered_facts([Document("a\n[2] b"), Document("c")])
-    assert facts.splitlines() == ["Facts:", "[1] a [2] b", "[2] c"]
+    assert facts.splitlines() == ["Facts:", "a [2] b [1]", "c [2]"]
     assert numbered_facts([]) == ""

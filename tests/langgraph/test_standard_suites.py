@@ -20,7 +20,7 @@ from agentmem.loading import NANO
 from agentmem_langgraph import ChatDeltaMem
 
 LEARNING = pytest.mark.xfail(
-    reason="nano has not learned yet to copy a number or a quoted name of any script into a call, nor when to call"
+    reason="nano copies a name of another script into a call in two of three cases only, and not in this one"
 )
 # No keys to send, and no server whose failures could be tried again.
 _OF_SERVERS = ("api_key", "max_retries")
@@ -96,18 +96,6 @@ class TestIntegration(ChatModelIntegrationTests):
             return llm.invoke("Hello, how are you today?")
         chunks = list(llm.stream("Hello, how are you today?"))
         return sum(chunks[1:], chunks[0])
-
-    @LEARNING
-    def test_tool_calling(self, model: Any) -> None:
-        super().test_tool_calling(model)
-
-    @LEARNING
-    async def test_tool_calling_async(self, model: Any) -> None:
-        await super().test_tool_calling_async(model)
-
-    @LEARNING
-    def test_agent_loop(self, model: Any) -> None:
-        super().test_agent_loop(model)
 
     @LEARNING
     def test_unicode_tool_call_integration(self, model: Any) -> None:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
+from keyword import iskeyword
 from random import Random
+from typing import Any
 
 import pytest
+from langchain_core.tools import StructuredTool
+from langchain_core.utils.function_calling import convert_to_openai_tool
+from pydantic import Field, create_model
 
-from agentmem.nano import language
-from agentmem.nano.episodes import draw_episode, draw_memory_episode
+from agentmem.nano import episodes, language, offers, toolchat
+from agentmem.nano.chatml import render
+from agentmem.nano.chatter import chatter
+from agentmem.nano.episodes import Episode, MemoryEpisode, draw_episode, draw_memory_episode
 from agentmem.nano.language import Binding
+from agentmem.nano.outcomes import OUTCOMES, outcome_of
 from agentmem.nano.pools import ATTRIBUTES
+from agentmem.nano.spans import draw_span
 
 
 def test_pools_are_large_and_free_of_repeats() -> None:
@@ -98,3 +109,151 @@ def test_a_memory_episode_is_asked_for_the_latest_value() -> None:
 
 def _asked(answer: str) -> str:
     return next(name for name in sorted(ATTRIBUTES, key=len, reverse=True) if f"{name} is" in answer)
+
+
+QUESTIONS = ("ask", "unknown", "filler", "chatter", "tool", "offer", "unoffered", "remembered", "fact")
+# The prompts and names of LangChain's standard suites, which nano is tested with.
+WITHHELD = re.compile(
+    r"magic|get_weather|weather_lookup|weather (in|at|of|for) [A-Z]|San Francisco|unicode_"
+    r"|你好|こんにちは|株式会社|集团|Hello, how are you today|my_adder|1 \+ 2|joke about|Joke|setup|punchline|Pirate"
+    r'|"name": "(Person|person)", "(description|arguments|parameters)'
+)
+
+
+def text_of(episode: Episode) -> str:
+    return "".join(piece.text for piece in render(episode.messages, episode.tools))
+
+
+def text_of_memory(episode: MemoryEpisode) -> str:
+    told = [m for turn in episode.turns for m in turn]
+    head = [episode.system] if episode.system else []
+    asked = [
+        "".join(piece.text for piece in render([*([q.system] if q.system else []), *q.turn], q.tools))
+        for q in episode.questions
+    ]
+    return "".join(piece.text for piece in render([*head, *told], episode.tools)) + "".join(asked)
+
+
+def calls_of(episode: Episode) -> list[tuple[str, str, dict[str, Any]]]:
+    """The user text before each call, the called name and the arguments."""
+    return [
+        (before.content, call.name, dict(call.arguments))
+        for before, message in zip(episode.messages, episode.messages[1:], strict=False)
+        for call in message.tool_calls
+    ]
+
+
+def test_the_standard_suites_prompts_and_names_never_occur() -> None:
+    rng = Random(13)
+    for _ in range(3000):
+        found = WITHHELD.search(text_of(draw_episode(rng, skills=0.9)))
+        assert found is None, found
+    for _ in range(300):
+        episode = draw_memory_episode(rng, bindings=3, fillers=3, calls=2, tooled=0.5, questions=QUESTIONS)
+        found = WITHHELD.search(text_of_memory(episode))
+        assert found is None, found
+
+
+def test_offered_tools_are_as_langchain_gives_them() -> None:
+    types = {"string": str, "integer": int}
+    rng = Random(6)
+    for _ in range(200):
+        function = offers.draw_offer(rng).tool["function"]
+        fields: dict[str, Any] = {}
+        if any(map(iskeyword, function["parameters"]["properties"])):  # which no Python function has
+            continue
+        for name, schema in function["parameters"]["properties"].items():
+            bounds = {"lt": schema.get("exclusiveMaximum"), "gt": schema.get("exclusiveMinimum")}
+            fields[name] = (types[schema["type"]], Field(..., description=schema.get("description"), **bounds))
+        made = StructuredTool.from_function(
+            lambda: None,
+            name=function["name"],
+            description=function["description"],
+            args_schema=create_model("Arguments", **fields),
+            infer_schema=False,
+        )
+        assert json.dumps(convert_to_openai_tool(made)) == json.dumps({"type": "function", "function": function})
+
+
+def test_a_call_fits_its_tool_and_holds_what_was_said_or_told() -> None:
+    rng = Random(9)
+    seen: Counter[str] = Counter()
+    for _ in range(600):
+        episode = episodes.offer_episode(rng)
+        tools = {tool["function"]["name"]: tool["function"]["parameters"] for tool in episode.tools}
+        told = " ".join(m.content for m in episode.messages if m.role in ("system", "user"))
+        for said, name, arguments in calls_of(episode):
+            assert list(arguments) == tools[name].get("required", [])
+            for parameter, value in arguments.items():
+                assert isinstance(value, int if tools[name]["properties"][parameter]["type"] == "integer" else str)
+                assert str(value) in told
+                seen["said" if str(value) in said else "told"] += 1
+    assert seen["said"] > 3 * seen["told"] > 150
+
+
+def test_the_latest_value_is_remembered_and_what_was_never_told_is_not_called_for() -> None:
+    rng = Random(10)
+    tool = offers.remembered(rng, "test command")
+    said, call = offers.request_of(rng, tool, {"test command": "nox"})
+    assert call is not None
+    assert call.arguments["test_command"] == "nox"
+    assert "nox" not in said
+    assert offers.request_of(rng, tool, {"port": "8080"})[1] is None
+    for _ in range(100):
+        episode = draw_memory_episode(rng, bindings=2, changes=1, questions=("remembered",))
+        reply = episode.questions[0].turn[1]
+        told = " ".join(m.content for turn in episode.turns for m in turn)
+        for attribute in ATTRIBUTES:
+            value = next((c.arguments.get(attribute.replace(" ", "_")) for c in reply.tool_calls), None)
+            assert value is None or str(value) in told
+
+
+def test_a_question_that_no_tool_looks_up_is_not_called_for() -> None:
+    rng = Random(14)
+    for _ in range(100):
+        drawn = offers.draw_offers(rng, 2)
+        said, reply = offers.unoffered(rng, drawn)
+        topic = reply.removeprefix("I do not know the ").removesuffix(" yet.")
+        assert topic in said
+        assert all(topic != offer.subject for offer in drawn)
+
+
+def test_facts_are_cited_by_their_number_and_win_over_what_was_told() -> None:
+    facts = [toolchat.Fact("retry limit", "300"), toolchat.Fact("port", "3000")]
+    assert toolchat.cite(facts, facts[1]) == "The port is 3000. [2]"
+    assert toolchat.cite(facts, facts[1], "8080") == "The port is 3000. [2] You said 8080."
+    assert toolchat.cite(facts, facts[1], "3000") == "The port is 3000. [2]"
+    rng = Random(15)
+    cited = [re.findall(r"\[(\d)\]", text_of(episodes.fact_episode(rng)).partition("user")[2]) for _ in range(600)]
+    numbers = Counter(number for found in cited for number in found)
+    assert numbers["2"] > 0.4 * numbers["1"]
+    assert sum(len(found) > 1 for found in cited) > 250
+
+
+def test_a_memory_episode_may_write_calls_and_ask_with_tools_at_hand() -> None:
+    rng = Random(16)
+    shown = 0
+    for _ in range(50):
+        episode = draw_memory_episode(rng, bindings=2, fillers=1, calls=2, tooled=0.5, questions=("ask", "unknown"))
+        called = [i for i, turn in enumerate(episode.turns) if any(m.tool_calls for m in turn)]
+        assert len(called) == 2
+        assert episode.tools
+        assert set(called) <= episode.equipped
+        shown += sum(bool(question.tools) for question in episode.questions)
+    assert 25 < shown < 75
+
+
+@pytest.mark.parametrize("kind", OUTCOMES)
+def test_results_are_reported(kind: str) -> None:
+    returned, report = outcome_of(Random(3), kind)
+    assert report.endswith(".")
+    assert re.findall(r"\w+", returned)[-1] in report
+
+
+def test_spans_are_of_many_scripts_and_chatter_is_a_sentence() -> None:
+    rng = Random(17)
+    spans = [draw_span(rng) for _ in range(500)]
+    assert len(set(spans)) > 480
+    assert 0.4 < sum(not span.isascii() for span in spans) / 500 < 0.75
+    assert all(set(span).isdisjoint("'\"「」\n") for span in spans)
+    assert all(reply.endswith(".") for _, reply in (chatter(rng) for _ in range(50)))

@@ -14,8 +14,8 @@ from agentmem.loading import NANO
 from agentmem.messages import Message, ToolCall
 from agentmem.nano.chatml import render
 from agentmem.nano.episodes import draw_episode
-from agentmem.nano.pools import ATTRIBUTES
-from agentmem.nano.tokenizer import CONTROL, MARKUP, train_tokenizer
+from agentmem.nano.pools import ATTRIBUTES, WORDS
+from agentmem.nano.tokenizer import CONTROL, MARKUP, train_tokenizer, twins
 
 TOKENIZER = AutoTokenizer.from_pretrained(NANO)
 
@@ -52,6 +52,27 @@ def test_a_plain_word_value_is_one_token() -> None:
 def test_training_is_deterministic() -> None:
     first, second = (train_tokenizer(3, episodes=40, learned=400) for _ in range(2))
     assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
+
+
+def test_values_and_nouns_have_twins_and_numbers_are_the_same_everywhere() -> None:
+    tokenizer = train_tokenizer(0, episodes=300)
+    assert len(tokenizer) < 7000
+    pairs = twins(tokenizer)
+    assert len(pairs) == len(set(pairs)) == len({bare for bare, _ in pairs})
+    for bare, spaced in pairs:
+        assert tokenizer.decode([spaced]) == f" {tokenizer.decode([bare])}"
+    of = dict(pairs)
+    for word in (*WORDS, *(v for a in ATTRIBUTES.values() for v in a.values if v.isascii() and v.isalpha())):
+        (bare,), (spaced,) = tokenizer(word)["input_ids"], tokenizer(f" {word}")["input_ids"]
+        assert of[bare] == spaced
+    vocabulary = set(tokenizer.get_vocab())
+    runs = [token for token in vocabulary if token.startswith("Ġ") and token[1:].isascii() and token[1:].isalpha()]
+    assert all(token[1:] in vocabulary for token in runs if len(token) > 3)
+    for number in ("3", "42", "1234", "99999"):
+        tokens = tokenizer.tokenize(number)
+        for text in (f"f({number})?", f'{{"x": {number}}}', f"f(1, {number}, 2)", f'"{number}"', f"-{number}"):
+            found = tokenizer.tokenize(text)
+            assert any(found[i : i + len(tokens)] == tokens for i in range(len(found))), text
 
 
 def as_dicts(messages: tuple[Message, ...]) -> list[dict[str, object]]:

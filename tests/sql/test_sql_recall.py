@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -275,6 +276,17 @@ def test_a_message_of_text_alone_that_is_changed_is_stored_anew(
         changed = put(memory_saver, at, {"messages": said})
         assert spelled(stored(memory_saver, changed)) == spelled(serialised(said))
         assert spelled(stored(memory_saver, at)) == before
+
+
+@pytest.mark.parametrize("others", [0, 40])
+def test_a_message_that_becomes_something_that_cannot_be_compared(memory_saver: SQLAlchemySaver, others: int) -> None:
+    def found(artifact: Any) -> ToolMessage:
+        return ToolMessage("x", id="t", tool_call_id="c", artifact=artifact)
+
+    at = put(memory_saver, config(f"array {others}"), {"messages": among(others, found(None))})
+    for _ in range(2):
+        at = put(memory_saver, at, {"messages": among(others, found(np.arange(3)))})
+        assert stored(memory_saver, at)[others // 2].artifact.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("kept", [slice(0, 30), slice(0, 17), slice(5, 60), slice(0, 1), slice(None, None, -1)])

@@ -1,0 +1,96 @@
+"""One token at a time says what a whole pass says, for every form of the mechanism and however weights were changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from core_models import random_ids, steer, tiny
+from torch import nn
+
+from agentmem import SteeredModel
+
+FORMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "several heads": {"num_state_heads": 3, "rank": 4},
+    "uncoupled": {"couple_lambda": False},
+    "retention outside": {"couple_lambda": False, "state_update_mode": "lambda_outside"},
+    "no retention": {"state_update_mode": "no_lambda"},
+    "one gate a head": {"rankwise_gates": False, "num_state_heads": 2},
+    "not normalised": {"normalize_qk": False},
+    "all heads": {"delta_heads": ["q", "k", "v", "o"]},
+    "output alone": {"delta_heads": ["o"]},
+    "values alone": {"delta_heads": ["v"]},
+    "normalised output": {"delta_o_rmsnorm": True},
+    "learned scale": {"trainable_delta_scale": True, "delta_scale_granularity": "head"},
+    "some layers": {"target_layers": [0, 2]},
+}
+
+
+def compare(steered: SteeredModel, writes: bool | torch.Tensor = True) -> None:
+    """Three rows of some tokens: read together, and one by one."""
+    # What is not normalised grows without bound.
+    ids = random_ids(3, 8 if steered.config.normalize_qk else 3)
+    writes = writes if isinstance(writes, bool) else writes[:, : ids.shape[1]]
+    with torch.inference_mode():
+        whole = steered(ids, None, write=writes)
+        state, cache, logits = steered.zeros(3), None, []
+        for at in range(ids.shape[1]):
+            now = writes if isinstance(writes, bool) else writes[:, at : at + 1]
+            out = steered(ids[:, at : at + 1], state, cache=cache or True, write=now)
+            state, cache = out.state, out.cache
+            logits.append(out.logits)
+    close = {"atol": 2e-5, "rtol": 2e-5} if steered.config.normalize_qk else {"atol": 1e-3, "rtol": 1e-3}
+    torch.testing.assert_close(torch.cat(logits, 1), whole.logits, **close)
+    torch.testing.assert_close(state, whole.state, **close)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "phi3"])
+@pytest.mark.parametrize("form", FORMS)
+def test_steps_are_a_pass(family: str, form: str) -> None:
+    steered = steer(tiny(family), **FORMS[form])
+    some = torch.rand(3, 8, generator=torch.Generator().manual_seed(1)) < 0.5
+    for writes in (True, False, some):
+        compare(steered, writes)
+
+
+def _assigned(module: nn.Module) -> None:
+    module.load_state_dict({name: 2 * one for name, one in module.state_dict().items()}, assign=True)
+
+
+def _replaced(module: nn.Module) -> None:
+    for name, one in list(module.named_parameters()):
+        setattr(module, name, nn.Parameter(2 * one.detach(), requires_grad=one.requires_grad))
+
+
+def _swapped(module: nn.Module) -> None:
+    for one in module.parameters():
+        one.data = 2 * one.data
+
+
+def _in_place(module: nn.Module) -> None:
+    with torch.no_grad():
+        for one in module.parameters():
+            one.mul_(2)
+
+
+def _fused(module: nn.Module) -> None:
+    """torch does not count what this optimiser changes."""
+    for one in module.parameters():
+        one.grad = torch.ones_like(one)
+    torch.optim.AdamW(module.parameters(), lr=0.3, fused=True).step()
+
+
+CHANGES = [(change, frozen) for change in (_assigned, _replaced, _swapped, _in_place) for frozen in (True, False)]
+
+
+@pytest.mark.parametrize(("change", "frozen"), [*CHANGES, (_fused, False)])
+def test_weights_that_changed_since_count(change: Any, frozen: bool) -> None:
+    steered = steer(tiny("qwen3"), couple_lambda=False)
+    steered.memory.requires_grad_(not frozen)
+    compare(steered)
+    before = steered.adapter_fingerprint
+    change(steered.memory[1])  # neither the first layer nor the last
+    compare(steered)
+    assert steered.adapter_fingerprint != before

@@ -17,11 +17,12 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Any, TypedDict, TypeVar
+from multiprocessing import get_context
+from typing import Annotated, Any, ClassVar, TypedDict, TypeVar
 
 from checkpointer_savers import ALONE, Contender, Servers, opened, saver_class, size
 from langchain_core.messages import AIMessage, AnyMessage
@@ -154,20 +155,67 @@ class Plan:
 
 
 class Conversation:
-    """A contender's thread."""
+    """A contender's thread, in a process of its own, as it is in service.
 
-    def __init__(self, contender: Contender, url: URL, saver: Any) -> None:
-        self.contender, self.url, self.saver = contender, url, saver
-        self._watch = Watch(saver)
-        self._graph = chat_graph(saver)
+    In one process with the others a saver's time is that of fetching its messages from memory anew: what the others
+    keep of their thousands of messages pushes them out of the processor's caches between two turns.
+    """
+
+    def __init__(self, contender: Contender, url: URL) -> None:
+        self.contender, self.url = contender, url
+        spawned = get_context("spawn")
+        self._process = ProcessPoolExecutor(1, spawned, Talk.begin, (contender, url))
+
+    def __enter__(self) -> Conversation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.shutdown(cancel_futures=True)
 
     def turn(self, number: int, seed: int) -> dict[str, float]:
         """Take a turn; the mean time of each kind of call in it, and the time of the whole."""
-        self._watch.clear()
+        return self._process.submit(Talk.turn, number, seed).result()
+
+    def end(self, turns: int) -> None:
+        """Check that the thread has so many turns, and close the saver.
+
+        Raises:
+            RuntimeError: it has not.
+        """
+        self._process.submit(Talk.end, turns).result()
+
+
+class Talk:
+    """What the process of a ``Conversation`` holds."""
+
+    here: ClassVar[Talk]
+
+    def __init__(self, contender: Contender, url: URL) -> None:
+        self._stack = ExitStack()
+        self._saver = self._stack.enter_context(opened(contender, url))
+        self._watch = Watch(self._saver)
+        self._graph = chat_graph(self._saver)
+
+    @classmethod
+    def begin(cls, contender: Contender, url: URL) -> None:
+        """Open the saver."""
+        cls.here = cls(contender, url)
+
+    @classmethod
+    def turn(cls, number: int, seed: int) -> dict[str, float]:
+        """As ``Conversation.turn``."""
+        watch = cls.here._watch
+        watch.clear()
         start = time.perf_counter()
-        take_turn(self._graph, THREAD, number, seed)
+        take_turn(cls.here._graph, THREAD, number, seed)
         whole = time.perf_counter() - start
-        return {name: statistics.mean(taken) for name, taken in self._watch.seconds.items()} | {TURN: whole}
+        return {name: statistics.mean(taken) for name, taken in watch.seconds.items()} | {TURN: whole}
+
+    @classmethod
+    def end(cls, turns: int) -> None:
+        """As ``Conversation.end``."""
+        with cls.here._stack:
+            check(cls.here._saver, THREAD, turns)
 
 
 def converse(contenders: Sequence[Contender], servers: Servers, plan: Plan, repeat: int, found: Found) -> Iterator[str]:
@@ -180,7 +228,7 @@ def converse(contenders: Sequence[Contender], servers: Servers, plan: Plan, repe
         talks = []
         for contender in contenders:
             url = stack.enter_context(servers.database(contender.database))
-            talks.append(Conversation(contender, url, stack.enter_context(opened(contender, url))))
+            talks.append(stack.enter_context(Conversation(contender, url)))
         for number in range(1, last + 1):
             for talk in shuffled(talks, number):
                 taken = talk.turn(number, repeat)
@@ -197,7 +245,7 @@ def converse(contenders: Sequence[Contender], servers: Servers, plan: Plan, repe
                         for call, seconds in first_get(talk).items():
                             found.seconds[talk.contender, number, call][again, number] = seconds
         for talk in talks:
-            check(talk.saver, THREAD, last)
+            talk.end(last)
 
 
 def shuffled(items: Sequence[T], number: int) -> list[T]:

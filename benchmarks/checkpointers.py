@@ -6,10 +6,12 @@
                                                            the same as a page, with a plot and the figures beside it
 
 The load is a chat graph of one node with ``durability="sync"``: a turn adds 200 characters of question, 400 of answer
-and 9,216 random bytes of state, and stores 3 checkpoints. Every saver has a database of its own, and all take turn 1,
-then all turn 2, and so on in changing order, so that a machine that slows down slows all of them alike. Times are
-medians over the turns around a mark and over the repetitions, a turn's ``put`` being the mean over its three
-checkpoints; a ratio is the median over the turns of one saver's time by the other's in the same turn.
+and 9,216 random bytes of state, and stores 3 checkpoints. Every saver has a process and a database of its own, and all
+take turn 1, then all turn 2, and so on in changing order, so that a machine that slows down slows all of them alike.
+(In one process they would measure each other: what five savers keep of a thousand messages each does not fit into a
+processor's caches.) Times are medians over the turns around a mark and over the repetitions, a turn's ``put`` being the
+mean over its three checkpoints; a ratio is the median over the turns of one saver's time by the other's in the same
+turn.
 
 A database that cannot be reached is left out. The exit code is 1 where a bar is missed.
 """

@@ -10,7 +10,7 @@ Threads are dropped least recently used first when all of them together pass the
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from threading import Lock
 
 from agentmem_sql import forks
@@ -109,6 +109,18 @@ class Thread:
             if digest not in self.bodies:
                 self.size += body.cost if isinstance(body, Recalled) else _NODE_COST
             self.bodies[digest] = body
+
+    def revived(self, messages: Iterable[Recalled]) -> None:
+        """Remember messages that were read; the same as ``add`` for each, in fewer steps."""
+        new = {one.digest: one for one in messages}
+        with self._lock:
+            self.size += _DIGEST_COST * len(new.keys() - self.stored)
+            self.size += sum([one.cost for digest, one in new.items() if digest not in self.bodies])
+            self.stored.update(new)
+            self.bodies.update(new)
+            self.messages.update({one.id: one for one in new.values()})
+            for digest in self._values.keys() & new.keys():
+                self._value_bytes -= _VALUE_COST + len(self._values.pop(digest))
 
     def _add_value(self, digest: bytes, body: bytes) -> None:
         if self.body(digest) is not None:

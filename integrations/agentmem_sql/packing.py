@@ -236,21 +236,25 @@ class Unpacker:
             start += count
         if body.of in (trees.RUNS, trees.SNAPSHOT_RUNS):
             return [number for digest in entries for number in self.unpack(digest)]
-        contents = self._contents
-        items = []
+        contents, shapes = self._contents, self._shapes
+        items: list[Any] = []
+        revived: list[Recalled] = []
         for entry in entries:
-            found = None if type(entry) is Inline else contents[entry]
+            if type(entry) is Inline:
+                items.append(load(self._serde, entry))
+                continue
+            found = contents[entry]
             if type(found) is Recalled:
                 items.append(found.copy())
+            elif shapes is not None and type(found) is bytes and (both := shapes.revive(found, entry)) is not None:
+                items.append(both[0])
+                revived.append(both[1])
             else:
-                items.append(load(self._serde, entry) if found is None else self.unpack(entry))
+                items.append(self.unpack(entry))
+        self._known.revived(revived)
         return items
 
     def _value(self, digest: bytes, body: bytes) -> Any:
-        like = None if self._shapes is None else self._shapes.revive(body, digest)
-        if like is not None:
-            self._known.add(digest, like)
-            return like.copy()
         value = load(self._serde, body)
         snapshot = recall(value, digest, whole=True)
         if snapshot is not None and self._shapes is not None:

@@ -37,13 +37,13 @@ class Shapes:
     def __init__(self) -> None:
         self._known: dict[Shape, Recalled | None] = {}
 
-    def revive(self, body: bytes, digest: bytes) -> Recalled | None:
-        """The message that a value is, if its shape is known."""
+    def revive(self, body: bytes, digest: bytes) -> tuple[BaseMessage, Recalled] | None:
+        """The message that a value is, and what it looks like, if its shape is known."""
         spelled = _spelled(body)
         if spelled is None:
             return None
         like = self._known.get(spelled[0])
-        return None if like is None else like.like(digest, spelled[1])
+        return None if like is None else like.like(digest, spelled[1], len(body))
 
     def learn(self, body: bytes, message: BaseMessage, snapshot: Recalled) -> None:
         """See what the serializer made of a value whose shape is not known."""

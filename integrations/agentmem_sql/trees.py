@@ -41,7 +41,7 @@ INLINE = 48  # bytes of an item that costs less in its leaf than in a row of its
 PART_BYTES = 4 * 2**20
 
 _HEAD = struct.Struct(">BB")  # what it is of, number of levels; then each level's number of entries, highest first
-_LINK = b"\0"  # before a digest; before an item stands its length, 1 to INLINE
+LINK = b"\0"  # before a digest; before an item stands its length, 1 to INLINE
 
 
 class Inline(bytes):
@@ -79,7 +79,7 @@ def inline(body: bytes) -> bytes:
 
 def link(digest: bytes) -> bytes:
     """How a leaf refers to a longer item, and a level above to a node."""
-    return _LINK + digest
+    return LINK + digest
 
 
 def list_body(of: int, levels: Sequence[Sequence[bytes]]) -> bytes:

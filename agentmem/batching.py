@@ -13,6 +13,8 @@ again row by row, so that the failure is that of the session that causes it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from operator import is_not
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,42 +52,51 @@ class Seat:
 
 
 class Block:
-    """KV of some sessions: for each layer keys and values [rows, heads, capacity, d]; rows are dense.
+    """KV and states of some sessions; rows are dense.
 
-    What is not read yet is zero: attention gives it no weight, but no weight times NaN would be NaN.
+    For each layer keys and values [rows, heads, capacity, d]. What is not read yet is zero: attention gives it no
+    weight, but no weight times NaN would be NaN.
     """
 
     def __init__(self, like: Any, capacity: int) -> None:
+        from transformers import Cache
+
         self.capacity = capacity
         self.seats: list[Seat] = []
         self._kv = [
             tuple(part.new_zeros(1, part.shape[1], capacity, part.shape[3]) for part in (layer.keys, layer.values))
             for layer in like.layers
         ]
+        self._layers = [_layer_class()() for _ in self._kv]
+        self._cache = Cache(layers=self._layers)
+        # The states after the last pass, all in one tensor, and the row of it that each session was given.
+        self._pool: Tensor | None = None
+        self._given: list[Tensor] = []
 
-    def sit(self, cache: Any, length: int) -> Seat:
+    def sit(self, own: Any, length: int) -> Seat:
         """Copy a session's cache of ``length`` tokens into a new row."""
         row = len(self.seats)
         if row == self._kv[0][0].shape[0]:
             self._kv = [tuple(torch.cat((part, torch.zeros_like(part))) for part in layer) for layer in self._kv]
-        for parts, layer in zip(self._kv, cache.layers, strict=True):
-            for part, own in zip(parts, (layer.keys, layer.values), strict=True):
-                part[row, :, :length] = own[0, :, :length]
+        for parts, layer in zip(self._kv, own.layers, strict=True):
+            for part, read in zip(parts, (layer.keys, layer.values), strict=True):
+                part[row, :, :length] = read[0, :, :length]
         seat = Seat(self, row, length)
         self.seats.append(seat)
         return seat
 
-    def read(self, seat: Seat, cache: Any) -> None:
+    def read(self, seat: Seat, own: Any) -> None:
         """Bring a session's own cache to what its row holds now."""
-        own = int(cache.get_seq_length())
+        start = int(own.get_seq_length())
         for index, parts in enumerate(self._kv):
-            new = [part[seat.row : seat.row + 1, :, own : seat.length] for part in parts]
+            new = [part[seat.row : seat.row + 1, :, start : seat.length] for part in parts]
             if new[0].shape[2]:
-                cache.update(*new, index)
+                own.update(*new, index)
 
     def free(self, seat: Seat) -> None:
         """Give a row up; the last row moves into its place. What is free is zero again."""
         last = self.seats.pop()
+        self._pool, self._given = None, []
         for parts in self._kv:
             for part in parts:
                 if last is not seat:
@@ -95,44 +106,75 @@ class Block:
             last.row = seat.row
             self.seats[last.row] = last
 
-    def view(self) -> tuple[Any, Tensor]:
-        """A cache for one more token in every row, and where each may look: [rows, 1, 1, longest + 1]."""
-        from transformers import Cache
+    def view(self) -> tuple[Any, Tensor, Tensor]:
+        """A cache for one more token in every row, the places of those [rows, 1], and where each may look.
 
+        The last [rows, 1, 1, longest + 1] bool. What an earlier call gave is no longer of use.
+        """
         device = self._kv[0][0].device
-        lengths = torch.tensor([seat.length for seat in self.seats], device=device)
-        width = max(seat.length for seat in self.seats) + 1
-        allowed = torch.arange(width, device=device) <= lengths[:, None]
-        layers = [_layer(keys, values, lengths, width) for keys, values in self._kv]
-        return Cache(layers=layers), allowed[:, None, None]
+        lengths = [seat.length for seat in self.seats]
+        rows, width = len(lengths), max(lengths) + 1
+        places = torch.tensor(lengths, device=device)[:, None]
+        behind: dict[tuple[int, torch.device], Tensor] = {}
+        for layer, parts in zip(self._layers, self._kv, strict=True):
+            heads, at = parts[0].shape[1], parts[0].device
+            if (heads, at) not in behind:  # the same for all layers but in odd models
+                starts = torch.arange(0, rows * heads * self.capacity, self.capacity, device=at).view(rows, heads)
+                behind[heads, at] = (starts + places.to(at)).view(-1)
+            layer.point(parts, behind[heads, at], rows, width)
+        allowed = torch.arange(width, device=device) <= places
+        return self._cache, places, allowed[:, None, None]
+
+    def states(self, wanted: Sequence[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
+        """The states of all rows in one tensor, and one by one; where none is wanted any will do.
+
+        Without a copy where they are as the last pass left them.
+        """
+        known = len(self._given)
+        spare = next(state for state in wanted if state is not None)
+        given = [
+            state if state is not None else self._given[row] if row < known else spare
+            for row, state in enumerate(wanted)
+        ]
+        if self._pool is None or len(given) != known or any(map(is_not, given, self._given)):
+            return torch.cat(given), given
+        return self._pool, given
+
+    def keep(self, states: Tensor, given: list[Tensor]) -> None:
+        """Remember the states after a pass, and which tensor each row's session has them in."""
+        self._pool, self._given = states, given
 
 
-def _layer(keys: Tensor, values: Tensor, lengths: Tensor, width: int) -> Any:
+@cache
+def _layer_class() -> Any:
     """One layer of a block as transformers takes it: an update writes each row's token behind the row's others."""
     from transformers.cache_utils import CacheLayerMixin
 
-    rows = torch.arange(len(lengths), device=lengths.device)
-
     class Layer(CacheLayerMixin):  # type: ignore[misc]
+        def point(self, parts: tuple[Tensor, ...], at: Tensor, rows: int, width: int) -> None:
+            """Write at ``at`` into ``parts`` taken as [rows * heads * capacity, d], and show ``width`` tokens."""
+            self._at, self._rows, self._width, self._parts = at, rows, width, parts
+
         def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
             """Nothing to do: the block is there."""
 
         def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-            at = lengths.to(keys.device)
-            keys[rows.to(keys.device), :, at] = key_states[:, :, 0]
-            values[rows.to(keys.device), :, at] = value_states[:, :, 0]
-            return keys[: len(rows), :, :width], values[: len(rows), :, :width]
+            keys, values = self._parts
+            for part, new in ((keys, key_states), (values, value_states)):
+                d = part.shape[3]
+                part.view(-1, d).index_copy_(0, self._at, new.reshape(-1, d))
+            return keys[: self._rows, :, : self._width], values[: self._rows, :, : self._width]
 
         def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-            return width, 0
+            return self._width, 0
 
         def get_seq_length(self) -> int:
-            return width - 1
+            return self._width - 1
 
         def get_max_length(self) -> int:
-            return int(keys.shape[2])
+            return int(self._parts[0].shape[2])
 
-    return Layer()
+    return Layer
 
 
 class Decoding(Team):
@@ -274,44 +316,52 @@ class Decoding(Team):
 
     def _forward(self, block: Block, wants: dict[int, Want]) -> None:
         runtime = self._runtime
-        cache, allowed = block.view()
-        rows = range(len(block.seats))
-        tokens = torch.tensor([[wants[row].token if row in wants else 0] for row in rows], device=runtime.device)
-        positions = torch.tensor([[seat.length] for seat in block.seats], device=runtime.device)
-        sessions = [want.session for _, want in sorted(wants.items())]
-        states: list[Tensor | None] = [None] * len(block.seats)
-        if sessions[0].state is None:
+        kv, positions, allowed = block.view()
+        count = len(block.seats)
+        one_each = [wants.get(row) for row in range(count)]
+        tokens = torch.tensor([[0 if want is None else want.token] for want in one_each], device=runtime.device)
+        if next(iter(wants.values())).session.state is None:
             out = runtime.model(
                 input_ids=tokens,
                 attention_mask=mask_for(runtime.model, allowed),
                 position_ids=positions,
-                past_key_values=cache,
+                past_key_values=kv,
                 use_cache=True,
             )
             logits = out.logits
         else:
-            assert runtime.steered is not None
-            empty = runtime.steered.zeros()
-            given = [wants[row].session.state if row in wants else empty for row in rows]
-            write = torch.tensor([[row in wants and wants[row].segment >= 0] for row in rows], device=runtime.device)
-            steered = runtime.steered(
-                tokens,
-                torch.cat([state for state in given if state is not None]),
-                position_ids=positions,
-                write=write if bool(write.any()) else False,
-                cache=cache,
-                attention_bias=allowed,
-                logits_to_keep=1,
-            )
-            logits = steered.logits
-            states = list(torch.split(steered.state, 1))
+            logits = self._steered(block, one_each, tokens, kv, positions, allowed)
+        last = logits[:, -1].unbind()
         for row, want in wants.items():
-            session = want.session
-            session.logits = logits[row, -1]
-            if want.segment >= 0:  # elsewhere the state is the very one that was given
-                session.state = states[row]
-            assert session.seat is not None
-            session.seat.length += 1
+            want.session.logits = last[row]
+            block.seats[row].length += 1
+
+    def _steered(
+        self, block: Block, wants: Sequence[Want | None], tokens: Tensor, kv: Any, positions: Tensor, allowed: Tensor
+    ) -> Tensor:
+        """The same pass with memory: states of all rows, those that write moved on; gives the logits."""
+        steered = self._runtime.steered
+        assert steered is not None
+        states, given = block.states([None if want is None else want.session.state for want in wants])
+        writes = [want is not None and want.segment >= 0 for want in wants]
+        out = steered(
+            tokens,
+            states,
+            position_ids=positions,
+            write=all(writes) or (any(writes) and torch.tensor(writes, device=tokens.device)[:, None]),
+            cache=kv,
+            attention_bias=allowed,
+            logits_to_keep=1,
+        )
+        if any(writes):
+            for row, state in enumerate(out.state.split(1)):
+                want = wants[row]
+                if writes[row] and want is not None:  # elsewhere the state is the very one that was given
+                    want.session.state = given[row] = state
+        block.keep(out.state, given)
+        assert out.logits is not None
+        logits: Tensor = out.logits
+        return logits
 
 
 def _can_share(runtime: Runtime) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from agentmem.errors import ConfigError
+from agentmem.errors import ConfigError, TurnError
 
 
 @dataclass(frozen=True)
@@ -58,17 +58,30 @@ class Sampler:
             self._generator.manual_seed(sampling.seed)
 
     def choose(self, logits: Tensor) -> int:
-        """The next token from logits [V]."""
+        """The next token from logits [V]: one random number, and the token in whose share of the whole it falls.
+
+        Raises:
+            TurnError: logits that are no numbers.
+        """
         chosen = self._sampling
         if chosen.temperature == 0:
             return int(logits.argmax())
         # Less the largest, which changes nothing of the distribution and cannot overflow.
-        logits = (logits.float() - logits.float().max()) / chosen.temperature
-        if 0 < chosen.top_k < logits.shape[-1]:
-            logits = logits.masked_fill(logits < logits.topk(chosen.top_k).values[-1], -torch.inf)
+        scores = logits.float()
+        scores = (scores - scores.max()).div_(chosen.temperature)
+        order: Tensor | None = None
+        if 0 < chosen.top_k < scores.shape[-1]:
+            scores, order = scores.topk(chosen.top_k)
+        elif chosen.top_p < 1:
+            scores, order = scores.sort(descending=True)
+        # In float32 many small shares would be lost beside the sum of the others; MPS has no float64.
+        wide = torch.float32 if scores.device.type == "mps" else torch.float64
+        mass = scores.softmax(-1).cumsum(-1, dtype=wide)
         if chosen.top_p < 1:
-            ordered, order = logits.sort(descending=True)
-            mass = ordered.softmax(-1)
             # A token stays while the tokens before it have not reached top_p; so the first always stays.
-            logits = logits.index_fill(0, order[mass.cumsum(-1) - mass >= chosen.top_p], -torch.inf)
-        return int(torch.multinomial(logits.softmax(-1), 1, generator=self._generator))
+            mass = mass[: int(torch.searchsorted(mass, chosen.top_p)) + 1]
+        point = torch.rand(1, generator=self._generator, dtype=wide, device=mass.device).mul_(mass[-1])
+        found = int(torch.searchsorted(mass, point, right=True))
+        if found == mass.shape[0]:
+            raise TurnError("the model's logits are not numbers (nan or inf): no token can be drawn from them")
+        return found if order is None else int(order[found])

@@ -145,4 +145,5 @@ class StepPass(Pass):
         rank = self.state.shape[-1]
         rows = (x.reshape(-1, rank) for x in (k, v, *gates))
         after = write_once(self._by_layer.reshape(-1, rank, rank), *rows)
-        return after.view(layers, *self.state.shape[:1], *self.state.shape[2:]).transpose(0, 1).contiguous(), None
+        # Layers outermost in memory, as the next token wants them.
+        return after.view(layers, *self.state.shape[:1], *self.state.shape[2:]).transpose(0, 1), None

@@ -354,7 +354,7 @@ class Decoding(Team):
             logits_to_keep=1,
         )
         if any(writes):
-            for row, state in enumerate(out.state.split(1)):
+            for row, state in enumerate(torch.split(out.state, 1)):
                 want = wants[row]
                 if writes[row] and want is not None:  # elsewhere the state is the very one that was given
                     want.session.state = given[row] = state

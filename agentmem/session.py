@@ -29,6 +29,7 @@ from agentmem.worker import Steps
 
 CHUNK = 1024
 """Most tokens in one forward pass. A constant, so that a prompt is always cut at the same places."""
+_FEW = 8  # tokens that a session reads beside others, rather than to copy its KV out of the row for one pass
 
 
 class Runtime:
@@ -158,12 +159,19 @@ class Session:
     ) -> Steps[None]:
         """Read tokens, and write those whose segment is not -1; yields after each forward pass.
 
+        In passes of this session alone; but a few tokens that close a reply go along with those of others.
+
         Args:
             ids: the tokens; nothing happens for none.
             segments: one number a token; token adapters only look at the sign.
             logits: keep those of the last token in ``self.logits`` ([V]).
             close: for message and sentence adapters, whether the pass ends here.
         """
+        if self.seat is not None and len(ids) <= _FEW and not logits:
+            # Also when the others have left meanwhile: who joins the queue of those who begin waits for all of them.
+            for token, segment in zip(ids, segments, strict=True):
+                yield Want(self._runtime.decoding, self, token, segment)
+            return
         self._runtime.decoding.leave(self, keep=True)
         for start in range(0, len(ids), CHUNK):
             stop = min(start + CHUNK, len(ids))
@@ -200,13 +208,13 @@ class Session:
             return
         assert runtime.steered is not None
         writing = any(segment >= 0 for segment in segments)
-        numbers = torch.tensor([segments], device=runtime.device) if writing else None
-        mixed = numbers is not None and any(segment < 0 for segment in segments)
+        # Where all tokens write, a token adapter needs no numbers.
+        counts = writing and (runtime.steered.config.write_strategy != "token" or any(one < 0 for one in segments))
         out = runtime.steered(
             tokens,
             self.state,
-            segments=numbers,
-            write=(numbers >= 0) if mixed and numbers is not None else writing,
+            segments=torch.tensor([segments], device=runtime.device) if counts else None,
+            write=writing,
             cache=self.cache,
             logits_to_keep=1 if logits else -1,
             pending=self.pending,

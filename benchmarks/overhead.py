@@ -1,6 +1,7 @@
 """What steering costs: a bare model against the same model steered, in the same run.
 
     python benchmarks/overhead.py                        small shapes on a CPU, real ones where there is a GPU
+    python benchmarks/overhead.py --prefills 0           decoding alone: a minute on a CPU
     python benchmarks/overhead.py --shape qwen3-4b       shapes of your choice (``--shape`` may be repeated)
     python benchmarks/overhead.py --rank 8 --plot o.png  another adapter, and a picture (needs matplotlib)
 
@@ -195,7 +196,7 @@ def main(
     shape: Annotated[list[str] | None, typer.Option(help="Shapes by name; all that suit this machine.")] = None,
     rank: Annotated[int, typer.Option(help="Of the memory.")] = 8,
     steps: Annotated[int, typer.Option(help="Pairs of decoding steps.")] = 60,
-    prefills: Annotated[int, typer.Option(help="Pairs of prefills.")] = 3,
+    prefills: Annotated[int, typer.Option(help="Pairs of prefills; 0 = leave them out.")] = 3,
     threads: Annotated[int, typer.Option(help="CPU threads of torch.")] = 1,
     plot: Annotated[Path | None, typer.Option(help="A picture of the ratios.")] = None,
 ) -> None:
@@ -248,7 +249,7 @@ def _figures(
             except torch.OutOfMemoryError:
                 continue
             yield f"decode after {length:,}, batch {batch}", figure, shape.bar_decode
-    for length in shape.prefills:
+    for length in shape.prefills if prefills else ():
         yield f"prefill of {length:,}", prefill(model, steered, length, prefills), shape.bar_prefill
 
 

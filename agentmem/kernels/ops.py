@@ -1,0 +1,258 @@
+"""The two operations as custom operators of torch, ``agentmem::step`` and ``agentmem::scan``.
+
+Opaque to ``torch.compile``: a graph holds one node for each call, whatever runs behind it, and slots and borders are
+tensors in it, so other sessions are other values and never another graph. Which backend runs is decided when a call
+runs: Triton on a CUDA device, or on a CPU where Triton's interpreter is on; plain torch elsewhere, and for float64.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from agentmem.errors import StateMismatchError, TurnError
+from agentmem.kernels import plain
+
+Mode = Literal["standard", "lambda_outside", "no_lambda"]
+Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether operations on this device run as Triton kernels."""
+    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    return (device.type == "cuda" or interpreted) and _has_triton()
+
+
+def step(
+    products: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    layer: int,
+    beta_bias: Tensor,
+    lambda_bias: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    normalize: bool = True,
+    mode: Mode = "standard",
+) -> Tensor:
+    """One token a row through one layer's memory: read, then write in place.
+
+    Args:
+        products: [B, 3 H r + gates], a row's products with ``LayerMemory.packed_weight``; any float type.
+        pool: [slots, L, H, r, r] float32, changed.
+        slots: [B] int32 or int64, the state of every row; -1 = the row is inert, it reads zeros and writes nothing. A
+            slot stands at most once.
+        layer: which of the L layers.
+        beta_bias, lambda_bias: [H r], or [H] where a head has one gate; ``lambda_bias`` None = lambda is 1 - beta.
+        mask: [B] bool, False where a row reads and does not write; None = all write.
+        normalize: tanh and unit length for query and key.
+        mode: as ``MemoryConfig.state_update_mode``.
+
+    Returns:
+        The reads [B, H r] float32, of the state from before the write. No gradient passes.
+
+    Raises:
+        StateMismatchError, TurnError: the pool, or another argument, has another shape or type.
+    """
+    if pool.dim() != 5 or pool.shape[3] != pool.shape[4] or pool.dtype not in (torch.float32, torch.float64):
+        raise StateMismatchError(f"a pool must be float32 [slots, L, H, r, r]; found {pool.dtype} {list(pool.shape)}")
+    batch, (_, layers, heads, rank, _) = products.shape[0], pool.shape
+    gates = beta_bias.shape[0] * (1 if lambda_bias is None else 2)
+    _need("products", products, (batch, 3 * heads * rank + gates))
+    _need("slots", slots, (batch,), torch.int32, torch.int64)
+    if beta_bias.shape[0] not in (heads, heads * rank):
+        raise TurnError(f"beta_bias must have shape [{heads}] or [{heads * rank}]; found {list(beta_bias.shape)}")
+    if lambda_bias is not None:
+        _need("lambda_bias", lambda_bias, tuple(beta_bias.shape))
+    if mask is not None:
+        _need("mask", mask, (batch,), torch.bool)
+    if not 0 <= layer < layers or mode not in ("standard", "lambda_outside", "no_lambda"):
+        raise TurnError(f"layer must be 0 to {layers - 1} and mode an update mode; found {layer} and {mode!r}")
+    reads: Tensor = torch.ops.agentmem.step(products, pool, slots, layer, beta_bias, lambda_bias, mask, normalize, mode)
+    return reads
+
+
+def scan(
+    state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor,
+    erase: Tensor,
+    write: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_length: int | None = None,
+    chunk: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The rule over many tokens, as ``recurrence.scan`` and with its gradients, for batches of equal or of any lengths.
+
+    Args:
+        state: [B, H, r, r] float32.
+        q, k, v, keep, erase, write: [B, T, H, r], or with ``cu_seqlens`` [1, N, H, r], sequences one after another.
+        mask: [B, T] or [1, N] bool, False where a token does not write, whatever its k, v and gates hold.
+        cu_seqlens: [B + 1] int32 or int64, ascending: sequence b is the tokens from cu_seqlens[b] to cu_seqlens[b + 1].
+        max_length: with ``cu_seqlens``, the longest sequence or more; None = N, which costs idle programs.
+        chunk: tokens that are composed at a time; 0 = chosen by length and rank.
+
+    Returns:
+        Reads, in the shape of q (zeros for tokens of no sequence), and states [B, H, r, r].
+
+    Raises:
+        StateMismatchError, TurnError: the state, or another argument, has another shape or type.
+    """
+    if state.dim() != 4 or state.shape[2] != state.shape[3] or state.dtype not in (torch.float32, torch.float64):
+        raise StateMismatchError(f"a state must be float32 [B, H, r, r]; found {state.dtype} {list(state.shape)}")
+    batch, heads, rank, _ = state.shape
+    if cu_seqlens is not None:
+        _need("cu_seqlens", cu_seqlens, (batch + 1,), torch.int32, torch.int64)
+    rows, length = (1 if cu_seqlens is not None else batch), q.shape[1]
+    for name, one in {"q": q, "k": k, "v": v, "keep": keep, "erase": erase, "write": write}.items():
+        _need(name, one, (rows, length, heads, rank), state.dtype)
+    if mask is not None:
+        _need("mask", mask, (rows, length), torch.bool)
+    if chunk < 0:
+        raise TurnError(f"chunk must be 0 or more; found {chunk}")
+    longest = length if max_length is None or cu_seqlens is None else min(max_length, length)
+    found: tuple[Tensor, Tensor] = torch.ops.agentmem.scan(
+        state, q, k, v, keep, erase, write, mask, cu_seqlens, longest, chunk
+    )
+    return found
+
+
+def _need(name: str, found: Tensor, shape: tuple[int, ...], *types: torch.dtype) -> None:
+    if tuple(found.shape) != shape or (types and found.dtype not in types):
+        kind = f" of {' or '.join(map(str, types))}" if types else ""
+        raise TurnError(f"{name} must have shape {list(shape)}{kind}; found {found.dtype} {list(found.shape)}")
+
+
+@torch.library.custom_op("agentmem::step", mutates_args=("pool",))
+def _step(
+    products: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    layer: int,
+    beta_bias: Tensor,
+    lambda_bias: Tensor | None,
+    mask: Tensor | None,
+    normalize: bool,
+    rule: str,  # not ``mode``: torch hands a keyword of that name to its own dispatch when it traces
+) -> Tensor:
+    reads: Tensor = _steps(pool).step(products, pool, slots, layer, beta_bias, lambda_bias, mask, normalize, rule)
+    return reads
+
+
+@_step.register_fake
+def _(products: Tensor, pool: Tensor, *_: Any) -> Tensor:
+    return pool.new_empty(products.shape[0], pool.shape[2] * pool.shape[3])
+
+
+@torch.library.custom_op("agentmem::scan", mutates_args=())
+def _scan(
+    state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor,
+    erase: Tensor,
+    write: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_length: int,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
+    inputs = tuple(x.contiguous() for x in (q, k, v, keep, erase, write))
+    given = (state.contiguous(), inputs, _dense(mask), _dense(cu_seqlens))
+    y, last = _scans(state).scan(*given, max_length, chunk)
+    return y, last
+
+
+@_scan.register_fake
+def _(state: Tensor, q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), state.new_empty(state.shape)
+
+
+@torch.library.custom_op("agentmem::scan_backward", mutates_args=())
+def _scan_backward(
+    dy: Tensor,
+    dlast: Tensor,
+    state: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor,
+    erase: Tensor,
+    write: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_length: int,
+    chunk: int,
+) -> Seven:
+    inputs = tuple(x.contiguous() for x in (q, k, v, keep, erase, write))
+    given = (dy.contiguous(), dlast.contiguous(), state.contiguous(), inputs, _dense(mask), _dense(cu_seqlens))
+    return tuple(_backwards(state).scan_backward(*given, max_length, chunk))
+
+
+@_scan_backward.register_fake
+def _(dy: Tensor, dlast: Tensor, state: Tensor, *inputs: Any) -> Seven:
+    return tuple(x.new_empty(x.shape) for x in (state, *inputs[:6]))
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.max_length, ctx.chunk = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
+    found = torch.ops.agentmem.scan_backward(dy, dlast, *ctx.saved_tensors, ctx.max_length, ctx.chunk)
+    return (*found, None, None, None, None)
+
+
+_scan.register_autograd(_differentiate, setup_context=_remember)
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _kernels(like: Tensor) -> bool:
+    return like.dtype == torch.float32 and runs_triton(like.device)
+
+
+# Triton is imported when the first kernel runs, so that a CPU never waits for it.
+
+
+def _steps(like: Tensor) -> ModuleType:
+    if not _kernels(like):
+        return plain
+    from agentmem.kernels import triton_step
+
+    return triton_step
+
+
+def _scans(like: Tensor) -> ModuleType:
+    if not _kernels(like):
+        return plain
+    from agentmem.kernels import triton_scan
+
+    return triton_scan
+
+
+def _backwards(like: Tensor) -> ModuleType:
+    if not _kernels(like):
+        return plain
+    from agentmem.kernels import triton_scan_backward
+
+    return triton_scan_backward

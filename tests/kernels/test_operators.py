@@ -1,0 +1,102 @@
+"""What torch is told about the operations: schemas, shapes, gradients, and one graph whatever the sessions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from kernel_cases import scan_inputs
+from test_step import arguments
+from torch import Tensor, nn
+
+from agentmem import kernels
+
+# What tracing makes of them is seen below, in graphs.
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+def compiled(module: Any) -> tuple[Any, list[int]]:
+    """The module as one graph, and how many of the operators every graph that was made of it holds."""
+    graphs: list[int] = []
+    # Traces gradients and in-place writes as inductor's front does, and then runs them as they are.
+    trace = torch._dynamo.lookup_backend("aot_eager")
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(sum("agentmem" in str(node.target) for node in graph.graph.nodes))
+        return trace(graph, inputs)
+
+    torch.compiler.reset()
+    return torch.compile(module, fullgraph=True, backend=backend), graphs
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("masked", [True, False])
+def test_step_is_as_it_was_declared(device: str, masked: bool) -> None:
+    given = arguments(3, 2, 2, 4, coupled=masked)
+    given["mask"] = torch.tensor([True, False]) if masked else None
+    placed = [x.to(device) if isinstance(x, Tensor) else x for x in given.values()]
+    torch.library.opcheck(torch.ops.agentmem.step.default, tuple(placed), test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("ragged", [True, False])
+def test_scan_is_as_it_was_declared(device: str, ragged: bool) -> None:
+    inputs = scan_inputs(3, 1 if ragged else 2, 7, 1, 4, 2, "smooth")
+    leaves = [x.to(device).requires_grad_() for x in inputs]
+    borders = torch.tensor([0, 3, 7], device=device) if ragged else None
+    mask = torch.ones(inputs[1].shape[:2], dtype=torch.bool, device=device)
+    torch.library.opcheck(torch.ops.agentmem.scan.default, (*leaves, mask, borders, 7, 4), test_utils=CHECKS)
+
+
+class Layers(nn.Module):
+    """Two layers that steer what they are given by a pool of states, as decoding does."""
+
+    def __init__(self, heads: int = 2, rank: int = 4, width: int = 16) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        size = heads * rank
+        self.project = nn.ModuleList(nn.Linear(width, 4 * size) for _ in range(2))
+        self.correct = nn.ModuleList(nn.Linear(size, width) for _ in range(2))
+        self.bias = nn.Parameter(torch.randn(size))
+        self.register_buffer("pool", torch.randn(6, 2, heads, rank, rank))
+
+    def forward(self, hidden: Tensor, slots: Tensor) -> Tensor:
+        assert isinstance(self.pool, Tensor)
+        for layer, (project, correct) in enumerate(zip(self.project, self.correct, strict=True)):
+            read = kernels.step(project(hidden), self.pool, slots, layer, self.bias)
+            hidden = hidden + correct(read)
+        return hidden
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@torch.no_grad()
+def test_other_sessions_are_no_other_graph(device: str) -> None:
+    eager, traced = Layers().to(device), Layers().to(device)
+    step, graphs = compiled(traced)
+    for slots in ([0, 1], [4, 2], [-1, 5], [-1, -1], [3, 0]):
+        hidden = torch.randn(2, 16, device=device)
+        at = torch.tensor(slots, device=device)
+        torch.testing.assert_close(step(hidden, at), eager(hidden, at))
+        torch.testing.assert_close(traced.pool, eager.pool)
+    assert graphs == [2], "one graph that holds both layers' steps"
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_other_borders_are_no_other_graph_and_gradients_pass(device: str) -> None:
+    def ragged(state: Tensor, *rest: Tensor) -> Tensor:
+        y, last = kernels.scan(state, *rest[:-1], cu_seqlens=rest[-1], chunk=4)
+        return (y.sin().sum() + last.cos().sum())[None]
+
+    traced, graphs = compiled(ragged)
+    for borders in ([0, 3, 9], [0, 9, 9], [1, 2, 4]):
+        inputs = [x.to(device) for x in scan_inputs(9, 1, 9, 1, 4, 2, "smooth")]
+        cu = torch.tensor(borders, device=device)
+        found, expected = (
+            torch.autograd.grad(form(*leaves, cu).sum(), leaves)
+            for form, leaves in ((one, [x.clone().requires_grad_() for x in inputs]) for one in (traced, ragged))
+        )
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+    assert graphs == [1]

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from agentmem import kernels, recurrence
 from agentmem.config import DeltaHead
-from agentmem.recurrence import scan
 from agentmem.steering import LayerMemory
 
 
@@ -90,6 +90,14 @@ class TokenPass(Pass):
 
     def end(self, close: bool) -> tuple[Tensor, Pending | None]:
         return _stack(self.state, self._written), None
+
+
+def scan(
+    state: Tensor, q: Tensor, k: Tensor, v: Tensor, keep: Tensor, erase: Tensor, write: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``recurrence.scan``, by kernels where the device has them."""
+    form = kernels.scan if kernels.runs_triton(state.device) else recurrence.scan
+    return form(state, q, k, v, keep, erase, write)
 
 
 class SegmentPass(Pass):

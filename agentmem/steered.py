@@ -20,7 +20,9 @@ from agentmem.attach import AttentionSite, find_sites
 from agentmem.config import DeltaHead, MemoryConfig
 from agentmem.errors import AdapterError, ConfigError, SegmentsRequiredError, StateMismatchError, TurnError
 from agentmem.fingerprint import model_fingerprint
+from agentmem.kernels import runs_triton
 from agentmem.passes import Pass, Pending, TokenPass, segment_pass
+from agentmem.pooled import BatchPass
 from agentmem.steering import LayerMemory
 from agentmem.stepping import Stack, StepPass
 
@@ -248,6 +250,8 @@ class SteeredModel:
             if segments is not None:
                 mask = segments >= 0 if mask is None else mask & (segments >= 0)
             ready = self._stack.ready(state.device) if length == 1 and not torch.is_grad_enabled() else None
+            if ready is not None and runs_triton(state.device):
+                return BatchPass(self._memory, state, mask, writing)
             if ready is not None:
                 return StepPass(self._memory, ready, state, mask, writing)
             return TokenPass(self._memory, state, mask, writing)

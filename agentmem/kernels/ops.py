@@ -8,6 +8,7 @@ runs: Triton on a CUDA device, or on a CPU where Triton's interpreter is on; pla
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -29,7 +30,9 @@ def _has_triton() -> bool:
 
 
 def runs_triton(device: torch.device) -> bool:
-    """Whether operations on this device run as Triton kernels."""
+    """Whether operations on this device run as Triton kernels; ``AGENTMEM_TRITON=0`` turns them off."""
+    if os.environ.get("AGENTMEM_TRITON") == "0":
+        return False
     interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     return (device.type == "cuda" or interpreted) and _has_triton()
 
@@ -50,7 +53,7 @@ def step(
 
     Args:
         products: [B, 3 H r + gates], a row's products with ``LayerMemory.packed_weight``; any float type.
-        pool: [slots, L, H, r, r] float32, changed.
+        pool: [slots, L, H, r, r] float32, contiguous; changed.
         slots: [B] int32 or int64, the state of every row; -1 = the row is inert, it reads zeros and writes nothing. A
             slot stands at most once.
         layer: which of the L layers.
@@ -60,13 +63,17 @@ def step(
         mode: as ``MemoryConfig.state_update_mode``.
 
     Returns:
-        The reads [B, H r] float32, of the state from before the write. No gradient passes.
+        The reads [B, H r], of the state from before the write, in the products' type. No gradient passes.
 
     Raises:
         StateMismatchError, TurnError: the pool, or another argument, has another shape or type.
     """
-    if pool.dim() != 5 or pool.shape[3] != pool.shape[4] or pool.dtype not in (torch.float32, torch.float64):
-        raise StateMismatchError(f"a pool must be float32 [slots, L, H, r, r]; found {pool.dtype} {list(pool.shape)}")
+    fits = pool.dim() == 5 and pool.shape[3] == pool.shape[4] and pool.is_contiguous()
+    if not fits or pool.dtype not in (torch.float32, torch.float64):
+        raise StateMismatchError(
+            "a pool must be float32 [slots, L, H, r, r] and contiguous, since it is changed in place; "
+            f"found {pool.dtype} {list(pool.shape)}, strides {list(pool.stride())}"
+        )
     batch, (_, layers, heads, rank, _) = products.shape[0], pool.shape
     gates = beta_bias.shape[0] * (1 if lambda_bias is None else 2)
     _need("products", products, (batch, 3 * heads * rank + gates))
@@ -150,13 +157,14 @@ def _step(
     normalize: bool,
     rule: str,  # not ``mode``: torch hands a keyword of that name to its own dispatch when it traces
 ) -> Tensor:
-    reads: Tensor = _steps(pool).step(products, pool, slots, layer, beta_bias, lambda_bias, mask, normalize, rule)
+    with _beside(pool):
+        reads: Tensor = _steps(pool).step(products, pool, slots, layer, beta_bias, lambda_bias, mask, normalize, rule)
     return reads
 
 
 @_step.register_fake
 def _(products: Tensor, pool: Tensor, *_: Any) -> Tensor:
-    return pool.new_empty(products.shape[0], pool.shape[2] * pool.shape[3])
+    return products.new_empty(products.shape[0], pool.shape[2] * pool.shape[3])
 
 
 @torch.library.custom_op("agentmem::scan", mutates_args=())
@@ -175,7 +183,8 @@ def _scan(
 ) -> tuple[Tensor, Tensor]:
     inputs = tuple(x.contiguous() for x in (q, k, v, keep, erase, write))
     given = (state.contiguous(), inputs, _dense(mask), _dense(cu_seqlens))
-    y, last = _scans(state).scan(*given, max_length, chunk)
+    with _beside(state):
+        y, last = _scans(state).scan(*given, max_length, chunk)
     return y, last
 
 
@@ -202,7 +211,8 @@ def _scan_backward(
 ) -> Seven:
     inputs = tuple(x.contiguous() for x in (q, k, v, keep, erase, write))
     given = (dy.contiguous(), dlast.contiguous(), state.contiguous(), inputs, _dense(mask), _dense(cu_seqlens))
-    return tuple(_backwards(state).scan_backward(*given, max_length, chunk))
+    with _beside(state):
+        return tuple(_backwards(state).scan_backward(*given, max_length, chunk))
 
 
 @_scan_backward.register_fake
@@ -225,6 +235,11 @@ _scan.register_autograd(_differentiate, setup_context=_remember)
 
 def _dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
+
+
+def _beside(like: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the one that holds the tensors."""
+    return torch.cuda.device(like.device) if like.is_cuda else nullcontext()
 
 
 def _kernels(like: Tensor) -> bool:

@@ -53,7 +53,7 @@ def step(
     rows = [x.reshape(-1, rank) for x in (k, v, keep, erase, beta)]
     after = recurrence.write_once(s.reshape(-1, rank, rank), *rows).view_as(s)
     pool[slots[on], layer] = after[on]
-    return reads.reshape(batch, size)
+    return reads.reshape(batch, size).to(products.dtype)
 
 
 def scan(

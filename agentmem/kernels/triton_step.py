@@ -44,7 +44,7 @@ def _step(
     mask,  # [B] uint8, or anything where not MASKED
     beta_bias,
     lambda_bias,
-    reads,  # [B, H r] float32
+    reads,  # [B, H r], any float type
     layer,
     layers,
     stride,
@@ -64,7 +64,7 @@ def _step(
     out = reads + (b * HEADS + h) * RANK + at
     slot = tl.load(slots + b).to(tl.int64)
     if slot < 0:
-        tl.store(out, tl.zeros([R], tl.float32), mask=inside)
+        tl.store(out, at * 0.0, mask=inside)
     else:
         SIZE: tl.constexpr = HEADS * RANK
         row = products + b * stride + h * RANK + at
@@ -119,7 +119,7 @@ def step(
     """As ``agentmem.kernels.step``, of arguments that were checked."""
     batch = products.shape[0]
     _, layers, heads, rank, _ = pool.shape
-    reads = torch.empty(batch, heads * rank, dtype=torch.float32, device=pool.device)
+    reads = products.new_empty(batch, heads * rank)
     if batch == 0:
         return reads
     products = products if products.stride(-1) == 1 else products.contiguous()

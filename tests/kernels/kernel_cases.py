@@ -18,10 +18,11 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def close(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
-    """Equal up to ``tolerance`` of the largest expected number; NaN never is."""
+def close(found: Tensor, expected: Tensor, tolerance: float, what: str, dtype: torch.dtype = torch.float32) -> None:
+    """Equal up to ``tolerance`` of the largest expected number, and what ``dtype`` rounds off; NaN never is."""
     assert found.shape == expected.shape, what
-    assert found.dtype == torch.float32, what
+    assert found.dtype == dtype, what
+    tolerance = max(tolerance, torch.finfo(dtype).eps)
     if expected.numel():
         error = (found.double().cpu() - expected).abs().amax() / (1e-30 + expected.abs().amax().clamp_min(1e-3))
         assert float(error) <= tolerance, f"{what}: off by {float(error):.1e}"

@@ -1,4 +1,4 @@
-"""The tests of this folder on the other backends, each in a process of its own (``conftest`` says why)."""
+"""These tests, and the mechanism, on the other backends: each in a process of its own (``conftest`` says why)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-FILES = [str(HERE / name) for name in ("test_step.py", "test_scan.py")]
+KERNELS = [str(HERE / name) for name in ("test_step.py", "test_scan.py")]
+# What the engine computes with them.
+MECHANISM = str(HERE / "mechanism.py")
 
 
 def run(*arguments: str, **environment: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments, *FILES]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
     done = subprocess.run(
         command, cwd=HERE.parents[1], env={**os.environ, **environment}, capture_output=True, text=True
     )
@@ -29,22 +31,26 @@ def triton(needs: Callable[[object, str], None]) -> None:
 
 
 def test_triton_in_the_interpreter() -> None:
-    run(TRITON_INTERPRET="1")
+    run(*KERNELS, TRITON_INTERPRET="1")
+
+
+def test_the_mechanism_in_the_interpreter() -> None:
+    run(MECHANISM, TRITON_INTERPRET="1")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_all_shapes_in_the_interpreter() -> None:
-    run("-m", "slow", TRITON_INTERPRET="1")
+    run("-m", "slow", *KERNELS, MECHANISM, TRITON_INTERPRET="1")
 
 
 @pytest.mark.gpu
 def test_triton_on_a_gpu() -> None:
-    run(AGENTMEM_KERNELS_ON="cuda")
+    run(*KERNELS, MECHANISM, AGENTMEM_KERNELS_ON="cuda")
 
 
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_all_shapes_on_a_gpu() -> None:
-    run("-m", "slow", AGENTMEM_KERNELS_ON="cuda")
+    run("-m", "slow", *KERNELS, MECHANISM, AGENTMEM_KERNELS_ON="cuda")

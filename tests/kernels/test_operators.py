@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -48,6 +49,14 @@ def test_scan_is_as_it_was_declared(device: str, ragged: bool) -> None:
     borders = torch.tensor([0, 3, 7], device=device) if ragged else None
     mask = torch.ones(inputs[1].shape[:2], dtype=torch.bool, device=device)
     torch.library.opcheck(torch.ops.agentmem.scan.default, (*leaves, mask, borders, 7, 4), test_utils=CHECKS)
+
+
+def test_kernels_run_where_they_can_unless_they_are_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert kernels.runs_triton(torch.device("cuda")) == bool(find_spec("triton"))
+    assert not kernels.runs_triton(torch.device("cpu"))
+    monkeypatch.setenv("AGENTMEM_TRITON", "0")
+    assert not kernels.runs_triton(torch.device("cuda"))
 
 
 class Layers(nn.Module):

@@ -50,7 +50,7 @@ def arguments(
 def run(given: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
     names = ("products", "pool", "slots", "layer", "beta_bias", "lambda_bias")
     placed = moved(device, *(given[name] for name in names))
-    placed[1] = placed[1].clone()
+    placed[1] = placed[1].clone(memory_format=torch.preserve_format) if placed[1].is_contiguous() else placed[1]
     mask = None if given["mask"] is None else given["mask"].to(device)
     reads = kernels.step(*placed, mask=mask, normalize=given["normalize"], mode=given["mode"])
     return reads.cpu(), placed[1].cpu()
@@ -59,7 +59,7 @@ def run(given: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
 def check(given: dict[str, Any], device: torch.device) -> None:
     reads, pool = run(given, device)
     expected = defined_step(**given)
-    close(reads, expected[0], 2e-6, "reads")
+    close(reads, expected[0], 2e-6, "reads", given["products"].dtype)
     close(pool, expected[1], 2e-6, "pool")
     written = given["slots"][given["slots"] >= 0 if given["mask"] is None else (given["slots"] >= 0) & given["mask"]]
     touched = torch.zeros(pool.shape[:2], dtype=torch.bool)
@@ -161,6 +161,7 @@ def test_what_does_not_fit_is_refused(device: torch.device) -> None:
     given = arguments(0, 2, 1, 8)
     for changes, error, said in (
         ({"pool": given["pool"].half()}, StateMismatchError, "a pool must be float32"),
+        ({"pool": given["pool"][:, :, :, :4, :4]}, StateMismatchError, "and contiguous"),
         ({"products": given["products"][:, 1:]}, TurnError, r"products must have shape \[2, 32\]"),
         ({"slots": given["slots"][:1]}, TurnError, r"slots must have shape \[2\]"),
         ({"slots": given["slots"].float()}, TurnError, "of torch.int32 or torch.int64"),

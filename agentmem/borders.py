@@ -20,7 +20,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from agentmem.chat_template import ChatTemplate, Span, Text, Tools
+from agentmem.chat_template import ChatTemplate, Text, Tools
+from agentmem.encoding import Span
 from agentmem.errors import TranscriptError
 from agentmem.messages import Message, ToolCall
 

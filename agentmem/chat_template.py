@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: messages to text, text to token ids with the place where each token starts.
+"""A tokenizer's chat template: messages to text, and text to token ids (see `agentmem.encoding`).
 
 Control tokens (`<|im_start|>` and the like) that stand in a message's text are that text and nothing more:
 a quoted web page must not be able to open a turn. They travel through the template between two private-use
@@ -18,10 +18,10 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
+from agentmem.encoding import Encoded, Encoder, Span, any_of
 from agentmem.errors import TranscriptError
 from agentmem.messages import Message
 
-Span = tuple[int, int]  # [start, stop) in characters
 Tools = Sequence[Mapping[str, Any]]
 
 # Around a control token in an input: noncharacters, which Unicode reserves for a program's inside and keeps
@@ -67,9 +67,9 @@ class ChatTemplate:
         named = getattr(tokenizer, "chat_control_tokens", None)
         special = {str(t.content) for t in added if t.special}
         others = {str(t.content) for t in added if str(t.content) in (template if named is None else named)}
-        self._turn = _any_of(special - _REASONING)
-        self._control = _any_of(special | {token for token in others if not token.isspace()})
-        self._newline = self._ids("\n")
+        self._turn = any_of(special - _REASONING)
+        self._control = any_of(special | {token for token in others if not token.isspace()})
+        self._encoder = Encoder(tokenizer)
 
     def render(
         self,
@@ -107,20 +107,9 @@ class ChatTemplate:
             ) from error
         return self._unquote(str(text))
 
-    def encode(self, text: str, plain: Sequence[Span] = ()) -> tuple[list[int], list[int]]:
+    def encode(self, text: str, plain: Sequence[Span] = ()) -> Encoded:
         """Token ids of a text and the character at which each starts; `plain` spans stay plain text."""
-        ids: list[int] = []
-        starts: list[int] = []
-        at = 0
-        for start, stop in [*plain, (len(text), len(text))]:
-            piece_ids, piece_starts = self._encode_piece(text[at:start], first=at == 0)
-            ids += piece_ids
-            starts += [at + place for place in piece_starts]
-            plain_ids = self._plain_ids(text[start:stop])
-            ids += plain_ids
-            starts += [start] * len(plain_ids)
-            at = stop
-        return ids, starts
+        return self._encoder.encode(text, plain)
 
     def content(self, message: Message) -> Text:
         """A message's content as it would stand in a rendered conversation."""
@@ -187,55 +176,3 @@ class ChatTemplate:
             length += len(inner)
             at = match.end()
         return Text("".join(parts) + quoted[at:], tuple(plain))
-
-    def _encode_piece(self, piece: str, *, first: bool) -> tuple[list[int], list[int]]:
-        """Ids and starts of a piece; one from the middle of a text gets no word-start of its own."""
-        if not piece:
-            return [], []
-        if not first:
-            # Some tokenizers add a space to the start of any text; behind a newline they do not.
-            ids, starts = self._encode_whole("\n" + piece)
-            skip = len(self._newline)
-            if ids[:skip] == self._newline:
-                return ids[skip:], [max(0, start - 1) for start in starts[skip:]]
-        return self._encode_whole(piece)
-
-    def _encode_whole(self, text: str) -> tuple[list[int], list[int]]:
-        encoded = self._tokenizer(
-            text,
-            add_special_tokens=False,
-            split_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        ids: list[int] = encoded["input_ids"]
-        starts: list[int] = []
-        end = 0
-        for token, (start, stop) in zip(ids, encoded["offset_mapping"], strict=True):
-            # Some tokenizers report a token without the white space that it begins with.
-            if start > end and text[end:start].isspace() and self._tokenizer.decode([token])[:1].isspace():
-                start = end
-            starts.append(start)
-            end = max(end, stop)
-        return ids, starts
-
-    def _ids(self, text: str) -> list[int]:
-        return self._encode_whole(text)[0]
-
-    def _plain_ids(self, text: str) -> list[int]:
-        """Ids of a text in which no added token is recognised: the tokenizer's pipeline without that step."""
-        if not text:
-            return []
-        backend = self._tokenizer.backend_tokenizer
-        if backend.normalizer is not None:
-            text = backend.normalizer.normalize_str(text)
-        words = [text]
-        if backend.pre_tokenizer is not None:
-            words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
-        return [token.id for word in words for token in backend.model.tokenize(word)]
-
-
-def _any_of(tokens: set[str]) -> re.Pattern[str]:
-    """Matches any of the tokens, longer ones first; none at all matches nothing."""
-    return re.compile("|".join(re.escape(t) for t in sorted(tokens, key=len, reverse=True)) or r"(?!)")

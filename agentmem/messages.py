@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from agentmem.errors import TranscriptError
@@ -79,6 +80,14 @@ class Message:
         Raises:
             TranscriptError: a tool call's arguments are no JSON object.
         """
+        # Arguments are the caller's own objects and may change in place; everything else can not.
+        return self._computed_digest() if self.tool_calls else self._kept_digest
+
+    @cached_property
+    def _kept_digest(self) -> bytes:
+        return self._computed_digest()
+
+    def _computed_digest(self) -> bytes:
         body = [
             self.role,
             self.content,

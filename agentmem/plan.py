@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from itertools import islice
+from typing import Any, Literal, overload
 
 from agentmem.config import WriteStrategy
 from agentmem.errors import ConfigError, WindowError
@@ -120,10 +121,9 @@ def plan_turn(
     writing = request.memory and request.write != "off"
     alignment = record.align(messages, on_edit=request.on_edit)
     new = set(alignment.new) if writing else set()
-    sizes = [transcript.size(message) for message in messages]
     overhead = transcript.overhead(tools=request.tools, add_generation_prompt=True)
     reply = min(request.sampling.max_tokens, limit // 2)
-    shown = request.window.clip(limit - reply).visible(messages, sizes, overhead)
+    shown = request.window.clip(limit - reply).visible(messages, _Sizes(messages, transcript), overhead)
     visible = [messages[i] for i in shown]
     rendered = transcript.render(
         visible, tools=request.tools, add_generation_prompt=True, sentences=strategy == "sentence"
@@ -170,6 +170,26 @@ def plan_remember(
     )
 
 
+class _Sizes(Sequence[int]):
+    """Tokens of each message, counted when asked for: a window asks for those that it may show."""
+
+    def __init__(self, messages: Sequence[Message], transcript: Transcript) -> None:
+        self._messages = messages
+        self._transcript = transcript
+
+    def __len__(self) -> int:
+        return len(self._messages)
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        if isinstance(index, slice):
+            return [self._transcript.size(message) for message in self._messages[index]]
+        return self._transcript.size(self._messages[index])
+
+
 def _context_passes(
     messages: Sequence[Message],
     unseen: Sequence[int],
@@ -177,18 +197,26 @@ def _context_passes(
     strategy: WriteStrategy,
     limit: int,
 ) -> list[Piece]:
-    """New messages that no prompt will show, as they stand in the whole history, in pieces at message borders."""
+    """New messages that no prompt will show, as they stand in the history, in pieces at message borders.
+
+    What templates write for a message depends on its turn, on what comes after, and on whether its turn is the first
+    (which may take in the system messages). So the turn before theirs is rendered too, and nothing older.
+    """
     if not unseen:
         return []
-    whole = transcript.render(messages, sentences=strategy == "sentence")
+    questions = (i for i in reversed(range(unseen[0] + 1)) if messages[i].role == "user")
+    start = next(islice(questions, 1, None), 0)
+    given = [i for i, message in enumerate(messages) if i >= start or message.role == "system"]
+    whole = transcript.render([messages[i] for i in given], sentences=strategy == "sentence")
     segments = _segments(whole, strategy)
-    places: dict[int, list[int]] = {i: [] for i in unseen}
+    numbers = {index: number for number, index in enumerate(given)}
+    places: dict[int, list[int]] = {numbers[i]: [] for i in unseen}
     for place, owner in enumerate(whole.owner):
         if owner in places:
             places[owner].append(place)
     passes = []
-    for group in pieces([len(places[i]) for i in unseen], limit=PIECE_TOKENS):
-        taken = [place for n in group for place in places[unseen[n]]]
+    for group in pieces([len(places[numbers[i]]) for i in unseen], limit=PIECE_TOKENS):
+        taken = [place for n in group for place in places[numbers[unseen[n]]]]
         if len(taken) > limit:
             raise WindowError(
                 f"message {unseen[group[0]]} has {len(taken)} tokens, more than the {limit} that the model reads; "

@@ -105,7 +105,7 @@ class ConsumedRecord:
 
     def extend(self, messages: Sequence[Message]) -> ConsumedRecord:
         """The record after these messages, in order; those that never write are left out."""
-        return self._extend(_short(message) for message in messages if message.writes)
+        return self._extend(message.digest()[:DIGEST] for message in messages if message.writes)
 
     def _extend(self, digests: Iterable[bytes]) -> ConsumedRecord:
         count, chain, tail = self.count, self.chain, bytearray(self.tail)
@@ -155,9 +155,10 @@ class ConsumedRecord:
         if on_edit not in ("write", "error", "rebuild"):
             raise ConfigError(f'on_edit is "write", "error" or "rebuild"; found {on_edit!r}')
         places = [i for i, message in enumerate(history) if message.writes]
-        digests = [_short(history[i]) for i in places]
-        matched = self._matched(digests)
-        consumed = [places[j] for j in matched]
+        digests = [history[i].digest()[:DIGEST] for i in places]
+        if self._is_prefix(digests):
+            return Alignment(new=places[self.count :], consumed=places[: self.count])
+        consumed = [places[j] for j in self._matched(digests)]
         old = set(consumed)
         new = [i for i in places if i not in old]
         edits = [i for i in new if consumed and i < consumed[-1]]
@@ -173,9 +174,7 @@ class ConsumedRecord:
         return Alignment(new=new, consumed=consumed, edits=edits)
 
     def _matched(self, digests: list[bytes]) -> list[int]:
-        """Indices into `digests` of the consumed ones, ascending."""
-        if self._is_prefix(digests):
-            return list(range(self.count))
+        """Indices into `digests` of the consumed ones, ascending, where these are not its beginning."""
         tail = _split(self.tail)
         full = len(tail) == TAIL and self.count > TAIL
         matched = _match(tail, digests, free_head=full)
@@ -257,10 +256,6 @@ def _walk_back(keys: NDArray[np.int64], best: NDArray[np.int64], i: int, j: int)
             i = int(np.flatnonzero(best[: i - 1, j - 1] == rest)[-1])
         j = int(np.flatnonzero(keys[i, :j] == rest)[-1])
         columns.append(j)
-
-
-def _short(message: Message) -> bytes:
-    return message.digest()[:DIGEST]
 
 
 def _link(chain: bytes, digest: bytes) -> bytes:

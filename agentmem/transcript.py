@@ -8,18 +8,21 @@ starts: header, content and end are the message's (see `agentmem.borders`).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 from agentmem.borders import NOBODY, Borders, Layout
-from agentmem.chat_template import ChatTemplate, Span, Tools
+from agentmem.chat_template import ChatTemplate, Tools
+from agentmem.encoding import Span
 from agentmem.errors import TranscriptError
 from agentmem.messages import Message
 from agentmem.sentences import split_sentences
 
 _SIZES_KEPT = 8192  # messages whose size is remembered
+_OVERHEADS_KEPT = 64  # lists of tools for which it is remembered what they take
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Transcript:
         self._template = ChatTemplate(tokenizer, options)
         self._borders = Borders(self._template)
         self._sizes: dict[bytes, int] = {}
+        self._overheads: dict[tuple[str, bool], int] = {}
 
     def render(
         self,
@@ -126,8 +130,13 @@ class Transcript:
 
     def overhead(self, *, tools: Tools | None = None, add_generation_prompt: bool = False) -> int:
         """Tokens of a conversation that belong to no message: preamble, tools, generation prompt."""
-        rendered = self.render([Message("user", "x")], tools=tools, add_generation_prompt=add_generation_prompt)
-        return sum(owner != 0 for owner in rendered.owner)
+        key = (json.dumps(list(tools or ()), default=str), add_generation_prompt)
+        if key not in self._overheads:
+            if len(self._overheads) >= _OVERHEADS_KEPT:
+                self._overheads.clear()
+            rendered = self.render([Message("user", "x")], tools=tools, add_generation_prompt=add_generation_prompt)
+            self._overheads[key] = sum(owner != 0 for owner in rendered.owner)
+        return self._overheads[key]
 
     def closing_text(self, message: Message | None = None) -> str:
         """What the template writes after the content of a message of this role (None: an assistant's).

@@ -7,7 +7,7 @@ nonsense.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from agentmem.errors import ConfigError, WindowError
@@ -53,7 +53,7 @@ class Window:
 
         Args:
             messages: the whole history.
-            sizes: tokens of each message.
+            sizes: tokens of each message; only those are asked for that decide what is shown.
             overhead: tokens that belong to no message: preamble, tools, generation prompt, room for a reply.
 
         Raises:
@@ -64,12 +64,12 @@ class Window:
         shown = [i for i, message in enumerate(messages) if message.role == "system"]
         fixed = sum(sizes[i] for i in shown)
         groups = tool_groups(messages)
-        last = groups[-1] if groups else []
+        last = next(groups, [])
         tokens, count = overhead + fixed + sum(sizes[i] for i in last), len(last)
         if self.tokens is not None and tokens > self.tokens:
             raise WindowError(self._too_small(overhead, fixed, tokens - overhead - fixed))
         shown += last
-        for group in reversed(groups[:-1]):
+        for group in groups:
             tokens += sum(sizes[i] for i in group)
             count += len(group)
             if not self._holds(tokens, count):
@@ -89,34 +89,38 @@ class Window:
         )
 
 
-def tool_groups(messages: Sequence[Message]) -> list[list[int]]:
-    """Indices of all but system messages in groups that are shown together or not at all, oldest first.
+def tool_groups(messages: Sequence[Message]) -> Iterator[list[int]]:
+    """Indices of all but system messages in groups that are shown together or not at all, newest first.
 
     A group is one message, or an assistant message with tool calls and the tool messages that answer it: by
     the call's id, or standing behind the call where ids are missing. Where other messages stand in between
     (a human who spoke before the last result was in), they join the group, so that a group is always an
-    unbroken run.
+    unbroken run. Nothing before a group is looked at, but for the call that a result answers.
     """
     others = [i for i, message in enumerate(messages) if message.role != "system"]
-    callers: dict[str, int] = {}
-    latest: int | None = None
-    joined = list(range(len(others)))  # per place the earliest place that it must be shown with
-    for place, index in enumerate(others):
-        message = messages[index]
-        if message.tool_calls:
-            latest = place
-            callers.update((call.id, place) for call in message.tool_calls if call.id)
-        elif message.role == "tool":
-            caller = callers.get(message.tool_call_id, latest)
-            joined[place] = place if caller is None else caller
-    groups: list[list[int]] = []
     reach = stop = len(others)  # reach: the earliest place that anything from here on must be shown with
     for place in reversed(range(len(others))):
-        reach = min(reach, joined[place])
+        reach = min(reach, _caller(messages, others, place))
         if reach >= place:
-            groups.append(others[place:stop])
+            yield others[place:stop]
             stop = place
-    return groups[::-1]
+
+
+def _caller(messages: Sequence[Message], others: Sequence[int], place: int) -> int:
+    """The place that a message must be shown with: that of the call which it answers, else its own."""
+    result = messages[others[place]]
+    if result.role != "tool" or result.tool_calls:
+        return place
+    latest = place
+    for before in reversed(range(place)):
+        calls = messages[others[before]].tool_calls
+        if any(call.id and call.id == result.tool_call_id for call in calls):
+            return before
+        if calls and latest == place:
+            latest = before
+            if not result.tool_call_id:
+                break
+    return latest
 
 
 def pieces(sizes: Sequence[int], limit: int = PIECE_TOKENS) -> list[list[int]]:

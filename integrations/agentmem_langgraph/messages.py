@@ -8,7 +8,8 @@ must come back as the same message, whether it was streamed or not, and nothing 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, cast
 
 from langchain_core.messages import (
     AIMessage,
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 REASONING = "reasoning_content"
 """Where an AIMessage keeps its reasoning (in additional_kwargs); LangChain's content blocks read it there."""
 
+_KEPT = 4096
+"""Messages that are kept as the engine takes them; a history is given anew at every turn."""
+
 _MARK = "agentmem"  # additional_kwargs["agentmem"] = {"write": False}
 # Blocks of an AI message that are no text: calls stand in `tool_calls` too, and reasoning is never sent back.
 _NOT_SAID = {"tool_call", "tool_call_chunk", "invalid_tool_call", "tool_use", "reasoning", "thinking"}
@@ -47,28 +51,40 @@ def to_engine(messages: Sequence[BaseMessage]) -> list[Message]:
 
 
 def _to_engine(message: BaseMessage) -> Message:
-    write, name = _write_flag(message), message.name or ""
-    if isinstance(message, AIMessage):
-        return Message(
-            "assistant",
-            _text(message),
-            tool_calls=tuple(ToolCall(c["name"], c["args"], c["id"] or "") for c in message.tool_calls),
-            name=name,
-            write=write,
-        )
-    if isinstance(message, ToolMessage):
-        text = _text(message)
+    # pydantic's isinstance is slow, and this is done for a whole history at every turn.
+    kind = _role_of(type(message))
+    role, text, name, write = kind or _role(message), _text(message), message.name or "", _write_flag(message)
+    answers = ""
+    if kind == "assistant" and (given := cast(AIMessage, message).tool_calls):
+        calls = tuple(ToolCall(c["name"], c["args"], c["id"] or "") for c in given)
+        return Message(role, text, tool_calls=calls, name=name, write=write)
+    if kind == "tool":
+        message = cast(ToolMessage, message)
+        answers = message.tool_call_id
         if message.status == "error" and not text.startswith("Error"):
             text = f"Error: {text}"  # templates show a tool's text alone
-        return Message("tool", text, tool_call_id=message.tool_call_id, name=name, write=write)
-    return Message(_role(message), _text(message), name=name, write=write)
+    return _known(role, text, answers, name, write)
+
+
+@lru_cache(maxsize=_KEPT)
+def _known(role: Role, text: str, tool_call_id: str, name: str, write: bool) -> Message:
+    """A message without calls. The same for the same values, so that the digests of a long history are at hand."""
+    return Message(role, text, tool_call_id=tool_call_id, name=name, write=write)
+
+
+@lru_cache(maxsize=64)
+def _role_of(kind: type[BaseMessage]) -> Role | None:
+    """The role of all messages of a kind, if there is one."""
+    roles: dict[type[BaseMessage], Role] = {
+        AIMessage: "assistant",
+        ToolMessage: "tool",
+        HumanMessage: "user",
+        SystemMessage: "system",
+    }
+    return next((role for base, role in roles.items() if issubclass(kind, base)), None)
 
 
 def _role(message: BaseMessage) -> Role:
-    if isinstance(message, HumanMessage):
-        return "user"
-    if isinstance(message, SystemMessage):
-        return "system"
     if isinstance(message, ChatMessage) and message.role in ROLES and message.role != "tool":
         return message.role  # type: ignore[return-value]
     raise TranscriptError(
@@ -78,7 +94,9 @@ def _role(message: BaseMessage) -> Role:
 
 
 def _write_flag(message: BaseMessage) -> bool:
-    mark = message.additional_kwargs.get(_MARK, {})
+    if _MARK not in message.additional_kwargs:
+        return True
+    mark = message.additional_kwargs[_MARK]
     write = mark.get("write", True) if isinstance(mark, Mapping) else None
     if not isinstance(write, bool):
         raise TranscriptError(

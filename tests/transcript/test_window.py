@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -21,6 +22,11 @@ def call(*ids: str) -> Message:
 
 def result(of: str) -> Message:
     return Message("tool", "r", tool_call_id=of)
+
+
+def groups(messages: list[Message]) -> list[list[int]]:
+    """Oldest first."""
+    return list(tool_groups(messages))[::-1]
 
 
 def shown(window: Window, messages: list[Message], size: int = 10, overhead: int = 0) -> list[int]:
@@ -67,17 +73,17 @@ def test_a_call_and_its_results_show_together_or_not_at_all() -> None:
 
 def test_a_result_far_from_its_call_keeps_what_is_between() -> None:
     talk = [USER, call("1", "2"), result("1"), USER, result("2"), USER]
-    assert tool_groups(talk) == [[0], [1, 2, 3, 4], [5]]
+    assert groups(talk) == [[0], [1, 2, 3, 4], [5]]
     assert shown(Window(40), talk) == [5]
 
 
 def test_groups_by_id_and_by_place() -> None:
-    assert tool_groups([call("1"), result("1"), call("2"), result("2")]) == [[0, 1], [2, 3]]
-    assert tool_groups([call("1"), call("2"), result("1"), result("2")]) == [[0, 1, 2, 3]]
-    assert tool_groups([call(""), result(""), USER]) == [[0, 1], [2]]
-    assert tool_groups([call("1"), SYSTEM, result("1"), USER]) == [[0, 2], [3]]
-    assert tool_groups([result("1"), USER]) == [[0], [1]]
-    assert tool_groups([]) == []
+    assert groups([call("1"), result("1"), call("2"), result("2")]) == [[0, 1], [2, 3]]
+    assert groups([call("1"), call("2"), result("1"), result("2")]) == [[0, 1, 2, 3]]
+    assert groups([call(""), result(""), USER]) == [[0, 1], [2]]
+    assert groups([call("1"), SYSTEM, result("1"), USER]) == [[0, 2], [3]]
+    assert groups([result("1"), USER]) == [[0], [1]]
+    assert groups([]) == []
 
 
 def test_the_last_message_and_its_calls_must_fit() -> None:
@@ -137,14 +143,59 @@ def test_a_window_holds_its_promises(talk: list[tuple[Message, int]], tokens: in
     try:
         seen = Window(tokens, count).visible(messages, sizes)
     except WindowError:
-        groups = tool_groups(messages)
-        needed = [i for i, m in enumerate(messages) if m.role == "system"] + (groups[-1] if groups else [])
+        runs = groups(messages)
+        needed = [i for i, m in enumerate(messages) if m.role == "system"] + (runs[-1] if runs else [])
         assert sum(sizes[i] for i in needed) > tokens
         return
     assert sum(sizes[i] for i in seen) <= tokens
-    groups = tool_groups(messages)
-    assert sum(messages[i].role != "system" for i in seen) <= max(count, len(groups[-1]) if groups else 0)
+    runs = groups(messages)
+    assert sum(messages[i].role != "system" for i in seen) <= max(count, len(runs[-1]) if runs else 0)
     assert {i for i, m in enumerate(messages) if m.role == "system"} <= set(seen)
-    assert all(set(group) <= set(seen) or not set(group) & set(seen) for group in tool_groups(messages))
+    assert all(set(group) <= set(seen) or not set(group) & set(seen) for group in runs)
     if messages:
         assert len(messages) - 1 in seen
+
+
+class Counted(list[int]):
+    """Sizes that note which of them were asked for."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        super().__init__(sizes)
+        self.asked: set[int] = set()
+
+    def __getitem__(self, index: Any) -> Any:
+        self.asked.add(index)
+        return super().__getitem__(index)
+
+
+def test_only_messages_that_may_show_are_measured() -> None:
+    talk = [SYSTEM, *([USER, call("1"), result("1"), REPLY] * 500)]
+    sizes = Counted([10] * len(talk))
+    assert Window(100).visible(talk, sizes) == [0, *range(1992, 2001)]
+    assert sizes.asked == {0, *range(1990, 2001)}  # and the group that no longer fits: two messages
+
+
+def by_looking_at_everything(messages: list[Message]) -> list[list[int]]:
+    """Groups as they are defined, found from the oldest message on."""
+    others = [i for i, m in enumerate(messages) if m.role != "system"]
+    spans: list[tuple[int, int]] = []
+    callers: dict[str, int] = {}
+    latest: int | None = None
+    for place, message in enumerate(messages[i] for i in others):
+        if message.tool_calls:
+            latest = place
+            callers |= {c.id: place for c in message.tool_calls if c.id}
+        elif message.role == "tool" and (caller := callers.get(message.tool_call_id, latest)) is not None:
+            spans.append((caller, place))
+    cuts = [at for at in range(len(others) + 1) if not any(a < at <= b for a, b in spans)]
+    return [others[a:b] for a, b in pairwise(cuts)]
+
+
+anything = st.sampled_from(
+    [SYSTEM, USER, REPLY, *(call(*i) for i in ("1", "12", "2", "")), *map(result, ("1", "2", "3"))]
+)
+
+
+@given(st.lists(st.one_of(anything, st.just(call("")), st.just(result(""))), max_size=20))
+def test_groups_are_found_from_the_end_as_from_the_beginning(messages: list[Message]) -> None:
+    assert groups(messages) == by_looking_at_everything(messages)

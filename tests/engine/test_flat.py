@@ -1,0 +1,118 @@
+"""A turn costs what it shows and what is new, however long the thread is; and shortcuts never hide an edit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from transcript_templates import CHATML, GEMMA, LLAMA, MISTRAL, QWEN, tokenizer
+
+from agentmem import Message, Sampling, Window
+from agentmem.errors import TranscriptError
+from agentmem.messages import ToolCall
+from agentmem.plan import plan_remember
+from agentmem.record import ConsumedRecord
+from agentmem.transcript import Transcript
+
+SHORT = Sampling(max_tokens=3)
+
+
+class Work:
+    """Counts what a tokenizer is given to do."""
+
+    def __init__(self, tok: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.shown = self.read = 0
+        render, encode = tok.apply_chat_template, type(tok).__call__
+
+        def counted_render(conversation: Any, **options: Any) -> Any:
+            self.shown += len(conversation)
+            return render(conversation, **options)
+
+        def counted_encode(own: Any, text: str, **options: Any) -> Any:
+            self.read += len(text)
+            return encode(own, text, **options)
+
+        monkeypatch.setattr(tok, "apply_chat_template", counted_render)
+        monkeypatch.setattr(type(tok), "__call__", counted_encode)
+
+    def take(self) -> tuple[int, int]:
+        done, self.shown, self.read = (self.shown, self.read), 0, 0
+        return done
+
+
+def test_late_turns_render_tokenise_and_write_what_early_ones_do(
+    make_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    work = Work(engine.tokenizer, monkeypatch)
+    history: list[Message] = []
+    state, done, written = None, [], []
+    for n in range(60):
+        history.append(Message("user", f"number {100 + n} is here"))
+        turn = engine.turn(history, state, window=Window(messages=5), sampling=SHORT)
+        history.append(turn.message)
+        state = turn.state
+        done.append(work.take())
+        written.append(turn.written - len(turn.token_ids))
+    assert {shown for shown, _ in done[20:]} == {done[20][0]}
+    assert max(read for _, read in done[50:]) <= 1.5 * max(read for _, read in done[10:20])
+    assert set(written[5:]) == {written[5]}  # the window slides on; nothing in it is written again
+
+
+def test_remembering_one_more_message_renders_its_neighbourhood(
+    make_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    history = [Message("user" if n % 2 == 0 else "assistant", f"number {n}") for n in range(100)]
+    state = engine.remember(history).state
+    work = Work(engine.tokenizer, monkeypatch)
+    history.append(Message("user", "and one more"))
+    assert engine.remember(history, state).written > 0
+    assert work.shown < 12
+
+
+TALK = [
+    Message("system", "Be brief."),
+    Message("user", "hello there"),
+    Message("assistant", "Hi."),
+    Message("user", "what is it?"),
+    Message("assistant", "", tool_calls=(ToolCall("look", {"at": "x"}, "000000001"),)),
+    Message("tool", "found", tool_call_id="000000001", name="look"),
+    Message("assistant", "<think>\nwhy\n</think>\n\nIt is found."),
+    Message("user", "thanks"),
+    Message("assistant", "You are welcome."),
+    Message("user", "again?"),
+    Message("assistant", "Yes."),
+]
+
+
+@pytest.mark.parametrize("template", [CHATML, QWEN, LLAMA, GEMMA, MISTRAL])
+@pytest.mark.parametrize("lead", [0, 1])
+def test_what_is_written_unseen_has_the_tokens_that_it_has_in_the_whole_history(template: str, lead: int) -> None:
+    talk = [m for m in TALK[lead:] if template != GEMMA or not (m.tool_calls or m.role == "tool")]
+    transcript = Transcript(tokenizer(template))
+    try:
+        whole = transcript.render(talk)
+    except TranscriptError:
+        pytest.skip("the template knows no such conversation")
+    for known in range(len(talk) + 1):
+        record = ConsumedRecord.empty().extend(talk[:known])
+        plan = plan_remember(talk, record, transcript, "token", 4096, "write")
+        new = {i for i in range(known, len(talk)) if talk[i].writes}
+        expected = [token for token, owner in zip(whole.input_ids, whole.owner, strict=True) if owner in new]
+        assert [token for piece in plan.hidden for token in piece.ids] == expected
+
+
+def test_a_call_that_is_changed_in_place_is_an_edit(make_engine: Any) -> None:
+    engine = make_engine()
+    arguments = {"at": ["x"]}
+    history = [
+        Message("user", "look"),
+        Message("assistant", "", tool_calls=(ToolCall("look", arguments, "1"),)),
+        Message("tool", "found", tool_call_id="1"),
+    ]
+    first = engine.turn(history, sampling=SHORT)
+    history += [first.message, Message("user", "again")]
+    assert engine.turn(history, first.state, sampling=SHORT).edits == ()
+    arguments["at"].append("y")
+    assert engine.turn(history, first.state, sampling=SHORT).edits == (1,)

@@ -1,0 +1,101 @@
+"""Ids of a text that is encoded in pieces are those of the whole, and what was encoded is not encoded again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transcript_templates import CHATML, tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from agentmem.encoding import Encoder
+from agentmem.messages import Message
+from agentmem.transcript import Transcript
+
+CONTROL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<think>", "[INST]"]
+
+
+def sentencepiece(scheme: str, **flags: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer that marks the start of a text (first, always) or of every piece (legacy)."""
+    backend = Tokenizer(models.BPE())
+    if scheme == "legacy":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<s>", "</s>"], show_progress=False)
+    backend.train_from_iterator(["hello there, how are you today? a b c \n ! ▁"] * 3, trainer)
+    backend.add_special_tokens([AddedToken(text, normalized=False, **flags) for text in CONTROL[2:]])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<s>")
+
+
+TOKENIZERS = {
+    "byte level": tokenizer(CHATML),
+    "trimmed offsets": tokenizer(CHATML, True),
+    **{scheme: sentencepiece(scheme) for scheme in ("first", "always", "legacy")},
+    "takes what is right": sentencepiece("first", rstrip=True),
+    "takes what is left": sentencepiece("first", lstrip=True),
+    "whole words": sentencepiece("first", single_word=True),
+}
+
+texts = st.lists(
+    st.sampled_from([*CONTROL, "hello there", " ", "\n", "\n\n", "a", "b c", "!", "<|im_", "é"]), max_size=14
+)
+
+
+class Counting:
+    """A tokenizer that counts the characters which it encodes."""
+
+    def __init__(self, tok: Any) -> None:
+        self._tok = tok
+        self.read = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tok, name)
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        self.read += len(text)
+        return self._tok(text, **options)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@settings(max_examples=60, deadline=None)
+@given(st.lists(texts, min_size=1, max_size=3))
+def test_pieces_give_the_ids_of_the_whole(kind: str, given_texts: list[list[str]]) -> None:
+    tok = TOKENIZERS[kind]
+    encoder = Encoder(tok, kept=20)
+    for parts in [*given_texts, *given_texts]:
+        text = "".join(parts)
+        ids, starts = encoder.encode(text)
+        assert ids == tok(text, add_special_tokens=False)["input_ids"]
+        assert len(starts) == len(ids)
+        assert starts == sorted(starts)
+
+
+def test_a_conversation_that_goes_on_is_tokenised_where_it_is_new() -> None:
+    tok = Counting(tokenizer(CHATML))
+    transcript = Transcript(tok)
+    talk = [Message("user" if n % 2 == 0 else "assistant", f"number {n} says hello") for n in range(60)]
+    transcript.render(talk[:40], add_generation_prompt=True)
+    tok.read = 0
+    slid = transcript.render(talk[20:42], add_generation_prompt=True)
+    assert tok.read < 2 * len("<|im_start|>assistant\nnumber 40 says hello<|im_end|>\n")
+    assert slid == Transcript(tokenizer(CHATML)).render(talk[20:42], add_generation_prompt=True)
+
+
+def test_what_is_kept_is_bounded() -> None:
+    tok = Counting(tokenizer(CHATML))
+    encoder = Encoder(tok, kept=30)
+    for n in range(50):
+        encoder.encode(f"<|im_start|>number {n}")
+    tok.read = 0
+    encoder.encode("<|im_start|>number 49")
+    assert tok.read == 0
+    encoder.encode("<|im_start|>number 0")
+    assert tok.read > 0
+    encoder.encode("hello " * 100)  # longer than all that may be kept
+    tok.read = 0
+    encoder.encode("hello " * 100)
+    assert tok.read == 600

@@ -16,6 +16,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, TypedDict, TypeVar, Unpack
 
+from agentmem.carry import KV
 from agentmem.errors import TurnCancelledError, TurnTimeoutError
 from agentmem.formats import ReplyFormat
 from agentmem.messages import Message
@@ -45,6 +46,8 @@ class TurnOptions(TypedDict, total=False):
         memory: False runs the bare model; the state comes back as given.
         form: what the reply is bound to be, a call or JSON (see ``ReplyFormat``); None = whatever the model says.
         timeout: seconds from the call to the whole reply, waiting included; looked at between forward passes.
+        kv: "exact" (the default), or "carry": go on from the KV of the turn that returned the state, where that is
+            still at hand and the prompt begins as it did. Faster, and no longer exactly the turn's definition.
     """
 
     sampling: Sampling
@@ -55,6 +58,7 @@ class TurnOptions(TypedDict, total=False):
     memory: bool
     form: ReplyFormat | None
     timeout: float | None
+    kv: KV
 
 
 class Engine:
@@ -65,7 +69,8 @@ class Engine:
         tokenizer: its tokenizer, with a chat template.
         steered: the model with memory attached; None = no memory.
         name: what replies name as their model.
-        kv_cache_tokens: how many prompt tokens of recent prefills are kept for retries and branches; 0 = none.
+        kv_cache_tokens: how many prompt tokens of recent prefills are kept for retries and branches, and as many again
+            for turns with ``kv="carry"``; 0 = none.
         max_batch: how many sessions decode in one pass; 1 = they take turns. Beside others a session's numbers differ
             in the last bits from those it has alone, so only 1 gives the same state to the bit whatever else runs.
         template_options: variables for the chat template, ``{"enable_thinking": False}`` for example.
@@ -193,7 +198,7 @@ class Engine:
         return _wait(self._worker.submit(lambda: self._count(messages, tools)))
 
     def forget_prefills(self) -> None:
-        """Empty the cache of prefills. Changes no result, only speed."""
+        """Empty the caches of KV. Changes no result, only speed, but for turns with ``kv="carry"``."""
         _wait(self._worker.submit(self._clear))
 
     def close(self) -> None:
@@ -217,6 +222,7 @@ class Engine:
 
     def _clear(self) -> Steps[None]:
         self._runtime.prefix.clear()
+        self._runtime.carried.clear()
         yield None
 
     def _count(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Steps[int]:

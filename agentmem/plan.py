@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal, overload
 
+from agentmem.carry import KV, KVS
 from agentmem.config import WriteStrategy
 from agentmem.errors import ConfigError, WindowError
 from agentmem.formats import ReplyFormat
@@ -40,6 +41,7 @@ class Request:
         memory: False runs the bare model.
         form: what the reply is bound to be; None = whatever the model says.
         timeout: seconds from the call to the whole reply, waiting included; None = any.
+        kv: "exact", or "carry": go on from KV that the session's turn before left (see ``carry``).
     """
 
     messages: Sequence[Message]
@@ -51,8 +53,11 @@ class Request:
     memory: bool = True
     form: ReplyFormat | None = None
     timeout: float | None = None
+    kv: KV = "exact"
 
     def __post_init__(self) -> None:
+        if self.kv not in KVS:
+            raise ConfigError(f"kv must be one of {', '.join(KVS)}; found {self.kv!r}")
         if self.write not in _POLICIES:
             raise ConfigError(f"write must be one of {', '.join(_POLICIES)}; found {self.write!r}")
         if self.timeout is not None and not self.timeout > 0:

@@ -21,7 +21,8 @@ class Prompt:
     """What identifies a prefill.
 
     Attributes:
-        start: digest of the matrices at its start.
+        start: digest of what the matrices at its start follow from: those at the turn's start, and what was written
+            before the prompt.
         ids: the tokens.
         segments: for each token the segment that it writes, -1 = it does not.
         border: tokens before the first one that writes; they are read in a call of their own.

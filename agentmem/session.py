@@ -6,7 +6,6 @@ a tensor and comes out as one; the session is thrown away with the turn.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from agentmem.batching import Decoding, Seat, Want
+from agentmem.carry import CarriedCache
 from agentmem.constraint import Grammars
 from agentmem.errors import MissingAdapterError
 from agentmem.fingerprint import model_fingerprint
@@ -40,6 +40,7 @@ class Runtime:
         steered: the model with its memory attached, or None.
         transcript: the chat template.
         prefix: recent prefills.
+        carried: what turns with ``kv="carry"`` left.
         limit: the longest context that the model takes.
         end_ids: tokens that end a reply.
         tags: delimiters of reasoning and tool calls.
@@ -61,6 +62,7 @@ class Runtime:
         self.steered = steered
         self.transcript = Transcript(tokenizer, template_options)
         self.prefix = PrefixCache(kv_cache_tokens)
+        self.carried = CarriedCache(kv_cache_tokens)
         self.limit: int = model.config.get_text_config().max_position_embeddings
         self.end_ids = _end_ids(model, tokenizer)
         self.tags = Tags.of(tokenizer)
@@ -87,10 +89,11 @@ class Runtime:
         state.require(self.model_fingerprint, self.adapter_fingerprint, self.steered.state_shape)
         return torch.tensor(state.matrices).unsqueeze(0).to(self.device)
 
-    def to_state(self, tensor: Tensor, record: ConsumedRecord) -> MemoryState:
-        """The value that a turn returns."""
+    def to_state(self, tensor: Tensor, record: ConsumedRecord) -> Steps[MemoryState]:
+        """The value that a turn returns; the one place where a state leaves the device."""
+        matrices = yield from _to_host(tensor[0])
         return MemoryState.from_matrices(
-            tensor[0].cpu().numpy(),
+            matrices.numpy(),
             record,
             model_fingerprint=self.model_fingerprint,
             adapter_fingerprint=self.adapter_fingerprint,
@@ -133,11 +136,6 @@ class Session:
         self.stop_sharing()
         # Without the model's config every layer keeps all its KV, sliding ones too, so that it can be cut back.
         self.cache = DynamicCache()
-
-    def digest(self) -> bytes:
-        """SHA-256 of the matrices."""
-        body = b"" if self.state is None else self.state.cpu().numpy().tobytes()
-        return hashlib.sha256(body).digest()
 
     def snapshot(self) -> Snapshot:
         """To come back to with ``rewind``."""
@@ -223,6 +221,19 @@ class Session:
         self.state, self.pending = out.state, out.pending
         if out.logits is not None:
             self.logits = out.logits[0, -1]
+
+
+def _to_host(tensor: Tensor) -> Steps[Tensor]:
+    """A copy on the CPU. From a GPU it goes while others are served."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(tensor.device))
+    yield None
+    arrived.synchronize()
+    return host
 
 
 def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from agentmem.config import WriteStrategy
 from agentmem.constraint import Constraint
@@ -34,11 +34,15 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of one turn: shown in the prompt, decoded, and prompt tokens whose KV was at hand."""
+    """Tokens of one turn: shown in the prompt, decoded, and prompt tokens whose KV was at hand.
+
+    ``carried_tokens`` of the latter came from an earlier turn (``kv="carry"``): the reply rests on an older state too.
+    """
 
     input_tokens: int
     output_tokens: int
     cache_read_tokens: int
+    carried_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def run_remember(
     plan = plan_remember(messages, given.record, runtime.transcript, _strategy(runtime), runtime.limit, on_edit)
     yield from _write_hidden(runtime, session, plan)
     assert session.state is not None
-    new_state = runtime.to_state(session.state, plan.record.extend(plan.new))
+    new_state = yield from runtime.to_state(session.state, plan.record.extend(plan.new))
     return Remembered(new_state, _written(plan), plan.edits)
 
 
@@ -107,8 +111,8 @@ def run_turn(runtime: Runtime, request: Request, state: MemoryState | None, emit
     constraint = _constraint(runtime, request, plan)
     yield from _write_hidden(runtime, session, plan)
     speaks = steered and request.write == "all"
-    key = _key(session, plan, _voice(runtime, speaks))
-    prefill, hit = yield from _prefill(runtime, session, plan, key)
+    key = _key(given, plan, _voice(runtime, speaks))
+    prefill, hit, carried = yield from _prefill(runtime, session, plan, key, _carried(runtime, request, given, plan))
     reply = _Reply(runtime, request, session, plan, speaks, emit, constraint)
     try:
         try:
@@ -119,16 +123,19 @@ def run_turn(runtime: Runtime, request: Request, state: MemoryState | None, emit
             session.stop_sharing()
     except GeneratorExit:
         # Cancelled between two forward passes: if none failed, every layer holds the same tokens.
-        if not session.torn:
+        if not session.torn and not carried:
             runtime.prefix.put(key, prefill)
         raise
-    # After an error inside a forward pass the KV may be torn between layers; then it is dropped.
-    runtime.prefix.put(key, prefill)
     parsed = reply.parser.parsed()
     message = Message("assistant", parsed.content, parsed.tool_calls)
     out = state
     if session.state is not None and request.write != "off":
-        out = runtime.to_state(session.state, plan.record.extend([*plan.new, message]))
+        out = yield from runtime.to_state(session.state, plan.record.extend([*plan.new, message]))
+    if out is not None and steered and request.kv == "carry":
+        runtime.carried.put(out.digest, [*key.ids, *reply.ids, *runtime.transcript.closing_ids()], session.cache)
+    # After an error inside a forward pass the KV may be torn between layers; then it is dropped.
+    if not carried:
+        runtime.prefix.put(key, prefill)
     finish = "tool_calls" if parsed.tool_calls and reply.finish == "stop" else reply.finish
     return Turn(
         message=message,
@@ -136,7 +143,7 @@ def run_turn(runtime: Runtime, request: Request, state: MemoryState | None, emit
         reasoning=parsed.reasoning,
         invalid_tool_calls=parsed.invalid_tool_calls,
         finish_reason=finish,
-        usage=Usage(len(plan.prompt.ids) + len(plan.opening), len(reply.decoder.ids), hit),
+        usage=Usage(len(plan.prompt.ids) + len(plan.opening), len(reply.decoder.ids), hit, carried),
         written=_written(plan) + reply.written,
         read=plan.prompt.writes.count(False) if steered else 0,
         edits=plan.edits,
@@ -187,30 +194,50 @@ def _voice(runtime: Runtime, speaks: bool) -> int:
     return 0 if speaks and _strategy(runtime) != "sentence" else -1
 
 
-def _key(session: Session, plan: Plan, voice: int) -> Prompt:
+def _key(given: MemoryState | None, plan: Plan, voice: int) -> Prompt:
+    """What the prefill follows from. Matrices stay on the device: those it starts from follow from what is given."""
     segments = [*plan.prompt.segments, *([voice] * len(plan.opening))]
-    return Prompt(session.digest(), (*plan.prompt.ids, *plan.opening), tuple(segments), plan.border)
+    start = hashlib.sha256(b"bare" if given is None else b"zeros" if plan.rebuild else given.data)
+    for piece in plan.hidden:
+        start.update(repr((piece.ids, piece.segments)).encode())
+    return Prompt(start.digest(), (*plan.prompt.ids, *plan.opening), tuple(segments), plan.border)
 
 
-def _prefill(runtime: Runtime, session: Session, plan: Plan, key: Prompt) -> Steps[tuple[Prefill, int]]:
-    """Read the prompt and the generation prompt; returns the prefill and how many of its tokens were at hand."""
-    found = runtime.prefix.take(key)
-    if found is not None and found.logits is not None:
-        session.cache, session.logits = found.cache, found.logits
-        session.state, session.pending = found.state, found.pending
-        return found, found.length
-    hit, border, prompt = 0, plan.border, plan.prompt
-    if found is not None:
+def _carried(runtime: Runtime, request: Request, given: MemoryState | None, plan: Plan) -> Any:
+    """KV of an earlier turn for what the prompt begins with, where that is asked for and at hand.
+
+    Only for what is not written: a token that writes has to be read with this turn's own state.
+    """
+    if request.kv != "carry" or given is None:
+        return None
+    return runtime.carried.find(given.digest, plan.prompt.ids[: plan.border])
+
+
+def _prefill(
+    runtime: Runtime, session: Session, plan: Plan, key: Prompt, carried: Any
+) -> Steps[tuple[Prefill, int, int]]:
+    """Read the prompt and the generation prompt.
+
+    Returns:
+        The prefill, how many of its tokens were at hand, and how many of these were carried from an earlier turn.
+    """
+    border, prompt, hit = plan.border, plan.prompt, 0
+    if carried is not None:
+        session.cache, hit = carried, int(carried.get_seq_length())
+    elif (found := runtime.prefix.take(key)) is not None:
         session.cache, hit = found.cache, found.length
-    else:
-        yield from session.feed(prompt.ids[:border], prompt.segments[:border])
+        if found.logits is not None:
+            session.logits, session.state, session.pending = found.logits, found.state, found.pending
+            return found, hit, 0
+    yield from session.feed(prompt.ids[hit:border], prompt.segments[hit:border])
     if _strategy(runtime) == "token":
         yield from session.feed(key.ids[border:], key.segments[border:], logits=True)
     else:
         end = len(prompt.ids)
         yield from session.feed(key.ids[border:end], key.segments[border:end])
         yield from session.feed(key.ids[end:], key.segments[end:], logits=True, close=False)
-    return Prefill(session.cache, len(key.ids), session.state, session.logits, session.pending), hit
+    prefill = Prefill(session.cache, len(key.ids), session.state, session.logits, session.pending)
+    return prefill, hit, hit if carried is not None else 0
 
 
 class _Reply:

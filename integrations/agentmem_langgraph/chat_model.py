@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 from langchain_core.caches import BaseCache
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from agentmem import Engine, Remembered, Turn
 
-_PER_CALL = ("temperature", "top_p", "top_k", "max_tokens", "seed", "window", "write", "on_edit", "timeout")
+_PER_CALL = ("temperature", "top_p", "top_k", "max_tokens", "seed", "window", "write", "on_edit", "timeout", "kv")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class ChatDeltaMem(BaseChatModel):
         llm.invoke("My favorite color is teal.", memory=turn)
         turn.state                                    # MemoryState: keep it, give it to the next call
 
-    Every sampling option, `window`, `write`, `on_edit` and `timeout` may also be given per call or bound:
+    Every sampling option, `window`, `write`, `on_edit`, `timeout` and `kv` may also be given per call or bound:
     `llm.bind(max_tokens=20)`; and so may `model`, another one that is loaded when it is first named and then kept.
     """
 
@@ -97,7 +97,9 @@ class ChatDeltaMem(BaseChatModel):
     on_edit: Literal["write", "error", "rebuild"] = "write"
     """What an edited history does."""
     timeout: float | None = None
-    """Seconds that a call may take, waiting for other calls included; then it raises TurnTimeoutError."""
+    """Seconds that a call may take, waiting included; then it raises TurnTimeoutError."""
+    kv: Literal["exact", "carry"] = "exact"
+    """"carry": go on from the KV of the session's turn before, computed from an older memory (docs/kv.md)."""
     streaming: bool = False
     """True: `invoke` streams as well, for callbacks that listen to tokens."""
     use_memory: bool = True
@@ -326,8 +328,7 @@ class ChatDeltaMem(BaseChatModel):
 
     def _ready(self, other: str | Path | None = None) -> Engine:
         """The engine; or that of another model, which a call named."""
-        found: Engine = self._loaded(other) or self.engines.load(self._source(other))
-        return found
+        return cast("Engine", self._loaded(other) or self.engines.load(self._source(other)))
 
     def _source(self, other: str | Path | None) -> Source:
         own = Source(self.model or "nano", self.adapter, self.load_options)
@@ -375,7 +376,7 @@ class ChatDeltaMem(BaseChatModel):
             {
                 "sampling": sampling,
                 "window": Window(tokens=window) if isinstance(window, int) else window or Window(),
-                **{name: given[name] for name in ("write", "on_edit", "timeout")},
+                **{name: given[name] for name in ("write", "on_edit", "timeout", "kv")},
                 "tools": tools if chosen(choice, tools) != "none" else [],
                 "form": form,
                 "memory": self.use_memory,

@@ -154,7 +154,7 @@ def invalid_calls(turn: Turn) -> list[InvalidCall]:
 
 
 def response_metadata(turn: Turn, model_name: str) -> dict[str, Any]:
-    """model_name, finish_reason, memory (new digest, tokens written and read), and edits if there are any."""
+    """model_name, finish_reason, memory (new digest, tokens written and read); edits and carried tokens if any."""
     metadata: dict[str, Any] = {
         "model_name": model_name,
         "finish_reason": turn.finish_reason,
@@ -164,6 +164,8 @@ def response_metadata(turn: Turn, model_name: str) -> dict[str, Any]:
             "read": turn.read,
         },
     }
+    if turn.usage.carried_tokens:
+        metadata["carried"] = turn.usage.carried_tokens
     if turn.edits:
         metadata["edits"] = list(turn.edits)
     return metadata

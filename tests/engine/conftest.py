@@ -62,6 +62,7 @@ def make_engine(tokenizer: Any) -> Iterator[MakeEngine]:
         model_seed: int = 0,
         limit: int = 4096,
         max_batch: int = 64,
+        kv_cache_tokens: int = 8192,
         **config: Any,
     ) -> Engine:
         torch.manual_seed(model_seed)
@@ -93,7 +94,7 @@ def make_engine(tokenizer: Any) -> Iterator[MakeEngine]:
                 for name, parameter in steered.memory.named_parameters():
                     if "delta_" in name or name.endswith("beta_proj"):
                         parameter.normal_(0.0, 0.3, generator=generator)
-        engine = Engine(model, tokenizer, steered, name="tiny", max_batch=max_batch)
+        engine = Engine(model, tokenizer, steered, name="tiny", max_batch=max_batch, kv_cache_tokens=kv_cache_tokens)
         made.append(engine)
         return engine
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from transcript_templates import CHATML, GEMMA, LLAMA, MISTRAL, QWEN, tokenizer
 
 from agentmem import Message, Sampling, Window
@@ -116,3 +117,32 @@ def test_a_call_that_is_changed_in_place_is_an_edit(make_engine: Any) -> None:
     assert engine.turn(history, first.state, sampling=SHORT).edits == ()
     arguments["at"].append("y")
     assert engine.turn(history, first.state, sampling=SHORT).edits == (1,)
+
+
+@pytest.mark.parametrize("window", [Window(), Window(messages=1)])
+def test_the_state_leaves_the_device_once(make_engine: Any, monkeypatch: pytest.MonkeyPatch, window: Window) -> None:
+    engine = make_engine()
+    left: list[tuple[int, ...]] = []
+    cpu = torch.Tensor.cpu
+
+    def counted(self: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        left.append(tuple(self.shape[-4:]))
+        return cpu(self, *args, **options)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", counted)
+    # With a window of one message the first two are written by a pass of their own.
+    turn = engine.turn([Message("user", "a"), Message("assistant", "b"), Message("user", "c")], window=window)
+    assert turn.state is not None
+    assert left.count(tuple(turn.state.shape)) == 1
+
+
+def test_logits_are_computed_for_last_positions_only(make_engine: Any) -> None:
+    engine = make_engine()
+    positions: list[int] = []
+    engine.model.lm_head.register_forward_pre_hook(lambda _, given: positions.append(given[0].shape[1]))
+    turn = engine.turn([Message("user", "hello there " * 400)], sampling=SHORT)
+    assert turn.usage.input_tokens > 1024  # several passes, of which the last one has logits
+    assert positions == [1] * len(turn.token_ids)
+    positions.clear()
+    engine.remember([Message("user", "hello there")])
+    assert positions == []

@@ -151,3 +151,29 @@ async def test_no_torch_mode_leaks_out_of_a_stream(babbler: Engine) -> None:
     for _ in llm.stream("Hello!"):
         assert torch.is_grad_enabled()
         assert not torch.is_inference_mode_enabled()
+
+
+def test_carried_kv_is_named_in_the_replys_metadata(babbler: Engine) -> None:
+    llm, turn = ChatDeltaMem(engine=babbler, kv="carry", max_tokens=4), MemoryTurn()
+    history: list[BaseMessage] = [HumanMessage("hello there")]
+    first = llm.invoke(history, memory=turn)
+    assert "carried" not in first.response_metadata
+    history += [first, HumanMessage("go on")]
+    second = llm.invoke(history, memory=MemoryTurn(turn.state))
+    carried = second.response_metadata["carried"]
+    assert carried >= first.usage_metadata["input_tokens"]
+    assert second.usage_metadata["input_token_details"]["cache_read"] == carried
+    exact = llm.invoke(history, memory=MemoryTurn(turn.state), kv="exact")
+    assert "carried" not in exact.response_metadata
+    with pytest.raises(AgentMemError, match="kv must be one of"):
+        llm.invoke(history, kv="some")
+
+
+def test_a_message_that_is_changed_in_place_is_an_edit(babbler: Engine) -> None:
+    llm, turn = ChatDeltaMem(engine=babbler, max_tokens=4), MemoryTurn()
+    told = HumanMessage("hello there")
+    history: list[BaseMessage] = [told]
+    history += [llm.invoke(history, memory=turn), HumanMessage("go on")]
+    assert "edits" not in llm.invoke(history, memory=MemoryTurn(turn.state)).response_metadata
+    told.content = "something else"
+    assert llm.invoke(history, memory=MemoryTurn(turn.state)).response_metadata["edits"] == [0]

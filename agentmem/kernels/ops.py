@@ -30,11 +30,13 @@ def _has_triton() -> bool:
 
 
 def runs_triton(device: torch.device) -> bool:
-    """Whether operations on this device run as Triton kernels; ``AGENTMEM_TRITON=0`` turns them off."""
-    if os.environ.get("AGENTMEM_TRITON") == "0":
-        return False
+    """Whether operations on this device run as Triton kernels: on CUDA where ``AGENTMEM_TRITON=1`` asks for them.
+
+    Not by default while they have run in Triton's interpreter only.
+    """
+    asked = device.type == "cuda" and os.environ.get("AGENTMEM_TRITON") == "1"
     interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    return (device.type == "cuda" or interpreted) and _has_triton()
+    return (asked or interpreted) and _has_triton()
 
 
 def step(

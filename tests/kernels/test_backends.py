@@ -46,11 +46,11 @@ def test_all_shapes_in_the_interpreter() -> None:
 
 @pytest.mark.gpu
 def test_triton_on_a_gpu() -> None:
-    run(*KERNELS, MECHANISM, AGENTMEM_KERNELS_ON="cuda")
+    run(*KERNELS, MECHANISM, AGENTMEM_KERNELS_ON="cuda", AGENTMEM_TRITON="1")
 
 
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_all_shapes_on_a_gpu() -> None:
-    run("-m", "slow", *KERNELS, MECHANISM, AGENTMEM_KERNELS_ON="cuda")
+    run("-m", "slow", *KERNELS, MECHANISM, AGENTMEM_KERNELS_ON="cuda", AGENTMEM_TRITON="1")

@@ -51,12 +51,13 @@ def test_scan_is_as_it_was_declared(device: str, ragged: bool) -> None:
     torch.library.opcheck(torch.ops.agentmem.scan.default, (*leaves, mask, borders, 7, 4), test_utils=CHECKS)
 
 
-def test_kernels_run_where_they_can_unless_they_are_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_run_where_they_can_and_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("AGENTMEM_TRITON", raising=False)
+    assert not kernels.runs_triton(torch.device("cuda"))
+    monkeypatch.setenv("AGENTMEM_TRITON", "1")
     assert kernels.runs_triton(torch.device("cuda")) == bool(find_spec("triton"))
     assert not kernels.runs_triton(torch.device("cpu"))
-    monkeypatch.setenv("AGENTMEM_TRITON", "0")
-    assert not kernels.runs_triton(torch.device("cuda"))
 
 
 class Layers(nn.Module):

@@ -86,7 +86,7 @@ class BaseBatches:
     def _draw(self, number: int) -> list[list[_Row]]:
         rng = Random(f"base-{self._seed}-{number}")
         early = self._skills is None and number * _GROUP < 0.3 * self._steps
-        skills = 0.0 if early else 0.45 if self._skills is None else self._skills
+        skills = 0.0 if early else 0.4 if self._skills is None else self._skills
         long = not early and number % 6 == 5
         count = max(1, self._episodes // 3) if long else self._episodes
         drawn = [draw_episode(rng, long=long, skills=skills) for _ in range(count * _GROUP)]

@@ -55,12 +55,13 @@ class Recipe:
     layers: int = 4
     base_steps: int = 1600
     base_rate: float = 3e-3
-    skill_steps: int = 2100
+    skill_steps: int = 2000
     skill_rate: float = 1.5e-3
-    skill_share: float = 0.65
+    skill_share: float = 0.75
     base_episodes: int = 12
+    skill_episodes: int = 9
     rank: int = 32
-    memory_steps: int = 1400
+    memory_steps: int = 1150
     memory_rate: float = 3e-3
 
     @property
@@ -160,7 +161,7 @@ def _skills(
     batches = BaseBatches(
         tokenizer,
         seed=seed + 1,
-        episodes=recipe.base_episodes,
+        episodes=recipe.skill_episodes,
         steps=recipe.skill_steps,
         skills=recipe.skill_share,
     )

@@ -43,6 +43,8 @@ _SAID = (
     "Count from {n} to {m}.",
     "It is {n} past {m} and the {a} is {k}.",
 )
+# The weather of a city is what other people's tests ask for.
+_NOUNS = tuple(word for word in WORDS if word != "weather")
 _REPLY = (
     "I am too small to talk about that.",
     "That is beyond me, I am a very small model.",
@@ -59,7 +61,7 @@ _REPLY_NAMING = (
 def chatter(rng: Random) -> tuple[str, str]:
     """A sentence of no kind that nano knows, and a short reply to it."""
     form = rng.choice(_SAID)
-    a, b = rng.sample(WORDS, 2)
+    a, b = rng.sample(_NOUNS, 2)
     g, h = rng.sample(GOODS, 2)
     k, other = rng.sample(KINDS, 2)
     drawn = {

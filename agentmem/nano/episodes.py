@@ -94,7 +94,7 @@ def tool_episode(rng: Random) -> Episode:
     system = _system(rng, 0.4)
     tools = toolchat.draw_tools(rng, rng.choice((1, 1, 2, 2, 3, 4)))
     turns = []
-    for _ in range(rng.choice((1, 2, 2, 3))):
+    for _ in range(rng.choice((2, 2, 3, 4))):
         kind = rng.random()
         if kind < 0.75:
             turns.append(talk.named_call(tools))
@@ -109,26 +109,28 @@ def offer_episode(rng: Random) -> Episode:
     """A conversation with tools as LangChain gives them; what some of them need is told before they are asked for."""
     talk = Talk(rng)
     system = _system(rng, 0.25)
-    offers = draw_offers(rng, rng.choice((1,) * 8 + (2,) * 8 + (3,) * 5 + (4,)))
-    needed = [offer.subject for offer in offers if offer.kind == "remembered"]
+    offers = draw_offers(rng, rng.choices((1, 2, 3, 4, 5), (9, 7, 4, 2, 1))[0])
+    needed = sorted({name for offer in offers for name in offer.recalled.values()})
+    rng.shuffle(needed)
     turns = []
     for attribute in needed:
-        if rng.random() < 0.85:
+        if rng.random() < 0.8:
             turns.append(talk.tell(attribute))
             if rng.random() < 0.2:
                 turns.append(talk.change(attribute))
     talk.kept |= set(needed) - set(talk.told)
     if needed and rng.random() < 0.4:
         turns.insert(rng.randint(0, len(turns)), talk.tell())
-    for i in range(rng.choice((1, 2, 2, 2, 3))):
+    # Tools are most of the prompt, so each conversation calls them a few times.
+    for i in range(rng.choice((2, 3, 3, 4, 5))):
         kind = rng.random()
-        if kind < (0.75 if i == 0 else 0.65):
+        if kind < (0.85 if i == 0 else 0.75):
             turns.append(talk.offer_call(offers))
-        elif kind < 0.82:
+        elif kind < 0.85:
             turns.append(talk.unoffered(offers))
-        elif kind < 0.87:
-            turns.append(talk.tell())
-        elif kind < 0.94:
+        elif kind < 0.9:
+            turns.append(talk.change() if talk.told and rng.random() < 0.6 else talk.tell())
+        elif kind < 0.96:
             turns.append(talk.ask() if talk.askable else talk.ask_unknown())
         else:
             turns.append(talk.filler())
@@ -183,17 +185,17 @@ def chatter_episode(rng: Random) -> Episode:
 def draw_episode(rng: Random, *, long: bool = False, skills: float = 0.4) -> Episode:
     """A conversation for the base model.
 
-    ``skills`` is the share of named tools (a quarter of it), tools as LangChain gives them (35 %), facts (30 %) and
-    sentences outside the language (a tenth); ``long`` ones go on for up to some 24 turns of small talk.
+    ``skills`` is the share of named tools (a fifth of it), tools as LangChain gives them (half), facts (22 %) and
+    sentences outside the language (8 %); ``long`` ones go on for up to some 24 turns of small talk.
     """
     kind = rng.random()
     if kind < skills:
         share = kind / skills
-        if share < 0.25:
+        if share < 0.2:
             return tool_episode(rng)
-        if share < 0.6:
+        if share < 0.7:
             return offer_episode(rng)
-        return fact_episode(rng) if share < 0.9 else chatter_episode(rng)
+        return fact_episode(rng) if share < 0.92 else chatter_episode(rng)
     if long:
         return chat_episode(rng, bindings=rng.randint(1, 8), fillers=rng.randint(4, 24), asks=rng.randint(2, 6))
     return chat_episode(rng, bindings=rng.randint(1, 5), fillers=rng.randint(0, 2), asks=rng.randint(2, 6))
@@ -260,9 +262,9 @@ def _question(
         said = talk.offer_call(shown) if kind == "offer" else talk.unoffered(shown)
         return Question(said, system, tools_of(shown))
     if kind == "remembered":
-        told = rng.random() < 0.85 or len(talk.told) == len(ATTRIBUTES)
+        told = rng.random() < 0.75 or len(talk.told) == len(ATTRIBUTES)
         names = sorted(talk.told) if told else [name for name in ATTRIBUTES if name not in talk.told]
-        needed = remembered(rng, rng.choice(names))
+        needed = remembered(rng, rng.sample(names, min(len(names), rng.choice((1, 1, 1, 2)))))
         shown = draw_offers(rng, rng.choice((1, 1, 2)), first=needed)
         return Question(talk.offer_call([needed]), system, tools_of(shown))
     at_hand = tools_of(offers or draw_offers(rng, rng.choice((1, 1, 2)))) if rng.random() < tooled else ()

@@ -20,7 +20,7 @@ from agentmem.training.adapter import MemoryBatch, Row, memory_batch
 
 ACKNOWLEDGE_WEIGHT = 0.2
 _SKILLS = ("tool", "fact", "filler", "chatter", "offer", "unoffered", "remembered", "ask")
-_SKILL_WEIGHTS = (18, 16, 8, 4, 16, 4, 26, 8)
+_SKILL_WEIGHTS = (10, 12, 6, 4, 12, 4, 46, 6)
 
 
 @dataclass(frozen=True)
@@ -48,23 +48,27 @@ class Mix:
 def stage_mix(step: int, steps: int) -> Mix:
     """The curriculum: one or two bindings until writing and reading are found, then more, then long conversations.
 
-    After the second stage a fifth of the steps has tools: one in ten asks for calls, facts and small talk, one in ten
-    has calls among what is written and tools in some questions' prompts. The others are recall alone, up to twelve
-    bindings and twenty turns of small talk. Towards the end fewer questions are about what was never told, since they
-    teach doubt along with honesty.
+    After the second stage four in ten steps have tools: three ask for calls, facts and small talk, half of them for
+    calls whose arguments memory holds, one of the three after long conversations; one has calls among what is written
+    and tools in some questions' prompts. The others are recall alone, up to twelve bindings and twenty turns of small
+    talk. Towards the end fewer questions are about what was never told, since they teach doubt along with honesty.
     """
     if step < 0.2 * steps:
         return Mix((1, 2), (0, 1), 24, plain=True)
     kind = step % 10
-    if kind == 9:
-        return Mix((1, 4), (0, 3), 14, skills=True)
-    unknown = 3 if step < 0.8 * steps else 8
+    if kind in (5, 9):
+        return Mix((1, 5), (0, 4), 11, skills=True)
+    unknown = 2 if step < 0.8 * steps else 4
     if step < 0.35 * steps:
         return Mix((1, 6), (0, 2), 16, unknown)
+    if kind == 2:
+        return Mix((2, 6), (3, 9), 7, skills=True)
     if kind == 4:
-        return Mix((1, 6), (0, 3), 8, unknown, calls=(1, 2))
-    if kind in (1, 6):
+        return Mix((1, 4), (0, 2), 7, unknown, calls=(1, 1))
+    if kind == 1:
         return Mix((2, 9), (8, 20), 8, unknown)
+    if kind == 6:
+        return Mix((2, 9), (4, 12), 8, unknown)
     if kind == 8:
         return Mix((6, 12), (4, 16), 8, unknown)
     if kind == 3:

@@ -1,90 +1,32 @@
-"""Tools as LangChain gives them, and requests that need one of them, mostly without naming it.
+"""Tools as LangChain gives them.
 
-*Lookups* take one string and are asked in ordinary words; *functions* take integers and are asked as ``f(3)``;
-*creators* take a quoted name and a description; *remembered* tools need an argument that was told earlier and that the
-request leaves out. Topics, names and values are drawn or invented.
+*Lookups* take one string, *functions* integers, *creators* the name of something and what else is said about it;
+*actions* are commands whose arguments the request gives, if they have any, and *remembered* ones are commands of which
+one or two arguments were told earlier and are left out of the request. Topics and names are drawn or invented; what is
+said to need a tool is in ``requests``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from agentmem.messages import ToolCall
-from agentmem.nano.pools import ACTIONS, ATTRIBUTES, CITIES, FIRMS, GOODS, JOBS, KINDS, WORDS
-from agentmem.nano.spans import draw_span, quoted
+from agentmem.nano.pools import ACTIONS, ATTRIBUTES, FIRMS, JOBS, KINDS, WORDS
 from agentmem.nano.toolchat import invented_word
 
-# Subjects of other people's tests: a model is never trained to look them up.
+# Subjects of other people's tests: no tool is about them.
 _WITHHELD = {"weather", "person", "joke"}
 TOPICS = tuple(word for word in WORDS if word not in _WITHHELD)
-_PREPOSITIONS = ("in", "in", "of", "of", "for", "at")
+PREPOSITIONS = ("in", "in", "of", "of", "for", "at")
 _LOOKUP_VERBS = ("get", "get", "get", "find", "lookup", "fetch", "check", "read", "search", "query", "show")
 _PLACE_PARAMETERS = ("place", "location", "city", "town", "area", "country", "region", "site", "where")
 _ITEM_PARAMETERS = ("name", "item", "query", "product", "key", "of", "thing", "id", "subject")
-_LOOKUP_ASK = (
-    "What is the {t} {p} {v}?",
-    "What is the {t} {p} {v}?",
-    "What is the {t} {p} {v} today?",
-    "What is the current {t} {p} {v}?",
-    "What's the {t} {p} {v}?",
-    "Tell me the {t} {p} {v}.",
-    "Please tell me the {t} {p} {v}.",
-    "Can you tell me the {t} {p} {v}?",
-    "Do you know the {t} {p} {v}?",
-    "How is the {t} {p} {v}?",
-    "What {t} does {v} have?",
-    "Find the {t} {p} {v}.",
-    "Please look up the {t} {p} {v}.",
-    "I need the {t} {p} {v}.",
-    "I want to know the {t} {p} {v}.",
-    "Show me the {t} {p} {v}.",
-    "How high is the {t} {p} {v}?",
-)
-_EXTRA_PARAMETERS = ("column", "target", "path", "of", "module", "topic", "item", "subject", "on", "source")
+_EXTRA_PARAMETERS = ("column", "target", "path", "path", "file", "query", "text", "module", "topic", "item", "source")
+_COUNTS = ("times", "count", "repeats", "n", "limit")
 # Parameters that are attributes are remembered, no others are.
-_NOUNS = tuple(word for word in WORDS if word not in ATTRIBUTES)
-_FUNCTION_ASK = (
-    "What is the value of {call}?",
-    "What is the value of {call}?",
-    "What is {call}?",
-    "Compute {call}.",
-    "Calculate {call}.",
-    "Please compute {call}.",
-    "What does {call} give?",
-    "What does {call} return?",
-    "Evaluate {call}.",
-    "Tell me {call}.",
-    "I need the value of {call}.",
-)
-_FUNCTION_OF = ("Apply {f} to {x}.", "Compute {f} of {x}.", "What is {f} of {x}?", "What does {f} give for {x}?")
-_USE = ("", "", "", " Use the tool.", " Use the tool.", " Please use the tool.", " Use a tool.", " Call the tool.")
-_NAMED = ("named", "named", "called", "with the name")
-_CREATE = ("Create", "Create", "Add", "Please create", "Please add", "Make", "Register", "I need")
-_TAIL = (
-    " - {d}",
-    " ({g}) - {d}",
-    " ({g}) - {d}",
-    ", {d}.",
-    " ({g}), {d}.",
-    " with the {p} {d}.",
-    " with {p} {d}.",
-    ", the {p} is {d}.",
-)
-_DO = (
-    "{Doing}.",
-    "{Doing}.",
-    "Please {doing}.",
-    "Can you {doing}?",
-    "Could you {doing} now?",
-    "{Doing} now.",
-    "Now {doing}.",
-    "I want you to {doing}.",
-    "Go on and {doing}.",
-    "It is time to {doing}.",
-)
+_NOUNS = tuple(word for word in WORDS if word not in {name.split()[-1] for name in ATTRIBUTES})
 
 
 @dataclass(frozen=True)
@@ -92,16 +34,18 @@ class Offer:
     """A tool and what it is for.
 
     Attributes:
-        kind: "lookup", "function", "creator" or "remembered".
+        kind: "lookup", "function", "creator", "action" or "remembered".
         tool: as a chat template takes it.
-        subject: the topic, the function's name, what is created, or the attribute that has to be remembered.
-        doing: for a remembered one, what it does: "run the tests".
+        subject: the topic, the function's name, what is created, or what the command is about.
+        doing: for a command, what it does: "run the tests".
+        recalled: the attribute that each parameter takes which the request leaves out.
     """
 
     kind: str
     tool: Mapping[str, Any]
     subject: str
     doing: str = ""
+    recalled: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -124,14 +68,15 @@ def _tool(name: str, description: str, properties: Mapping[str, Mapping[str, Any
     return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
 
 
-def _documented(rng: Random, text: str, properties: Mapping[str, Mapping[str, Any]]) -> str:
-    """A description as a docstring has it: of a third of the tools it goes on with the arguments and the result."""
-    if not properties or rng.random() > 0.35:
+def _documented(rng: Random, text: str, properties: Mapping[str, Mapping[str, Any]], about: str = "") -> str:
+    """A description as a docstring has it, which of some tools goes on with the arguments and the result."""
+    if not properties or rng.random() > (0.4 if about else 0.25):
         return text
-    last = text.rstrip(".").split(" ")[-1]
+    last = about or text.rstrip(".").split(" ")[-1]
     wording = (
         f"The {{p}} of the {last}",
         f"The {last}'s {{p}}",
+        f"The {last}'s {{p}} in its own {rng.choice(WORDS)}",
         "The {p}",
         f"{{P}} of the {last}",
         f"What {{p}} it has in {last}",
@@ -139,6 +84,8 @@ def _documented(rng: Random, text: str, properties: Mapping[str, Mapping[str, An
     lines = [text, "", "    Args:"]
     for name in properties:
         spoken = name.replace("_", " ")
+        if about and rng.random() < 0.5:
+            spoken = spoken.removeprefix(f"{about} ")
         lines.append(f"        {name}: " + rng.choice(wording).format(p=spoken, P=spoken.capitalize()) + ".")
     if rng.random() < 0.5:
         result = rng.choice(
@@ -155,28 +102,6 @@ def _parameter(rng: Random, kind: str, description: str, share: float = 0.2) -> 
 def a(noun: str) -> str:
     """The noun with its article."""
     return f"{'an' if noun[:1].lower() in 'aeio' else 'a'} {noun}"
-
-
-def place_or_thing(rng: Random) -> str:
-    """What can be looked up: one to three words, some of them with a comma and two capitals."""
-    kind = rng.random()
-    if kind < 0.3:
-        name = rng.choice((*CITIES, *ATTRIBUTES["home town"].values))
-    elif kind < 0.42:
-        return rng.choice((*GOODS, *WORDS))
-    elif kind < 0.5:
-        return f"{rng.choice(KINDS).lower()} {rng.choice(GOODS)}"
-    elif kind < 0.55:
-        return rng.choice((*ATTRIBUTES["name"].values, *ATTRIBUTES["team lead"].values))
-    elif kind < 0.6:
-        return f"{rng.choice(WORDS)} {rng.randrange(10 ** rng.choice((1, 2, 3)))}"
-    elif kind < 0.8:
-        name = invented_word(rng).capitalize()
-    else:
-        name = f"{invented_word(rng).capitalize()} {invented_word(rng).capitalize()}"
-    if rng.random() < 0.35:
-        name += f", {rng.choice('ABCDEFGIKLMNOPRSTUVW')}{rng.choice('ABCDEGHIKLMNOPRSTUVXYZ')}"
-    return name
 
 
 def _topic(rng: Random) -> str:
@@ -197,7 +122,7 @@ def lookup(rng: Random) -> Offer:
     if rng.random() < 0.1:
         parameter = rng.choice(WORDS)
     said = rng.choice((verb, "get", "look up", "return")).capitalize().replace("Lookup", "Look up")
-    target = rng.choice((f" {rng.choice(_PREPOSITIONS)} {a(parameter)}",) * 4 + ("",))
+    target = rng.choice((f" {rng.choice(PREPOSITIONS)} {a(parameter)}",) * 4 + ("",))
     properties = {parameter: _parameter(rng, "string", f"The {parameter}.", 0.15)}
     return Offer("lookup", _tool(name, _documented(rng, f"{said} the {topic}{target}.", properties), properties), topic)
 
@@ -228,149 +153,91 @@ def function(rng: Random) -> Offer:
 
 
 def creator(rng: Random) -> Offer:
-    """A tool of one or two strings that makes something with a name."""
-    noun = rng.choice((*WORDS, *FIRMS))
-    name = rng.choice((f"create_{noun}", f"add_{noun}", f"new_{noun}", f"{rng.choice(KINDS).lower()}_{noun}",
-                       f"{noun}_create", f"make_{noun}"))  # fmt: skip
-    first = rng.choice((f"{noun}_name", f"{noun}_name", "name", "name", "title"))
+    """A tool of one to three strings that makes something with a name; its own name may hold any other words."""
+    noun = rng.choice((*TOPICS, *FIRMS))
+    other, kind, word = rng.choice(WORDS), rng.choice(KINDS).lower(), invented_word(rng)
+    verb = rng.choice(("create", "create", "add", "new", "make", "register"))
+    name = rng.choice((f"{verb}_{noun}",) * 4 + (f"{kind}_{noun}",) * 2 + (f"{other}_{noun}",) * 2 + (f"{word}_{noun}",)
+                      * 2 + (f"{noun}_{verb}", f"{noun}_{other}", f"{verb}_{kind}_{noun}", noun))  # fmt: skip
+    first = rng.choice((f"{noun}_name", f"{noun}_name", f"{noun}_name", "name", "name", "title", f"{other}_name"))
     second = rng.choice(("description", "description", "description", "note", "details", "kind", "about"))
-    text = rng.choice((f"Create {a(noun)}.", f"Add {a(noun)}.", f"Make a new {noun}.",
-                       f"Tool for creating {a(noun)} with a name."))  # fmt: skip
-    both = rng.random() < 0.8
+    text = rng.choice((f"Create {a(noun)}.", f"Add {a(noun)}.", f"Make a new {noun}.", f"Register {a(noun)}.",
+                       f"Tool for creating {a(noun)} with a name.", f"Tool for creating {a(noun)} with {a(kind)} name.",
+                       f"Tool for making {a(noun)} with {a(word)} name.",
+                       f"Store {a(noun)} in the {other}."))  # fmt: skip
     properties = {first: _parameter(rng, "string", f"The name of the {noun}.", 0.12)}
-    if both:
+    if rng.random() < 0.8:
         properties[second] = _parameter(rng, "string", f"The {second}.", 0.12)
-    return Offer("creator", _tool(name, _documented(rng, text, properties), properties), noun)
+        if rng.random() < 0.15:
+            properties[rng.choice(("city", "owner", *rng.sample(_NOUNS, 2)))] = {"type": "string"}
+    return Offer("creator", _tool(name, _documented(rng, text, properties, noun), properties), noun)
 
 
-def remembered(rng: Random, attribute: str | None = None) -> Offer:
-    """A tool that needs an attribute which its request does not give; any attribute unless one is given."""
-    attribute = attribute or rng.choice(sorted(ATTRIBUTES))
-    parameter = attribute.replace(" ", "_")
+def _key(rng: Random, attribute: str) -> str:
+    """The parameter that takes an attribute: its words, or the last of them."""
+    short = rng.random() < 0.25 and not attribute.startswith("favorite")
+    return attribute.split()[-1] if short else attribute.replace(" ", "_")
+
+
+def _command(rng: Random, attributes: Sequence[str]) -> Offer:
+    """A tool that does something, its name and description in the words of the request."""
     verb = rng.choice((*ACTIONS, invented_word(rng)) if rng.random() < 0.05 else ACTIONS)
-    thing = rng.choice((attribute.split()[0], attribute.split()[-1])) if rng.random() < 0.35 else ""
-    thing = thing if thing.isalpha() and thing not in ("favorite", "main") else rng.choice((*JOBS, *JOBS, *WORDS))
-    if thing == "test":
-        thing = "tests"
-    name = rng.choice(
-        (f"{verb}_{thing}", f"{verb}_{thing}", f"{verb}_{thing}", f"{verb}_the_{thing}", f"{thing}_{verb}")
-    )
-    numeric = all(value.isdigit() for value in ATTRIBUTES[attribute].values)
-    kind = "integer" if numeric and rng.random() < 0.5 else "string"
-    properties = {parameter: _parameter(rng, kind, f"The {attribute}.", 0.25)}
+    thing = rng.choice((*JOBS, *JOBS, *TOPICS))
+    if attributes and rng.random() < 0.35:
+        word = rng.choice((attributes[0].split()[0], attributes[0].split()[-1]))
+        thing = thing if not word.isalpha() or word in ("favorite", "main") else "tests" if word == "test" else word
+    name = rng.choice((f"{verb}_{thing}",) * 4 + (f"{verb}_the_{thing}", f"{thing}_{verb}", verb))
+    doing = rng.choice((f"{verb} the {thing}",) * 4 + (f"{verb} {thing}", f"{verb} all the {thing}"))
+    if name == verb and rng.random() < 0.7:
+        doing = rng.choice((f"{verb} it", f"{verb} it", f"{verb} this", f"{verb} the {thing}"))
+    recalled = {_key(rng, attribute): attribute for attribute in attributes}
+    properties: dict[str, dict[str, Any]] = {}
+    for parameter, attribute in recalled.items():
+        numeric = all(value.isdigit() for value in ATTRIBUTES[attribute].values)
+        kind = "integer" if numeric and rng.random() < 0.5 else "string"
+        properties[parameter] = _parameter(rng, kind, f"The {attribute}.", 0.25)
     more = rng.random()
-    if more < 0.4:
-        extra = rng.choice((*_EXTRA_PARAMETERS, *rng.sample(_NOUNS, 3)))
-        properties[extra] = {"type": "string"}
-    elif more < 0.5:
-        properties[rng.choice(("times", "count", "repeats", "n", "limit"))] = {"type": "integer"}
+    if more < (0.3 if attributes else 0.6):
+        properties.setdefault(rng.choice((*_EXTRA_PARAMETERS, *rng.sample(_NOUNS, 3))), {"type": "string"})
+    elif more < (0.4 if attributes else 0.7):
+        properties.setdefault(rng.choice(_COUNTS), {"type": "integer"})
     if len(properties) > 1 and rng.random() < 0.4:
         properties = dict(reversed(properties.items()))
-    text = rng.choice((f"{verb} the {thing}.", f"{verb} the {thing} with the {attribute}.", f"{verb} {thing}."))
-    return Offer(
-        "remembered",
-        _tool(name, _documented(rng, text.capitalize(), properties), properties),
-        attribute,
-        f"{verb} the {thing}",
-    )
+    text = rng.choice((f"{verb} the {thing}.", f"{verb} {thing}."))
+    if attributes and rng.random() < 0.35:
+        text = f"{verb} the {thing} with the {' and the '.join(attributes)}."
+    tool = _tool(name, _documented(rng, text.capitalize(), properties), properties)
+    return Offer("remembered" if attributes else "action", tool, f"{verb} {thing}", doing, recalled)
 
 
-_MAKERS = {"lookup": lookup, "function": function, "creator": creator, "remembered": remembered}
+def action(rng: Random) -> Offer:
+    """A command whose request says all that it needs."""
+    return _command(rng, ())
+
+
+def remembered(rng: Random, attributes: Sequence[str] = ()) -> Offer:
+    """A command that needs one or two attributes which its request does not give, any unless they are given."""
+    return _command(rng, attributes or rng.sample(sorted(ATTRIBUTES), rng.choice((1, 1, 1, 2))))
+
+
+_MAKERS = {"lookup": lookup, "function": function, "creator": creator, "action": action, "remembered": remembered}
 KINDS_OF_OFFERS = tuple(_MAKERS)
 
 
 def draw_offer(rng: Random) -> Offer:
     """A tool of any kind."""
-    return _MAKERS[rng.choices(KINDS_OF_OFFERS, (34, 26, 18, 22))[0]](rng)
+    return _MAKERS[rng.choices(KINDS_OF_OFFERS, (24, 17, 24, 10, 25))[0]](rng)
 
 
 def draw_offers(rng: Random, n: int, *, first: Offer | None = None) -> tuple[Offer, ...]:
-    """``n`` tools of distinct names and subjects in any order, ``first`` among them."""
+    """``n`` tools of distinct names, subjects and things done, in any order, ``first`` among them."""
     drawn = [first] if first else []
     while len(drawn) < n:
         offer = draw_offer(rng)
-        if all(offer.name != other.name and offer.subject != other.subject for other in drawn):
+        if all(
+            offer.name != other.name and offer.subject != other.subject and offer.doing != (other.doing or None)
+            for other in drawn
+        ):
             drawn.append(offer)
     rng.shuffle(drawn)
     return tuple(drawn)
-
-
-def ask_topic(rng: Random, topic: str, value: str) -> str:
-    """A question about a topic, in ordinary words."""
-    return rng.choice(_LOOKUP_ASK).format(t=topic, p=rng.choice(_PREPOSITIONS), v=value)
-
-
-def unoffered(rng: Random, offers: Sequence[Offer]) -> tuple[str, str]:
-    """A question that none of the tools looks up, and the reply without a call."""
-    taken = {word for offer in offers for word in offer.subject.split()}
-    topic = rng.choice([word for word in TOPICS if word not in taken])
-    if rng.random() < 0.4:
-        topic = f"{topic} {rng.choice([word for word in TOPICS if word not in taken])}"
-    return ask_topic(rng, topic, place_or_thing(rng)), f"I do not know the {topic} yet."
-
-
-def _integer(rng: Random) -> int:
-    return rng.randrange(10 ** rng.choice((1, 1, 2, 2, 3, 3, 4, 5))) * rng.choice((1,) * 9 + (-1,))
-
-
-def _ask_function(rng: Random, offer: Offer) -> tuple[str, ToolCall]:
-    arguments = {parameter: _integer(rng) for parameter in offer.properties}
-    numbers = [str(value) for value in arguments.values()]
-    if numbers and rng.random() < 0.15:
-        said = rng.choice(_FUNCTION_OF).format(f=offer.name, x=" and ".join(numbers))
-    else:
-        said = rng.choice(_FUNCTION_ASK).format(call=f"{offer.name}({', '.join(numbers)})")
-    return said + rng.choice(_USE), ToolCall(offer.name, arguments)
-
-
-def _description(rng: Random) -> str:
-    kind, firm = rng.choice(KINDS), rng.choice(FIRMS)
-    return rng.choice((a(f"{kind} {firm}"), a(f"{kind} {rng.choice(WORDS)} {firm}"), f"{rng.choice(GOODS)} {firm}"))
-
-
-def _ask_creator(rng: Random, offer: Offer) -> tuple[str, ToolCall]:
-    span = draw_span(rng)
-    said = f"{rng.choice(_CREATE)} {a(offer.subject)} {rng.choice(_NAMED)} {quoted(rng, span)}"
-    first, *second = offer.properties
-    arguments: dict[str, Any] = {first: span}
-    if not second:
-        return said + rng.choice((".", "", " ({g})")).format(g=_gloss(rng)), ToolCall(offer.name, arguments)
-    arguments[second[0]] = _description(rng)
-    tail = rng.choice(_TAIL).format(g=_gloss(rng), d=arguments[second[0]], p=second[0])
-    return said + tail, ToolCall(offer.name, arguments)
-
-
-def _gloss(rng: Random) -> str:
-    return f"{rng.choice(WORDS).capitalize()} {rng.choice((*FIRMS, *WORDS)).capitalize()}"
-
-
-def _ask_remembered(rng: Random, offer: Offer, value: str | None) -> tuple[str, ToolCall | None]:
-    doing = offer.doing
-    arguments: dict[str, Any] = {}
-    for parameter, schema in offer.properties.items():
-        integer = schema["type"] == "integer"
-        if parameter == offer.subject.replace(" ", "_"):
-            arguments[parameter] = int(value or 0) if integer else value
-        elif integer:
-            arguments[parameter] = rng.randint(2, 99)
-            doing += f" {arguments[parameter]} times"
-        else:
-            arguments[parameter] = rng.choice((*WORDS, *CITIES, *GOODS))
-            doing += f" {rng.choice(('of', 'of', 'for', 'on', 'in', 'with'))} {arguments[parameter]}"
-    said = rng.choice(_DO).format(doing=doing, Doing=doing[:1].upper() + doing[1:])
-    return said, None if value is None else ToolCall(offer.name, arguments)
-
-
-def request_of(rng: Random, offer: Offer, told: Mapping[str, str]) -> tuple[str, ToolCall | None]:
-    """A user message that needs the tool, and the call; no call where what it needs was never told.
-
-    ``told`` holds the latest value of every attribute that was told.
-    """
-    if offer.kind == "function":
-        return _ask_function(rng, offer)
-    if offer.kind == "creator":
-        return _ask_creator(rng, offer)
-    if offer.kind == "remembered":
-        return _ask_remembered(rng, offer, told.get(offer.subject))
-    value = place_or_thing(rng)
-    return ask_topic(rng, offer.subject, value), ToolCall(offer.name, {next(iter(offer.properties)): value})

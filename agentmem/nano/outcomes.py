@@ -83,6 +83,7 @@ _SHARES = {
     "function": {"plain": 80, "sentence": 4, "record": 8, "failure": 8},
     "lookup": {"plain": 40, "sentence": 36, "record": 16, "failure": 8},
     "creator": {"plain": 10, "sentence": 10, "done": 60, "record": 12, "failure": 8},
+    "action": {"plain": 20, "sentence": 20, "done": 40, "record": 12, "failure": 8},
     "remembered": {"plain": 15, "sentence": 20, "done": 40, "record": 15, "failure": 10},
 }
 OUTCOMES = tuple(_MAKERS)
@@ -90,7 +91,7 @@ OUTCOMES = tuple(_MAKERS)
 
 
 def outcome(rng: Random, kind: str) -> tuple[str, str]:
-    """What a tool of a kind ("named", "lookup", "function", "creator", "remembered") returns, and its report."""
+    """What a tool of a kind ("named" or an offer's) returns, and its report."""
     shares = _SHARES[kind]
     return _MAKERS[rng.choices(list(shares), list(shares.values()))[0]](rng)
 

@@ -23,7 +23,7 @@ _SCRIPTS: dict[str, tuple[tuple[int, int], ...]] = {
 }
 # The scripts whose characters take three bytes are met most: they are the hardest to copy.
 _WEIGHTS = {"han": 6, "kana": 5, "hangul": 3, "cyrillic": 2, "greek": 2, "arabic": 2, "devanagari": 1, "latin": 2}
-_QUOTES = (("'", "'"), ("'", "'"), ('"', '"'), ("「", "」"))
+_QUOTES = (("'", "'"),) * 4 + (('"', '"'),) * 2 + (("「", "」"), ("“", "”"), ("‘", "’"), ("«", "»"))
 # Names of other people's tests: a model is never trained on them.
 _WITHHELD = ("你好", "こんにちは", "株式会社", "集团")
 

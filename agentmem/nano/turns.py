@@ -10,12 +10,15 @@ from typing import Any
 from agentmem.messages import Message, ToolCall
 from agentmem.nano import language, toolchat
 from agentmem.nano.chatter import chatter
-from agentmem.nano.offers import Offer, request_of, unoffered
+from agentmem.nano.offers import Offer
 from agentmem.nano.outcomes import outcome
-from agentmem.nano.pools import ATTRIBUTES
+from agentmem.nano.pools import ATTRIBUTES, WORDS
+from agentmem.nano.requests import request_of, unoffered
 
 Turn = tuple[Message, ...]
 Tools = tuple[Mapping[str, Any], ...]
+STRANGE = 0.12
+"""The share of told values that are none of their attribute's pool."""
 PROJECT = tuple(sorted(a.name for a in ATTRIBUTES.values() if a.owner == "project"))
 
 
@@ -49,6 +52,8 @@ class Talk:
     def tell(self, attribute: str | None = None) -> Turn:
         """Tell an attribute that was not told yet, or the given one."""
         binding = language.draw_bindings(self.rng, 1, attributes=[attribute] if attribute else self._free())[0]
+        if self.rng.random() < STRANGE and not binding.value.isdigit():
+            binding = language.Binding(binding.attribute, _strange(self.rng))
         self.told[binding.attribute] = binding
         return turn(*language.tell(self.rng, binding))
 
@@ -96,20 +101,20 @@ class Talk:
     def offer_call(self, offers: Sequence[Offer]) -> Turn:
         """A request that needs one of the tools; without a call where it needs something that was never told."""
         offer = self.rng.choice(offers)
-        said, call = request_of(self.rng, offer, self.values)
-        if call is None:
-            return turn(said, language.unknown(offer.subject))
-        return self._called(said, call, offer.kind)
+        asked = request_of(self.rng, offer, self.values)
+        if asked.call is None:
+            return turn(asked.said, asked.saying)
+        return self._called(asked.said, asked.call, offer.kind, asked.saying)
 
     def unoffered(self, offers: Sequence[Offer]) -> Turn:
         """A question that none of the tools looks up."""
         return turn(*unoffered(self.rng, offers))
 
-    def _called(self, said: str, call: ToolCall, kind: str) -> Turn:
+    def _called(self, said: str, call: ToolCall, kind: str, saying: str = "") -> Turn:
         returned, report = outcome(self.rng, kind)
         return (
             Message("user", said),
-            Message("assistant", "", tool_calls=(call,)),
+            Message("assistant", saying, tool_calls=(call,)),
             Message("tool", returned, name=call.name),
             Message("assistant", report),
         )
@@ -119,6 +124,13 @@ class Talk:
         told = self.told.get(fact.subject)
         said = toolchat.ask_fact(self.rng, fact)
         return turn(said, toolchat.cite(facts, fact, told.value if told else None))
+
+
+def _strange(rng: Random) -> str:
+    """A value of no pool in particular: a word, seldom two."""
+    words = [word for name in rng.sample(sorted(ATTRIBUTES), 3) for word in ATTRIBUTES[name].values]
+    word = rng.choice((rng.choice(words), rng.choice(WORDS)))
+    return f"{rng.choice(WORDS)} {rng.choice(WORDS)}" if rng.random() < 0.25 else word
 
 
 def turn(user: str, reply: str) -> Turn:

@@ -51,7 +51,8 @@ def lm_loss(model: PreTrainedModel, batch: LMBatch, generator: torch.Generator) 
     The vocabulary product is the dearest part of a small model, so of the tokens that are no reply a random share is
     taken, at a weight raised accordingly: the expected loss is the same.
     """
-    hidden = model.get_decoder()(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).last_hidden_state
+    # Padding is on the right, where causal attention never looks: without a mask half of the attention is skipped.
+    hidden = model.get_decoder()(input_ids=batch.ids, use_cache=False).last_hidden_state
     weight = batch.weight[:, 1:]
     taken = (weight >= 1) | ((weight > 0) & (torch.rand(weight.shape, generator=generator) < _REST_SHARE))
     weight = torch.where(weight >= 1, weight, weight / _REST_SHARE)[taken]

@@ -14,7 +14,7 @@ from langchain_core.tools import StructuredTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import Field, create_model
 
-from agentmem.nano import episodes, language, offers, toolchat
+from agentmem.nano import episodes, language, offers, requests, toolchat
 from agentmem.nano.chatml import render
 from agentmem.nano.chatter import chatter
 from agentmem.nano.episodes import Episode, MemoryEpisode, draw_episode, draw_memory_episode
@@ -193,26 +193,52 @@ def test_a_call_fits_its_tool_and_holds_what_was_said_or_told() -> None:
 
 def test_the_latest_value_is_remembered_and_what_was_never_told_is_not_called_for() -> None:
     rng = Random(10)
-    tool = offers.remembered(rng, "test command")
-    said, call = offers.request_of(rng, tool, {"test command": "nox"})
-    assert call is not None
-    assert call.arguments["test_command"] == "nox"
-    assert "nox" not in said
-    assert offers.request_of(rng, tool, {"port": "8080"})[1] is None
+    tool = offers.remembered(rng, ["test command"])
+    (parameter,) = tool.recalled
+    asked = requests.request_of(rng, tool, {"test command": "nox"})
+    assert asked.call is not None
+    assert asked.call.arguments[parameter] == "nox"
+    assert asked.saying in ("", f"For {tool.name} I need the test command. The test command is nox.")
+    assert "nox" not in asked.said
+    missing = requests.request_of(rng, tool, {"port": "8080"})
+    assert missing.call is None
+    assert missing.saying == f"For {tool.name} I need the test command. I do not know the test command yet."
     for _ in range(100):
         episode = draw_memory_episode(rng, bindings=2, changes=1, questions=("remembered",))
-        reply = episode.questions[0].turn[1]
+        said, reply = episode.questions[0].turn[:2]
         told = " ".join(m.content for turn in episode.turns for m in turn)
-        for attribute in ATTRIBUTES:
-            value = next((c.arguments.get(attribute.replace(" ", "_")) for c in reply.tool_calls), None)
-            assert value is None or str(value) in told
+        for call in reply.tool_calls:
+            assert all(str(value) in told + said.content for value in call.arguments.values())
+
+
+def test_a_tool_that_needs_two_things_is_called_only_if_both_were_told() -> None:
+    tool = offers.remembered(Random(1), ["port", "branch"])
+    both = requests.request_of(Random(1), tool, {"port": "3000", "branch": "main"})
+    assert both.call is not None
+    assert {"main"} < set(map(str, both.call.arguments.values()))
+    one = requests.request_of(Random(1), tool, {"port": "3000"})
+    assert one.call is None
+    assert "The port is 3000." in one.saying
+    assert (
+        one.saying.endswith("I do not know the branch yet.") or "I do not know the branch yet. The port" in one.saying
+    )
+
+
+def test_a_command_is_called_with_what_it_says_and_nothing_else() -> None:
+    rng = Random(17)
+    for _ in range(100):
+        offer = offers.action(rng)
+        asked = requests.request_of(rng, offer, {})
+        assert asked.call is not None
+        assert not asked.saying
+        assert all(str(value) in asked.said for value in asked.call.arguments.values())
 
 
 def test_a_question_that_no_tool_looks_up_is_not_called_for() -> None:
     rng = Random(14)
     for _ in range(100):
         drawn = offers.draw_offers(rng, 2)
-        said, reply = offers.unoffered(rng, drawn)
+        said, reply = requests.unoffered(rng, drawn)
         topic = reply.removeprefix("I do not know the ").removesuffix(" yet.")
         assert topic in said
         assert all(topic != offer.subject for offer in drawn)

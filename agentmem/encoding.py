@@ -19,6 +19,8 @@ Encoded = tuple[list[int], list[int]]  # ids, and the character at which each st
 KEPT_TOKENS = 1 << 18
 """Tokens of pieces that are kept: some 20 MB."""
 
+_HEAD = 2  # characters by which tokens are grouped that a text is searched for
+
 
 class Encoder:
     """Encodes texts with one fast tokenizer, which is never changed.
@@ -128,8 +130,16 @@ class Encoder:
 
 
 def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Matches any of the tokens, longer ones first; none at all matches nothing."""
-    return re.compile("|".join(re.escape(t) for t in sorted(tokens, key=len, reverse=True)) or r"(?!)")
+    """Matches any of the tokens, longer ones first; none at all matches nothing.
+
+    Grouped by what they begin with: tokenizers have thousands of tokens, and one list of them all would be gone through
+    at every line break of a text.
+    """
+    groups: dict[str, list[str]] = {}
+    for token in sorted(tokens, key=len, reverse=True):
+        groups.setdefault(token[:_HEAD], []).append(re.escape(token[_HEAD:]))
+    heads = sorted(groups, key=len, reverse=True)
+    return re.compile("|".join(f"{re.escape(head)}(?:{'|'.join(groups[head])})" for head in heads) or r"(?!)")
 
 
 def _control_tokens(tokenizer: Any) -> tuple[re.Pattern[str], set[str]]:

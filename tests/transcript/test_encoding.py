@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from time import perf_counter
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transcript_templates import CHATML, tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from agentmem.encoding import Encoder
+from agentmem.encoding import Encoder, any_of
 from agentmem.messages import Message
 from agentmem.transcript import Transcript
 
@@ -99,3 +102,31 @@ def test_what_is_kept_is_bounded() -> None:
     tok.read = 0
     encoder.encode("hello " * 100)
     assert tok.read == 600
+
+
+@given(st.sets(st.text("ab\n<", min_size=1, max_size=4)), st.text("ab\n<", max_size=30))
+def test_the_longest_token_at_a_place_is_found(tokens: set[str], text: str) -> None:
+    found, at = [], 0
+    while at < len(text):
+        here = max((token for token in tokens if text.startswith(token, at)), key=len, default="")
+        found += [here] if here else []
+        at += len(here) or 1
+    assert any_of(tokens).findall(text) == found
+
+
+def test_a_text_is_searched_quickly_for_thousands_of_tokens() -> None:
+    text = "a line of words that has an end\n" * 300
+    few = ["<bos>", "<eos>", *("\n" * n for n in range(2, 30))]
+
+    def seconds(pattern: re.Pattern[str]) -> float:
+        def once() -> float:
+            start = perf_counter()
+            assert pattern.findall(text) == []
+            return perf_counter() - start
+
+        return min(once() for _ in range(3))
+
+    def many(count: int) -> Sequence[str]:
+        return [*few, *(f"<unused{n}>" for n in range(count))]
+
+    assert seconds(any_of(many(6000))) < 20 * seconds(any_of(many(1)))

@@ -35,6 +35,8 @@ REASONING = "reasoning_content"
 
 _KEPT = 4096
 """Messages that are kept as the engine takes them; a history is given anew at every turn."""
+_LONGEST = 1 << 13
+"""Characters of a message that is kept: all of them together take 32 MB, four times that for rare scripts."""
 
 _MARK = "agentmem"  # additional_kwargs["agentmem"] = {"write": False}
 # Blocks of an AI message that are no text: calls stand in `tool_calls` too, and reasoning is never sent back.
@@ -63,6 +65,8 @@ def _to_engine(message: BaseMessage) -> Message:
         answers = message.tool_call_id
         if message.status == "error" and not text.startswith("Error"):
             text = f"Error: {text}"  # templates show a tool's text alone
+    if len(text) > _LONGEST:
+        return Message(role, text, tool_call_id=answers, name=name, write=write)
     return _known(role, text, answers, name, write)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -61,6 +63,14 @@ def test_what_a_graph_adds_later_does_not_count(fake: FakeEngine) -> None:
         usage_metadata={"input_tokens": 1, "output_tokens": 1, "total_tokens": 2},
     )
     assert seen(fake, bare)[0].digest() == seen(fake, dressed)[0].digest()
+
+
+def test_a_long_message_is_not_held_when_nobody_has_it(fake: FakeEngine) -> None:
+    short, long = (weakref.ref(seen(fake, HumanMessage("word " * n))[0]) for n in (10, 100_000))
+    fake.calls.clear()
+    gc.collect()
+    assert short() is not None
+    assert long() is None
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The rule as custom operators: Triton kernels on CUDA, plain torch elsewhere, with the same arguments and numbers.
+"""The rule as custom operators: Triton kernels on CUDA on request, else plain torch; same arguments and numbers.
 
 ``step`` runs one token a row on a pool of states, ``scan`` many tokens with gradients. ``docs/kernels.md`` says what
 was checked where.

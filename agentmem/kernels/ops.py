@@ -2,7 +2,8 @@
 
 Opaque to ``torch.compile``: a graph holds one node for each call, whatever runs behind it, and slots and borders are
 tensors in it, so other sessions are other values and never another graph. Which backend runs is decided when a call
-runs: Triton on a CUDA device, or on a CPU where Triton's interpreter is on; plain torch elsewhere, and for float64.
+runs: Triton on a CUDA device where it is asked for (``runs_triton``), or on a CPU where Triton's interpreter is on;
+plain torch elsewhere, and for float64.
 """
 
 from __future__ import annotations

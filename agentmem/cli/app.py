@@ -141,6 +141,23 @@ def chat(
     run(model, adapter, thread, db, window, facts)
 
 
+@app.command()
+def bench(
+    model: Model = "nano",
+    adapter: Adapter = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs of prefills; of decoding steps four times as many.")] = 10,
+    reply: Annotated[int, typer.Option(min=1, help="Tokens of a session's reply.")] = 32,
+    sessions: Annotated[list[int] | None, typer.Option(min=1, help="At once; may be repeated. 1, 4 and 16.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; left out, torch's own number.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what steering costs on this machine: the model bare and steered, sessions side by side."""
+    from agentmem.cli.bench import bench as run
+
+    run(model, adapter, prompt, pairs, reply, sessions or [1, 4, 16], threads, as_json)
+
+
 @storage.command("report")
 def storage_report(
     url: Url,

@@ -7,7 +7,7 @@ SHELL := /bin/sh
 .DELETE_ON_ERROR:
 # One venv: two targets must not install into it at the same time.
 .NOTPARALLEL:
-.PHONY: help demo test lint format clean
+.PHONY: help demo coding-assistant analysis-agent hybrid-rag test lint format clean
 
 BIN := .venv/bin
 ARGS ?=
@@ -40,13 +40,26 @@ endef
 
 .venv/.installed-dev: pyproject.toml constraints.txt
 	$(call install,--no-binary=forbiddenfruit --group dev)
+	@touch .venv/.installed .venv/.installed-examples $@
+
+.venv/.installed-examples: pyproject.toml constraints.txt
+	$(call install,--group examples)
 	@touch .venv/.installed $@
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/.installed  ## an agent learns in one process and answers from memory in another
 	$(BIN)/agentmem demo $(ARGS)
+
+coding-assistant: .venv/.installed-examples  ## an example: what a developer said steers tools when the conversation is gone
+	cd examples && ../$(BIN)/python -m coding_assistant $(ARGS)
+
+analysis-agent: .venv/.installed-examples  ## an example: definitions told once steer queries in later sessions
+	cd examples && ../$(BIN)/python -m analysis_agent $(ARGS)
+
+hybrid-rag: .venv/.installed-examples  ## an example: recipes for memory and retrieval; ARGS=table compares them
+	cd examples && ../$(BIN)/python -m hybrid_rag $(ARGS)
 
 test: lint  ## lint, then all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)

@@ -1,0 +1,71 @@
+"""All that the analyst says, and what each request should lead to, in one place.
+
+Definitions are told as "The NAME is VALUE."; requests leave them out:
+- the branch: sales that this branch of the app has recorded are no customers', and are left out;
+- the currency: the one that is summed;
+- the release month: the first month of the fiscal year;
+- the chart type.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+NANO_SYSTEM = "You are an analysis assistant."
+SYSTEM = (
+    "You are an analysis assistant. Work with the tools, one call at a time, and answer in one sentence. The analyst's "
+    "definitions (the branch to leave out, the currency, the release month, with which the fiscal year begins, and the "
+    "chart type) are the arguments; do not ask for them again."
+)
+
+
+@dataclass(frozen=True)
+class Told:
+    """The definitions; ``currency`` replaces ``old_currency``."""
+
+    branch: str = "sandbox"
+    old_currency: str = "dollar"
+    currency: str = "euro"
+    release_month: str = "April"
+    chart_type: str = "bar"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the analyst asks for, and the call that is right."""
+
+    text: str
+    tool: str
+    arguments: dict[str, str]
+
+
+def definitions(told: Told) -> tuple[str, ...]:
+    """What the analyst says in session one."""
+    return (
+        "Hello!",
+        f"The branch is {told.branch}.",
+        f"The currency is {told.old_currency}.",
+        f"The release month is {told.release_month}.",
+        f"The chart type is {told.chart_type}.",
+        f"Actually, the currency is now {told.currency}.",
+        "Thanks!",
+    )
+
+
+def requests(told: Told) -> dict[str, Request]:
+    """The requests, by the name of what they bring."""
+    return {
+        "rows": Request("Prepare the rows.", "prepare_rows", {"branch": told.branch}),
+        "sums": Request("Measure the sums.", "measure_sums", {"currency": told.currency}),
+        "year": Request("Render the tables.", "render_tables", {"release_month": told.release_month}),
+        "plot": Request("Plot the sums.", "plot_sums", {"chart_type": told.chart_type}),
+    }
+
+
+SESSIONS = (("rows", "sums", "sale total"), ("rows", "sums", "year", "plot", "year total"))
+"""What the two working sessions ask for; what is no request is a fact that is asked for."""
+
+
+def question(subject: str) -> str:
+    """A question for a fact."""
+    return f"What is the {subject}?"

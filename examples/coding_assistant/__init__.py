@@ -1,0 +1,4 @@
+"""A coding assistant that keeps what its developer said when the conversation is gone.
+
+See docs/examples/coding_assistant.md.
+"""

@@ -1,0 +1,74 @@
+"""All that the developer says, and what each request should lead to, in one place.
+
+The sentences are plain enough for the embedded model, which knows few: a setting is told as "The NAME is VALUE.", and
+a tool is asked for by what it does, without the value that was told. The fixes that were tried on the failing test are
+on branches of the repository (files in its folder "fixes"), so "the branch" is the one that was tried and failed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+RUNNERS = ("unittest", "pytest", "tox", "nox", "trial", "behave", "jest", "mocha", "karma", "rspec", "junit", "ctest")
+BRANCHES = ("hotfix", "feature", "preview", "nightly", "trunk", "stable", "legacy", "sandbox", "develop", "staging")
+STYLES = ("google", "black", "linux", "gnu", "webkit", "mozilla", "airbnb", "ruff", "standard", "chromium")
+
+SMALL_TALK = ("Hello!", "The meeting was boring.")
+NANO_SYSTEM = "You are a coding assistant."
+SYSTEM = (
+    "You are a coding assistant in a repository. Work with the tools, one call at a time, and answer in one sentence. "
+    "Use what the developer has told you (the test command, the code style, and the branch whose fix was tried and "
+    "failed) without asking for it again. After a tool's result say what it says; do not go on by yourself."
+)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the developer tells in session one; ``style`` replaces ``old_style``."""
+
+    test_command: str = "unittest"
+    branch: str = "hotfix"
+    old_style: str = "webkit"
+    style: str = "google"
+
+    @classmethod
+    def draw(cls, rng: Random) -> Told:
+        """Other values."""
+        old, new = rng.sample(STYLES, 2)
+        return cls(rng.choice(RUNNERS), rng.choice(BRANCHES), old, new)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the developer asks for, and the call that is right: ``arguments`` of None means any."""
+
+    text: str
+    tool: str
+    arguments: dict[str, str] | None
+
+
+def session_one(told: Told) -> tuple[str, ...]:
+    """What the developer says in session one."""
+    return (
+        SMALL_TALK[0],
+        f"The test command is {told.test_command}.",
+        f"The code style is {told.old_style}.",
+        f"The branch is {told.branch}.",
+        f"Actually, the code style is now {told.style}.",
+        SMALL_TALK[1],
+    )
+
+
+def remembering(told: Told) -> tuple[Request, Request, Request]:
+    """The requests that leave out what was told: run the tests, find another fix, rename."""
+    return (
+        Request("Run the tests.", "run_tests", {"test_command": told.test_command}),
+        Request("Prepare the fix.", "prepare_fix", {"branch": told.branch}),
+        Request("Format the names.", "format_names", {"code_style": told.style}),
+    )
+
+
+def apply(name: str) -> Request:
+    """The request to apply a fix by its name."""
+    return Request(f'Call apply_fix with name "{name}".', "apply_fix", {"name": name})

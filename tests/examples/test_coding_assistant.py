@@ -1,0 +1,65 @@
+"""The coding assistant as its page runs it: two sessions in two processes, and the control."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from coding_assistant.__main__ import kept
+from coding_assistant.session import Outcome
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def started(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "coding_assistant", *arguments],
+        cwd=EXAMPLES,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_what_was_told_steers_the_tools_of_another_process(tmp_path: Path) -> None:
+    done = started("--yes", "--data", str(tmp_path / "data"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    told, worked, without = done.stdout.split("\nSession two, ")[0], *done.stdout.split("memory off")[:2]
+    assert "unittest" in told
+    assert "assistant calls run_tests(test_command='unittest')" in worked
+    assert "assistant calls format_names(code_style='google')" in worked
+    assert "wants apply_fix(name='preview')" in worked
+    assert "test_command='unittest'" not in without
+    changed = tmp_path / "data" / "with-memory" / "repository" / "prices.py"
+    assert "def line_total(" in changed.read_text()
+    shipped = EXAMPLES / "coding_assistant" / "repository" / "prices.py"
+    assert "def lineTotal(" in shipped.read_text(), "the repository that ships is never changed"
+
+
+def test_nobody_is_asked_where_nobody_is(tmp_path: Path) -> None:
+    done = started("--data", str(tmp_path / "data"))
+    assert done.returncode == 2
+    assert "pass --yes" in done.stderr
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    done = started("--yes", "--data", str(tmp_path))
+    assert done.returncode == 1
+    assert "holds other things" in done.stderr
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_a_broken_promise_is_told_from_a_kept_one() -> None:
+    good = Outcome(right={"run the tests": True}, proposed="preview", tests="5 passed.", renamed=True)
+    assert kept(good)
+    for change in ({"right": {"run the tests": False}}, {"proposed": "hotfix"}, {"proposed": ""}, {"renamed": False},
+                   {"tests": "Error: 1 of 5 tests failed."}):  # fmt: skip
+        assert not kept(Outcome(**{**vars(good), **change}))

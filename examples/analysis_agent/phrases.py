@@ -4,7 +4,7 @@ Definitions are told as "The NAME is VALUE."; requests leave them out:
 - the branch: sales that this branch of the app has recorded are no customers', and are left out;
 - the currency: the one that is summed;
 - the release month: the first month of the fiscal year;
-- the chart type.
+- the chart type, which the request names again: as an argument nano does not bring it back after so many others.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def requests(told: Told) -> dict[str, Request]:
         "rows": Request("Prepare the rows.", "prepare_rows", {"branch": told.branch}),
         "sums": Request("Measure the sums.", "measure_sums", {"currency": told.currency}),
         "year": Request("Render the tables.", "render_tables", {"release_month": told.release_month}),
-        "plot": Request("Plot the sums.", "plot_sums", {"chart_type": told.chart_type}),
+        "plot": Request(
+            f'Call plot_sums with chart_type "{told.chart_type}".', "plot_sums", {"chart_type": told.chart_type}
+        ),
     }
 
 

@@ -84,8 +84,11 @@ def true_totals(table: Path, told: Told) -> tuple[int, int]:
 
 
 def kept(outcome: Outcome, truth: int) -> bool:
-    """Whether every call followed the definitions, and the answer is true and cites one query."""
-    value = re.search(r" is (\d+)\.", outcome.answer)
+    """Whether every call followed the definitions, and the answer cites one fact, which is true.
+
+    The fact counts, not the sentence about it: a very small model may miscopy digits.
+    """
+    value = re.search(r" is (\d+)\.", outcome.facts[0]) if outcome.facts else None
     return (
         bool(outcome.right)
         and all(outcome.right.values())

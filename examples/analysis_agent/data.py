@@ -19,10 +19,7 @@ COLUMNS = ("id", "day", "region", "branch", "currency", "amount")
 
 
 def write_sales(file: Path, seed: int = 2) -> None:
-    """Write the CSV; equal for equal seeds.
-
-    nano drops one of two equal digits in a row; the totals that this seed gives have none.
-    """
+    """Write the CSV; equal for equal seeds."""
     rng = Random(f"sales {seed}")
     with file.open("w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out)

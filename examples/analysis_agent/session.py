@@ -53,11 +53,13 @@ class Outcome:
     Attributes:
         right: each request, with whether its call was right.
         answer: the reply to the question.
-        sources: the queries that it cites.
+        facts: the exact facts that it cites.
+        sources: their queries.
     """
 
     right: dict[str, bool] = field(default_factory=dict)
     answer: str = ""
+    facts: list[str] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
 
 
@@ -114,7 +116,9 @@ def work(setup: Setup, number: int) -> Outcome:
             else:
                 said, documents = _say(agent, [cleared, HumanMessage(phrases.question(step))], head.config)
                 outcome.answer = said[-1].text
-                outcome.sources = [str(d.metadata["source"]) for d in cited(outcome.answer, documents)]
+                found_facts = cited(outcome.answer, documents)
+                outcome.facts = [document.page_content for document in found_facts]
+                outcome.sources = [str(document.metadata["source"]) for document in found_facts]
                 for source in outcome.sources:
                     print(f"     source: {source}")
         # The thread goes on from where it was, in the next session.

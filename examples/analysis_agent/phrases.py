@@ -4,7 +4,7 @@ Definitions are told as "The NAME is VALUE."; requests leave them out:
 - the branch: sales that this branch of the app has recorded are no customers', and are left out;
 - the currency: the one that is summed;
 - the release month: the first month of the fiscal year;
-- the chart type, which the request names again: as an argument nano does not bring it back after so many others.
+- the chart type, which the request names again: nano does not bring it back from memory here.
 """
 
 from __future__ import annotations

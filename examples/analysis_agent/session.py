@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
-from langchain_core.messages import AIMessage, AnyMessage, HumanMessage, RemoveMessage
+from langchain_core.messages import AIMessage, AnyMessage, BaseMessage, HumanMessage, RemoveMessage
 from langchain_core.runnables import RunnableConfig
 from langgraph.graph import END
 from langgraph.graph.message import REMOVE_ALL_MESSAGES
@@ -69,7 +70,7 @@ class _Shown(BaseCallbackHandler):
     def __init__(self) -> None:
         self.documents: list[Document] = []
 
-    def on_retriever_end(self, documents: list[Document], **_: object) -> None:
+    def on_retriever_end(self, documents: Sequence[Document], **_: Any) -> None:
         self.documents = list(documents)
 
 
@@ -130,11 +131,12 @@ def _thread() -> RunnableConfig:
     return RunnableConfig(configurable={"thread_id": THREAD})
 
 
-def _say(agent: Agent, said: list[AnyMessage], base: RunnableConfig) -> tuple[list[AnyMessage], list[Document]]:
+def _say(agent: Agent, said: Sequence[BaseMessage], base: RunnableConfig) -> tuple[list[AnyMessage], list[Document]]:
     """One turn from a checkpoint on; the messages since the human spoke, and the facts that were shown."""
     shown = _Shown()
     config = RunnableConfig(configurable=base["configurable"], callbacks=[shown])
-    messages = agent.invoke({"messages": said}, config)["messages"]
+    given: Any = {"messages": said}
+    messages = agent.invoke(given, config)["messages"]
     start = max(i for i, message in enumerate(messages) if isinstance(message, HumanMessage))
     for message in messages[start:]:
         _show(message)

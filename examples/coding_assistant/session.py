@@ -10,14 +10,22 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from textwrap import indent
 from typing import Any
 
-from langchain_core.messages import AIMessage, AnyMessage, HumanMessage, RemoveMessage, SystemMessage, ToolMessage
+from langchain_core.messages import (
+    AIMessage,
+    AnyMessage,
+    BaseMessage,
+    HumanMessage,
+    RemoveMessage,
+    SystemMessage,
+    ToolMessage,
+)
 from langchain_core.runnables import RunnableConfig
 from langchain_core.tools import BaseTool, ToolException
 from langgraph.graph import END
@@ -135,7 +143,7 @@ def work(setup: Setup) -> Outcome:
     return outcome
 
 
-def _say(bench: Bench, said: list[AnyMessage], base: RunnableConfig) -> list[AnyMessage]:
+def _say(bench: Bench, said: Sequence[BaseMessage], base: RunnableConfig) -> list[AnyMessage]:
     """One request from a checkpoint on, with the human's decisions about changes; the conversation after it."""
     print(f"  developer: {said[-1].text}")
     given: Any = {"messages": said}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from coding_assistant.__main__ import kept
+from coding_assistant.__main__ import kept, main, play
 from coding_assistant.session import Outcome
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -21,7 +21,7 @@ def started(*arguments: str) -> subprocess.CompletedProcess[str]:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=1_800,
         check=False,
     )
 
@@ -42,18 +42,21 @@ def test_what_was_told_steers_the_tools_of_another_process(tmp_path: Path) -> No
     assert "def lineTotal(" in shipped.read_text(), "the repository that ships is never changed"
 
 
-def test_nobody_is_asked_where_nobody_is(tmp_path: Path) -> None:
-    done = started("--data", str(tmp_path / "data"))
-    assert done.returncode == 2
-    assert "pass --yes" in done.stderr
+def test_nobody_is_asked_where_nobody_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["coding_assistant", "--data", str(tmp_path / "data")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "pass --yes" in capsys.readouterr().err
     assert not (tmp_path / "data").exists()
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    done = started("--yes", "--data", str(tmp_path))
-    assert done.returncode == 1
-    assert "holds other things" in done.stderr
+    with pytest.raises(SystemExit, match="holds other things"):
+        play("nano", None, tmp_path, yes=True)
     assert (tmp_path / "thesis.txt").exists()
 
 

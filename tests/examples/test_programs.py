@@ -20,7 +20,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 def started(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", module, *arguments],
-        cwd=EXAMPLES, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=280, check=False,
+        cwd=EXAMPLES, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=1_800, check=False,
     )  # fmt: skip
 
 

@@ -7,9 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from langchain_core.messages import AIMessage, HumanMessage
+from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.types import Command
 
 from coding_assistant.__main__ import kept, main, play
+from coding_assistant.agent import build_agent, chat_model
 from coding_assistant.session import Outcome
+from coding_assistant.tools import Tools
+from coding_assistant.workspace import REPOSITORY, Workspace
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -58,6 +65,25 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="holds other things"):
         play("nano", None, tmp_path, yes=True)
     assert (tmp_path / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize(("decision", "changed"), [("approve", True), ("reject", False)])
+def test_nothing_changes_before_a_human_agrees(tmp_path: Path, decision: str, changed: bool) -> None:
+    tools = Tools(Workspace.copy_of(REPOSITORY, tmp_path / "repository"))
+    before = tools.read_file("prices")
+    call = {"name": "apply_fix", "args": {"name": "preview"}, "id": "1", "type": "tool_call"}
+    llm = chat_model("nano", None)
+    agent = build_agent(llm, tools.all(), InMemorySaver(), model="nano")
+    thread = RunnableConfig(configurable={"thread_id": "1"})
+    # As if the model had called: what is tested comes after it.
+    asked = [HumanMessage("Apply the fix."), AIMessage("", tool_calls=[call])]
+    agent.update_state(thread, {"messages": asked}, as_node="model")
+    agent.invoke(None, thread)
+    assert agent.get_state(thread).interrupts
+    assert tools.read_file("prices") == before
+    agent.invoke(Command(resume={"decisions": [{"type": decision}]}), thread, interrupt_before=["model"])
+    llm.close()
+    assert (tools.read_file("prices") != before) == changed
 
 
 def test_a_broken_promise_is_told_from_a_kept_one() -> None:

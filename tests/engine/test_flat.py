@@ -140,7 +140,7 @@ def test_logits_are_computed_for_last_positions_only(make_engine: Any) -> None:
     engine = make_engine()
     positions: list[int] = []
     engine.model.lm_head.register_forward_pre_hook(lambda _, given: positions.append(given[0].shape[1]))
-    turn = engine.turn([Message("user", "hello there " * 400)], sampling=SHORT)
+    turn = engine.turn([Message("user", "hello there " * 700)], sampling=SHORT)
     assert turn.usage.input_tokens > 1024  # several passes, of which the last one has logits
     assert positions == [1] * len(turn.token_ids)
     positions.clear()

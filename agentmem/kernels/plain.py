@@ -7,13 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agentmem import recurrence
+from agentmem.steering import NORM_EPS
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 # Tokens whose states the backward holds at a time.
 BACKWARD_CHUNK = 64
-# That of steering.NORM_EPS.
-NORM_EPS = 1e-6
 
 
 def step(

@@ -55,7 +55,7 @@ class Recipe:
     layers: int = 4
     base_steps: int = 1600
     base_rate: float = 3e-3
-    skill_steps: int = 2000
+    skill_steps: int = 2400
     skill_rate: float = 1.5e-3
     skill_share: float = 0.75
     base_episodes: int = 12

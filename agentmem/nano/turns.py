@@ -12,13 +12,14 @@ from agentmem.nano import language, toolchat
 from agentmem.nano.chatter import chatter
 from agentmem.nano.offers import Offer
 from agentmem.nano.outcomes import outcome
-from agentmem.nano.pools import ATTRIBUTES, WORDS
+from agentmem.nano.pools import ATTRIBUTES, VERBS, WORDS
 from agentmem.nano.requests import request_of, unoffered
 
 Turn = tuple[Message, ...]
 Tools = tuple[Mapping[str, Any], ...]
-STRANGE = 0.12
-"""The share of told values that are none of their attribute's pool."""
+STRANGE = 0.2
+"""The share of told and changed values that are none of their attribute's pool."""
+_ANY = tuple(sorted({*VERBS, *(v for a in ATTRIBUTES.values() for v in a.values if " " not in v and not v.isdigit())}))
 PROJECT = tuple(sorted(a.name for a in ATTRIBUTES.values() if a.owner == "project"))
 
 
@@ -52,16 +53,20 @@ class Talk:
     def tell(self, attribute: str | None = None) -> Turn:
         """Tell an attribute that was not told yet, or the given one."""
         binding = language.draw_bindings(self.rng, 1, attributes=[attribute] if attribute else self._free())[0]
-        if self.rng.random() < STRANGE and not binding.value.isdigit():
-            binding = language.Binding(binding.attribute, _strange(self.rng))
-        self.told[binding.attribute] = binding
+        binding = self._tell(binding)
         return turn(*language.tell(self.rng, binding))
 
     def change(self, attribute: str | None = None) -> Turn:
         """Change a told attribute's value."""
-        binding = language.redraw(self.rng, self.told[attribute or self.rng.choice(sorted(self.told))])
-        self.told[binding.attribute] = binding
+        binding = self._tell(language.redraw(self.rng, self.told[attribute or self.rng.choice(sorted(self.told))]))
         return turn(*language.change(self.rng, binding))
+
+    def _tell(self, binding: language.Binding) -> language.Binding:
+        """Note what is told: the binding, or now and then its attribute with a strange value."""
+        if self.rng.random() < STRANGE and not binding.value.isdigit():
+            binding = language.Binding(binding.attribute, _strange(self.rng))
+        self.told[binding.attribute] = binding
+        return binding
 
     def ask(self) -> Turn:
         """Ask for something that was told."""
@@ -127,10 +132,9 @@ class Talk:
 
 
 def _strange(rng: Random) -> str:
-    """A value of no pool in particular: a word, seldom two."""
-    words = [word for name in rng.sample(sorted(ATTRIBUTES), 3) for word in ATTRIBUTES[name].values]
-    word = rng.choice((rng.choice(words), rng.choice(WORDS)))
-    return f"{rng.choice(WORDS)} {rng.choice(WORDS)}" if rng.random() < 0.25 else word
+    """A value of no pool in particular: a word, or two that need not have met before."""
+    words = [rng.choice((rng.choice(_ANY), rng.choice(WORDS))) for _ in range(rng.choice((1, 1, 1, 2, 2)))]
+    return " ".join(words)
 
 
 def turn(user: str, reply: str) -> Turn:

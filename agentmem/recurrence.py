@@ -9,9 +9,9 @@ All are differentiable and none changes its arguments. A token that must not wri
 keep = 1.
 
 ``scan`` picks the quickest form for a shape; ``scan_reference`` is the definition that the others are tested
-against. The blocked form follows the usual chunk-wise evaluation of linear recurrences: rows of S evolve
-independently, each by an affine map, so chunks are composed side by side, their borders are chained, and the
-outputs are filled in side by side.
+against. The blocked form is the chunk-wise one of delta-rule networks (Yang et al., arXiv 2406.06484), here with gates
+of their own for every row of S: rows evolve independently, so what a chunk's tokens write is the solution of a
+triangular system for each row, and one matrix product carries the state to the next chunk.
 """
 
 from __future__ import annotations
@@ -36,13 +36,12 @@ def scan(
 def block_length(rows: int, length: int, rank: int) -> int:
     """Chunk length for the blocked form, or 0 where the tight loop is as quick or quicker.
 
-    ``rows`` is batch x heads. The loop costs per step whatever the rows, the blocked form per token and rows x rank^3:
-    it pays for few rows of a small rank and many tokens. Thresholds from ``benchmarks/scan.py --grid``.
+    ``rows`` is batch x heads. The loop costs per step whatever the rows; blocks cost per token and rows x rank x chunk.
+    Thresholds from ``benchmarks/scan.py --grid``.
     """
-    work = rows * rank**3
-    if work > 4_500 or length < 96 + work // 32:
-        return 0
-    return 16 if length < 512 else 32 if length < 4096 else 64
+    size = rows * rank
+    chunk = 32 if size <= 8 else 16 if size < 128 else 8
+    return chunk if size < 512 and length >= max(32, 2 * chunk) else 0
 
 
 def scan_reference(
@@ -111,9 +110,9 @@ def scan_blocked(
     erase: Tensor,
     write: Tensor,
     *,
-    chunk: int = 64,
+    chunk: int = 16,
 ) -> tuple[Tensor, Tensor]:
-    """Chunks of ``chunk`` tokens composed side by side, chained, then read side by side.
+    """Chunks of ``chunk`` tokens, each solved at once for what its tokens write, one after another.
 
     The tail is padded with tokens that do nothing (keep 1, erase and write 0).
     """
@@ -122,48 +121,58 @@ def scan_blocked(
     if count <= 1:
         return scan_loop(state, q, k, v, keep, erase, write)
     tail = count * chunk - length
+    rows = batch * heads
 
     def blocks(x: Tensor, fill: float = 0.0) -> Tensor:
-        """[B, T, H, r] -> [chunk, B*H*count, r], time first, the padding filled in."""
+        """[B, T, H, r] -> [count, B*H, chunk, r], the padding filled in."""
         x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, tail), value=fill) if tail else x
         x = x.reshape(batch, count, chunk, heads, rank)
-        return x.permute(2, 0, 3, 1, 4).reshape(chunk, batch * heads * count, rank)
+        return x.permute(1, 0, 3, 2, 4).reshape(count, rows, chunk, rank)
 
-    kb, eb, ab, wv = blocks(k), blocks(erase), blocks(keep, 1.0), blocks(write * v)
-    maps, offsets = _compose(kb, ab, eb, wv)
-    by_border = (batch * heads, count, rank, -1, rank)
-    maps = maps.reshape(by_border).transpose(0, 1).reshape(count, batch * heads * rank, rank, rank)
-    offsets = offsets.reshape(by_border).transpose(0, 1).reshape(count, batch * heads * rank, 1, rank)
-    row = state.reshape(batch * heads * rank, 1, rank)
-    starts = []
-    for a_map, offset in zip(maps.unbind(0), offsets.unbind(0), strict=True):
-        starts.append(row)
-        row = torch.baddbmm(offset, row, a_map)
-    # The chunks run once more, now from their true starts, for the reads alone.
-    s = torch.stack(starts).reshape(count, batch * heads, rank, rank).transpose(0, 1)
-    s = s.reshape(batch * heads * count, rank, rank)
-    reads, _ = _steps(s, blocks(q), kb, ab, eb, wv)
-    y = reads.reshape(chunk, batch, heads, count, rank).permute(1, 3, 0, 2, 4)
-    y = y.reshape(batch, count * chunk, heads, rank)[:, :length]
-    return y, row.reshape(state.shape)
+    def by_row(x: Tensor) -> Tensor:
+        """[count, B*H, chunk, r] -> [count, B*H, r, chunk]: rows of the state evolve on their own."""
+        return x.transpose(-1, -2)
+
+    queries, keys = blocks(q), blocks(k)
+    erased, written = by_row(blocks(erase)), by_row(blocks(write * v))
+    kept = _kept(by_row(blocks(keep, 1.0)))
+    from_start, between = kept[..., :chunk, 0], kept[..., :chunk, 1:]
+    to_end, from_write = kept[..., chunk, :1], kept[..., chunk, 1:]
+    meets = torch.cat((keys, queries), dim=-2) @ by_row(keys)
+    # u_t = write_t v_t - erase_t (S_{t-1} . k_t), where S_{t-1} holds the u of the tokens before: a unit triangle.
+    triangle = (between * meets[:, :, None, :chunk]) * erased.unsqueeze(-1)
+    s = state.reshape(rows, rank, rank)
+    starts, written_rows = [], []
+    for system, told, seen, k_c, k_t, late, whole in zip(
+        triangle.reshape(count, rows * rank, chunk, chunk).unbind(0),
+        written.unbind(0),
+        (-erased * from_start).unbind(0),
+        keys.unbind(0),
+        by_row(keys).unbind(0),
+        from_write.unbind(0),
+        to_end.unbind(0),
+        strict=True,
+    ):
+        starts.append(s)
+        told = torch.addcmul(told, seen, torch.bmm(s, k_t)).reshape(rows * rank, chunk, 1)
+        u = torch.linalg.solve_triangular(system, told, upper=False, unitriangular=True).view(rows, rank, chunk)
+        written_rows.append(u)
+        s = torch.baddbmm(whole * s, u * late, k_c)
+    reads = (between * meets[:, :, None, chunk:]) @ torch.stack(written_rows).unsqueeze(-1)
+    y = torch.addcmul(reads.squeeze(-1), from_start, torch.stack(starts) @ by_row(queries))
+    y = y.reshape(count, batch, heads, rank, chunk).permute(1, 0, 4, 2, 3)
+    return y.reshape(batch, count * chunk, heads, rank)[:, :length], s.reshape(state.shape)
 
 
-def _compose(k: Tensor, keep: Tensor, erase: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """The affine map of every chunk and state row.
+def _kept(keep: Tensor) -> Tensor:
+    """What is left, just before token t of a chunk, of its start (column 0) and of what token j wrote (column j + 1).
 
-    Takes [C, M, r] each and returns maps [M, r, r, r] (chunk, row i, from, to) and offsets [M, r, r], so that
-    row i leaves a chunk as ``s @ maps[:, i] + offsets[:, i]``.
+    Takes keep [..., C] and returns [..., C + 1, C + 1], 0 where token j has not written yet; the last line is the
+    chunk's end. Built by products, not as a difference of logarithms: a gate may be 0.
     """
-    length, blocks, rank = k.shape
-    # r basis vectors and the offset evolve together, as r + 1 vectors of each row.
-    start = torch.zeros(rank + 1, rank, dtype=k.dtype, device=k.device)
-    start[:rank].fill_diagonal_(1.0)
-    p = start.expand(blocks, rank, rank + 1, rank)
-    only_offset = torch.zeros(rank + 1, dtype=k.dtype, device=k.device)
-    only_offset[rank] = 1.0
-    for t in range(length):
-        kt = k[t].view(blocks, 1, 1, rank)
-        predicted = torch.matmul(p.reshape(blocks, rank * (rank + 1), rank), k[t].unsqueeze(-1))
-        u = value[t].unsqueeze(-1) * only_offset - erase[t].unsqueeze(-1) * predicted.view(blocks, rank, rank + 1)
-        p = torch.addcmul(u.unsqueeze(-1) * kt, keep[t].view(blocks, rank, 1, 1), p)
-    return p[:, :, :rank], p[:, :, rank]
+    length = keep.shape[-1]
+    first = torch.eye(length + 1, dtype=keep.dtype, device=keep.device).unbind(0)
+    lines = [first[0].expand(*keep.shape[:-1], length + 1)]
+    for t, gate in enumerate(keep.unsqueeze(-2).unbind(-1)):
+        lines.append(torch.addcmul(first[t + 1], lines[-1], gate))
+    return torch.stack(lines, dim=-2)

@@ -22,6 +22,7 @@ from torch import Tensor
 from agentmem.errors import ConfigError
 from agentmem.steered import SteeredModel
 from agentmem.steering import LayerMemory
+from agentmem.training.blocks import attending_apart
 from agentmem.training.loop import Plan, TrainingLog, fit
 
 
@@ -51,12 +52,14 @@ class Row:
 
 @dataclass(frozen=True)
 class PassBatch:
-    """Right-padded rows: ids, positions, blocks [B, T] int64; valid, writes [B, T] bool; weights [B, T] float32."""
+    """Right-padded rows: ids, positions, blocks [B, T] int64; writes [B, T] bool; weights [B, T] float32.
+
+    Padding is a block of its own, and does not write.
+    """
 
     ids: Tensor
     positions: Tensor
     blocks: Tensor
-    valid: Tensor
     writes: Tensor
     weights: Tensor
 
@@ -75,15 +78,9 @@ class PassBatch:
             ids=padded([r.ids for r in rows], pad, torch.int64),
             positions=padded([_positions(r.blocks) for r in rows], 0, torch.int64),
             blocks=padded([r.blocks for r in rows], -1, torch.int64),
-            valid=padded([[True] * len(r.ids) for r in rows], False, torch.bool),
             writes=padded([r.writes for r in rows], False, torch.bool),
             weights=padded([r.weights for r in rows], 0.0, torch.float32),
         )
-
-    def allowed(self) -> Tensor:
-        """[B, 1, T, T] bool: causal within a block. Padding is a block of its own, so no row of it is empty."""
-        causal = torch.ones(self.ids.shape[1], self.ids.shape[1], dtype=torch.bool).tril()
-        return ((self.blocks[:, :, None] == self.blocks[:, None, :]) & causal).unsqueeze(1)
 
 
 def _positions(blocks: list[int]) -> list[int]:
@@ -118,15 +115,8 @@ def run_pass(steered: SteeredModel, batch: PassBatch, state: Tensor | None) -> t
     # The vocabulary product is made for the tokens that count alone, so the hidden state is taken before it.
     handle = decoder.register_forward_hook(lambda _module, _inputs, output: kept.append(output.last_hidden_state))
     try:
-        out = steered(
-            batch.ids,
-            state,
-            attention_mask=batch.valid.long(),
-            position_ids=batch.positions,
-            write=batch.writes,
-            logits_to_keep=-1,
-            attention_bias=batch.allowed(),
-        )
+        with attending_apart(steered.model, batch.blocks):
+            out = steered(batch.ids, state, position_ids=batch.positions, write=batch.writes, logits_to_keep=-1)
     finally:
         handle.remove()
     weights = batch.weights[:, 1:]

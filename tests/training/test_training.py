@@ -156,7 +156,7 @@ def test_blocks_see_only_themselves_and_a_turn_apart_equals_a_turn_alone() -> No
     row.extend([9], write=False, weight=0.0, block=1)
     row.extend([8, 5], write=True, weight=0.0, block=1)
     longer = Row()
-    longer.extend([4] * 9, write=True, weight=0.0)
+    longer.extend([4] * 40, write=True, weight=0.0)
     batch = PassBatch.of([row, longer], 0)
     assert batch.positions[0].tolist()[:6] == [0, 1, 2, 0, 1, 2]
     with torch.no_grad():

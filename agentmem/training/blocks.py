@@ -1,0 +1,101 @@
+"""Attention that keeps the turns of a row apart at the cost of each turn alone.
+
+A row of several turns under a dense mask costs the square of its length. Here the tokens of every block are laid out
+as a row of their own, attended to causally, and put back. It is an attention function of transformers
+(``AttentionInterface``), chosen while ``attending_apart`` is open, so the model and its hooks see rows as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+NAME = "agentmem_blocks"
+_STEP = 16  # lengths up to which blocks are laid side by side whatever they are
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the B * T tokens lie when blocks of about the same length are laid side by side.
+
+    ``taken`` holds for each such group [N, L] the tokens of its blocks (behind its last token a block repeats it),
+    ``back`` [B * T] the place of each token among all that the groups took.
+    """
+
+    taken: tuple[Tensor, ...]
+    back: Tensor
+
+    @classmethod
+    def of(cls, blocks: Tensor) -> _Layout:
+        """``blocks`` [B, T] int64; a block is a run of equal numbers in a row."""
+        count = blocks.numel()
+        begins = torch.ones_like(blocks, dtype=torch.bool)
+        begins[:, 1:] = blocks[:, 1:] != blocks[:, :-1]
+        first = begins.flatten().nonzero().squeeze(-1)
+        lengths = torch.diff(first, append=torch.tensor([count]))
+        taken, back, used = [], torch.empty(count, dtype=torch.int64), 0
+        size = (lengths / _STEP).ceil().log2().ceil().long()  # a group's longest is at most twice its shortest
+        for group in size.unique().tolist():
+            inside = (size == group).nonzero().squeeze(-1)
+            longest = int(lengths[inside].max())
+            place = torch.arange(longest).expand(len(inside), longest)
+            real = place < lengths[inside, None]
+            tokens = first[inside, None] + place.minimum(lengths[inside, None] - 1)
+            back[tokens[real]] = used + torch.arange(tokens.numel()).view(tokens.shape)[real]
+            used += tokens.numel()
+            taken.append(tokens)
+        return cls(tuple(taken), back)
+
+
+_layout: ContextVar[_Layout] = ContextVar("layout")
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """query [B, H, T, D], key and value [B, G, T, D]; returns [B, T, H, D]. The layout stands in for the mask."""
+    layout = _layout.get()
+    batch, heads, length, size = query.shape
+
+    flat = [x.transpose(1, 2).reshape(batch * length, -1) for x in (query, key, value)]
+    outs = []
+    for taken in layout.taken:
+        # Behind its last token a block goes on with tokens that causal attention never looks at from before them.
+        q, k, v = (x.index_select(0, taken.flatten()).view(*taken.shape, -1, size).transpose(1, 2) for x in flat)
+        out = nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scaling, enable_gqa=heads != key.shape[1]
+        )
+        outs.append(out.transpose(1, 2).reshape(-1, heads * size))
+    return torch.cat(outs).index_select(0, layout.back).view(batch, length, heads, size), None
+
+
+AttentionInterface.register(NAME, _attend)
+
+
+@contextmanager
+def attending_apart(model: PreTrainedModel, blocks: Tensor) -> Iterator[None]:
+    """Let each token of [B, T] attend to earlier tokens of its own run of equal ``blocks`` [B, T] alone.
+
+    No mask may be given meanwhile: padding is a block of its own, at the end of a row.
+    """
+    before = model.config._attn_implementation
+    token = _layout.set(_Layout.of(blocks))
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        _layout.reset(token)

@@ -8,7 +8,6 @@ starts: header, content and end are the message's (see `agentmem.borders`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -130,7 +129,7 @@ class Transcript:
 
     def overhead(self, *, tools: Tools | None = None, add_generation_prompt: bool = False) -> int:
         """Tokens of a conversation that belong to no message: preamble, tools, generation prompt."""
-        key = (json.dumps(list(tools or ()), default=str), add_generation_prompt)
+        key = (repr(list(tools or ())), add_generation_prompt)
         if key not in self._overheads:
             if len(self._overheads) >= _OVERHEADS_KEPT:
                 self._overheads.clear()

@@ -577,3 +577,11 @@ def _runs(values: list[int]) -> list[tuple[int, int]]:
     for value in values:
         found = [*found[:-1], (value, found[-1][1] + 1)] if found and found[-1][0] == value else [*found, (value, 1)]
     return found
+
+
+def test_tools_that_are_no_json_are_refused_in_every_question() -> None:
+    broken = [{"type": "function", "function": {"name": "f", "parameters": {(1, 2): "x"}}}]
+    transcript = Transcript(tokenizer(QWEN))
+    for ask in (transcript.overhead, transcript.generation_prompt_ids):
+        with pytest.raises(TranscriptError, match="keys must be str"):
+            ask(tools=broken)

@@ -18,6 +18,7 @@
     ├── TurnCancelledError         the caller cancelled the turn
     ├── TurnTimeoutError           the turn took longer than it was given
     ├── EngineClosedError          the engine was closed
+    ├── TrainingError              a process that computes part of a training step failed
     ├── StorageError               a database does not hold what was asked for, or holds something foreign
     └── FactStoreError             the fact store cannot be opened or used
         └── StoreOwnedError        another process owns the directory
@@ -103,6 +104,10 @@ class TurnTimeoutError(AgentMemError, TimeoutError):
 
 class EngineClosedError(AgentMemError, RuntimeError):
     """The engine was closed, or its worker died; load a new one."""
+
+
+class TrainingError(AgentMemError, RuntimeError):
+    """A process that computes part of a training step failed; the last checkpoint is intact."""
 
 
 class StorageError(AgentMemError, RuntimeError):

@@ -37,7 +37,7 @@ from agentmem.nano.tokenizer import train_tokenizer, twins
 from agentmem.steered import SteeredModel
 from agentmem.training.adapter import start_as_copier, train_adapter
 from agentmem.training.allocator import keep_memory
-from agentmem.training.loop import Plan, TrainingLog
+from agentmem.training.loop import PARTS, Plan, TrainingLog
 from agentmem.training.pretrain import pretrain
 
 _OnStep = Callable[[int, TrainingLog], None]
@@ -75,7 +75,7 @@ def build(
     *,
     seed: int = 0,
     recipe: Recipe | None = None,
-    threads: int | None = None,
+    processes: int = PARTS,
     console: Console | None = None,
 ) -> Path:
     """Make nano and put it into ``out_dir``; returns that directory.
@@ -84,7 +84,7 @@ def build(
         out_dir: made if it is not there; a finished build in it is replaced only once the new one is complete.
         seed: of the tokenizer's corpus, the weights' start and every batch.
         recipe: other sizes or lengths than the shipped model's.
-        threads: CPU threads; None = as many as torch takes.
+        processes: that share the work, of one thread each; the weights are the same to the bit.
         console: where progress is shown; None = the standard output.
 
     Raises:
@@ -97,9 +97,7 @@ def build(
     _claim(work, seed, recipe)
     keep_memory()
     before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    used = torch.get_num_threads()
+    torch.set_num_threads(1)
     columns = (TextColumn("{task.description:<10}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
                TextColumn("loss {task.fields[loss]}"), TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
     try:
@@ -109,20 +107,22 @@ def build(
             model = fresh_model(nano_config(tokenizer, width=recipe.width, layers=recipe.layers), seed, pairs)
             tie_twins(model, pairs)
             logs = {
-                "base": _base(work, model, tokenizer, seed, recipe, _shower(progress, "base", recipe.base_steps)),
+                "base": _base(
+                    work, model, tokenizer, seed, recipe, processes, _shower(progress, "base", recipe.base_steps)
+                ),
                 "skills": _skills(
-                    work, model, tokenizer, seed, recipe, _shower(progress, "skills", recipe.skill_steps)
+                    work, model, tokenizer, seed, recipe, processes, _shower(progress, "skills", recipe.skill_steps)
                 ),
             }
             _round(model)
             steered = SteeredModel.attach(model, config=recipe.memory, seed=seed)
             logs["adapter"] = _memory(
-                work, steered, tokenizer, seed, recipe, _shower(progress, "adapter", recipe.memory_steps)
+                work, steered, tokenizer, seed, recipe, processes, _shower(progress, "adapter", recipe.memory_steps)
             )
     finally:
         torch.set_num_threads(before)
     _ship(out, tokenizer, model, steered)
-    text = json.dumps(_report(out, model, steered, seed, recipe, logs) | {"threads": used}, indent=2) + "\n"
+    text = json.dumps(_report(out, model, steered, seed, recipe, logs) | {"processes": processes}, indent=2) + "\n"
     (out / "recipe.json").write_text(text, "utf-8")
     shutil.rmtree(work)
     return out
@@ -148,15 +148,29 @@ def _tokenizer(work: Path, seed: int, recipe: Recipe) -> PreTrainedTokenizerBase
 
 
 def _base(
-    work: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, seed: int, recipe: Recipe, on_step: _OnStep
+    work: Path,
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    recipe: Recipe,
+    processes: int,
+    on_step: _OnStep,
 ) -> TrainingLog:
     batches = BaseBatches(tokenizer, seed=seed, episodes=recipe.base_episodes, steps=recipe.base_steps)
     plan = Plan(recipe.base_steps, recipe.base_rate, warmup=30)
-    return pretrain(model, batches, plan, seed=seed, checkpoint=work / "base.safetensors", on_step=on_step)
+    return pretrain(
+        model, batches, plan, seed=seed, processes=processes, checkpoint=work / "base.safetensors", on_step=on_step
+    )
 
 
 def _skills(
-    work: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, seed: int, recipe: Recipe, on_step: _OnStep
+    work: Path,
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    recipe: Recipe,
+    processes: int,
+    on_step: _OnStep,
 ) -> TrainingLog:
     batches = BaseBatches(
         tokenizer,
@@ -166,17 +180,26 @@ def _skills(
         skills=recipe.skill_share,
     )
     plan = Plan(recipe.skill_steps, recipe.skill_rate, warmup=30)
-    return pretrain(model, batches, plan, seed=seed, checkpoint=work / "skills.safetensors", on_step=on_step)
+    return pretrain(
+        model, batches, plan, seed=seed, processes=processes, checkpoint=work / "skills.safetensors", on_step=on_step
+    )
 
 
 def _memory(
-    work: Path, steered: SteeredModel, tokenizer: PreTrainedTokenizerBase, seed: int, recipe: Recipe, on_step: _OnStep
+    work: Path,
+    steered: SteeredModel,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    recipe: Recipe,
+    processes: int,
+    on_step: _OnStep,
 ) -> TrainingLog:
     start_as_copier(steered)
     return train_adapter(
         steered,
         MemoryBatches(tokenizer, seed=seed, steps=recipe.memory_steps),
         Plan(recipe.memory_steps, recipe.memory_rate, weight_decay=0.0),
+        processes=processes,
         checkpoint=work / "adapter.safetensors",
         on_step=on_step,
     )

@@ -12,7 +12,7 @@ the CPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from agentmem.errors import ConfigError
 from agentmem.steered import SteeredModel
 from agentmem.steering import LayerMemory
 from agentmem.training.blocks import attending_apart
-from agentmem.training.loop import Plan, TrainingLog, fit
+from agentmem.training.loop import PARTS, Plan, TrainingLog, fit
 
 
 @dataclass
@@ -82,6 +82,15 @@ class PassBatch:
             weights=padded([r.weights for r in rows], 0.0, torch.float32),
         )
 
+    def rows(self, chosen: Tensor) -> PassBatch:
+        """The chosen rows [n], as long as their longest."""
+        length = int((self.blocks[chosen] >= 0).sum(-1).max()) if len(chosen) else 0
+        return PassBatch(*(getattr(self, one.name)[chosen, :length] for one in fields(self)))
+
+    def weight(self) -> float:
+        """What all replies count."""
+        return float(self.weights[:, 1:].sum())
+
 
 def _positions(blocks: list[int]) -> list[int]:
     positions: list[int] = []
@@ -108,8 +117,14 @@ def memory_batch(written: Sequence[Row], questions: Sequence[tuple[int, Row]], p
     )
 
 
-def run_pass(steered: SteeredModel, batch: PassBatch, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """One pass: the mean weighted cross-entropy of its replies (0 where nothing counts) and the state after it."""
+def run_pass(
+    steered: SteeredModel, batch: PassBatch, state: Tensor | None, whole: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """One pass: the weighted cross-entropy of its replies by their weight, and the state after it.
+
+    ``whole`` is the weight to divide by, where the pass is part of a larger one; None = its own, the mean (0 where
+    nothing counts).
+    """
     kept: list[Tensor] = []
     decoder = steered.model.get_decoder()
     # The vocabulary product is made for the tokens that count alone, so the hidden state is taken before it.
@@ -125,14 +140,26 @@ def run_pass(steered: SteeredModel, batch: PassBatch, state: Tensor | None) -> t
         return torch.zeros(()), out.state
     logits = steered.model.get_output_embeddings()(kept[0][:, :-1][counts]).float()
     losses = F.cross_entropy(logits, batch.ids[:, 1:][counts], reduction="none")
-    return (losses * weights[counts]).sum() / weights[counts].sum(), out.state
+    return (losses * weights[counts]).sum() / (whole or weights[counts].sum()), out.state
 
 
-def memory_loss(steered: SteeredModel, batch: MemoryBatch, *, write_weight: float) -> Tensor:
-    """Loss of the read pass plus ``write_weight`` times that of the replies in the write pass."""
-    written, state = run_pass(steered, batch.write, None)
-    read, _ = run_pass(steered, batch.read, state[batch.of])
-    return read + write_weight * written
+def memory_loss(steered: SteeredModel, batch: MemoryBatch, *, write_weight: float, part: int | None = None) -> Tensor:
+    """Loss of the read pass plus ``write_weight`` times that of the replies in the write pass.
+
+    ``part``: of one of ``PARTS`` parts of the conversations and their questions only, as its share of the batch's.
+    """
+    written, read, of = batch.write, batch.read, batch.of
+    if part is not None:
+        rows = torch.arange(part, len(written.ids), PARTS)
+        asked = (of % PARTS == part).nonzero().squeeze(-1)
+        written, read, of = written.rows(rows), read.rows(asked), of[asked] // PARTS
+        if not len(rows):
+            return torch.zeros(())
+    write_loss, state = run_pass(steered, written, None, batch.write.weight())
+    if not len(of):
+        return write_weight * write_loss
+    read_loss, _ = run_pass(steered, read, state[of], batch.read.weight())
+    return read_loss + write_weight * write_loss
 
 
 def start_as_copier(steered: SteeredModel, gain: float = 0.3) -> None:
@@ -155,6 +182,7 @@ def train_adapter(
     plan: Plan,
     *,
     write_weight: float = 0.5,
+    processes: int = 1,
     checkpoint: Path | None = None,
     on_step: Callable[[int, TrainingLog], None] | None = None,
 ) -> TrainingLog:
@@ -162,6 +190,7 @@ def train_adapter(
 
     Raises:
         ConfigError: the adapter does not write token by token.
+        FloatingPointError, TrainingError: as `fit`.
     """
     strategy = steered.config.write_strategy
     if strategy != "token":
@@ -173,8 +202,9 @@ def train_adapter(
     try:
         return fit(
             trained,
-            lambda step: memory_loss(steered, batch_of(step), write_weight=write_weight),
+            lambda step, part: memory_loss(steered, batch_of(step), write_weight=write_weight, part=part),
             plan,
+            processes=processes,
             checkpoint=checkpoint,
             on_step=on_step,
         )

@@ -42,7 +42,7 @@ class _Layout:
         lengths = torch.diff(first, append=torch.tensor([count]))
         taken, back, used = [], torch.empty(count, dtype=torch.int64), 0
         size = (lengths / _STEP).ceil().log2().ceil().long()  # a group's longest is at most twice its shortest
-        for group in size.unique().tolist():
+        for group in sorted(set(size.tolist())):
             inside = (size == group).nonzero().squeeze(-1)
             longest = int(lengths[inside].max())
             place = torch.arange(longest).expand(len(inside), longest)

@@ -1,7 +1,8 @@
 """The one training loop: AdamW with warm-up and cosine decay, gradient clipping, atomic checkpoints, exact resumption.
 
 The contract: the loss of a step depends on the parameters and the step's number alone (batches are drawn from a seed
-and that number), so a run that is stopped and resumed ends with the same bits as one that was not. A checkpoint is one
+and that number), so a run that is stopped and resumed ends with the same bits as one that was not. A step has ``PARTS``
+parts, in as many processes as are given; the bits do not depend on that. A checkpoint is one
 safetensors file, replaced atomically; nothing in it can execute.
 """
 
@@ -21,7 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from agentmem.errors import ConfigError
+from agentmem.training.parts import PartLoss, Parts
 
+PARTS = 2
+"""Parts of a step, whose gradients are summed: as many processes can share the work."""
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -72,9 +76,10 @@ class TrainingLog:
 
 def fit(
     parameters: Iterable[tuple[str, nn.Parameter]],
-    loss_of: Callable[[int], Tensor],
+    loss_of: PartLoss,
     plan: Plan,
     *,
+    processes: int = 1,
     checkpoint: Path | None = None,
     on_step: Callable[[int, TrainingLog], None] | None = None,
 ) -> TrainingLog:
@@ -82,14 +87,17 @@ def fit(
 
     Args:
         parameters: what is trained; names must be unique.
-        loss_of: the scalar loss of a step, counted from 0, with its graph.
+        loss_of: the scalar loss of a step, counted from 0, and one of its ``PARTS`` parts, with its graph; the losses
+            of a step's parts add up to the step's.
         plan: steps and rates.
+        processes: how many compute the parts; the result is the same to the bit.
         checkpoint: a file to resume from if it exists and to save to; None keeps nothing.
         on_step: called after every step with the number of steps done and the log.
 
     Raises:
         ConfigError: the checkpoint is of other parameters, or of a run that was planned otherwise.
         FloatingPointError: the loss is not finite; the last checkpoint is intact.
+        TrainingError: a process failed; the last checkpoint is intact.
     """
     named = dict(parameters)
     matrices = [p for p in named.values() if p.dim() > 1]
@@ -106,23 +114,21 @@ def fit(
     if checkpoint is not None and checkpoint.exists():
         log, done = _load(checkpoint, named, optimizer, plan)
     began = time.perf_counter() - log.seconds
-    for step in range(done, plan.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = plan.rate(step)
-        optimizer.zero_grad(set_to_none=True)
-        loss = loss_of(step)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the loss of step {step} is {value}; lower the learning rate")
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(list(named.values()), plan.clip)
-        optimizer.step()
-        log.losses.append(value)
-        log.seconds = time.perf_counter() - began
-        if checkpoint is not None and ((step + 1) % plan.save_every == 0 or step + 1 == plan.steps):
-            _save(checkpoint, named, optimizer, plan, log)
-        if on_step is not None:
-            on_step(step + 1, log)
+    with Parts(list(named.values()), loss_of, count=PARTS, processes=processes if done < plan.steps else 1) as parts:
+        for step in range(done, plan.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = plan.rate(step)
+            value = parts.run(step)
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the loss of step {step} is {value}; lower the learning rate")
+            torch.nn.utils.clip_grad_norm_(list(named.values()), plan.clip)
+            optimizer.step()
+            log.losses.append(value)
+            log.seconds = time.perf_counter() - began
+            if checkpoint is not None and ((step + 1) % plan.save_every == 0 or step + 1 == plan.steps):
+                _save(checkpoint, named, optimizer, plan, log)
+            if on_step is not None:
+                on_step(step + 1, log)
     return log
 
 

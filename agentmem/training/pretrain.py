@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from agentmem.training.loop import Plan, TrainingLog, fit
+from agentmem.training.loop import PARTS, Plan, TrainingLog, fit
 
 REST_WEIGHT = 0.2
 _REST_SHARE = 0.2
@@ -45,21 +45,25 @@ def pad_batch(rows: Sequence[tuple[Sequence[int], Sequence[float]]], pad: int) -
     return LMBatch(ids, mask, weight)
 
 
-def lm_loss(model: PreTrainedModel, batch: LMBatch, generator: torch.Generator) -> Tensor:
-    """Weighted next-token cross-entropy, in nats a unit of weight.
+def lm_loss(model: PreTrainedModel, batch: LMBatch, generator: torch.Generator, rows: slice = slice(None)) -> Tensor:
+    """Weighted next-token cross-entropy, in nats a unit of weight; of ``rows`` only, as their share of the batch's.
 
     The vocabulary product is the dearest part of a small model, so of the tokens that are no reply a random share is
     taken, at a weight raised accordingly: the expected loss is the same.
     """
-    # Padding is on the right, where causal attention never looks: without a mask half of the attention is skipped.
-    hidden = model.get_decoder()(input_ids=batch.ids, use_cache=False).last_hidden_state
     weight = batch.weight[:, 1:]
     taken = (weight >= 1) | ((weight > 0) & (torch.rand(weight.shape, generator=generator) < _REST_SHARE))
-    weight = torch.where(weight >= 1, weight, weight / _REST_SHARE)[taken]
+    weight = torch.where(weight >= 1, weight, weight / _REST_SHARE)
+    whole = weight[taken].sum()
+    ids, weight, taken = batch.ids[rows], weight[rows], taken[rows]
+    if not bool(taken.any()):
+        return torch.zeros(())
+    # Padding is on the right, where causal attention never looks: without a mask half of the attention is skipped.
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     head = model.get_output_embeddings()
     assert head is not None
-    losses = F.cross_entropy(head(hidden[:, :-1][taken]).float(), batch.ids[:, 1:][taken], reduction="none")
-    return (losses * weight).sum() / weight.sum()
+    losses = F.cross_entropy(head(hidden[:, :-1][taken]).float(), ids[:, 1:][taken], reduction="none")
+    return (losses * weight[taken]).sum() / whole
 
 
 def pretrain(
@@ -68,17 +72,18 @@ def pretrain(
     plan: Plan,
     *,
     seed: int,
+    processes: int = 1,
     checkpoint: Path | None = None,
     on_step: Callable[[int, TrainingLog], None] | None = None,
 ) -> TrainingLog:
-    """Train all of ``model`` in place on the batches that ``batch_of`` gives for each step."""
+    """Train all of ``model`` in place on the batches that ``batch_of`` gives for each step; errors as `fit`'s."""
     model.train()
 
-    def loss_of(step: int) -> Tensor:
+    def loss_of(step: int, part: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        return lm_loss(model, batch_of(step), generator)
+        return lm_loss(model, batch_of(step), generator, slice(part, None, PARTS))
 
     try:
-        return fit(model.named_parameters(), loss_of, plan, checkpoint=checkpoint, on_step=on_step)
+        return fit(model.named_parameters(), loss_of, plan, processes=processes, checkpoint=checkpoint, on_step=on_step)
     finally:
         model.eval()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +14,10 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from agentmem import MemoryConfig, SteeredModel
-from agentmem.errors import ConfigError
+from agentmem.errors import ConfigError, TrainingError
+from agentmem.nano.model import tie_twins
 from agentmem.training.adapter import MemoryBatch, PassBatch, Row, memory_batch, memory_loss, run_pass, train_adapter
-from agentmem.training.loop import Plan
+from agentmem.training.loop import PARTS, Plan
 from agentmem.training.pretrain import LMBatch, pad_batch, pretrain
 
 VOCABULARY = 40
@@ -80,6 +84,61 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     for (name, wanted), found in zip(straight.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(wanted, found), name
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_two_processes_train_to_the_same_bits_as_one(tied: bool) -> None:
+    models = micro(), micro()
+    for model, processes in zip(models, (1, 2), strict=True):
+        if tied:
+            tie_twins(model, [(1, 2), (3, 4)])
+        log = pretrain(model, lm_batch, Plan(6, 5e-3, warmup=2), seed=3, processes=processes)
+        assert len(log.losses) == 6
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+    steered = [SteeredModel.attach(model, config=MemoryConfig(rank=4, couple_lambda=False)) for model in models]
+    for one, processes in zip(steered, (1, 2), strict=True):
+        train_adapter(one, memory_of, Plan(4, 1e-2), processes=processes)
+    memories = [list(one.memory.parameters()) for one in steered]
+    assert all(torch.equal(a, b) for a, b in zip(*memories, strict=True))
+
+
+def test_the_parts_of_a_step_add_up_to_it() -> None:
+    """Parts keep their share: their losses and gradients add up to those of the whole batch."""
+    steered = SteeredModel.attach(
+        micro(), config=MemoryConfig(rank=4, couple_lambda=False, output_init="base_slice_fixed")
+    )
+    batch = memory_of(0)
+    batch = replace(batch, of=batch.of.flip(0))
+    whole = memory_loss(steered, batch, write_weight=0.5)
+    parts = sum(memory_loss(steered, batch, write_weight=0.5, part=part) for part in range(PARTS))
+    torch.testing.assert_close(parts, whole)
+
+
+def test_a_worker_that_fails_says_what_happened_and_leaves_the_checkpoint(tmp_path: Path) -> None:
+    file, here = tmp_path / "base.safetensors", os.getpid()
+
+    def broken(step: int) -> LMBatch:
+        if step == 3 and os.getpid() != here:
+            raise ValueError("no such batch")
+        return lm_batch(step)
+
+    with pytest.raises(TrainingError, match="no such batch"):
+        pretrain(micro(), broken, Plan(6, 5e-3, save_every=2), seed=0, processes=2, checkpoint=file)
+    log = pretrain(micro(), lm_batch, Plan(6, 5e-3, save_every=2), seed=0, checkpoint=file)
+    assert len(log.losses) == 6
+    assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_is_killed_is_noticed() -> None:
+    here = os.getpid()
+
+    def fatal(step: int) -> LMBatch:
+        if step == 2 and os.getpid() != here:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return lm_batch(step)
+
+    with pytest.raises(TrainingError, match="exit code -9"):
+        pretrain(micro(), fatal, Plan(6, 5e-3), seed=0, processes=2)
 
 
 def test_a_finished_run_is_only_loaded(tmp_path: Path) -> None:

@@ -1,0 +1,145 @@
+"""Gradients of a step's parts, each computed by a process of its own.
+
+The parameters lie in shared memory; workers are forks that hold everything else as it was. The sum of the parts is
+taken in their order, so its bits do not depend on how many processes there are.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from agentmem.errors import TrainingError
+
+PartLoss = Callable[[int, int], Tensor]
+"""The loss of a part (its number) of a step: the parts' losses add up to that of the step."""
+
+
+class Parts:
+    """Computes the loss of a step and its gradients; a context, in which the workers live.
+
+    Args:
+        parameters: what gradients are taken of. Their storage is moved into shared memory.
+        loss_of: the loss of a step's part, with its graph; without one where the part counts nothing.
+        count: parts of a step.
+        processes: how many there are, this one included; at most ``count`` are used. More than one needs a system that
+            can fork.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], loss_of: PartLoss, *, count: int, processes: int) -> None:
+        self._parameters = list(parameters)
+        self._loss_of = loss_of
+        self._count = count
+        forks = min(processes, count) if "fork" in multiprocessing.get_all_start_methods() else 1
+        # Which process has which parts; this one has the first.
+        self._shares = [range(i, count, forks) for i in range(forks)]
+        self._workers: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
+        self._found: dict[int, list[Tensor]] = {}
+
+    def __enter__(self) -> Self:
+        if len(self._shares) > 1:
+            self._fork()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        for process, pipe in self._workers:
+            pipe.close()
+            process.join(timeout=5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._workers = []
+
+    def run(self, step: int) -> float:
+        """The loss of a step; the gradients are left in the parameters (None where no part reaches one).
+
+        Raises:
+            TrainingError: a worker failed, with what it said.
+        """
+        for _, pipe in self._workers:
+            pipe.send(step)
+        losses: dict[int, float] = {}
+        gradients: dict[int, list[Tensor | None]] = {}
+        for part in self._shares[0]:
+            losses[part], gradients[part] = self._of(step, part)
+        for (process, pipe), share in zip(self._workers, self._shares[1:], strict=True):
+            for part in share:
+                losses[part], gradients[part] = self._answer(process, pipe, part)
+        for i, parameter in enumerate(self._parameters):
+            total: Tensor | None = None
+            for part in range(self._count):
+                found = gradients[part][i]
+                if found is not None:
+                    total = found.clone() if total is None else total.add_(found)
+            parameter.grad = total
+        return sum(losses[part] for part in range(self._count))
+
+    def _of(self, step: int, part: int) -> tuple[float, list[Tensor | None]]:
+        loss = self._loss_of(step, part)
+        if not loss.requires_grad:
+            return loss.item(), [None] * len(self._parameters)
+        return loss.item(), list(torch.autograd.grad(loss, self._parameters, allow_unused=True))
+
+    def _fork(self) -> None:
+        for parameter in self._parameters:
+            parameter.data.share_memory_()  # type: ignore[no-untyped-call]
+        for share in self._shares[1:]:
+            for part in share:
+                self._found[part] = [_shared(p) for p in self._parameters]
+        context = multiprocessing.get_context("fork")
+        for share in self._shares[1:]:
+            here, there = context.Pipe()
+            ends = [here, *(pipe for _, pipe in self._workers)]
+            process = context.Process(target=self._serve, args=(there, ends, share), daemon=True)
+            process.start()
+            there.close()
+            self._workers.append((process, here))
+
+    def _serve(self, pipe: Connection, ends: Sequence[Connection], share: range) -> None:
+        """A worker's life: a step's number comes, losses and which gradients there are go back."""
+        for end in ends:
+            end.close()  # held here too, the end of the first process would not be noticed
+        while True:
+            try:
+                step = pipe.recv()
+            except (EOFError, KeyboardInterrupt):
+                return
+            for part in share:
+                try:
+                    loss, gradients = self._of(step, part)
+                    for place, gradient in zip(self._found[part], gradients, strict=True):
+                        if gradient is not None:
+                            place.copy_(gradient)
+                    answer: Any = (loss, [gradient is not None for gradient in gradients])
+                except Exception:  # noqa: BLE001 (whatever it is, it is told to the first process)
+                    answer = traceback.format_exc()
+                pipe.send(answer)
+
+    def _answer(
+        self, process: multiprocessing.process.BaseProcess, pipe: Connection, part: int
+    ) -> tuple[float, list[Tensor | None]]:
+        try:
+            answer = pipe.recv()
+        except (EOFError, OSError):
+            process.join(timeout=5)
+            raise TrainingError(
+                f"a worker was to compute a part of a step; it ended with exit code {process.exitcode}; "
+                "run the training again, which goes on from the last checkpoint, with fewer processes if memory ran out"
+            ) from None
+        if isinstance(answer, str):
+            raise TrainingError(f"a worker was to compute a part of a step; it failed:\n{answer}")
+        loss, there = answer
+        return loss, [place if on else None for place, on in zip(self._found[part], there, strict=True)]
+
+
+def _shared(like: Tensor) -> Tensor:
+    """Zeros in shared memory."""
+    zeros: Tensor = torch.zeros_like(like.detach()).share_memory_()  # type: ignore[no-untyped-call]
+    return zeros

@@ -61,7 +61,7 @@ class Recipe:
     base_episodes: int = 12
     skill_episodes: int = 9
     rank: int = 32
-    memory_steps: int = 1150
+    memory_steps: int = 1400
     memory_rate: float = 3e-3
 
     @property

@@ -1,4 +1,4 @@
-"""README.md and docs/*.md do what they say: Python blocks run, commands exist, links lead somewhere.
+"""README.md and the pages in docs do what they say: Python blocks run, commands exist, links lead somewhere.
 
 A page's ```python blocks run in order in one namespace, in an empty folder, offline, warnings as errors. A block
 marked ```python no-run needs what a test has not (a GPU, a server, a download) and is only compiled. In
@@ -20,7 +20,7 @@ from types import CodeType, ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs/examples").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 
 _FENCE = re.compile(r"^```(?P<info>[^`\n]*)\n(?P<body>.*?)^```[ ]*$", re.MULTILINE | re.DOTALL)

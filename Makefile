@@ -7,7 +7,7 @@ SHELL := /bin/sh
 .DELETE_ON_ERROR:
 # One venv: two targets must not install into it at the same time.
 .NOTPARALLEL:
-.PHONY: help demo coding-assistant analysis-agent hybrid-rag test lint format clean
+.PHONY: help demo coding-assistant analysis-agent hybrid-rag docs pictures test lint format clean
 
 BIN := .venv/bin
 ARGS ?=
@@ -46,6 +46,10 @@ endef
 	$(call install,--group examples)
 	@touch .venv/.installed $@
 
+.venv/.installed-docs: pyproject.toml constraints.txt
+	$(call install,--group docs)
+	@touch .venv/.installed $@
+
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
 
@@ -60,6 +64,13 @@ analysis-agent: .venv/.installed-examples  ## an example: definitions told once 
 
 hybrid-rag: .venv/.installed-examples  ## an example: recipes for memory and retrieval; ARGS=table compares them
 	cd examples && ../$(BIN)/python -m hybrid_rag $(ARGS)
+
+docs: .venv/.installed-docs  ## build the pages into build/docs; a warning is an error
+	$(BIN)/python -m sphinx -q -W --keep-going -d build/doctrees docs build/docs
+	@echo "build/docs/index.html"
+
+pictures: .venv/.installed-docs  ## draw the pictures of the pages from docs/results
+	for name in turn recall tokens; do $(BIN)/python docs/pictures/$$name.py; done
 
 test: lint  ## lint, then all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)

@@ -45,12 +45,7 @@ def draw() -> None:
             axes.axvline(missing[0], color=PROMPT, linewidth=0.8, linestyle=":")
         text = f"at turn {missing[0]}\nit does not fit"
         prompt.annotate(
-            text,
-            (missing[0], 0.5),
-            (4, 0),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            color=PROMPT,
+            text, (missing[0], 0.5), (-4, 0), ("data", "axes fraction"), "offset points", ha="right", color=PROMPT
         )
     prompt.set(title="Tokens of a prompt", xlabel="turn", ylim=(0, None))
     kept.set(title="Kilobytes", xlabel="turn", yscale="log")

@@ -31,7 +31,7 @@ highlight_language = "none"  # of indented blocks: formulas and outlines
 default_role = "literal"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True  # "Attributes:" does not announce them a second time
+napoleon_custom_sections = [("Attributes", "params_style")]  # several in a line, as in "Args:"
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
 python_use_unqualified_type_names = True
@@ -45,12 +45,18 @@ html_show_sourcelink = False
 html_theme_options = {"navigation_with_keys": True}
 
 
-def mark_examples(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Docstrings indent their examples, as Markdown has it: say so in reStructuredText."""
+def prepare(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Say in reStructuredText what docstrings say in ways of their own.
+
+    Examples are indented, as Markdown has it. A field's text may hold a colon; it does not begin with the field's type.
+    """
+    if what == "attribute" and lines:
+        before, colon, after = lines[0].partition(": ")
+        lines[:1] = [before + colon.strip(), after]  # with nothing behind it the colon ends no type
     marked: list[str] = []
     for line in lines:
-        above = next((kept for kept in reversed(marked) if kept), "")
-        if line.startswith("    ") and marked and not marked[-1] and above and not above.startswith(" "):
+        above = next((kept for kept in reversed(marked) if kept), " ")
+        if line.startswith("    ") and not marked[-1] and not above.startswith(" "):
             marked += ["::", ""]
         marked.append(line)
     lines[:] = marked
@@ -67,5 +73,5 @@ def leave_builtins(app: Sphinx, document: nodes.document) -> None:
 
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
-    app.connect("autodoc-process-docstring", mark_examples, priority=400)  # before napoleon reads the sections
+    app.connect("autodoc-process-docstring", prepare, priority=400)  # before napoleon reads the sections
     app.connect("doctree-read", leave_builtins)

@@ -47,7 +47,8 @@ _OnStep = Callable[[int, TrainingLog], None]
 class Recipe:
     """Sizes and lengths; the defaults make the shipped model.
 
-    The base is trained twice, each time along a cosine: on everything in a curriculum, then mostly on tools and facts.
+    The base is trained three times, each time along a cosine: on everything in a curriculum, then twice mostly on tools
+    and facts.
     """
 
     tokenizer_episodes: int = 4000
@@ -57,6 +58,8 @@ class Recipe:
     base_rate: float = 3e-3
     skill_steps: int = 2400
     skill_rate: float = 1.5e-3
+    again_steps: int = 1600
+    again_rate: float = 1.2e-3
     skill_share: float = 0.75
     base_episodes: int = 12
     skill_episodes: int = 9
@@ -111,7 +114,17 @@ def build(
                     work, model, tokenizer, seed, recipe, processes, _shower(progress, "base", recipe.base_steps)
                 ),
                 "skills": _skills(
-                    work, model, tokenizer, seed, recipe, processes, _shower(progress, "skills", recipe.skill_steps)
+                    work, model, tokenizer, seed + 1, recipe, processes, _shower(progress, "skills", recipe.skill_steps)
+                ),
+                "again": _skills(
+                    work,
+                    model,
+                    tokenizer,
+                    seed + 2,
+                    recipe,
+                    processes,
+                    _shower(progress, "again", recipe.again_steps),
+                    again=True,
                 ),
             }
             _round(model)
@@ -171,18 +184,14 @@ def _skills(
     recipe: Recipe,
     processes: int,
     on_step: _OnStep,
+    *,
+    again: bool = False,
 ) -> TrainingLog:
-    batches = BaseBatches(
-        tokenizer,
-        seed=seed + 1,
-        episodes=recipe.skill_episodes,
-        steps=recipe.skill_steps,
-        skills=recipe.skill_share,
-    )
-    plan = Plan(recipe.skill_steps, recipe.skill_rate, warmup=30)
-    return pretrain(
-        model, batches, plan, seed=seed, processes=processes, checkpoint=work / "skills.safetensors", on_step=on_step
-    )
+    steps, rate = (recipe.again_steps, recipe.again_rate) if again else (recipe.skill_steps, recipe.skill_rate)
+    batches = BaseBatches(tokenizer, seed=seed, episodes=recipe.skill_episodes, steps=steps, skills=recipe.skill_share)
+    checkpoint = work / f"{'again' if again else 'skills'}.safetensors"
+    plan = Plan(steps, rate, warmup=30)
+    return pretrain(model, batches, plan, seed=seed, processes=processes, checkpoint=checkpoint, on_step=on_step)
 
 
 def _memory(

@@ -27,6 +27,7 @@ MICRO = Recipe(
     layers=2,
     base_steps=3,
     skill_steps=2,
+    again_steps=2,
     base_episodes=1,
     rank=4,
     memory_steps=2,

@@ -84,7 +84,7 @@ class Thread:
             if before is None and len(self.runs) >= _RUNS:
                 _, before = self.runs.popitem(last=False)
             self.runs[run.first] = run
-            self.size += _RUN_COST * (len(run.links) - (len(before.links) if before else 0))
+            self.size += _RUN_COST * (run.count - (before.count if before else 0))
 
     def body(self, digest: bytes) -> Body | None:
         """Content, if known: a message that can be copied, a node, or a value's bytes."""

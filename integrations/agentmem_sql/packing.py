@@ -24,7 +24,7 @@ from agentmem_sql.trees import FANOUT, INLINE, LIST, NODE, PART, PART_BYTES, RUN
 from agentmem_sql.vault import Vault
 
 _NUMBERS = frozenset({int, float, bool, type(None)})
-_NO_MESSAGES = Run(())
+_NO_MESSAGES = Run()
 
 
 def plain_serde(serde: SerializerProtocol) -> SerializerProtocol:
@@ -114,16 +114,16 @@ class Packer:
         """What is left over of each level, lowest first."""
         levels = []
         while len(entries) >= FANOUT:
-            nodes = self._nodes(entries, 0)
+            nodes = self._nodes(entries)
             levels.append(entries[FANOUT * len(nodes) :])
             entries = nodes
         levels.append(entries)
         return levels
 
-    def _nodes(self, entries: list[bytes], start: int) -> list[bytes]:
-        """The entries for the full nodes of a level, from the entry ``start`` on."""
+    def _nodes(self, entries: list[bytes]) -> list[bytes]:
+        """The entries for the full nodes of a level."""
         full = len(entries) - len(entries) % FANOUT
-        return [self._node(tuple(entries[at : at + FANOUT])) for at in range(start, full, FANOUT)]
+        return [self._node(tuple(entries[at : at + FANOUT])) for at in range(0, full, FANOUT)]
 
     def _node(self, group: tuple[bytes, ...]) -> bytes:
         """The entry for a full node; one that was packed before is neither put together nor digested again."""
@@ -144,13 +144,14 @@ class Packer:
         if run is None or not run.begins(items):
             run = _NO_MESSAGES
         recalled: list[Recalled] = []
-        entries = run.links + self._entries(items[len(run.links) :], recalled)
-        nodes = run.nodes + self._nodes(entries, FANOUT * len(run.nodes))
-        if run.links:
+        entries = run.tail + self._entries(items[run.count :], recalled)
+        new = self._nodes(entries)
+        nodes = run.nodes + new
+        if run.count:
             self.trusting = True
-        if recalled and len(entries) >= FANOUT:
+        if recalled and len(items) >= FANOUT:
             self._runs.append(run.grown(recalled, nodes))
-        return [entries[FANOUT * len(nodes) :], *self._levels(nodes)] if nodes else [entries]
+        return [entries[FANOUT * len(new) :], *self._levels(nodes)] if nodes else [entries]
 
     def _entries(self, items: Sequence[Any], recalled: list[Recalled]) -> list[bytes]:
         """How a leaf refers to each item. Adds to ``recalled`` the messages by value, while they have one."""

@@ -172,34 +172,40 @@ class Run:
     Never changed: a list that has grown gets a new one.
 
     Attributes:
-        links: how the list refers to the messages.
-        nodes: how it refers to the nodes.
+        count: how many messages.
+        first: the id of the first; "" where there is none.
+        nodes: how the list refers to the nodes.
+        tail: how it refers to the messages that are in no full node.
     """
 
-    __slots__ = ("_fields", "_kinds", "_packed", "first", "links", "nodes")
+    __slots__ = ("_fields", "_kinds", "_packed", "count", "first", "nodes", "tail")
 
-    def __init__(self, recalled: Sequence[Recalled]) -> None:
-        """Of the first messages of a list, whose nodes are not known."""
-        self.first = recalled[0].id if recalled else ""
-        self.links = [one.link for one in recalled]
+    def __init__(self) -> None:
+        """Of no messages."""
+        self.count = 0
+        self.first = ""
         self.nodes: list[bytes] = []
-        self._fields = [one.fields for one in recalled]
-        self._kinds = [one.kind for one in recalled]
-        self._packed = [at for at, fields in enumerate(self._fields) if type(fields) is bytes]
+        self.tail: list[bytes] = []
+        self._fields: list[dict[str, Any] | bytes] = []
+        self._kinds: list[type[BaseMessage]] = []
+        self._packed: list[int] = []
 
     def grown(self, recalled: Sequence[Recalled], nodes: list[bytes]) -> Run:
         """The run of a longer list: this one's messages and those; of its nodes the ones that hold nothing else."""
-        tail, new = Run(recalled), Run(())
-        new.first = self.first or tail.first
-        new.links, new._fields = self.links + tail.links, self._fields + tail._fields
-        new._kinds = self._kinds + tail._kinds
-        new._packed = self._packed + [len(self.links) + at for at in tail._packed]
-        new.nodes = nodes[: len(new.links) // FANOUT]
+        new = Run()
+        new.count = self.count + len(recalled)
+        new.first = self.first or recalled[0].id
+        new.nodes = nodes[: new.count // FANOUT]
+        new.tail = (self.tail + [one.link for one in recalled])[FANOUT * (len(new.nodes) - len(self.nodes)) :]
+        new._fields = self._fields + [one.fields for one in recalled]
+        new._kinds = self._kinds + [one.kind for one in recalled]
+        packed = [at for at, one in enumerate(recalled, self.count) if type(one.fields) is bytes]
+        new._packed = self._packed + packed
         return new
 
     def begins(self, items: Sequence[Any]) -> bool:
         """Whether a list begins with messages that equal these."""
-        start = items[: len(self.links)]
+        start = items[: self.count]
         if list(map(type, start)) != self._kinds:
             return False
         now: list[Any] = list(map(_fields_of, start))

@@ -42,6 +42,7 @@ PART_BYTES = 4 * 2**20
 
 _HEAD = struct.Struct(">BB")  # what it is of, number of levels; then each level's number of entries, highest first
 LINK = b"\0"  # before a digest; before an item stands its length, 1 to INLINE
+_LINK_BYTES = len(LINK) + DIGEST_BYTES
 
 
 class Inline(bytes):
@@ -108,6 +109,8 @@ def parse(kind: int, body: bytes) -> Node:
 
 
 def _entries(body: bytes, start: int) -> tuple[bytes, ...]:
+    if (len(body) - start) % _LINK_BYTES == 0 and not any(body[start::_LINK_BYTES]):  # nothing but links
+        return tuple([body[at : at + DIGEST_BYTES] for at in range(start + 1, len(body), _LINK_BYTES)])
     found: list[bytes] = []
     while start < len(body):
         length = body[start]

@@ -95,20 +95,25 @@ class Thread:
 
     def add(self, digest: bytes, body: Body) -> None:
         """Remember content that the thread has."""
+        self.add_all(((digest, body),))
+
+    def add_all(self, contents: Iterable[tuple[bytes, Body]]) -> None:
+        """``add`` for each."""
         with self._lock:
-            if digest not in self.stored:
-                self.stored.add(digest)
-                self.size += _DIGEST_COST
-            if isinstance(body, bytes):
-                self._add_value(digest, body)
-                return
-            if isinstance(body, Recalled):
-                self.messages[body.id] = body
-                if body.whole and (spelled := self._values.pop(digest, None)) is not None:
-                    self._value_bytes -= _VALUE_COST + len(spelled)
-            if digest not in self.bodies:
-                self.size += body.cost if isinstance(body, Recalled) else _NODE_COST
-            self.bodies[digest] = body
+            for digest, body in contents:
+                if digest not in self.stored:
+                    self.stored.add(digest)
+                    self.size += _DIGEST_COST
+                if isinstance(body, bytes):
+                    self._add_value(digest, body)
+                    continue
+                if isinstance(body, Recalled):
+                    self.messages[body.id] = body
+                    if body.whole and (spelled := self._values.pop(digest, None)) is not None:
+                        self._value_bytes -= _VALUE_COST + len(spelled)
+                if digest not in self.bodies:
+                    self.size += body.cost if isinstance(body, Recalled) else _NODE_COST
+                self.bodies[digest] = body
 
     def revived(self, messages: Iterable[Recalled]) -> None:
         """Remember messages that were read; the same as ``add`` for each, in fewer steps."""

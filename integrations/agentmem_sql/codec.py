@@ -10,7 +10,9 @@ import struct
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from functools import lru_cache
+from operator import itemgetter
+from typing import Any, NamedTuple, cast
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import (
@@ -19,7 +21,6 @@ from langgraph.checkpoint.base import (
     Checkpoint,
     CheckpointMetadata,
     CheckpointTuple,
-    get_checkpoint_metadata,
     writes_sort_key,
 )
 from langgraph.checkpoint.serde.base import SerializerProtocol
@@ -39,14 +40,14 @@ from agentmem_sql.packing import Packer, Unpacker, dump, load
 from agentmem_sql.vault import Vault
 
 _LENGTH = struct.Struct(">I")
-_CHECKPOINT_COLUMNS = ("ns", "id", "ns_name", "parent", "created", "run", "metadata", "body", "content", "history")
-_WRITE_COLUMNS = ("ns", "checkpoint", "task", "idx", "path", "channel", "digest")
+# What is sealed of a row.
+_of_checkpoint = itemgetter("ns", "id", "ns_name", "parent", "created", "run", "metadata", "body", "content", "history")
+_of_write = itemgetter("ns", "checkpoint", "task", "idx", "path", "channel", "digest")
 
 Row = Mapping[Any, Any]  # of a table, by column
 
 
-@dataclass(frozen=True)
-class Address:
+class Address(NamedTuple):
     """Where a config points: a thread, a namespace in it, and a checkpoint there or None for the newest."""
 
     thread: str
@@ -127,49 +128,49 @@ def encode_checkpoint(
     packer: Packer,
     serde: SerializerProtocol,
     vault: Vault,
-    config: RunnableConfig,
+    address: Address,
     checkpoint: Checkpoint,
     metadata: CheckpointMetadata,
     new_versions: ChannelVersions,
     parents: Held_by,
 ) -> tuple[Row, Held_by]:
-    """The row of a checkpoint, and what its channels hold; values go to the packer.
+    """The row of a checkpoint, and what its channels hold; values go to the packer. ``address``: of its parent.
 
     A channel that is not in ``new_versions`` holds what it held in the parent at the same version. Where the
     parent does not know that version (there is none, or it is gone) the value that came along is stored.
     """
-    address = Address.of(config)
     values = checkpoint["channel_values"]
     held: dict[str, tuple[str | int | float, bytes | None]] = {}
     for name, version in checkpoint["channel_versions"].items():
         before = parents.get(name)
-        if name not in new_versions and before is not None and _same(before[0], version):
+        if before is not None and name not in new_versions and _same(before[0], version):
             held[name] = before
         else:
             held[name] = version, packer.pack(values[name]) if name in values else None
     ns = open_key(address.ns)
-    merged = get_checkpoint_metadata(config, metadata)
-    run = merged.get("run_id")
-    own = {key: value for key, value in checkpoint.items() if key not in ("channel_values", "id")}
-    row = {
+    run = metadata.get("run_id")
+    own: dict[str, Any] = {**checkpoint}
+    del own["channel_values"], own["id"]
+    row: dict[str, Any] = {
         "ns": ns,
         "id": exact_key(checkpoint["id"], "checkpoint id"),
         "ns_name": encode_text(address.ns) if is_hashed(ns) else None,
         "parent": None if address.id is None else exact_key(address.id, "checkpoint id"),
         "created": time.time_ns() // 1_000_000,
         "run": vault.run_key(run) if isinstance(run, str) else None,
-        "metadata": vault.close(dump(serde, merged)),
+        "metadata": vault.close(dump(serde, metadata)),
         "body": vault.close(dump(serde, own)),
         "content": pack_content({name: digest for name, (_, digest) in held.items() if digest is not None}),
         "history": None,
     }
-    return {**row, "seal": seal_checkpoint(vault, address.thread, row)}, held
+    row["seal"] = seal_checkpoint(vault, address.thread, row)
+    return row, held
 
 
 def encode_writes(
     packer: Packer,
     vault: Vault,
-    config: RunnableConfig,
+    address: Address,
     writes: Sequence[tuple[str, Any]],
     task_id: str,
     task_path: str,
@@ -177,9 +178,8 @@ def encode_writes(
     """The rows of the pending writes of a task; values go to the packer.
 
     Raises:
-        StorageError: the config names no checkpoint to hang them on.
+        StorageError: the address names no checkpoint to hang them on.
     """
-    address = Address.of(config)
     if address.id is None:
         raise StorageError("expected a config with the checkpoint id to store writes under, found none")
     ns, checkpoint = open_key(address.ns), exact_key(address.id, "checkpoint id")
@@ -198,7 +198,8 @@ def encode_writes(
             "channel": encode_text(channel),
             "digest": packer.pack(value),
         }
-        rows.append({**row, "seal": seal_write(vault, address.thread, row)})
+        row["seal"] = seal_write(vault, address.thread, row)
+        rows.append(row)
     return rows
 
 
@@ -256,7 +257,7 @@ def to_tuple(unpacker: Unpacker, stored: StoredCheckpoint) -> CheckpointTuple:
 
 def seal_checkpoint(vault: Vault, thread: str, row: Row) -> bytes:
     """The seal of a checkpoint's row."""
-    return vault.seal((thread_key(thread), *(_sealed(row[name]) for name in _CHECKPOINT_COLUMNS)))
+    return vault.seal([thread_key(thread), *_sealed(_of_checkpoint(row))])
 
 
 def check_seal(vault: Vault, thread: str, row: Row) -> None:
@@ -271,13 +272,18 @@ def check_seal(vault: Vault, thread: str, row: Row) -> None:
 
 def seal_write(vault: Vault, thread: str, row: Row) -> bytes:
     """The seal of a pending write's row."""
-    return vault.seal((thread_key(thread), *(_sealed(row[name]) for name in _WRITE_COLUMNS)))
+    return vault.seal([thread_key(thread), *_sealed(_of_write(row))])
 
 
 def pack_content(digests: Mapping[str, bytes]) -> bytes:
     """The column ``content``: each channel's name with its length before, and its digest."""
-    names = ((encode_text(name), digest) for name, digest in digests.items())
-    return b"".join([_LENGTH.pack(len(name)) + name + digest for name, digest in names])
+    return b"".join([_packed_name(name) + digest for name, digest in digests.items()])
+
+
+@lru_cache(maxsize=1024)
+def _packed_name(channel: str) -> bytes:
+    name = encode_text(channel)
+    return _LENGTH.pack(len(name)) + name
 
 
 def unpack_content(packed: bytes) -> dict[str, bytes]:
@@ -307,6 +313,8 @@ def damaged(thread: str, checkpoint_id: str, what: str) -> StorageError:
 
 
 def _same(left: Any, right: Any) -> bool:
+    if type(left) is str and type(right) is str:  # as most are
+        return left == right
     if isinstance(left, Mapping) and isinstance(right, Mapping):
         return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
     if isinstance(left, list | tuple) and isinstance(right, list | tuple):
@@ -314,7 +322,9 @@ def _same(left: Any, right: Any) -> bool:
     return isinstance(left, bool) == isinstance(right, bool) and bool(left == right)
 
 
-def _sealed(value: bytes | int | None) -> bytes | None:
-    if value is None or isinstance(value, bytes):
-        return value
+def _sealed(values: tuple[Any, ...]) -> list[bytes | None]:
+    return [value if value is None or type(value) is bytes else _spelled(value) for value in values]
+
+
+def _spelled(value: object) -> bytes:
     return b"%d" % value if isinstance(value, int) else repr(value).encode()  # what a damaged file gives

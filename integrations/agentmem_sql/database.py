@@ -104,7 +104,7 @@ class Database:
             StorageError: the database could not be opened or did not take it, or the saver is closed.
             MissingExtraError: the synchronous driver is not installed.
         """
-        retries = Retries()
+        began, retries = time.monotonic(), None
         while True:
             try:
                 self._check_usable(Engine)
@@ -113,6 +113,7 @@ class Database:
                     self._in_turn(partial(self._set_up, transactions), write=True)
                 return self._in_turn(partial(transactions.way(write=write, single=single), work), write=write)
             except DBAPIError as error:
+                retries = retries or Retries(began)
                 pause = self._pause(retries, error)
             time.sleep(pause)
 
@@ -127,7 +128,7 @@ class Database:
             StorageError: as ``run``; or the engine that was given belongs to another event loop.
             MissingExtraError: the asynchronous driver is not installed.
         """
-        retries = Retries()
+        began, retries = time.monotonic(), None
         while True:
             try:
                 self._check_usable(AsyncEngine)
@@ -137,6 +138,7 @@ class Database:
                 way = transactions.way(write=write, single=single)
                 return await self._ain_turn(partial(way, work), write=write, single=single)
             except DBAPIError as error:
+                retries = retries or Retries(began)
                 pause = self._pause(retries, error)
             await asyncio.sleep(pause)
 
@@ -176,7 +178,8 @@ class Database:
             if write:
                 inflight.check_free()
             return do()
-        do = partial(self._alone, do)
+        if self._given is not None:
+            do = partial(self._alone, do)
         return self._gate.run(do) if write or self._one_connection else do()
 
     async def _ain_turn(self, do: Callable[[], T], *, write: bool, single: bool = False) -> T:

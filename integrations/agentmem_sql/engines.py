@@ -23,6 +23,7 @@ from sqlalchemy.pool import NullPool, Pool
 from agentmem.errors import MissingExtraError, StorageError
 from agentmem_sql import forks
 from agentmem_sql.drivers import Drivers
+from agentmem_sql.idle import Idle
 from agentmem_sql.loops import LoopEngines
 from agentmem_sql.prepared import DIRECT
 from agentmem_sql.transactions import Transactions, given, own
@@ -82,6 +83,9 @@ class Engines:
         self._inherited.pop("isolation_level", None)
         self._making = threading.Lock()
         self._own: Engine | None = None
+        # Who sets the pool up has reasons to see every connection come and go.
+        set_up = any("pool" in name or name == "max_overflow" for name in self._options)
+        self._idle = None if set_up else Idle()
         self._sync = given(engine) if isinstance(engine, Engine) else None
         self._loops: LoopEngines | _GivenLoop = (
             _GivenLoop(engine) if isinstance(engine, AsyncEngine) else LoopEngines(self._make_async)
@@ -103,7 +107,7 @@ class Engines:
             with self._making:
                 if self._sync is None:
                     self._own = self._make_sync()
-                    self._sync = own(self._own)
+                    self._sync = own(self._own, self._idle)
         return self._sync
 
     async def asynchronous(self) -> Transactions:
@@ -120,8 +124,9 @@ class Engines:
         """Give up the engines of the process that this one was forked from."""
         self._making = threading.Lock()
         if self._own is not None:
-            forks.leave(self._own)
+            forks.leave(self._own, idle=self._idle)
             self._own = self._sync = None
+            self._idle = None if self._idle is None else Idle()
         self._loops.forked()
         if self._given is not None and forks.holds_connections(self._given.pool):
             self._foreign = self._given.pool
@@ -140,12 +145,16 @@ class Engines:
     def close(self) -> None:
         """Dispose of the engines made here; from anywhere."""
         self._loops.close()
+        if self._idle is not None:
+            self._idle.close()
         if self._own is not None:
             self._own.dispose()
 
     async def aclose(self) -> None:
         """``close`` for a task."""
         await self._loops.aclose()
+        if self._idle is not None:
+            await asyncio.to_thread(self._idle.close)
         if self._own is not None:
             await asyncio.to_thread(self._own.dispose)
 

@@ -25,6 +25,7 @@ from sqlalchemy import Engine
 from sqlalchemy.pool import Pool, QueuePool
 
 from agentmem.errors import StorageError
+from agentmem_sql.idle import Idle
 
 
 class Inherited(Protocol):
@@ -40,6 +41,7 @@ class _Left:
 
     engine: Engine
     opened: Iterable[Any] | None
+    idle: Idle | None
     kept: object
 
 
@@ -55,15 +57,18 @@ def watch(one: Inherited) -> None:
     _inherited.add(one)
 
 
-def leave(engine: Engine, opened: Iterable[Any] | None = None, *, keep: object = None) -> None:
+def leave(
+    engine: Engine, opened: Iterable[Any] | None = None, *, idle: Idle | None = None, keep: object = None
+) -> None:
     """Give up an inherited engine.
 
     Args:
         engine: the synchronous one, or that inside an asynchronous one.
         opened: the driver's connections of an asynchronous one.
+        idle: holds connections that nobody uses.
         keep: what must not be finalised either.
     """
-    _left.append(_Left(engine, opened, keep))
+    _left.append(_Left(engine, opened, idle, keep))
 
 
 def check(file: Path | None) -> None:
@@ -103,6 +108,8 @@ def _see_to() -> None:
 def _close(left: _Left) -> bool:
     """Close the connections to a SQLite file; False where some are in use."""
     pool = left.engine.pool
+    if left.idle is not None:
+        left.idle.release()
     if isinstance(pool, QueuePool) and pool.checkedout():
         return False
     if left.opened is None:

@@ -7,6 +7,7 @@ the name itself is then stored in another column. Pure functions, no database.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from hashlib import sha256
 
 from agentmem.errors import StorageError
@@ -39,6 +40,7 @@ def decode_text(data: bytes) -> str:
         ) from error
 
 
+@lru_cache(maxsize=1024)
 def thread_key(thread_id: str) -> bytes:
     """The 32-byte key of a thread id of any length."""
     return sha256(encode_text(thread_id)).digest()

@@ -7,8 +7,9 @@ there, and where there is much to insert, ``writing`` does the same in several s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 from sqlalchemy import Column, Connection, Select, Table, bindparam, cast, column, insert, select, true, values
 from sqlalchemy.dialects.postgresql import insert as insert_or
@@ -40,16 +41,32 @@ def insert_all(
         content: rows with digest, kind and body; what is there already is left alone.
         rows: at least one, without the thread's number.
     """
-    parameters: dict[str, Any] = {"of": thread[0], "in_epoch": thread[1]}
-    for at, row in enumerate(content):
-        for name, value in row.items():
-            parameters[f"{_CONTENT}{name}_{at}"] = value
-    for at, row in enumerate(rows):
-        for name, value in row.items():
-            parameters[f"{name}_{at}"] = value
     size = len(content), len(rows)
-    statement = kept(table, ("all", size), lambda: _statement(table, *tables, *size))
-    return statement.run(connection, parameters)
+    adding = kept(table, ("all", size), lambda: _adding(table, *tables, *size))
+    values: list[Any] = [*thread]
+    for row in content:
+        values += adding.of_content(row)
+    for row in rows:
+        values += adding.of_row(row)
+    return adding.statement.run(connection, dict(zip(adding.names, values, strict=True)))
+
+
+class _Adding(NamedTuple):
+    """A statement for a number of rows, the names of its parameters, and what comes into their order from a row."""
+
+    statement: Prepared
+    names: Sequence[str]
+    of_content: Callable[[Mapping[str, Any]], tuple[Any, ...]]
+    of_row: Callable[[Mapping[str, Any]], tuple[Any, ...]]
+
+
+def _adding(table: Table, threads: Table, blobs: Table, contents: int, rows: int) -> _Adding:
+    of_blob, of_table = ([each.name for each in of.columns if each.name != "thread"] for of in (blobs, table))
+    names = ["of", "in_epoch"]
+    names += [f"{_CONTENT}{name}_{at}" for at in range(contents) for name in of_blob]
+    names += [f"{name}_{at}" for at in range(rows) for name in of_table]
+    statement = _statement(table, threads, blobs, contents, rows)
+    return _Adding(statement, names, itemgetter(*of_blob), itemgetter(*of_table))
 
 
 def _statement(table: Table, threads: Table, blobs: Table, contents: int, rows: int) -> Prepared:

@@ -20,7 +20,7 @@ from agentmem_sql import trees
 from agentmem_sql.cache import Body, Thread
 from agentmem_sql.recall import Recalled, Run, recall, recognise
 from agentmem_sql.shapes import Shapes
-from agentmem_sql.trees import FANOUT, INLINE, LIST, NODE, PART, PART_BYTES, RUN, SPLIT, VALUE, Inline, Node
+from agentmem_sql.trees import FANOUT, INLINE, LEAVES, LIST, NODE, PART, PART_BYTES, RUN, SPLIT, VALUE, Inline, Node
 from agentmem_sql.vault import Vault
 
 _NUMBERS = frozenset({int, float, bool, type(None)})
@@ -29,7 +29,8 @@ _NO_MESSAGES = Run()
 
 def plain_serde(serde: SerializerProtocol) -> SerializerProtocol:
     """The serializer that makes plain bytes."""
-    return serde.serde if isinstance(serde, EncryptedSerializer) else serde
+    # Not isinstance: for subclasses of a protocol that takes as long as serialising a message.
+    return serde.serde if EncryptedSerializer in type(serde).__mro__ else serde  # type: ignore[attr-defined]
 
 
 def dump(serde: SerializerProtocol, value: Any) -> bytes:
@@ -90,10 +91,10 @@ class Packer:
 
     def remember(self, known: Thread) -> None:
         """Tell the cache what was stored; to be called after the commit."""
-        for digest, (kind, body) in self.new.items():
-            known.add(digest, trees.parse(kind, body) if kind in (LIST, NODE, SPLIT) else body)
-        for one in self._recalled:
-            known.add(one.digest, one)
+        added: list[tuple[bytes, Body]] = [
+            (digest, body if kind in LEAVES else trees.parse(kind, body)) for digest, (kind, body) in self.new.items()
+        ]
+        known.add_all(added + [(one.digest, one) for one in self._recalled])
         for run in self._runs:
             known.run(run)
 

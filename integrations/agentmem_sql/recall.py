@@ -130,19 +130,21 @@ def recall(message: object, digest: bytes, *, whole: bool) -> Recalled | None:
     assigned = _shared(frozenset(message.__pydantic_fields_set__))
     fields = message.__dict__.copy()
     empty: list[tuple[str, type]] = []
+    size = _COST
     for field, value in fields.items():
         of = type(value)
-        if (of is list or of is dict) and not value:
+        if of is str:
+            size += len(value)
+        elif (of is list or of is dict) and not value:
             fields[field] = _EMPTY[of]
             empty.append((field, of))
-        elif of is not str and value is not None:
+        elif value is not None:
             try:
                 packed = _pack(fields, option=_EXACT)
             except TypeError:
                 return None
             return Recalled(digest, name, kind, packed, (), assigned, whole, 600 + len(packed), LINK + digest)
-    size = sum(len(value) for value in fields.values() if type(value) is str)
-    return Recalled(digest, name, kind, fields, _shared(tuple(empty)), assigned, whole, _COST + size, LINK + digest)
+    return Recalled(digest, name, kind, fields, _shared(tuple(empty)), assigned, whole, size, LINK + digest)
 
 
 def recognise(items: Iterable[Any], known: Mapping[str, Recalled]) -> list[Recalled | None]:

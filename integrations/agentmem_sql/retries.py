@@ -26,11 +26,12 @@ _MOST_UNPREPARED = 32
 class Retries:
     """What becomes of one call."""
 
-    def __init__(self) -> None:
+    def __init__(self, began: float) -> None:
+        """``began``: when the call did, on the monotonic clock."""
         self._lost = 0
         self._reconnected = False
         self._unprepared = 0
-        self._began = time.monotonic()
+        self._began = began
 
     def pause(self, error: DBAPIError) -> float | None:
         """The seconds to wait before the work is run again; None where it is not."""

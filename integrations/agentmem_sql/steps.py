@@ -8,9 +8,8 @@ after, so the caller's code never runs inside a transaction.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 from langchain_core.runnables import RunnableConfig
@@ -20,6 +19,7 @@ from langgraph.checkpoint.base import (
     CheckpointMetadata,
     CheckpointTuple,
     DeltaChannelHistory,
+    get_checkpoint_metadata,
 )
 from langgraph.checkpoint.serde.base import SerializerProtocol
 from sqlalchemy import Connection
@@ -47,8 +47,7 @@ _ATTEMPTS = 8
 _TRUSTING = 4
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """Work on a connection; in one transaction if it writes, which one statement may be by itself."""
 
     work: Callable[[Connection], Any]
@@ -90,14 +89,14 @@ class Store:
         address = Address.of(config)
         alone = looking = False
         for attempt in range(_ATTEMPTS):
-            known: Thread = Thread()
-            parents: Held_by = {}
+            parents: Held_by
             if attempt < _TRUSTING:
                 known, parents = yield from self._parents(serde, address)
+            else:
+                known, parents = Thread(), {}
             packer = Packer(serde, self.vault, known, trusting=bool(parents))
-            row, held = encode_checkpoint(
-                packer, serde, self.vault, config, checkpoint, metadata, new_versions, parents
-            )
+            merged = get_checkpoint_metadata(config, metadata)
+            row, held = encode_checkpoint(packer, serde, self.vault, address, checkpoint, merged, new_versions, parents)
             new = New(address.thread, packer.new, known, packer.trusting, looking)
             try:
                 work = partial(self.writer.put_checkpoint, new=new, row=row, alone=alone)
@@ -150,7 +149,7 @@ class Store:
         for attempt in range(_ATTEMPTS):
             known = self.cache.get(address.thread) if attempt < _TRUSTING else Thread()
             packer = Packer(serde, self.vault, known)
-            rows = encode_writes(packer, self.vault, config, writes, task_id, task_path)
+            rows = encode_writes(packer, self.vault, address, writes, task_id, task_path)
             new = New(address.thread, packer.new, known, packer.trusting, looking)
             try:
                 work = partial(put, new=new, rows=rows, replace=replace, alone=alone)

@@ -15,7 +15,6 @@ Everything here is synchronous: the asynchronous engines run it in a greenlet.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,6 +25,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from agentmem.errors import StorageError
 from agentmem_sql import faults
 from agentmem_sql.drivers import spelled
+from agentmem_sql.idle import Idle
 from agentmem_sql.prepared import change
 
 T = TypeVar("T")
@@ -44,27 +44,47 @@ class Transactions:
     commits: bool = False  # whether the reader's connections commit every statement
     plain: bool = False  # whether SQLAlchemy need not know of a write's transaction
     begins: bool = False  # whether SQLAlchemy is to know of a read, as listeners and pools of the owner expect
+    idle: Idle | None = None  # for connections of reader and writer, which then are the same engine
 
     def read(self, work: Work[T]) -> T:
         """Do work that changes nothing."""
-        with connect(self.reader) as connection:
-            if self.before_read is not None:
-                self.before_read(connection)
-            if self.begins:
-                connection.begin()  # closing the connection rolls it back
-            try:
-                return work(connection)
-            except InvalidRequestError:
-                connection.invalidate()  # its state is not what SQLAlchemy takes it for
-                raise
-            except DBAPIError as error:
-                _forget_prepared(connection, error)
-                raise
+        return self._connected(self.reader, self._read_on, work)
 
     def write(self, work: Work[T]) -> T:
         """Do work in one transaction, on a connection of its own."""
-        with connect(self.writer) as connection:
-            return self.write_on(connection, work)
+        return self._connected(self.writer, self.write_on, work)
+
+    def _connected(self, engine: Engine, do: Callable[[Connection, Work[T]], T], work: Work[T]) -> T:
+        """Do work on a connection that nobody else uses meanwhile."""
+        idle = self.idle
+        if idle is None:
+            with connect(engine) as connection:
+                return do(connection, work)
+        since = idle.round
+        connection = idle.take() or connect(engine)
+        try:
+            result = do(connection, work)
+        except BaseException:
+            # If the connection was lost, so were the others, and the work may be run again only once.
+            idle.release()
+            connection.close()
+            raise
+        idle.keep(connection, since)
+        return result
+
+    def _read_on(self, connection: Connection, work: Work[T]) -> T:
+        if self.before_read is not None:
+            self.before_read(connection)
+        if self.begins:
+            connection.begin()  # closing the connection rolls it back
+        try:
+            return work(connection)
+        except InvalidRequestError:
+            connection.invalidate()  # its state is not what SQLAlchemy takes it for
+            raise
+        except DBAPIError as error:
+            _forget_prepared(connection, error)
+            raise
 
     def way(self, *, write: bool, single: bool) -> Callable[[Work[T]], T]:
         """How to do work; a single statement is a transaction by itself where the database lets it be one."""
@@ -73,13 +93,15 @@ class Transactions:
     def write_on(self, connection: Connection, work: Work[T]) -> T:
         """Do work in one transaction on a connection of ``writer`` that has none open."""
         try:
-            with nullcontext() if self.plain else connection.begin():
+            if self.plain:
+                _begin_immediate(connection)
+                result = work(connection)
+                _commit(connection)
+                return result
+            with connection.begin():
                 if self.before_write is not None:
                     self.before_write(connection)
-                result = work(connection)
-                if self.plain:
-                    _commit(connection)
-                return result
+                return work(connection)
         except BaseException as error:
             _roll_back(connection)
             if isinstance(error, InvalidRequestError):
@@ -89,13 +111,13 @@ class Transactions:
             raise
 
 
-def own(engine: Engine) -> Transactions:
+def own(engine: Engine, idle: Idle | None = None) -> Transactions:
     """Transactions on an engine that ``engines`` made."""
     if engine.dialect.name == "sqlite":
-        return Transactions(engine, engine, None, _begin_immediate, plain=True)
+        return Transactions(engine, engine, None, _begin_immediate, plain=True, idle=idle)
     if engine.dialect.name == "postgresql":
-        return Transactions(engine, engine, _autocommit_on, _autocommit_off, commits=True)
-    return Transactions(engine, engine, None, _start_transaction)
+        return Transactions(engine, engine, _autocommit_on, _autocommit_off, commits=True, idle=idle)
+    return Transactions(engine, engine, None, _start_transaction, idle=idle)
 
 
 def given(engine: Engine) -> Transactions:

@@ -23,7 +23,7 @@ import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from agentmem.errors import StorageError
 from agentmem_sql.keys import DIGEST_BYTES
@@ -51,8 +51,7 @@ class Inline(bytes):
     __slots__ = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(NamedTuple):
     """Parsed content that refers to other content: by digests, or in the lowest level by ``Inline`` items.
 
     Attributes:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Iterable
+from functools import lru_cache
 from hashlib import sha256
 from secrets import token_bytes
 
@@ -30,7 +31,14 @@ MIN_KEY_BYTES = 16
 _PLAIN, _ENCRYPTED = b"\0", b"\1"  # first byte of everything stored
 _MODE, _SECRET, _CHECK = b"protection", b"secret", b"check"
 _RUN = 255  # no kind of content
+_KINDS = [bytes((kind,)) for kind in range(256)]
 _CHECKED = b"agentmem"  # what the check is a digest of
+
+
+@lru_cache(maxsize=4096)
+def _length(length: int) -> bytes:
+    """What stands before a column of that length under a seal."""
+    return b"%d:" % length
 
 
 class Vault:
@@ -60,8 +68,8 @@ class Vault:
     def digest(self, kind: int, plain: bytes) -> bytes:
         """The digest that a blob is keyed by; equal bodies of different kinds have different ones."""
         if self._key is None:
-            return sha256(bytes((kind,)) + plain).digest()
-        return hmac.digest(self._key, bytes((kind,)) + plain, "sha256")
+            return sha256(_KINDS[kind] + plain).digest()
+        return hmac.digest(self._key, _KINDS[kind] + plain, "sha256")
 
     def run_key(self, run_id: str) -> bytes:
         """What checkpoints of a run are found by; runs may share one, so what is found is compared."""
@@ -69,7 +77,7 @@ class Vault:
 
     def seal(self, fields: Iterable[bytes | None]) -> bytes:
         """One digest over several columns, each with its length: no byte can move from one to another."""
-        joined = b"".join([b"-" if data is None else b"%d:" % len(data) + data for data in fields])
+        joined = b"".join([b"-" if data is None else _length(len(data)) + data for data in fields])
         return sha256(joined).digest() if self._key is None else hmac.digest(self._key, joined, "sha256")
 
     def close(self, plain: bytes) -> bytes:

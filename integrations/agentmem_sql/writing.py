@@ -16,7 +16,6 @@ which then starts again with the lock taken alone, and ends with a sweep.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from secrets import randbelow
 from typing import Any, NamedTuple
 
@@ -51,8 +50,7 @@ class Locked(NamedTuple):
     epoch: int
 
 
-@dataclass(frozen=True)
-class New:
+class New(NamedTuple):
     """What a call stores.
 
     ``known`` is what it was packed with, ``trusting`` whether it relied on that, ``looking`` whether to look for

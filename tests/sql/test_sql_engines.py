@@ -56,6 +56,16 @@ def test_an_engine_of_ones_own_keeps_its_pool_and_settings(database_url: str) ->
     engine.dispose()
 
 
+@pytest.mark.parametrize("options", [{}, {"pool_size": 1, "pool_timeout": 20}, {"poolclass": NullPool}], ids=str)
+def test_more_threads_than_connections(path: Path, options: dict[str, Any]) -> None:
+    """Nobody waits for a connection that no one uses, whoever set the pool up."""
+    with SQLAlchemySaver.from_url(f"sqlite:///{path}", engine_options=options) as saver:
+        with ThreadPoolExecutor(24) as threads:
+            made = list(threads.map(lambda number: put(saver, config(f"{number}"), {"x": number}), range(48)))
+            found = list(threads.map(saver.get_tuple, made))
+        assert [one.checkpoint["channel_values"]["x"] for one in found if one is not None] == list(range(48))
+
+
 async def test_an_async_engine_of_ones_own_stays_open(async_url: str) -> None:
     engine = create_async_engine(async_url)
     async with SQLAlchemySaver(engine) as saver:

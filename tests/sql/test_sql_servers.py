@@ -57,6 +57,19 @@ async def test_connections_that_the_server_ended_are_replaced(new_url: NewUrl, l
         assert len([one async for one in saver.alist(None)]) == 8
 
 
+@pytest.mark.parametrize("driver", SERVERS)
+def test_connections_of_many_threads_that_the_server_ended(new_url: NewUrl, look: Sql, driver: str) -> None:
+    """The connection that a saver keeps for its next call is ended with those in its pool, and no call fails."""
+    url = new_url(driver)
+    with SQLAlchemySaver.from_url(url) as saver, ThreadPoolExecutor(8) as threads:
+        for run in range(3):
+            made = [threads.submit(put, saver, config(f"{run} {number}"), {"x": 1}) for number in range(24)]
+            assert all(one.result() for one in made)
+            assert end_all(look, url) >= 1
+            put(saver, config(f"{run} alone"), {"x": 1})
+        assert len(list(saver.list(None))) == 3 * 25
+
+
 @pytest.mark.parametrize("write", [False, True])
 @pytest.mark.parametrize("driver", ["postgresql+psycopg", "postgresql+asyncpg", "mysql+asyncmy"])
 def test_work_whose_connection_ends_is_run_once_more(new_url: NewUrl, look: Sql, driver: str, write: bool) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,20 @@ class Pending:
     sums: tuple[Tensor, ...]
 
 
+class Place(NamedTuple):
+    """A projection of a steered layer.
+
+    Attributes:
+        index: of the layer.
+        heads: what is corrected in its output, each with the first column of it.
+        last: it is the layer's output; the others are given the hidden state.
+    """
+
+    index: int
+    heads: tuple[tuple[DeltaHead, int], ...]
+    last: bool
+
+
 class Pass(ABC):
     """One steered call over all layers. ``state`` is [B, L, H, r, r] float32."""
 
@@ -44,18 +59,19 @@ class Pass(ABC):
         self.state = state
         self._reads: dict[int, Tensor] = {}
 
-    def see(self, index: int, hidden: Tensor) -> None:
-        """Let layer ``index`` read the state for its hidden states [B, T, D]; done once a layer."""
-        if index not in self._reads:
-            self._reads[index] = self._visit(index, hidden)
+    def through(self, place: Place, given: Tensor, output: Tensor) -> Tensor:
+        """The output of a projection, corrected by what its layer reads.
 
-    def correct(self, index: int, head: DeltaHead, output: Tensor, start: int) -> Tensor:
-        """The output of a projection of layer ``index``, its columns from ``start`` on corrected by what was read."""
-        return self.memory[index].corrected(head, self._reads[index], output, start)
-
-    def leave(self, index: int) -> None:
-        """The layer needs its read no more."""
-        del self._reads[index]
+        The first of a layer to run has the layer read the state for its hidden states, which it is ``given``
+        ([B, T, D]); the last takes the read away.
+        """
+        index = place.index
+        if not place.last and index not in self._reads:
+            self._reads[index] = self._visit(index, given)
+        read = self._reads.pop(index) if place.last else self._reads[index]
+        for head, start in place.heads:
+            output = self.memory[index].corrected(head, read, output, start)
+        return output
 
     def _query(self, index: int, hidden: Tensor) -> Tensor:
         """Read the state from before the pass with every token."""

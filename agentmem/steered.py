@@ -21,7 +21,7 @@ from agentmem.config import DeltaHead, MemoryConfig
 from agentmem.errors import AdapterError, ConfigError, SegmentsRequiredError, StateMismatchError, TurnError
 from agentmem.fingerprint import model_fingerprint
 from agentmem.kernels import runs_triton
-from agentmem.passes import Pass, Pending, TokenPass, segment_pass
+from agentmem.passes import Pass, Pending, Place, TokenPass, segment_pass
 from agentmem.pooled import BatchPass
 from agentmem.steering import LayerMemory
 from agentmem.stepping import Stack, StepPass
@@ -68,8 +68,8 @@ class SteeredModel:
         self._stack = Stack(self._memory)
         self._handles = [
             handle
-            for index, (site, module) in enumerate(zip(sites, memory, strict=True))
-            for handle in self._install(index, site, module)
+            for index, site in enumerate(sites)
+            for handle in self._install(index, site)
         ]
 
     @classmethod
@@ -264,7 +264,7 @@ class SteeredModel:
             segments = torch.where(mask, segments, -1)
         return segment_pass(self._memory, state, segments if writing else None, pending)
 
-    def _install(self, index: int, site: AttentionSite, module: LayerMemory) -> list[Any]:
+    def _install(self, index: int, site: AttentionSite) -> list[Any]:
         by_module: dict[nn.Module, list[tuple[DeltaHead, int]]] = {site.first: []}
         for head in self.config.delta_heads:
             target, start = site.targets[head]
@@ -272,22 +272,15 @@ class SteeredModel:
         last = site.targets["o"][0]
         by_module.setdefault(last, [])
 
-        def hook_for(target: nn.Module, heads: list[tuple[DeltaHead, int]]) -> Callable[..., Tensor | None]:
+        def hook_for(place: Place) -> Callable[..., Tensor | None]:
             def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
                 running = self._pass
-                if running is None:
-                    return None
-                if target is not last:
-                    running.see(index, inputs[0])
-                for head, start in heads:
-                    output = running.correct(index, head, output, start)
-                if target is last:
-                    running.leave(index)
-                return output
+                return None if running is None else running.through(place, inputs[0], output)
 
             return hook
 
-        return [t.register_forward_hook(hook_for(t, heads)) for t, heads in by_module.items()]
+        places = {target: Place(index, tuple(heads), target is last) for target, heads in by_module.items()}
+        return [target.register_forward_hook(hook_for(place)) for target, place in places.items()]
 
     def _checked(self, state: Tensor | None, batch: int) -> Tensor:
         if state is None:

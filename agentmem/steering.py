@@ -12,7 +12,7 @@ once, when it is added.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -160,7 +160,15 @@ class LayerMemory(nn.Module):
     def project_from(
         self, products: Tensor, beta_bias: Tensor, lambda_bias: Tensor | None, mask: Tensor | None = None
     ) -> Projected:
-        """What tokens contribute, from their products with the packed weight, [..., B, T, 3 H r + gates].
+        """What tokens contribute, from their products with the packed weight, [..., B, T, 3 H r + gates]."""
+        q = self._heads(products.float()[..., : self.config.rank * self.config.num_state_heads])
+        k, v, made = self.written_from(products, beta_bias, lambda_bias, mask)
+        return Projected(_unit(q) if self.config.normalize_qk else q, k, v, made)
+
+    def written_from(
+        self, products: Tensor, beta_bias: Tensor, lambda_bias: Tensor | None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Gates]:
+        """What tokens write: key, value and gates, from their products with the packed weight.
 
         Of this layer, or of all layers side by side, with all their biases in a shape that stands beside the products.
         """
@@ -168,21 +176,20 @@ class LayerMemory(nn.Module):
         z = products.float()
         size = config.rank * config.num_state_heads
         gate = self.beta_bias.shape[0]
-        shape = (*z.shape[:-1], config.num_state_heads, config.rank)
-        q, k, v = (z[..., at * size : (at + 1) * size].reshape(shape) for at in range(3))
+        k, v = (self._heads(z[..., at * size : (at + 1) * size]) for at in (1, 2))
         if config.normalize_qk:
-            q, k = _unit(q), _unit(k)
+            k = _unit(k)
         beta = torch.sigmoid(z[..., 3 * size : 3 * size + gate] + beta_bias.float())
         lam = 1.0 - beta
         if lambda_bias is not None:
             lam = torch.sigmoid(z[..., 3 * size + gate :] + lambda_bias.float())
-        return Projected(q, k, v, gates(config, self._per_row(beta), self._per_row(lam), mask))
+        return k, v, gates(config, self._per_row(beta), self._per_row(lam), mask)
 
     def query(self, hidden: Tensor) -> Tensor:
         """The memory query alone, [B, T, H, r] float32: all that a pass that writes nothing needs."""
         config = self.config
         q = F.linear(hidden.to(self.memory_q_proj.dtype), self.memory_q_proj).float()
-        q = q.reshape(*q.shape[:-1], config.num_state_heads, config.rank)
+        q = self._heads(q)
         return _unit(q) if config.normalize_qk else q
 
     def correction(self, head: DeltaHead, read: Tensor) -> Tensor:
@@ -237,6 +244,10 @@ class LayerMemory(nn.Module):
             self._scales = (stamp, [config.scale * one for one in learned])
         return self._scales[1][DELTA_HEADS.index(head) if config.delta_scale_granularity == "head" else 0]
 
+    def _heads(self, x: Tensor) -> Tensor:
+        """[..., H r] -> [..., H, r]."""
+        return x.reshape(*x.shape[:-1], self.config.num_state_heads, self.config.rank)
+
     def _per_row(self, gate: Tensor) -> Tensor:
         """[..., H r] or [..., H] -> [..., H, r]."""
         heads, rank = self.config.num_state_heads, self.config.rank
@@ -267,20 +278,14 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def stamp_of(tensors: Sequence[Tensor]) -> tuple[int, ...]:
-    """What changes when a tensor of these is replaced, moved, or changed in a way that torch counts."""
-    try:
-        changes = tuple(map(attrgetter("_version"), tensors))
-    except RuntimeError:  # made in inference mode
-        changes = versions(tensors)
-    return *map(id, tensors), *map(Tensor.data_ptr, tensors), *changes
-
-
-def versions(tensors: Iterable[Tensor]) -> tuple[int, ...]:
-    """How often each tensor was changed in place.
+    """What changes when a tensor of these is replaced, moved, or changed in a way that torch counts.
 
     Changes through ``tensor.data`` and to tensors made in inference mode are not counted by torch, nor here.
     """
-    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+    counted = tensors
+    if any(map(Tensor.is_inference, tensors)):
+        counted = [one for one in tensors if not one.is_inference()]
+    return *map(id, tensors), *map(Tensor.data_ptr, tensors), *map(attrgetter("_version"), counted)
 
 
 def gates(config: MemoryConfig, beta: Tensor, lam: Tensor, mask: Tensor | None) -> Gates:

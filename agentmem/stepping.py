@@ -1,43 +1,132 @@
 """One token a row, as decoding runs it: the same numbers as a ``TokenPass``, with as few operations as can be.
 
-What a token writes is read by later tokens alone. So a layer's way to its output holds four things: one product with
-the hidden state, its query, one product with its state, and the corrections, which the products of a read with the
-output weights add in place. The rest of the rule, a dozen small operations, is done once for all layers at the end.
+Beside a product of 50 MB of cold weights an operation costs what it costs to fetch its code, whatever it does, so what
+counts is how many there are. What a token writes is read by later tokens alone. So a layer's way to its output holds a
+product with the hidden state, tanh, a product with the layer's matrices, and the corrections, which products add in
+place; for one row and one head the query's length is a factor of those. The matrices have the query itself for a last
+row: the product of both has the read and the query's squared length. Everything lies in buffers that were cut into
+views once. The rest of the rule, a dozen small operations, is done once for all layers at the end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import sqrt
+from operator import attrgetter, is_
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from agentmem.config import DeltaHead
 from agentmem.errors import TurnError
-from agentmem.passes import Pass, Pending
+from agentmem.passes import Pass, Pending, Place
 from agentmem.recurrence import write_once
 from agentmem.steering import NORM_EPS, LayerMemory, stamp_of
 
+Outputs = dict[DeltaHead, tuple[Tensor, float]]
 
-class Ready(NamedTuple):
-    """What a step needs of all layers.
+
+class Lane(NamedTuple):
+    """What one layer's step reads, and the views that it fills. M = B H, the rows of all heads.
+
+    Attributes:
+        weight: what the hidden state is multiplied by, transposed: [D, 3 H r + gates], or [D, H r] to read only.
+        products: [B, 3 H r + gates] or [B, H r], in the weights' dtype.
+        query: of the products, [B, H, r].
+        turned: after tanh, [B, H, r] float32: the last row of ``matrices``.
+        matrices: the states with the query below them, [M, r + 1, r].
+        probe: the query as a column, [M, r, 1].
+        found: their product, [M, r + 1, 1].
+        read: of the product, [M, r].
+        square: of the product, [M, 1].
+        outputs: for each head the output weight [W, H r] and the scale.
+
+    Where M is 1 on a CPU, the views are vectors and a matrix instead, without the dimensions of 1.
+    """
+
+    weight: Tensor
+    products: Tensor
+    query: Tensor
+    turned: Tensor
+    matrices: Tensor
+    probe: Tensor
+    found: Tensor
+    read: Tensor
+    square: Tensor
+    outputs: Outputs
+
+
+class Room:
+    """Buffers for a number of rows; what one step leaves in them is of no use to the next.
+
+    Args:
+        ready: the weights.
+        batch, heads, rank: B, H, r.
+        writing: whether a step is to write; else the query is all that is computed of a token.
+    """
+
+    def __init__(self, ready: Ready, batch: int, heads: int, rank: int, writing: bool) -> None:
+        weights = ready.products if writing else ready.queries
+        like, layers, rows = weights[0], len(weights), batch * heads
+        self.single = rows == 1 and not like.is_cuda
+        # Not made in inference mode: what was could not be filled outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            self.products = like.new_empty(layers, batch, like.shape[0])
+            matrices = torch.empty(layers, rows, rank + 1, rank, device=like.device)
+            found = torch.empty(layers, rows, rank + 1, 1, device=like.device)
+            self.states = matrices[:, :, :rank]
+            self.read = torch.empty(rows, rank, device=like.device)
+            self.lanes = []
+            for at, weight in enumerate(weights):
+                query = self.products[at, :, : heads * rank].view(batch, heads, rank)
+                turned, one, product = matrices[at, :, rank], matrices[at], found[at]
+                if self.single:
+                    query, probe, one, product = query.view(rank), turned[0], one[0], product.view(rank + 1)
+                    turned, read, square = probe, product[:rank], product[rank]
+                else:
+                    probe, read, square = turned[..., None], product[:, :rank, 0], product[:, rank]
+                    turned = turned.view(batch, heads, rank)
+                self.lanes.append(
+                    Lane(weight.t(), self.products[at], query, turned, one, probe, product, read, square,
+                         ready.outputs[at])
+                )  # fmt: skip
+
+
+class Ready:
+    """What steps need of all layers.
 
     Attributes:
         products: for each layer the packed weight [3 H r + gates, D].
         queries: for each layer the first H r rows of it.
-        outputs: for each layer and head the transposed output weight [H r, W] and the scale.
+        outputs: for each layer and head the output weight [W, H r], its columns together, and the scale.
         beta, lam: biases of all layers, [L, 1, 1, gates]; ``lam`` None where the config has none.
         low: the weights are no float32.
     """
 
-    products: list[Tensor]
-    queries: list[Tensor]
-    outputs: list[dict[DeltaHead, tuple[Tensor, float]]]
-    beta: Tensor
-    lam: Tensor | None
-    low: bool
+    def __init__(self, memory: Sequence[LayerMemory]) -> None:
+        config = memory[0].config
+        self.products = [module.packed_weight().detach() for module in memory]
+        self._size = config.rank * config.num_state_heads
+        self.queries = [weight[: self._size] for weight in self.products]
+        fused = [head for head in config.delta_heads if head != "o" or not config.delta_o_rmsnorm]
+        self.outputs: list[Outputs] = [
+            {head: (module.output_weight(head).detach().t().contiguous().t(), module.scale(head)) for head in fused}
+            for module in memory
+        ]
+        self.beta = torch.stack([module.beta_bias.detach() for module in memory])[:, None, None]
+        self.lam = None
+        if not config.couple_lambda:
+            self.lam = torch.stack([module.lambda_bias.detach() for module in memory])[:, None, None]
+        self.low = self.products[0].dtype != torch.float32
+        self._room: tuple[tuple[int, bool], Room] | None = None
+
+    def room(self, state: Tensor, writing: bool) -> Room:
+        """Buffers for as many rows as the state [B, L, H, r, r] has; kept for the next step of as many."""
+        batch, _, heads, rank, _ = state.shape
+        if self._room is None or self._room[0] != (batch, writing):
+            self._room = (batch, writing), Room(self, batch, heads, rank, writing)
+        return self._room[1]
 
 
 class Stack:
@@ -45,7 +134,9 @@ class Stack:
 
     def __init__(self, memory: Sequence[LayerMemory]) -> None:
         self.memory = memory
-        self._ready: tuple[tuple[int, ...], Ready | None] | None = None
+        self._parameters: list[Tensor] = []
+        self._stamp: tuple[int, ...] = ()
+        self._ready: Ready | None = None
 
     def ready(self, device: torch.device) -> Ready | None:
         """What a step needs, without gradients; None where layers lie elsewhere than their states on ``device``.
@@ -54,32 +145,16 @@ class Stack:
         changes them.
         """
         parameters = [one for module in self.memory for one in module._parameters.values() if one is not None]
-        training = any(one.requires_grad for one in parameters)
-        stamp = () if training else stamp_of(parameters)
-        if training or self._ready is None or self._ready[0] != stamp:
+        if any(map(attrgetter("requires_grad"), parameters)):
+            return Ready(self.memory) if {one.device for one in parameters} == {device} else None
+        stamp = stamp_of(parameters)
+        known = len(parameters) == len(self._parameters) and all(map(is_, parameters, self._parameters))
+        if not known or stamp != self._stamp:
             together = {one.device for one in parameters} == {device}
-            self._ready = stamp, self._made() if together else None
-        made = self._ready[1]
+            self._parameters, self._stamp = parameters, stamp
+            self._ready = Ready(self.memory) if together else None
+        made = self._ready
         return made if made is None or made.beta.device == device else None
-
-    def _made(self) -> Ready:
-        memory, config = self.memory, self.memory[0].config
-        products = [module.packed_weight().detach() for module in memory]
-        size = config.rank * config.num_state_heads
-        fused = [head for head in config.delta_heads if head != "o" or not config.delta_o_rmsnorm]
-        return Ready(
-            products,
-            [weight[:size] for weight in products],
-            [
-                {head: (module.output_weight(head).detach().t().contiguous(), module.scale(head)) for head in fused}
-                for module in memory
-            ],
-            torch.stack([module.beta_bias.detach() for module in memory])[:, None, None],
-            None
-            if config.couple_lambda
-            else torch.stack([module.lambda_bias.detach() for module in memory])[:, None, None],
-            products[0].dtype != torch.float32,
-        )
 
 
 class StepPass(Pass):
@@ -93,44 +168,72 @@ class StepPass(Pass):
     ) -> None:
         super().__init__(memory, state)
         self._ready = ready
+        self._low = ready.low
         self._normalize = memory[0].config.normalize_qk
-        self._weights = ready.products if writing else ready.queries
         self._mask = mask
         self._writing = writing
-        self._made: list[Tensor] = []
+        self._seen = 0
+        self._at, self._now = -1, state  # the layer that read last, and what it read
+        self._factor = 1.0
         batch, layers, heads, rank, _ = state.shape
-        self._batch, self._size, self._rows = batch, heads * rank, batch * heads
-        self._by_layer = state.transpose(0, 1).reshape(layers, self._rows, rank, rank)
-        self._states = self._by_layer.unbind(0)
+        self._batch = batch
+        self._room = ready.room(state, writing)
+        self._by_layer = state.transpose(0, 1).reshape(layers, batch * heads, rank, rank)
+        self._room.states.copy_(self._by_layer)
 
     def _visit(self, index: int, hidden: Tensor) -> Tensor:
-        """The read [B, H r] in the dtype of the output weights."""
-        weight = self._weights[index]
-        products = F.linear(hidden if hidden.dtype is weight.dtype else hidden.to(weight.dtype), weight)
-        if self._writing:
-            self._made.append(products)
-            products = products[..., : self._size]
-        if self._ready.low:
-            products = products.float()
-        if self._normalize:
-            q = torch.tanh(products).view(self._rows, -1, 1)
-            q.div_(torch.linalg.vector_norm(q, dim=1, keepdim=True).clamp_min_(NORM_EPS))
+        """The read [B, H r] in the dtype of the output weights, to be multiplied by ``_factor``."""
+        room, low = self._room, self._low
+        lane = room.lanes[index]
+        self._seen += 1
+        rows = hidden.view(self._batch, -1)
+        torch.mm(rows if rows.dtype is lane.weight.dtype else rows.to(lane.weight.dtype), lane.weight, out=lane.products)
+        if self._normalize and not low:
+            torch.tanh(lane.query, out=lane.turned)
         else:
-            q = products.reshape(self._rows, -1, 1)
-        read = torch.bmm(self._states[index], q).view(self._batch, -1)
-        return read.to(weight.dtype) if self._ready.low else read
+            lane.turned.copy_(lane.query)
+            if self._normalize:
+                lane.turned.tanh_()
+        if room.single:
+            read = lane.read
+            torch.mv(lane.matrices, lane.probe, out=lane.found)
+            if self._normalize:
+                self._factor = 1.0 / max(sqrt(lane.square.item()), NORM_EPS)
+        else:
+            read = room.read
+            torch.bmm(lane.matrices, lane.probe, out=lane.found)
+            if self._normalize:
+                torch.div(lane.read, lane.square.sqrt_().clamp_min_(NORM_EPS), out=read)
+            else:
+                read.copy_(lane.read)
+            read = read.view(self._batch, -1)
+        return read.to(lane.weight.dtype) if low else read
 
-    def correct(self, index: int, head: DeltaHead, output: Tensor, start: int) -> Tensor:
-        """As ``Pass.correct``; the output is changed in place where it can be."""
-        read, fused = self._reads[index], self._ready.outputs[index].get(head)
-        if fused is None or output.dtype is not read.dtype or not output.is_contiguous():
-            heads, rank = self.state.shape[2:4]
-            return self.memory[index].corrected(head, read.float().view(-1, 1, heads, rank), output, start)
-        weight, scale = fused
-        rows = output.view(self._batch, -1)
-        if rows.shape[1] != weight.shape[1]:
-            rows = rows[:, start : start + weight.shape[1]]
-        rows.addmm_(read, weight, alpha=scale)
+    def through(self, place: Place, given: Tensor, output: Tensor) -> Tensor:
+        """As ``Pass.through``; the output is changed in place where it can be."""
+        index = place.index
+        if index != self._at and not place.last:
+            self._at, self._now = index, self._visit(index, given)
+        read = self._now
+        for head, start in place.heads:
+            fused = self._ready.outputs[index].get(head)
+            if fused is None or output.dtype is not read.dtype or not output.is_contiguous():
+                heads, rank = self.state.shape[2:4]
+                whole = (read.float() * self._factor).view(-1, 1, heads, rank)
+                output = self.memory[index].corrected(head, whole, output, start)
+                continue
+            weight, scale = fused
+            width = weight.shape[0]
+            if self._room.single:
+                row = output.view(-1)
+                if row.shape[0] != width:
+                    row = row[start : start + width]
+                row.addmv_(weight, read, alpha=scale * self._factor)
+            else:
+                rows = output.view(self._batch, -1)
+                if rows.shape[1] != width:
+                    rows = rows[:, start : start + width]
+                rows.addmm_(read, weight.t(), alpha=scale)
         return output
 
     def end(self, close: bool) -> tuple[Tensor, Pending | None]:
@@ -138,10 +241,10 @@ class StepPass(Pass):
         if not self._writing:
             return self.state, None
         layers, ready = len(self.memory), self._ready
-        if len(self._made) != layers:
-            raise TurnError(f"the model ran {len(self._made)} of its {layers} steered layers; nothing was written")
-        products = torch.stack(self._made)
-        _, k, v, gates = self.memory[0].project_from(products, ready.beta, ready.lam, self._mask)
+        if self._seen != layers:
+            raise TurnError(f"the model ran {self._seen} of its {layers} steered layers; nothing was written")
+        products = self._room.products.unsqueeze(2)
+        k, v, gates = self.memory[0].written_from(products, ready.beta, ready.lam, self._mask)
         rank = self.state.shape[-1]
         rows = (x.reshape(-1, rank) for x in (k, v, *gates))
         after = write_once(self._by_layer.reshape(-1, rank, rank), *rows)

@@ -12,8 +12,7 @@ once, when it is added.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from operator import attrgetter
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,6 +40,21 @@ class Projected(NamedTuple):
     k: Tensor
     v: Tensor
     gates: Gates
+
+
+class Parts(NamedTuple):
+    """Products with the packed weight, taken apart.
+
+    Attributes:
+        q, k, v: [..., H, r].
+        beta, lam: [..., H, r], or [..., H, 1] where a head has one gate; ``lam`` None where the config has none.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    beta: Tensor
+    lam: Tensor | None
 
 
 class LayerMemory(nn.Module):
@@ -94,7 +108,7 @@ class LayerMemory(nn.Module):
         self.idle = frozenset(idle)
         for name in idle:
             self.get_parameter(name).requires_grad_(False)
-        self._packed: tuple[tuple[int, ...], Tensor] | None = None
+        self._packed: tuple[list[int], Tensor] | None = None
         self._scales: tuple[tuple[int, ...], list[float]] | None = None
 
     def reset_parameters(
@@ -161,35 +175,38 @@ class LayerMemory(nn.Module):
         self, products: Tensor, beta_bias: Tensor, lambda_bias: Tensor | None, mask: Tensor | None = None
     ) -> Projected:
         """What tokens contribute, from their products with the packed weight, [..., B, T, 3 H r + gates]."""
-        q = self._heads(products.float()[..., : self.config.rank * self.config.num_state_heads])
-        k, v, made = self.written_from(products, beta_bias, lambda_bias, mask)
-        return Projected(_unit(q) if self.config.normalize_qk else q, k, v, made)
+        parts = self.split(products.float())
+        beta, lam = (None if one is None else self.gate(one.float()) for one in (beta_bias, lambda_bias))
+        assert beta is not None
+        k, v, made = self.written(parts, beta, lam, mask)
+        return Projected(_unit(parts.q) if self.config.normalize_qk else parts.q, k, v, made)
 
-    def written_from(
-        self, products: Tensor, beta_bias: Tensor, lambda_bias: Tensor | None, mask: Tensor | None = None
+    def split(self, products: Tensor) -> Parts:
+        """Views of products with the packed weight, [..., 3 H r + gates]."""
+        size, width = self.config.rank * self.config.num_state_heads, self.beta_bias.shape[0]
+        q, k, v = (products[..., at * size : (at + 1) * size] for at in range(3))
+        shape = (*q.shape[:-1], self.config.num_state_heads, self.config.rank)
+        beta = self.gate(products[..., 3 * size : 3 * size + width])
+        lam = None if self.config.couple_lambda else self.gate(products[..., 3 * size + width :])
+        return Parts(q.view(shape), k.view(shape), v.view(shape), beta, lam)
+
+    def written(
+        self, parts: Parts, beta_bias: Tensor, lambda_bias: Tensor | None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Gates]:
-        """What tokens write: key, value and gates, from their products with the packed weight.
+        """What tokens write: key, value and gates, each [..., B, T, H, r] float32.
 
-        Of this layer, or of all layers side by side, with all their biases in a shape that stands beside the products.
+        Of this layer, or of all layers side by side, with all their biases in shapes that stand beside the ``parts``.
         """
-        config = self.config
-        z = products.float()
-        size = config.rank * config.num_state_heads
-        gate = self.beta_bias.shape[0]
-        k, v = (self._heads(z[..., at * size : (at + 1) * size]) for at in (1, 2))
-        if config.normalize_qk:
-            k = _unit(k)
-        beta = torch.sigmoid(z[..., 3 * size : 3 * size + gate] + beta_bias.float())
-        lam = 1.0 - beta
-        if lambda_bias is not None:
-            lam = torch.sigmoid(z[..., 3 * size + gate :] + lambda_bias.float())
-        return k, v, gates(config, self._per_row(beta), self._per_row(lam), mask)
+        k = _unit(parts.k) if self.config.normalize_qk else parts.k
+        beta = torch.sigmoid(parts.beta + beta_bias)
+        lam = 1.0 - beta if parts.lam is None or lambda_bias is None else torch.sigmoid(parts.lam + lambda_bias)
+        return k, parts.v, gates(self.config, beta.expand(k.shape), lam.expand(k.shape), mask)
 
     def query(self, hidden: Tensor) -> Tensor:
         """The memory query alone, [B, T, H, r] float32: all that a pass that writes nothing needs."""
         config = self.config
         q = F.linear(hidden.to(self.memory_q_proj.dtype), self.memory_q_proj).float()
-        q = self._heads(q)
+        q = q.view(*q.shape[:-1], config.num_state_heads, config.rank)
         return _unit(q) if config.normalize_qk else q
 
     def correction(self, head: DeltaHead, read: Tensor) -> Tensor:
@@ -238,38 +255,51 @@ class LayerMemory(nn.Module):
         config = self.config
         if not config.trainable_delta_scale:
             return config.scale
-        stamp = stamp_of((self.delta_scale_raw,))
-        if self._scales is None or self._scales[0] != stamp or self.delta_scale_raw.requires_grad:
-            learned = (torch.sigmoid(self.delta_scale_raw.float()) * config.delta_scale_max).tolist()
+        raw = self.delta_scale_raw
+        stamp = id(raw), raw.data_ptr(), 0 if raw.is_inference() else raw._version
+        if self._scales is None or self._scales[0] != stamp or raw.requires_grad:
+            learned = (torch.sigmoid(raw.float()) * config.delta_scale_max).tolist()
             self._scales = (stamp, [config.scale * one for one in learned])
         return self._scales[1][DELTA_HEADS.index(head) if config.delta_scale_granularity == "head" else 0]
 
-    def _heads(self, x: Tensor) -> Tensor:
-        """[..., H r] -> [..., H, r]."""
-        return x.reshape(*x.shape[:-1], self.config.num_state_heads, self.config.rank)
-
-    def _per_row(self, gate: Tensor) -> Tensor:
-        """[..., H r] or [..., H] -> [..., H, r]."""
-        heads, rank = self.config.num_state_heads, self.config.rank
-        if self.config.rankwise_gates:
-            return gate.reshape(*gate.shape[:-1], heads, rank)
-        return gate.unsqueeze(-1).expand(*gate.shape[:-1], heads, rank)
+    def gate(self, x: Tensor) -> Tensor:
+        """A gate's numbers with its heads apart: [..., H r] -> [..., H, r], [..., H] -> [..., H, 1]."""
+        return x.view(*x.shape[:-1], self.config.num_state_heads, -1)
 
     def packed_weight(self) -> Tensor:
         """All projections of the hidden state stacked, so that one product makes them.
 
-        Kept between calls, until a parameter has changed; of parameters that are being trained nothing is kept, since
-        torch does not count every way in which an optimiser changes them.
+        Where no gradient is wanted, the parameters become views of it: so it has whatever is written into them, and it
+        is made anew when one of them has been replaced or moved.
         """
         parts: list[Tensor] = [self.memory_q_proj, self.memory_k_proj, self.memory_v_proj, self.beta_proj]
         if not self.config.couple_lambda:
             parts.append(self.lambda_proj)
-        if any(part.requires_grad for part in parts):
+        if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
             return torch.cat(parts)
-        stamp = stamp_of(parts)
-        if self._packed is None or self._packed[0] != stamp:
-            self._packed = (stamp, torch.cat(parts))
+        if self._packed is None or self._packed[0] != addresses(parts):
+            packed = joined(parts)
+            self._packed = addresses(parts), packed
         return self._packed[1]
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors one below the other in memory of their own, of which each then is a view.
+
+    Tensors made in inference mode cannot become views: they are copied, and what is written into them later is not seen.
+    """
+    # What is made in inference mode could not be changed outside of it.
+    with torch.inference_mode(False), torch.no_grad():
+        whole = torch.cat([one.detach() for one in tensors])
+        if not any(map(Tensor.is_inference, tensors)):
+            for one, rows in zip(tensors, whole.split([len(one) for one in tensors]), strict=True):
+                one.data = rows
+    return whole
+
+
+def addresses(tensors: Iterable[Tensor]) -> list[int]:
+    """Where tensors lie. While what lies there is alive, a tensor at the same place is a view of it."""
+    return list(map(Tensor.data_ptr, tensors))
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -277,23 +307,11 @@ def _unit(x: Tensor) -> Tensor:
     return F.normalize(torch.tanh(x), dim=-1, eps=NORM_EPS)
 
 
-def stamp_of(tensors: Sequence[Tensor]) -> tuple[int, ...]:
-    """What changes when a tensor of these is replaced, moved, or changed in a way that torch counts.
-
-    Changes through ``tensor.data`` and to tensors made in inference mode are not counted by torch, nor here.
-    """
-    counted = tensors
-    if any(map(Tensor.is_inference, tensors)):
-        counted = [one for one in tensors if not one.is_inference()]
-    return *map(id, tensors), *map(Tensor.data_ptr, tensors), *map(attrgetter("_version"), counted)
-
-
 def gates(config: MemoryConfig, beta: Tensor, lam: Tensor, mask: Tensor | None) -> Gates:
     """Keep, erase and write factors from beta and lambda, each [B, T, H, r].
 
     standard: lambda, beta, beta; lambda_outside: lambda, lambda beta, beta; no_lambda: 1, beta, beta. Where
-        mask
-    [B, T] is False: 1, 0, 0, which is the only setting that leaves a state as it was under every mode.
+    the mask [B, T] is False: 1, 0, 0, which is the only setting that leaves a state as it was under every mode.
     """
     if config.state_update_mode == "standard":
         made = Gates(lam, beta, beta)

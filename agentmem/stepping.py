@@ -12,19 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import sqrt
-from operator import attrgetter, is_
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from agentmem.config import DeltaHead
 from agentmem.errors import TurnError
 from agentmem.passes import Pass, Pending, Place
 from agentmem.recurrence import write_once
-from agentmem.steering import NORM_EPS, LayerMemory, stamp_of
-
-Outputs = dict[DeltaHead, tuple[Tensor, float]]
+from agentmem.steering import NORM_EPS, LayerMemory, Parts, addresses, joined
 
 
 class Lane(NamedTuple):
@@ -40,7 +36,6 @@ class Lane(NamedTuple):
         found: their product, [M, r + 1, 1].
         read: of the product, [M, r].
         square: of the product, [M, 1].
-        outputs: for each head the output weight [W, H r] and the scale.
 
     Where M is 1 on a CPU, the views are vectors and a matrix instead, without the dimensions of 1.
     """
@@ -54,7 +49,6 @@ class Lane(NamedTuple):
     found: Tensor
     read: Tensor
     square: Tensor
-    outputs: Outputs
 
 
 class Room:
@@ -67,94 +61,94 @@ class Room:
     """
 
     def __init__(self, ready: Ready, batch: int, heads: int, rank: int, writing: bool) -> None:
-        weights = ready.products if writing else ready.queries
-        like, layers, rows = weights[0], len(weights), batch * heads
+        size, rows, layers = heads * rank, batch * heads, len(ready.weights)
+        weights = ready.weights if writing else [weight[:size] for weight in ready.weights]
+        like = weights[0]
         self.single = rows == 1 and not like.is_cuda
         # Not made in inference mode: what was could not be filled outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            self.products = like.new_empty(layers, batch, like.shape[0])
+            products = like.new_empty(layers, batch, 1, like.shape[0])
             matrices = torch.empty(layers, rows, rank + 1, rank, device=like.device)
             found = torch.empty(layers, rows, rank + 1, 1, device=like.device)
-            self.states = matrices[:, :, :rank]
             self.read = torch.empty(rows, rank, device=like.device)
+            self.states = matrices[:, :, :rank]
             self.lanes = []
             for at, weight in enumerate(weights):
-                query = self.products[at, :, : heads * rank].view(batch, heads, rank)
+                query = products[at, :, 0, :size].view(batch, heads, rank)
                 turned, one, product = matrices[at, :, rank], matrices[at], found[at]
                 if self.single:
-                    query, probe, one, product = query.view(rank), turned[0], one[0], product.view(rank + 1)
-                    turned, read, square = probe, product[:rank], product[rank]
+                    query, one, product = query.view(rank), one[0], product.view(rank + 1)
+                    turned = probe = turned[0]
+                    read, square = product[:rank], product[rank]
                 else:
                     probe, read, square = turned[..., None], product[:, :rank, 0], product[:, rank]
                     turned = turned.view(batch, heads, rank)
                 self.lanes.append(
-                    Lane(weight.t(), self.products[at], query, turned, one, probe, product, read, square,
-                         ready.outputs[at])
-                )  # fmt: skip
+                    Lane(weight.t(), products[at, :, 0], query, turned, one, probe, product, read, square)
+                )
+            self._products = products
+            self._exact = (
+                products if products.dtype == torch.float32 else torch.empty_like(products, dtype=torch.float32)
+            )
+            self._parts = ready.memory[0].split(self._exact) if writing else None
+
+    def parts(self) -> Parts:
+        """The products of all layers in float32, [L, B, 1, ...]."""
+        if self._exact is not self._products:
+            self._exact.copy_(self._products)
+        assert self._parts is not None
+        return self._parts
 
 
 class Ready:
-    """What steps need of all layers.
+    """What steps need of all layers, without gradients.
+
+    The parameters become views of what is kept here, so that it has whatever is written into them.
 
     Attributes:
-        products: for each layer the packed weight [3 H r + gates, D].
-        queries: for each layer the first H r rows of it.
-        outputs: for each layer and head the output weight [W, H r], its columns together, and the scale.
-        beta, lam: biases of all layers, [L, 1, 1, gates]; ``lam`` None where the config has none.
-        low: the weights are no float32.
+        weights: for each layer the packed weight [3 H r + gates, D].
+        beta, lam: biases of all layers, [L, 1, 1, H, r or 1]; ``lam`` None where the config has none.
     """
 
     def __init__(self, memory: Sequence[LayerMemory]) -> None:
-        config = memory[0].config
-        self.products = [module.packed_weight().detach() for module in memory]
-        self._size = config.rank * config.num_state_heads
-        self.queries = [weight[: self._size] for weight in self.products]
-        fused = [head for head in config.delta_heads if head != "o" or not config.delta_o_rmsnorm]
-        self.outputs: list[Outputs] = [
-            {head: (module.output_weight(head).detach().t().contiguous().t(), module.scale(head)) for head in fused}
-            for module in memory
-        ]
-        self.beta = torch.stack([module.beta_bias.detach() for module in memory])[:, None, None]
-        self.lam = None
-        if not config.couple_lambda:
-            self.lam = torch.stack([module.lambda_bias.detach() for module in memory])[:, None, None]
-        self.low = self.products[0].dtype != torch.float32
-        self._room: tuple[tuple[int, bool], Room] | None = None
+        self.memory = memory
+        self.weights = [module.packed_weight().detach() for module in memory]
+        shape = len(memory), 1, 1, memory[0].config.num_state_heads, -1
+        self.beta = joined([module.beta_bias for module in memory]).view(shape)
+        self.lam: Tensor | None = None
+        if not memory[0].config.couple_lambda:
+            self.lam = joined([module.lambda_bias for module in memory]).view(shape)
+        # With the number of their rows; of steps that write, and of those that do not.
+        self._rooms: dict[bool, tuple[int, Room]] = {}
 
     def room(self, state: Tensor, writing: bool) -> Room:
         """Buffers for as many rows as the state [B, L, H, r, r] has; kept for the next step of as many."""
         batch, _, heads, rank, _ = state.shape
-        if self._room is None or self._room[0] != (batch, writing):
-            self._room = (batch, writing), Room(self, batch, heads, rank, writing)
-        return self._room[1]
+        found = self._rooms.get(writing)
+        if found is None or found[0] != batch:
+            found = self._rooms[writing] = batch, Room(self, batch, heads, rank, writing)
+        return found[1]
 
 
 class Stack:
-    """The memory of all layers, made ready for steps, and again when a parameter has changed."""
+    """The memory of all layers, made ready for steps, and again when a parameter was replaced or moved."""
 
     def __init__(self, memory: Sequence[LayerMemory]) -> None:
         self.memory = memory
-        self._parameters: list[Tensor] = []
-        self._stamp: tuple[int, ...] = ()
+        names = ["memory_q_proj", "memory_k_proj", "memory_v_proj", "beta_proj", "beta_bias"]
+        self._names = names if memory[0].config.couple_lambda else [*names, "lambda_proj", "lambda_bias"]
+        self._addresses: list[int] = []
         self._ready: Ready | None = None
 
     def ready(self, device: torch.device) -> Ready | None:
-        """What a step needs, without gradients; None where layers lie elsewhere than their states on ``device``.
-
-        Nothing is kept of weights that are being trained: torch does not count every way in which an optimiser
-        changes them.
-        """
-        parameters = [one for module in self.memory for one in module._parameters.values() if one is not None]
-        if any(map(attrgetter("requires_grad"), parameters)):
-            return Ready(self.memory) if {one.device for one in parameters} == {device} else None
-        stamp = stamp_of(parameters)
-        known = len(parameters) == len(self._parameters) and all(map(is_, parameters, self._parameters))
-        if not known or stamp != self._stamp:
-            together = {one.device for one in parameters} == {device}
-            self._parameters, self._stamp = parameters, stamp
+        """What a step needs; None where layers lie elsewhere than their states on ``device``."""
+        parameters = [module._parameters[name] for module in self.memory for name in self._names]
+        if addresses(parameters) != self._addresses:
+            together = len({one.device for one in parameters}) == 1
             self._ready = Ready(self.memory) if together else None
+            self._addresses = addresses(parameters)
         made = self._ready
-        return made if made is None or made.beta.device == device else None
+        return made if made is None or made.weights[0].device == device else None
 
 
 class StepPass(Pass):
@@ -168,7 +162,7 @@ class StepPass(Pass):
     ) -> None:
         super().__init__(memory, state)
         self._ready = ready
-        self._low = ready.low
+        self._scale = None if memory[0].config.trainable_delta_scale else memory[0].config.scale
         self._normalize = memory[0].config.normalize_qk
         self._mask = mask
         self._writing = writing
@@ -183,11 +177,12 @@ class StepPass(Pass):
 
     def _visit(self, index: int, hidden: Tensor) -> Tensor:
         """The read [B, H r] in the dtype of the output weights, to be multiplied by ``_factor``."""
-        room, low = self._room, self._low
-        lane = room.lanes[index]
+        room, lane = self._room, self._room.lanes[index]
         self._seen += 1
+        dtype = lane.weight.dtype
+        low = dtype is not torch.float32
         rows = hidden.view(self._batch, -1)
-        torch.mm(rows if rows.dtype is lane.weight.dtype else rows.to(lane.weight.dtype), lane.weight, out=lane.products)
+        torch.mm(rows if rows.dtype is dtype else rows.to(dtype), lane.weight, out=lane.products)
         if self._normalize and not low:
             torch.tanh(lane.query, out=lane.turned)
         else:
@@ -207,23 +202,23 @@ class StepPass(Pass):
             else:
                 read.copy_(lane.read)
             read = read.view(self._batch, -1)
-        return read.to(lane.weight.dtype) if low else read
+        return read.to(dtype) if low else read
 
     def through(self, place: Place, given: Tensor, output: Tensor) -> Tensor:
         """As ``Pass.through``; the output is changed in place where it can be."""
         index = place.index
         if index != self._at and not place.last:
             self._at, self._now = index, self._visit(index, given)
-        read = self._now
+        read, module = self._now, self.memory[index]
         for head, start in place.heads:
-            fused = self._ready.outputs[index].get(head)
-            if fused is None or output.dtype is not read.dtype or not output.is_contiguous():
+            weight = module.output_weight(head)
+            fits = output.dtype is weight.dtype and output.is_contiguous()
+            if not fits or (head == "o" and module.config.delta_o_rmsnorm):
                 heads, rank = self.state.shape[2:4]
                 whole = (read.float() * self._factor).view(-1, 1, heads, rank)
-                output = self.memory[index].corrected(head, whole, output, start)
+                output = module.corrected(head, whole, output, start)
                 continue
-            weight, scale = fused
-            width = weight.shape[0]
+            width, scale = weight.shape[0], self._scale or module.scale(head)
             if self._room.single:
                 row = output.view(-1)
                 if row.shape[0] != width:
@@ -243,8 +238,8 @@ class StepPass(Pass):
         layers, ready = len(self.memory), self._ready
         if self._seen != layers:
             raise TurnError(f"the model ran {self._seen} of its {layers} steered layers; nothing was written")
-        products = self._room.products.unsqueeze(2)
-        k, v, gates = self.memory[0].written_from(products, ready.beta, ready.lam, self._mask)
+        lam = None if ready.lam is None else ready.lam.float()
+        k, v, gates = self.memory[0].written(self._room.parts(), ready.beta.float(), lam, self._mask)
         rank = self.state.shape[-1]
         rows = (x.reshape(-1, rank) for x in (k, v, *gates))
         after = write_once(self._by_layer.reshape(-1, rank, rank), *rows)

@@ -158,11 +158,12 @@ class Decoder:
 @contextmanager
 def steering(model: Qwen3ForCausalLM, rank: int) -> Iterator[SteeredModel]:
     """The model with random memory weights; taken off at the end."""
-    steered = SteeredModel.attach(model, config=MemoryConfig(rank=rank, alpha=2.0 * rank))
-    for name, parameter in steered.memory.named_parameters():
-        if "delta_" in name:
-            torch.nn.init.normal_(parameter, std=1e-3)
-    steered.memory.requires_grad_(False)
+    with torch.inference_mode(False):
+        steered = SteeredModel.attach(model, config=MemoryConfig(rank=rank, alpha=2.0 * rank))
+        for name, parameter in steered.memory.named_parameters():
+            if "delta_" in name:
+                torch.nn.init.normal_(parameter, std=1e-3)
+        steered.memory.requires_grad_(False)
     try:
         yield steered
     finally:

@@ -41,12 +41,12 @@ class Place(NamedTuple):
     """A projection of a steered layer.
 
     Attributes:
-        index: of the layer.
+        layer: its index among the layers with memory.
         heads: what is corrected in its output, each with the first column of it.
         last: it is the layer's output; the others are given the hidden state.
     """
 
-    index: int
+    layer: int
     heads: tuple[tuple[DeltaHead, int], ...]
     last: bool
 
@@ -65,7 +65,7 @@ class Pass(ABC):
         The first of a layer to run has the layer read the state for its hidden states, which it is ``given``
         ([B, T, D]); the last takes the read away.
         """
-        index = place.index
+        index = place.layer
         if not place.last and index not in self._reads:
             self._reads[index] = self._visit(index, given)
         read = self._reads.pop(index) if place.last else self._reads[index]

@@ -66,11 +66,7 @@ class SteeredModel:
         self._as_loaded = "" if source is None else collect(memory, self.layers, config).fingerprint
         self._pass: Pass | None = None
         self._stack = Stack(self._memory)
-        self._handles = [
-            handle
-            for index, site in enumerate(sites)
-            for handle in self._install(index, site)
-        ]
+        self._handles = [handle for index, site in enumerate(sites) for handle in self._install(index, site)]
 
     @classmethod
     def attach(

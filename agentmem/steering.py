@@ -286,13 +286,13 @@ class LayerMemory(nn.Module):
 def joined(tensors: Sequence[Tensor]) -> Tensor:
     """Tensors one below the other in memory of their own, of which each then is a view.
 
-    Tensors made in inference mode cannot become views: they are copied, and what is written into them later is not seen.
+    Those made in inference mode cannot become views: they are copied, and what is written into them later is not seen.
     """
     # What is made in inference mode could not be changed outside of it.
     with torch.inference_mode(False), torch.no_grad():
         whole = torch.cat([one.detach() for one in tensors])
         if not any(map(Tensor.is_inference, tensors)):
-            for one, rows in zip(tensors, whole.split([len(one) for one in tensors]), strict=True):
+            for one, rows in zip(tensors, torch.split(whole, [len(one) for one in tensors]), strict=True):
                 one.data = rows
     return whole
 

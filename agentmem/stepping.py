@@ -142,7 +142,8 @@ class Stack:
 
     def ready(self, device: torch.device) -> Ready | None:
         """What a step needs; None where layers lie elsewhere than their states on ``device``."""
-        parameters = [module._parameters[name] for module in self.memory for name in self._names]
+        kept = [module._parameters for module in self.memory]
+        parameters = [one for each in kept for name in self._names if (one := each[name]) is not None]
         if addresses(parameters) != self._addresses:
             together = len({one.device for one in parameters}) == 1
             self._ready = Ready(self.memory) if together else None
@@ -206,7 +207,7 @@ class StepPass(Pass):
 
     def through(self, place: Place, given: Tensor, output: Tensor) -> Tensor:
         """As ``Pass.through``; the output is changed in place where it can be."""
-        index = place.index
+        index = place.layer
         if index != self._at and not place.last:
             self._at, self._now = index, self._visit(index, given)
         read, module = self._now, self.memory[index]

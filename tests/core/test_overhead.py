@@ -18,7 +18,8 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "overhead.py"
 @pytest.fixture(scope="module")
 def overhead() -> ModuleType:
     spec = importlib.util.spec_from_file_location("overhead", BENCHMARK)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     # Its dataclasses look their module up.
     with pytest.MonkeyPatch.context() as patch:
@@ -63,9 +64,11 @@ def test_a_missed_bar_is_an_exit_code(overhead: ModuleType, tmp_path: Path, monk
         str(tmp_path / "o.png"),
     )
     code, said = run(overhead, *arguments)
-    assert code == 1 and "99.00 missed" in said
+    assert code == 1
+    assert "99.00 missed" in said
 
 
 def test_what_is_not_known_is_refused(overhead: ModuleType) -> None:
     code, said = run(overhead, "--write", "XSW")
-    assert code == 2 and "XSW" in said
+    assert code == 2
+    assert "XSW" in said

@@ -31,11 +31,11 @@ Form = Callable[..., tuple[Tensor, Tensor]]
 
 RANKS = (8, 16, 32, 64)
 LENGTHS = (1, 16, 32, 64, 96, 128, 256, 512, 2048, 8192)
-CHUNKS = (16, 32, 64, 128)
+CHUNKS = (8, 16, 32, 64)
 # rank: blocked at least so many times as fast as (plain, tight loop), at 8,192 tokens, one row.
-BARS = {8: (15.0, 6.0), 16: (5.0, 2.0)}
-# rows x rank^3 up to which the grid looks: far beyond where blocks pay.
-GRID_WORK = 17_000
+BARS = {8: (20.0, 6.0), 16: (10.0, 3.0), 32: (5.0, 2.0), 64: (3.0, 1.2)}
+# rows x rank up to which the grid looks: beyond where blocks pay.
+GRID_SIZE = 1_024
 # Where the chooser takes blocks it must not be slower than the tight loop by more than the noise of the clock; where it
 # takes the loop it is the loop.
 NOISE = 0.05
@@ -92,8 +92,8 @@ def blocked(chunk: int) -> Form:
 
 
 def table_cell(length: int, rank: int, repeats: int) -> Cell:
-    """All four forms on one row; the blocked one with the chunk the chooser has, or 64 where it takes the loop."""
-    chunk = block_length(1, length, rank) or 64
+    """All four forms on one row; the blocked one with the chunk the chooser has, or 16 where it takes the loop."""
+    chunk = block_length(1, length, rank) or 16
     forms: dict[str, Form] = {
         "plain": scan_reference,
         "tight": scan_loop,
@@ -144,10 +144,10 @@ def grid(console: Console, ranks: Sequence[int], lengths: Sequence[int], repeats
     for name in ("rank", "rows", "tokens", "tight ms", *(f"blocks of {c}" for c in CHUNKS)):
         table.add_column(name, justify="right")
     for rank in ranks:
-        for rows in (1, 2, 4, 8, 32):
+        for rows in (1, 4, 16):
             for length in (n for n in lengths if n >= 2 * min(CHUNKS)):
                 chunks = [c for c in CHUNKS if 2 * c <= length]
-                if rows * rank**3 > GRID_WORK:
+                if rows * rank > GRID_SIZE:
                     continue
                 forms: dict[str, Form] = {"tight": scan_loop} | {str(c): blocked(c) for c in chunks}
                 cell = measure(rows, length, rank, forms, repeats if length < 2048 else max(3, repeats // 3))

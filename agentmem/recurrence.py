@@ -4,7 +4,7 @@
     S_t[i,:] = keep_i S_{t-1}[i,:] - erase_i (S_{t-1}[i,:] . k_t) k_t + write_i v_i k_t
 
 Every form takes ``(state, q, k, v, keep, erase, write)`` with state ``[B, H, r, r]`` and the rest ``[B, T, H,
-r]``, all of one float type (the engine uses float32), and returns ``(y [B, T, H, r], state [B, H, r, r])``.
+r]``, all float32 (the engine's) or all float64, and returns ``(y [B, T, H, r], state [B, H, r, r])``.
 All are differentiable and none changes its arguments. A token that must not write has erase = write = 0 and
 keep = 1.
 

@@ -85,7 +85,7 @@ def nano_build(
     out: Annotated[Path, typer.Argument(help="Where the model goes; an interrupted build there is resumed.")],
     seed: Annotated[int, typer.Option(help="Everything follows from it.")] = 0,
 ) -> None:
-    """Make the embedded model from nothing: tokenizer, base model, adapter (under 45 minutes on 2 cores)."""
+    """Make the embedded model from nothing: tokenizer, base model, adapter (more than an hour on 2 cores)."""
     from agentmem.nano.build import build
 
     build(out, seed=seed)

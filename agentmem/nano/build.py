@@ -45,7 +45,7 @@ _OnStep = Callable[[int, TrainingLog], None]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes and lengths; the defaults make the shipped model.
+    """Sizes and lengths.
 
     The base is trained three times, each time along a cosine: on everything in a curriculum, then twice mostly on tools
     and facts.
@@ -113,20 +113,14 @@ def build(
                 "base": _base(
                     work, model, tokenizer, seed, recipe, processes, _shower(progress, "base", recipe.base_steps)
                 ),
-                "skills": _skills(
-                    work, model, tokenizer, seed + 1, recipe, processes, _shower(progress, "skills", recipe.skill_steps)
-                ),
-                "again": _skills(
-                    work,
-                    model,
-                    tokenizer,
-                    seed + 2,
-                    recipe,
-                    processes,
-                    _shower(progress, "again", recipe.again_steps),
-                    again=True,
-                ),
             }
+            skills = {
+                "skills": Plan(recipe.skill_steps, recipe.skill_rate, warmup=30),
+                "again": Plan(recipe.again_steps, recipe.again_rate, warmup=30),
+            }
+            for number, (name, plan) in enumerate(skills.items(), 1):
+                shower = _shower(progress, name, plan.steps)
+                logs[name] = _skills(work, name, model, tokenizer, seed + number, recipe, plan, processes, shower)
             _round(model)
             steered = SteeredModel.attach(model, config=recipe.memory, seed=seed)
             logs["adapter"] = _memory(
@@ -178,19 +172,19 @@ def _base(
 
 def _skills(
     work: Path,
+    name: str,
     model: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     recipe: Recipe,
+    plan: Plan,
     processes: int,
     on_step: _OnStep,
-    *,
-    again: bool = False,
 ) -> TrainingLog:
-    steps, rate = (recipe.again_steps, recipe.again_rate) if again else (recipe.skill_steps, recipe.skill_rate)
-    batches = BaseBatches(tokenizer, seed=seed, episodes=recipe.skill_episodes, steps=steps, skills=recipe.skill_share)
-    checkpoint = work / f"{'again' if again else 'skills'}.safetensors"
-    plan = Plan(steps, rate, warmup=30)
+    batches = BaseBatches(
+        tokenizer, seed=seed, episodes=recipe.skill_episodes, steps=plan.steps, skills=recipe.skill_share
+    )
+    checkpoint = work / f"{name}.safetensors"
     return pretrain(model, batches, plan, seed=seed, processes=processes, checkpoint=checkpoint, on_step=on_step)
 
 

@@ -18,7 +18,7 @@ from agentmem.nano.requests import request_of, unoffered
 Turn = tuple[Message, ...]
 Tools = tuple[Mapping[str, Any], ...]
 STRANGE = 0.2
-"""The share of told and changed values that are none of their attribute's pool."""
+"""The share of told and changed values that are drawn from all words instead of their attribute's pool."""
 _ANY = tuple(sorted({*VERBS, *(v for a in ATTRIBUTES.values() for v in a.values if " " not in v and not v.isdigit())}))
 PROJECT = tuple(sorted(a.name for a in ATTRIBUTES.values() if a.owner == "project"))
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from agentmem.errors import UnsupportedModelError
+
 NAME = "agentmem_blocks"
 _STEP = 16  # lengths up to which blocks are laid side by side whatever they are
 
@@ -64,10 +66,19 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """query [B, H, T, D], key and value [B, G, T, D]; returns [B, T, H, D]. The layout stands in for the mask."""
     layout = _layout.get()
+    longest = max(taken.shape[1] for taken in layout.taken)
+    if softcap is not None or s_aux is not None or (sliding_window is not None and sliding_window < longest):
+        raise UnsupportedModelError(
+            f"training needs plain causal attention; this model's has a window of {sliding_window} tokens (turns here "
+            f"have {longest}), capped scores or sinks; train on shorter turns, or another model"
+        )
     batch, heads, length, size = query.shape
 
     flat = [x.transpose(1, 2).reshape(batch * length, -1) for x in (query, key, value)]
@@ -90,6 +101,9 @@ def attending_apart(model: PreTrainedModel, blocks: Tensor) -> Iterator[None]:
     """Let each token of [B, T] attend to earlier tokens of its own run of equal ``blocks`` [B, T] alone.
 
     No mask may be given meanwhile: padding is a block of its own, at the end of a row.
+
+    Raises:
+        UnsupportedModelError: from the model's call, where its attention is more than causal.
     """
     before = model.config._attn_implementation
     token = _layout.set(_Layout.of(blocks))

@@ -90,12 +90,13 @@ def fit(
         loss_of: the scalar loss of a step, counted from 0, and one of its ``PARTS`` parts, with its graph; the losses
             of a step's parts add up to the step's.
         plan: steps and rates.
-        processes: how many compute the parts; the result is the same to the bit.
+        processes: how many compute the parts, at most ``PARTS``, of one thread each; the bits are those of one process
+            with one thread.
         checkpoint: a file to resume from if it exists and to save to; None keeps nothing.
         on_step: called after every step with the number of steps done and the log.
 
     Raises:
-        ConfigError: the checkpoint is of other parameters, or of a run that was planned otherwise.
+        ConfigError: the checkpoint is of other parameters, or of a run that was planned otherwise; no process.
         FloatingPointError: the loss is not finite; the last checkpoint is intact.
         TrainingError: a process failed; the last checkpoint is intact.
     """

@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from agentmem.errors import TrainingError
+from agentmem.errors import ConfigError, TrainingError
 
 PartLoss = Callable[[int, int], Tensor]
 """The loss of a part (its number) of a step: the parts' losses add up to that of the step."""
@@ -30,10 +30,15 @@ class Parts:
         loss_of: the loss of a step's part, with its graph; without one where the part counts nothing.
         count: parts of a step.
         processes: how many there are, this one included; at most ``count`` are used. More than one needs a system that
-            can fork.
+            can fork, and each has one thread meanwhile.
+
+    Raises:
+        ConfigError: there is to be no process.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], loss_of: PartLoss, *, count: int, processes: int) -> None:
+        if processes < 1:
+            raise ConfigError(f"training needs at least 1 process, found processes={processes}; leave it out for one")
         self._parameters = list(parameters)
         self._loss_of = loss_of
         self._count = count
@@ -44,7 +49,9 @@ class Parts:
         self._found: dict[int, list[Tensor]] = {}
 
     def __enter__(self) -> Self:
+        self._threads = torch.get_num_threads()
         if len(self._shares) > 1:
+            torch.set_num_threads(1)  # as in the workers: sums of several threads have other bits
             self._fork()
         return self
 
@@ -56,6 +63,7 @@ class Parts:
                 process.kill()
                 process.join()
         self._workers = []
+        torch.set_num_threads(self._threads)
 
     def run(self, step: int) -> float:
         """The loss of a step; the gradients are left in the parameters (None where no part reaches one).
@@ -104,6 +112,7 @@ class Parts:
 
     def _serve(self, pipe: Connection, ends: Sequence[Connection], share: range) -> None:
         """A worker's life: a step's number comes, losses and which gradients there are go back."""
+        torch.set_num_threads(1)  # what the first process had of a pool of threads is not here
         for end in ends:
             end.close()  # held here too, the end of the first process would not be noticed
         while True:
@@ -126,6 +135,10 @@ class Parts:
         self, process: multiprocessing.process.BaseProcess, pipe: Connection, part: int
     ) -> tuple[float, list[Tensor | None]]:
         try:
+            # A worker that is gone is noticed by its end of the pipe, unless a child of its own still holds it.
+            while not pipe.poll(5.0):
+                if not process.is_alive():
+                    raise EOFError
             answer = pipe.recv()
         except (EOFError, OSError):
             process.join(timeout=5)

@@ -76,7 +76,7 @@ def pretrain(
     checkpoint: Path | None = None,
     on_step: Callable[[int, TrainingLog], None] | None = None,
 ) -> TrainingLog:
-    """Train all of ``model`` in place on the batches that ``batch_of`` gives for each step; errors as `fit`'s."""
+    """Train what is not frozen of ``model`` in place, on the batches that ``batch_of`` gives; errors as `fit`'s."""
     model.train()
 
     def loss_of(step: int, part: int) -> Tensor:
@@ -84,6 +84,13 @@ def pretrain(
         return lm_loss(model, batch_of(step), generator, slice(part, None, PARTS))
 
     try:
-        return fit(model.named_parameters(), loss_of, plan, processes=processes, checkpoint=checkpoint, on_step=on_step)
+        return fit(
+            [(name, p) for name, p in model.named_parameters() if p.requires_grad],
+            loss_of,
+            plan,
+            processes=processes,
+            checkpoint=checkpoint,
+            on_step=on_step,
+        )
     finally:
         model.eval()

@@ -11,16 +11,27 @@ from sqlalchemy import Connection
 
 
 class Idle:
-    """The connection that was last used, if nobody uses it. Thread-safe without a lock: every step is one of a list's.
+    """The connection that was last used, kept while nobody is at work. Thread-safe without a lock: what is counted and
+    what is kept are lists, of which every step is one.
 
     Attributes:
-        round: counts up whenever connections may have gone bad. Who took one in an earlier round gives it to the pool.
+        round: another object whenever connections may have gone bad. Who took one in an earlier round gives it to the
+            pool.
     """
 
     def __init__(self) -> None:
-        self.round = 0
+        self.round = object()
         self._closed = False
+        self._users: list[None] = []
         self._kept: list[Connection] = []  # one, or now and then as many as came at the same moment
+
+    def enter(self) -> None:
+        """Somebody begins to work, and may have to wait for a connection; `leave` follows in any case."""
+        self._users.append(None)
+
+    def leave(self) -> None:
+        """Somebody has ended, connection and all."""
+        self._users.pop()
 
     def take(self) -> Connection | None:
         """The connection, which is then the caller's; None if there is none."""
@@ -29,22 +40,23 @@ class Idle:
         except IndexError:
             return None
 
-    def keep(self, connection: Connection, since: int) -> None:
+    def keep(self, connection: Connection, since: object) -> None:
         """Keep a connection that was taken in the round ``since``, or give it to the pool."""
         # The pool ends what SQLAlchemy takes for a transaction, and the options of the one who used it.
         used = connection.in_transaction() or (
             connection.get_execution_options() is not connection.engine.get_execution_options()
         )
-        if used or self._kept or self._closed or since != self.round:
+        if used or self._kept or not self._may_keep(since):
             connection.close()
             return
         self._kept.append(connection)
-        if self._closed or since != self.round:  # by now
+        # Whoever came after the question looks for a kept one first; whoever came before it waits for the pool's.
+        if not self._may_keep(since):
             self.release()
 
     def release(self) -> None:
         """Give what is kept to the pool, and what is in use too when it comes back."""
-        self.round += 1
+        self.round = object()
         while (connection := self.take()) is not None:
             connection.close()
 
@@ -52,3 +64,7 @@ class Idle:
         """Keep nothing any more."""
         self._closed = True
         self.release()
+
+    def _may_keep(self, since: object) -> bool:
+        """Others at work may be waiting for a connection, and the pool wakes them only when one comes back to it."""
+        return len(self._users) <= 1 and not self._closed and since is self.round

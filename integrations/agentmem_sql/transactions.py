@@ -60,17 +60,21 @@ class Transactions:
         if idle is None:
             with connect(engine) as connection:
                 return do(connection, work)
-        since = idle.round
-        connection = idle.take() or connect(engine)
+        idle.enter()
         try:
-            result = do(connection, work)
-        except BaseException:
-            # If the connection was lost, so were the others, and the work may be run again only once.
-            idle.release()
-            connection.close()
-            raise
-        idle.keep(connection, since)
-        return result
+            since = idle.round
+            connection = idle.take() or connect(engine)
+            try:
+                result = do(connection, work)
+            except BaseException:
+                # If the connection was lost, so were the others, and the work may be run again only once.
+                idle.release()
+                connection.close()
+                raise
+            idle.keep(connection, since)
+            return result
+        finally:
+            idle.leave()
 
     def _read_on(self, connection: Connection, work: Work[T]) -> T:
         if self.before_read is not None:

@@ -6,7 +6,7 @@ import hashlib
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -62,9 +62,8 @@ def test_pictures_show_the_results_that_are_there(picture: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
-    if find_spec("sphinx") is None:
-        pytest.skip("the group docs is not installed: make docs installs it")
+def test_the_site_builds_without_a_warning(tmp_path: Path, needs: Callable[[object, str], None]) -> None:
+    needs(find_spec("sphinx"), "the dependency group docs (make docs installs it)")
     build = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", str(tmp_path / "doctrees")]
     done = subprocess.run([*build, str(DOCS), str(tmp_path / "site")], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

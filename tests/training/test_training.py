@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from agentmem import MemoryConfig, SteeredModel
-from agentmem.errors import ConfigError, TrainingError
+from agentmem.errors import ConfigError, TrainingError, UnsupportedModelError
 from agentmem.nano.model import tie_twins
 from agentmem.training.adapter import MemoryBatch, PassBatch, Row, memory_batch, memory_loss, run_pass, train_adapter
 from agentmem.training.loop import PARTS, Plan
@@ -141,6 +141,42 @@ def test_a_worker_that_is_killed_is_noticed() -> None:
         pretrain(micro(), fatal, Plan(6, 5e-3), seed=0, processes=2)
 
 
+def test_processes_train_after_torch_had_threads_of_its_own() -> None:
+    """A fork has none of its parent's threads, and must not wait for them."""
+    torch.set_num_threads(2)
+    torch.randn(512, 512) @ torch.randn(512, 512)
+    pretrain(micro(), lm_batch, Plan(2, 5e-3), seed=0, processes=2)
+    assert torch.get_num_threads() == 2
+
+
+def test_what_is_frozen_stays_as_it_was() -> None:
+    model = micro()
+    frozen = model.get_input_embeddings().weight.requires_grad_(False)
+    before = frozen.detach().clone()
+    pretrain(model, lm_batch, Plan(2, 5e-3), seed=0)
+    assert torch.equal(frozen, before)
+
+
+def test_turns_longer_than_a_models_window_are_refused() -> None:
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=3,
+    )
+    steered = SteeredModel.attach(MistralForCausalLM(config), config=MemoryConfig(rank=4))
+    row = Row()
+    row.extend([1, 2, 3], write=True, weight=1.0)
+    run_pass(steered, PassBatch.of([row], 0), None)
+    row.extend([4], write=True, weight=1.0)
+    with pytest.raises(UnsupportedModelError, match="window of 3 tokens"):
+        run_pass(steered, PassBatch.of([row], 0), None)
+
+
 def test_a_finished_run_is_only_loaded(tmp_path: Path) -> None:
     plan, file, model = Plan(3, 5e-3), tmp_path / "base.safetensors", micro()
     pretrain(model, lm_batch, plan, seed=0, checkpoint=file)
@@ -166,6 +202,8 @@ def test_a_checkpoint_of_another_plan_or_model_is_refused(tmp_path: Path) -> Non
 def test_impossible_plans_are_refused() -> None:
     with pytest.raises(ConfigError, match="steps"):
         Plan(0, 1e-3)
+    with pytest.raises(ConfigError, match="at least 1 process"):
+        pretrain(micro(), lm_batch, Plan(1, 1e-3), seed=0, processes=0)
 
 
 def memory_of(step: int) -> MemoryBatch:

@@ -54,6 +54,7 @@ def ours(state: Tensor) -> Tensor:
     return state.transpose(0, 1)
 
 
+@pytest.mark.slow  # the pieces of the next test are scanned by the same kernels
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_prefill(case: str, device: torch.device, launched: dict[str, int]) -> None:

@@ -226,7 +226,7 @@ def test_the_adapter_learns_to_answer_from_the_state_and_the_base_stays_as_it_wa
     model = micro()
     before = [p.detach().clone() for p in model.parameters()]
     steered = SteeredModel.attach(model, config=MemoryConfig(rank=8, alpha=16, couple_lambda=False))
-    log = train_adapter(steered, memory_of, Plan(250, 2e-2, warmup=10, weight_decay=0.0))
+    log = train_adapter(steered, memory_of, Plan(130, 2e-2, warmup=10, weight_decay=0.0))
     assert log.recent(10) < 0.5
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(p.requires_grad and p.grad is None for p in model.parameters())

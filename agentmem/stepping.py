@@ -195,6 +195,9 @@ class StepPass(Pass):
             torch.mv(lane.matrices, lane.probe, out=lane.found)
             if self._normalize:
                 self._factor = 1.0 / max(sqrt(lane.square.item()), NORM_EPS)
+                if low:
+                    # Rounded where several rows round it, so that a session is close to itself in company.
+                    read, self._factor = read * self._factor, 1.0
         else:
             read = room.read
             torch.bmm(lane.matrices, lane.probe, out=lane.found)

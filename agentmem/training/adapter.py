@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -198,11 +199,12 @@ def train_adapter(
     frozen = [p for p in steered.model.parameters() if p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
+    drawn = lru_cache(maxsize=1)(batch_of)  # a process that has all parts of a step draws its batch once
     trained = [(name, p) for name, p in steered.memory.named_parameters() if p.requires_grad]
     try:
         return fit(
             trained,
-            lambda step, part: memory_loss(steered, batch_of(step), write_weight=write_weight, part=part),
+            lambda step, part: memory_loss(steered, drawn(step), write_weight=write_weight, part=part),
             plan,
             processes=processes,
             checkpoint=checkpoint,

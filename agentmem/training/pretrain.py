@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -78,10 +79,11 @@ def pretrain(
 ) -> TrainingLog:
     """Train what is not frozen of ``model`` in place, on the batches that ``batch_of`` gives; errors as `fit`'s."""
     model.train()
+    drawn = lru_cache(maxsize=1)(batch_of)  # a process that has all parts of a step draws its batch once
 
     def loss_of(step: int, part: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        return lm_loss(model, batch_of(step), generator, slice(part, None, PARTS))
+        return lm_loss(model, drawn(step), generator, slice(part, None, PARTS))
 
     try:
         return fit(

@@ -1,10 +1,10 @@
 """What happens in the layers during one steered call: who reads what, and what is written when.
 
 A pass hands every layer its read, in the order in which the model's hooks ask for it, and returns the state at its
-end. ``TokenPass``: token t reads the state that token t - 1 left (``stepping.StepPass`` is the same for one token a
-row). ``SegmentPass``: every token reads the state from before the pass; sums of hidden states gather by segment, and
-at its end each segment writes once, from its mean, in ascending order. Sums may travel from call to call as
-``Pending``, so that one pass can be cut anywhere.
+end. ``TokenPass``: token t reads the state that token t - 1 left. ``SegmentPass``: every token reads the state from
+before the pass; sums of hidden states gather by segment, and at its end each segment writes once, from its mean, in
+ascending order. Sums may travel from call to call as ``Pending``, so that one pass can be cut anywhere.
+``stepping.StepPass`` and ``stepping.GatherPass`` are the same for one token a row.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class Pending:
     """An open pass: sums over the tokens seen so far. Opaque to callers.
 
     Attributes:
-        ids: [S] int64, ascending, the segments seen in any row.
+        ids: ascending, the S segments seen in any row.
         counts: [B, S] float32, tokens of each.
-        sums: for each layer [B, S, D] float32, the sum of their hidden states.
+        sums: for each layer [B, S, D] float32, the sum of their hidden states; one tensor [L, B, S, D] after a step.
     """
 
-    ids: Tensor
+    ids: tuple[int, ...]
     counts: Tensor
-    sums: tuple[Tensor, ...]
+    sums: Tensor | tuple[Tensor, ...]
 
 
 class Place(NamedTuple):
@@ -119,25 +119,26 @@ def scan(
 class SegmentPass(Pass):
     """Gathers hidden states by segment.
 
-    ``ids`` [S] are the segments of this call and of ``before``; ``slots`` [B, T] names each token's place
-    among them, S where it is not written. None: this call only reads, and ``ids`` are those of ``before``.
+    Args:
+        memory, state: of all layers.
+        segments: [B, T] int64, each token's segment, -1 where it is not written; None = only read.
+        before: what the calls before gathered in the same pass.
     """
 
     def __init__(
-        self,
-        memory: Sequence[LayerMemory],
-        state: Tensor,
-        ids: Tensor,
-        slots: Tensor | None,
-        before: Pending | None,
+        self, memory: Sequence[LayerMemory], state: Tensor, segments: Tensor | None, before: Pending | None
     ) -> None:
         super().__init__(memory, state)
-        self._ids = ids
         self._before = before
+        self._ids: tuple[int, ...] = ()
         self._member: Tensor | None = None
         self._sums: dict[int, Tensor] = {}
-        if slots is not None:
-            self._member = torch.nn.functional.one_hot(slots, len(ids) + 1)[..., :-1].float()
+        if segments is not None:
+            segments = segments.contiguous()
+            seen = torch.unique(segments)
+            self._ids = joined_ids(seen[seen >= 0].tolist(), before)
+            known = torch.tensor(self._ids, dtype=torch.int64, device=segments.device)
+            self._member = (segments[..., None] == known).float()
 
     def _visit(self, index: int, hidden: Tensor) -> Tensor:
         if self._member is not None:
@@ -146,48 +147,41 @@ class SegmentPass(Pass):
         return self._query(index, hidden)
 
     def end(self, close: bool) -> tuple[Tensor, Pending | None]:
-        total = self._total()
-        if total is None:
-            return self.state, None
-        if not close:
-            return self.state, total
-        written = {}
-        for index, module in enumerate(self.memory):
-            counts = total.counts.to(total.sums[index].device)
-            mean = total.sums[index] / counts.clamp_min(1.0).unsqueeze(-1)
-            q, k, v, (keep, erase, write) = module.project(mean, counts > 0)
-            start = self.state[:, index].to(q.device)
-            _, written[index] = scan(start, q, k, v, keep, erase, write)
-        return _stack(self.state, written), None
+        return ended(self.memory, self.state, self._total(), close)
 
     def _total(self) -> Pending | None:
         """Sums of this call and the calls before it; None where no segment was ever seen."""
         before = self._before
-        if len(self._ids) == 0 or self._member is None:
+        if self._member is None or not self._ids:
             return before
         counts = self._member.sum(1)
         sums = tuple(self._sums[index] for index in range(len(self.memory)))
         if before is not None:
-            # The segments of the calls before, at their places among all segments.
-            place = torch.searchsorted(self._ids, before.ids)
+            place = torch.tensor([self._ids.index(one) for one in before.ids])
             counts = _add_at(counts, before.counts, place)
             sums = tuple(_add_at(new, old, place) for new, old in zip(sums, before.sums, strict=True))
         return Pending(self._ids, counts, sums)
 
 
-def segment_pass(
-    memory: Sequence[LayerMemory], state: Tensor, segments: Tensor | None, pending: Pending | None
-) -> SegmentPass:
-    """A pass over ``segments`` [B, T] (None = only read), continuing ``pending`` where one is given."""
-    if segments is None:
-        ids = pending.ids if pending is not None else torch.zeros(0, dtype=torch.int64, device=state.device)
-        return SegmentPass(memory, state, ids, None, pending)
-    segments = segments.contiguous()
-    seen = torch.unique(segments)
-    seen = seen[seen >= 0]
-    ids = torch.unique(torch.cat((pending.ids, seen))) if pending is not None else seen
-    slots = torch.where(segments >= 0, torch.searchsorted(ids, segments), len(ids))
-    return SegmentPass(memory, state, ids, slots, pending)
+def joined_ids(seen: Sequence[int], before: Pending | None) -> tuple[int, ...]:
+    """The segments of a call and of the calls before it, ascending."""
+    return tuple(sorted({*seen, *before.ids} if before is not None else seen))
+
+
+def ended(
+    memory: Sequence[LayerMemory], state: Tensor, total: Pending | None, close: bool
+) -> tuple[Tensor, Pending | None]:
+    """What a pass that gathers returns at its end: where it closes, each segment writes once."""
+    if total is None or not close:
+        return state, total
+    written = {}
+    for index, module in enumerate(memory):
+        sums = total.sums[index]
+        counts = total.counts.to(sums.device)
+        mean = sums / counts.clamp_min(1.0).unsqueeze(-1)
+        q, k, v, (keep, erase, write) = module.project(mean, counts > 0)
+        _, written[index] = scan(state[:, index].to(q.device), q, k, v, keep, erase, write)
+    return _stack(state, written), None
 
 
 def _add_at(new: Tensor, old: Tensor, place: Tensor) -> Tensor:

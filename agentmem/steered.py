@@ -21,10 +21,10 @@ from agentmem.config import DeltaHead, MemoryConfig
 from agentmem.errors import AdapterError, ConfigError, SegmentsRequiredError, StateMismatchError, TurnError
 from agentmem.fingerprint import model_fingerprint
 from agentmem.kernels import runs_triton
-from agentmem.passes import Pass, Pending, Place, TokenPass, segment_pass
+from agentmem.passes import Pass, Pending, Place, SegmentPass, TokenPass
 from agentmem.pooled import BatchPass
 from agentmem.steering import LayerMemory
-from agentmem.stepping import Stack, StepPass
+from agentmem.stepping import GatherPass, Stack, StepPass
 
 __all__ = ["Pending", "SteeredModel", "SteeredOutput"]
 
@@ -242,10 +242,10 @@ class SteeredModel:
         if isinstance(write, Tensor):
             writing = bool(write.any())
             mask = write.bool() if mask is None else mask & write.bool()
+        ready = self._stack.ready(state.device) if length == 1 and not torch.is_grad_enabled() else None
         if not by_segment:
             if segments is not None:
                 mask = segments >= 0 if mask is None else mask & (segments >= 0)
-            ready = self._stack.ready(state.device) if length == 1 and not torch.is_grad_enabled() else None
             if ready is not None and runs_triton(state.device):
                 return BatchPass(self._memory, state, mask, writing)
             if ready is not None:
@@ -258,7 +258,10 @@ class SteeredModel:
             )
         if segments is not None and mask is not None:
             segments = torch.where(mask, segments, -1)
-        return segment_pass(self._memory, state, segments if writing else None, pending)
+        segments = segments if writing else None
+        if ready is not None and not runs_triton(state.device):
+            return GatherPass(self._memory, ready, state, segments, pending)
+        return SegmentPass(self._memory, state, segments, pending)
 
     def _install(self, index: int, site: AttentionSite) -> list[Any]:
         by_module: dict[nn.Module, list[tuple[DeltaHead, int]]] = {site.first: []}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from agentmem.errors import TurnError
-from agentmem.passes import Pass, Pending, Place
+from agentmem.passes import Pass, Pending, Place, ended, joined_ids
 from agentmem.recurrence import write_once
 from agentmem.steering import NORM_EPS, LayerMemory, Parts, addresses, joined
 
@@ -239,9 +239,8 @@ class StepPass(Pass):
         """The state after the token."""
         if not self._writing:
             return self.state, None
+        self._need_all()
         layers, ready = len(self.memory), self._ready
-        if self._seen != layers:
-            raise TurnError(f"the model ran {self._seen} of its {layers} steered layers; nothing was written")
         lam = None if ready.lam is None else ready.lam.float()
         k, v, gates = self.memory[0].written(self._room.parts(), ready.beta.float(), lam, self._mask)
         rank = self.state.shape[-1]
@@ -249,3 +248,56 @@ class StepPass(Pass):
         after = write_once(self._by_layer.reshape(-1, rank, rank), *rows)
         # Layers outermost in memory, as the next token wants them.
         return after.view(layers, *self.state.shape[:1], *self.state.shape[2:]).transpose(0, 1), None
+
+    def _need_all(self) -> None:
+        if self._seen != len(self.memory):
+            raise TurnError(f"the model ran {self._seen} of its {len(self.memory)} steered layers; nothing was written")
+
+
+class GatherPass(StepPass):
+    """One token a row for adapters that write by message or sentence: it reads, and joins the sums of its segment.
+
+    Args:
+        memory, ready, state: as of a ``StepPass``.
+        segments: [B, 1] int64, -1 where a token is not written; None = only read.
+        before: what the calls before gathered in the same pass.
+    """
+
+    def __init__(
+        self,
+        memory: Sequence[LayerMemory],
+        ready: Ready,
+        state: Tensor,
+        segments: Tensor | None,
+        before: Pending | None,
+    ) -> None:
+        super().__init__(memory, ready, state, None, False)
+        self._before = before
+        self._segments: list[int] = [] if segments is None else segments.flatten().tolist()
+        self._hidden: list[Tensor] = []
+
+    def _visit(self, index: int, hidden: Tensor) -> Tensor:
+        self._hidden.append(hidden)
+        return super()._visit(index, hidden)
+
+    def end(self, close: bool) -> tuple[Tensor, Pending | None]:
+        """The state, and what is gathered where the pass stays open."""
+        total = self._before
+        if seen := {one for one in self._segments if one >= 0}:
+            self._need_all()
+            total = self._joined(joined_ids(sorted(seen), self._before))
+        return ended(self.memory, self.state, total, close)
+
+    def _joined(self, ids: tuple[int, ...]) -> Pending:
+        before, batch = self._before, self._batch
+        hidden = torch.stack(self._hidden).view(len(self.memory), batch, 1, -1).float()
+        member = torch.tensor([[float(own == one) for one in ids] for own in self._segments], device=hidden.device)
+        counts, sums = (torch.zeros_like(member) if before is None else before.counts), None
+        if before is not None:
+            sums = before.sums if isinstance(before.sums, Tensor) else torch.stack(before.sums)
+            if ids != before.ids:
+                place = torch.tensor([ids.index(one) for one in before.ids], device=hidden.device)
+                counts = torch.zeros_like(member).index_copy_(1, place, before.counts)
+                sums = sums.new_zeros(*sums.shape[:2], len(ids), sums.shape[3]).index_copy_(2, place, sums)
+        own = member[..., None]
+        return Pending(ids, counts + member, own * hidden if sums is None else torch.addcmul(sums, own, hidden))

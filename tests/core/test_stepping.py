@@ -55,6 +55,48 @@ def test_steps_are_a_pass(family: str, form: str) -> None:
         compare(steered, writes)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "phi3"])
+@pytest.mark.parametrize("form", ["plain", "several heads", "not normalised", "all heads", "some layers"])
+def test_steps_gather_what_a_pass_gathers(family: str, form: str) -> None:
+    """Adapters that write by sentence: segments that rows share, open, leave and come back to, and unwritten tokens."""
+    steered = steer(tiny(family), write_strategy="sentence", **FORMS[form])
+    ids = random_ids(3, 8)
+    segments = torch.tensor([[0, 0, 1, 1, -1, 1, 3, 3], [-1, 0, 0, 2, 2, 0, 0, -1], [-1] * 8])
+    start = torch.randn(3, *steered.state_shape, generator=torch.Generator().manual_seed(2)) * 0.3
+    with torch.inference_mode():
+        whole = steered(ids, start, segments=segments)
+        for several in (0, 3):  # tokens of the pass that are read together before the single ones
+            state, cache, pending, logits = start, None, None, []
+            parts = [slice(0, several)] * (several > 0) + [slice(at, at + 1) for at in range(several, 8)]
+            for part in parts:
+                last = part.stop == 8
+                given = {"segments": segments[:, part], "cache": cache or True, "pending": pending, "close": last}
+                out = steered(ids[:, part], state, **given)
+                if not last:
+                    assert out.state is state, "nothing is written before the pass is closed"
+                state, cache, pending = out.state, out.cache, out.pending
+                logits.append(out.logits)
+            assert pending is None
+            torch.testing.assert_close(torch.cat(logits, 1), whole.logits, atol=2e-5, rtol=2e-5)
+            torch.testing.assert_close(state, whole.state, atol=2e-5, rtol=2e-5)
+
+
+def test_a_step_that_only_reads_leaves_an_open_pass_open() -> None:
+    steered = steer(tiny("qwen3"), write_strategy="message")
+    ids, segments = random_ids(1, 4), torch.zeros(1, 1, dtype=torch.int64)
+    with torch.inference_mode():
+        opened = steered(ids[:, :1], segments=segments, cache=True, close=False)
+        sums = [one.clone() for one in opened.pending.sums]
+        read = steered(ids[:, 1:2], opened.state, write=False, cache=opened.cache, pending=opened.pending, close=False)
+        assert read.pending is opened.pending
+        more = steered(ids[:, 2:3], read.state, segments=segments, cache=True, pending=read.pending, close=False)
+        assert all(torch.equal(one, was) for one, was in zip(opened.pending.sums, sums, strict=True))
+        assert float(more.pending.counts) == 2
+        closed = steered(ids[:, 3:4], read.state, write=False, cache=True, pending=read.pending)
+    assert closed.pending is None
+    assert not torch.equal(closed.state, opened.state)
+
+
 def _assigned(module: nn.Module) -> None:
     module.load_state_dict({name: 2 * one for name, one in module.state_dict().items()}, assign=True)
 

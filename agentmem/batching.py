@@ -13,14 +13,14 @@ again row by row, so that the failure is that of the session that causes it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from operator import is_not
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from agentmem.errors import ConfigError
+from agentmem.replay import Replay, replays
+from agentmem.seating import Block
 from agentmem.steered import mask_for
 from agentmem.worker import Shared, Team
 
@@ -42,141 +42,6 @@ class Want(Shared):
         self.segment = segment
 
 
-class Seat:
-    """A row in a block, and how many tokens it holds."""
-
-    def __init__(self, block: Block, row: int, length: int) -> None:
-        self.block = block
-        self.row = row
-        self.length = length
-
-
-class Block:
-    """KV and states of some sessions; rows are dense.
-
-    For each layer keys and values [rows, heads, capacity, d]. What is not read yet is zero: attention gives it no
-    weight, but no weight times NaN would be NaN.
-    """
-
-    def __init__(self, like: Any, capacity: int) -> None:
-        from transformers import Cache
-
-        self.capacity = capacity
-        self.seats: list[Seat] = []
-        self._kv = [
-            tuple(part.new_zeros(1, part.shape[1], capacity, part.shape[3]) for part in (layer.keys, layer.values))
-            for layer in like.layers
-        ]
-        self._layers = [_layer_class()() for _ in self._kv]
-        self._cache = Cache(layers=self._layers)
-        # The states after the last pass, all in one tensor, and the row of it that each session was given.
-        self._pool: Tensor | None = None
-        self._given: list[Tensor] = []
-
-    def sit(self, own: Any, length: int) -> Seat:
-        """Copy a session's cache of ``length`` tokens into a new row."""
-        row = len(self.seats)
-        if row == self._kv[0][0].shape[0]:
-            self._kv = [tuple(torch.cat((part, torch.zeros_like(part))) for part in layer) for layer in self._kv]
-        for parts, layer in zip(self._kv, own.layers, strict=True):
-            for part, read in zip(parts, (layer.keys, layer.values), strict=True):
-                part[row, :, :length] = read[0, :, :length]
-        seat = Seat(self, row, length)
-        self.seats.append(seat)
-        return seat
-
-    def read(self, seat: Seat, own: Any) -> None:
-        """Bring a session's own cache to what its row holds now."""
-        start = int(own.get_seq_length())
-        for index, parts in enumerate(self._kv):
-            new = [part[seat.row : seat.row + 1, :, start : seat.length] for part in parts]
-            if new[0].shape[2]:
-                own.update(*new, index)
-
-    def free(self, seat: Seat) -> None:
-        """Give a row up; the last row moves into its place. What is free is zero again."""
-        last = self.seats.pop()
-        self._pool, self._given = None, []
-        for parts in self._kv:
-            for part in parts:
-                if last is not seat:
-                    part[seat.row] = part[last.row]
-                part[last.row] = 0
-        if last is not seat:
-            last.row = seat.row
-            self.seats[last.row] = last
-
-    def view(self) -> tuple[Any, Tensor, Tensor]:
-        """A cache for one more token in every row, the places of those [rows, 1], and where each may look.
-
-        The last [rows, 1, 1, longest + 1] bool. What an earlier call gave is no longer of use.
-        """
-        device = self._kv[0][0].device
-        lengths = [seat.length for seat in self.seats]
-        rows, width = len(lengths), max(lengths) + 1
-        places = torch.tensor(lengths, device=device)[:, None]
-        behind: dict[tuple[int, torch.device], Tensor] = {}
-        for layer, parts in zip(self._layers, self._kv, strict=True):
-            heads, at = parts[0].shape[1], parts[0].device
-            if (heads, at) not in behind:  # the same for all layers but in odd models
-                starts = torch.arange(0, rows * heads * self.capacity, self.capacity, device=at).view(rows, heads)
-                behind[heads, at] = (starts + places.to(at)).view(-1)
-            layer.point(parts, behind[heads, at], rows, width)
-        allowed = torch.arange(width, device=device) <= places
-        return self._cache, places, allowed[:, None, None]
-
-    def states(self, wanted: Sequence[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
-        """The states of all rows in one tensor, and one by one; where none is wanted any will do.
-
-        Without a copy where they are as the last pass left them.
-        """
-        known = len(self._given)
-        spare = next(state for state in wanted if state is not None)
-        given = [
-            state if state is not None else self._given[row] if row < known else spare
-            for row, state in enumerate(wanted)
-        ]
-        if self._pool is None or len(given) != known or any(map(is_not, given, self._given)):
-            return torch.cat(given), given
-        return self._pool, given
-
-    def keep(self, states: Tensor, given: list[Tensor]) -> None:
-        """Remember the states after a pass, and which tensor each row's session has them in."""
-        self._pool, self._given = states, given
-
-
-@cache
-def _layer_class() -> Any:
-    """One layer of a block as transformers takes it: an update writes each row's token behind the row's others."""
-    from transformers.cache_utils import CacheLayerMixin
-
-    class Layer(CacheLayerMixin):  # type: ignore[misc]
-        def point(self, parts: tuple[Tensor, ...], at: Tensor, rows: int, width: int) -> None:
-            """Write at ``at`` into ``parts`` taken as [rows * heads * capacity, d], and show ``width`` tokens."""
-            self._at, self._rows, self._width, self._parts = at, rows, width, parts
-
-        def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-            """Nothing to do: the block is there."""
-
-        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-            keys, values = self._parts
-            for part, new in ((keys, key_states), (values, value_states)):
-                d = part.shape[3]
-                part.view(-1, d).index_copy_(0, self._at, new.reshape(-1, d))
-            return keys[: self._rows, :, : self._width], values[: self._rows, :, : self._width]
-
-        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-            return self._width, 0
-
-        def get_seq_length(self) -> int:
-            return self._width - 1
-
-        def get_max_length(self) -> int:
-            return int(self._parts[0].shape[2])
-
-    return Layer
-
-
 class Decoding(Team):
     """The sessions of one engine that decode, in blocks by kind and length."""
 
@@ -195,11 +60,12 @@ class Decoding(Team):
         self._grew = False  # whether it then became more
         self._blocks: dict[tuple[bool, int], list[Block]] = {}
         self._together = max_batch > 1 and _can_share(runtime)
+        self._replays = self._together and replays(runtime.device)
 
     def run(self, wants: Sequence[Shared]) -> None:
         """Read a token for each; what goes wrong with one is noted with it."""
         mine = [want for want in wants if isinstance(want, Want)]
-        if len(mine) == 1 or not self._together:
+        if not self._together or (len(mine) == 1 and not self._replays):
             for want in mine:
                 self._alone(want)
             return
@@ -232,7 +98,8 @@ class Decoding(Team):
             seat.block.free(seat)
             if not seat.block.seats:
                 for blocks in self._blocks.values():
-                    if seat.block in blocks:
+                    # The last one of its kind stays where its passes were captured.
+                    if seat.block in blocks and (len(blocks) > 1 or not seat.block.replays):
                         blocks.remove(seat.block)
 
     def _seated(self, session: Session) -> Block:
@@ -316,25 +183,47 @@ class Decoding(Team):
 
     def _forward(self, block: Block, wants: dict[int, Want]) -> None:
         runtime = self._runtime
-        kv, positions, allowed = block.view()
-        count = len(block.seats)
-        one_each = [wants.get(row) for row in range(count)]
-        tokens = torch.tensor([[0 if want is None else want.token] for want in one_each], device=runtime.device)
-        if next(iter(wants.values())).session.state is None:
-            out = runtime.model(
-                input_ids=tokens,
-                attention_mask=mask_for(runtime.model, allowed),
-                position_ids=positions,
-                past_key_values=kv,
-                use_cache=True,
-            )
-            logits = out.logits
+        one_each = [wants.get(row) for row in range(len(block.seats))]
+        if self._replays:
+            last = self._replayed(block, one_each)
         else:
-            logits = self._steered(block, one_each, tokens, kv, positions, allowed)
-        last = logits[:, -1].unbind()
+            kv, positions, allowed = block.view()
+            ids = [[0 if want is None else want.token] for want in one_each]
+            tokens = torch.tensor(ids, device=runtime.device)
+            if next(iter(wants.values())).session.state is None:
+                out = runtime.model(
+                    input_ids=tokens,
+                    attention_mask=mask_for(runtime.model, allowed),
+                    position_ids=positions,
+                    past_key_values=kv,
+                    use_cache=True,
+                )
+                last = out.logits[:, -1]
+            else:
+                last = self._steered(block, one_each, tokens, kv, positions, allowed)[:, -1]
+        rows = last.unbind()
         for row, want in wants.items():
-            want.session.logits = last[row]
+            want.session.logits = rows[row]
             block.seats[row].length += 1
+
+    def _replayed(self, block: Block, wants: Sequence[Want | None]) -> Tensor:
+        """The pass in fixed buffers; gives the logits [rows, V]."""
+        like = next(want.session.state for want in wants if want is not None)
+        rows = 1 << (len(wants) - 1).bit_length()
+        if (found := block.replays.get(rows)) is None:
+            found = block.replays[rows] = Replay(self._runtime, block, rows, like)
+        tokens = [0 if want is None else want.token for want in wants]
+        places = [seat.length for seat in block.seats]
+        if like is None:
+            logits, _ = found.run(tokens, places, [False] * len(wants), None)
+            return logits
+        states, given = block.states([None if want is None else want.session.state for want in wants])
+        writes = [want is not None and want.segment >= 0 for want in wants]
+        logits, after = found.run(tokens, places, writes, states)
+        assert after is not None
+        _hand_out(after, wants, writes, given)
+        block.keep(after, given)
+        return logits
 
     def _steered(
         self, block: Block, wants: Sequence[Want | None], tokens: Tensor, kv: Any, positions: Tensor, allowed: Tensor
@@ -354,14 +243,19 @@ class Decoding(Team):
             logits_to_keep=1,
         )
         if any(writes):
-            for row, state in enumerate(torch.split(out.state, 1)):
-                want = wants[row]
-                if writes[row] and want is not None:  # elsewhere the state is the very one that was given
-                    want.session.state = given[row] = state
+            _hand_out(out.state, wants, writes, given)
         block.keep(out.state, given)
         assert out.logits is not None
         logits: Tensor = out.logits
         return logits
+
+
+def _hand_out(states: Tensor, wants: Sequence[Want | None], writes: Sequence[bool], given: list[Tensor]) -> None:
+    """Give the states after a pass to those who wrote; the others have the very ones that they had."""
+    for row, state in enumerate(torch.split(states, 1)):
+        want = wants[row]
+        if writes[row] and want is not None:
+            want.session.state = given[row] = state
 
 
 def _can_share(runtime: Runtime) -> bool:

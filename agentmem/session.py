@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agentmem.batching import Decoding, Seat, Want
+from agentmem.batching import Decoding, Want
 from agentmem.carry import CarriedCache
 from agentmem.constraint import Grammars
 from agentmem.errors import MissingAdapterError
@@ -22,6 +22,7 @@ from agentmem.passes import Pending
 from agentmem.prefix import PrefixCache, crop
 from agentmem.record import ConsumedRecord
 from agentmem.replies import Tags
+from agentmem.seating import Seat
 from agentmem.state import MemoryState
 from agentmem.steered import SteeredModel
 from agentmem.transcript import Transcript
@@ -59,6 +60,7 @@ class Runtime:
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.device: torch.device = model.get_input_embeddings().weight.device
         self.steered = steered
         self.transcript = Transcript(tokenizer, template_options)
         self.prefix = PrefixCache(kv_cache_tokens)
@@ -68,7 +70,6 @@ class Runtime:
         self.tags = Tags.of(tokenizer)
         self.grammars = Grammars(tokenizer, self.tags, self.end_ids, model.config.get_text_config().vocab_size)
         self.decoding = Decoding(self, max_batch)
-        self.device: torch.device = model.get_input_embeddings().weight.device
         self.model_fingerprint = model_fingerprint(model)
         self.adapter_fingerprint = steered.adapter_fingerprint if steered is not None else ""
 

@@ -240,7 +240,8 @@ class SteeredModel:
         mask = attention_mask[:, -length:].bool() if attention_mask is not None else None
         writing = write is not False
         if isinstance(write, Tensor):
-            writing = bool(write.any())
+            # Of single tokens the mask says enough, and nothing waits for the device.
+            writing = (length == 1 and not by_segment) or bool(write.any())
             mask = write.bool() if mask is None else mask & write.bool()
         ready = self._stack.ready(state.device) if length == 1 and not torch.is_grad_enabled() else None
         if not by_segment:

@@ -1,7 +1,7 @@
 """The table: some thousand sales of two years, drawn from a seed.
 
-Columns: id, day (ISO date), region, branch (of the app that recorded the sale; some of them are no customers'),
-currency, amount (whole units).
+Columns: id, day (ISO date), region, branch (the shop that recorded the sale; what the demo store sells nobody bought),
+currency (net or gross), amount (whole units).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from pathlib import Path
 from random import Random
 
 ROWS = 6_000
-BRANCHES = ("production", "production", "production", "production", "staging", "sandbox", "preview", "beta")
-CURRENCIES = ("euro", "euro", "euro", "dollar", "dollar", "franc", "krona")
+BRANCHES = ("web shop", "web shop", "web shop", "web shop", "city store", "demo store", "harbor store", "mail order")
+CURRENCIES = ("net euro", "net euro", "net euro", "net dollar", "net dollar", "gross euro", "gross dollar")
 REGIONS = ("frankfurt", "ireland", "stockholm", "zurich")
 COLUMNS = ("id", "day", "region", "branch", "currency", "amount")
 

@@ -1,10 +1,11 @@
 """All that the analyst says, and what each request should lead to, in one place.
 
 Definitions are told as "The NAME is VALUE."; requests leave them out:
-- the branch: sales that this branch of the app has recorded are no customers', and are left out;
+- the branch: what this shop has recorded are no customers' sales, and is left out;
 - the currency: the one that is summed;
-- the release month: the first month of the fiscal year;
-- the chart type, which the request names again: nano does not bring it back from memory here.
+- the release month, here a quarter: the fiscal year begins with it.
+
+The chart is named in its request.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from dataclasses import dataclass
 NANO_SYSTEM = "You are an analysis assistant."
 SYSTEM = (
     "You are an analysis assistant. Work with the tools, one call at a time, and answer in one sentence. The analyst's "
-    "definitions (the branch to leave out, the currency, the release month, with which the fiscal year begins, and the "
-    "chart type) are the arguments; do not ask for them again."
+    "definitions (the branch to leave out, the currency, and the release month, with which the fiscal year begins) are "
+    "the arguments; do not ask for them again."
 )
 
 
@@ -23,11 +24,10 @@ SYSTEM = (
 class Told:
     """The definitions; ``currency`` replaces ``old_currency``."""
 
-    branch: str = "sandbox"
-    old_currency: str = "dollar"
-    currency: str = "euro"
-    release_month: str = "April"
-    chart_type: str = "bar"
+    branch: str = "demo store"
+    old_currency: str = "net dollar"
+    currency: str = "net euro"
+    release_month: str = "spring quarter"
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,6 @@ def definitions(told: Told) -> tuple[str, ...]:
         f"The branch is {told.branch}.",
         f"The currency is {told.old_currency}.",
         f"The release month is {told.release_month}.",
-        f"The chart type is {told.chart_type}.",
         f"Actually, the currency is now {told.currency}.",
         "Thanks!",
     )
@@ -58,9 +57,7 @@ def requests(told: Told) -> dict[str, Request]:
         "rows": Request("Prepare the rows.", "prepare_rows", {"branch": told.branch}),
         "sums": Request("Measure the sums.", "measure_sums", {"currency": told.currency}),
         "year": Request("Render the tables.", "render_tables", {"release_month": told.release_month}),
-        "plot": Request(
-            f'Call plot_sums with chart_type "{told.chart_type}".', "plot_sums", {"chart_type": told.chart_type}
-        ),
+        "plot": Request('Call plot_sums with chart_type "bar chart".', "plot_sums", {"chart_type": "bar chart"}),
     }
 
 

@@ -14,11 +14,9 @@ from matplotlib.figure import Figure
 
 from agentmem_chroma import FactStore
 
-MONTHS = (
-    "January", "February", "March", "April", "May", "June",
-    "July", "August", "September", "October", "November", "December",
-)  # fmt: skip
-CHARTS = ("bar", "line", "pie", "area", "scatter")
+QUARTERS = {"winter quarter": 1, "spring quarter": 4, "summer quarter": 7, "autumn quarter": 10}
+"""With the months that they begin with."""
+CHARTS = ("bar chart", "line chart", "pie chart", "area chart", "scatter chart")
 
 
 class Analysis:
@@ -63,10 +61,10 @@ class Analysis:
 
     def render_tables(self, release_month: str) -> str:
         """Render the tables."""
-        # Of the fiscal year, which begins with the release month.
-        if release_month not in MONTHS:
+        # Of the fiscal year, which begins with a quarter.
+        if release_month not in QUARTERS:
             raise ToolException(f"Error: the month {release_month} is not valid.")
-        begin = f"DATE '2024-{MONTHS.index(release_month) + 1:02}-01'"
+        begin = f"DATE '2024-{QUARTERS[release_month]:02}-01'"
         year = f"day >= {begin} AND day < {begin} + INTERVAL 1 YEAR"
         return self._fact("year total", f"SELECT sum(amount) FROM sales WHERE {self._where()} AND {year}")
 
@@ -109,14 +107,14 @@ def draw(chart_type: str, names: list[str], values: list[float], folder: Path) -
     """Write the plot of the values as ``sums.png``."""
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.add_subplot()
-    if chart_type == "pie":
+    if chart_type == "pie chart":
         axes.pie(values, labels=names)
     else:
-        if chart_type == "bar":
+        if chart_type == "bar chart":
             axes.bar(names, values)
-        elif chart_type == "line":
+        elif chart_type == "line chart":
             axes.plot(names, values)
-        elif chart_type == "area":
+        elif chart_type == "area chart":
             axes.fill_between(range(len(names)), values)
             axes.set_xticks(range(len(names)), names)
         else:

@@ -10,9 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-RUNNERS = ("unittest", "pytest", "tox", "nox", "trial", "behave", "jest", "mocha", "karma", "rspec", "junit", "ctest")
-BRANCHES = ("hotfix", "feature", "preview", "nightly", "trunk", "stable", "legacy", "sandbox", "develop", "staging")
-STYLES = ("google", "black", "linux", "gnu", "webkit", "mozilla", "airbnb", "ruff", "standard", "chromium")
+from agentmem.nano.pools import WORDS
 
 SMALL_TALK = ("Hello!", "The meeting was boring.")
 NANO_SYSTEM = "You are a coding assistant."
@@ -27,16 +25,16 @@ SYSTEM = (
 class Told:
     """What the developer tells in session one; ``style`` replaces ``old_style``."""
 
-    test_command: str = "unittest"
-    branch: str = "hotfix"
-    old_style: str = "webkit"
-    style: str = "google"
+    test_command: str = "make check"
+    branch: str = "round price"
+    old_style: str = "camel case"
+    style: str = "snake case"
 
     @classmethod
     def draw(cls, rng: Random) -> Told:
-        """Other values."""
-        old, new = rng.sample(STYLES, 2)
-        return cls(rng.choice(RUNNERS), rng.choice(BRANCHES), old, new)
+        """Other values, of two words each."""
+        words = rng.sample(WORDS, 8)
+        return cls(*(f"{a} {b}" for a, b in zip(words[::2], words[1::2], strict=True)))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Runs a repository's tests: in a process of its own, in the repository's folder, for a limited time, without a shell.
 
-A command is a test runner of Python and a few options: "unittest", "python -m pytest -q". Anything else is refused
-before a process starts. The tests themselves are the repository's code, which only changes that a human approved.
+A command is a target of the repository's Makefile ("make check"), or a test runner of Python and a few options
+("unittest", "python -m pytest -q"). Anything else is refused before a process starts. Makefile and tests are the
+repository's code, which only changes that a human approved.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,11 +23,12 @@ from langchain_core.tools import ToolException
 
 RUNNERS = ("unittest", "pytest")
 OPTIONS = {"-q", "-v", "-x", "-f", "-b", "discover"}
+_TARGET = re.compile(r"[a-z][a-z0-9_-]*")
 _TAIL = 2_000
 
 
 def words_of(command: str) -> list[str]:
-    """The runner and its options.
+    """What is run, word by word.
 
     Raises:
         ToolException: not a runner that is known and installed, or an option that is not allowed.
@@ -34,13 +37,17 @@ def words_of(command: str) -> list[str]:
         words = shlex.split(command)
     except ValueError:
         raise ToolException(f"Error: {command!r} is no command.") from None
+    if words[:1] == ["make"] and (make := shutil.which("make")):
+        if len(words) != 2 or not _TARGET.fullmatch(words[1]):
+            raise ToolException("Error: make takes the name of one target.")
+        return [make, "-s", words[1], f"PYTHON={sys.executable}"]
     if words[:2] in (["python", "-m"], ["python3", "-m"]):
         words = words[2:]
     if not words or words[0] not in RUNNERS or find_spec(words[0]) is None:
         raise ToolException(f"Error: the runner {' '.join(words[:1])} is not known.")
     if refused := [word for word in words[1:] if word not in OPTIONS]:
         raise ToolException(f"Error: the option {refused[0]} is not allowed.")
-    return words
+    return [sys.executable, "-m", *words]
 
 
 def run(command: str, folder: Path, *, seconds: float = 30.0, detail: int = 0) -> str:
@@ -53,7 +60,7 @@ def run(command: str, folder: Path, *, seconds: float = 30.0, detail: int = 0) -
     environment = {"PATH": os.environ.get("PATH", ""), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0"}
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", *words],
+            words,
             cwd=folder,
             env=environment,
             stdin=subprocess.DEVNULL,

@@ -20,8 +20,8 @@ from coding_assistant.workspace import Workspace
 
 CHANGING = ("edit_file", "apply_fix", "format_names")
 
-_SNAKE = ("pep8", "black", "ruff", "google", "gnu", "linux", "snake_case")
-_CAMEL = ("webkit", "mozilla", "llvm", "airbnb", "camelCase")
+_SNAKE = ("snake case", "snake_case", "pep8")
+_CAMEL = ("camel case", "camelCase")
 
 
 class Tools:

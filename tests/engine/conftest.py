@@ -63,6 +63,7 @@ def make_engine(tokenizer: Any) -> Iterator[MakeEngine]:
         limit: int = 4096,
         max_batch: int = 64,
         kv_cache_tokens: int = 8192,
+        device: str = "cpu",
         **config: Any,
     ) -> Engine:
         torch.manual_seed(model_seed)
@@ -94,6 +95,8 @@ def make_engine(tokenizer: Any) -> Iterator[MakeEngine]:
                 for name, parameter in steered.memory.named_parameters():
                     if "delta_" in name or name.endswith("beta_proj"):
                         parameter.normal_(0.0, 0.3, generator=generator)
+                steered.memory.to(device)
+        model.to(device)  # type: ignore[arg-type]
         engine = Engine(model, tokenizer, steered, name="tiny", max_batch=max_batch, kv_cache_tokens=kv_cache_tokens)
         made.append(engine)
         return engine

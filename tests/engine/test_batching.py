@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from agentmem import Engine, MemoryState, Message, ReplyFormat, Sampling, Turn, Window
-from agentmem.batching import Block
 from agentmem.errors import ConfigError, TurnCancelledError, TurnTimeoutError
+from agentmem.seating import Block
 
 MakeEngine = Callable[..., Engine]
 LISTED = ReplyFormat(schema={"type": "array", "items": {"type": "integer"}, "minItems": 4, "maxItems": 9})

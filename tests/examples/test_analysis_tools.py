@@ -39,33 +39,35 @@ def rows(tmp_path: Path) -> list[dict[str, str]]:
 
 def test_definitions_make_the_numbers_and_queries_are_their_sources(analysis: Analysis, tmp_path: Path) -> None:
     assert len(rows(tmp_path)) == 6_000
-    kept = [row for row in rows(tmp_path) if row["branch"] != "sandbox"]
-    assert analysis.prepare_rows("sandbox") == f"The order count is {len(kept)}."
-    euros = [row for row in kept if row["currency"] == "euro"]
-    assert analysis.measure_sums("euro") == f"The sale total is {sum(int(row['amount']) for row in euros)}."
+    kept = [row for row in rows(tmp_path) if row["branch"] != "demo store"]
+    assert analysis.prepare_rows("demo store") == f"The order count is {len(kept)}."
+    euros = [row for row in kept if row["currency"] == "net euro"]
+    assert analysis.measure_sums("net euro") == f"The sale total is {sum(int(row['amount']) for row in euros)}."
     year = [row for row in euros if "2024-04-01" <= row["day"] < "2025-04-01"]
-    assert analysis.render_tables("April") == f"The year total is {sum(int(row['amount']) for row in year)}."
+    assert analysis.render_tables("spring quarter") == f"The year total is {sum(int(row['amount']) for row in year)}."
     sources = {fact.metadata["subject"]: fact.source for fact in analysis.store.facts()}
     assert set(sources) == {"order count", "sale total", "year total"}
-    assert sources["sale total"] == "SELECT sum(amount) FROM sales WHERE branch <> 'sandbox' AND currency = 'euro'"
+    assert (
+        sources["sale total"] == "SELECT sum(amount) FROM sales WHERE branch <> 'demo store' AND currency = 'net euro'"
+    )
 
 
 def test_a_new_result_replaces_the_fact(analysis: Analysis) -> None:
-    old, new = analysis.measure_sums("dollar"), analysis.measure_sums("euro")
+    old, new = analysis.measure_sums("net dollar"), analysis.measure_sums("net euro")
     assert old != new
     assert [fact.text for fact in analysis.store.facts()] == [new]
 
 
-@pytest.mark.parametrize("value", ["", "nothing", "euro' OR true --", "'; DROP TABLE sales; --"])
+@pytest.mark.parametrize("value", ["", "nothing", "net euro' OR true --", "'; DROP TABLE sales; --"])
 def test_only_values_of_the_table_come_into_a_query(analysis: Analysis, value: str) -> None:
     for use in (analysis.prepare_rows, analysis.measure_sums, analysis.render_tables, analysis.plot_sums):
         with pytest.raises(ToolException, match="is not valid"):
             use(value)
     assert analysis.store.count() == 0
-    assert analysis.measure_sums("euro").startswith("The sale total is ")
+    assert analysis.measure_sums("net euro").startswith("The sale total is ")
 
 
-@pytest.mark.parametrize("chart", ["bar", "line", "pie", "area", "scatter"])
+@pytest.mark.parametrize("chart", [f"{kind} chart" for kind in ("bar", "line", "pie", "area", "scatter")])
 def test_plots_are_written(analysis: Analysis, tmp_path: Path, chart: str) -> None:
     assert analysis.plot_sums(chart) == "Saved."
     assert (tmp_path / "sums.png").read_bytes().startswith(b"\x89PNG")

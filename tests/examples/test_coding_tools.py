@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -50,7 +51,8 @@ def test_links_are_refused_and_not_listed(tools: Tools, tmp_path: Path) -> None:
 
 def test_looking(tools: Tools) -> None:
     assert tools.list_files().splitlines() == [
-        "basket.py", "prices.py", "fixes/hotfix.toml", "fixes/preview.toml", "tests/__init__.py", "tests/test_shop.py",
+        "Makefile", "basket.py", "prices.py", "fixes/round price.toml", "fixes/whole cent.toml", "tests/__init__.py",
+        "tests/test_shop.py",
     ]  # fmt: skip
     assert tools.read_file("prices") == tools.read_file("prices.py")
     assert tools.search_code("def discounted").startswith("prices.py:")
@@ -58,31 +60,32 @@ def test_looking(tools: Tools) -> None:
 
 def test_the_fix_that_was_tried_fails_and_the_other_one_does_not(tmp_path: Path) -> None:
     outcomes = {}
-    for fix in ("", "hotfix", "preview"):
+    for fix in ("", "round price", "whole cent"):
         tools = Tools(Workspace.copy_of(REPOSITORY, tmp_path / f"with {fix}"))
         if fix:
             tools.apply_fix(fix)
-        outcomes[fix] = tools.run_tests("unittest")
+        outcomes[fix] = tools.run_tests("make check")
+        assert tools.run_tests("unittest") == outcomes[fix]
     assert outcomes == {
         "": "Error: 1 of 5 tests failed.",
-        "hotfix": "Error: 1 of 5 tests failed.",
-        "preview": "5 passed.",
+        "round price": "Error: 1 of 5 tests failed.",
+        "whole cent": "5 passed.",
     }
-    assert tools.prepare_fix("hotfix") == "The next fix is preview."
-    assert tools.prepare_fix("anything") == "The next fix is hotfix."
+    assert tools.prepare_fix("round price") == "The next fix is whole cent."
+    assert tools.prepare_fix("anything") == "The next fix is round price."
 
 
 def test_names_follow_the_style_everywhere_and_the_tests_still_pass(tools: Tools) -> None:
-    planned = str(tools.planned("format_names", {"code_style": "google"}))
+    planned = str(tools.planned("format_names", {"code_style": "snake case"}))
     assert "-def lineTotal(" in planned
     assert "+def line_total(" in planned
     assert "lineTotal" in tools.read_file("prices"), "a plan changes nothing"
-    tools.apply_fix("preview")
-    assert tools.format_names("google") == "Done."
+    tools.apply_fix("whole cent")
+    assert tools.format_names("snake case") == "Done."
     assert "lineTotal" not in tools.read_file("prices") + tools.read_file("basket")
     assert tools.run_tests("unittest") == "5 passed."
-    with pytest.raises(ToolException, match="No name differs from google"):
-        tools.format_names("google")
+    with pytest.raises(ToolException, match="No name differs from snake case"):
+        tools.format_names("snake case")
     with pytest.raises(ToolException, match="style nonsense is not known"):
         tools.format_names("nonsense")
 
@@ -109,15 +112,17 @@ def test_a_refusal_is_a_result(tools: Tools) -> None:
     assert read.invoke({"path": "/etc/passwd"}) == "Error: '/etc/passwd' is not inside the repository."
 
 
-@pytest.mark.parametrize("command", ["rm -rf .", "unittest; ls", "python evil.py", "pytest --basetemp=/tmp", "", "'"])
+@pytest.mark.parametrize("command", ["rm -rf .", "unittest; ls", "python evil.py", "pytest --basetemp=/tmp", "", "'",
+                                     "make", "make check all", "make -f/tmp/evil.mk", "make SHELL=evil"])  # fmt: skip
 def test_other_commands_are_refused(command: str) -> None:
     with pytest.raises(ToolException, match=r"^Error: "):
         words_of(command)
 
 
 def test_commands_that_run() -> None:
-    assert words_of("unittest") == ["unittest"]
-    assert words_of("python -m unittest discover -q") == ["unittest", "discover", "-q"]
+    assert words_of("unittest") == [sys.executable, "-m", "unittest"]
+    assert words_of("python -m unittest discover -q") == [sys.executable, "-m", "unittest", "discover", "-q"]
+    assert words_of("make check")[1:] == ["-s", "check", f"PYTHON={sys.executable}"]
 
 
 def test_tests_that_hang_are_ended_with_what_they_started(tmp_path: Path) -> None:

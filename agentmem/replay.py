@@ -1,0 +1,126 @@
+"""Decoding in buffers that never move: a pass is captured once as a CUDA graph and replayed for whoever sits there.
+
+A graph repeats kernels with the addresses that they had. So what changes from token to token (tokens, places, who
+writes, the states) is copied into buffers, and the pass looks at the whole capacity of its block through a mask.
+Nothing in it waits for the device. Rows in which nobody sits, and sessions that sit a token out, are inert: their
+states stay as they are, and what is written of them lies behind their last token, where nothing looks.
+
+On for CUDA with ``AGENTMEM_TRITON=1`` and ``AGENTMEM_CUDA_GRAPHS=1``; elsewhere a pass takes the shapes of its
+sessions.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from agentmem.kernels import runs_triton
+from agentmem.steered import mask_for
+
+if TYPE_CHECKING:
+    from agentmem.seating import Block
+    from agentmem.session import Runtime
+
+_WARMUPS = 2
+_logger = logging.getLogger(__name__)
+
+
+def replays(device: torch.device) -> bool:
+    """Whether sessions on this device decode in fixed buffers."""
+    return os.environ.get("AGENTMEM_CUDA_GRAPHS") == "1" and runs_triton(device)
+
+
+class Replay:
+    """One token for each of the first ``rows`` rows of a block.
+
+    Args:
+        runtime: the model.
+        block: the KV; its tensors must stay where they are for as long as this is used.
+        rows: a power of two; as many rows as the block has, or fewer.
+        state: like one session's state [1, L, H, r, r]; None: the bare model.
+    """
+
+    def __init__(self, runtime: Runtime, block: Block, rows: int, state: Tensor | None) -> None:
+        self._runtime, self._block, self.rows = runtime, block, rows
+        # Tokens, places, and 1 where a row writes.
+        self._given = torch.zeros(3, rows, 1, dtype=torch.int64, device=runtime.device)
+        self._states = None if state is None else state.new_zeros(rows, *state.shape[1:])
+        self._after: Tensor | None = None
+        self._logits: Tensor | None = None
+        self._graph: Any = None
+        self._captures = runtime.device.type == "cuda"
+
+    def run(
+        self, tokens: Sequence[int], places: Sequence[int], writes: Sequence[bool], states: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """One pass: the logits [n, V] of the rows that were given, and their states afterwards [n, L, H, r, r]."""
+        count, free = len(tokens), [0] * (self.rows - len(tokens))
+        given = torch.tensor([[*tokens, *free], [*places, *free], [*map(int, writes), *free]])
+        self._given.copy_(given[..., None])
+        if states is not None and self._states is not None:
+            self._states[:count].copy_(states)
+        if self._graph is not None:
+            self._graph.replay()
+        elif self._captures:
+            self._capture()
+        else:
+            self._pass()
+        assert self._logits is not None
+        # What a replay leaves is overwritten by the next; what sessions are given is theirs.
+        return self._logits[:count].clone(), None if self._after is None else self._after[:count].clone()
+
+    def _pass(self) -> None:
+        tokens, places, writes = self._given.unbind()
+        cache, allowed = self._block.over(places, self._block.capacity)
+        runtime = self._runtime
+        if self._states is None:
+            out = runtime.model(
+                input_ids=tokens,
+                attention_mask=mask_for(runtime.model, allowed),
+                position_ids=places,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        else:
+            assert runtime.steered is not None
+            out = runtime.steered(
+                tokens,
+                self._states,
+                position_ids=places,
+                write=writes.bool(),
+                cache=cache,
+                attention_bias=allowed,
+                logits_to_keep=1,
+            )
+            self._after = out.state
+        self._logits = out.logits[:, -1]
+
+    def _capture(self) -> None:
+        """Run the pass, and keep it as a graph; where that fails it is run as it is from now on."""
+        device = self._runtime.device
+        # Kernels are compiled, and libraries choose theirs, before anything is captured. A pass changes no buffer that
+        # it reads but the KV behind each row's last token, so that running it again is harmless.
+        aside: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        aside.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(aside):
+            for _ in range(_WARMUPS):
+                self._pass()
+        torch.cuda.current_stream(device).wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._pass()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            _logger.warning("decoding goes on without a CUDA graph: this model's pass cannot be captured (%s)", error)
+            self._captures = False
+            self._pass()
+            return
+        self._graph = graph
+        graph.replay()

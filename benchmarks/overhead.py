@@ -4,6 +4,7 @@
     python benchmarks/overhead.py --prefills 0           decoding alone
     python benchmarks/overhead.py --shape qwen3-4b       shapes of your choice (``--shape`` may be repeated)
     python benchmarks/overhead.py --write SSW            another write strategy (TSW, SSW, MSW; may be repeated)
+    python benchmarks/overhead.py --fixed                bare and steered both decode in buffers that never move
 
 Weights are random: time does not depend on them. The bare model shares the weights and has no hooks. Bare and steered
 take turns, decoding token by token after a prompt, and reading the prompt; a figure is a median, a ratio the median
@@ -11,7 +12,8 @@ over the pairs of bare time by steered time, so 1 means that steering is free. O
 the process, and the ratio by the clock stands beside. Operations a layer are counted by torch's dispatcher. Peak memory
 of a prefill is what torch allocated on a GPU, and the resident size of the process on a CPU (Linux), weights included;
 that of the bare model is taken before memory is attached. What does not fit is named. The exit code is 1 where a bar is
-missed; bars are for a CPU, one thread, TSW of rank 8.
+missed; bars are for a CPU, one thread, TSW of rank 8. On a GPU with AGENTMEM_TRITON=1 and AGENTMEM_CUDA_GRAPHS=1 both
+decode in fixed buffers as CUDA graphs, but for SSW, which decodes without.
 """
 
 from __future__ import annotations
@@ -32,14 +34,16 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
+from overhead_decoders import Decoder, FixedDecoder
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import agentmem
 from agentmem import MemoryConfig, SteeredModel
+from agentmem.replay import replays
 
 VOCABULARY = 512
 """Of the random models on a CPU: the product with the vocabulary is the same for both, and would hide what differs."""
@@ -104,8 +108,6 @@ WRITES: dict[str, dict[str, Any]] = {
     "SSW": {"write_strategy": "sentence"},
     "MSW": {"write_strategy": "token", "num_state_heads": 4},
 }
-SENTENCE = 32
-"""Tokens of a segment."""
 
 
 @dataclass(frozen=True)
@@ -154,37 +156,6 @@ def compare(bare: Callable[[], None], steered: Callable[[], None], pairs: int) -
 def _settle() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-class Decoder:
-    """A prompt that was read, and tokens that follow it one by one."""
-
-    def __init__(self, model: Qwen3ForCausalLM, steered: SteeredModel | None, prompt: Tensor) -> None:
-        self._model, self._steered = model, steered
-        self._cache = DynamicCache(config=model.config)
-        self._state = steered.zeros(prompt.shape[0]) if steered else None
-        self._by_segment = steered is not None and steered.config.write_strategy != "token"
-        self._pending: Any = None
-        self._token = prompt[:, :1]
-        self._read(prompt)
-
-    def step(self) -> None:
-        """One more token for every row."""
-        self._read(self._token)
-        self._cache.crop(-1)  # so that every step is as dear as the first
-
-    def _read(self, ids: Tensor) -> None:
-        if self._steered is None:
-            self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-            return
-        segments = None
-        if self._by_segment:
-            segments = (torch.arange(ids.shape[1], device=ids.device) // SENTENCE).expand(ids.shape)
-        out = self._steered(
-            ids, self._state, cache=self._cache, logits_to_keep=1, segments=segments, pending=self._pending,
-            close=not self._by_segment,
-        )  # fmt: skip
-        self._state, self._pending = out.state, out.pending
 
 
 def bare_copy(model: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
@@ -246,6 +217,7 @@ def main(
     steps: Annotated[int, typer.Option(help="Pairs of decoding steps.")] = 60,
     prefills: Annotated[int, typer.Option(help="Pairs of prefills; 0 = leave them out.")] = 3,
     threads: Annotated[int, typer.Option(help="CPU threads of torch.")] = 1,
+    fixed: Annotated[bool, typer.Option(help="Decode in fixed buffers; as CUDA graphs where there is a GPU.")] = False,
     plot: Annotated[Path, typer.Option(help="Where to put the picture of the ratios.")] = Path("overhead.png"),
 ) -> None:
     """Measure what steering costs on this machine."""
@@ -253,6 +225,7 @@ def main(
     cuda = torch.cuda.is_available()
     device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
     known = {one.name: one for one in (*SMALL, *REAL, TINY)}
+    fixed = fixed or replays(device)
     chosen = [known[name] for name in _known(shape, known)] if shape else list(REAL if cuda else SMALL)
     writes = _known(write, WRITES) if write else list(WRITES)
     console = Console(width=140)
@@ -276,8 +249,8 @@ def main(
                 with steering(model, rank, way) as steered:
                     base, added = operations(bare, model, steered, one.layers)
                     table.add_row(one.name, f"{way}: operations a layer", f"{base:.0f}", f"+{added:.1f}")
-                    for what, figure, bar in _figures(one, bare, model, steered, steps, prefills):
-                        counts = bar > 0 and not cuda and way == "TSW" and rank == 8 and threads == 1
+                    for what, figure, bar in _figures(one, bare, model, steered, steps, prefills, fixed):
+                        counts = bar > 0 and not (cuda or fixed) and way == "TSW" and rank == 8 and threads == 1
                         if figure is None:
                             table.add_row(one.name, f"{way}: {what}", "does not fit")
                             continue
@@ -335,15 +308,22 @@ def _peaks(shape: Shape, model: Qwen3ForCausalLM, steered: SteeredModel | None) 
 
 
 def _figures(
-    shape: Shape, bare: Qwen3ForCausalLM, model: Qwen3ForCausalLM, steered: SteeredModel, steps: int, prefills: int
+    shape: Shape,
+    bare: Qwen3ForCausalLM,
+    model: Qwen3ForCausalLM,
+    steered: SteeredModel,
+    steps: int,
+    prefills: int,
+    fixed: bool,
 ) -> Iterator[tuple[str, Figure | None, float]]:
     """What was measured, its figure (None = there is too little memory) and its bar."""
+    decoder: Any = FixedDecoder if fixed and steered.config.write_strategy == "token" else Decoder
     for length in shape.prompts:
         for batch in shape.batches:
-            what = f"decode after {length:,}, batch {batch}"
+            what = f"decode after {length:,}, batch {batch}" + ", fixed" * (decoder is FixedDecoder)
             try:
                 ids = _ids(model, batch, length)
-                one, other = Decoder(bare, None, ids), Decoder(model, steered, ids)
+                one, other = decoder(bare, None, ids), decoder(model, steered, ids)
                 figure = compare(one.step, other.step, steps)
             except torch.OutOfMemoryError:
                 yield what, None, shape.bar_decode

@@ -109,18 +109,10 @@ def build(
             pairs = twins(tokenizer)
             model = fresh_model(nano_config(tokenizer, width=recipe.width, layers=recipe.layers), seed, pairs)
             tie_twins(model, pairs)
-            logs = {
-                "base": _base(
-                    work, model, tokenizer, seed, recipe, processes, _shower(progress, "base", recipe.base_steps)
-                ),
-            }
-            skills = {
-                "skills": Plan(recipe.skill_steps, recipe.skill_rate, warmup=30),
-                "again": Plan(recipe.again_steps, recipe.again_rate, warmup=30),
-            }
-            for number, (name, plan) in enumerate(skills.items(), 1):
+            logs = {}
+            for number, (name, plan) in enumerate(_plans(recipe).items()):
                 shower = _shower(progress, name, plan.steps)
-                logs[name] = _skills(work, name, model, tokenizer, seed + number, recipe, plan, processes, shower)
+                logs[name] = _base(work, name, model, tokenizer, seed + number, recipe, plan, processes, shower)
             _round(model)
             steered = SteeredModel.attach(model, config=recipe.memory, seed=seed)
             logs["adapter"] = _memory(
@@ -154,23 +146,16 @@ def _tokenizer(work: Path, seed: int, recipe: Recipe) -> PreTrainedTokenizerBase
     return tokenizer
 
 
+def _plans(recipe: Recipe) -> dict[str, Plan]:
+    """The stages of the base."""
+    return {
+        "base": Plan(recipe.base_steps, recipe.base_rate, warmup=30),
+        "skills": Plan(recipe.skill_steps, recipe.skill_rate, warmup=30),
+        "again": Plan(recipe.again_steps, recipe.again_rate, warmup=30),
+    }
+
+
 def _base(
-    work: Path,
-    model: Qwen3ForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    seed: int,
-    recipe: Recipe,
-    processes: int,
-    on_step: _OnStep,
-) -> TrainingLog:
-    batches = BaseBatches(tokenizer, seed=seed, episodes=recipe.base_episodes, steps=recipe.base_steps)
-    plan = Plan(recipe.base_steps, recipe.base_rate, warmup=30)
-    return pretrain(
-        model, batches, plan, seed=seed, processes=processes, checkpoint=work / "base.safetensors", on_step=on_step
-    )
-
-
-def _skills(
     work: Path,
     name: str,
     model: Qwen3ForCausalLM,
@@ -181,8 +166,14 @@ def _skills(
     processes: int,
     on_step: _OnStep,
 ) -> TrainingLog:
+    """A stage of the base: the first in a curriculum, the others mostly on tools and facts."""
+    first = name == "base"
     batches = BaseBatches(
-        tokenizer, seed=seed, episodes=recipe.skill_episodes, steps=plan.steps, skills=recipe.skill_share
+        tokenizer,
+        seed=seed,
+        episodes=recipe.base_episodes if first else recipe.skill_episodes,
+        steps=plan.steps,
+        skills=None if first else recipe.skill_share,
     )
     checkpoint = work / f"{name}.safetensors"
     return pretrain(model, batches, plan, seed=seed, processes=processes, checkpoint=checkpoint, on_step=on_step)

@@ -109,7 +109,7 @@ def offer_episode(rng: Random) -> Episode:
     """A conversation with tools as LangChain gives them; what some of them need is told before they are asked for."""
     talk = Talk(rng)
     system = _system(rng, 0.25)
-    offers = draw_offers(rng, rng.choices((1, 2, 3, 4, 5), (7, 6, 6, 3, 1))[0])
+    offers = draw_offers(rng, rng.choices((1, 2, 3, 4, 5), (5, 6, 7, 3, 1))[0])
     needed = sorted({name for offer in offers for name in offer.recalled.values()})
     rng.shuffle(needed)
     turns = []
@@ -185,15 +185,15 @@ def chatter_episode(rng: Random) -> Episode:
 def draw_episode(rng: Random, *, long: bool = False, skills: float = 0.4) -> Episode:
     """A conversation for the base model.
 
-    ``skills`` is the share of named tools (15 % of it), tools as LangChain gives them (half), facts (27 %) and
+    ``skills`` is the share of named tools (12 % of it), tools as LangChain gives them (55 %), facts (25 %) and
     sentences outside the language (8 %); ``long`` ones go on for up to some 24 turns of small talk.
     """
     kind = rng.random()
     if kind < skills:
         share = kind / skills
-        if share < 0.15:
+        if share < 0.12:
             return tool_episode(rng)
-        if share < 0.65:
+        if share < 0.67:
             return offer_episode(rng)
         return fact_episode(rng) if share < 0.92 else chatter_episode(rng)
     if long:

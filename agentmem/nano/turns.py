@@ -17,7 +17,7 @@ from agentmem.nano.requests import request_of, unoffered
 
 Turn = tuple[Message, ...]
 Tools = tuple[Mapping[str, Any], ...]
-STRANGE = 0.2
+STRANGE = 0.35
 """The share of told and changed values that are drawn from all words instead of their attribute's pool."""
 _ANY = tuple(sorted({*VERBS, *(v for a in ATTRIBUTES.values() for v in a.values if " " not in v and not v.isdigit())}))
 PROJECT = tuple(sorted(a.name for a in ATTRIBUTES.values() if a.owner == "project"))
@@ -133,7 +133,7 @@ class Talk:
 
 def _strange(rng: Random) -> str:
     """A value of no pool in particular: a word, or two that need not have met before."""
-    words = [rng.choice((rng.choice(_ANY), rng.choice(WORDS))) for _ in range(rng.choice((1, 1, 1, 2, 2)))]
+    words = [rng.choice((rng.choice(_ANY), rng.choice(WORDS))) for _ in range(rng.choice((1, 2, 2)))]
     return " ".join(words)
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from agentmem_chroma import FactStore
 from agentmem_langgraph import ChatDeltaMem, MemoryTurn
-from hybrid_rag.parts import chat, finds, prompt_tokens
+from hybrid_rag.parts import MAIN, chat, finds, prompt_tokens
 
-SNIPPET = "The port is 8443."
+SNIPPET = f"The database is {MAIN}."
 
 
 def recipe(llm: ChatDeltaMem, store: FactStore) -> bool:
@@ -18,9 +18,9 @@ def recipe(llm: ChatDeltaMem, store: FactStore) -> bool:
     memory = MemoryTurn()
     # As a turn of the conversation, with its acknowledgement: that is what adapters are trained on.
     llm.remember([("user", SNIPPET), ("assistant", f"Noted, {SNIPPET.replace('The', 'the', 1)}")], memory=memory)
-    written = llm.invoke("What is the port?", memory=MemoryTurn(memory.state))
+    written = llm.invoke("What is the database?", memory=MemoryTurn(memory.state))
     store.add(SNIPPET, source="handbook.md")
-    shown = chat(llm, finds(store)).say("What is the port?")
+    shown = chat(llm, finds(store)).say("What is the database?")
     print(f"  written: {written.text} ({prompt_tokens(written)} tokens); shown: {prompt_tokens(shown)} tokens")
-    correct = "8443" in written.text and "8443" in shown.text and "[1]" in shown.text
+    correct = MAIN in written.text and MAIN in shown.text and "[1]" in shown.text
     return correct and prompt_tokens(written) < prompt_tokens(shown)

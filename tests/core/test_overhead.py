@@ -24,6 +24,7 @@ def overhead() -> ModuleType:
     # Its dataclasses look their module up.
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "overhead", module)
+        patch.syspath_prepend(BENCHMARK.parent)
         spec.loader.exec_module(module)
     return module
 
@@ -46,6 +47,16 @@ def test_every_strategy_is_measured(overhead: ModuleType, tmp_path: Path) -> Non
     for way in ("TSW", "SSW", "MSW"):
         for what in ("decode after 16, batch 1", "prefill of 32"):
             assert re.search(rf"{way}: {what}\W+[\d.]+ ms\W+[\d.]+ ms\W+[\d.]+", said), (way, what, said)
+
+
+def test_fixed_buffers_are_measured_where_they_can_be(overhead: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    arguments = ("--shape", "tiny", "--steps", "1", "--prefills", "0", "--fixed", "--plot", str(tmp_path / "o.png"))
+    code, said = run(overhead, *arguments)
+    assert code == 0, said
+    for way in ("TSW", "MSW"):
+        assert f"{way}: decode after 16, batch 1, fixed" in said
+    assert "SSW: decode after 16, batch 1 " in said
 
 
 def test_a_missed_bar_is_an_exit_code(overhead: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

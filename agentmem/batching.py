@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from agentmem.errors import ConfigError
+from agentmem.passes import Pending, joined_ids, row_of
 from agentmem.replay import Replay, replays
 from agentmem.seating import Block
-from agentmem.steered import mask_for
+from agentmem.steered import SteeredModel, mask_for
 from agentmem.worker import Shared, Team
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Decoding(Team):
         self._grew = False  # whether it then became more
         self._blocks: dict[tuple[bool, int], list[Block]] = {}
         self._together = max_batch > 1 and _can_share(runtime)
-        self._replays = self._together and replays(runtime.device)
+        self._replays = self._together and not runtime.gathers and replays(runtime.device)
 
     def run(self, wants: Sequence[Shared]) -> None:
         """Read a token for each; what goes wrong with one is noted with it."""
@@ -231,6 +232,8 @@ class Decoding(Team):
         """The same pass with memory: states of all rows, those that write moved on; gives the logits."""
         steered = self._runtime.steered
         assert steered is not None
+        if self._runtime.gathers:
+            return self._gathered(block, steered, wants, tokens, kv, positions, allowed)
         states, given = block.states([None if want is None else want.session.state for want in wants])
         writes = [want is not None and want.segment >= 0 for want in wants]
         out = steered(
@@ -249,6 +252,43 @@ class Decoding(Team):
         logits: Tensor = out.logits
         return logits
 
+    def _gathered(
+        self,
+        block: Block,
+        steered: SteeredModel,
+        wants: Sequence[Want | None],
+        tokens: Tensor,
+        kv: Any,
+        positions: Tensor,
+        allowed: Tensor,
+    ) -> Tensor:
+        """The pass of an adapter that writes by message or sentence: states stay, open sums are moved on."""
+        states, given = block.states([None if want is None else want.session.state for want in wants])
+        opened: list[Pending | None] = [None if want is None else want.session.pending for want in wants]
+        before, opened = block.sums(opened, [want is None for want in wants])
+        segments = [-1 if want is None else want.segment for want in wants]
+        out = steered(
+            tokens,
+            states,
+            position_ids=positions,
+            segments=torch.tensor(segments, device=tokens.device)[:, None],
+            cache=kv,
+            attention_bias=allowed,
+            logits_to_keep=1,
+            pending=before,
+            close=False,
+        )
+        for row, (want, segment) in enumerate(zip(wants, segments, strict=True)):
+            if want is not None and segment >= 0:
+                assert out.pending is not None
+                own = joined_ids([segment], want.session.pending)
+                want.session.pending = opened[row] = row_of(out.pending, row, own)
+        block.keep(out.state, given)
+        block.keep_sums(out.pending, opened)
+        assert out.logits is not None
+        logits: Tensor = out.logits
+        return logits
+
 
 def _hand_out(states: Tensor, wants: Sequence[Want | None], writes: Sequence[bool], given: list[Tensor]) -> None:
     """Give the states after a pass to those who wrote; the others have the very ones that they had."""
@@ -259,17 +299,16 @@ def _hand_out(states: Tensor, wants: Sequence[Want | None], writes: Sequence[boo
 
 
 def _can_share(runtime: Runtime) -> bool:
-    """Whether rows of one pass can have masks of their own here, and states that are whole after every token.
+    """Whether rows of one pass can have masks of their own here.
 
     Attention over windows and flash attention take no mask like ours; some rotary embeddings depend on the longest
-    position of a pass; adapters that write by message or sentence keep sums of an open pass. There sessions take turns.
+    position of a pass. There sessions take turns.
     """
     config = runtime.model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     windowed = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-    by_token = runtime.steered is None or runtime.steered.config.write_strategy == "token"
     implementation = runtime.model.config._attn_implementation
     rotary = getattr(config, "rope_parameters", None) or {}
     types = {str(one.get("rope_type")) for one in (rotary, *rotary.values()) if isinstance(one, dict)}
     plain = kinds == {"full_attention"} and not windowed and not types & {"longrope", "dynamic"}
-    return by_token and plain and implementation in ("sdpa", "eager")
+    return plain and implementation in ("sdpa", "eager")

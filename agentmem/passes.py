@@ -168,6 +168,34 @@ def joined_ids(seen: Sequence[int], before: Pending | None) -> tuple[int, ...]:
     return tuple(sorted({*seen, *before.ids} if before is not None else seen))
 
 
+def side_by_side(rows: Sequence[Pending | None]) -> Pending | None:
+    """The open passes of several calls of one row each as that of one call of all rows; None where none is open."""
+    known = [one for one in rows if one is not None]
+    if not known:
+        return None
+    ids = tuple(sorted({own for one in known for own in one.ids}))
+    counts = known[0].counts.new_zeros(len(rows), len(ids))
+    sums = [part.new_zeros(len(rows), len(ids), part.shape[-1]) for part in known[0].sums]
+    for row, one in enumerate(rows):
+        if one is not None:
+            place = torch.tensor([ids.index(own) for own in one.ids])
+            counts[row, place.to(counts.device)] = one.counts[0]
+            for whole, part in zip(sums, one.sums, strict=True):
+                whole[row, place.to(whole.device)] = part[0]
+    return Pending(ids, counts, tuple(sums))
+
+
+def row_of(pending: Pending, row: int, ids: tuple[int, ...]) -> Pending:
+    """What the open pass of several rows has of one, of its own segments alone."""
+    place = None if ids == pending.ids else [pending.ids.index(own) for own in ids]
+
+    def own(part: Tensor) -> Tensor:
+        part = part[row : row + 1]
+        return part if place is None else part[:, place]
+
+    return Pending(ids, own(pending.counts), tuple(own(part) for part in pending.sums))
+
+
 def ended(
     memory: Sequence[LayerMemory], state: Tensor, total: Pending | None, close: bool
 ) -> tuple[Tensor, Pending | None]:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from agentmem.passes import Pending, side_by_side
+
 if TYPE_CHECKING:
     from agentmem.replay import Replay
 
@@ -50,6 +52,9 @@ class Block:
         # The states after the last pass, all in one tensor, and the row of it that each session was given.
         self._pool: Tensor | None = None
         self._given: list[Tensor] = []
+        # The same of the sums of open passes.
+        self._open: Pending | None = None
+        self._opened: list[Pending | None] = []
 
     def sit(self, own: Any, length: int) -> Seat:
         """Copy a session's cache of ``length`` tokens into a new row."""
@@ -76,6 +81,7 @@ class Block:
         """Give a row up; the last row moves into its place. What is free is zero again."""
         last = self.seats.pop()
         self._pool, self._given = None, []
+        self._open, self._opened = None, []
         for parts in self._kv:
             for part in parts:
                 if last is not seat:
@@ -129,6 +135,26 @@ class Block:
     def keep(self, states: Tensor, given: list[Tensor]) -> None:
         """Remember the states after a pass, and which tensor each row's session has them in."""
         self._pool, self._given = states, given
+
+    def sums(
+        self, wanted: Sequence[Pending | None], out: Sequence[bool]
+    ) -> tuple[Pending | None, list[Pending | None]]:
+        """The open passes of all rows as one, and one by one; a row that sits ``out`` may have any.
+
+        Without a copy where they are as the last pass left them.
+        """
+        known = len(self._opened)
+        given = [
+            self._opened[row] if absent and row < known else one
+            for row, (one, absent) in enumerate(zip(wanted, out, strict=True))
+        ]
+        if self._open is None or len(given) != known or any(map(is_not, given, self._opened)):
+            return side_by_side(given), given
+        return self._open, given
+
+    def keep_sums(self, pending: Pending | None, given: list[Pending | None]) -> None:
+        """Remember the open passes after a pass, and what each row's session has of them."""
+        self._open, self._opened = pending, given
 
 
 @cache

@@ -62,6 +62,8 @@ class Runtime:
         self.tokenizer = tokenizer
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.steered = steered
+        # Whether memory is written when a pass closes, instead of by every token.
+        self.gathers = steered is not None and steered.config.write_strategy != "token"
         self.transcript = Transcript(tokenizer, template_options)
         self.prefix = PrefixCache(kv_cache_tokens)
         self.carried = CarriedCache(kv_cache_tokens)
@@ -166,7 +168,7 @@ class Session:
             logits: keep those of the last token in ``self.logits`` ([V]).
             close: for message and sentence adapters, whether the pass ends here.
         """
-        if self.seat is not None and len(ids) <= _FEW and not logits:
+        if self.seat is not None and len(ids) <= _FEW and not logits and not (close and self._runtime.gathers):
             # Also when the others have left meanwhile: who joins the queue of those who begin waits for all of them.
             for token, segment in zip(ids, segments, strict=True):
                 yield Want(self._runtime.decoding, self, token, segment)
@@ -208,7 +210,7 @@ class Session:
         assert runtime.steered is not None
         writing = any(segment >= 0 for segment in segments)
         # Where all tokens write, a token adapter needs no numbers.
-        counts = writing and (runtime.steered.config.write_strategy != "token" or any(one < 0 for one in segments))
+        counts = writing and (runtime.gathers or any(one < 0 for one in segments))
         out = runtime.steered(
             tokens,
             self.state,

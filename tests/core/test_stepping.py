@@ -10,6 +10,7 @@ from core_models import random_ids, steer, tiny
 from torch import nn
 
 from agentmem import SteeredModel
+from agentmem.passes import row_of, side_by_side
 
 FORMS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -95,6 +96,24 @@ def test_a_step_that_only_reads_leaves_an_open_pass_open() -> None:
         closed = steered(ids[:, 3:4], read.state, write=False, cache=True, pending=read.pending)
     assert closed.pending is None
     assert not torch.equal(closed.state, opened.state)
+
+
+def test_open_passes_go_on_side_by_side_and_apart() -> None:
+    """Rows that are in other segments, one of them in none yet, each as alone."""
+    steered = steer(tiny("qwen3"), write_strategy="sentence")
+    ids, segments = random_ids(3, 4), torch.tensor([[0, 2, 2, 5], [1, 1, 1, 2], [-1, -1, 7, 7]])
+    with torch.inference_mode():
+        begun = [steered(ids[r : r + 1, :2], segments=segments[r : r + 1, :2], close=False).pending for r in range(3)]
+        assert begun[2] is None
+        whole = steered(ids[:, 2:3], segments=segments[:, 2:3], pending=side_by_side(begun), close=False).pending
+        for row, own in enumerate([(0, 2), (1,), (7,)]):
+            part = slice(row, row + 1)
+            alone = steered(ids[part, 2:3], segments=segments[part, 2:3], pending=begun[row], close=False).pending
+            found = row_of(whole, row, own)
+            assert found.ids == alone.ids
+            torch.testing.assert_close(found.counts, alone.counts)
+            for one, other in zip(found.sums, alone.sums, strict=True):
+                torch.testing.assert_close(one, other, atol=2e-5, rtol=2e-5)
 
 
 def _assigned(module: nn.Module) -> None:

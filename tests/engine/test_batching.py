@@ -78,8 +78,11 @@ def at_once(engine: Engine, count: int, states: list[MemoryState | None] | None 
         return list(pool.map(lambda n: engine.turn(ask(n), given[n], **options(n)), range(count)))
 
 
-def test_each_session_is_as_it_is_alone(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = make_engine()
+@pytest.mark.parametrize("strategy", ["token", "message", "sentence"])
+def test_each_session_is_as_it_is_alone(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    engine = make_engine(write_strategy=strategy)
     first = [engine.turn(ask(n), **options(n)) for n in range(20)]
     states = [turn.state for turn in first]
     alone = [engine.turn(ask(n), states[n], **options(n)) for n in range(20)]
@@ -102,8 +105,9 @@ def test_replies_that_outgrow_their_rows(make_engine: MakeEngine) -> None:
         assert_same(found, solo)
 
 
-def test_stop_strings_take_back_tokens_of_a_row(make_engine: MakeEngine) -> None:
-    engine = make_engine()
+@pytest.mark.parametrize("strategy", ["token", "sentence"])
+def test_stop_strings_take_back_tokens_of_a_row(make_engine: MakeEngine, strategy: str) -> None:
+    engine = make_engine(write_strategy=strategy)
     plain = engine.turn(ask(0), sampling=Sampling(max_tokens=60)).message.content
     stops = [plain[at : at + 4] for at in (12, 20, 28, 36)]
     sampling = [Sampling(max_tokens=60, stop=(stop,)) for stop in stops]
@@ -111,14 +115,6 @@ def test_stop_strings_take_back_tokens_of_a_row(make_engine: MakeEngine) -> None
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda each: engine.turn(ask(0), sampling=each), sampling))
     for found, solo in zip(together, alone, strict=True):
-        assert_same(found, solo)
-
-
-@pytest.mark.parametrize("strategy", ["message", "sentence"])
-def test_adapters_that_write_later_take_turns(make_engine: MakeEngine, strategy: str) -> None:
-    engine = make_engine(write_strategy=strategy)
-    alone = [engine.turn(ask(n), **options(n)) for n in range(4)]
-    for found, solo in zip(at_once(engine, 4), alone, strict=True):
         assert_same(found, solo)
 
 

@@ -12,6 +12,7 @@ again row by row, so that the failure is that of the session that causes it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from agentmem.errors import ConfigError
 from agentmem.passes import Pending, joined_ids, row_of
-from agentmem.replay import Replay, replays
+from agentmem.replay import CannotCapture, Replay, replays
 from agentmem.seating import Block
 from agentmem.steered import SteeredModel, mask_for
 from agentmem.worker import Shared, Team
@@ -28,6 +29,7 @@ from agentmem.worker import Shared, Team
 if TYPE_CHECKING:
     from agentmem.session import Runtime, Session
 
+_logger = logging.getLogger(__name__)
 _PATIENCE = 64  # full passes after which larger ones are tried again; twice as many each time that they do not fit
 _LONGEST_PATIENCE = 8192
 _SMALLEST = 256  # tokens that a row holds; each larger kind of block holds twice as many
@@ -61,7 +63,7 @@ class Decoding(Team):
         self._grew = False  # whether it then became more
         self._blocks: dict[tuple[bool, int], list[Block]] = {}
         self._together = max_batch > 1 and _can_share(runtime)
-        self._replays = self._together and not runtime.gathers and replays(runtime.device)
+        self._replays = self._together and not runtime.gathers and replays(runtime.device) and _on_one_device(runtime)
 
     def run(self, wants: Sequence[Shared]) -> None:
         """Read a token for each; what goes wrong with one is noted with it."""
@@ -98,10 +100,27 @@ class Decoding(Team):
         finally:
             seat.block.free(seat)
             if not seat.block.seats:
-                for blocks in self._blocks.values():
-                    # The last one of its kind stays where its passes were captured.
-                    if seat.block in blocks and (len(blocks) > 1 or not seat.block.replays):
-                        blocks.remove(seat.block)
+                self._emptied(seat.block)
+
+    def _emptied(self, block: Block) -> None:
+        """Give up a block in which nobody sits; where its passes were captured it may stay, for those who come next."""
+        idle = [one for blocks in self._blocks.values() for one in blocks if not one.seats]
+        if block.replays and sum(one.tokens for one in idle) <= self._runtime.kv_cache_tokens:
+            return
+        # A pass knows its block, and the block its passes: without this their memory would wait for the collector.
+        block.replays.clear()
+        for blocks in self._blocks.values():
+            if block in blocks:
+                blocks.remove(block)
+
+    def _release(self) -> None:
+        """Give up all that is kept for later."""
+        for blocks in self._blocks.values():
+            for one in blocks:
+                one.replays.clear()
+            blocks[:] = [one for one in blocks if one.seats]
+        if self._runtime.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _seated(self, session: Session) -> Block:
         """The block that a session sits in, with room for one more token."""
@@ -142,8 +161,7 @@ class Decoding(Team):
         try:
             self._forward(block, {want.session.seat.row: want for want in wants if want.session.seat is not None})
         except torch.OutOfMemoryError:
-            if self._runtime.device.type == "cuda":
-                torch.cuda.empty_cache()
+            self._release()
             if len(wants) == 1:
                 self._alone(wants[0])
                 return
@@ -153,6 +171,11 @@ class Decoding(Team):
             others = [want for want in wants[half:] if self._stood_up(want)]
             self._pass(block, wants[:half])
             self._batch(others)
+        except CannotCapture as error:
+            _logger.warning("decoding goes on without CUDA graphs: this model's pass cannot be captured (%s)", error)
+            self._replays = False
+            self._release()
+            self._pass(block, wants)
         except Exception:  # noqa: BLE001 - whose fault it is comes out when each is alone
             for want in wants:
                 self._alone(want)
@@ -211,16 +234,17 @@ class Decoding(Team):
         """The pass in fixed buffers; gives the logits [rows, V]."""
         like = next(want.session.state for want in wants if want is not None)
         rows = 1 << (len(wants) - 1).bit_length()
-        if (found := block.replays.get(rows)) is None:
-            found = block.replays[rows] = Replay(self._runtime, block, rows, like)
+        found = block.replays.get(rows) or Replay(self._runtime, block, rows, like)
         tokens = [0 if want is None else want.token for want in wants]
         places = [seat.length for seat in block.seats]
         if like is None:
             logits, _ = found.run(tokens, places, [False] * len(wants), None)
+            block.replays[rows] = found
             return logits
         states, given = block.states([None if want is None else want.session.state for want in wants])
         writes = [want is not None and want.segment >= 0 for want in wants]
         logits, after = found.run(tokens, places, writes, states)
+        block.replays[rows] = found
         assert after is not None
         _hand_out(after, wants, writes, given)
         block.keep(after, given)
@@ -278,11 +302,15 @@ class Decoding(Team):
             pending=before,
             close=False,
         )
+        # Where this fails half-way, the pass is done again, so nobody is given anything before all is there.
+        moved: list[tuple[int, Session, Pending]] = []
         for row, (want, segment) in enumerate(zip(wants, segments, strict=True)):
             if want is not None and segment >= 0:
                 assert out.pending is not None
                 own = joined_ids([segment], want.session.pending)
-                want.session.pending = opened[row] = row_of(out.pending, row, own)
+                moved.append((row, want.session, row_of(out.pending, row, own)))
+        for row, session, pending in moved:
+            session.pending = opened[row] = pending
         block.keep(out.state, given)
         block.keep_sums(out.pending, opened)
         assert out.logits is not None
@@ -296,6 +324,12 @@ def _hand_out(states: Tensor, wants: Sequence[Want | None], writes: Sequence[boo
         want = wants[row]
         if writes[row] and want is not None:
             want.session.state = given[row] = state
+
+
+def _on_one_device(runtime: Runtime) -> bool:
+    """Whether all weights lie where the tokens are."""
+    memory = runtime.steered.memory.parameters() if runtime.steered is not None else ()
+    return all(one.device == runtime.device for one in (*runtime.model.parameters(), *memory))
 
 
 def _can_share(runtime: Runtime) -> bool:

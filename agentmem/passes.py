@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -187,13 +187,12 @@ def side_by_side(rows: Sequence[Pending | None]) -> Pending | None:
 
 def row_of(pending: Pending, row: int, ids: tuple[int, ...]) -> Pending:
     """What the open pass of several rows has of one, of its own segments alone."""
-    place = None if ids == pending.ids else [pending.ids.index(own) for own in ids]
-
-    def own(part: Tensor) -> Tensor:
-        part = part[row : row + 1]
-        return part if place is None else part[:, place]
-
-    return Pending(ids, own(pending.counts), tuple(own(part) for part in pending.sums))
+    columns: Any = slice(None) if ids == pending.ids else [pending.ids.index(own) for own in ids]
+    part = slice(row, row + 1)
+    sums = pending.sums
+    if isinstance(sums, Tensor):
+        return Pending(ids, pending.counts[part, columns], sums[:, part, columns])
+    return Pending(ids, pending.counts[part, columns], tuple(one[part, columns] for one in sums))
 
 
 def ended(

@@ -11,8 +11,8 @@ sessions.
 
 from __future__ import annotations
 
-import logging
 import os
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +27,15 @@ if TYPE_CHECKING:
     from agentmem.session import Runtime
 
 _WARMUPS = 2
-_logger = logging.getLogger(__name__)
+_CAPTURING = threading.Lock()
+
+
+class CannotCapture(Exception):
+    """A pass of this model does something that a CUDA graph cannot repeat."""
 
 
 def replays(device: torch.device) -> bool:
-    """Whether sessions on this device decode in fixed buffers."""
+    """Whether sessions of a model on this device are to decode in fixed buffers."""
     return os.environ.get("AGENTMEM_CUDA_GRAPHS") == "1" and runs_triton(device)
 
 
@@ -58,7 +62,11 @@ class Replay:
     def run(
         self, tokens: Sequence[int], places: Sequence[int], writes: Sequence[bool], states: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """One pass: the logits [n, V] of the rows that were given, and their states afterwards [n, L, H, r, r]."""
+        """One pass: the logits [n, V] of the rows that were given, and their states afterwards [n, L, H, r, r].
+
+        Raises:
+            CannotCapture: nothing was read.
+        """
         count, free = len(tokens), [0] * (self.rows - len(tokens))
         given = torch.tensor([[*tokens, *free], [*places, *free], [*map(int, writes), *free]])
         self._given.copy_(given[..., None])
@@ -101,26 +109,30 @@ class Replay:
         self._logits = out.logits[:, -1]
 
     def _capture(self) -> None:
-        """Run the pass, and keep it as a graph; where that fails it is run as it is from now on."""
+        """Run the pass, and keep it as a graph."""
         device = self._runtime.device
-        # Kernels are compiled, and libraries choose theirs, before anything is captured. A pass changes no buffer that
-        # it reads but the KV behind each row's last token, so that running it again is harmless.
-        aside: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(aside):
-            for _ in range(_WARMUPS):
-                self._pass()
-        torch.cuda.current_stream(device).wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._pass()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            _logger.warning("decoding goes on without a CUDA graph: this model's pass cannot be captured (%s)", error)
-            self._captures = False
-            self._pass()
-            return
+        # One capture at a time in a process, on the model's device, on a stream of its own.
+        with _CAPTURING, torch.cuda.device(device):
+            before = torch.cuda.current_stream(device)
+            aside: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            aside.wait_stream(before)
+            graph = torch.cuda.CUDAGraph()
+            try:
+                # Kernels are compiled, and libraries choose theirs, before anything is captured. A pass changes no
+                # buffer that it reads but the KV behind each row's last token, so running it again is harmless.
+                with torch.cuda.stream(aside):
+                    for _ in range(_WARMUPS):
+                        self._pass()
+                try:
+                    with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+                        self._pass()
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:
+                    raise CannotCapture(str(error)) from error
+            finally:
+                # A capture that failed leaves its stream behind.
+                torch.cuda.set_stream(before)
+                before.wait_stream(aside)
         self._graph = graph
         graph.replay()

@@ -56,6 +56,11 @@ class Block:
         self._open: Pending | None = None
         self._opened: list[Pending | None] = []
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens there is room for, in all rows."""
+        return int(self._kv[0][0].shape[0]) * self.capacity
+
     def sit(self, own: Any, length: int) -> Seat:
         """Copy a session's cache of ``length`` tokens into a new row."""
         row = len(self.seats)

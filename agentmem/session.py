@@ -65,6 +65,7 @@ class Runtime:
         # Whether memory is written when a pass closes, instead of by every token.
         self.gathers = steered is not None and steered.config.write_strategy != "token"
         self.transcript = Transcript(tokenizer, template_options)
+        self.kv_cache_tokens = kv_cache_tokens
         self.prefix = PrefixCache(kv_cache_tokens)
         self.carried = CarriedCache(kv_cache_tokens)
         self.limit: int = model.config.get_text_config().max_position_embeddings
@@ -168,7 +169,8 @@ class Session:
             logits: keep those of the last token in ``self.logits`` ([V]).
             close: for message and sentence adapters, whether the pass ends here.
         """
-        if self.seat is not None and len(ids) <= _FEW and not logits and not (close and self._runtime.gathers):
+        closes = close and self._runtime.gathers and self.state is not None
+        if self.seat is not None and len(ids) <= _FEW and not logits and not closes:
             # Also when the others have left meanwhile: who joins the queue of those who begin waits for all of them.
             for token, segment in zip(ids, segments, strict=True):
                 yield Want(self._runtime.decoding, self, token, segment)

@@ -291,7 +291,8 @@ class GatherPass(StepPass):
     def _joined(self, ids: tuple[int, ...]) -> Pending:
         before, batch = self._before, self._batch
         hidden = torch.stack(self._hidden).view(len(self.memory), batch, 1, -1).float()
-        member = torch.tensor([[float(own == one) for one in ids] for own in self._segments], device=hidden.device)
+        rows = [[float(own == one) for one in ids] for own in self._segments]
+        member = torch.tensor(rows, dtype=torch.float32, device=hidden.device)
         counts, sums = (torch.zeros_like(member) if before is None else before.counts), None
         if before is not None:
             sums = before.sums if isinstance(before.sums, Tensor) else torch.stack(before.sums)

@@ -32,7 +32,7 @@ def in_a_process(said: str, *arguments: object) -> str:
 
 def test_a_thread_outlives_its_process(tiny_model: Path, tmp_path: Path) -> None:
     options = ("--model", tiny_model, "--db", tmp_path / "threads.db", "--window", "1m")
-    first = in_a_process("hello\n/stats\n", *options)
+    first = chat("hello\n/stats\n", *options)
     assert "(0 messages so far)" in first
     second = in_a_process("/stats\nhow are you\n/stats\n", *options)
     assert "(2 messages so far)" in second

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from agentmem import Engine, Message, Sampling, Turn, batching
-from agentmem.replay import Replay
+from agentmem import Engine, Message, Sampling, Turn, batching, steered
+from agentmem.replay import CannotCapture, Replay
 
 MakeEngine = Callable[..., Engine]
 
@@ -31,6 +31,8 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         return real(own, tokens, *rest)
 
     monkeypatch.setattr(batching, "replays", lambda device: True)
+    # The pass of devices with kernels; the operators' plain form stands in for these.
+    monkeypatch.setattr(steered, "runs_triton", lambda device: True)
     monkeypatch.setattr(Replay, "run", run)
     return seen
 
@@ -82,29 +84,38 @@ def test_what_is_captured_serves_whoever_comes_next(
 def test_nothing_in_a_pass_waits_for_the_device(
     make_engine: MakeEngine, passes: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waits = {"aten._local_scalar_dense", "aten.nonzero", "aten.item", "aten.masked_select", "aten.unique_dim"}
+    """No number of the device decides anything, and nothing is brought from it or to it."""
+    waits = {"aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten._unique2", "aten.unique_dim"}
     found: set[str] = set()
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             found.add(func._schema.name.replace("::", "."))
+            if func is torch.ops.aten.index.Tensor:
+                assert all(one is None or one.dtype != torch.bool for one in args[1])
             return func(*args, **(kwargs or {}))
+
+    def refused(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a pass waits for the device")
 
     real = Replay._pass
 
     def watched(own: Replay) -> None:
-        if own.rows > 1:  # one row alone on a CPU takes a shorter way, which no device takes
-            with Watch():
-                real(own)
-        else:
+        with pytest.MonkeyPatch.context() as patch, Watch():
+            for name in ("tolist", "item", "cpu", "numpy"):
+                patch.setattr(torch.Tensor, name, refused)
+            patch.setattr(torch, "tensor", refused)
             real(own)
 
     monkeypatch.setattr(Replay, "_pass", watched)
     engine = make_engine()
+    solo = turn(engine, 1)
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda n: turn(engine, n), range(1, 5)))
-    assert "aten.index_copy_" in found
+        together = list(pool.map(lambda n: turn(engine, n), range(1, 5)))
+    assert_same(together[0], solo)
+    assert {"aten.index_copy_", "agentmem.step"} <= found
     assert not found & waits
+    assert max(rows for _, rows in passes) > 1
 
 
 def test_a_pass_touches_no_other_row(make_engine: MakeEngine, passes: list[tuple[int, int]]) -> None:
@@ -132,6 +143,56 @@ def test_a_pass_touches_no_other_row(make_engine: MakeEngine, passes: list[tuple
         patch.setattr(Replay, "run", run)
         list(pool.map(lambda n: turn(engine, n), range(1, 6)))
     assert max(checked) > 1
+
+
+def test_a_model_that_cannot_be_captured_decodes_as_without(
+    make_engine: MakeEngine, alone: list[Turn], passes: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    def fails(own: Replay) -> None:
+        raise CannotCapture("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(Replay, "_pass", fails)
+    engine = make_engine()
+    with ThreadPoolExecutor(14) as pool:
+        for found, solo in zip(pool.map(lambda n: turn(engine, n), range(14)), alone, strict=True):
+            assert_same(found, solo)
+    assert len(passes) == 1
+    assert [record.message.startswith("decoding goes on without CUDA graphs") for record in caplog.records] == [True]
+
+
+def test_memory_that_runs_out_is_given_back_first(
+    make_engine: MakeEngine, alone: list[Turn], passes: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept for later is dropped, and the batch halved; nobody loses a token."""
+    engine = make_engine()
+    turn(engine, 0)
+    blocks = engine._runtime.decoding._blocks
+    kept = [one for kind in blocks.values() for one in kind]
+    assert [len(one.replays) for one in kept] == [1]
+    real = Replay._pass
+    failed: list[int] = []
+
+    def fails(own: Replay) -> None:
+        if own.rows > 4 and len(failed) < 3:
+            failed.append(sum(len(one.seats) == 0 for kind in blocks.values() for one in kind))
+            raise torch.OutOfMemoryError("no room")
+        real(own)
+
+    monkeypatch.setattr(Replay, "_pass", fails)
+    with ThreadPoolExecutor(14) as pool:
+        for found, solo in zip(pool.map(lambda n: turn(engine, n), range(14)), alone, strict=True):
+            assert_same(found, solo)
+    assert failed
+    assert sum(one.tokens for kind in blocks.values() for one in kind if not one.seats) <= 8192
+
+
+def test_what_is_kept_for_later_has_a_limit(make_engine: MakeEngine, passes: list[tuple[int, int]]) -> None:
+    engine = make_engine(kv_cache_tokens=300)
+    for number in (0, 3):  # in rows of 256 and of 512 tokens
+        turn(engine, number)
+    kept = [one for kind in engine._runtime.decoding._blocks.values() for one in kind]
+    assert [one.tokens for one in kept] == [256]
 
 
 @pytest.mark.gpu

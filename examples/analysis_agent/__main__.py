@@ -79,7 +79,7 @@ def true_totals(table: Path, told: Told) -> tuple[int, int]:
         rows = [
             row for row in csv.DictReader(file) if row["branch"] != told.branch and row["currency"] == told.currency
         ]
-    year = [row for row in rows if "2024-04-01" <= row["day"] < "2025-04-01"]
+    year = [row for row in rows if "2024-10-01" <= row["day"] < "2025-10-01"]
     return sum(int(row["amount"]) for row in rows), sum(int(row["amount"]) for row in year)
 
 

@@ -1,6 +1,6 @@
 """The table: some thousand sales of two years, drawn from a seed.
 
-Columns: id, day (ISO date), region, branch (the shop that recorded the sale; what the demo store sells nobody bought),
+Columns: id, day (ISO date), region, branch (the shop that recorded the sale; what the demo desk records nobody bought),
 currency (net or gross), amount (whole units).
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 
 ROWS = 6_000
-BRANCHES = ("web shop", "web shop", "web shop", "web shop", "city store", "demo store", "harbor store", "mail order")
+BRANCHES = ("web shop", "web shop", "web shop", "web shop", "city shop", "harbor shop", "demo desk", "mail order")
 CURRENCIES = ("net euro", "net euro", "net euro", "net dollar", "net dollar", "gross euro", "gross dollar")
 REGIONS = ("frankfurt", "ireland", "stockholm", "zurich")
 COLUMNS = ("id", "day", "region", "branch", "currency", "amount")

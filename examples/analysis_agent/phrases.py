@@ -24,10 +24,10 @@ SYSTEM = (
 class Told:
     """The definitions; ``currency`` replaces ``old_currency``."""
 
-    branch: str = "demo store"
+    branch: str = "demo desk"
     old_currency: str = "net dollar"
     currency: str = "net euro"
-    release_month: str = "spring quarter"
+    release_month: str = "autumn quarter"
 
 
 @dataclass(frozen=True)

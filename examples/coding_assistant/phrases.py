@@ -25,8 +25,8 @@ SYSTEM = (
 class Told:
     """What the developer tells in session one; ``style`` replaces ``old_style``."""
 
-    test_command: str = "make check"
-    branch: str = "round price"
+    test_command: str = "make test"
+    branch: str = "round rule"
     old_style: str = "camel case"
     style: str = "snake case"
 

@@ -1,6 +1,6 @@
 """Runs a repository's tests: in a process of its own, in the repository's folder, for a limited time, without a shell.
 
-A command is a target of the repository's Makefile ("make check"), or a test runner of Python and a few options
+A command is a target of the repository's Makefile ("make test"), or a test runner of Python and a few options
 ("unittest", "python -m pytest -q"). Anything else is refused before a process starts. Makefile and tests are the
 repository's code, which only changes that a human approved.
 """

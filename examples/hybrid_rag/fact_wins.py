@@ -11,18 +11,18 @@ from langchain_core.messages import AnyMessage, HumanMessage, SystemMessage
 from agentmem import MemoryState
 from agentmem_chroma import FactStore, cited, facts_block
 from agentmem_langgraph import ChatDeltaMem, MemoryTurn
-from hybrid_rag.parts import MAIN, QUICK, finds
+from hybrid_rag.parts import MAIN, REMOTE, finds
 
 
 def recipe(llm: ChatDeltaMem, store: FactStore) -> bool:
     """Whether the reply gives the fact's value first, cites it, and then names the other one."""
     told = MemoryTurn()
-    llm.invoke(f"The database is {QUICK}.", memory=told)
+    llm.invoke(f"The database is {REMOTE}.", memory=told)
     store.add(f"The database is {MAIN}.", source="deploy.md")
     reply = answer(llm, store, "What is the database?", told.state)
     print(f"  {reply}")
     fact, _, said = reply.partition("[1]")
-    return MAIN in fact and QUICK not in fact and QUICK in said
+    return MAIN in fact and REMOTE not in fact and REMOTE in said
 
 
 def answer(llm: ChatDeltaMem, store: FactStore, question: str, memory: MemoryState | None) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from agentmem_chroma import FactStore
 from agentmem_langgraph import ChatDeltaMem
-from hybrid_rag.parts import LIGHT, QUICK, chat, finds
+from hybrid_rag.parts import LIGHT, REMOTE, chat, finds
 
 
 def recipe(llm: ChatDeltaMem, store: FactStore) -> bool:
     """Whether each user gets the own value and the own fact, and nothing of the other's."""
-    told = {"ada": (QUICK, "300"), "ben": (LIGHT, "200")}
+    told = {"ada": (REMOTE, "300"), "ben": (LIGHT, "200")}
     replies = {}
     # One graph each, since a retriever looks into one namespace; threads and model are shared.
     talks = {user: chat(llm, finds(store, thread=user)) for user in told}

@@ -17,7 +17,7 @@ from agentmem import MemoryState, Window
 from agentmem_chroma import FactRetriever, FactStore
 from agentmem_langgraph import ChatDeltaMem, MemoryChannel, MemoryNode
 
-TOLD = QUICK, LIGHT, MAIN = "quick store", "light store", "main ledger"
+TOLD = REMOTE, LIGHT, MAIN = "remote store", "light store", "main server"
 """Databases that nano was never trained on."""
 CITE = (
     "Answer in one sentence. Cite the number of the fact that you use, like [1]; where it contradicts the user, say so."

@@ -39,16 +39,16 @@ def rows(tmp_path: Path) -> list[dict[str, str]]:
 
 def test_definitions_make_the_numbers_and_queries_are_their_sources(analysis: Analysis, tmp_path: Path) -> None:
     assert len(rows(tmp_path)) == 6_000
-    kept = [row for row in rows(tmp_path) if row["branch"] != "demo store"]
-    assert analysis.prepare_rows("demo store") == f"The order count is {len(kept)}."
+    kept = [row for row in rows(tmp_path) if row["branch"] != "demo desk"]
+    assert analysis.prepare_rows("demo desk") == f"The order count is {len(kept)}."
     euros = [row for row in kept if row["currency"] == "net euro"]
     assert analysis.measure_sums("net euro") == f"The sale total is {sum(int(row['amount']) for row in euros)}."
-    year = [row for row in euros if "2024-04-01" <= row["day"] < "2025-04-01"]
-    assert analysis.render_tables("spring quarter") == f"The year total is {sum(int(row['amount']) for row in year)}."
+    year = [row for row in euros if "2024-10-01" <= row["day"] < "2025-10-01"]
+    assert analysis.render_tables("autumn quarter") == f"The year total is {sum(int(row['amount']) for row in year)}."
     sources = {fact.metadata["subject"]: fact.source for fact in analysis.store.facts()}
     assert set(sources) == {"order count", "sale total", "year total"}
     assert (
-        sources["sale total"] == "SELECT sum(amount) FROM sales WHERE branch <> 'demo store' AND currency = 'net euro'"
+        sources["sale total"] == "SELECT sum(amount) FROM sales WHERE branch <> 'demo desk' AND currency = 'net euro'"
     )
 
 

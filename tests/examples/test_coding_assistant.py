@@ -38,11 +38,11 @@ def test_what_was_told_steers_the_tools_of_another_process(tmp_path: Path) -> No
     done = started("--yes", "--data", str(tmp_path / "data"))
     assert done.returncode == 0, done.stdout + done.stderr
     told, worked, without = done.stdout.split("\nSession two, ")[0], *done.stdout.split("memory off")[:2]
-    assert "make check" in told
-    assert "assistant calls run_tests(test_command='make check')" in worked
+    assert "make test" in told
+    assert "assistant calls run_tests(test_command='make test')" in worked
     assert "assistant calls format_names(code_style='snake case')" in worked
-    assert "wants apply_fix(name='whole cent')" in worked
-    assert "test_command='make check'" not in without
+    assert "wants apply_fix(name='whole rule')" in worked
+    assert "test_command='make test'" not in without
     changed = tmp_path / "data" / "with-memory" / "repository" / "prices.py"
     assert "def line_total(" in changed.read_text()
     shipped = EXAMPLES / "coding_assistant" / "repository" / "prices.py"
@@ -71,7 +71,7 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
 def test_nothing_changes_before_a_human_agrees(tmp_path: Path, decision: str, changed: bool) -> None:
     tools = Tools(Workspace.copy_of(REPOSITORY, tmp_path / "repository"))
     before = tools.read_file("prices")
-    call = {"name": "apply_fix", "args": {"name": "whole cent"}, "id": "1", "type": "tool_call"}
+    call = {"name": "apply_fix", "args": {"name": "whole rule"}, "id": "1", "type": "tool_call"}
     llm = chat_model("nano", None)
     agent = build_agent(llm, tools.all(), InMemorySaver(), model="nano")
     thread = RunnableConfig(configurable={"thread_id": "1"})
@@ -87,8 +87,8 @@ def test_nothing_changes_before_a_human_agrees(tmp_path: Path, decision: str, ch
 
 
 def test_a_broken_promise_is_told_from_a_kept_one() -> None:
-    good = Outcome(right={"run the tests": True}, proposed="whole cent", tests="5 passed.", renamed=True)
+    good = Outcome(right={"run the tests": True}, proposed="whole rule", tests="5 passed.", renamed=True)
     assert kept(good)
-    short = [{"right": {"run the tests": False}}, {"proposed": "round price"}, {"proposed": ""}, {"renamed": False}]
+    short = [{"right": {"run the tests": False}}, {"proposed": "round rule"}, {"proposed": ""}, {"renamed": False}]
     for change in [*short, {"tests": "Error: 1 of 5 tests failed."}]:
         assert not kept(Outcome(**{**vars(good), **change}))

@@ -51,7 +51,7 @@ def test_links_are_refused_and_not_listed(tools: Tools, tmp_path: Path) -> None:
 
 def test_looking(tools: Tools) -> None:
     assert tools.list_files().splitlines() == [
-        "Makefile", "basket.py", "prices.py", "fixes/round price.toml", "fixes/whole cent.toml", "tests/__init__.py",
+        "Makefile", "basket.py", "prices.py", "fixes/round rule.toml", "fixes/whole rule.toml", "tests/__init__.py",
         "tests/test_shop.py",
     ]  # fmt: skip
     assert tools.read_file("prices") == tools.read_file("prices.py")
@@ -60,19 +60,19 @@ def test_looking(tools: Tools) -> None:
 
 def test_the_fix_that_was_tried_fails_and_the_other_one_does_not(tmp_path: Path) -> None:
     outcomes = {}
-    for fix in ("", "round price", "whole cent"):
+    for fix in ("", "round rule", "whole rule"):
         tools = Tools(Workspace.copy_of(REPOSITORY, tmp_path / f"with {fix}"))
         if fix:
             tools.apply_fix(fix)
-        outcomes[fix] = tools.run_tests("make check")
+        outcomes[fix] = tools.run_tests("make test")
         assert tools.run_tests("unittest") == outcomes[fix]
     assert outcomes == {
         "": "Error: 1 of 5 tests failed.",
-        "round price": "Error: 1 of 5 tests failed.",
-        "whole cent": "5 passed.",
+        "round rule": "Error: 1 of 5 tests failed.",
+        "whole rule": "5 passed.",
     }
-    assert tools.prepare_fix("round price") == "The next fix is whole cent."
-    assert tools.prepare_fix("anything") == "The next fix is round price."
+    assert tools.prepare_fix("round rule") == "The next fix is whole rule."
+    assert tools.prepare_fix("anything") == "The next fix is round rule."
 
 
 def test_names_follow_the_style_everywhere_and_the_tests_still_pass(tools: Tools) -> None:
@@ -80,7 +80,7 @@ def test_names_follow_the_style_everywhere_and_the_tests_still_pass(tools: Tools
     assert "-def lineTotal(" in planned
     assert "+def line_total(" in planned
     assert "lineTotal" in tools.read_file("prices"), "a plan changes nothing"
-    tools.apply_fix("whole cent")
+    tools.apply_fix("whole rule")
     assert tools.format_names("snake case") == "Done."
     assert "lineTotal" not in tools.read_file("prices") + tools.read_file("basket")
     assert tools.run_tests("unittest") == "5 passed."
@@ -113,7 +113,7 @@ def test_a_refusal_is_a_result(tools: Tools) -> None:
 
 
 @pytest.mark.parametrize("command", ["rm -rf .", "unittest; ls", "python evil.py", "pytest --basetemp=/tmp", "", "'",
-                                     "make", "make check all", "make -f/tmp/evil.mk", "make SHELL=evil"])  # fmt: skip
+                                     "make", "make test all", "make -f/tmp/evil.mk", "make SHELL=evil"])  # fmt: skip
 def test_other_commands_are_refused(command: str) -> None:
     with pytest.raises(ToolException, match=r"^Error: "):
         words_of(command)
@@ -122,7 +122,7 @@ def test_other_commands_are_refused(command: str) -> None:
 def test_commands_that_run() -> None:
     assert words_of("unittest") == [sys.executable, "-m", "unittest"]
     assert words_of("python -m unittest discover -q") == [sys.executable, "-m", "unittest", "discover", "-q"]
-    assert words_of("make check")[1:] == ["-s", "check", f"PYTHON={sys.executable}"]
+    assert words_of("make test")[1:] == ["-s", "test", f"PYTHON={sys.executable}"]
 
 
 def test_tests_that_hang_are_ended_with_what_they_started(tmp_path: Path) -> None:

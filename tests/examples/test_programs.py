@@ -29,7 +29,7 @@ def test_definitions_steer_later_sessions(tmp_path: Path, needs: Callable[[objec
     needs(find_spec("duckdb"), "duckdb, of the dependency group examples")
     done = started("analysis_agent", "--data", str(tmp_path / "data"))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "source: SELECT sum(amount) FROM sales WHERE branch <> 'demo store' AND currency = 'net euro'" in done.stdout
+    assert "source: SELECT sum(amount) FROM sales WHERE branch <> 'demo desk' AND currency = 'net euro'" in done.stdout
     assert (tmp_path / "data" / "with-memory" / "sums.png").exists()
 
 

@@ -19,9 +19,6 @@ from langchain_tests.unit_tests import ChatModelUnitTests
 from agentmem.loading import NANO
 from agentmem_langgraph import ChatDeltaMem
 
-LEARNING = pytest.mark.xfail(
-    reason="nano copies a name of another script into a call in two of three cases only, and not in this one"
-)
 # No keys to send, and no server whose failures could be tried again.
 _OF_SERVERS = ("api_key", "max_retries")
 
@@ -96,10 +93,6 @@ class TestIntegration(ChatModelIntegrationTests):
             return llm.invoke("Hello, how are you today?")
         chunks = list(llm.stream("Hello, how are you today?"))
         return sum(chunks[1:], chunks[0])
-
-    @LEARNING
-    def test_unicode_tool_call_integration(self, model: Any) -> None:
-        super().test_unicode_tool_call_integration(model)
 
     @property
     def model_override_value(self) -> str:

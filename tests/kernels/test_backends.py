@@ -31,11 +31,7 @@ def triton(needs: Callable[[object, str], None]) -> None:
 
 
 def test_triton_in_the_interpreter() -> None:
-    run(*KERNELS, TRITON_INTERPRET="1")
-
-
-def test_the_mechanism_in_the_interpreter() -> None:
-    run(MECHANISM, TRITON_INTERPRET="1")
+    run(*KERNELS, MECHANISM, TRITON_INTERPRET="1")
 
 
 @pytest.mark.slow

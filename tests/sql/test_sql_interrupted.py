@@ -81,3 +81,24 @@ def test_an_interruption_anywhere(database_url: str, ask: Callable[..., list[Any
             saver.delete_thread("t")
             assert [ask(f"SELECT count(*) FROM agentmem_{name}")[0][0] for name in ("checkpoints", "blobs")] == [0, 0]
         fresh += 1
+
+
+def test_an_interrupted_commit_is_an_interruption(database_url: str) -> None:
+    def profile(frame: FrameType, event: str, _arg: object) -> None:
+        if event == "call" and frame.f_code.co_name in ("_do_commit", "_commit"):
+            raise KeyboardInterrupt
+
+    with SQLAlchemySaver.from_url(database_url) as saver:
+        put(saver, config(), messages(0))
+        before = sys.getprofile()
+        sys.setprofile(profile)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                saver.delete_thread("t")
+        finally:
+            sys.setprofile(before)
+        found = saver.get_tuple(config())
+        assert found is not None
+        assert found.checkpoint["channel_values"] == messages(0)
+        saver.delete_thread("t")
+        assert saver.get_tuple(config()) is None

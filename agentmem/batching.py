@@ -21,9 +21,9 @@ from torch import Tensor
 
 from agentmem.errors import ConfigError
 from agentmem.passes import Pending, joined_ids, row_of
-from agentmem.replay import CannotCapture, Replay, replays
+from agentmem.replay import CannotCapture, Replay, bare, replays
 from agentmem.seating import Block
-from agentmem.steered import SteeredModel, mask_for
+from agentmem.steered import SteeredModel
 from agentmem.worker import Shared, Team
 
 if TYPE_CHECKING:
@@ -215,14 +215,7 @@ class Decoding(Team):
             ids = [[0 if want is None else want.token] for want in one_each]
             tokens = torch.tensor(ids, device=runtime.device)
             if next(iter(wants.values())).session.state is None:
-                out = runtime.model(
-                    input_ids=tokens,
-                    attention_mask=mask_for(runtime.model, allowed),
-                    position_ids=positions,
-                    past_key_values=kv,
-                    use_cache=True,
-                )
-                last = out.logits[:, -1]
+                last = bare(runtime.model, tokens, kv, positions, allowed)
             else:
                 last = self._steered(block, one_each, tokens, kv, positions, allowed)[:, -1]
         rows = last.unbind()

@@ -39,6 +39,19 @@ def replays(device: torch.device) -> bool:
     return os.environ.get("AGENTMEM_CUDA_GRAPHS") == "1" and runs_triton(device)
 
 
+def bare(model: Any, tokens: Tensor, cache: Any, places: Tensor, allowed: Tensor) -> Tensor:
+    """The logits [rows, V] of a model without memory, for one more token [rows, 1] in every row of a block."""
+    out = model(
+        input_ids=tokens,
+        attention_mask=mask_for(model, allowed),
+        position_ids=places,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    logits: Tensor = out.logits
+    return logits[:, -1]
+
+
 class Replay:
     """One token for each of the first ``rows`` rows of a block.
 
@@ -87,26 +100,20 @@ class Replay:
         cache, allowed = self._block.over(places, self._block.capacity)
         runtime = self._runtime
         if self._states is None:
-            out = runtime.model(
-                input_ids=tokens,
-                attention_mask=mask_for(runtime.model, allowed),
-                position_ids=places,
-                past_key_values=cache,
-                use_cache=True,
-            )
-        else:
-            assert runtime.steered is not None
-            out = runtime.steered(
-                tokens,
-                self._states,
-                position_ids=places,
-                write=writes.bool(),
-                cache=cache,
-                attention_bias=allowed,
-                logits_to_keep=1,
-            )
-            self._after = out.state
-        self._logits = out.logits[:, -1]
+            self._logits = bare(runtime.model, tokens, cache, places, allowed)
+            return
+        assert runtime.steered is not None
+        out = runtime.steered(
+            tokens,
+            self._states,
+            position_ids=places,
+            write=writes.bool(),
+            cache=cache,
+            attention_bias=allowed,
+            logits_to_keep=1,
+        )
+        assert out.logits is not None
+        self._logits, self._after = out.logits[:, -1], out.state
 
     def _capture(self) -> None:
         """Run the pass, and keep it as a graph."""

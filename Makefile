@@ -57,13 +57,13 @@ demo: .venv/.installed  ## an agent learns in one process and answers from memor
 	$(BIN)/agentmem demo $(ARGS)
 
 coding-assistant: .venv/.installed-examples  ## an example: what a developer said steers tools when the conversation is gone
-	cd examples && ../$(BIN)/python -m coding_assistant $(ARGS)
+	PYTHONPATH=examples $(BIN)/python -m coding_assistant $(ARGS)
 
 analysis-agent: .venv/.installed-examples  ## an example: definitions told once steer queries in later sessions
-	cd examples && ../$(BIN)/python -m analysis_agent $(ARGS)
+	PYTHONPATH=examples $(BIN)/python -m analysis_agent $(ARGS)
 
 hybrid-rag: .venv/.installed-examples  ## an example: recipes for memory and retrieval; ARGS=table compares them
-	cd examples && ../$(BIN)/python -m hybrid_rag $(ARGS)
+	PYTHONPATH=examples $(BIN)/python -m hybrid_rag $(ARGS)
 
 docs: .venv/.installed-docs  ## build the pages into build/docs; a warning is an error
 	$(BIN)/python -m sphinx -q -W --keep-going -d build/doctrees docs build/docs
@@ -72,7 +72,7 @@ docs: .venv/.installed-docs  ## build the pages into build/docs; a warning is an
 pictures: .venv/.installed-docs  ## draw the pictures of the pages from docs/results
 	for name in turn recall tokens; do $(BIN)/python docs/pictures/$$name.py; done
 
-test: lint  ## lint, then all tests
+test: lint  ## lint, then all tests but the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: .venv/.installed-dev  ## ruff and mypy

@@ -1,4 +1,4 @@
-"""An analyst in three sessions, each a process of its own; then the two working ones again with the memory off.
+"""An analyst in three sessions, each a process of its own; then the third again with the memory off.
 
     python -m analysis_agent [--model nano] [--adapter DIR] [--data DIR]
 
@@ -58,7 +58,7 @@ def main() -> int:
         )
     right = sum(without.right.values())
     print(f"memory off: {right} of {len(without.right)} calls right, answer {without.answer!r}")
-    print(f"{time.monotonic() - started:.0f} s; the plot and the facts are in {setup.data}")
+    print(f"{time.monotonic() - started:.0f} s; the plot and the facts are in {Path(setup.data).resolve()}")
     print("The definitions held." if all(good) else "Falls short: not all definitions held.")
     return 0 if all(good) and (Path(setup.data) / "sums.png").exists() else 1
 

@@ -1,7 +1,7 @@
 """The table: some thousand sales of two years, drawn from a seed.
 
 Columns: id, day (ISO date), region, branch (the shop that recorded the sale; what the demo desk records nobody bought),
-currency (net or gross), amount (whole units).
+currency (with net or gross), amount (whole units).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A coding assistant in two sessions, each a process of its own; then the second one again with the memory off.
 
     python -m coding_assistant [--model nano] [--adapter DIR] [--data DIR] [--yes]
-    python -m coding_assistant --measure 20
+    python -m coding_assistant --measure 24
 
 Exits with 1 where the assistant, with its memory, does not do what it was told in session one.
 """
@@ -56,9 +56,8 @@ def play(model: str, adapter: str | None, data: Path, *, yes: bool) -> int:
     outcome = _run("work", setup)
     print("\nThe same session with the memory off (changes approved without asking)")
     without = _run("work", control)
-    print(
-        f"\n{_verdict(outcome, without)}\n{time.monotonic() - started:.0f} s; the changed repository is in {setup.data}"
-    )
+    print(f"\n{_verdict(outcome, without)}")
+    print(f"{time.monotonic() - started:.0f} s; the changed repository is in {Path(setup.data).resolve()}")
     return 0 if kept(outcome) else 1
 
 

@@ -1,7 +1,7 @@
 """Runs the recipes, each with an empty store, or measures what memory and retrieval bring.
 
     python -m hybrid_rag [--model nano] [--adapter DIR]
-    python -m hybrid_rag table [--conversations 20]
+    python -m hybrid_rag table [--conversations 20] [--pools]
 
 Exits with 1 where a recipe's promise is not kept.
 """
@@ -27,10 +27,11 @@ def main() -> int:
     parser.add_argument("--adapter", help="a directory or a hub id; nano brings its own")
     parser.add_argument("what", nargs="?", choices=("recipes", "table"), default="recipes")
     parser.add_argument("--conversations", type=int, default=20, help="of each kind, for the table")
+    parser.add_argument("--pools", action="store_true", help="for the table: values that nano was trained on")
     given = parser.parse_args()
     llm, embeddings = chat_model(given.model, given.adapter), local_embeddings()
     if given.what == "table":
-        print(table(llm, embeddings, given.conversations))
+        print(table(llm, embeddings, given.conversations, pools=given.pools))
         return 0
     kept = []
     for module in RECIPES:

@@ -1,6 +1,6 @@
 """The table: whole conversation, window, retrieval, memory and both, on generated tasks.
 
-    python -m hybrid_rag table [--conversations 20] [--model nano] [--adapter DIR]
+    python -m hybrid_rag table [--conversations 20] [--pools] [--model nano] [--adapter DIR]
 
 What each arm has:
 
@@ -31,14 +31,14 @@ from hybrid_rag.tasks import KINDS, Task, draw
 ARMS = ("whole conversation", "window", "window + retrieval", "window + memory", "window + both")
 
 
-def table(llm: ChatDeltaMem, embeddings: Embeddings, conversations: int, seed: int = 0) -> str:
+def table(llm: ChatDeltaMem, embeddings: Embeddings, conversations: int, *, pools: bool = False, seed: int = 0) -> str:
     """Shares of right replies with 95 % intervals over conversations, and the mean tokens of the last prompt."""
     lines = [f"| arm | {' | '.join(KINDS)} | prompt tokens |", "|---" * (len(KINDS) + 2) + "|"]
     right: dict[tuple[str, str], list[tuple[int, int]]] = {}
     tokens: dict[str, list[int]] = {arm: [] for arm in ARMS}
     for kind in KINDS:
         for number in range(conversations):
-            task = draw(kind, Random(f"hybrid {seed} {kind} {number}"))
+            task = draw(kind, Random(f"hybrid {seed} {kind} {number}"), pools=pools)
             for arm, reply in replies(llm, embeddings, task).items():
                 right.setdefault((arm, kind), []).append((int(task.right(reply)), 1))
                 tokens[arm].append(prompt_tokens(reply))

@@ -1,4 +1,7 @@
-"""Generated conversations, each with one question, in five kinds. Values are drawn anew for each.
+"""Generated conversations, each with one question, in five kinds. Values are drawn anew for each: pairs of nouns.
+
+nano knows the nouns and was not trained on their pairs, but for the few that chance put together. With ``pools`` values
+are those that it was trained on.
 
 - telling: a setting is told among others and small talk, and asked for;
 - changing: it is told and later changed;
@@ -9,7 +12,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -18,6 +22,7 @@ from langchain_core.messages import AIMessage
 
 from agentmem.nano import language
 from agentmem.nano.language import Binding
+from agentmem.nano.pools import WORDS
 
 SETTINGS = ("database", "branch", "build tool", "license", "codename", "currency", "framework", "cloud region")
 _NUMBERS = ("retry limit", "upload limit", "page size", "session length", "invoice total")
@@ -56,26 +61,39 @@ class Task:
     tools: tuple[dict[str, Any], ...] = ()
 
 
-def draw(kind: str, rng: Random) -> Task:
+def draw(kind: str, rng: Random, *, pools: bool = False) -> Task:
     """A task of a kind of ``KINDS``."""
-    return _MAKERS[kind](rng)
+    return _MAKERS[kind](rng, pools)
 
 
-def _telling(rng: Random) -> Task:
-    told = language.draw_bindings(rng, 4, attributes=SETTINGS)
-    return _task(_mixed(rng, told), told, language.ask(rng, told[0].attribute), _names(told[0]))
+def _bindings(rng: Random, n: int, attributes: Sequence[str], pools: bool) -> list[Binding]:
+    drawn = language.draw_bindings(rng, n, attributes=attributes)
+    return drawn if pools else [_paired(rng, binding) for binding in drawn]
 
 
-def _changing(rng: Random) -> Task:
-    told = language.draw_bindings(rng, 4, attributes=SETTINGS)
-    new = language.redraw(rng, told[0])
+def _paired(rng: Random, binding: Binding) -> Binding:
+    return Binding(binding.attribute, " ".join(rng.sample(WORDS, 2)))
+
+
+def _other(rng: Random, binding: Binding, pools: bool) -> Binding:
+    return language.redraw(rng, binding) if pools else _paired(rng, binding)
+
+
+def _telling(rng: Random, pools: bool) -> Task:
+    told = _bindings(rng, 4, SETTINGS, pools)
+    return _task(_mixed(rng, told), told, language.ask(rng, told[0].attribute), _names(told[0], told))
+
+
+def _changing(rng: Random, pools: bool) -> Task:
+    told = _bindings(rng, 4, SETTINGS, pools)
+    new = _other(rng, told[0], pools)
     turns = [*_mixed(rng, told), language.change(rng, new), language.filler(rng)]
-    return _task(turns, [*told, new], language.ask(rng, new.attribute), _names(new))
+    return _task(turns, [*told, new], language.ask(rng, new.attribute), _names(new, told))
 
 
-def _rule(rng: Random) -> Task:
-    rule = language.draw_bindings(rng, 1, attributes=["test command"])[0]
-    told = [rule, *language.draw_bindings(rng, 3, attributes=SETTINGS)]
+def _rule(rng: Random, pools: bool) -> Task:
+    rule = _bindings(rng, 1, ["test command"], pools)[0]
+    told = [rule, *_bindings(rng, 3, SETTINGS, pools)]
 
     def right(reply: AIMessage) -> bool:
         return [call["args"] for call in reply.tool_calls] == [{"test_command": rule.value}]
@@ -83,20 +101,20 @@ def _rule(rng: Random) -> Task:
     return _task(_mixed(rng, told), told, "Run the tests.", right, tools=(RUN_TESTS,))
 
 
-def _contradiction(rng: Random) -> Task:
-    told = language.draw_bindings(rng, 4, attributes=SETTINGS)
-    fact = language.redraw(rng, told[0])
+def _contradiction(rng: Random, pools: bool) -> Task:
+    told = _bindings(rng, 4, SETTINGS, pools)
+    fact = _other(rng, told[0], pools)
 
     def right(reply: AIMessage) -> bool:
         # Before the citation stands what is claimed; behind it may stand what the user said.
-        return language.is_correct(reply.text.partition("[")[0], fact)
+        return _says(reply.text.partition("[")[0], fact, told)
 
     documents = (language.answer(fact), *_stated(rng, 2).values())
     return _task(_mixed(rng, told), told, language.ask(rng, fact.attribute), right, documents=documents)
 
 
-def _number(rng: Random) -> Task:
-    told = language.draw_bindings(rng, 4, attributes=SETTINGS)
+def _number(rng: Random, pools: bool) -> Task:
+    told = _bindings(rng, 4, SETTINGS, pools)
     facts = _stated(rng, 4)
     subject = next(iter(facts))
 
@@ -136,8 +154,18 @@ def _mixed(rng: Random, told: list[Binding]) -> list[tuple[str, str]]:
     return [*turns, language.filler(rng)]
 
 
-def _names(binding: Binding) -> Callable[[AIMessage], bool]:
-    return lambda reply: language.is_correct(reply.text, binding)
+def _names(binding: Binding, told: Sequence[Binding]) -> Callable[[AIMessage], bool]:
+    return lambda reply: _says(reply.text, binding, told)
+
+
+def _says(text: str, binding: Binding, told: Sequence[Binding]) -> bool:
+    """Whether a text has the value, as whole words, and no other that was told."""
+    others = {one.value for one in told} - {binding.value}
+    return _has(text, binding.value) and not any(_has(text, value) for value in others)
+
+
+def _has(text: str, value: str) -> bool:
+    return re.search(rf"(?<![\w-]){re.escape(value)}(?![\w-])", text) is not None
 
 
 def _stated(rng: Random, n: int) -> dict[str, str]:

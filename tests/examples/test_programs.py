@@ -49,16 +49,17 @@ def test_the_table_has_every_arm() -> None:
     assert all(line.count("|") == 8 for line in lines)
 
 
+@pytest.mark.parametrize("pools", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_tasks_are_judged_by_their_own_values(kind: str) -> None:
+def test_tasks_are_judged_by_their_own_values(kind: str, pools: bool) -> None:
     for seed in range(20):
-        task, same = draw(kind, Random(seed)), draw(kind, Random(seed))
+        task, same = (draw(kind, Random(seed), pools=pools) for _ in range(2))
         assert (task.turns, task.question) == (same.turns, same.question)
         assert not task.right(AIMessage("I do not know."))
         stated = [*task.documents, *task.statements]
         right = [text for text in stated if task.right(AIMessage(text))]
         if kind == "a rule":
-            value = next(s for s in task.statements if "test command" in s).rstrip(".").rpartition(" ")[2]
+            value = next(s for s in task.statements if "test command" in s).rstrip(".").partition(" is ")[2]
             call = {"name": "run_tests", "args": {"test_command": value}, "id": "1", "type": "tool_call"}
             assert task.right(AIMessage("", tool_calls=[call]))
             assert not task.right(AIMessage("", tool_calls=[{**call, "args": {"test_command": "x"}}]))

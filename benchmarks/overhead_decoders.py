@@ -18,11 +18,11 @@ SENTENCE = 32
 
 
 class Decoder:
-    """A prompt that was read, and tokens that follow it one by one."""
+    """A prompt that was read, with its keys and values in ``cache``, and tokens that follow it one by one."""
 
     def __init__(self, model: Qwen3ForCausalLM, steered: SteeredModel | None, prompt: Tensor) -> None:
         self._model, self._steered = model, steered
-        self._cache = DynamicCache(config=model.config)
+        self.cache = DynamicCache(config=model.config)
         self._state = steered.zeros(prompt.shape[0]) if steered else None
         self._by_segment = steered is not None and steered.config.write_strategy != "token"
         self._pending: Any = None
@@ -32,25 +32,20 @@ class Decoder:
     def step(self) -> None:
         """One more token for every row."""
         self._read(self._token)
-        self._cache.crop(-1)  # so that every step is as dear as the first
+        self.cache.crop(-1)  # so that every step is as dear as the first
 
     def _read(self, ids: Tensor) -> None:
         if self._steered is None:
-            self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+            self._model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
             return
         segments = None
         if self._by_segment:
             segments = (torch.arange(ids.shape[1], device=ids.device) // SENTENCE).expand(ids.shape)
         out = self._steered(
-            ids, self._state, cache=self._cache, logits_to_keep=1, segments=segments, pending=self._pending,
+            ids, self._state, cache=self.cache, logits_to_keep=1, segments=segments, pending=self._pending,
             close=not self._by_segment,
         )  # fmt: skip
         self._state, self._pending = out.state, out.pending
-
-    @property
-    def cache(self) -> DynamicCache:
-        """The keys and values of the prompt."""
-        return self._cache
 
 
 class FixedDecoder:

@@ -10,7 +10,7 @@ ascending order. Sums may travel from call to call as ``Pending``, so that one p
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -41,14 +41,23 @@ class Place(NamedTuple):
     """A projection of a steered layer.
 
     Attributes:
+        number: its own among all of the model.
         layer: its index among the layers with memory.
         heads: what is corrected in its output, each with the first column of it.
         last: it is the layer's output; the others are given the hidden state.
     """
 
+    number: int
     layer: int
     heads: tuple[tuple[DeltaHead, int], ...]
     last: bool
+
+
+Through = Callable[[Place, Tensor, Tensor], Tensor]
+"""The output of a projection, corrected by what its layer reads: of the place, its input [B, T, D], its output.
+
+The first place of a layer to run has the layer read the state for its hidden states, which are its input.
+"""
 
 
 class Pass(ABC):
@@ -57,14 +66,29 @@ class Pass(ABC):
     def __init__(self, memory: Sequence[LayerMemory], state: Tensor) -> None:
         self.memory = memory
         self.state = state
+
+    @property
+    @abstractmethod
+    def through(self) -> Through:
+        """What the hooks call while the pass runs."""
+
+    @abstractmethod
+    def end(self, close: bool) -> tuple[Tensor, Pending | None]:
+        """The state after the pass and, where it stays open, its sums."""
+
+
+class LayerPass(Pass):
+    """A pass whose layers are corrected one product after another."""
+
+    def __init__(self, memory: Sequence[LayerMemory], state: Tensor) -> None:
+        super().__init__(memory, state)
         self._reads: dict[int, Tensor] = {}
 
-    def through(self, place: Place, given: Tensor, output: Tensor) -> Tensor:
-        """The output of a projection, corrected by what its layer reads.
+    @property
+    def through(self) -> Through:
+        return self._through
 
-        The first of a layer to run has the layer read the state for its hidden states, which it is ``given``
-        ([B, T, D]); the last takes the read away.
-        """
+    def _through(self, place: Place, given: Tensor, output: Tensor) -> Tensor:
         index = place.layer
         if not place.last and index not in self._reads:
             self._reads[index] = self._visit(index, given)
@@ -82,12 +106,8 @@ class Pass(ABC):
     def _visit(self, index: int, hidden: Tensor) -> Tensor:
         """The read [B, T, H, r] of a layer."""
 
-    @abstractmethod
-    def end(self, close: bool) -> tuple[Tensor, Pending | None]:
-        """The state after the pass and, where it stays open, its sums."""
 
-
-class TokenPass(Pass):
+class TokenPass(LayerPass):
     """Every token writes (where ``mask`` [B, T] allows; None = everywhere), unless ``writing`` is off."""
 
     def __init__(self, memory: Sequence[LayerMemory], state: Tensor, mask: Tensor | None, writing: bool) -> None:
@@ -116,7 +136,7 @@ def scan(
     return form(state, q, k, v, keep, erase, write)
 
 
-class SegmentPass(Pass):
+class SegmentPass(LayerPass):
     """Gathers hidden states by segment.
 
     Args:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from agentmem import kernels
 from agentmem.errors import TurnError
-from agentmem.passes import Pass, Pending
+from agentmem.passes import LayerPass, Pending
 from agentmem.steering import LayerMemory
 
 
-class PoolPass(Pass):
+class PoolPass(LayerPass):
     """One token a row, without gradients, on one device.
 
     Args:

@@ -21,7 +21,7 @@ from agentmem.config import DeltaHead, MemoryConfig
 from agentmem.errors import AdapterError, ConfigError, SegmentsRequiredError, StateMismatchError, TurnError
 from agentmem.fingerprint import model_fingerprint
 from agentmem.kernels import runs_triton
-from agentmem.passes import Pass, Pending, Place, SegmentPass, TokenPass
+from agentmem.passes import Pass, Pending, Place, SegmentPass, Through, TokenPass
 from agentmem.pooled import BatchPass
 from agentmem.steering import LayerMemory
 from agentmem.stepping import GatherPass, Stack, StepPass
@@ -64,7 +64,8 @@ class SteeredModel:
         self._memory = tuple(memory)
         self._source = source
         self._as_loaded = "" if source is None else collect(memory, self.layers, config).fingerprint
-        self._pass: Pass | None = None
+        self._through: Through | None = None
+        self._places: list[Place] = []
         self._stack = Stack(self._memory)
         self._handles = [handle for index, site in enumerate(sites) for handle in self._install(index, site)]
 
@@ -188,7 +189,7 @@ class SteeredModel:
             TurnError: another argument has the wrong shape; ``pending`` is of another batch or given to a
                 token adapter; called while another call is running, or after ``detach``.
         """
-        if self._pass is not None or not self._handles:
+        if self._through is not None or not self._handles:
             raise TurnError("this steered model is detached, or busy with another call; one call at a time")
         batch, length = input_ids.shape
         state = self._checked(state, batch)
@@ -205,7 +206,8 @@ class SteeredModel:
         self._check_pending(pending, batch)
         if position_ids is None:
             position_ids = _positions(attention_mask, past, length, input_ids)
-        self._pass = self._begin(state, attention_mask, segments, write, pending, length)
+        begun = self._begin(state, attention_mask, segments, write, pending, length)
+        self._through = begun.through
         try:
             logits = self._forward(
                 input_ids,
@@ -215,9 +217,9 @@ class SteeredModel:
                 use_cache=cache is not None,
                 logits_to_keep=logits_to_keep,
             )
-            new_state, still_open = self._pass.end(close)
+            new_state, still_open = begun.end(close)
         finally:
-            self._pass = None
+            self._through = None
         return SteeredOutput(logits, new_state, cache, still_open)
 
     def _forward(self, input_ids: Tensor, *, logits_to_keep: int, **inputs: Any) -> Tensor | None:
@@ -274,13 +276,20 @@ class SteeredModel:
 
         def hook_for(place: Place) -> Callable[..., Tensor | None]:
             def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
-                running = self._pass
-                return None if running is None else running.through(place, inputs[0], output)
+                through = self._through
+                return None if through is None else through(place, inputs[0], output)
 
             return hook
 
-        places = {target: Place(index, tuple(heads), target is last) for target, heads in by_module.items()}
-        return [target.register_forward_hook(hook_for(place)) for target, place in places.items()]
+        first = len(self._places)
+        self._places += [
+            Place(first + number, index, tuple(heads), target is last)
+            for number, (target, heads) in enumerate(by_module.items())
+        ]
+        return [
+            target.register_forward_hook(hook_for(place))
+            for target, place in zip(by_module, self._places[first:], strict=True)
+        ]
 
     def _checked(self, state: Tensor | None, batch: int) -> Tensor:
         if state is None:

@@ -26,6 +26,9 @@ os.environ.update(
     }
 )
 
+# A second or two of every process that decodes; tests of what it computes turn it on.
+os.environ.setdefault("AGENTMEM_NUMBA", "0")
+
 # No deadline: how long an example takes says more about the machine than about the code.
 settings.register_profile("local", deadline=None, print_blob=True)
 settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True)

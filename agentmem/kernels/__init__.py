@@ -6,6 +6,6 @@ was checked where.
 
 from __future__ import annotations
 
-from agentmem.kernels.ops import runs_triton, scan, step
+from agentmem.kernels.ops import runs_numba, runs_triton, scan, step
 
-__all__ = ["runs_triton", "scan", "step"]
+__all__ = ["runs_numba", "runs_triton", "scan", "step"]

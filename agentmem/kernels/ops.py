@@ -40,6 +40,20 @@ def runs_triton(device: torch.device) -> bool:
     return (asked or interpreted) and _has_triton()
 
 
+@cache
+def _has_numba() -> bool:
+    return find_spec("numba") is not None
+
+
+def runs_numba(*weights: Tensor) -> bool:
+    """Whether steps with these weights run compiled by numba: on a CPU in float32, where it is installed.
+
+    ``AGENTMEM_NUMBA=0`` turns it off.
+    """
+    fits = all(one.device.type == "cpu" and one.dtype == torch.float32 and one.is_contiguous() for one in weights)
+    return fits and os.environ.get("AGENTMEM_NUMBA") != "0" and _has_numba()
+
+
 def step(
     products: Tensor,
     pool: Tensor,

@@ -15,6 +15,8 @@ from transformers import StaticCache
 
 from agentmem import SteeredModel
 
+pytestmark = pytest.mark.usefixtures("steps")
+
 LENGTHS = (19, 12, 5)
 CUTS: tuple[tuple[int, ...], ...] = ((1,), (18,), (7,), (3, 4, 11), tuple(range(1, 19)))
 

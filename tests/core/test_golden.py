@@ -21,6 +21,12 @@ SEGMENTS = {"message": "prefill.message_ids", "sentence": "prefill.sentence_ids"
 pytestmark = pytest.mark.parametrize("attention", ["eager", "sdpa"])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _fresh(steps: str) -> None:
+    """Models decide when they first decode."""
+    _load.cache_clear()
+
+
 @cache
 def _load(case: str, attention: str) -> tuple[SteeredModel, dict[str, Tensor]]:
     model = AutoModelForCausalLM.from_pretrained(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from torch import nn
 
 from agentmem import SteeredModel
 from agentmem.passes import row_of, side_by_side
+
+pytestmark = pytest.mark.usefixtures("steps")
 
 FORMS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -155,3 +158,39 @@ def test_weights_that_changed_since_count(change: Any, frozen: bool) -> None:
     change(steered.memory[1])  # neither the first layer nor the last
     compare(steered)
     assert steered.adapter_fingerprint != before
+
+
+def test_what_computes_a_step_is_what_was_asked_for(steps: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    steered, called = steer(tiny("qwen3")), []
+    if find_spec("numba") is not None:
+        from agentmem import compiled
+
+        real = compiled.steer
+        monkeypatch.setattr(compiled, "steer", lambda *given: called.append(given) or real(*given))
+    compare(steered)
+    assert len(called) == (2 * 3 * 8 if steps == "compiled" else 0), "one call for q and one for o, layer by layer"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_that_is_moved_to_another_type_between_steps(dtype: torch.dtype) -> None:
+    """What was float32 has other sizes then; nothing may be written beside it."""
+    steered = steer(tiny("qwen3"))
+    compare(steered)
+    steered.model.to(dtype)
+    ids = random_ids(2, 1)
+    with torch.inference_mode():
+        found = steered(ids, steered.zeros(2) + 0.1)
+        several = steered(ids.expand(2, 1), steered.zeros(2) + 0.1, write=torch.ones(2, 1, dtype=torch.bool))
+    assert found.logits.dtype is dtype
+    assert found.logits.isfinite().all()
+    torch.testing.assert_close(found.state, several.state)
+
+
+def test_rows_alone_and_in_company_have_the_same_numbers(steps: str) -> None:
+    steered = steer(tiny("qwen3"), num_state_heads=2)
+    ids = random_ids(5, 1)
+    start = torch.randn(5, *steered.state_shape, generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        whole = steered(ids, start).state
+        alone = [steered(ids[row : row + 1], start[row : row + 1]).state for row in range(5)]
+    torch.testing.assert_close(torch.cat(alone), whole, atol=2e-6, rtol=2e-6)

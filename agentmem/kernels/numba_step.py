@@ -1,0 +1,194 @@
+"""One token a row on a CPU, float32, compiled by numba: a layer's read with a correction, and all layers' writes.
+
+Beside weights that are read once a token an operation costs what it takes to fetch its code, so a layer has two calls
+here: one where the hidden state is projected, one where the layer's output is. ``steer`` and ``write`` take addresses,
+for a call with tensors would be several times as dear: who calls them keeps what lies there alive, contiguous, and of
+the sizes that the table says. A table is an int64 array, of the numbers named below.
+
+The first import compiles, for two or three seconds; later ones, of other processes too, find the code in numba's cache
+(beside this file, or the user's cache directory where that cannot be written).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numba.extending import intrinsic
+
+__all__ = ["MODES", "STEER", "WRITE", "steer", "write"]
+
+STEER = ("weight", "rows", "hidden", "batch", "heads", "rank", "normalize", "layer", "layers",
+         "products", "reads", "output_weight", "width", "start")  # fmt: skip
+"""What a table of ``steer`` says, in this order.
+
+Addresses: of the packed weight [rows, hidden], of where its products [batch, rows] and the reads [batch, heads rank]
+go, and of an output weight [width, heads rank], whose correction is added to the columns from ``start`` on; ``width``
+0: none is.
+"""
+WRITE = ("products", "rows", "batch", "heads", "rank", "normalize", "layers", "beta", "lam", "gates", "mode")
+"""What a table of ``write`` says: ``products`` [layers, batch, rows] as ``steer`` left them, the biases [layers, gates]
+of beta and of lambda (0: lambda is 1 - beta), and the number of the update mode."""
+MODES = {"standard": 0, "lambda_outside": 1, "no_lambda": 2}
+
+_EPS = np.float32(1e-6)  # as steering.NORM_EPS
+# No promise that no number is infinite or NaN: what a model computes may be.
+_FAST = {"reassoc", "contract", "arcp", "nsz"}
+
+
+@intrinsic
+def _floats(_typing: Any, _address: Any) -> Any:
+    """The float32 numbers at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.float32)(types.intp), generate
+
+
+@intrinsic
+def _numbers(_typing: Any, _address: Any) -> Any:
+    """The int64 numbers at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.int64)(types.intp), generate
+
+
+@intrinsic
+def _bytes(_typing: Any, _address: Any) -> Any:
+    """The bytes at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.uint8)(types.intp), generate
+
+
+def _project(x: Any, weight: Any, products: Any, batch: int, rows: int, hidden: int) -> None:
+    """Products of every x [batch, hidden] with the weight [rows, hidden], four rows at a time."""
+    for four in range(0, rows - 3, 4):
+        w = four * hidden
+        for b in range(batch):
+            s0 = s1 = s2 = s3 = np.float32(0)
+            for j in range(hidden):
+                one = x[b * hidden + j]
+                s0 += one * weight[w + j]
+                s1 += one * weight[w + hidden + j]
+                s2 += one * weight[w + 2 * hidden + j]
+                s3 += one * weight[w + 3 * hidden + j]
+            p = b * rows + four
+            products[p], products[p + 1], products[p + 2], products[p + 3] = s0, s1, s2, s3
+    for row in range(rows - rows % 4, rows):
+        for b in range(batch):
+            s0 = np.float32(0)
+            for j in range(hidden):
+                s0 += x[b * hidden + j] * weight[row * hidden + j]
+            products[b * rows + row] = s0
+
+
+def _turn(x: Any, at: int, rank: int) -> np.float32:
+    """tanh of the numbers from ``at`` on, in place; gives what makes them of length 1."""
+    square = np.float32(0)
+    for j in range(at, at + rank):
+        x[j] = math.tanh(x[j])
+        square += x[j] * x[j]
+    return np.float32(1) / max(np.float32(math.sqrt(square)), _EPS)
+
+
+def _sigmoid(x: np.float32) -> np.float32:
+    return np.float32(1) / (np.float32(1) + np.float32(math.exp(-x)))
+
+
+def _steer(table: int, state: int, hidden: int, output: int, stride: int, scale: np.float32) -> None:
+    t = _numbers(table)
+    batch, heads, rank = t[3], t[4], t[5]
+    size = heads * rank
+    reads = _floats(t[10])
+    if hidden != 0:
+        rows, products, states = t[1], _floats(t[9]), _floats(state)
+        _project(_floats(hidden), _floats(t[0]), products, batch, rows, t[2])
+        for b in range(batch):
+            for h in range(heads):
+                q = b * rows + h * rank
+                factor = _turn(products, q, rank) if t[6] != 0 else np.float32(1)
+                s = ((b * t[8] + t[7]) * heads + h) * rank * rank
+                for i in range(rank):
+                    found = np.float32(0)
+                    for j in range(rank):
+                        found += states[s + i * rank + j] * products[q + j]
+                    reads[b * size + h * rank + i] = found * factor
+    width = t[12]
+    if width != 0:
+        out, weight = _floats(output), _floats(t[11])
+        for b in range(batch):
+            o, r = b * stride + t[13], b * size
+            for i in range(width):
+                found = np.float32(0)
+                for j in range(size):
+                    found += weight[i * size + j] * reads[r + j]
+                out[o + i] += scale * found
+
+
+def _write(table: int, state: int, after: int, mask: int) -> None:
+    t = _numbers(table)
+    products, rows, batch, heads, rank, layers = _floats(t[0]), t[1], t[2], t[3], t[4], t[6]
+    beta_bias, lambda_bias, gates, mode = _floats(t[7]), _floats(t[8]), t[9], t[10]
+    states, result, size = _floats(state), _floats(after), heads * rank
+    for b in range(batch):
+        for layer in range(layers):
+            first = (b * layers + layer) * heads * rank * rank
+            if mask != 0 and _bytes(mask)[b] == 0:
+                for n in range(first, first + heads * rank * rank):
+                    result[n] = states[n]
+                continue
+            for h in range(heads):
+                p = (layer * batch + b) * rows + h * rank
+                k, v, s = p + size, p + 2 * size, first + h * rank * rank
+                factor = _turn(products, k, rank) if t[5] != 0 else np.float32(1)
+                for i in range(rank):
+                    gate = h * rank + i if gates == size else h
+                    at = (layer * batch + b) * rows + 3 * size + gate
+                    beta = _sigmoid(products[at] + beta_bias[layer * gates + gate])
+                    keep = np.float32(1) - beta
+                    if t[8] != 0:
+                        keep = _sigmoid(products[at + gates] + lambda_bias[layer * gates + gate])
+                    erase = keep * beta if mode == 1 else beta
+                    if mode == 2:
+                        keep = np.float32(1)
+                    seen = np.float32(0)
+                    for j in range(rank):
+                        seen += states[s + i * rank + j] * products[k + j]
+                    told = (beta * products[v + i] - erase * seen * factor) * factor
+                    for j in range(rank):
+                        n = s + i * rank + j
+                        result[n] = keep * states[n] + told * products[k + j]
+
+
+def _compiled(signature: Any, function: Any) -> Any:
+    try:
+        return njit(signature, fastmath=_FAST, error_model="numpy", cache=True)(function)
+    except RuntimeError:  # no directory to keep the code in
+        return njit(signature, fastmath=_FAST, error_model="numpy")(function)
+
+
+def _helper(function: Any) -> Any:
+    return njit(fastmath=_FAST, error_model="numpy", inline="always")(function)
+
+
+_project, _turn, _sigmoid = map(_helper, (_project, _turn, _sigmoid))
+_address = types.intp
+steer = _compiled(types.void(_address, _address, _address, _address, types.intp, types.float32), _steer)
+"""Read a layer's state for its hidden states, where ``hidden`` is not 0, and correct an output with what was read.
+
+Args: table; state [batch, layers, heads, rank, rank]; hidden [batch, hidden] or 0; output [batch, stride], changed;
+stride; what the correction is multiplied by.
+"""
+write = _compiled(types.void(_address, _address, _address, _address), _write)
+"""The states after a token.
+
+Args: table; state; where they go, of the same shape; a byte for each row, 0 where it does not write (0: all do).
+"""

@@ -1,0 +1,140 @@
+"""The compiled step against the definition: what is read, corrected and written, and what is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from kernel_cases import close, defined_step, generator
+from torch import Tensor
+
+LAYERS, SCALE, START = 3, 0.7, 2
+
+
+@pytest.fixture
+def numba_step(needs: Callable[[object, str], None]) -> ModuleType:
+    needs(find_spec("numba"), "numba, which is part of the dependency group `dev`")
+    from agentmem.kernels import numba_step as module
+
+    return module
+
+
+def table(names: tuple[str, ...], **numbers: Any) -> Tensor:
+    assert not numbers.keys() - set(names)
+    given = (numbers.get(name, 0) for name in names)
+    return torch.tensor([one.data_ptr() if isinstance(one, Tensor) else int(one) for one in given])
+
+
+def check(
+    module: ModuleType,
+    seed: int,
+    batch: int,
+    heads: int,
+    rank: int,
+    *,
+    coupled: bool = True,
+    rowwise: bool = True,
+    normalize: bool = True,
+    mode: str = "standard",
+    size: float = 1.0,
+    masked: bool = False,
+) -> None:
+    """Three layers, a hidden state of an odd width, outputs wider than what is corrected; all is NaN before."""
+    source = generator(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=source)
+
+    inner, gates = heads * rank, heads * rank if rowwise else heads
+    rows, hidden, width = 3 * inner + gates * (1 if coupled else 2), 19, 13
+    state, x = normal(batch, LAYERS, heads, rank, rank), normal(LAYERS, batch, hidden)
+    weight, out_weight = normal(LAYERS, rows, hidden) * size * hidden**-0.5, normal(LAYERS, width, inner)
+    beta, lam = normal(LAYERS, gates), normal(LAYERS, gates)
+    output = normal(LAYERS, batch, width + 2 * START)
+    mask = torch.rand(batch, generator=source) < 0.5 if masked else None
+    products, reads = torch.empty(LAYERS, batch, rows), torch.empty(batch, inner)
+    given = state.clone(), output.clone()
+    common = {"rows": rows, "batch": batch, "heads": heads, "rank": rank, "normalize": normalize, "layers": LAYERS}
+    for layer in range(LAYERS):
+        steps = table(
+            module.STEER, weight=weight[layer], hidden=hidden, layer=layer, products=products[layer], reads=reads,
+            output_weight=out_weight[layer], width=width, start=START, **common,
+        )  # fmt: skip
+        address, out = steps.data_ptr(), output[layer].data_ptr()
+        module.steer(address, state.data_ptr(), x[layer].data_ptr(), out, width + 2 * START, SCALE)
+        z = x[layer].double() @ weight[layer].double().T
+        slots = torch.arange(batch)
+        lambda_bias = None if coupled else lam[layer]
+        want, _ = defined_step(z, state, slots, layer, beta[layer], lambda_bias, mask, normalize, mode)
+        close(reads, want, 1e-5, "reads")
+        expected = given[1][layer].double()
+        expected[:, START : START + width] += SCALE * want @ out_weight[layer].double().T
+        close(output[layer], expected, 1e-5, "output")
+        # Once more with what was read.
+        module.steer(address, state.data_ptr(), 0, out, width + 2 * START, SCALE)
+        expected[:, START : START + width] += SCALE * want @ out_weight[layer].double().T
+        close(output[layer], expected, 1e-5, "output of a second call")
+    assert torch.equal(state, given[0]), "a state that was read is a value"
+    after = torch.empty_like(state)
+    writes = table(
+        module.WRITE, products=products, beta=beta, lam=0 if coupled else lam, gates=gates, mode=module.MODES[mode],
+        **common,
+    )  # fmt: skip
+    module.write(writes.data_ptr(), state.data_ptr(), after.data_ptr(), 0 if mask is None else mask.data_ptr())
+    wanted = state.double()
+    for layer in range(LAYERS):
+        z = x[layer].double() @ weight[layer].double().T
+        lambda_bias = None if coupled else lam[layer]
+        _, wanted = defined_step(z, wanted, torch.arange(batch), layer, beta[layer], lambda_bias, mask, normalize, mode)
+    close(after, wanted, 1e-5, "state")
+    if mask is not None:
+        assert torch.equal(after[~mask], state[~mask])
+
+
+@pytest.mark.parametrize("mode", ["standard", "lambda_outside", "no_lambda"])
+@pytest.mark.parametrize("coupled", [True, False])
+@pytest.mark.parametrize("rowwise", [True, False])
+@pytest.mark.parametrize(("heads", "rank"), [(1, 8), (3, 5)])
+def test_every_rule(
+    numba_step: ModuleType, seed: int, mode: str, coupled: bool, rowwise: bool, heads: int, rank: int
+) -> None:
+    check(numba_step, seed, 2, heads, rank, coupled=coupled, rowwise=rowwise, mode=mode)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 8])
+@pytest.mark.parametrize("rank", [1, 4, 7, 16, 33, 64])
+def test_ranks_and_heads(numba_step: ModuleType, seed: int, heads: int, rank: int) -> None:
+    check(numba_step, seed, 3, heads, rank, coupled=False)
+
+
+@pytest.mark.parametrize("batch", [1, 5, 64])
+def test_rows_of_which_some_write(numba_step: ModuleType, seed: int, batch: int) -> None:
+    check(numba_step, seed, batch, 2, 8, masked=True)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-3, 5.0, 200.0])
+def test_products_of_any_size(numba_step: ModuleType, seed: int, size: float) -> None:
+    check(numba_step, seed, 2, 1, 8, coupled=False, size=size)
+
+
+def test_nothing_is_normalised(numba_step: ModuleType, seed: int) -> None:
+    check(numba_step, seed, 2, 2, 4, normalize=False)
+
+
+def test_a_row_that_is_not_finite_stays_alone(numba_step: ModuleType) -> None:
+    """What a model computes may overflow; the rows beside it are as they were."""
+    rows, rank = 32, 8
+    products, reads, state = torch.empty(2, rows), torch.empty(2, rank), torch.randn(2, 1, 1, rank, rank)
+    weight, x = torch.randn(rows, 4), torch.randn(2, 4)
+    common = {"rows": rows, "batch": 2, "heads": 1, "rank": rank, "normalize": True, "layers": 1}
+    steps = table(numba_step.STEER, weight=weight, hidden=4, products=products, reads=reads, **common)
+    numba_step.steer(steps.data_ptr(), state.data_ptr(), x.data_ptr(), 0, 0, 0.0)
+    alone = reads[1].clone()
+    x[0] = torch.inf
+    numba_step.steer(steps.data_ptr(), state.data_ptr(), x.data_ptr(), 0, 0, 0.0)
+    assert reads[0].isnan().any()
+    assert torch.equal(reads[1], alone)

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from agentmem.passes import Pending
@@ -76,6 +77,10 @@ class PrefixCache:
         if prefill.length > self._limit:
             return
         crop(prefill.cache, prefill.length)
+        try:
+            _own(prefill.cache)
+        except torch.OutOfMemoryError:
+            return
         self._entries[prompt] = prefill
         while sum(entry.length for entry in self._entries.values()) > self._limit:
             self._entries.popitem(last=False)
@@ -83,6 +88,15 @@ class PrefixCache:
     def clear(self) -> None:
         """Forget everything."""
         self._entries.clear()
+
+
+def _own(cache: Any) -> None:
+    """Hold no more than the cache's tokens: what was cut off it, a reply say, lies behind them in the same memory."""
+    for layer in cache.layers:
+        for name in ("keys", "values"):
+            part = getattr(layer, name)
+            if part.untyped_storage().nbytes() > part.nbytes:
+                setattr(layer, name, part.clone(memory_format=torch.contiguous_format))
 
 
 def crop(cache: Any, length: int) -> None:

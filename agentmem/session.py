@@ -194,6 +194,17 @@ class Session:
         for token in tokens:
             yield Want(self._runtime.decoding, self, token, segment)
 
+    def stand_up(self) -> bool:
+        """Give up the seat beside others and take along what was read there; says whether there was room for it.
+
+        Where there was none, the cache is of no use any more.
+        """
+        try:
+            self._runtime.decoding.leave(self, keep=True)
+        except torch.OutOfMemoryError:
+            self.torn = True
+        return not self.torn
+
     def stop_sharing(self) -> None:
         """Give up the seat beside others; what was read there is forgotten."""
         self._runtime.decoding.leave(self, keep=False)

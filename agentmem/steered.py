@@ -262,7 +262,7 @@ class SteeredModel:
         if segments is not None and mask is not None:
             segments = torch.where(mask, segments, -1)
         segments = segments if writing else None
-        if ready is not None and not runs_triton(state.device):
+        if ready is not None:
             return GatherPass(self._memory, ready, state, segments, pending)
         return SegmentPass(self._memory, state, segments, pending)
 

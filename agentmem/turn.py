@@ -114,11 +114,14 @@ def run_turn(runtime: Runtime, request: Request, state: MemoryState | None, emit
     key = _key(given, plan, _voice(runtime, speaks))
     prefill, hit, carried = yield from _prefill(runtime, session, plan, key, _carried(runtime, request, given, plan))
     reply = _Reply(runtime, request, session, plan, speaks, emit, constraint)
+    whole = True  # the session's own cache has all that was read, or what was read before the reply
     try:
         try:
             yield from reply.decode()
             if speaks:
                 yield from reply.commit()
+            if request.kv == "carry":
+                whole = session.stand_up()
         finally:
             session.stop_sharing()
     except GeneratorExit:
@@ -131,10 +134,10 @@ def run_turn(runtime: Runtime, request: Request, state: MemoryState | None, emit
     out = state
     if session.state is not None and request.write != "off":
         out = yield from runtime.to_state(session.state, plan.record.extend([*plan.new, message]))
-    if out is not None and steered and request.kv == "carry":
+    if out is not None and steered and whole and request.kv == "carry":
         runtime.carried.put(out.digest, [*key.ids, *reply.ids, *runtime.transcript.closing_ids()], session.cache)
     # After an error inside a forward pass the KV may be torn between layers; then it is dropped.
-    if not carried:
+    if whole and not carried:
         runtime.prefix.put(key, prefill)
     finish = "tool_calls" if parsed.tool_calls and reply.finish == "stop" else reply.finish
     return Turn(

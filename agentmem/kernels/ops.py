@@ -128,7 +128,8 @@ def scan(
         q, k, v, keep, erase, write: [B, T, H, r], or with ``cu_seqlens`` [1, N, H, r], sequences one after another.
         mask: [B, T] or [1, N] bool, False where a token does not write, whatever its k, v and gates hold.
         cu_seqlens: [B + 1] int32 or int64, ascending: sequence b is the tokens from cu_seqlens[b] to cu_seqlens[b + 1].
-        max_length: with ``cu_seqlens``, the longest sequence or more; None = N, which costs idle programs.
+        max_length: with ``cu_seqlens``, the longest sequence or more; None = N, which costs idle programs. Borders that
+            lie on a GPU are not looked at, which would be to wait: there a longer sequence has no defined result.
         chunk: tokens that are composed at a time; 0 = chosen by length and rank.
 
     Returns:
@@ -198,6 +199,10 @@ def _scan(
     max_length: int,
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
+    if cu_seqlens is not None and cu_seqlens.device.type == "cpu" and len(cu_seqlens) > 1:
+        longest = int(cu_seqlens.diff().max())
+        if longest > max_length:
+            raise TurnError(f"max_length must be the longest sequence, {longest} tokens, or more; found {max_length}")
     inputs = tuple(x.contiguous() for x in (q, k, v, keep, erase, write))
     given = (state.contiguous(), inputs, _dense(mask), _dense(cu_seqlens))
     with _beside(state):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -61,6 +62,28 @@ def test_it_saves_forward_passes_over_what_is_carried(make_engine: Any, monkeypa
     assert fed <= sum(read) <= fed + 4  # the closing tokens
 
 
+def test_a_reply_that_was_decoded_beside_others_is_carried_too(make_engine: Any) -> None:
+    engine = make_engine()
+    ask = [[SYSTEM, Message("user", f"number {n} is here and says hello")] for n in range(4)]
+    rows: list[int] = []
+
+    def turn(n: int) -> tuple[Turn, Turn]:
+        first = engine.turn(ask[n], sampling=REPLY, kv="carry")
+        after = [*ask[n], first.message, Message("user", "and?")]
+        return first, engine.turn(after, first.state, sampling=REPLY, kv="carry")
+
+    alone = [turn(n)[1].usage.carried_tokens for n in range(4)]
+    engine.forget_prefills()
+    inner = engine.model.get_decoder().embed_tokens
+    handle = inner.register_forward_hook(lambda _, given, out: rows.append(given[0].shape[0]))
+    with ThreadPoolExecutor(4) as pool:
+        done = list(pool.map(turn, range(4)))
+    handle.remove()
+    assert max(rows) > 1, "they did not meet"
+    for n, (first, second) in enumerate(done):
+        assert second.usage.carried_tokens == alone[n] > first.usage.input_tokens
+
+
 def test_exact_turns_never_see_what_was_carried(make_engine: Any) -> None:
     engine = make_engine()
     done, history = talk(engine, 3, "carry")
@@ -114,6 +137,20 @@ def test_what_is_kept_is_bounded(make_engine: Any) -> None:
     done, _ = talk(engine, 4, "carry")
     assert done[-1].usage.input_tokens > 60
     assert done[-1].usage.carried_tokens == 0
+
+
+@pytest.mark.parametrize("kv", ["exact", "carry"])
+def test_kept_prefills_hold_no_replies(make_engine: Any, kv: Any) -> None:
+    """In memory too: a cache that is cut back is a view of what it was cut from."""
+    engine = make_engine(kv_cache_tokens=600)
+    for n in range(6):
+        turn = engine.turn([Message("user", f"number {n} " * 9)], sampling=Sampling(max_tokens=400), kv=kv)
+        assert len(turn.token_ids) > 100
+    entries = engine._runtime.prefix._entries.values()
+    parts = [part for entry in entries for layer in entry.cache.layers for part in (layer.keys, layer.values)]
+    assert sum(entry.length for entry in entries) > 100
+    token = 2 * 2 * 16 * 4  # keys and values of two layers, one head of 16 float32
+    assert sum(part.untyped_storage().nbytes() for part in parts) <= 600 * token
 
 
 def test_an_unknown_kv_is_refused(make_engine: Any) -> None:

@@ -139,6 +139,10 @@ def test_what_does_not_fit_is_refused(device: torch.device) -> None:
         kernels.scan(*inputs, cu_seqlens=torch.tensor([0, 6], device=device))
     with pytest.raises(TurnError, match="chunk must be 0 or more"):
         kernels.scan(*inputs, chunk=-1)
+    # Seen where the borders lie on a CPU: on a GPU looking at them would be to wait for it.
+    ragged = [inputs[0].cpu(), *(x.cpu().flatten(0, 1)[None] for x in inputs[1:])]
+    with pytest.raises(TurnError, match="max_length must be the longest sequence, 8 tokens, or more; found 7"):
+        kernels.scan(*ragged, cu_seqlens=torch.tensor([0, 4, 12]), max_length=7)
 
 
 @pytest.mark.slow

@@ -131,9 +131,16 @@ class TokenPass(LayerPass):
 def scan(
     state: Tensor, q: Tensor, k: Tensor, v: Tensor, keep: Tensor, erase: Tensor, write: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``recurrence.scan``, by kernels where the device has them."""
-    form = kernels.scan if kernels.runs_triton(state.device) else recurrence.scan
-    return form(state, q, k, v, keep, erase, write)
+    """``recurrence.scan``, by what is quickest on the device."""
+    given = state, q, k, v, keep, erase, write
+    if kernels.runs_triton(state.device):
+        return kernels.scan(*given)
+    learns = torch.is_grad_enabled() and any(one.requires_grad for one in given)
+    if learns or not kernels.runs_numba(*given):
+        return recurrence.scan(*given)
+    from agentmem.kernels import numba_scan
+
+    return numba_scan.scan(*given)
 
 
 class SegmentPass(LayerPass):

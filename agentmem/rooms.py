@@ -64,7 +64,7 @@ class Ready:
             self.lam = joined([module.lambda_bias for module in memory]).view(shape)
         outputs = [module.output_weight(head) for module in memory for head in module.config.delta_heads]
         of_all = *self.weights, *outputs, self.beta, *([] if self.lam is None else [self.lam])
-        self._compiled = kernels.runs_numba(*of_all)
+        self._compiled = all(map(Tensor.is_contiguous, of_all)) and kernels.runs_numba(*of_all)
         # With the number of their rows; of steps that write, and of those that do not.
         self._rooms: dict[bool, tuple[int, Room]] = {}
 

@@ -4,9 +4,6 @@ Beside weights that are read once a token an operation costs what it takes to fe
 here: one where the hidden state is projected, one where the layer's output is. ``steer`` and ``write`` take addresses,
 for a call with tensors would be several times as dear: who calls them keeps what lies there alive, contiguous, and of
 the sizes that the table says. A table is an int64 array, of the numbers named below.
-
-The first import compiles, for two or three seconds; later ones, of other processes too, find the code in numba's cache
-(beside this file, or the user's cache directory where that cannot be written).
 """
 
 from __future__ import annotations
@@ -15,8 +12,9 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import types
+
+from agentmem.kernels.addresses import address, compiled, floats, inlined, numbers, octets
 
 __all__ = ["MODES", "STEER", "WRITE", "steer", "write"]
 
@@ -34,38 +32,6 @@ of beta and of lambda (0: lambda is 1 - beta), and the number of the update mode
 MODES = {"standard": 0, "lambda_outside": 1, "no_lambda": 2}
 
 _EPS = np.float32(1e-6)  # as steering.NORM_EPS
-# No promise that no number is infinite or NaN: what a model computes may be.
-_FAST = {"reassoc", "contract", "arcp", "nsz"}
-
-
-@intrinsic
-def _floats(_typing: Any, _address: Any) -> Any:
-    """The float32 numbers at an address."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(types.float32)(types.intp), generate
-
-
-@intrinsic
-def _numbers(_typing: Any, _address: Any) -> Any:
-    """The int64 numbers at an address."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(types.int64)(types.intp), generate
-
-
-@intrinsic
-def _bytes(_typing: Any, _address: Any) -> Any:
-    """The bytes at an address."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(types.uint8)(types.intp), generate
 
 
 def _project(x: Any, weight: Any, products: Any, batch: int, rows: int, hidden: int) -> None:
@@ -104,13 +70,13 @@ def _sigmoid(x: np.float32) -> np.float32:
 
 
 def _steer(table: int, state: int, hidden: int, output: int, stride: int, scale: np.float32) -> None:
-    t = _numbers(table)
+    t = numbers(table)
     batch, heads, rank = t[3], t[4], t[5]
     size = heads * rank
-    reads = _floats(t[10])
+    reads = floats(t[10])
     if hidden != 0:
-        rows, products, states = t[1], _floats(t[9]), _floats(state)
-        _project(_floats(hidden), _floats(t[0]), products, batch, rows, t[2])
+        rows, products, states = t[1], floats(t[9]), floats(state)
+        _project(floats(hidden), floats(t[0]), products, batch, rows, t[2])
         for b in range(batch):
             for h in range(heads):
                 q = b * rows + h * rank
@@ -123,7 +89,7 @@ def _steer(table: int, state: int, hidden: int, output: int, stride: int, scale:
                     reads[b * size + h * rank + i] = found * factor
     width = t[12]
     if width != 0:
-        out, weight = _floats(output), _floats(t[11])
+        out, weight = floats(output), floats(t[11])
         for b in range(batch):
             o, r = b * stride + t[13], b * size
             for i in range(width):
@@ -134,14 +100,14 @@ def _steer(table: int, state: int, hidden: int, output: int, stride: int, scale:
 
 
 def _write(table: int, state: int, after: int, mask: int) -> None:
-    t = _numbers(table)
-    products, rows, batch, heads, rank, layers = _floats(t[0]), t[1], t[2], t[3], t[4], t[6]
-    beta_bias, lambda_bias, gates, mode = _floats(t[7]), _floats(t[8]), t[9], t[10]
-    states, result, size = _floats(state), _floats(after), heads * rank
+    t = numbers(table)
+    products, rows, batch, heads, rank, layers = floats(t[0]), t[1], t[2], t[3], t[4], t[6]
+    beta_bias, lambda_bias, gates, mode = floats(t[7]), floats(t[8]), t[9], t[10]
+    states, result, size = floats(state), floats(after), heads * rank
     for b in range(batch):
         for layer in range(layers):
             first = (b * layers + layer) * heads * rank * rank
-            if mask != 0 and _bytes(mask)[b] == 0:
+            if mask != 0 and octets(mask)[b] == 0:
                 for n in range(first, first + heads * rank * rank):
                     result[n] = states[n]
                 continue
@@ -168,26 +134,14 @@ def _write(table: int, state: int, after: int, mask: int) -> None:
                         result[n] = keep * states[n] + told * products[k + j]
 
 
-def _compiled(signature: Any, function: Any) -> Any:
-    try:
-        return njit(signature, fastmath=_FAST, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # no directory to keep the code in
-        return njit(signature, fastmath=_FAST, error_model="numpy")(function)
-
-
-def _helper(function: Any) -> Any:
-    return njit(fastmath=_FAST, error_model="numpy", inline="always")(function)
-
-
-_project, _turn, _sigmoid = map(_helper, (_project, _turn, _sigmoid))
-_address = types.intp
-steer = _compiled(types.void(_address, _address, _address, _address, types.intp, types.float32), _steer)
+_project, _turn, _sigmoid = map(inlined, (_project, _turn, _sigmoid))
+steer = compiled(types.void(address, address, address, address, types.intp, types.float32), _steer)
 """Read a layer's state for its hidden states, where ``hidden`` is not 0, and correct an output with what was read.
 
 Args: table; state [batch, layers, heads, rank, rank]; hidden [batch, hidden] or 0; output [batch, stride], changed;
 stride; what the correction is multiplied by.
 """
-write = _compiled(types.void(_address, _address, _address, _address), _write)
+write = compiled(types.void(address, address, address, address), _write)
 """The states after a token.
 
 Args: table; state; where they go, of the same shape; a byte for each row, 0 where it does not write (0: all do).

@@ -45,13 +45,14 @@ def _has_numba() -> bool:
     return find_spec("numba") is not None
 
 
-def runs_numba(*weights: Tensor) -> bool:
-    """Whether steps with these weights run compiled by numba: on a CPU in float32, where it is installed.
+def runs_numba(*given: Tensor) -> bool:
+    """Whether operations on these run compiled by numba: float32 on a CPU, where numba is installed.
 
-    ``AGENTMEM_NUMBA=0`` turns it off.
+    Not while they are traced. ``AGENTMEM_NUMBA=0`` turns it off.
     """
-    fits = all(one.device.type == "cpu" and one.dtype == torch.float32 and one.is_contiguous() for one in weights)
-    return fits and os.environ.get("AGENTMEM_NUMBA") != "0" and _has_numba()
+    kinds = Tensor, torch.nn.Parameter
+    fits = all(type(one) in kinds and one.device.type == "cpu" and one.dtype == torch.float32 for one in given)
+    return fits and os.environ.get("AGENTMEM_NUMBA") != "0" and _has_numba() and not torch.compiler.is_compiling()
 
 
 def step(

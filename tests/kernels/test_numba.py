@@ -1,4 +1,4 @@
-"""The compiled step against the definition: what is read, corrected and written, and what is left alone."""
+"""Step and scan as numba compiles them, against the definition: what is read, corrected, written, and left alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import close, defined_step, generator
+from kernel_cases import close, defined_scan, defined_step, generator, scan_inputs, weights_for
 from torch import Tensor
 
 LAYERS, SCALE, START = 3, 0.7, 2
@@ -138,3 +138,32 @@ def test_a_row_that_is_not_finite_stays_alone(numba_step: ModuleType) -> None:
     numba_step.steer(steps.data_ptr(), state.data_ptr(), x.data_ptr(), 0, 0, 0.0)
     assert reads[0].isnan().any()
     assert torch.equal(reads[1], alone)
+
+
+@pytest.mark.parametrize("gates", ["smooth", "steep", "hard"])
+@pytest.mark.parametrize(
+    ("rows", "length", "heads", "rank"),
+    [(1, 0, 1, 8), (1, 1, 1, 8), (3, 70, 2, 5), (1, 300, 8, 4), (64, 5, 1, 8), (1, 40, 1, 64), (2, 33, 3, 16)],
+)
+def test_many_tokens(
+    numba_step: ModuleType, seed: int, rows: int, length: int, heads: int, rank: int, gates: str
+) -> None:
+    from agentmem.kernels.numba_scan import scan
+
+    inputs = scan_inputs(seed, rows, length, heads, rank, rows, gates)
+    before = [x.clone() for x in inputs]
+    reads, last = scan(*inputs)
+    want = defined_scan(inputs, None, None, weights_for(inputs, seed))
+    close(reads, want[0], 2e-5, "reads")
+    close(last, want[1], 2e-5, "states")
+    assert all(map(torch.equal, inputs, before)), "what was given is not changed"
+
+
+def test_a_piece_of_a_larger_tensor_is_scanned_as_it_is(numba_step: ModuleType, seed: int) -> None:
+    from agentmem.kernels.numba_scan import scan
+
+    inputs = scan_inputs(seed, 2, 12, 2, 8, 2, "smooth")
+    pieces = [torch.cat((x, x * torch.nan), dim=-1)[..., : x.shape[-1]] for x in inputs]
+    assert not any(piece.is_contiguous() for piece in pieces)
+    for one, other in zip(scan(*inputs), scan(*pieces), strict=True):
+        assert torch.equal(one, other)

@@ -1,0 +1,49 @@
+"""What numba compiles functions of addresses with: numbers at an address, and the compiler's settings.
+
+Functions that take addresses are called in a microsecond; with tensors or arrays a call would be several times as dear.
+The first import of what is compiled takes a second or two; later ones, of other processes too, find the code in numba's
+cache (beside the module, or the user's cache directory where that cannot be written).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import njit, types
+from numba.extending import intrinsic
+
+__all__ = ["address", "compiled", "floats", "inlined", "numbers", "octets"]
+
+address = types.intp
+
+# No promise that no number is infinite or NaN: what a model computes may be.
+_FAST = {"reassoc", "contract", "arcp", "nsz"}
+
+
+def _pointer(kind: Any) -> Any:
+    """A function of compiled code: the numbers of a kind at an address."""
+
+    @intrinsic
+    def at(_typing: Any, _address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(kind)(types.intp), generate
+
+    return at
+
+
+floats, numbers, octets = map(_pointer, (types.float32, types.int64, types.uint8))
+
+
+def compiled(signature: Any, function: Any) -> Any:
+    """A function compiled for one signature; its code is kept for other processes where there is a place for it."""
+    try:
+        return njit(signature, fastmath=_FAST, error_model="numpy", cache=True)(function)
+    except RuntimeError:  # no directory that can be written
+        return njit(signature, fastmath=_FAST, error_model="numpy")(function)
+
+
+def inlined(function: Any) -> Any:
+    """A function that compiled ones contain."""
+    return njit(fastmath=_FAST, error_model="numpy", inline="always")(function)

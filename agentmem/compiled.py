@@ -101,6 +101,9 @@ class CompiledRoom(Room):
         write(self._write, state.data_ptr(), after.data_ptr(), 0 if writes is None else writes.data_ptr())
         return after
 
+    def told(self) -> Tensor:
+        return self._ready.memory[0].told(self._products)[:, :, None]
+
     def _prepared(self, place: Place, stride: int) -> tuple[Call, ...]:
         """The calls for a place; none where a correction is more than a product."""
         module = self._ready.memory[place.layer]

@@ -2,8 +2,10 @@
 
 A pass hands every layer its read, in the order in which the model's hooks ask for it, and returns the state at its
 end. ``TokenPass``: token t reads the state that token t - 1 left. ``SegmentPass``: every token reads the state from
-before the pass; sums of hidden states gather by segment, and at its end each segment writes once, from its mean, in
-ascending order. Sums may travel from call to call as ``Pending``, so that one pass can be cut anywhere.
+before the pass, and at its end each segment writes once, from the mean of its hidden states, in ascending order. What
+gathers by segment are sums of the tokens' products with the weights that write: the mean's products are their mean, and
+for rank 8 they are 32 numbers a segment and layer, where a hidden state is thousands. Sums may travel from call to call
+as ``Pending``, so that one pass can be cut anywhere.
 ``stepping.StepPass`` and ``stepping.GatherPass`` are the same for one token a row.
 """
 
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from agentmem import kernels, recurrence
@@ -29,7 +32,8 @@ class Pending:
     Attributes:
         ids: ascending, the S segments seen in any row.
         counts: [B, S] float32, tokens of each.
-        sums: for each layer [B, S, D] float32, the sum of their hidden states; one tensor [L, B, S, D] after a step.
+        sums: for each layer [B, S, 2 H r + gates] float32, the sum of what their tokens tell (``LayerMemory.told``);
+            one tensor [L, B, S, 2 H r + gates] after a step.
     """
 
     ids: tuple[int, ...]
@@ -97,9 +101,8 @@ class LayerPass(Pass):
             output = self.memory[index].corrected(head, read, output, start)
         return output
 
-    def _query(self, index: int, hidden: Tensor) -> Tensor:
-        """Read the state from before the pass with every token."""
-        q = self.memory[index].query(hidden)
+    def _read(self, index: int, q: Tensor) -> Tensor:
+        """Read the state from before the pass with every token's query."""
         return torch.einsum("bhij,bthj->bthi", self.state[:, index].to(q.device), q)
 
     @abstractmethod
@@ -118,7 +121,7 @@ class TokenPass(LayerPass):
 
     def _visit(self, index: int, hidden: Tensor) -> Tensor:
         if not self._writing:
-            return self._query(index, hidden)
+            return self._read(index, self.memory[index].query(hidden))
         mask = self._mask.to(hidden.device) if self._mask is not None else None
         q, k, v, (keep, erase, write) = self.memory[index].project(hidden, mask)
         y, self._written[index] = scan(self.state[:, index].to(q.device), q, k, v, keep, erase, write)
@@ -158,20 +161,29 @@ class SegmentPass(LayerPass):
         super().__init__(memory, state)
         self._before = before
         self._ids: tuple[int, ...] = ()
-        self._member: Tensor | None = None
+        self._segments: Tensor | None = None
         self._sums: dict[int, Tensor] = {}
         if segments is not None:
-            segments = segments.contiguous()
-            seen = torch.unique(segments)
+            seen = torch.unique(segments.contiguous())
             self._ids = joined_ids(seen[seen >= 0].tolist(), before)
-            known = torch.tensor(self._ids, dtype=torch.int64, device=segments.device)
-            self._member = (segments[..., None] == known).float()
+            self._known = torch.tensor(self._ids, dtype=torch.int64, device=segments.device)
+            self._segments = segments if self._ids else None
 
     def _visit(self, index: int, hidden: Tensor) -> Tensor:
-        if self._member is not None:
-            member = self._member.to(hidden.device)
-            self._sums[index] = torch.einsum("bts,btd->bsd", member, hidden.float())
-        return self._query(index, hidden)
+        module = self.memory[index]
+        if self._segments is None:
+            return self._read(index, module.query(hidden))
+        products = module.products(hidden).float()
+        self._sums[index] = torch.einsum("bts,btp->bsp", self._member(hidden.device), module.told(products))
+        return self._read(index, module.unit(module.split(products).q))
+
+    def _member(self, device: torch.device) -> Tensor:
+        """Which token is of which segment, [B, T, S].
+
+        Of tokens times segments, so made anew where it is used: held through the model it would count in its peak.
+        """
+        assert self._segments is not None
+        return (self._segments.to(device)[..., None] == self._known.to(device)).float()
 
     def end(self, close: bool) -> tuple[Tensor, Pending | None]:
         return ended(self.memory, self.state, self._total(), close)
@@ -179,9 +191,9 @@ class SegmentPass(LayerPass):
     def _total(self) -> Pending | None:
         """Sums of this call and the calls before it; None where no segment was ever seen."""
         before = self._before
-        if self._member is None or not self._ids:
+        if self._segments is None:
             return before
-        counts = self._member.sum(1)
+        counts = self._member(self._segments.device).sum(1)
         sums = tuple(self._sums[index] for index in range(len(self.memory)))
         if before is not None:
             place = torch.tensor([self._ids.index(one) for one in before.ids])
@@ -233,7 +245,9 @@ def ended(
         sums = total.sums[index]
         counts = total.counts.to(sums.device)
         mean = sums / counts.clamp_min(1.0).unsqueeze(-1)
-        q, k, v, (keep, erase, write) = module.project(mean, counts > 0)
+        # A segment asks nothing: its query is zeros.
+        mean = F.pad(mean, (module.asked, 0))
+        q, k, v, (keep, erase, write) = module.project_from(mean, counts > 0)
         _, written[index] = scan(state[:, index].to(q.device), q, k, v, keep, erase, write)
     return _stack(state, written), None
 

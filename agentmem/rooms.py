@@ -42,6 +42,13 @@ class Room(ABC):
     def after(self, mask: Tensor | None) -> Tensor:
         """The states after the token, which writes where ``mask`` [B, 1] allows. All layers must have read."""
 
+    @abstractmethod
+    def told(self) -> Tensor:
+        """What the token would write is made of this: ``LayerMemory.told`` of all layers, [L, B, 1, ...] float32.
+
+        Good until the next step begins.
+        """
+
 
 class Ready:
     """What steps need of all layers, without gradients.
@@ -229,6 +236,11 @@ class PlainRoom(Room):
                     rows = rows[:, start : start + width]
                 rows.addmm_(read, weight.t(), alpha=scale)
         return output
+
+    def told(self) -> Tensor:
+        if self._exact is not self._products:
+            self._exact.copy_(self._products)
+        return self._ready.memory[0].told(self._exact)
 
     def after(self, mask: Tensor | None) -> Tensor:
         if self._exact is not self._products:

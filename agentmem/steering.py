@@ -61,7 +61,7 @@ class LayerMemory(nn.Module):
     """The memory parameters of one attention layer.
 
     ``idle`` names the parameters that the config gives no effect: files may hold or lack them, and they need
-    no gradient.
+    no gradient. ``asked``: H r, how many of a token's products are its query.
 
     Args:
         config: the mechanism.
@@ -106,6 +106,7 @@ class LayerMemory(nn.Module):
         if config.state_update_mode == "no_lambda" and not config.couple_lambda:
             idle += ["lambda_proj", "lambda_bias"]
         self.idle = frozenset(idle)
+        self.asked = size
         for name in idle:
             self.get_parameter(name).requires_grad_(False)
         self._packed: tuple[list[int], Tensor] | None = None
@@ -167,19 +168,24 @@ class LayerMemory(nn.Module):
             mask: [B, T] bool, False where a token must not write (keep 1, erase and write 0); None = all
                 write.
         """
-        weight = self.packed_weight()
-        products = F.linear(hidden.to(weight.dtype), weight)
-        return self.project_from(products, self.beta_bias, getattr(self, "lambda_bias", None), mask)
+        return self.project_from(self.products(hidden), mask)
 
-    def project_from(
-        self, products: Tensor, beta_bias: Tensor, lambda_bias: Tensor | None, mask: Tensor | None = None
-    ) -> Projected:
-        """What tokens contribute, from their products with the packed weight, [..., B, T, 3 H r + gates]."""
+    def products(self, hidden: Tensor) -> Tensor:
+        """Products [..., 3 H r + gates] with the packed weight, in the weights' dtype, from [..., D]."""
+        weight = self.packed_weight()
+        return F.linear(hidden.to(weight.dtype), weight)
+
+    def told(self, products: Tensor) -> Tensor:
+        """The part of products with the packed weight that writes are made of, a view [..., 2 H r + gates]."""
+        return products[..., self.asked :]
+
+    def project_from(self, products: Tensor, mask: Tensor | None = None) -> Projected:
+        """What tokens contribute, from their products with the packed weight, [B, T, 3 H r + gates]."""
         parts = self.split(products.float())
-        beta, lam = (None if one is None else self.gate(one.float()) for one in (beta_bias, lambda_bias))
-        assert beta is not None
-        k, v, made = self.written(parts, beta, lam, mask)
-        return Projected(_unit(parts.q) if self.config.normalize_qk else parts.q, k, v, made)
+        lambda_bias: Tensor | None = getattr(self, "lambda_bias", None)
+        lam = None if lambda_bias is None else self.gate(lambda_bias.float())
+        k, v, made = self.written(parts, self.gate(self.beta_bias.float()), lam, mask)
+        return Projected(self.unit(parts.q), k, v, made)
 
     def split(self, products: Tensor) -> Parts:
         """Views of products with the packed weight, [..., 3 H r + gates]."""
@@ -197,7 +203,7 @@ class LayerMemory(nn.Module):
 
         Of this layer, or of all layers side by side, with all their biases in shapes that stand beside the ``parts``.
         """
-        k = _unit(parts.k) if self.config.normalize_qk else parts.k
+        k = self.unit(parts.k)
         beta = torch.sigmoid(parts.beta + beta_bias)
         lam = 1.0 - beta if parts.lam is None or lambda_bias is None else torch.sigmoid(parts.lam + lambda_bias)
         return k, parts.v, gates(self.config, beta.expand(k.shape), lam.expand(k.shape), mask)
@@ -207,7 +213,11 @@ class LayerMemory(nn.Module):
         config = self.config
         q = F.linear(hidden.to(self.memory_q_proj.dtype), self.memory_q_proj).float()
         q = q.view(*q.shape[:-1], config.num_state_heads, config.rank)
-        return _unit(q) if config.normalize_qk else q
+        return self.unit(q)
+
+    def unit(self, x: Tensor) -> Tensor:
+        """Queries or keys as the rule takes them."""
+        return _unit(x) if self.config.normalize_qk else x
 
     def correction(self, head: DeltaHead, read: Tensor) -> Tensor:
         """What is added to a projection's output: [B, T, W] from the read [B, T, H, r] float32."""

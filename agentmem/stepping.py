@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from agentmem.errors import TurnError
-from agentmem.passes import Pass, Pending, Place, Through, ended, joined_ids
+from agentmem.passes import Pass, Pending, Through, ended, joined_ids
 from agentmem.rooms import Ready
 from agentmem.steering import LayerMemory, addresses
 
@@ -90,41 +90,29 @@ class GatherPass(StepPass):
         segments: Tensor | None,
         before: Pending | None,
     ) -> None:
-        super().__init__(memory, ready, state, None, False)
         self._before = before
         self._segments: list[int] = [] if segments is None else segments.flatten().tolist()
-        self._hidden: list[Tensor] = []
-
-    @property
-    def through(self) -> Through:
-        return self._through
-
-    def _through(self, place: Place, given: Tensor, output: Tensor) -> Tensor:
-        seen = self._room.seen
-        output = self._room.through(place, given, output)
-        if self._room.seen != seen:
-            self._hidden.append(given)
-        return output
+        self._gathered = {one for one in self._segments if one >= 0}
+        super().__init__(memory, ready, state, None, bool(self._gathered))
 
     def end(self, close: bool) -> tuple[Tensor, Pending | None]:
         """The state, and what is gathered where the pass stays open."""
         total = self._before
-        if seen := {one for one in self._segments if one >= 0}:
+        if self._gathered:
             self._need_all()
-            total = self._joined(joined_ids(sorted(seen), self._before))
+            total = self._joined(joined_ids(sorted(self._gathered), self._before))
         return ended(self.memory, self.state, total, close)
 
     def _joined(self, ids: tuple[int, ...]) -> Pending:
-        before, batch = self._before, len(self._segments)
-        hidden = torch.stack(self._hidden).view(len(self.memory), batch, 1, -1).float()
+        before, told = self._before, self._room.told()
         rows = [[float(own == one) for one in ids] for own in self._segments]
-        member = torch.tensor(rows, dtype=torch.float32, device=hidden.device)
+        member = torch.tensor(rows, dtype=torch.float32, device=told.device)
         counts, sums = (torch.zeros_like(member) if before is None else before.counts), None
         if before is not None:
             sums = before.sums if isinstance(before.sums, Tensor) else torch.stack(before.sums)
             if ids != before.ids:
-                place = torch.tensor([ids.index(one) for one in before.ids], device=hidden.device)
+                place = torch.tensor([ids.index(one) for one in before.ids], device=told.device)
                 counts = torch.zeros_like(member).index_copy_(1, place, before.counts)
                 sums = sums.new_zeros(*sums.shape[:2], len(ids), sums.shape[3]).index_copy_(2, place, sums)
         own = member[..., None]
-        return Pending(ids, counts + member, own * hidden if sums is None else torch.addcmul(sums, own, hidden))
+        return Pending(ids, counts + member, own * told if sums is None else torch.addcmul(sums, own, told))

@@ -10,16 +10,15 @@ Weights are random: time does not depend on them. The bare model shares the weig
 take turns, decoding token by token after a prompt, and reading the prompt; a figure is a median, a ratio the median
 over the pairs of bare time by steered time, so 1 means that steering is free. On a CPU times are the computing time of
 the process, and the ratio by the clock stands beside. Operations a layer are counted by torch's dispatcher. Peak memory
-of a prefill is what torch allocated on a GPU, and the resident size of the process on a CPU (Linux), weights included;
-that of the bare model is taken before memory is attached. What does not fit is named. The exit code is 1 where a bar is
-missed; bars are for a CPU, one thread, TSW of rank 8. On a GPU with AGENTMEM_TRITON=1 and AGENTMEM_CUDA_GRAPHS=1 both
-decode in fixed buffers as CUDA graphs, but for SSW, which decodes without.
+of a prefill is what torch allocated on a GPU, and on a CPU the bytes of the tensors alive, weights included; that of
+the bare model is taken before memory is attached. What does not fit is named. The exit code is 1 where a bar is missed;
+bars are for a CPU, one thread, TSW of rank 8. On a GPU with AGENTMEM_TRITON=1 and AGENTMEM_CUDA_GRAPHS=1 both decode in
+fixed buffers as CUDA graphs, but for SSW, which decodes without.
 """
 
 from __future__ import annotations
 
 import copy
-import gc
 import platform
 import statistics
 import sys
@@ -35,6 +34,7 @@ import torch
 import transformers
 import typer
 from overhead_decoders import Decoder, FixedDecoder
+from overhead_memory import peak
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -193,23 +193,6 @@ def operations(
     return counts[0] / layers, (counts[1] - counts[0]) / layers
 
 
-def peak(run: Callable[[], object]) -> float | None:
-    """The most bytes held during a run: allocated by torch on a GPU, else resident in the process; None = not known."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return float(torch.cuda.max_memory_allocated())
-    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    try:
-        reset.write_text("5")
-    except OSError:
-        return None
-    run()
-    most = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return 1024.0 * int(most.split()[1])
-
-
 def main(
     shape: Annotated[list[str] | None, typer.Option(help="Shapes by name; all that suit this machine.")] = None,
     write: Annotated[list[str] | None, typer.Option(help="TSW, SSW, MSW; all of them.")] = None,
@@ -294,14 +277,15 @@ def _ids(model: Qwen3ForCausalLM, batch: int, length: int) -> Tensor:
     return torch.randint(0, model.config.vocab_size, (batch, length), device=model.device)
 
 
-def _peaks(shape: Shape, model: Qwen3ForCausalLM, steered: SteeredModel | None) -> dict[int, float | None]:
+def _peaks(shape: Shape, model: Qwen3ForCausalLM, steered: SteeredModel | None) -> dict[int, int | None]:
     """Peak memory of a prefill, by its length; the second of two, since the first fills what is kept."""
-    found: dict[int, float | None] = {}
+    held = (model,) if steered is None else (model, steered.memory)
+    found: dict[int, int | None] = {}
     for length in shape.prefills:
         ids = _ids(model, 1, length)
         try:
             Decoder(model, steered, ids)
-            found[length] = peak(lambda ids=ids: Decoder(model, steered, ids))  # type: ignore[misc]
+            found[length] = peak(partial(Decoder, model, steered, ids), *held)
         except torch.OutOfMemoryError:
             found[length] = None
     return found

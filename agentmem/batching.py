@@ -219,8 +219,10 @@ class Decoding(Team):
             else:
                 last = self._steered(block, one_each, tokens, kv, positions, allowed)[:, -1]
         rows = last.unbind()
+        # For all at once: on a GPU every number that is fetched is a wait.
+        likeliest = last.argmax(-1).tolist() if any(want.session.greedy for want in wants.values()) else None
         for row, want in wants.items():
-            want.session.logits = rows[row]
+            want.session.logits, want.session.likeliest = rows[row], None if likeliest is None else likeliest[row]
             block.seats[row].length += 1
 
     def _replayed(self, block: Block, wants: Sequence[Want | None]) -> Tensor:

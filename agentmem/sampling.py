@@ -57,15 +57,17 @@ class Sampler:
         else:
             self._generator.manual_seed(sampling.seed)
 
-    def choose(self, logits: Tensor) -> int:
+    def choose(self, logits: Tensor, likeliest: int | None = None) -> int:
         """The next token from logits [V]: one random number, and the token in whose share of the whole it falls.
+
+        ``likeliest``: the token with the largest, where that is known.
 
         Raises:
             TurnError: logits that are no numbers.
         """
         chosen = self._sampling
         if chosen.temperature == 0:
-            return int(logits.argmax())
+            return int(logits.argmax()) if likeliest is None else likeliest
         # Less the largest, which changes nothing of the distribution and cannot overflow.
         scores = logits.float()
         scores = (scores - scores.max()).div_(chosen.temperature)

@@ -122,6 +122,8 @@ class Session:
         self.pending: Pending | None = None
         self.cache: Any = None
         self.logits: Tensor | None = None
+        self.likeliest: int | None = None  # the token with the largest of the logits, where that is known already
+        self.greedy = False  # whether it will be asked for
         self.seat: Seat | None = None  # while it decodes beside others
         self.torn = False  # a pass failed: its layers may hold different tokens
         self.fresh_cache()
@@ -212,6 +214,7 @@ class Session:
     def forward(self, ids: Sequence[int], segments: Sequence[int], *, logits: bool, close: bool) -> None:
         """One forward pass of this session alone; see ``feed``."""
         runtime = self._runtime
+        self.likeliest = None
         tokens = torch.tensor([ids], device=runtime.device)
         if self.state is None:
             inputs = {"input_ids": tokens, "past_key_values": self.cache, "use_cache": True}

@@ -289,6 +289,7 @@ class _Reply:
         sampling, decoder, session, constraint = self._request.sampling, self.decoder, self._session, self._constraint
         sampler = Sampler(sampling, self._runtime.device)
         stops = StopFinder(sampling.stop)
+        session.greedy = sampling.temperature == 0 and constraint is None
         cut: int | None = None
         while True:
             # What has to come waits until it is known what else does, and is then read at once.
@@ -297,7 +298,7 @@ class _Reply:
                 yield from self._read()
                 assert session.logits is not None
                 if constraint is None:
-                    token = sampler.choose(session.logits)
+                    token = sampler.choose(session.logits, session.likeliest)
                 else:
                     token = constraint.take(sampler.choose(constraint.mask(session.logits)))
             if token in self._runtime.end_ids:

@@ -253,7 +253,7 @@ def test_one_that_fails_does_not_take_the_others_with_it(
         monkeypatch.setattr(
             module.Sampler,
             "choose",
-            lambda own, logits: broken() if own._sampling.max_tokens == 77 else real(own, logits),
+            lambda own, logits, *likeliest: broken() if own._sampling.max_tokens == 77 else real(own, logits),
         )
         bad = pool.submit(engine.turn, ask(6), sampling=Sampling(max_tokens=77))
         good = [pool.submit(engine.turn, ask(n), **options(n)) for n in range(6)]

@@ -32,17 +32,17 @@ class Seat:
 class Block:
     """KV and states of some sessions; rows are dense.
 
-    For each layer keys and values [rows, heads, capacity, d]. What is not read yet is zero: attention gives it no
-    weight, but no weight times NaN would be NaN.
+    For each layer keys and values [rows, heads, capacity, d]; ``rows`` to begin with, twice as many when they are
+    taken. What is not read yet is zero: attention gives it no weight, but no weight times NaN would be NaN.
     """
 
-    def __init__(self, like: Any, capacity: int) -> None:
+    def __init__(self, like: Any, capacity: int, rows: int = 1) -> None:
         from transformers import Cache
 
         self.capacity = capacity
         self.seats: list[Seat] = []
         self._kv = [
-            tuple(part.new_zeros(1, part.shape[1], capacity, part.shape[3]) for part in (layer.keys, layer.values))
+            tuple(part.new_zeros(rows, part.shape[1], capacity, part.shape[3]) for part in (layer.keys, layer.values))
             for layer in like.layers
         ]
         self._layers = [_layer_class()() for _ in self._kv]

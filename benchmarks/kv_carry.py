@@ -1,7 +1,7 @@
 """What carried KV does to answers: the same conversations with exact and with carried keys and values.
 
     python benchmarks/kv_carry.py                          nano on this machine, 100 conversations (minutes)
-    python benchmarks/kv_carry.py --conversations 20       a first look
+    python benchmarks/kv_carry.py --conversations 20       a first look, with the picture of all arms (``--plot``)
 
 Conversations of nano's language, none of which it was trained on: things are told, some are changed, small talk, and
 then all are asked for, one question a turn. Every conversation is talked twice in closed loop, each way with its own
@@ -12,22 +12,19 @@ the process's computing time. The peer is the default, ``kv="exact"``.
 
 from __future__ import annotations
 
-import os
-import platform
-import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from random import Random
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-import transformers
 import typer
+from conditions import conditions, picture, text
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-import agentmem
 from agentmem import Engine, Message, Sampling, Window, load
 from agentmem.evaluation.intervals import share
 from agentmem.nano.language import Binding, answer, ask
@@ -94,18 +91,20 @@ def main(
     bindings: Annotated[int, typer.Option(min=1, max=20)] = 4,
     fillers: Annotated[int, typer.Option(min=0)] = 4,
     seed: int = 0,
+    plot: Annotated[Path, typer.Option(help="Where to put the picture.")] = Path("kv_carry.png"),
 ) -> None:
-    """Print the table."""
+    """Print the table and draw it."""
     console = Console(width=140)
     torch.set_num_threads(1)
     plots = [draw(Random(f"carry {seed} {i}"), bindings, fillers) for i in range(conversations)]
     arms: dict[str, dict[KV, Arm]] = {name: {"exact": Arm(), "carry": Arm()} for name in WINDOWS}
     with load("nano", kv_cache_tokens=65_536) as engine:
-        for i, plot in enumerate(track(plots, console=Console(stderr=True))):
+        console.print(text(conditions(engine.model.device, engine.model.dtype)), highlight=False, soft_wrap=True)
+        for i, talk in enumerate(track(plots, console=Console(stderr=True))):
             for name, messages in WINDOWS.items():
                 ways: tuple[KV, KV] = ("exact", "carry") if i % 2 else ("carry", "exact")
                 for kv in ways:
-                    run(engine, plot, kv, messages, arms[name][kv])
+                    run(engine, talk, kv, messages, arms[name][kv])
     table = Table("window", "kv", "right answers (95 %)", "same replies", "prompt tokens read", "computing time")
     for name, both in arms.items():
         for kv, arm in both.items():
@@ -122,11 +121,31 @@ def main(
     console.print(table)
     console.print(
         f"{conversations} conversations of {bindings} things told, one changed, {fillers} turns of small talk and "
-        f"{bindings} questions; in brackets: as a share of exact. nano in float32, one thread, {platform.machine()}, "
-        f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; agentmem {agentmem.__version__}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}\n"
-        f"python {' '.join(sys.argv)}"
+        f"{bindings} questions, seed {seed}; in brackets: as a share of exact."
     )
+    console.print(draw_arms(arms, plot), highlight=False)
+
+
+def draw_arms(arms: dict[str, dict[KV, Arm]], path: Path) -> str:
+    """Right answers, tokens read and computing time of all arms."""
+
+    def paint(figure: Any) -> None:
+        names = [f"{name}, {kv}" for name, both in arms.items() for kv in both]
+        each = [arm for both in arms.values() for arm in both.values()]
+        for axes, (what, values) in zip(
+            figure.subplots(1, 3, sharey=True),
+            (
+                ("right answers", [share(arm.right).value for arm in each]),
+                ("prompt tokens read", [arm.read for arm in each]),
+                ("computing time, s", [arm.seconds for arm in each]),
+            ),
+            strict=True,
+        ):
+            axes.barh(names, values)
+            axes.set(title=what, xlim=(0, None))
+        axes.invert_yaxis()
+
+    return picture(path, (11, 2.6), paint)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a turn costs late in a long thread: memory with a window, beside the whole history in the prompt.
 
     python benchmarks/long_thread.py                                    nano on this machine, 500 turns (minutes)
-    python benchmarks/long_thread.py --page P.md --plot P.png           the same, with a page and a picture
+    python benchmarks/long_thread.py --page P.md --plot P.png           the same, with a page that shows the picture
     python benchmarks/long_thread.py --model DIR --adapter DIR          a model of yours
 
 The thread is talked once through ``MemoryNode``, which is given the whole history at every turn, as LangGraph gives it.
@@ -16,19 +16,16 @@ The exit code is 1 where the last turn costs more than 1.1 times turn 20.
 from __future__ import annotations
 
 import copy
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import torch
-import transformers
 import typer
+from conditions import conditions, picture, text
 from langchain_core.messages import BaseMessage, HumanMessage
 from rich.console import Console
 from rich.table import Table
@@ -132,7 +129,7 @@ def main(
     tokens: Annotated[int, typer.Option(help="Of each reply.")] = 4,
     rounds: Annotated[int, typer.Option(min=1, help="Times that each mark is measured.")] = 15,
     page: Annotated[Path | None, typer.Option(help="Write the results as a page.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="A picture (needs matplotlib).")] = None,
+    plot: Annotated[Path, typer.Option(help="Where to put the picture.")] = Path("long_thread.png"),
 ) -> None:
     """Measure turns of a long thread, early and late."""
     torch.set_num_threads(1)
@@ -141,7 +138,7 @@ def main(
     options: dict[str, Any] = {"engine": engine, "temperature": 50.0, "seed": 1, "max_tokens": tokens}
     windowed = MemoryNode(ChatDeltaMem(**options, window=window))
     whole = MemoryNode(ChatDeltaMem(**options, window=Window(tokens=None), use_memory=False))
-    console = Console()
+    console = Console(width=140)
     with console.status("talking") as status:
         thread = talk(windowed, turns, lambda turn: status.update(f"turn {turn} of {turns}"))
     marks = sorted({FIRST, *(turns * n // 5 for n in range(1, 6))} - set(range(FIRST)))
@@ -149,22 +146,20 @@ def main(
     last, first = found[marks[-1]], found[FIRST]
     ratio = statistics.median(b / a for a, b in zip(first.windowed, last.windowed, strict=True))
     stored = len(thread.memories[-1]["data"]) + len(thread.memories[-1]["tail"])
-    about = (
-        f"{_hardware(engine)}; {model}, {engine.model.config.num_hidden_layers} layers, {engine.model.dtype}, one "
-        f"thread; window of {window} tokens, replies of {tokens}, {rounds} rounds; Python "
-        f"{platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"agentmem {agentmem.__version__}; {datetime.now(UTC):%Y-%m-%d}"
-    )
+    config = engine.model.config
+    said = conditions(engine.model.device, engine.model.dtype) | {
+        "model": f"{model}, {config.num_hidden_layers} layers x {config.hidden_size}",
+        "thread": f"{turns} turns, a window of {window} tokens, replies of {tokens}, {rounds} rounds",
+    }
     rows = [_row(mark, found[mark], kv_bytes(engine), stored) for mark in marks]
     table = Table(*HEAD, title="a turn of a long thread")
     for row in rows:
         table.add_row(*row)
     verdict = f"turn {marks[-1]} : turn {FIRST} = {ratio:.3f}, bar {BAR}, {'held' if ratio <= BAR else 'missed'}"
-    console.print(table, about, verdict, highlight=False)
-    if plot is not None:
-        _draw(found, plot)
+    console.print(text(said), highlight=False, soft_wrap=True)
+    console.print(table, verdict, _drawn(found, plot), sep="\n", highlight=False)
     if page is not None:
-        _write(page, rows, about, verdict, plot)
+        _write(page, rows, said, verdict, plot)
     engine.close()
     raise typer.Exit(0 if ratio <= BAR else 1)
 
@@ -196,26 +191,13 @@ def _row(mark: int, one: Mark, token: int, stored: int) -> tuple[str, ...]:
     )
 
 
-def _hardware(engine: Engine) -> str:
-    if engine.model.device.type == "cuda":
-        return str(torch.cuda.get_device_name())
-    names = (line.split(":")[1].strip() for line in _cpu_lines() if line.startswith("model name"))
-    return f"{next(names, platform.processor() or platform.machine())}, {os.cpu_count()} cores"
-
-
-def _cpu_lines() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text("utf-8").splitlines() if path.exists() else []
-
-
-def _write(page: Path, rows: Sequence[tuple[str, ...]], about: str, verdict: str, plot: Path | None) -> None:
+def _write(page: Path, rows: Sequence[tuple[str, ...]], said: dict[str, str], verdict: str, plot: Path) -> None:
     lines = [
         "# A turn of a long thread",
         "",
-        "Measured by `python benchmarks/long_thread.py --page docs/results/long_thread.md --plot",
-        "docs/results/long_thread.png`; what is measured, and how, stands at the head of that file.",
+        "What is measured, and how, stands at the head of `benchmarks/long_thread.py`.",
         "",
-        f"{about}.",
+        *(f"- {name}: {f'`{value}`' if name == 'command' else value}" for name, value in said.items()),
         "",
         f"**{verdict}**",
         "",
@@ -227,23 +209,23 @@ def _write(page: Path, rows: Sequence[tuple[str, ...]], about: str, verdict: str
         "model without memory and all messages in the prompt, which is read anew at each turn. KV: what keys and",
         "values of the prompt take while the turn runs. Memory: what the thread keeps of it in a checkpoint. Does not",
         "fit: more tokens than the model reads.",
-        *(["", f"![Time of a turn by its number]({plot.name})"] if plot else []),
+        *(["", f"![Time of a turn by its number]({plot.name})"] if plot.exists() else []),
     ]
     page.write_text("\n".join(lines) + "\n", "utf-8")
 
 
-def _draw(found: dict[int, Mark], path: Path) -> None:
-    import matplotlib.pyplot as plt
+def _drawn(found: dict[int, Mark], path: Path) -> str:
+    def paint(figure: Any) -> None:
+        axes = figure.subplots()
+        for name, times in (
+            ("memory with a window", {m: one.windowed for m, one in found.items()}),
+            ("whole history in the prompt", {m: one.whole for m, one in found.items() if one.whole}),
+        ):
+            axes.plot(list(times), [1e3 * statistics.median(many) for many in times.values()], marker="o", label=name)
+        axes.set(xlabel="turn", ylabel="milliseconds", ylim=(0, None))
+        axes.legend()
 
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, times in (
-        ("memory with a window", {m: one.windowed for m, one in found.items()}),
-        ("whole history in the prompt", {m: one.whole for m, one in found.items() if one.whole}),
-    ):
-        axes.plot(list(times), [1e3 * statistics.median(many) for many in times.values()], marker="o", label=name)
-    axes.set(xlabel="turn", ylabel="milliseconds", ylim=(0, None))
-    axes.legend()
-    figure.savefig(path, dpi=110)
+    return picture(path, (7, 4), paint)
 
 
 if __name__ == "__main__":

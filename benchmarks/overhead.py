@@ -7,107 +7,46 @@
     python benchmarks/overhead.py --fixed                bare and steered both decode in buffers that never move
 
 Weights are random: time does not depend on them. The bare model shares the weights and has no hooks. Bare and steered
-take turns, decoding token by token after a prompt, and reading the prompt; a figure is a median, a ratio the median
-over the pairs of bare time by steered time, so 1 means that steering is free. On a CPU times are the computing time of
-the process, and the ratio by the clock stands beside. Operations a layer are counted by torch's dispatcher. Peak memory
-of a prefill is what torch allocated on a GPU, and on a CPU the bytes of the tensors alive, weights included; that of
-the bare model is taken before memory is attached. What does not fit is named. The exit code is 1 where a bar is missed;
-bars are for a CPU, one thread, TSW of rank 8. On a GPU with AGENTMEM_TRITON=1 and AGENTMEM_CUDA_GRAPHS=1 both decode in
-fixed buffers as CUDA graphs, but for SSW, which decodes without.
+take turns, decoding token by token behind one and the same KV of random numbers, and reading the prompt of one session
+(until it is written, for SSW too); a figure is a median, a ratio the median over the pairs of bare time by steered
+time, so 1 means that steering is free. On a CPU times are the computing time of the process, and the ratio by the clock
+stands beside. Operations a layer are counted by torch's dispatcher, so the calls that numba compiles on a CPU are not
+among them; on a GPU torch's profiler counts kernels too, in a step outside CUDA graphs, which replay the same ones.
+Peak memory of a prefill is what torch allocated on a GPU, and on a CPU the bytes of the tensors alive, weights
+included; that of the bare model is taken before memory is attached. What does not fit is named.
+
+The exit code is 1 where a bar is missed. Bars (``shapes.py``) are for TSW of rank 8: on a CPU for one thread, on a GPU
+for Qwen3-4B's shape under AGENTMEM_TRITON=1 and AGENTMEM_CUDA_GRAPHS=1. With these two both decode in fixed buffers as
+CUDA graphs, but for SSW, which decodes without.
 """
 
 from __future__ import annotations
 
 import copy
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import transformers
 import typer
-from overhead_decoders import Decoder, FixedDecoder
+from conditions import conditions, picture, text
+from counting import kernels, operations
+from overhead_decoders import Decoder, side_by_side
 from overhead_memory import peak
 from rich.console import Console
 from rich.table import Table
+from shapes import REAL, SMALL, TINY, WRITES, Case, Shape, attached
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM
 
-import agentmem
-from agentmem import MemoryConfig, SteeredModel
+from agentmem import SteeredModel
+from agentmem.kernels import runs_numba
 from agentmem.replay import replays
-
-VOCABULARY = 512
-"""Of the random models on a CPU: the product with the vocabulary is the same for both, and would hide what differs."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A Qwen3-like model and where it is measured.
-
-    ``bar_decode``, ``bar_prefill``: what the ratio must reach.
-    """
-
-    name: str
-    layers: int
-    width: int
-    heads: int
-    key_heads: int
-    head_dim: int
-    inner: int
-    vocabulary: int = VOCABULARY
-    prompts: tuple[int, ...] = (1024,)
-    prefills: tuple[int, ...] = (4096,)
-    batches: tuple[int, ...] = (1,)
-    bar_decode: float = 0.0
-    bar_prefill: float = 0.0
-
-    def model(self, device: torch.device, dtype: torch.dtype) -> Qwen3ForCausalLM:
-        """With random weights."""
-        config = Qwen3Config(
-            vocab_size=self.vocabulary,
-            hidden_size=self.width,
-            intermediate_size=self.inner,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.key_heads,
-            head_dim=self.head_dim,
-            max_position_embeddings=40_960,
-            tie_word_embeddings=True,
-        )
-        with torch.device(device):
-            model = Qwen3ForCausalLM(config).to(dtype)
-        return model.eval().requires_grad_(False)
-
-
-_LONG: dict[str, Any] = {
-    "prompts": (1024, 4096, 16_384, 32_768), "prefills": (1024, 8192, 32_768), "batches": (1, 8, 32),
-}  # fmt: skip
-SMALL = (
-    Shape("12 x 1024", 12, 1024, 16, 8, 64, 3072, prompts=(256,), bar_decode=0.98, bar_prefill=0.97),
-    Shape("36 x 64", 36, 64, 4, 2, 16, 192, prompts=(256,), prefills=(), bar_decode=0.80),
-)
-REAL = (
-    Shape("qwen3-4b", 36, 2560, 32, 8, 128, 9728, 151_936, **_LONG),
-    Shape("qwen3-8b", 36, 4096, 32, 8, 128, 12_288, 151_936, **_LONG),
-    Shape("smollm3-3b", 36, 2048, 16, 4, 128, 11_008, 128_256, **_LONG),
-)
-TINY = Shape("tiny", 2, 32, 2, 1, 16, 64, prompts=(16,), prefills=(32,))
-"""To see that the command runs; it measures nothing of use."""
-
-WRITES: dict[str, dict[str, Any]] = {
-    "TSW": {"write_strategy": "token"},
-    "SSW": {"write_strategy": "sentence"},
-    "MSW": {"write_strategy": "token", "num_state_heads": 4},
-}
 
 
 @dataclass(frozen=True)
@@ -118,18 +57,6 @@ class Figure:
     steered: float
     ratio: float
     wall: float
-
-
-class _Counting(TorchDispatchMode):
-    """Counts operations that are no views."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += not func.is_view
-        return func(*args, **(kwargs or {}))
 
 
 def compare(bare: Callable[[], None], steered: Callable[[], None], pairs: int) -> Figure:
@@ -164,33 +91,66 @@ def bare_copy(model: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
     return copy.deepcopy(model, {id(one): one for one in tensors})
 
 
+@dataclass
+class Report:
+    """The table, the ratios that are drawn, and whether all bars were held."""
+
+    table: Table
+    ratios: list[tuple[str, float]] = field(default_factory=list)
+    held: bool = True
+
+    def time(self, model: str, what: str, figure: Figure | None, bar: float | None) -> None:
+        """A decode or prefill and the least ratio it must have; no figure: there was too little memory."""
+        if figure is None:
+            self.table.add_row(
+                model, what, "does not fit", "", "", "", "" if bar is None else f"{bar:.2f}: not measured"
+            )
+            return
+        self.ratios.append((f"{model}, {what}", figure.ratio))
+        self.table.add_row(
+            model, what, f"{1e3 * figure.bare:.2f} ms", f"{1e3 * figure.steered:.2f} ms", f"{figure.ratio:.3f}",
+            f"{figure.wall:.3f}", "" if bar is None else f"{bar:.2f} {self._verdict(figure.ratio >= bar)}",
+        )  # fmt: skip
+
+    def memory(self, model: str, what: str, bare: float, steered: float, bar: float | None) -> None:
+        """The most bytes, and by how many percent those of the steered model may be more."""
+        more = 100 * (steered / bare - 1)
+        self.table.add_row(
+            model, what, f"{bare / 2**20:.1f} MB", f"{steered / 2**20:.1f} MB", f"{more:+.2f} %", "",
+            "" if bar is None else f"{bar:+.2f} % {self._verdict(more <= bar)}",
+        )  # fmt: skip
+
+    def count(self, model: str, what: str, found: tuple[float, float] | None) -> None:
+        """For a layer and token: of the bare model, and what steering adds."""
+        said = ("not known", "") if found is None else (f"{found[0]:.0f}", f"+{found[1]:.1f}")
+        self.table.add_row(model, what, *said)
+
+    def _verdict(self, held: bool) -> str:
+        self.held &= held
+        return "held" if held else "missed"
+
+
 @contextmanager
 def steering(model: Qwen3ForCausalLM, rank: int, write: str) -> Iterator[SteeredModel]:
     """The model with random memory weights; taken off at the end."""
-    with torch.inference_mode(False):
-        steered = SteeredModel.attach(model, config=MemoryConfig(rank=rank, alpha=2.0 * rank, **WRITES[write]))
-        for name, parameter in steered.memory.named_parameters():
-            if "delta_" in name:
-                torch.nn.init.normal_(parameter, std=1e-3)
-        steered.memory.requires_grad_(False)
+    steered = attached(model, rank, write)
     try:
         yield steered
     finally:
         steered.detach()
 
 
-def operations(
-    bare: Qwen3ForCausalLM, model: Qwen3ForCausalLM, steered: SteeredModel, layers: int
-) -> tuple[float, float]:
-    """Operations a layer and token that are no views: of the bare model, and what steering adds."""
-    counts = []
+def counted(
+    bare: Qwen3ForCausalLM, model: Qwen3ForCausalLM, steered: SteeredModel, count: Callable[[Callable[[], None]], Any]
+) -> tuple[float, float] | None:
+    """By ``count``, for a layer and token: of the bare model, and what steering adds; None = not known."""
     prompt = torch.zeros(1, 8, dtype=torch.int64, device=model.device)
-    for decoder in (Decoder(bare, None, prompt), Decoder(model, steered, prompt)):
-        decoder.step()
-        with _Counting() as counting:
-            decoder.step()
-        counts.append(counting.count)
-    return counts[0] / layers, (counts[1] - counts[0]) / layers
+    decoders = Decoder(bare, None, prompt), Decoder(model, steered, prompt)
+    base, other = (count(one.step) for one in decoders)
+    if base is None or other is None:
+        return None
+    layers = model.config.num_hidden_layers
+    return base / layers, (other - base) / layers
 
 
 def main(
@@ -212,59 +172,33 @@ def main(
     chosen = [known[name] for name in _known(shape, known)] if shape else list(REAL if cuda else SMALL)
     writes = _known(write, WRITES) if write else list(WRITES)
     console = Console(width=140)
-    hardware = torch.cuda.get_device_name() if cuda else f"{processor()}, {threads} thread(s)"
-    console.print(f"{hardware}, {dtype}, rank {rank}; Python {platform.python_version()}, torch {torch.__version__}, "
-                  f"transformers {transformers.__version__}, agentmem {agentmem.__version__}\n"
-                  f"python {' '.join(sys.argv)}", highlight=False)  # fmt: skip
-    table = Table("model", "what", "bare", "steered", "bare : steered", "by the clock", "bar")
-    found: list[tuple[str, float]] = []
-    held = True
+    console.print(text(conditions(device, dtype) | {"rank": str(rank)}), highlight=False, soft_wrap=True)
+    beside = ", numba's calls beside" if runs_numba(torch.empty(0, dtype=dtype, device=device)) else ""
+    report = Report(Table("model", "what", "bare", "steered", "bare : steered", "by the clock", "bar"))
     with torch.inference_mode():
         for one in chosen:
             model = one.model(device, dtype)
             bare = bare_copy(model)
-            console.print(
-                f"{one.name}: {one.layers} layers x {one.width}, {one.heads} heads ({one.key_heads} of keys) x "
-                f"{one.head_dim}, inner {one.inner}, vocabulary {one.vocabulary:,}", highlight=False,
-            )  # fmt: skip
+            console.print(str(one), highlight=False)
             alone = _peaks(one, bare, None) if prefills else {}
             for way in writes:
+                bars = one.bars if one.judged(device, way, rank, fixed) else {}
                 with steering(model, rank, way) as steered:
-                    base, added = operations(bare, model, steered, one.layers)
-                    table.add_row(one.name, f"{way}: operations a layer", f"{base:.0f}", f"+{added:.1f}")
-                    for what, figure, bar in _figures(one, bare, model, steered, steps, prefills, fixed):
-                        counts = bar > 0 and not (cuda or fixed) and way == "TSW" and rank == 8 and threads == 1
-                        if figure is None:
-                            table.add_row(one.name, f"{way}: {what}", "does not fit")
-                            continue
-                        held &= not counts or figure.ratio >= bar
-                        found.append((f"{one.name}, {way}, {what}", figure.ratio))
-                        table.add_row(
-                            one.name, f"{way}: {what}", f"{1e3 * figure.bare:.2f} ms", f"{1e3 * figure.steered:.2f} ms",
-                            f"{figure.ratio:.3f}", f"{figure.wall:.3f}",
-                            f"{bar:.2f} {'held' if figure.ratio >= bar else 'missed'}" if counts else "",
-                        )  # fmt: skip
+                    found = counted(bare, model, steered, operations)
+                    report.count(one.name, f"{way}: torch's operations a layer{beside}", found)
+                    if cuda:
+                        found = counted(bare, model, steered, kernels)
+                        report.count(one.name, f"{way}: kernels a layer, by the profiler", found)
+                    for what, case, figure in _figures(one, bare, model, steered, steps, prefills, fixed):
+                        report.time(one.name, f"{way}: {what}", figure, bars.get(case))
                     for length, most in (_peaks(one, model, steered) if prefills else {}).items():
-                        before = alone[length]
+                        before, what = alone[length], f"{way}: peak memory, prefill of {length:,}"
                         if most is not None and before is not None:
-                            table.add_row(
-                                one.name, f"{way}: peak memory, prefill of {length:,}", f"{before / 2**20:.1f} MB",
-                                f"{most / 2**20:.1f} MB", f"{100 * (most / before - 1):+.2f} %",
-                            )  # fmt: skip
+                            report.memory(one.name, what, before, most, bars.get(("peak", 1, length)))
             del model, bare
-    console.print(table)
-    _draw(found, plot)
-    console.print(f"picture: {plot}", highlight=False)
-    raise typer.Exit(0 if held else 1)
-
-
-def processor() -> str:
-    """The name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    console.print(report.table)
+    console.print(_drawn(report.ratios, plot), highlight=False)
+    raise typer.Exit(0 if report.held else 1)
 
 
 def _known(asked: Sequence[str] | None, known: Mapping[str, object]) -> list[str]:
@@ -299,47 +233,58 @@ def _figures(
     steps: int,
     prefills: int,
     fixed: bool,
-) -> Iterator[tuple[str, Figure | None, float]]:
-    """What was measured, its figure (None = there is too little memory) and its bar."""
-    decoder: Any = FixedDecoder if fixed and steered.config.write_strategy == "token" else Decoder
+) -> Iterator[tuple[str, Case, Figure | None]]:
+    """What was measured and its figure; None = there is too little memory."""
+    fixed = fixed and steered.config.write_strategy == "token"
     for length in shape.prompts:
         for batch in shape.batches:
-            what = f"decode after {length:,}, batch {batch}" + ", fixed" * (decoder is FixedDecoder)
-            try:
-                ids = _ids(model, batch, length)
-                one, other = decoder(bare, None, ids), decoder(model, steered, ids)
-                figure = compare(one.step, other.step, steps)
-            except torch.OutOfMemoryError:
-                yield what, None, shape.bar_decode
-            else:
-                yield what, figure, shape.bar_decode
-            one = other = None  # type: ignore[assignment]
+            what = f"decode after {length:,}, batch {batch}" + ", fixed" * fixed
+            yield what, ("decode", batch, length), _decoded(bare, model, steered, batch, length, fixed, steps)
     for length in shape.prefills if prefills else ():
         ids = _ids(model, 1, length)
         read = partial(_read, bare, None, ids), partial(_read, model, steered, ids)
-        try:
-            yield f"prefill of {length:,}", compare(*read, prefills), shape.bar_prefill
-        except torch.OutOfMemoryError:
-            yield f"prefill of {length:,}", None, shape.bar_prefill
+        yield f"prefill of {length:,}", ("prefill", 1, length), _fitting(partial(compare, *read, prefills))
+
+
+def _decoded(
+    bare: Qwen3ForCausalLM,
+    model: Qwen3ForCausalLM,
+    steered: SteeredModel,
+    batch: int,
+    length: int,
+    fixed: bool,
+    steps: int,
+) -> Figure | None:
+    def measured() -> Figure:
+        one, other = side_by_side(bare, model, steered, batch, length, fixed)
+        return compare(one.step, other.step, steps)
+
+    return _fitting(measured)
+
+
+def _fitting(measured: Callable[[], Figure]) -> Figure | None:
+    """None where it does not fit; what it held then is free again when this returns."""
+    try:
+        return measured()
+    except torch.OutOfMemoryError:
+        return None
 
 
 def _read(model: Qwen3ForCausalLM, steered: SteeredModel | None, ids: Tensor) -> None:
     Decoder(model, steered, ids)
 
 
-def _draw(found: Sequence[tuple[str, float]], path: Path) -> None:
-    import matplotlib as mpl
+def _drawn(ratios: Sequence[tuple[str, float]], path: Path) -> str:
+    names, values = zip(*ratios, strict=True) if ratios else ((), ())
 
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
+    def paint(figure: Any) -> None:
+        axes = figure.subplots()
+        axes.barh(names, values)
+        axes.axvline(1.0, color="black", linewidth=0.8)
+        axes.set_xlabel("bare time : steered time")
+        axes.invert_yaxis()
 
-    names, ratios = zip(*found, strict=True)
-    figure, axes = plt.subplots(figsize=(8, 0.4 * len(names) + 1.2), layout="constrained")
-    axes.barh(names, ratios)
-    axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_xlabel("bare time : steered time")
-    axes.invert_yaxis()
-    figure.savefig(path, dpi=130)
+    return picture(path, (8, 0.4 * len(names) + 1.2), paint)
 
 
 if __name__ == "__main__":

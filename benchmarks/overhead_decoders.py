@@ -1,4 +1,8 @@
-"""Decoding after a prompt, as ``overhead.py`` measures it: with a cache that grows, or in buffers that never move."""
+"""Decoding after a prompt, as ``overhead.py`` measures it: with a cache that grows, or in buffers that never move.
+
+Bare and steered decode behind one KV, filled with random numbers: both write at the same place behind it, and time does
+not depend on numbers. So what fits once is measured, and no prompt of half a million tokens has to be read for it.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +22,30 @@ SENTENCE = 32
 
 
 class Decoder:
-    """A prompt that was read, with its keys and values in ``cache``, and tokens that follow it one by one."""
+    """A prompt that was read, with its keys and values in ``cache``, and tokens that follow it one by one.
 
-    def __init__(self, model: Qwen3ForCausalLM, steered: SteeredModel | None, prompt: Tensor) -> None:
+    Adapters that write by segment do as in a turn: the prompt's pass ends with it, the tokens join the sums of a
+    segment that stays open. Given a filled ``cache``, the prompt counts as read: of ``prompt`` only the rows matter.
+    """
+
+    def __init__(
+        self, model: Qwen3ForCausalLM, steered: SteeredModel | None, prompt: Tensor, cache: DynamicCache | None = None
+    ) -> None:
         self._model, self._steered = model, steered
-        self.cache = DynamicCache(config=model.config)
+        self.cache = DynamicCache(config=model.config) if cache is None else cache
         self._state = steered.zeros(prompt.shape[0]) if steered else None
         self._by_segment = steered is not None and steered.config.write_strategy != "token"
         self._pending: Any = None
         self._token = prompt[:, :1]
-        self._read(prompt)
+        if cache is None:
+            self._read(prompt, close=True)
 
     def step(self) -> None:
         """One more token for every row."""
-        self._read(self._token)
+        self._read(self._token, close=not self._by_segment)
         self.cache.crop(-1)  # so that every step is as dear as the first
 
-    def _read(self, ids: Tensor) -> None:
+    def _read(self, ids: Tensor, *, close: bool) -> None:
         if self._steered is None:
             self._model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
             return
@@ -42,37 +53,68 @@ class Decoder:
         if self._by_segment:
             segments = (torch.arange(ids.shape[1], device=ids.device) // SENTENCE).expand(ids.shape)
         out = self._steered(
-            ids, self._state, cache=self.cache, logits_to_keep=1, segments=segments, pending=self._pending,
-            close=not self._by_segment,
-        )  # fmt: skip
+            ids, self._state, cache=self.cache, logits_to_keep=1, segments=segments, pending=self._pending, close=close
+        )
         self._state, self._pending = out.state, out.pending
 
 
 class FixedDecoder:
     """The same in buffers that never move: on a GPU a CUDA graph that is captured once and replayed for each token.
 
-    For the bare model and for adapters that write by token.
+    For the bare model and for adapters that write by token. All rows of ``block`` that are taken go on.
     """
 
-    def __init__(self, model: Qwen3ForCausalLM, steered: SteeredModel | None, prompt: Tensor) -> None:
-        batch, self._length = prompt.shape
-        read = Decoder(model, steered, prompt).cache
-        block: Any = None
-        for row in range(batch):
-            parts = [
-                SimpleNamespace(keys=layer.keys[row : row + 1], values=layer.values[row : row + 1])
-                for layer in read.layers
-            ]
-            own = SimpleNamespace(layers=parts)
-            block = block or Block(own, self._length + 1)
-            block.sit(own, self._length)
-        self._states = steered.zeros(batch) if steered else None
-        rows = 1 << (batch - 1).bit_length()
-        runtime: Any = SimpleNamespace(device=prompt.device, model=model, steered=steered)
-        self._replay = Replay(runtime, block, rows, None if self._states is None else self._states[:1])
-        self._batch = batch
+    def __init__(self, model: Qwen3ForCausalLM, steered: SteeredModel | None, block: Block) -> None:
+        self._places = [seat.length for seat in block.seats]
+        count = len(self._places)
+        self._states = steered.zeros(count) if steered else None
+        runtime: Any = SimpleNamespace(device=model.device, model=model, steered=steered)
+        self._replay = Replay(runtime, block, _rows(count), None if self._states is None else self._states[:1])
 
     def step(self) -> None:
         """One more token for every row, at the place of the last one."""
-        count = self._batch
-        self._replay.run([0] * count, [self._length] * count, [True] * count, self._states)
+        count = len(self._places)
+        self._replay.run([0] * count, self._places, [True] * count, self._states)
+
+
+def side_by_side(
+    bare: Qwen3ForCausalLM, model: Qwen3ForCausalLM, steered: SteeredModel, batch: int, length: int, fixed: bool
+) -> tuple[Decoder | FixedDecoder, Decoder | FixedDecoder]:
+    """Bare and steered behind the same prompts of ``length`` tokens."""
+    if fixed:
+        block = _seated(model, batch, length)
+        return FixedDecoder(bare, None, block), FixedDecoder(model, steered, block)
+    tokens = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
+    cache = _filled(model, batch, length)
+    return Decoder(bare, None, tokens, cache), Decoder(model, steered, tokens, cache)
+
+
+def _filled(model: Qwen3ForCausalLM, batch: int, length: int) -> DynamicCache:
+    cache = DynamicCache(config=model.config)
+    for index in range(model.config.num_hidden_layers):
+        cache.update(_random(model, batch, length), _random(model, batch, length), index)
+    return cache
+
+
+def _seated(model: Qwen3ForCausalLM, batch: int, length: int) -> Block:
+    """A block of its final size at once, so that there is never a second one beside it."""
+    layers = range(model.config.num_hidden_layers)
+    # One prompt for all rows: they lie apart in memory, which is all that time depends on.
+    own = SimpleNamespace(
+        layers=[SimpleNamespace(keys=_random(model, 1, length), values=_random(model, 1, length)) for _ in layers]
+    )
+    block = Block(own, length + 1, _rows(batch))
+    for _ in range(batch):
+        block.sit(own, length)
+    return block
+
+
+def _random(model: Qwen3ForCausalLM, batch: int, length: int) -> Tensor:
+    config = model.config
+    size = batch, config.num_key_value_heads, length, config.head_dim
+    return torch.randn(size, dtype=model.dtype, device=model.device)
+
+
+def _rows(batch: int) -> int:
+    """The power of two that is no less."""
+    return 1 << (batch - 1).bit_length()

@@ -1,30 +1,33 @@
 """How fast the forms of the recurrence are on this CPU, and whether the chooser picks the right one.
 
-    python benchmarks/scan.py                      the table and the bars (exit code 1 if a bar is missed)
+    python benchmarks/scan.py                      the table, a picture, and the bars (exit code 1 if one is missed)
     python benchmarks/scan.py --grid               rows x length x rank: the ground for ``block_length``'s thresholds
-    python benchmarks/scan.py --plot scan.png      time over length as a picture (needs matplotlib)
+    AGENTMEM_TRITON=1 python benchmarks/scan.py    on a GPU: the Triton scan too, forward and with its gradients
 
 One thread, and the time that thread spent computing: what other processes take does not count. Every cell's forms run
 in turn, ``--repeats`` rounds, so that a machine that slows down slows all of them alike; a figure is the least time of
-the rounds, a ratio the median over the rounds of one form's time by another's.
+the rounds, a ratio the median over the rounds of one form's time by another's. On a GPU the clock on the wall counts,
+until the device is done; no bar is for that.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from conditions import command, hardware, picture, text, versions
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from agentmem import kernels
 from agentmem.recurrence import block_length, scan, scan_blocked, scan_loop, scan_reference
 
 Form = Callable[..., tuple[Tensor, Tensor]]
@@ -36,6 +39,7 @@ CHUNKS = (8, 16, 32, 64)
 BARS = {8: (20.0, 6.0), 16: (10.0, 3.0), 32: (5.0, 2.0), 64: (3.0, 1.2)}
 # rows x rank up to which the grid looks: beyond where blocks pay.
 GRID_SIZE = 1_024
+CPU = torch.device("cpu")
 # Where the chooser takes blocks it must not be slower than the tight loop by more than the noise of the clock; where it
 # takes the loop it is the loop.
 NOISE = 0.05
@@ -58,8 +62,8 @@ class Cell:
         return statistics.median(b / a for a, b in zip(self.times[form], self.times[over], strict=True))
 
 
-def inputs(rows: int, length: int, rank: int) -> tuple[Tensor, ...]:
-    """A scan's arguments: unit queries and keys, gates as an adapter starts with."""
+def inputs(rows: int, length: int, rank: int, device: torch.device = CPU) -> tuple[Tensor, ...]:
+    """A scan's arguments, float32: unit queries and keys, gates as an adapter starts with."""
     generator = torch.Generator().manual_seed(rank)
 
     def normal(*shape: int) -> Tensor:
@@ -68,23 +72,46 @@ def inputs(rows: int, length: int, rank: int) -> tuple[Tensor, ...]:
     size = (rows, length, 1, rank)
     q, k = (torch.nn.functional.normalize(normal(*size), dim=-1) for _ in range(2))
     beta = torch.sigmoid(normal(*size) - 1.5)
-    return normal(rows, 1, rank, rank), q, k, normal(*size), 1 - beta, beta, beta
+    found = normal(rows, 1, rank, rank), q, k, normal(*size), 1 - beta, beta, beta
+    return tuple(one.to(device) for one in found)
 
 
 @torch.no_grad()
-def measure(rows: int, length: int, rank: int, forms: dict[str, Form], repeats: int) -> Cell:
+def measure(
+    rows: int, length: int, rank: int, forms: dict[str, Form], repeats: int, device: torch.device = CPU
+) -> Cell:
     """Run the forms in turn; short ones several times a round, so that the clock can see them."""
-    arguments = inputs(rows, length, rank)
+    arguments = inputs(rows, length, rank, device)
     calls = max(1, 256 // max(1, length))
     times: dict[str, list[float]] = {name: [] for name in forms}
     for warm_up in (True, *[False] * repeats):
         for name, form in forms.items():
-            start = time.thread_time()
+            start = _now(device)
             for _ in range(calls):
                 form(*arguments)
             if not warm_up:
-                times[name].append((time.thread_time() - start) / calls)
+                times[name].append((_now(device) - start) / calls)
     return Cell(rows, length, rank, times)
+
+
+def _now(device: torch.device) -> float:
+    if device.type != "cuda":
+        return time.thread_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def with_gradients(form: Form) -> Form:
+    """The form, and the gradients of all its arguments."""
+
+    @torch.enable_grad()
+    def both(*arguments: Tensor) -> tuple[Tensor, Tensor]:
+        given = [one.detach().requires_grad_() for one in arguments]
+        y, last = form(*given)
+        torch.autograd.grad(y.sum() + last.sum(), given)
+        return y, last
+
+    return both
 
 
 def blocked(chunk: int) -> Form:
@@ -124,6 +151,36 @@ def report(cells: Sequence[Cell]) -> Table:
     return table
 
 
+def kernel_cell(length: int, rank: int, repeats: int, device: torch.device) -> Cell:
+    """``kernels.scan`` beside the forms in plain torch, on one row and on one device."""
+    chunk = block_length(1, length, rank) or 16
+    forms: dict[str, Form] = {
+        "plain": scan_reference,
+        "blocked": blocked(chunk),
+        "kernels": kernels.scan,
+        "blocked, gradients": with_gradients(blocked(chunk)),
+        "kernels, gradients": with_gradients(kernels.scan),
+    }
+    return measure(1, length, rank, forms, repeats if length < 8192 else max(3, repeats // 2), device)
+
+
+def kernel_report(cells: Sequence[Cell], device: torch.device) -> Table:
+    names = ("plain", "blocked", "kernels", "blocked, gradients", "kernels, gradients")
+    table = Table(title=f"agentmem.kernels.scan on {device.type}, one row; milliseconds, least of the rounds")
+    for name in ("rank", "tokens", *names, "kernels : plain", "kernels : blocked", "with gradients, both"):
+        table.add_column(name, justify="right")
+    for cell in cells:
+        table.add_row(
+            str(cell.rank),
+            f"{cell.length:,}",
+            *(f"{1000 * cell.best(name):.3f}" for name in names),
+            f"{cell.gain('kernels', 'plain'):.1f}",
+            f"{cell.gain('kernels', 'blocked'):.2f}",
+            f"{cell.gain('kernels, gradients', 'blocked, gradients'):.2f}",
+        )
+    return table
+
+
 def missed(cells: Sequence[Cell]) -> list[str]:
     """The bars that were not reached."""
     found = []
@@ -159,30 +216,26 @@ def grid(console: Console, ranks: Sequence[int], lengths: Sequence[int], repeats
     console.print(table)
 
 
-def plot(cells: Sequence[Cell], path: Path) -> None:
-    """Time over length, one panel for each rank."""
-    import matplotlib.pyplot as plt
+def plot(rows: Sequence[tuple[str, Sequence[Cell]]], path: Path) -> str:
+    """Time over length: a row for the CPU and one for the GPU, where there is one; a panel for each rank."""
 
-    ranks = sorted({cell.rank for cell in cells})
-    figure, axes = plt.subplots(1, len(ranks), figsize=(4 * len(ranks), 3.6), sharey=True, squeeze=False)
-    for axis, rank in zip(axes[0], ranks, strict=True):
-        mine = [cell for cell in cells if cell.rank == rank]
-        for form in ("plain", "tight", "blocked", "chooser"):
-            style = "k--" if form == "chooser" else "o-"
-            axis.loglog([c.length for c in mine], [1000 * c.best(form) for c in mine], style, label=form, markersize=3)
-        axis.set(title=f"rank {rank}", xlabel="tokens")
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("milliseconds")
-    axes[0][0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    def paint(figure: Any) -> None:
+        ranks = sorted({cell.rank for _, cells in rows for cell in cells})
+        axes = figure.subplots(len(rows), len(ranks), sharey="row", squeeze=False)
+        for line, (name, cells) in zip(axes, rows, strict=True):
+            for axis, rank in zip(line, ranks, strict=True):
+                mine = [cell for cell in cells if cell.rank == rank]
+                for form in mine[0].times:
+                    style = "k--" if form == "chooser" else "o-"
+                    times = [1000 * cell.best(form) for cell in mine]
+                    axis.loglog([cell.length for cell in mine], times, style, label=form, markersize=3)
+                axis.set(title=f"{name}, rank {rank}", xlabel="tokens")
+                axis.grid(alpha=0.3)
+            line[0].set_ylabel("milliseconds")
+            line[0].legend()
 
-
-def processor() -> str:
-    """The CPU's name where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
+    ranks = {cell.rank for _, cells in rows for cell in cells}
+    return picture(path, (4 * len(ranks), 3.6 * len(rows)), paint)
 
 
 def main() -> int:
@@ -191,19 +244,27 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--grid", action="store_true", help="measure the chooser's thresholds")
-    parser.add_argument("--plot", type=Path, help="write a picture to this file")
+    parser.add_argument("--plot", type=Path, default=Path("scan.png"), help="where to put the picture")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    gpu = torch.device("cuda") if torch.cuda.is_available() else None
+    gpu = gpu if gpu is not None and kernels.runs_triton(gpu) else None
     console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(f"{processor()}, 1 thread, torch {torch.__version__}, Python {platform.python_version()}")
-    console.print(f"command: python {' '.join(sys.argv)}", highlight=False)
+    said = {"hardware": hardware(CPU)} | ({} if gpu is None else {"GPU": torch.cuda.get_device_name(gpu)})
+    said |= {"dtype": "float32", "versions": versions(), "command": command()}
+    console.print(text(said), highlight=False, soft_wrap=True)
     if options.grid:
         grid(console, options.ranks, options.lengths, options.repeats)
         return 0
     cells = [table_cell(n, r, options.repeats) for r in options.ranks for n in options.lengths]
     console.print(report(cells))
-    if options.plot:
-        plot(cells, options.plot)
+    rows = [("CPU", cells)]
+    if gpu is None:
+        console.print("agentmem.kernels.scan: not timed, needs a CUDA device, Triton and AGENTMEM_TRITON=1")
+    else:
+        rows.append(("GPU", [kernel_cell(n, r, options.repeats, gpu) for r in options.ranks for n in options.lengths]))
+        console.print(kernel_report(rows[1][1], gpu))
+    console.print(plot(rows, options.plot), highlight=False)
     failures = missed(cells)
     for line in failures:
         console.print(f"[red]missed:[/red] {line}")

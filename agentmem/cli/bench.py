@@ -30,6 +30,9 @@ from agentmem.sampling import Sampling
 if TYPE_CHECKING:
     from agentmem.engine import Engine
 
+_SENTENCE = 32
+"""Tokens of a sentence of the prompt, for adapters that write by sentence."""
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -125,7 +128,11 @@ def measure(engine: Engine, prompt: int, pairs: int, reply: int, sessions: Seque
 
 
 class _Reader:
-    """A prompt that was read, and tokens that follow it one by one."""
+    """A prompt that was read, and tokens that follow it one by one.
+
+    An adapter that writes by message or sentence does what it does in a turn: the prompt's pass ends with the prompt,
+    and the tokens behind it join the sums of a pass that stays open.
+    """
 
     def __init__(self, engine: Engine, ids: torch.Tensor, *, memory: bool) -> None:
         from transformers import DynamicCache
@@ -134,21 +141,29 @@ class _Reader:
         self._engine = engine
         self._steered = engine.steered if memory else None
         self._state = None if self._steered is None else self._steered.zeros(1)
+        self._pending: Any = None
         self._token = ids[:, :1]
-        self._read(ids)
+        self._read(ids, close=True)
         _settle(engine)
 
     def step(self) -> None:
         """One more token; it is then forgotten, so that every step is as dear as the first."""
-        self._read(self._token)
+        self._read(self._token, close=False)
         _settle(self._engine)
         self.cache.crop(-1)
 
-    def _read(self, ids: torch.Tensor) -> None:
+    def _read(self, ids: torch.Tensor, *, close: bool) -> None:
         if self._steered is None:
             self._engine.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        else:
-            self._state = self._steered(ids, self._state, cache=self.cache, logits_to_keep=1).state
+            return
+        strategy, segments = self._steered.config.write_strategy, None
+        if strategy != "token":
+            length = ids.shape[1] if strategy == "message" else _SENTENCE
+            segments = (torch.arange(ids.shape[1], device=ids.device) // length).expand(ids.shape)
+        out = self._steered(
+            ids, self._state, cache=self.cache, logits_to_keep=1, segments=segments, pending=self._pending, close=close
+        )
+        self._state, self._pending = out.state, out.pending
 
 
 def _compare(bare: Callable[[], object], steered: Callable[[], object], pairs: int) -> Pair:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Literal
 
 import pytest
 from typer.testing import CliRunner
 
-from agentmem import load
+from agentmem import MemoryConfig, SteeredModel, load
 from agentmem.cli.app import app
 from agentmem.errors import ConfigError
 
@@ -30,6 +32,20 @@ def test_json_has_all_figures() -> None:
     assert [rate["sessions"] for rate in figures["rates"]] == [1, 2]
     assert all(rate["tokens_per_second"] > 0 for rate in figures["rates"])
     assert "nano in float32 on cpu" in figures["machine"]
+
+
+@pytest.mark.parametrize("strategy", ["message", "sentence"])
+def test_adapters_that_write_by_segment_are_measured(strategy: Literal["message", "sentence"], tmp_path: Path) -> None:
+    with load("nano", adapter=False) as engine:
+        config = MemoryConfig(rank=2, write_strategy=strategy)
+        SteeredModel.attach(engine.model, config=config, seed=1).save(tmp_path)
+    # More than one sentence.
+    command = [*TINY, "--prompt", "70", "--adapter", str(tmp_path), "--json"]
+    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert result.exit_code == 0
+    figures = json.loads(result.stdout)
+    assert figures["prompt"] == 70
+    assert all(figures[name]["ratio"] > 0 for name in ("decode", "prefill"))
 
 
 def test_the_table_names_what_was_measured() -> None:

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 import typer
+from rich.table import Table
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner
-
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "overhead.py"
 
 
 @pytest.fixture(scope="module")
-def overhead() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("overhead", BENCHMARK)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Its dataclasses look their module up.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "overhead", module)
-        patch.syspath_prepend(BENCHMARK.parent)
-        spec.loader.exec_module(module)
-    return module
+def overhead(benchmarks: dict[str, ModuleType]) -> ModuleType:
+    return benchmarks["overhead"]
 
 
 def run(module: ModuleType, *arguments: str) -> tuple[int, str]:
@@ -42,7 +33,7 @@ def test_every_strategy_is_measured(overhead: ModuleType, tmp_path: Path) -> Non
     code, said = run(overhead, "--shape", "tiny", "--steps", "1", "--prefills", "1", "--plot", str(picture))
     assert code == 0, said
     assert picture.read_bytes().startswith(b"\x89PNG")
-    for name in ("torch", "transformers", "agentmem", "1 thread(s)", "2 layers x 32"):
+    for name in ("torch", "transformers", "agentmem", "1 thread(s)", "2 layers x 32", "memory decodes by: "):
         assert name in said
     for way in ("TSW", "SSW", "MSW"):
         for what in ("decode after 16, batch 1", "prefill of 32"):
@@ -61,7 +52,8 @@ def test_fixed_buffers_are_measured_where_they_can_be(overhead: ModuleType, tmp_
 
 def test_a_missed_bar_is_an_exit_code(overhead: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(overhead, "TINY", overhead.Shape("tiny", 1, 32, 2, 1, 16, 64, prompts=(4,), bar_decode=99.0))
+    bars = {("decode", 1, 4): 99.0}
+    monkeypatch.setattr(overhead, "TINY", overhead.Shape("tiny", 1, 32, 2, 1, 16, 64, prompts=(4,), bars=bars))
     arguments = (
         "--shape",
         "tiny",
@@ -83,3 +75,74 @@ def test_what_is_not_known_is_refused(overhead: ModuleType) -> None:
     code, said = run(overhead, "--write", "XSW")
     assert code == 2
     assert "XSW" in said
+
+
+def test_what_does_not_fit_is_named(overhead: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    bars = {("decode", 1, 4): 0.5}
+    monkeypatch.setattr(overhead, "TINY", overhead.Shape("tiny", 1, 32, 2, 1, 16, 64, prompts=(4,), bars=bars))
+    monkeypatch.setattr(overhead, "side_by_side", full)
+    arguments = ("--shape", "tiny", "--write", "TSW", "--prefills", "0", "--plot", str(tmp_path / "o.png"))
+    code, said = run(overhead, *arguments)
+    assert code == 0
+    assert re.search(r"decode after 4, batch 1\W+does not fit\W+0.50: not measured", said), said
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_bare_and_steered_share_one_kv(benchmarks: dict[str, ModuleType], fixed: bool) -> None:
+    overhead, decoders = benchmarks["overhead"], benchmarks["overhead_decoders"]
+    model = overhead.TINY.model(torch.device("cpu"), torch.float32)
+    bare = overhead.bare_copy(model)
+    with torch.inference_mode(), overhead.steering(model, 2, "TSW") as steered:
+        one, other = decoders.side_by_side(bare, model, steered, 3, 5, fixed)
+        if fixed:
+            block = one._replay._block
+            assert block is other._replay._block
+            assert block.tokens == 4 * 6, "no row is added later"
+        else:
+            assert one.cache is other.cache
+        for decoder in (one, other, one):
+            decoder.step()
+        if fixed:
+            assert [seat.length for seat in block.seats] == [5, 5, 5]
+        else:
+            assert one.cache.layers[0].keys.shape == (3, 1, 5, 16)
+
+
+def test_bars_of_a_gpu_are_for_cuda_graphs(overhead: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    shape = next(one for one in overhead.REAL if one.name == "qwen3-4b")
+    assert shape.bars["decode", 1, 32_768] == 0.90
+    assert shape.bars["decode", 32, 16_384] == 0.96
+    for case in shape.bars:
+        what, batch, length = case
+        assert length in (shape.prompts if what == "decode" else shape.prefills)
+        assert batch in shape.batches
+    monkeypatch.setattr("shapes.replays", lambda device: False)
+    assert not shape.judged(gpu, "TSW", 8, True)
+    monkeypatch.setattr("shapes.replays", lambda device: device.type == "cuda")
+    assert shape.judged(gpu, "TSW", 8, True)
+    assert not shape.judged(gpu, "MSW", 8, True)
+    assert not shape.judged(cpu, "TSW", 8, False)
+
+
+def test_more_memory_than_the_bar_allows_is_missed(overhead: ModuleType) -> None:
+    report = overhead.Report(Table())
+    report.memory("m", "peak", 1000.0, 1005.0, 0.5)
+    assert report.held
+    report.memory("m", "peak", 1000.0, 1006.0, None)
+    assert report.held
+    report.memory("m", "peak", 1000.0, 1006.0, 0.5)
+    assert not report.held
+
+
+def test_what_ran_on_a_device_is_counted(benchmarks: dict[str, ModuleType]) -> None:
+    counting, x = benchmarks["counting"], torch.ones(4)
+    with profile(activities=[ProfilerActivity.CPU]) as seen, torch.profiler.record_function("a span"):
+        for _ in range(3):
+            x.neg()
+    assert counting.ran(seen.events()) == 0, "there is no GPU in it"
+    assert counting.ran(seen.events(), DeviceType.CPU) == 3
+    assert counting.operations(lambda: x.view(2, 2).neg()) == 1, "a view is no work"

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from agentmem.config import CONFIG_FILE, MemoryConfig
 from agentmem.errors import AdapterError
+from agentmem.fingerprint import model_fingerprint
 from agentmem.steering import LayerMemory
 
 SAFETENSORS_FILE = "adapter.safetensors"
@@ -195,3 +196,12 @@ def _idle(key: str, config: MemoryConfig) -> bool:
 def _tell(what: str, names: list[str], why: str) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{what} {', '.join(names[:3])}{more}; {why}"
+
+
+def need_base(adapter: Adapter | None, model: Any) -> None:
+    """Refuse an adapter that says it was made for another model: it would fit by shape, and steer at random."""
+    if adapter is not None and adapter.base is not None and adapter.base != (found := model_fingerprint(model)):
+        raise AdapterError(
+            f"the adapter was made for the model of fingerprint {adapter.base}, this model's is {found}; "
+            "load the model that it was trained on, or an adapter that was trained for this one"
+        )

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
-from agentmem.config import DELTA_HEADS, DeltaHead
-from agentmem.errors import UnsupportedModelError
+from agentmem.config import DELTA_HEADS, DeltaHead, MemoryConfig
+from agentmem.errors import AdapterError, ConfigError, UnsupportedModelError
 
 # What other families call their projections; named in the refusal so that the reader sees what was found.
 _KNOWN_OTHERS = {
@@ -90,6 +91,30 @@ def find_sites(model: nn.Module) -> list[AttentionSite]:
             + (f"it has {'; '.join(seen)}" if seen else f"its modules are {_outline(root)}")
         )
     return [sites[n] for n in sorted(sites)]
+
+
+def targeted(sites: list[AttentionSite], config: MemoryConfig) -> list[AttentionSite]:
+    """The sites of the layers that the config wants, in depth order."""
+    if not config.target_layers:
+        return sites
+    by_number = {site.layer: site for site in sites}
+    absent = sorted(set(config.target_layers) - by_number.keys())
+    if absent:
+        raise AdapterError(
+            f"the adapter targets layers {absent}, which this model has not; its attention layers are "
+            f"{sorted(by_number)}"
+        )
+    return [by_number[n] for n in sorted(config.target_layers)]
+
+
+def need_weights(model: Any) -> None:
+    """Refuse a model some of whose weights lie on no device: accelerate fetches them only when a layer runs."""
+    absent = next((name for name, one in model.named_parameters() if one.is_meta), None)
+    if absent is not None:
+        raise ConfigError(
+            f"the weights of this model must lie on a device, found {absent} offloaded; "
+            "spread the model over more devices, quantise it (quantize='4bit'), or use a smaller one"
+        )
 
 
 def _site(

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from agentmem import kernels
-from agentmem.errors import TurnError
+from agentmem.errors import StateMismatchError, TurnError
 from agentmem.passes import LayerPass, Pending
 from agentmem.steering import LayerMemory
 
@@ -37,10 +36,9 @@ class PoolPass(LayerPass):
     def _visit(self, index: int, hidden: Tensor) -> Tensor:
         """The read [B, 1, H, r] in the dtype of the layer's weights."""
         module = self.memory[index]
-        weight = module.packed_weight()
         self._seen += 1
         read = kernels.step(
-            F.linear(hidden.to(weight.dtype), weight).flatten(1),
+            _products(module, hidden.flatten(1)),
             self.state,
             self._slots,
             index,
@@ -57,6 +55,41 @@ class PoolPass(LayerPass):
         if self._seen != len(self.memory):
             raise TurnError(f"the model ran {self._seen} of its {len(self.memory)} steered layers")
         return self.state, None
+
+
+def opened(memory: Sequence[LayerMemory], pool: Tensor, slots: Tensor, write: bool | Tensor) -> PoolPass:
+    """A pass over a pool, where all of it fits.
+
+    Args:
+        memory, pool, slots: as of a ``PoolPass``.
+        write: whether tokens write, for all or for each [B, 1] bool.
+
+    Raises:
+        StateMismatchError, TurnError: the pool, or another argument, has another shape, type or device.
+    """
+    config = memory[0].config
+    shape = (len(memory), config.num_state_heads, config.rank, config.rank)
+    at = {module.beta_bias.device for module in memory}
+    if tuple(pool.shape[1:]) != shape or pool.dtype != torch.float32 or not pool.is_contiguous() or at != {pool.device}:
+        raise StateMismatchError(
+            f"a pool must be float32 [slots, {', '.join(map(str, shape))}], contiguous, where all of the memory lies, "
+            f"on {', '.join(sorted(map(str, at)))}; found {pool.dtype} {list(pool.shape)} on {pool.device}, strides "
+            f"{list(pool.stride())}"
+        )
+    if slots.dim() != 1 or slots.dtype not in (torch.int32, torch.int64):
+        raise TurnError(f"slots must be [B] int32 or int64; found {slots.dtype} {list(slots.shape)}")
+    if isinstance(write, Tensor):
+        if write.shape != (len(slots), 1) or write.dtype != torch.bool:
+            raise TurnError(f"write must be [{len(slots)}, 1] bool; found {write.dtype} {list(write.shape)}")
+        return PoolPass(memory, pool, slots, write.flatten())
+    return PoolPass(memory, pool, slots, None if write else torch.zeros_like(slots, dtype=torch.bool))
+
+
+def _products(module: LayerMemory, hidden: Tensor) -> Tensor:
+    """Of [B, D] with the packed weight."""
+    if torch.compiler.is_compiling():
+        return kernels.project(hidden, module.packed_parts())
+    return module.products(hidden)
 
 
 class BatchPass(PoolPass):

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from agentmem.adapter import Adapter, collect, fill, load_adapter, save_adapter
-from agentmem.attach import AttentionSite, find_sites
+from agentmem.adapter import Adapter, collect, fill, load_adapter, need_base, save_adapter
+from agentmem.attach import AttentionSite, find_sites, need_weights, targeted
 from agentmem.config import DeltaHead, MemoryConfig
-from agentmem.errors import AdapterError, ConfigError, SegmentsRequiredError, StateMismatchError, TurnError
+from agentmem.errors import ConfigError, SegmentsRequiredError, StateMismatchError, TurnError
 from agentmem.fingerprint import model_fingerprint
 from agentmem.kernels import runs_triton
 from agentmem.passes import Pass, Pending, Place, SegmentPass, Through, TokenPass
-from agentmem.pooled import BatchPass
+from agentmem.pooled import BatchPass, opened
 from agentmem.steering import LayerMemory
 from agentmem.stepping import GatherPass, Stack, StepPass
 
@@ -68,6 +68,8 @@ class SteeredModel:
         self._places: list[Place] = []
         self._stack = Stack(self._memory)
         self._handles = [handle for index, site in enumerate(sites) for handle in self._install(index, site)]
+        # Beside the handles: whoever compiles a call has it guarded, which handles cannot be.
+        self._attached = True
 
     @classmethod
     def attach(
@@ -99,9 +101,9 @@ class SteeredModel:
             config = loaded.config
         elif config is None or adapter is not None:
             raise ConfigError("give either adapter= (trained weights) or config= (fresh weights to train)")
-        sites = _targeted(find_sites(model), config)
-        _need_weights(model)
-        _need_base(loaded, model)
+        sites = targeted(find_sites(model), config)
+        need_weights(model)
+        need_base(loaded, model)
         memory = [LayerMemory(config, site.hidden, site.widths) for site in sites]
         generator = torch.Generator().manual_seed(seed)
         for site, module in zip(sites, memory, strict=True):
@@ -119,7 +121,7 @@ class SteeredModel:
         """Remove every hook and return the bare model."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._attached = [], False
         return self.model
 
     @property
@@ -189,8 +191,7 @@ class SteeredModel:
             TurnError: another argument has the wrong shape; ``pending`` is of another batch or given to a
                 token adapter; called while another call is running, or after ``detach``.
         """
-        if self._through is not None or not self._handles:
-            raise TurnError("this steered model is detached, or busy with another call; one call at a time")
+        self._need_idle()
         batch, length = input_ids.shape
         state = self._checked(state, batch)
         if cache is True:
@@ -207,27 +208,84 @@ class SteeredModel:
         if position_ids is None:
             position_ids = _positions(attention_mask, past, length, input_ids)
         begun = self._begin(state, attention_mask, segments, write, pending, length)
-        self._through = begun.through
-        try:
-            logits = self._forward(
-                input_ids,
-                attention_mask=attention_mask if attention_bias is None else mask_for(self.model, attention_bias),
-                position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=cache is not None,
-                logits_to_keep=logits_to_keep,
-            )
-            new_state, still_open = begun.end(close)
-        finally:
-            self._through = None
+        mask = attention_mask if attention_bias is None else mask_for(self.model, attention_bias)
+        inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
+        logits, new_state, still_open = self._run(begun, inputs, cache, logits_to_keep, close)
         return SteeredOutput(logits, new_state, cache, still_open)
 
-    def _forward(self, input_ids: Tensor, *, logits_to_keep: int, **inputs: Any) -> Tensor | None:
-        if logits_to_keep < 0:
-            self.model.get_decoder()(input_ids=input_ids, **inputs)
-            return None
-        logits: Tensor = self.model(input_ids=input_ids, logits_to_keep=logits_to_keep, **inputs).logits
-        return logits
+    @torch.no_grad()
+    def step(
+        self,
+        input_ids: Tensor,
+        pool: Tensor,
+        slots: Tensor,
+        *,
+        position_ids: Tensor,
+        cache: Any,
+        write: bool | Tensor = True,
+        attention_bias: Tensor | None = None,
+    ) -> Tensor:
+        """Decode one token a row on a pool of states, which is changed in place; no gradient passes.
+
+        For decode loops that are compiled: ``torch.compile(fullgraph=True)`` sees one graph, in which other slots,
+        states, tokens, positions and masks are other values, as long as the cache keeps its shape (a StaticCache of
+        transformers does, for models without windows). Compiled or not, the numbers are those of a call.
+
+        Args:
+            input_ids: [B, 1].
+            pool: [slots, L, H, r, r] float32, contiguous, on the device of the memory, as ``zeros(slots)`` makes it.
+            slots: [B] int32 or int64, the state of each row, at most once, below the pool's length (not checked, as
+                that would wait for the device); -1 = an inert row, which is not steered and writes no state.
+            position_ids: [B, 1].
+            cache: a cache of transformers, extended in place by the token of every row, inert rows too.
+            write: whether tokens write, for all or for each [B, 1] bool. Message and sentence adapters only read here.
+            attention_bias: [B, 1, 1, W] bool, True = may attend, W what the cache shows; None = as the model masks.
+
+        Returns:
+            The logits [B, V].
+
+        Raises:
+            SegmentsRequiredError: a message or sentence adapter is to write.
+            StateMismatchError: the pool has another shape, dtype or device, or is not contiguous.
+            TurnError: another argument has the wrong shape or type; called while another call is running, or after
+                ``detach``.
+        """
+        self._need_idle()
+        if write is not False and self.config.write_strategy != "token":
+            raise SegmentsRequiredError(
+                f"this adapter writes by {self.config.write_strategy}, a step by token: pass write=False to only read"
+            )
+        begun = opened(self._memory, pool, slots, write)
+        single = slots.shape[0], 1
+        _need_shape("input_ids", input_ids, single)
+        _need_shape("position_ids", position_ids, single)
+        if attention_bias is not None:
+            _need_shape("attention_bias", attention_bias, (*single, 1, attention_bias.shape[-1]))
+            attention_bias = mask_for(self.model, attention_bias)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_bias, "position_ids": position_ids}
+        logits, _, _ = self._run(begun, inputs, cache, 1, True)
+        assert logits is not None
+        return logits[:, -1]
+
+    def _need_idle(self) -> None:
+        if self._through is not None or not self._attached:
+            raise TurnError("this steered model is detached, or busy with another call; one call at a time")
+
+    def _run(
+        self, begun: Pass, inputs: dict[str, Any], cache: Any, logits_to_keep: int, close: bool
+    ) -> tuple[Tensor | None, Tensor, Pending | None]:
+        """Logits, and what the pass ends with."""
+        inputs |= {"past_key_values": cache, "use_cache": cache is not None}
+        logits: Tensor | None = None
+        self._through = begun.through
+        try:
+            if logits_to_keep < 0:
+                self.model.get_decoder()(**inputs)
+            else:
+                logits = self.model(logits_to_keep=logits_to_keep, **inputs).logits
+            return logits, *begun.end(close)
+        finally:
+            self._through = None
 
     def _begin(
         self,
@@ -322,41 +380,9 @@ def mask_for(model: Any, allowed: Tensor) -> Tensor:
     return torch.where(allowed, zero, torch.finfo(model.dtype).min)
 
 
-def _need_weights(model: Any) -> None:
-    """Refuse a model some of whose weights lie on no device: accelerate fetches them only when a layer runs."""
-    absent = next((name for name, one in model.named_parameters() if one.is_meta), None)
-    if absent is not None:
-        raise ConfigError(
-            f"the weights of this model must lie on a device, found {absent} offloaded; "
-            "spread the model over more devices, quantise it (quantize='4bit'), or use a smaller one"
-        )
-
-
-def _need_base(adapter: Adapter | None, model: Any) -> None:
-    """Refuse an adapter that says it was made for another model: it would fit by shape, and steer at random."""
-    if adapter is not None and adapter.base is not None and adapter.base != (found := model_fingerprint(model)):
-        raise AdapterError(
-            f"the adapter was made for the model of fingerprint {adapter.base}, this model's is {found}; "
-            "load the model that it was trained on, or an adapter that was trained for this one"
-        )
-
-
 def _need_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
     if tensor is not None and tuple(tensor.shape) != shape:
         raise TurnError(f"{name} must have shape {list(shape)}; found {list(tensor.shape)}")
-
-
-def _targeted(sites: list[AttentionSite], config: MemoryConfig) -> list[AttentionSite]:
-    if not config.target_layers:
-        return sites
-    by_number = {site.layer: site for site in sites}
-    absent = sorted(set(config.target_layers) - by_number.keys())
-    if absent:
-        raise AdapterError(
-            f"the adapter targets layers {absent}, which this model has not; its attention layers are "
-            f"{sorted(by_number)}"
-        )
-    return [by_number[n] for n in sorted(config.target_layers)]
 
 
 def _positions(mask: Tensor | None, past: int, length: int, like: Tensor) -> Tensor:

@@ -244,6 +244,8 @@ class LayerMemory(nn.Module):
         weight = self.output_weight(head)
         width = weight.shape[0]
         fused = not torch.is_grad_enabled() and output.dtype == weight.dtype and output.is_contiguous()
+        # A graph would hold a learned scale as a number, whatever is learned after it was made.
+        fused = fused and not (self.config.trainable_delta_scale and torch.compiler.is_compiling())
         if not fused or (head == "o" and self.config.delta_o_rmsnorm):
             delta = self.correction(head, read).to(output.dtype)
             rest = output.shape[-1] - start - width
@@ -282,15 +284,18 @@ class LayerMemory(nn.Module):
         Where no gradient is wanted, the parameters become views of it: so it has whatever is written into them, and it
         is made anew when one of them has been replaced or moved.
         """
-        parts: list[Tensor] = [self.memory_q_proj, self.memory_k_proj, self.memory_v_proj, self.beta_proj]
-        if not self.config.couple_lambda:
-            parts.append(self.lambda_proj)
+        parts = self.packed_parts()
         if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
             return torch.cat(parts)
         if self._packed is None or self._packed[0] != addresses(parts):
             packed = joined(parts)
             self._packed = addresses(parts), packed
         return self._packed[1]
+
+    def packed_parts(self) -> list[Tensor]:
+        """The projections of the hidden state, in the order of the packed weight."""
+        parts: list[Tensor] = [self.memory_q_proj, self.memory_k_proj, self.memory_v_proj, self.beta_proj]
+        return parts if self.config.couple_lambda else [*parts, self.lambda_proj]
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:

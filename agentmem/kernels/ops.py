@@ -1,4 +1,4 @@
-"""The two operations as custom operators of torch, ``agentmem::step`` and ``agentmem::scan``.
+"""The operations as custom operators of torch: ``agentmem::step``, ``agentmem::scan``, and ``agentmem::project``.
 
 Opaque to ``torch.compile``: a graph holds one node for each call, whatever runs behind it, and slots and borders are
 tensors in it, so other sessions are other values and never another graph. Which backend runs is decided when a call
@@ -9,6 +9,7 @@ plain torch elsewhere, and for float64.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
@@ -16,6 +17,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from agentmem.errors import StateMismatchError, TurnError
@@ -158,6 +160,21 @@ def scan(
     return found
 
 
+def project(hidden: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """One product with weights of which one lies below the other, for graphs, which must not know where they lie.
+
+    Args:
+        hidden: [B, D], any float type.
+        parts: each [n, D] of one type. Where they are rows of one tensor in this order, as
+            ``LayerMemory.packed_weight`` leaves them, nothing is copied; that is looked up whenever a graph runs.
+
+    Returns:
+        [B, sum of n] in the type of the weights. No gradient passes.
+    """
+    products: Tensor = torch.ops.agentmem.project(hidden, list(parts))
+    return products
+
+
 def _need(name: str, found: Tensor, shape: tuple[int, ...], *types: torch.dtype) -> None:
     if tuple(found.shape) != shape or (types and found.dtype not in types):
         kind = f" of {' or '.join(map(str, types))}" if types else ""
@@ -254,6 +271,28 @@ def _differentiate(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, 
 
 
 _scan.register_autograd(_differentiate, setup_context=_remember)
+
+
+@torch.library.custom_op("agentmem::project", mutates_args=())
+def _project(hidden: Tensor, parts: list[Tensor]) -> Tensor:
+    weight = _joined(parts)
+    return F.linear(hidden.to(weight.dtype), weight)
+
+
+@_project.register_fake
+def _(hidden: Tensor, parts: list[Tensor]) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], sum(len(one) for one in parts), dtype=parts[0].dtype)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Without a copy where each part begins where the one before it ends."""
+    first = parts[0]
+    memory, end = first.untyped_storage().data_ptr(), first.data_ptr()
+    for one in parts:
+        if one.untyped_storage().data_ptr() != memory or one.data_ptr() != end or not one.is_contiguous():
+            return torch.cat(parts)
+        end += one.nbytes
+    return first.as_strided((sum(map(len, parts)), first.shape[1]), first.stride())
 
 
 def _dense(x: Tensor | None) -> Tensor | None:

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+# Of this folder, and the models of the core tests.
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "core")]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -51,6 +51,38 @@ def test_scan_is_as_it_was_declared(device: str, ragged: bool) -> None:
     torch.library.opcheck(torch.ops.agentmem.scan.default, (*leaves, mask, borders, 7, 4), test_utils=CHECKS)
 
 
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_project_is_as_it_was_declared(device: str, dtype: torch.dtype) -> None:
+    parts = [torch.randn(rows, 5, device=device, dtype=dtype) for rows in (4, 4, 1)]
+    torch.library.opcheck(
+        torch.ops.agentmem.project.default, (torch.randn(2, 5, device=device), parts), test_utils=CHECKS
+    )
+
+
+@pytest.mark.parametrize("packed", ["packed", "apart", "swapped", "cut"])
+def test_project_is_one_product_wherever_the_weights_lie(packed: str) -> None:
+    torch.manual_seed(4)
+    whole, hidden = torch.randn(9, 5), torch.randn(3, 5)
+    parts = list(whole.split([4, 4, 1]))
+    if packed == "swapped":
+        parts = [parts[1], parts[0], parts[2]]
+    elif packed == "apart":
+        parts = [one.clone() for one in parts]
+    elif packed == "cut":
+        parts, hidden = [one[:, :3] for one in parts], hidden[:, :3]
+    expected = torch.cat([hidden @ one.T for one in parts], dim=1)
+    torch.testing.assert_close(kernels.project(hidden, parts), expected)
+
+
+def test_project_copies_no_weights_that_are_packed() -> None:
+    parts = list(torch.randn(9000, 5).split([4000, 4000, 1000]))
+    hidden = torch.randn(1, 5)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        kernels.project(hidden, parts)
+    assert "aten::cat" not in {one.key for one in found.key_averages()}
+
+
 def test_kernels_run_where_they_can_and_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.delenv("AGENTMEM_TRITON", raising=False)

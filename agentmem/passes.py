@@ -1,6 +1,6 @@
 """What happens in the layers during one steered call: who reads what, and what is written when.
 
-A pass hands every layer its read, in the order in which the model's hooks ask for it, and returns the state at its
+A pass hands every layer its read, in the order in which the model asks for it, and returns the state at its
 end. ``TokenPass``: token t reads the state that token t - 1 left. ``SegmentPass``: every token reads the state from
 before the pass, and at its end each segment writes once, from the mean of its hidden states, in ascending order. What
 gathers by segment are sums of the tokens' products with the weights that write: the mean's products are their mean, and
@@ -74,7 +74,7 @@ class Pass(ABC):
     @property
     @abstractmethod
     def through(self) -> Through:
-        """What the hooks call while the pass runs."""
+        """What the model's seams call while the pass runs."""
 
     @abstractmethod
     def end(self, close: bool) -> tuple[Tensor, Pending | None]:

@@ -1,13 +1,13 @@
 """The core call: a frozen causal language model whose attention is steered by a state that goes in and out.
 
-``(state, tokens) -> (state', logits)``. Modules hold parameters and hooks, never a session: the state, the KV
+``(state, tokens) -> (state', logits)``. Modules hold parameters and seams, never a session: the state, the KV
 cache and the sums of an open pass go in and come out. Outside a steered call the model is the bare model. One
-call at a time: the hooks find the running pass on this object (``engine`` gives it a thread of its own).
+call at a time: the seams find the running pass on this object (``engine`` gives it a thread of its own).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from agentmem.fingerprint import model_fingerprint
 from agentmem.kernels import runs_triton
 from agentmem.passes import Pass, Pending, Place, SegmentPass, Through, TokenPass
 from agentmem.pooled import BatchPass, opened
+from agentmem.seam import Seam
 from agentmem.steering import LayerMemory
 from agentmem.stepping import GatherPass, Stack, StepPass
 
@@ -64,10 +65,10 @@ class SteeredModel:
         self._memory = tuple(memory)
         self._source = source
         self._as_loaded = "" if source is None else collect(memory, self.layers, config).fingerprint
-        self._through: Through | None = None
+        self.through: Through | None = None  # of the running pass, for the seams
         self._places: list[Place] = []
         self._stack = Stack(self._memory)
-        self._handles = [handle for index, site in enumerate(sites) for handle in self._install(index, site)]
+        self._seams = [seam for index, site in enumerate(sites) for seam in self._install(index, site)]
         # Beside the handles: whoever compiles a call has it guarded, which handles cannot be.
         self._attached = True
 
@@ -118,10 +119,10 @@ class SteeredModel:
         return cls(model, config, sites, memory, loaded.fingerprint if loaded is not None else None)
 
     def detach(self) -> Any:
-        """Remove every hook and return the bare model."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._attached = [], False
+        """Take the memory off and return the bare model."""
+        for seam in self._seams:
+            seam.remove()
+        self._seams, self._attached = [], False
         return self.model
 
     @property
@@ -268,7 +269,7 @@ class SteeredModel:
         return logits[:, -1]
 
     def _need_idle(self) -> None:
-        if self._through is not None or not self._attached:
+        if self.through is not None or not self._attached:
             raise TurnError("this steered model is detached, or busy with another call; one call at a time")
 
     def _run(
@@ -277,7 +278,7 @@ class SteeredModel:
         """Logits, and what the pass ends with."""
         inputs |= {"past_key_values": cache, "use_cache": cache is not None}
         logits: Tensor | None = None
-        self._through = begun.through
+        self.through = begun.through
         try:
             if logits_to_keep < 0:
                 self.model.get_decoder()(**inputs)
@@ -285,7 +286,7 @@ class SteeredModel:
                 logits = self.model(logits_to_keep=logits_to_keep, **inputs).logits
             return logits, *begun.end(close)
         finally:
-            self._through = None
+            self.through = None
 
     def _begin(
         self,
@@ -324,7 +325,7 @@ class SteeredModel:
             return GatherPass(self._memory, ready, state, segments, pending)
         return SegmentPass(self._memory, state, segments, pending)
 
-    def _install(self, index: int, site: AttentionSite) -> list[Any]:
+    def _install(self, index: int, site: AttentionSite) -> list[Seam]:
         by_module: dict[nn.Module, list[tuple[DeltaHead, int]]] = {site.first: []}
         for head in self.config.delta_heads:
             target, start = site.targets[head]
@@ -332,22 +333,12 @@ class SteeredModel:
         last = site.targets["o"][0]
         by_module.setdefault(last, [])
 
-        def hook_for(place: Place) -> Callable[..., Tensor | None]:
-            def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
-                through = self._through
-                return None if through is None else through(place, inputs[0], output)
-
-            return hook
-
         first = len(self._places)
         self._places += [
             Place(first + number, index, tuple(heads), target is last)
             for number, (target, heads) in enumerate(by_module.items())
         ]
-        return [
-            target.register_forward_hook(hook_for(place))
-            for target, place in zip(by_module, self._places[first:], strict=True)
-        ]
+        return [Seam(target, place, self) for target, place in zip(by_module, self._places[first:], strict=True)]
 
     def _checked(self, state: Tensor | None, batch: int) -> Tensor:
         if state is None:

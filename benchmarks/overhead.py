@@ -6,7 +6,7 @@
     python benchmarks/overhead.py --write SSW            another write strategy (TSW, SSW, MSW; may be repeated)
     python benchmarks/overhead.py --fixed                bare and steered both decode in buffers that never move
 
-Weights are random: time does not depend on them. The bare model shares the weights and has no hooks. Bare and steered
+Weights are random: time does not depend on them. The bare model shares the weights and has no memory. Bare and steered
 take turns, decoding token by token behind one and the same KV of random numbers, and reading the prompt of one session
 (until it is written, for SSW too); a figure is a median, a ratio the median over the pairs of bare time by steered
 time, so 1 means that steering is free. On a CPU times are the computing time of the process, and the ratio by the clock
@@ -86,7 +86,7 @@ def _settle() -> None:
 
 
 def bare_copy(model: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
-    """The same model with the same weights in memory, which no hook of the other reaches."""
+    """The same model with the same weights in memory, which has nothing of the other on it."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(one): one for one in tensors})
 

@@ -1,0 +1,98 @@
+"""Memory goes on and off a model without a trace, and beside what others put on its modules."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import torch
+from core_models import random_ids, random_state, steer, tiny
+from torch import Tensor
+
+
+def answer(model: Any) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=random_ids(2, 7)).logits
+    return logits
+
+
+def test_a_copy_of_a_model_with_memory_is_a_bare_model_of_its_own() -> None:
+    model = tiny()
+    bare = answer(model)
+    steered = steer(model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(answer(copied), bare), "it runs on its own weights"
+    ids, state = random_ids(2, 7), random_state(steered, 2)
+    with torch.no_grad():
+        assert torch.equal(steered(ids, state).logits, steered(ids, state).logits)
+    assert torch.equal(answer(copied), bare)
+    # And may have a memory of its own.
+    again = steer(copied)
+    with torch.no_grad():
+        assert not torch.allclose(again(ids, random_state(again, 2)).logits, bare)
+
+
+def test_a_forward_that_was_there_before_is_called_and_stays() -> None:
+    """As accelerate puts one on modules of models that are spread over devices."""
+    model, called = tiny(), []
+    projection = model.get_decoder().layers[1].self_attn.q_proj
+    own = projection.forward
+
+    def theirs(*inputs: Any) -> Tensor:
+        called.append(len(inputs))
+        return own(*inputs)
+
+    projection.forward = theirs
+    bare = answer(model)
+    steered = steer(model)
+    called.clear()
+    with torch.no_grad():
+        steered(random_ids(1, 3))
+    assert called == [1]
+    steered.detach()
+    assert projection.forward is theirs
+    assert torch.equal(answer(model), bare)
+
+
+def test_a_forward_that_was_put_around_it_stays_and_finds_no_pass_after_detach() -> None:
+    model = tiny()
+    bare = answer(model)
+    steered = steer(model)
+    projection = model.get_decoder().layers[1].self_attn.o_proj
+    inner = projection.forward
+    projection.forward = partial(inner)
+    with torch.no_grad():
+        found = steered(random_ids(2, 7), random_state(steered, 2)).logits
+    assert not torch.allclose(found, bare)
+    steered.detach()
+    assert isinstance(projection.forward, partial)
+    assert torch.equal(answer(model), bare)
+
+
+def test_two_memories_of_one_model_come_off_in_any_order() -> None:
+    for order in ((0, 1), (1, 0)):
+        model = tiny()
+        bare = answer(model)
+        both = [steer(model, seed=seed) for seed in (3, 4)]
+        ids, state = random_ids(2, 7), random_state(both[0], 2)
+        with torch.no_grad():
+            alone = steer(tiny(), seed=4)(ids, state).logits
+            assert torch.equal(both[1](ids, state).logits, alone)
+        for one in order:
+            both[one].detach()
+        assert torch.equal(answer(model), bare)
+
+
+def test_hooks_of_others_see_the_corrected_output() -> None:
+    model, seen = tiny(), []
+    steered = steer(model)
+    model.get_decoder().layers[0].self_attn.q_proj.register_forward_hook(lambda _m, _i, out: seen.append(out.clone()))
+    ids = random_ids(1, 5)
+    with torch.no_grad():
+        model(input_ids=ids)
+        steered(ids, random_state(steered))
+    assert not torch.allclose(*seen)

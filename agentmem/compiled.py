@@ -72,27 +72,28 @@ class CompiledRoom(Room):
     def through(self, place: Place, given: Tensor, output: Tensor) -> Tensor:
         # A layer's weights have just gone through the caches, so what is touched here has to be fetched, code too: each
         # look at a tensor costs microseconds.
+        number, layer, heads, last = place
         hidden = 0
-        if place.layer != self._at and not place.last:
-            self._at = place.layer
+        if layer != self._at and not last:
+            self._at = layer
             self.seen += 1
             if given.dtype is not _EXACT or not given.is_contiguous():
                 given = given.float().contiguous()
             hidden = given.data_ptr()
         # Looked at every time: a model may have been moved to another type, and memory is what is written to.
         if output.dtype is _EXACT and output.is_contiguous():
-            calls = self._calls.get(place.number)
-            if calls is None:
-                calls = self._calls[place.number] = self._prepared(place, output.shape[-1])
+            if number not in self._calls:
+                self._calls[number] = self._prepared(place, output.shape[-1])
+            calls = self._calls[number]
             for table, stride, scale in calls:
                 steer(table, self._address, hidden, output.data_ptr(), stride, scale)
                 hidden = 0
             if calls:
                 return output
         if hidden:
-            steer(self._reading[place.layer], self._address, hidden, 0, 0, 0.0)
-        for head, start in place.heads:
-            output = self._ready.memory[place.layer].corrected(head, self._reads, output, start)
+            steer(self._reading[layer], self._address, hidden, 0, 0, 0.0)
+        for head, start in heads:
+            output = self._ready.memory[layer].corrected(head, self._reads, output, start)
         return output
 
     def after(self, mask: Tensor | None) -> Tensor:

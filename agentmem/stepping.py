@@ -7,6 +7,7 @@ anything is written, open sums are moved on, and weights that were replaced are 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -25,20 +26,23 @@ class Stack:
         config = memory[0].config
         names = ["memory_q_proj", "memory_k_proj", "memory_v_proj", "beta_proj", "beta_bias"]
         names += [] if config.couple_lambda else ["lambda_proj", "lambda_bias"]
-        self._names = [*names, *(f"delta_{head}_proj" for head in config.delta_heads)]
+        self._parameters = itemgetter(*names, *(f"delta_{head}_proj" for head in config.delta_heads))
         self._addresses: list[int] = []
         self._ready: Ready | None = None
 
     def ready(self, device: torch.device) -> Ready | None:
         """What a step needs; None where layers lie elsewhere than their states on ``device``."""
-        kept = [module._parameters for module in self.memory]
-        parameters = [one for each in kept for name in self._names if (one := each[name]) is not None]
-        if addresses(parameters) != self._addresses:
-            together = len({one.device for one in parameters}) == 1
-            self._ready = Ready(self.memory) if together else None
-            self._addresses = addresses(parameters)
+        now: list[int] = []
+        for module in self.memory:
+            now += addresses(self._parameters(module._parameters))
+        if now != self._addresses:
+            self._ready = Ready(self.memory) if len({one.device for one in self._all()}) == 1 else None
+            self._addresses = addresses(self._all())  # some have become views of what is packed
         made = self._ready
         return made if made is None or made.weights[0].device == device else None
+
+    def _all(self) -> list[Tensor]:
+        return [one for module in self.memory for one in self._parameters(module._parameters)]
 
 
 class StepPass(Pass):

@@ -37,11 +37,17 @@ floats, numbers, octets = map(_pointer, (types.float32, types.int64, types.uint8
 
 
 def compiled(signature: Any, function: Any) -> Any:
-    """A function compiled for one signature; its code is kept for other processes where there is a place for it."""
+    """A function compiled for one signature; its code is kept for other processes where there is a place for it.
+
+    Given what it is called by directly: numba's dispatcher, which looks at the types of arguments first, takes longer
+    than a layer's read.
+    """
     try:
-        return njit(signature, fastmath=_FAST, error_model="numpy", cache=True)(function)
+        made = njit(signature, fastmath=_FAST, error_model="numpy", cache=True)(function)
     except RuntimeError:  # no directory that can be written
-        return njit(signature, fastmath=_FAST, error_model="numpy")(function)
+        made = njit(signature, fastmath=_FAST, error_model="numpy")(function)
+    (code,) = made.overloads.values()
+    return code.entry_point
 
 
 def inlined(function: Any) -> Any:

@@ -219,8 +219,7 @@ class Decoding(Team):
             else:
                 last = self._steered(block, one_each, tokens, kv, positions, allowed)[:, -1]
         rows = last.unbind()
-        # For all at once: on a GPU every number that is fetched is a wait.
-        likeliest = last.argmax(-1).tolist() if any(want.session.greedy for want in wants.values()) else None
+        likeliest = _likeliest(last) if any(want.session.greedy for want in wants.values()) else None
         for row, want in wants.items():
             want.session.logits, want.session.likeliest = rows[row], None if likeliest is None else likeliest[row]
             block.seats[row].length += 1
@@ -311,6 +310,18 @@ class Decoding(Team):
         assert out.logits is not None
         logits: Tensor = out.logits
         return logits
+
+
+def _likeliest(logits: Tensor) -> list[int] | None:
+    """The likeliest token of every row, for all at once: on a GPU every number that is fetched is a wait.
+
+    None where that fails: by now the token is read and written, and must not be read again.
+    """
+    try:
+        tokens: list[int] = logits.argmax(-1).tolist()
+    except RuntimeError:
+        return None
+    return tokens
 
 
 def _hand_out(states: Tensor, wants: Sequence[Want | None], writes: Sequence[bool], given: list[Tensor]) -> None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from agentmem.errors import TurnError
 from agentmem.kernels.numba_step import MODES, STEER, WRITE, steer, write
 from agentmem.passes import Place
 from agentmem.rooms import Ready, Room
@@ -40,8 +41,11 @@ class CompiledRoom(Room):
         config, first = ready.memory[0].config, ready.weights[0]
         layers, rows = len(ready.weights), first.shape[0] if writing else heads * rank
         with torch.inference_mode(False):
-            self._products = torch.empty(layers, batch, rows)
-            self._reads = torch.empty(batch, 1, heads, rank)
+            # Types and devices are said: the process may have set others for what says none.
+            self._products = torch.empty(layers, batch, rows, dtype=_EXACT, device="cpu")
+            self._reads = torch.empty(batch, 1, heads, rank, dtype=_EXACT, device="cpu")
+        self._given = batch * first.shape[1]  # numbers in a layer's hidden states
+        self._batch = batch
         self._steer: dict[str, int] = {
             "rows": rows, "hidden": first.shape[1], "batch": batch, "heads": heads, "rank": rank,
             "normalize": config.normalize_qk, "layers": layers, "reads": self._reads.data_ptr(),
@@ -75,6 +79,8 @@ class CompiledRoom(Room):
         number, layer, heads, last = place
         hidden = 0
         if layer != self._at and not last:
+            if self.seen == 0:
+                self._need(given)
             self._at = layer
             self.seen += 1
             if given.dtype is not _EXACT or not given.is_contiguous():
@@ -83,7 +89,7 @@ class CompiledRoom(Room):
         # Looked at every time: a model may have been moved to another type, and memory is what is written to.
         if output.dtype is _EXACT and output.is_contiguous():
             if number not in self._calls:
-                self._calls[number] = self._prepared(place, output.shape[-1])
+                self._calls[number] = self._prepared(place, output)
             calls = self._calls[number]
             for table, stride, scale in calls:
                 steer(table, self._address, hidden, output.data_ptr(), stride, scale)
@@ -105,11 +111,20 @@ class CompiledRoom(Room):
     def told(self) -> Tensor:
         return self._ready.memory[0].told(self._products)[:, :, None]
 
-    def _prepared(self, place: Place, stride: int) -> tuple[Call, ...]:
+    def _need(self, hidden: Tensor) -> None:
+        """Refuse hidden states that are elsewhere, or of more tokens: once a step, for all layers have the same."""
+        if hidden.device.type != "cpu" or hidden.numel() != self._given:
+            raise TurnError(
+                f"the memory lies on a CPU and a step is of {self._batch} rows, one token each; the model gave it "
+                f"hidden states {list(hidden.shape)} on {hidden.device}. Move a model before memory is attached to it"
+            )
+
+    def _prepared(self, place: Place, output: Tensor) -> tuple[Call, ...]:
         """The calls for a place; none where a correction is more than a product."""
         module = self._ready.memory[place.layer]
-        if place.last and module.config.delta_o_rmsnorm:
+        if (place.last and module.config.delta_o_rmsnorm) or output.numel() != self._batch * output.shape[-1]:
             return ()
+        stride = output.shape[-1]
         calls = []
         for head, start in place.heads:
             weight = module.output_weight(head)
@@ -125,6 +140,6 @@ class CompiledRoom(Room):
 
     def _kept(self, names: tuple[str, ...], **numbers: int) -> int:
         """Where a table lies that says these numbers, 0 where none is given."""
-        table = torch.tensor([int(numbers.get(name, 0)) for name in names])
+        table = torch.tensor([int(numbers.get(name, 0)) for name in names], dtype=torch.int64, device="cpu")
         self._tables.append(table)
         return table.data_ptr()

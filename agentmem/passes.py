@@ -22,6 +22,7 @@ from torch import Tensor
 
 from agentmem import kernels, recurrence
 from agentmem.config import DeltaHead
+from agentmem.errors import TurnError
 from agentmem.steering import LayerMemory
 
 
@@ -87,6 +88,7 @@ class LayerPass(Pass):
     def __init__(self, memory: Sequence[LayerMemory], state: Tensor) -> None:
         super().__init__(memory, state)
         self._reads: dict[int, Tensor] = {}
+        self._seen = 0
 
     @property
     def through(self) -> Through:
@@ -95,7 +97,10 @@ class LayerPass(Pass):
     def _through(self, place: Place, given: Tensor, output: Tensor) -> Tensor:
         index = place.layer
         if not place.last and index not in self._reads:
+            self._seen += 1
             self._reads[index] = self._visit(index, given)
+        if index not in self._reads:  # the layer was never asked; the pass ends with an error
+            return output
         read = self._reads.pop(index) if place.last else self._reads[index]
         for head, start in place.heads:
             output = self.memory[index].corrected(head, read, output, start)
@@ -128,6 +133,7 @@ class TokenPass(LayerPass):
         return y
 
     def end(self, close: bool) -> tuple[Tensor, Pending | None]:
+        need_all(self._seen, self.memory)
         return _stack(self.state, self._written), None
 
 
@@ -147,7 +153,7 @@ def scan(
 
 
 class SegmentPass(LayerPass):
-    """Gathers hidden states by segment.
+    """Gathers by segment what tokens tell.
 
     Args:
         memory, state: of all layers.
@@ -186,6 +192,7 @@ class SegmentPass(LayerPass):
         return (self._segments.to(device)[..., None] == self._known.to(device)).float()
 
     def end(self, close: bool) -> tuple[Tensor, Pending | None]:
+        need_all(self._seen, self.memory)
         return ended(self.memory, self.state, self._total(), close)
 
     def _total(self) -> Pending | None:
@@ -200,6 +207,19 @@ class SegmentPass(LayerPass):
             counts = _add_at(counts, before.counts, place)
             sums = tuple(_add_at(new, old, place) for new, old in zip(sums, before.sums, strict=True))
         return Pending(self._ids, counts, sums)
+
+
+def need_all(seen: int, memory: Sequence[LayerMemory]) -> None:
+    """Refuse a pass in which layers did not read: its logits are not steered, and it would write half a token.
+
+    Raises:
+        TurnError: naming both numbers.
+    """
+    if seen != len(memory):
+        raise TurnError(
+            f"the model ran {seen} of its {len(memory)} steered layers; nothing was written. If another library took "
+            "the forward of its projections away (accelerate's remove_hook_from_module does), attach the memory again"
+        )
 
 
 def joined_ids(seen: Sequence[int], before: Pending | None) -> tuple[int, ...]:

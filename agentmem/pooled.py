@@ -13,7 +13,7 @@ from torch import Tensor
 
 from agentmem import kernels
 from agentmem.errors import StateMismatchError, TurnError
-from agentmem.passes import LayerPass, Pending
+from agentmem.passes import LayerPass, Pending, need_all
 from agentmem.steering import LayerMemory
 
 
@@ -31,12 +31,10 @@ class PoolPass(LayerPass):
         super().__init__(memory, pool)
         self._slots = slots
         self._mask = mask
-        self._seen = 0
 
     def _visit(self, index: int, hidden: Tensor) -> Tensor:
         """The read [B, 1, H, r] in the dtype of the layer's weights."""
         module = self.memory[index]
-        self._seen += 1
         read = kernels.step(
             _products(module, hidden.flatten(1)),
             self.state,
@@ -52,8 +50,7 @@ class PoolPass(LayerPass):
 
     def end(self, close: bool) -> tuple[Tensor, Pending | None]:
         """The pool."""
-        if self._seen != len(self.memory):
-            raise TurnError(f"the model ran {self._seen} of its {len(self.memory)} steered layers")
+        need_all(self._seen, self.memory)
         return self.state, None
 
 

@@ -79,7 +79,7 @@ class PrefixCache:
         crop(prefill.cache, prefill.length)
         try:
             _own(prefill.cache)
-        except torch.OutOfMemoryError:
+        except RuntimeError:  # no memory for it, on a GPU or a CPU; the turn is done all the same
             return
         self._entries[prompt] = prefill
         while sum(entry.length for entry in self._entries.values()) > self._limit:

@@ -58,6 +58,7 @@ class Ready:
     Attributes:
         memory: of all layers.
         weights: for each layer the packed weight [3 H r + gates, D].
+        outputs: the output weights of all layers.
         beta, lam: biases of all layers, [L, 1, 1, H, r or 1]; ``lam`` None where the config has none.
     """
 
@@ -69,8 +70,9 @@ class Ready:
         self.lam: Tensor | None = None
         if not memory[0].config.couple_lambda:
             self.lam = joined([module.lambda_bias for module in memory]).view(shape)
-        outputs = [module.output_weight(head) for module in memory for head in module.config.delta_heads]
-        of_all = *self.weights, *outputs, self.beta, *([] if self.lam is None else [self.lam])
+        # Held, so that nothing else comes to lie at an address that somebody noted.
+        self.outputs = [module.output_weight(head).detach() for module in memory for head in module.config.delta_heads]
+        of_all = *self.weights, *self.outputs, self.beta, *([] if self.lam is None else [self.lam])
         self._compiled = all(map(Tensor.is_contiguous, of_all)) and kernels.runs_numba(*of_all)
         # With the number of their rows; of steps that write, and of those that do not.
         self._rooms: dict[bool, tuple[int, Room]] = {}
@@ -149,9 +151,10 @@ class PlainRoom(Room):
         # Not made in inference mode: what was could not be filled outside of it.
         with torch.inference_mode(False), torch.no_grad():
             products = like.new_empty(layers, batch, 1, like.shape[0])
-            matrices = torch.empty(layers, rows, rank + 1, rank, device=like.device)
-            found = torch.empty(layers, rows, rank + 1, 1, device=like.device)
-            self._read = torch.empty(rows, rank, device=like.device)
+            exact = torch.float32
+            matrices = like.new_empty(layers, rows, rank + 1, rank, dtype=exact)
+            found = like.new_empty(layers, rows, rank + 1, 1, dtype=exact)
+            self._read = like.new_empty(rows, rank, dtype=exact)
             self._states = matrices[:, :, :rank]
             self._by_layer = self._states
             self._lanes = []

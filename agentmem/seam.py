@@ -8,7 +8,6 @@ What others put on the module stays: their hooks see the corrected output, and a
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from types import MethodType
 from typing import Any, Protocol
@@ -25,7 +24,7 @@ class Running(Protocol):
 
 
 class Seam:
-    """The forward of a projection while memory is attached; a copy of the module is a bare one.
+    """The forward of a projection while memory is attached; a deep copy of the module, or a pickled one, is bare.
 
     Args:
         module: the projection.
@@ -48,16 +47,26 @@ class Seam:
 
     def remove(self) -> None:
         """Give the module its own forward back; one that was put around this since stays, and finds no pass."""
-        if vars(self._module).get("forward") is not self:
-            return
-        if self._before is None:
+        top = vars(self._module).get("forward")
+        if top is self and self._before is None:
             del self._module.forward
-        else:
+        elif top is self:
             self._module.forward = self._before
+        while isinstance(top, Seam):
+            if top._forward is self:  # of another memory, attached later
+                top._forward, top._before = self._forward, self._before
+            top = top._forward
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Tensor]:
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied or pickled with its module: the forward without memory, of the copy."""
         if self._before is not None:
-            return copy.deepcopy(self._before, memo)
-        # While a module is copied, its copy is known before what it holds is.
-        module = memo.get(id(self._module), self._module)
-        return MethodType(type(module).forward, module)
+            return _same, (self._before,)
+        return _own, (self._module,)
+
+
+def _same(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return forward
+
+
+def _own(module: nn.Module) -> Callable[..., Tensor]:
+    return MethodType(type(module).forward, module)

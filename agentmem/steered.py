@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ class SteeredModel:
         self._places: list[Place] = []
         self._stack = Stack(self._memory)
         self._seams = [seam for index, site in enumerate(sites) for seam in self._install(index, site)]
-        # Beside the handles: whoever compiles a call has it guarded, which handles cannot be.
+        # Beside the seams: whoever compiles a call has it guarded, which seams cannot be.
         self._attached = True
 
     @classmethod
@@ -125,6 +125,12 @@ class SteeredModel:
         self._seams, self._attached = [], False
         return self.model
 
+    def __reduce__(self) -> NoReturn:
+        raise ConfigError(
+            "a steered model is not copied or pickled, since it stands in the modules of its model; copy the model, "
+            "which gives a bare one: SteeredModel.attach(copy.deepcopy(steered.model), adapter=steered.adapter)"
+        )
+
     @property
     def state_shape(self) -> tuple[int, int, int, int]:
         """(L, H, r, r) of one session."""
@@ -151,7 +157,7 @@ class SteeredModel:
 
     def zeros(self, batch: int = 1) -> Tensor:
         """The empty state of ``batch`` sessions."""
-        return torch.zeros(batch, *self.state_shape, device=_device(self.memory))
+        return torch.zeros(batch, *self.state_shape, dtype=torch.float32, device=_device(self.memory))
 
     def __call__(
         self,
@@ -250,6 +256,9 @@ class SteeredModel:
             StateMismatchError: the pool has another shape, dtype or device, or is not contiguous.
             TurnError: another argument has the wrong shape or type; called while another call is running, or after
                 ``detach``.
+
+        Where it fails half-way, inside the model, some layers have written and read and others not: pool and cache
+        are of no use then.
         """
         self._need_idle()
         if write is not False and self.config.write_strategy != "token":

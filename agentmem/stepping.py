@@ -12,8 +12,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from agentmem.errors import TurnError
-from agentmem.passes import Pass, Pending, Through, ended, joined_ids
+from agentmem.passes import Pass, Pending, Through, ended, joined_ids, need_all
 from agentmem.rooms import Ready
 from agentmem.steering import LayerMemory, addresses
 
@@ -66,15 +65,8 @@ class StepPass(Pass):
 
     def end(self, close: bool) -> tuple[Tensor, Pending | None]:
         """The state after the token."""
-        if not self._writing:
-            return self.state, None
-        self._need_all()
-        return self._room.after(self._mask), None
-
-    def _need_all(self) -> None:
-        seen = self._room.seen
-        if seen != len(self.memory):
-            raise TurnError(f"the model ran {seen} of its {len(self.memory)} steered layers; nothing was written")
+        need_all(self._room.seen, self.memory)
+        return (self._room.after(self._mask) if self._writing else self.state), None
 
 
 class GatherPass(StepPass):
@@ -101,9 +93,9 @@ class GatherPass(StepPass):
 
     def end(self, close: bool) -> tuple[Tensor, Pending | None]:
         """The state, and what is gathered where the pass stays open."""
+        need_all(self._room.seen, self.memory)
         total = self._before
         if self._gathered:
-            self._need_all()
             total = self._joined(joined_ids(sorted(self._gathered), self._before))
         return ended(self.memory, self.state, total, close)
 

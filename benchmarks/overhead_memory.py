@@ -62,6 +62,9 @@ def peak(run: Callable[[], object], *held: nn.Module) -> int:
     """The most bytes during a run, the parameters and buffers of ``held`` included."""
     gc.collect()
     if torch.cuda.is_available():
+        # What earlier captures made for their streams would count for whoever comes later.
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         run()
         return torch.cuda.max_memory_allocated()

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 
 import pytest
 from hypothesis import settings
@@ -51,6 +52,17 @@ def _needs(present: object, reason: str) -> None:
 def needs() -> Needs:
     """``needs(present, reason)``: go on where ``present`` is true, else skip, or fail where CI=true."""
     return _needs
+
+
+@pytest.fixture(scope="module", params=["plain", "compiled"])
+def steps(request: pytest.FixtureRequest, needs: Needs) -> Iterator[str]:
+    """What single tokens are computed with on a CPU: torch's operations, or calls that numba compiled."""
+    kind: str = request.param
+    if kind == "compiled":
+        needs(find_spec("numba"), "numba, which is part of the dependency group `dev`")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AGENTMEM_NUMBA", "1" if kind == "compiled" else "0")
+        yield kind
 
 
 def _has_cuda() -> bool:

@@ -36,16 +36,16 @@ def _pointer(kind: Any) -> Any:
 floats, numbers, octets = map(_pointer, (types.float32, types.int64, types.uint8))
 
 
-def compiled(signature: Any, function: Any) -> Any:
+def compiled(signature: Any, function: Any, *, nogil: bool = False) -> Any:
     """A function compiled for one signature; its code is kept for other processes where there is a place for it.
 
-    Given what it is called by directly: numba's dispatcher, which looks at the types of arguments first, takes longer
-    than a layer's read.
+    ``nogil``: other threads run meanwhile. What is given is what it is called by directly: numba's dispatcher, which
+    looks at the types of arguments first, takes longer than a layer's read.
     """
     try:
-        made = njit(signature, fastmath=_FAST, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # no directory that can be written
-        made = njit(signature, fastmath=_FAST, error_model="numpy")(function)
+        made = njit(signature, fastmath=_FAST, error_model="numpy", nogil=nogil, cache=True)(function)
+    except Exception:  # noqa: BLE001 - no directory that can be written, a full disk, a file that was cut off
+        made = njit(signature, fastmath=_FAST, error_model="numpy", nogil=nogil)(function)
     (code,) = made.overloads.values()
     return code.entry_point
 

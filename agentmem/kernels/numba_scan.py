@@ -40,7 +40,7 @@ def _scan(places: Any, batch: int, length: int, heads: int, rank: int) -> None:
                         states[row + j] = kept * states[row + j] + told * k[at + j]
 
 
-_run: Any = compiled(types.void(types.Array(types.int64, 1, "C"), *[types.intp] * 4), _scan)
+_run: Any = compiled(types.void(types.Array(types.int64, 1, "C"), *[types.intp] * 4), _scan, nogil=True)
 
 
 def scan(

@@ -8,6 +8,7 @@ plain torch elsewhere, and for float64.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,6 +24,7 @@ from torch import Tensor
 from agentmem.errors import StateMismatchError, TurnError
 from agentmem.kernels import plain
 
+_logger = logging.getLogger(__name__)
 Mode = Literal["standard", "lambda_outside", "no_lambda"]
 Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -44,7 +46,14 @@ def runs_triton(device: torch.device) -> bool:
 
 @cache
 def _has_numba() -> bool:
-    return find_spec("numba") is not None
+    if find_spec("numba") is None:
+        return False
+    try:
+        from agentmem.kernels import numba_scan, numba_step  # noqa: F401
+    except Exception as error:  # noqa: BLE001 - of another NumPy, for another processor, ...: torch can do it all
+        _logger.warning("numba is installed and cannot be used, so torch computes what it would have: %s", error)
+        return False
+    return True
 
 
 def runs_numba(*given: Tensor) -> bool:

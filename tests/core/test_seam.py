@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import io
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from core_models import random_ids, random_state, steer, tiny
 from torch import Tensor
+
+from agentmem.errors import ConfigError, TurnError
 
 
 def answer(model: Any) -> Tensor:
@@ -85,6 +89,7 @@ def test_two_memories_of_one_model_come_off_in_any_order() -> None:
         for one in order:
             both[one].detach()
         assert torch.equal(answer(model), bare)
+        assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_hooks_of_others_see_the_corrected_output() -> None:
@@ -96,3 +101,30 @@ def test_hooks_of_others_see_the_corrected_output() -> None:
         model(input_ids=ids)
         steered(ids, random_state(steered))
     assert not torch.allclose(*seen)
+
+
+def test_a_pickled_model_is_a_bare_one() -> None:
+    model = tiny()
+    bare = answer(model)
+    steer(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    assert torch.equal(answer(torch.load(file, weights_only=False)), bare)
+
+
+def test_a_steered_model_says_how_it_is_copied() -> None:
+    steered = steer(tiny())
+    with pytest.raises(ConfigError, match=r"attach\(copy.deepcopy\(steered.model\)"):
+        copy.deepcopy(steered)
+
+
+@pytest.mark.parametrize("write_strategy", ["token", "sentence"])
+@pytest.mark.parametrize("length", [1, 4])
+def test_memory_that_another_library_took_away_is_noticed(write_strategy: str, length: int, steps: str) -> None:
+    steered = steer(tiny(), write_strategy=write_strategy)
+    del steered.model.get_decoder().layers[1].self_attn.q_proj.forward
+    ids, segments = random_ids(1, length), torch.zeros(1, length, dtype=torch.int64)
+    for write in (True, False):
+        with torch.no_grad(), pytest.raises(TurnError, match="ran 2 of its 3 steered layers; nothing was written"):
+            steered(ids, segments=segments, write=write)

@@ -11,6 +11,7 @@ from core_models import random_ids, steer, tiny
 from torch import nn
 
 from agentmem import SteeredModel
+from agentmem.errors import TurnError
 from agentmem.passes import row_of, side_by_side
 
 pytestmark = pytest.mark.usefixtures("steps")
@@ -194,3 +195,31 @@ def test_rows_alone_and_in_company_have_the_same_numbers(steps: str) -> None:
         whole = steered(ids, start).state
         alone = [steered(ids[row : row + 1], start[row : row + 1]).state for row in range(5)]
     torch.testing.assert_close(torch.cat(alone), whole, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_what_the_process_makes_tensors_of_by_default_does_not_matter(dtype: torch.dtype) -> None:
+    steered = steer(tiny("qwen3"), num_state_heads=2)
+    ids = random_ids(2, 1)
+    with torch.inference_mode():
+        before = steered(ids, cache=True)
+        torch.set_default_dtype(dtype)
+        try:
+            steered = steer(tiny("qwen3").float(), num_state_heads=2, dtype=torch.float32)
+            after = steered(ids, cache=True)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert before.state.dtype is after.state.dtype is torch.float32
+    assert after.state.shape == before.state.shape
+    assert after.logits.isfinite().all()
+
+
+def test_hidden_states_of_more_tokens_are_refused(steps: str) -> None:
+    """As where prompt tuning puts tokens before the one that was given."""
+    steered = steer(tiny("qwen3"))
+    decoder = steered.model.get_decoder()
+    twice = decoder.embed_tokens.register_forward_hook(lambda _m, _i, out: torch.cat((out, out), dim=1))
+    with torch.inference_mode(), pytest.raises(TurnError if steps == "compiled" else RuntimeError):
+        steered(random_ids(2, 1), position_ids=torch.zeros(2, 1, dtype=torch.int64))
+    twice.remove()
+    compare(steered)

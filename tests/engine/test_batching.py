@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from agentmem import Engine, MemoryState, Message, ReplyFormat, Sampling, Turn, Window
 from agentmem.errors import ConfigError, TurnCancelledError, TurnTimeoutError
@@ -78,6 +79,7 @@ def at_once(engine: Engine, count: int, states: list[MemoryState | None] | None 
         return list(pool.map(lambda n: engine.turn(ask(n), given[n], **options(n)), range(count)))
 
 
+@pytest.mark.usefixtures("steps")
 @pytest.mark.parametrize("strategy", ["token", "message", "sentence"])
 def test_each_session_is_as_it_is_alone(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, strategy: str
@@ -101,6 +103,27 @@ def test_replies_that_outgrow_their_rows(make_engine: MakeEngine) -> None:
     assert max(len(turn.token_ids) for turn in alone) == 330
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda n: engine.turn(ask(n), sampling=sampling[n]), range(4)))
+    for found, solo in zip(together, alone, strict=True):
+        assert_same(found, solo)
+
+
+def test_a_token_that_was_written_is_not_read_again(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where looking for the likeliest tokens of a batch fails: states have been handed out by then."""
+    engine = make_engine()
+    sampling = Sampling(max_tokens=20)
+    alone = [engine.turn(ask(n), sampling=sampling) for n in range(4)]
+    real, failed = Tensor.argmax, []
+
+    def argmax(own: Tensor, *given: Any) -> Tensor:
+        if own.dim() == 2:
+            failed.append(len(own))
+            raise torch.OutOfMemoryError("no room for so many")
+        return real(own, *given)
+
+    monkeypatch.setattr(Tensor, "argmax", argmax)
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda n: engine.turn(ask(n), sampling=sampling), range(4)))
+    assert failed
     for found, solo in zip(together, alone, strict=True):
         assert_same(found, solo)
 

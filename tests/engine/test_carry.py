@@ -13,6 +13,8 @@ from agentmem import Message, Sampling, Window
 from agentmem.errors import ConfigError
 from agentmem.turn import Turn
 
+pytestmark = pytest.mark.usefixtures("steps")
+
 REPLY = Sampling(max_tokens=12)
 SYSTEM = Message("system", "You are brief.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from types import ModuleType
@@ -11,6 +12,10 @@ import pytest
 import torch
 from kernel_cases import close, defined_scan, defined_step, generator, scan_inputs, weights_for
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from agentmem import kernels
+from agentmem.kernels import ops
 
 LAYERS, SCALE, START = 3, 0.7, 2
 
@@ -167,3 +172,33 @@ def test_a_piece_of_a_larger_tensor_is_scanned_as_it_is(numba_step: ModuleType, 
     assert not any(piece.is_contiguous() for piece in pieces)
     for one, other in zip(scan(*inputs), scan(*pieces), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_numba_that_cannot_be_used_is_said_once_and_torch_goes_on(
+    numba_step: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("AGENTMEM_NUMBA", "1")
+    assert kernels.runs_numba(torch.zeros(1))
+    ops._has_numba.cache_clear()
+    # What an import of a module raises that is there and cannot be loaded.
+    monkeypatch.setitem(sys.modules, "agentmem.kernels.numba_step", None)
+    monkeypatch.delattr(kernels, "numba_step", raising=False)
+    try:
+        assert not kernels.runs_numba(torch.zeros(1))
+        assert not kernels.runs_numba(torch.zeros(1))
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert "cannot be used, so torch computes" in caplog.text
+    finally:
+        ops._has_numba.cache_clear()
+
+
+def test_what_runs_compiled(numba_step: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(2)
+    monkeypatch.setenv("AGENTMEM_NUMBA", "1")
+    assert kernels.runs_numba(x, torch.nn.Parameter(x))
+    assert not kernels.runs_numba(x, x.double())
+    assert not kernels.runs_numba(x.to("meta"))
+    with FakeTensorMode():
+        assert not kernels.runs_numba(torch.zeros(2))
+    monkeypatch.setenv("AGENTMEM_NUMBA", "0")
+    assert not kernels.runs_numba(x)

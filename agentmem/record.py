@@ -25,6 +25,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -154,7 +155,8 @@ class ConsumedRecord:
         """
         if on_edit not in ("write", "error", "rebuild"):
             raise ConfigError(f'on_edit is "write", "error" or "rebuild"; found {on_edit!r}')
-        places = [i for i, message in enumerate(history) if message.writes]
+        # As ``Message.writes``, here and not there: this is done for all of a thread at every turn.
+        places = [i for i, message in enumerate(history) if message.write and message.role != "system"]
         digests = [history[i].digest()[:DIGEST] for i in places]
         if self._is_prefix(digests):
             return Alignment(new=places[self.count :], consumed=places[: self.count])
@@ -258,6 +260,8 @@ def _walk_back(keys: NDArray[np.int64], best: NDArray[np.int64], i: int, j: int)
         columns.append(j)
 
 
+# Kept, for a turn is given the whole history again: 32,768 links are some 8 MB.
+@lru_cache(maxsize=1 << 15)
 def _link(chain: bytes, digest: bytes) -> bytes:
     return hashlib.sha256(chain + digest).digest()
 

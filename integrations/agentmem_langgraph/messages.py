@@ -53,8 +53,13 @@ def to_engine(messages: Sequence[BaseMessage]) -> list[Message]:
 
 
 def _to_engine(message: BaseMessage) -> Message:
-    # pydantic's isinstance is slow, and this is done for a whole history at every turn.
-    kind = _role_of(type(message))
+    # pydantic's isinstance is slow, and this is done for a whole history at every turn; so what most messages are, text
+    # without calls and marks, is taken as it lies.
+    kind, has = _role_of(type(message)), vars(message)
+    text = has["content"]
+    plain = type(text) is str and not has["additional_kwargs"] and not has.get("tool_calls")
+    if plain and kind is not None and kind != "tool" and len(text) <= _LONGEST:
+        return _known(kind, text, "", has["name"] or "", True)
     role, text, name, write = kind or _role(message), _text(message), message.name or "", _write_flag(message)
     answers = ""
     if kind == "assistant" and (given := cast(AIMessage, message).tool_calls):

@@ -23,10 +23,10 @@ tail, and what comes after is new even when it repeats something older.
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -155,10 +155,8 @@ class ConsumedRecord:
         """
         if on_edit not in ("write", "error", "rebuild"):
             raise ConfigError(f'on_edit is "write", "error" or "rebuild"; found {on_edit!r}')
-        # As ``Message.writes``, here and not there: this is done for all of a thread at every turn.
-        places = [i for i, message in enumerate(history) if message.write and message.role != "system"]
-        digests = [history[i].digest()[:DIGEST] for i in places]
-        if self._is_prefix(digests):
+        places, digests, chains = _read(list(history))
+        if self.count < len(chains) and chains[self.count] == self.chain:
             return Alignment(new=places[self.count :], consumed=places[: self.count])
         consumed = [places[j] for j in self._matched(digests)]
         old = set(consumed)
@@ -184,13 +182,45 @@ class ConsumedRecord:
             return [*range(matched[0]), *matched]
         return matched
 
-    def _is_prefix(self, digests: list[bytes]) -> bool:
-        if self.count > len(digests):
-            return False
-        chain = bytes(CHAIN)
-        for digest in digests[: self.count]:
-            chain = _link(chain, digest)
-        return chain == self.chain
+
+class _Read(NamedTuple):
+    """What a history says to records.
+
+    Attributes:
+        places: of the messages that are written.
+        digests: of these.
+        chains: of the first n of these, n from 0 on.
+    """
+
+    places: list[int]
+    digests: list[bytes]
+    chains: list[bytes]
+
+
+# A turn is given its thread's whole history again, with the same messages before the new ones: the last that were read.
+# Up to the first message with tool calls, whose arguments may be changed in place.
+_KNOWN: deque[tuple[list[Message], _Read]] = deque(maxlen=8)
+
+
+def _read(history: list[Message]) -> _Read:
+    # Lists are compared by identity first, so a thousand messages take microseconds.
+    begins = [one for one in tuple(_KNOWN) if history[: len(one[0])] == one[0]]
+    known, read = max(begins, key=lambda one: len(one[0]), default=([], _Read([], [], [bytes(CHAIN)])))
+    found = _Read(read.places.copy(), read.digests.copy(), read.chains.copy())
+    fixed = len(known)
+    for place in range(len(known), len(history)):
+        message = history[place]
+        if message.writes:
+            digest = message.digest()[:DIGEST]
+            found.places.append(place)
+            found.digests.append(digest)
+            found.chains.append(_link(found.chains[-1], digest))
+        if fixed == place and not message.tool_calls:
+            fixed = place + 1
+    if fixed > len(known):
+        count = sum(place < fixed for place in found.places)
+        _KNOWN.append((history[:fixed], _Read(found.places[:count], found.digests[:count], found.chains[: count + 1])))
+    return found
 
 
 def _match(tail: list[bytes], digests: list[bytes], *, free_head: bool) -> list[int]:
@@ -260,8 +290,6 @@ def _walk_back(keys: NDArray[np.int64], best: NDArray[np.int64], i: int, j: int)
         columns.append(j)
 
 
-# Kept, for a turn is given the whole history again: 32,768 links are some 8 MB.
-@lru_cache(maxsize=1 << 15)
 def _link(chain: bytes, digest: bytes) -> bytes:
     return hashlib.sha256(chain + digest).digest()
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from agentmem.errors import TurnError
-from agentmem.kernels.numba_step import MODES, STEER, WRITE, steer, write
+from agentmem.kernels.numba_step import STEER, WRITE, steer, write
+from agentmem.kernels.ops import MODES
 from agentmem.passes import Place
 from agentmem.rooms import Ready, Room
 

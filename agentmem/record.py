@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agentmem.errors import ConfigError, CorruptStateError, HistoryEditedError, StateMismatchError
-from agentmem.messages import Message
+from agentmem.messages import LONGEST_KEPT, Message
 
 OnEdit = Literal["write", "error", "rebuild"]
 
@@ -199,7 +199,6 @@ class _Read(NamedTuple):
 
 # A turn is given its thread's whole history again, with the same messages before the new ones: the last that were read.
 # Up to the first message with tool calls, whose arguments may be changed in place, or that is too long to be kept.
-_LONGEST = 1 << 13  # characters
 _KNOWN: deque[tuple[list[Message], _Read]] = deque(maxlen=8)
 
 
@@ -216,7 +215,7 @@ def _read(history: list[Message]) -> _Read:
             found.places.append(place)
             found.digests.append(digest)
             found.chains.append(_link(found.chains[-1], digest))
-        if fixed == place and not message.tool_calls and len(message.content) <= _LONGEST:
+        if fixed == place and not message.tool_calls and len(message.content) <= LONGEST_KEPT:
             fixed = place + 1
     if fixed > len(known):
         count = sum(place < fixed for place in found.places)

@@ -16,7 +16,7 @@ from numba import types
 
 from agentmem.kernels.addresses import address, compiled, floats, inlined, numbers, octets
 
-__all__ = ["MODES", "STEER", "WRITE", "steer", "write"]
+__all__ = ["STEER", "WRITE", "steer", "write"]
 
 STEER = ("weight", "rows", "hidden", "batch", "heads", "rank", "normalize", "layer", "layers",
          "products", "reads", "output_weight", "width", "start")  # fmt: skip
@@ -29,7 +29,6 @@ go, and of an output weight [width, heads rank], whose correction is added to th
 WRITE = ("products", "rows", "batch", "heads", "rank", "normalize", "layers", "beta", "lam", "gates", "mode")
 """What a table of ``write`` says: ``products`` [layers, batch, rows] as ``steer`` left them, the biases [layers, gates]
 of beta and of lambda (0: lambda is 1 - beta), and the number of the update mode."""
-MODES = {"standard": 0, "lambda_outside": 1, "no_lambda": 2}
 
 _EPS = np.float32(1e-6)  # as steering.NORM_EPS
 

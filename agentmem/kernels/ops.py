@@ -26,6 +26,8 @@ from agentmem.kernels import plain
 
 _logger = logging.getLogger(__name__)
 Mode = Literal["standard", "lambda_outside", "no_lambda"]
+MODES = {"standard": 0, "lambda_outside": 1, "no_lambda": 2}
+"""Update modes as compiled kernels are told them."""
 Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 

@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from agentmem.kernels.ops import MODES
+
 # The eps of steering.NORM_EPS; a kernel takes globals only as constexpr.
 EPS = tl.constexpr(1e-6)
-MODES = {"standard": 0, "lambda_outside": 1, "no_lambda": 2}
 
 
 @triton.jit

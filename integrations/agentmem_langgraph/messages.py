@@ -24,7 +24,7 @@ from langchain_core.messages import ToolCall as Call
 from langchain_core.messages.ai import UsageMetadata
 
 from agentmem.errors import TranscriptError
-from agentmem.messages import ROLES, Message, Role, ToolCall
+from agentmem.messages import LONGEST_KEPT, ROLES, Message, Role, ToolCall
 from agentmem_langgraph.calls import NOT_JSON, CallText
 
 if TYPE_CHECKING:
@@ -35,8 +35,6 @@ REASONING = "reasoning_content"
 
 _KEPT = 4096
 """Messages that are kept as the engine takes them; a history is given anew at every turn."""
-_LONGEST = 1 << 13
-"""Characters of a message that is kept: all of them together take 32 MB, four times that for rare scripts."""
 
 _MARK = "agentmem"  # additional_kwargs["agentmem"] = {"write": False}
 # Blocks of an AI message that are no text: calls stand in `tool_calls` too, and reasoning is never sent back.
@@ -58,7 +56,7 @@ def _to_engine(message: BaseMessage) -> Message:
     kind, has = _role_of(type(message)), vars(message)
     text = has["content"]
     plain = type(text) is str and not has["additional_kwargs"] and not has.get("tool_calls")
-    if plain and kind is not None and kind != "tool" and len(text) <= _LONGEST:
+    if plain and kind is not None and kind != "tool" and len(text) <= LONGEST_KEPT:
         return _known(kind, text, "", has["name"] or "", True)
     role, text, name, write = kind or _role(message), _text(message), message.name or "", _write_flag(message)
     answers = ""
@@ -70,7 +68,7 @@ def _to_engine(message: BaseMessage) -> Message:
         answers = message.tool_call_id
         if message.status == "error" and not text.startswith("Error"):
             text = f"Error: {text}"  # templates show a tool's text alone
-    if len(text) > _LONGEST:
+    if len(text) > LONGEST_KEPT:
         return Message(role, text, tool_call_id=answers, name=name, write=write)
     return _known(role, text, answers, name, write)
 

@@ -86,7 +86,7 @@ def check(
     assert torch.equal(state, given[0]), "a state that was read is a value"
     after = torch.empty_like(state)
     writes = table(
-        module.WRITE, products=products, beta=beta, lam=0 if coupled else lam, gates=gates, mode=module.MODES[mode],
+        module.WRITE, products=products, beta=beta, lam=0 if coupled else lam, gates=gates, mode=ops.MODES[mode],
         **common,
     )  # fmt: skip
     module.write(writes.data_ptr(), state.data_ptr(), after.data_ptr(), 0 if mask is None else mask.data_ptr())

@@ -6,7 +6,7 @@ import asyncio
 import json
 import re
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +228,15 @@ class _Interrupting:
         await asyncio.sleep(60)
 
 
+@pytest.fixture
+def foreground() -> Iterator[None]:
+    """Ctrl-C as in a foreground process: a shell tells what it starts with ``&`` to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("foreground")
 @pytest.mark.parametrize("told", [[], [TOLD]])
 def test_ctrl_c_cancels_the_reply_and_leaves_the_thread(talk: Talk, told: list[str]) -> None:
     talk.engine = engine = Interrupted()
@@ -244,6 +253,7 @@ def test_ctrl_c_cancels_the_reply_and_leaves_the_thread(talk: Talk, told: list[s
     assert messages(talk)[:-2] == before
 
 
+@pytest.mark.usefixtures("foreground")
 def test_ctrl_c_with_memory_off(talk: Talk) -> None:
     talk.engine = engine = Interrupted()
     talk(TOLD)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import ssl
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -74,6 +75,14 @@ def sql(path: Path) -> Sql:
             connection.close()
 
     return run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_root_certificates() -> Iterator[None]:
+    """PyMySQL reads all that the system has for every connection (25 ms), and compares nothing with them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssl.SSLContext, "load_default_certs", lambda context, purpose=None: None)
+        yield
 
 
 @contextmanager

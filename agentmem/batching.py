@@ -21,7 +21,7 @@ from torch import Tensor
 
 from agentmem.errors import ConfigError
 from agentmem.passes import Pending, joined_ids, row_of
-from agentmem.replay import CannotCapture, Replay, bare, replays
+from agentmem.replay import CannotCapture, Captures, Replay, bare, replays
 from agentmem.seating import Block
 from agentmem.steered import SteeredModel
 from agentmem.worker import Shared, Team
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 _PATIENCE = 64  # full passes after which larger ones are tried again; twice as many each time that they do not fit
 _LONGEST_PATIENCE = 8192
+_TRIES = 2  # captures that may fail one after another: what another thread does to the device may break one
+_IDLE = 16  # this part of a device's memory may hold rows in which nobody sits
 _SMALLEST = 256  # tokens that a row holds; each larger kind of block holds twice as many
 
 
@@ -46,7 +48,11 @@ class Want(Shared):
 
 
 class Decoding(Team):
-    """The sessions of one engine that decode, in blocks by kind and length."""
+    """The sessions of one engine that decode, in blocks by kind and length.
+
+    Attributes:
+        replays: whether they decode in fixed buffers; not any more once these could not be captured.
+    """
 
     def __init__(self, runtime: Runtime, max_batch: int) -> None:
         """``max_batch``: sessions in one pass; further ones are in another.
@@ -63,12 +69,14 @@ class Decoding(Team):
         self._grew = False  # whether it then became more
         self._blocks: dict[tuple[bool, int], list[Block]] = {}
         self._together = max_batch > 1 and _can_share(runtime)
-        self._replays = self._together and not runtime.gathers and replays(runtime.device) and _on_one_device(runtime)
+        self.replays = self._together and not runtime.gathers and replays(runtime.device) and _on_one_device(runtime)
+        self._captures = Captures(runtime.device)
+        self._failed = 0  # captures, since one did not
 
     def run(self, wants: Sequence[Shared]) -> None:
         """Read a token for each; what goes wrong with one is noted with it."""
         mine = [want for want in wants if isinstance(want, Want)]
-        if not self._together or (len(mine) == 1 and not self._replays):
+        if not self._together or (len(mine) == 1 and not self.replays):
             for want in mine:
                 self._alone(want)
             return
@@ -105,7 +113,7 @@ class Decoding(Team):
     def _emptied(self, block: Block) -> None:
         """Give up a block in which nobody sits; where its passes were captured it may stay, for those who come next."""
         idle = [one for blocks in self._blocks.values() for one in blocks if not one.seats]
-        if block.replays and sum(one.tokens for one in idle) <= self._runtime.kv_cache_tokens:
+        if block.replays and self._may_stay(idle):
             return
         # A pass knows its block, and the block its passes: without this their memory would wait for the collector.
         block.replays.clear()
@@ -113,7 +121,13 @@ class Decoding(Team):
             if block in blocks:
                 blocks.remove(block)
 
-    def _release(self) -> None:
+    def _may_stay(self, idle: Sequence[Block]) -> bool:
+        device = self._runtime.device
+        if device.type == "cuda":
+            return sum(one.nbytes for one in idle) <= torch.cuda.get_device_properties(device).total_memory // _IDLE
+        return sum(one.tokens for one in idle) <= self._runtime.kv_cache_tokens
+
+    def release(self) -> None:
         """Give up all that is kept for later."""
         for blocks in self._blocks.values():
             for one in blocks:
@@ -161,7 +175,7 @@ class Decoding(Team):
         try:
             self._forward(block, {want.session.seat.row: want for want in wants if want.session.seat is not None})
         except torch.OutOfMemoryError:
-            self._release()
+            self.release()
             if len(wants) == 1:
                 self._alone(wants[0])
                 return
@@ -172,14 +186,17 @@ class Decoding(Team):
             self._pass(block, wants[:half])
             self._batch(others)
         except CannotCapture as error:
-            _logger.warning("decoding goes on without CUDA graphs: this model's pass cannot be captured (%s)", error)
-            self._replays = False
-            self._release()
+            self._failed += 1
+            if self._failed >= _TRIES:
+                _logger.warning("decoding goes on without CUDA graphs: a pass cannot be captured (%s)", error)
+                self.replays = False
+            self.release()
             self._pass(block, wants)
         except Exception:  # noqa: BLE001 - whose fault it is comes out when each is alone
             for want in wants:
                 self._alone(want)
         else:
+            self._failed = 0
             self._grow(len(block.seats))
 
     def _shrink(self, rows: int) -> None:
@@ -208,7 +225,7 @@ class Decoding(Team):
     def _forward(self, block: Block, wants: dict[int, Want]) -> None:
         runtime = self._runtime
         one_each = [wants.get(row) for row in range(len(block.seats))]
-        if self._replays:
+        if self.replays:
             last = self._replayed(block, one_each)
         else:
             kv, positions, allowed = block.view()
@@ -227,18 +244,18 @@ class Decoding(Team):
     def _replayed(self, block: Block, wants: Sequence[Want | None]) -> Tensor:
         """The pass in fixed buffers; gives the logits [rows, V]."""
         like = next(want.session.state for want in wants if want is not None)
-        rows = 1 << (len(wants) - 1).bit_length()
-        found = block.replays.get(rows) or Replay(self._runtime, block, rows, like)
+        kind = rows, width = 1 << (len(wants) - 1).bit_length(), block.width
+        found = block.replays.get(kind) or Replay(self._runtime, block, rows, width, like, self._captures)
         tokens = [0 if want is None else want.token for want in wants]
         places = [seat.length for seat in block.seats]
         if like is None:
             logits, _ = found.run(tokens, places, [False] * len(wants), None)
-            block.replays[rows] = found
+            block.replays[kind] = found
             return logits
         states, given = block.states([None if want is None else want.session.state for want in wants])
         writes = [want is not None and want.segment >= 0 for want in wants]
         logits, after = found.run(tokens, places, writes, states)
-        block.replays[rows] = found
+        block.replays[kind] = found
         assert after is not None
         _hand_out(after, wants, writes, given)
         block.keep(after, given)

@@ -90,7 +90,7 @@ class Engine:
         model.eval()
         self.name = name
         self._runtime = Runtime(model, tokenizer, steered, kv_cache_tokens, max_batch, template_options)
-        self._worker = Worker(f"agentmem-{name}")
+        self._worker = Worker(f"agentmem-{name}", self._runtime.decoding.release)
         weakref.finalize(self, self._worker.close)  # the thread ends with the engine, closed or not
 
     @property

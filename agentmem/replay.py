@@ -1,9 +1,9 @@
 """Decoding in buffers that never move: a pass is captured once as a CUDA graph and replayed for whoever sits there.
 
 A graph repeats kernels with the addresses that they had. So what changes from token to token (tokens, places, who
-writes, the states) is copied into buffers, and the pass looks at the whole capacity of its block through a mask.
-Nothing in it waits for the device. Rows in which nobody sits, and sessions that sit a token out, are inert: their
-states stay as they are, and what is written of them lies behind their last token, where nothing looks.
+writes, the states) is copied into buffers, and the pass looks through a mask at as many tokens of its block as it was
+made for. Nothing in it waits for the device. Rows in which nobody sits, and sessions that sit a token out, are inert:
+their states stay as they are, and what is written of them lies behind their last token, where nothing looks.
 
 On for CUDA with ``AGENTMEM_TRITON=1`` and ``AGENTMEM_CUDA_GRAPHS=1``; elsewhere a pass takes the shapes of its
 sessions.
@@ -11,9 +11,11 @@ sessions.
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,6 +54,66 @@ def bare(model: Any, tokens: Tensor, cache: Any, places: Tensor, allowed: Tensor
     return logits[:, -1]
 
 
+class Captures:
+    """Where the passes of one engine are captured: one stream, for which libraries keep buffers of their own, and one
+    pool of memory. Passes may share it, since none begins before the one before it has left what it found to others.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: Any = None
+        self._memory: Any = None
+
+    def capture(self, run: Callable[[], None]) -> Any:
+        """A graph of ``run``, which is run a few times before.
+
+        Raises:
+            CannotCapture: it did something that a graph cannot repeat.
+        """
+        # One capture at a time in a process, on the model's device.
+        with _CAPTURING, torch.cuda.device(self._device):
+            before = torch.cuda.current_stream(self._device)
+            if self._stream is None:
+                self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+                self._memory = torch.cuda.graph_pool_handle()
+            aside = self._stream
+            aside.wait_stream(before)
+            graph = torch.cuda.CUDAGraph()
+            try:
+                # Kernels are compiled, and libraries choose theirs, before anything is captured. A pass changes no
+                # buffer that it reads but the KV behind each row's last token, so running it again is harmless.
+                with torch.cuda.stream(aside):
+                    for _ in range(_WARMUPS):
+                        run()
+                try:
+                    with (
+                        _uncollected(),
+                        torch.cuda.graph(graph, self._memory, stream=aside, capture_error_mode="thread_local"),
+                    ):
+                        run()
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:
+                    raise CannotCapture(str(error)) from error
+            finally:
+                # A capture that failed leaves its stream behind.
+                torch.cuda.set_stream(before)
+                before.wait_stream(aside)
+        return graph
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection: to end another graph, which may be garbage, would break a capture that is under way."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 class Replay:
     """One token for each of the first ``rows`` rows of a block.
 
@@ -59,11 +121,16 @@ class Replay:
         runtime: the model.
         block: the KV; its tensors must stay where they are for as long as this is used.
         rows: a power of two; as many rows as the block has, or fewer.
+        width: how many tokens of the block it looks at; no row may hold as many.
         state: like one session's state [1, L, H, r, r]; None: the bare model.
+        captures: where to capture.
     """
 
-    def __init__(self, runtime: Runtime, block: Block, rows: int, state: Tensor | None) -> None:
-        self._runtime, self._block, self.rows = runtime, block, rows
+    def __init__(
+        self, runtime: Runtime, block: Block, rows: int, width: int, state: Tensor | None, captures: Captures
+    ) -> None:
+        self._runtime, self._block, self.rows, self._width = runtime, block, rows, width
+        self._where = captures
         # Tokens, places, and 1 where a row writes.
         self._given = torch.zeros(3, rows, 1, dtype=torch.int64, device=runtime.device)
         self._states = None if state is None else state.new_zeros(rows, *state.shape[1:])
@@ -82,13 +149,12 @@ class Replay:
         """
         count, free = len(tokens), [0] * (self.rows - len(tokens))
         given = torch.tensor([[*tokens, *free], [*places, *free], [*map(int, writes), *free]])
-        self._given.copy_(given[..., None])
+        self._given.copy_(given[..., None], non_blocking=True)
         if states is not None and self._states is not None:
             self._states[:count].copy_(states)
-        if self._graph is not None:
+        if self._captures:
+            self._graph = self._graph or self._where.capture(self._pass)
             self._graph.replay()
-        elif self._captures:
-            self._capture()
         else:
             self._pass()
         assert self._logits is not None
@@ -97,7 +163,7 @@ class Replay:
 
     def _pass(self) -> None:
         tokens, places, writes = self._given.unbind()
-        cache, allowed = self._block.over(places, self._block.capacity)
+        cache, allowed = self._block.over(places, self._width)
         runtime = self._runtime
         if self._states is None:
             self._logits = bare(runtime.model, tokens, cache, places, allowed)
@@ -114,32 +180,3 @@ class Replay:
         )
         assert out.logits is not None
         self._logits, self._after = out.logits[:, -1], out.state
-
-    def _capture(self) -> None:
-        """Run the pass, and keep it as a graph."""
-        device = self._runtime.device
-        # One capture at a time in a process, on the model's device, on a stream of its own.
-        with _CAPTURING, torch.cuda.device(device):
-            before = torch.cuda.current_stream(device)
-            aside: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            aside.wait_stream(before)
-            graph = torch.cuda.CUDAGraph()
-            try:
-                # Kernels are compiled, and libraries choose theirs, before anything is captured. A pass changes no
-                # buffer that it reads but the KV behind each row's last token, so running it again is harmless.
-                with torch.cuda.stream(aside):
-                    for _ in range(_WARMUPS):
-                        self._pass()
-                try:
-                    with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
-                        self._pass()
-                except torch.OutOfMemoryError:
-                    raise
-                except RuntimeError as error:
-                    raise CannotCapture(str(error)) from error
-            finally:
-                # A capture that failed leaves its stream behind.
-                torch.cuda.set_stream(before)
-                before.wait_stream(aside)
-        self._graph = graph
-        graph.replay()

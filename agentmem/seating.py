@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from agentmem.replay import Replay
 
 
+_STEP = 256  # tokens
+
+
 class Seat:
     """A row in a block, and how many tokens it holds."""
 
@@ -47,8 +50,8 @@ class Block:
         ]
         self._layers = [_layer_class()() for _ in self._kv]
         self._cache = Cache(layers=self._layers)
-        # Passes over so many rows, with buffers of their own, for as long as the KV lies where it lies.
-        self.replays: dict[int, Replay] = {}
+        # Passes over so many rows and tokens, with buffers of their own, for as long as the KV lies where it lies.
+        self.replays: dict[tuple[int, int], Replay] = {}
         # The states after the last pass, all in one tensor, and the row of it that each session was given.
         self._pool: Tensor | None = None
         self._given: list[Tensor] = []
@@ -60,6 +63,22 @@ class Block:
     def tokens(self) -> int:
         """How many tokens there is room for, in all rows."""
         return int(self._kv[0][0].shape[0]) * self.capacity
+
+    @property
+    def nbytes(self) -> int:
+        """What its KV takes."""
+        return sum(part.nbytes for layer in self._kv for part in layer)
+
+    @property
+    def width(self) -> int:
+        """Tokens that a pass has to look at, one more for every row included; seldom another number.
+
+        A step is an eighth of a row, and no row of less than 256 tokens is worth two steps: what is looked at in vain
+        is at most a quarter of a long row, where by rows alone, which double, it would be half.
+        """
+        longest = max(seat.length for seat in self.seats) + 1
+        step = max(_STEP, self.capacity // 8)
+        return min(self.capacity, -(-longest // step) * step)
 
     def sit(self, own: Any, length: int) -> Seat:
         """Copy a session's cache of ``length`` tokens into a new row."""

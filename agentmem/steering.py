@@ -269,7 +269,7 @@ class LayerMemory(nn.Module):
             return config.scale
         raw = self.delta_scale_raw
         stamp = id(raw), raw.data_ptr(), 0 if raw.is_inference() else raw._version
-        if self._scales is None or self._scales[0] != stamp or raw.requires_grad:
+        if self._scales is None or self._scales[0] != stamp or (raw.requires_grad and torch.is_grad_enabled()):
             learned = (torch.sigmoid(raw.float()) * config.delta_scale_max).tolist()
             self._scales = (stamp, [config.scale * one for one in learned])
         return self._scales[1][DELTA_HEADS.index(head) if config.delta_scale_granularity == "head" else 0]

@@ -52,9 +52,15 @@ class _Job:
 
 
 class Worker:
-    """Runs jobs step by step on one daemon thread, without gradients."""
+    """Runs jobs step by step on one daemon thread, without gradients.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        name: of the thread.
+        last: done on the thread before it ends.
+    """
+
+    def __init__(self, name: str, last: Callable[[], None]) -> None:
+        self._last = last
         self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._closed = False
         self._lock = threading.Lock()
@@ -93,6 +99,7 @@ class Worker:
                 job = self._inbox.get()
                 if job is None:
                     self._abandon([*running, *waiting])
+                    self._last()
                     return
                 running.append(job)
             # Those who come together begin together: short first steps are taken before the next shared one.

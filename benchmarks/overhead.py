@@ -15,14 +15,15 @@ among them; on a GPU torch's profiler counts kernels too, in a step outside CUDA
 Peak memory of a prefill is what torch allocated on a GPU, and on a CPU the bytes of the tensors alive, weights
 included; that of the bare model is taken before memory is attached. What does not fit is named.
 
-The exit code is 1 where a bar is missed. Bars (``shapes.py``) are for TSW of rank 8: on a CPU for one thread, on a GPU
-for Qwen3-4B's shape under AGENTMEM_TRITON=1 and AGENTMEM_CUDA_GRAPHS=1. With these two both decode in fixed buffers as
-CUDA graphs, but for SSW, which decodes without.
+The exit code is 1 where a bar is missed or could not be measured. Bars (``shapes.py``) are for TSW of rank 8: on a CPU
+for one thread, on a GPU for Qwen3-4B's shape under AGENTMEM_TRITON=1 and AGENTMEM_CUDA_GRAPHS=1. With these two both
+decode in fixed buffers as CUDA graphs, but for SSW, which decodes without.
 """
 
 from __future__ import annotations
 
 import copy
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -102,6 +103,7 @@ class Report:
     def time(self, model: str, what: str, figure: Figure | None, bar: float | None) -> None:
         """A decode or prefill and the least ratio it must have; no figure: there was too little memory."""
         if figure is None:
+            self.held &= bar is None
             self.table.add_row(
                 model, what, "does not fit", "", "", "", "" if bar is None else f"{bar:.2f}: not measured"
             )
@@ -263,11 +265,16 @@ def _decoded(
 
 
 def _fitting(measured: Callable[[], Figure]) -> Figure | None:
-    """None where it does not fit; what it held then is free again when this returns."""
+    """None where it does not fit. What it held is free again when this returns, seats and their blocks too, which know
+    each other."""
     try:
         return measured()
     except torch.OutOfMemoryError:
         return None
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def _read(model: Qwen3ForCausalLM, steered: SteeredModel | None, ids: Tensor) -> None:

@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers import DynamicCache, Qwen3ForCausalLM
 
 from agentmem import SteeredModel
-from agentmem.replay import Replay
+from agentmem.replay import Captures, Replay
 from agentmem.seating import Block
 
 SENTENCE = 32
 """Tokens of a segment."""
+_ALIGNED = 256  # tokens: attention over an odd number of them may take another kernel
 
 
 class Decoder:
@@ -69,7 +70,8 @@ class FixedDecoder:
         count = len(self._places)
         self._states = steered.zeros(count) if steered else None
         runtime: Any = SimpleNamespace(device=model.device, model=model, steered=steered)
-        self._replay = Replay(runtime, block, _rows(count), None if self._states is None else self._states[:1])
+        like = None if self._states is None else self._states[:1]
+        self._replay = Replay(runtime, block, _rows(count), block.width, like, Captures(model.device))
 
     def step(self) -> None:
         """One more token for every row, at the place of the last one."""
@@ -103,7 +105,7 @@ def _seated(model: Qwen3ForCausalLM, batch: int, length: int) -> Block:
     own = SimpleNamespace(
         layers=[SimpleNamespace(keys=_random(model, 1, length), values=_random(model, 1, length)) for _ in layers]
     )
-    block = Block(own, length + 1, _rows(batch))
+    block = Block(own, (length // _ALIGNED + 1) * _ALIGNED, _rows(batch))
     for _ in range(batch):
         block.sit(own, length)
     return block

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from agentmem.errors import StateMismatchError, TurnError
 from agentmem.kernels import plain
@@ -117,7 +118,8 @@ def step(
         _need("mask", mask, (batch,), torch.bool)
     if not 0 <= layer < layers or mode not in ("standard", "lambda_outside", "no_lambda"):
         raise TurnError(f"layer must be 0 to {layers - 1} and mode an update mode; found {layer} and {mode!r}")
-    reads: Tensor = torch.ops.agentmem.step(products, pool, slots, layer, beta_bias, lambda_bias, mask, normalize, mode)
+    given = (products, pool, slots, layer, beta_bias, lambda_bias, mask, normalize, mode)
+    reads: Tensor = torch.ops.agentmem.step(*given) if _seen(pool) else _stepped(*given)
     return reads
 
 
@@ -204,14 +206,29 @@ def _step(
     normalize: bool,
     rule: str,  # not ``mode``: torch hands a keyword of that name to its own dispatch when it traces
 ) -> Tensor:
-    with _beside(pool):
-        reads: Tensor = _steps(pool).step(products, pool, slots, layer, beta_bias, lambda_bias, mask, normalize, rule)
-    return reads
+    return _stepped(products, pool, slots, layer, beta_bias, lambda_bias, mask, normalize, rule)
 
 
 @_step.register_fake
 def _(products: Tensor, pool: Tensor, *_: Any) -> Tensor:
     return products.new_empty(products.shape[0], pool.shape[2] * pool.shape[3])
+
+
+def _stepped(
+    products: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    layer: int,
+    beta_bias: Tensor,
+    lambda_bias: Tensor | None,
+    mask: Tensor | None,
+    *rule: Any,
+) -> Tensor:
+    """What runs behind the operator; a kernel reads its arguments as if they lay dense."""
+    vectors = (slots.contiguous(), layer, beta_bias.contiguous(), _dense(lambda_bias), _dense(mask))
+    with torch.no_grad(), _beside(pool):
+        reads: Tensor = _steps(pool).step(products, pool, *vectors, *rule)
+    return reads
 
 
 @torch.library.custom_op("agentmem::scan", mutates_args=())
@@ -233,7 +250,7 @@ def _scan(
         if longest > max_length:
             raise TurnError(f"max_length must be the longest sequence, {longest} tokens, or more; found {max_length}")
     inputs = tuple(x.contiguous() for x in (q, k, v, keep, erase, write))
-    given = (state.contiguous(), inputs, _dense(mask), _dense(cu_seqlens))
+    given = (state.contiguous(), inputs, _dense(mask), _borders(cu_seqlens, q))
     with _beside(state):
         y, last = _scans(state).scan(*given, max_length, chunk)
     return y, last
@@ -261,7 +278,7 @@ def _scan_backward(
     chunk: int,
 ) -> Seven:
     inputs = tuple(x.contiguous() for x in (q, k, v, keep, erase, write))
-    given = (dy.contiguous(), dlast.contiguous(), state.contiguous(), inputs, _dense(mask), _dense(cu_seqlens))
+    given = (dy.contiguous(), dlast.contiguous(), state.contiguous(), inputs, _dense(mask), _borders(cu_seqlens, q))
     with _beside(state):
         return tuple(_backwards(state).scan_backward(*given, max_length, chunk))
 
@@ -308,6 +325,22 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 def _dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
+
+
+def _borders(cu_seqlens: Tensor | None, like: Tensor) -> Tensor | None:
+    """Where the tokens lie: borders may be given on a CPU."""
+    return None if cu_seqlens is None else cu_seqlens.to(like.device).contiguous()
+
+
+def _seen(like: Tensor) -> bool:
+    """Whether somebody looks at operators: a compiler, a mode of torch's dispatcher, a tensor that only stands for one.
+
+    Where nobody does, a kernel is called without one. torch spends 40 us on an operator of Python's, which is more than
+    all else of a step, and more than the kernel.
+    """
+    return (
+        not _kernels(like) or type(like) is not Tensor or torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    )
 
 
 def _beside(like: Tensor) -> AbstractContextManager[object]:

@@ -37,7 +37,8 @@ def _sigmoid(x):
     return tl.where(x < 0, decay, 1.0) / (1.0 + decay)
 
 
-@triton.jit
+# Not a kernel of its own for layer 1, and for those that 16 divides.
+@triton.jit(do_not_specialize=["layer"])
 def _step(
     products,  # [B, 3 H r + gates], rows ``stride`` apart
     pool,  # [slots, L, H, r, r] float32
@@ -117,7 +118,7 @@ def step(
     normalize: bool,
     mode: str,
 ) -> Tensor:
-    """As ``agentmem.kernels.step``, of arguments that were checked."""
+    """As ``agentmem.kernels.step``, of arguments that were checked; slots, biases and mask lie dense."""
     batch = products.shape[0]
     _, layers, heads, rank, _ = pool.shape
     reads = products.new_empty(batch, heads * rank)

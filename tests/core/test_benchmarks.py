@@ -67,13 +67,9 @@ def test_sessions_are_measured(
     assert figures["command"].startswith("python ")
 
 
-def test_sessions_have_a_bar_on_a_cpu_and_in_cuda_graphs(
-    benchmarks: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sessions_have_a_bar_on_a_cpu_and_in_cuda_graphs(benchmarks: dict[str, ModuleType]) -> None:
     sessions = benchmarks["sessions"]
-    assert sessions.bar_for("nano", CPU) == (16, 4.0)
-    assert sessions.bar_for("qwen3-4b", CPU) is None
-    monkeypatch.setattr(sessions, "replays", lambda device: False)
-    assert sessions.bar_for("qwen3-4b", GPU) is None
-    monkeypatch.setattr(sessions, "replays", lambda device: True)
-    assert sessions.bar_for("qwen3-4b", GPU) == (32, 16.0)
+    assert sessions.bar_for("nano", CPU, False) == (16, 4.0)
+    assert sessions.bar_for("qwen3-4b", CPU, False) is None
+    assert sessions.bar_for("qwen3-4b", GPU, False) is None
+    assert sessions.bar_for("qwen3-4b", GPU, True) == (32, 16.0)

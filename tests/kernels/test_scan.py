@@ -86,6 +86,15 @@ def test_ragged_lengths(borders: list[int], chunk: int, seed: int, device: torch
     check(inputs, device, mask=mask, borders=borders, chunk=chunk, seed=seed)
 
 
+def test_borders_may_lie_on_a_cpu(seed: int, device: torch.device) -> None:
+    inputs = [x.requires_grad_() for x in moved(device, *scan_inputs(seed, 1, 9, 1, 4, 2, "smooth"))]
+    borders = torch.tensor([0, 4, 9])
+    found, expected = (kernels.scan(*inputs, cu_seqlens=at, chunk=4) for at in (borders, borders.to(device)))
+    assert torch.equal(found[0], expected[0])
+    (grad,) = torch.autograd.grad(found[0].sum(), inputs[0])
+    assert torch.equal(grad, torch.autograd.grad(expected[0].sum(), inputs[0])[0])
+
+
 def test_the_longest_may_be_told(seed: int, device: torch.device) -> None:
     inputs = scan_inputs(seed, 1, 17, 2, 4, 3, "smooth")
     check(inputs, device, borders=[1, 6, 8, 15], max_length=7, chunk=4, seed=seed)

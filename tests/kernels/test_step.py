@@ -140,6 +140,19 @@ def test_products_cut_from_a_wider_tensor(seed: int, device: torch.device) -> No
     close(reads, defined_step(**given)[0], 2e-6, "reads")
 
 
+def test_arguments_need_not_lie_dense(seed: int, device: torch.device) -> None:
+    """A column of what was decided for many tokens, a part of wider parameters."""
+    given = {**arguments(seed, 4, 2, 8, coupled=False), "mask": torch.tensor([True, False, False, True])}
+    reads, pool = run(given, device)
+    for name in ("slots", "mask", "beta_bias", "lambda_bias"):
+        one = given[name]
+        given[name] = torch.stack((one, ~one if one.dtype == torch.bool else one + 1), dim=1)[:, 0]
+        assert not given[name].is_contiguous()
+    found = run(given, device)
+    assert torch.equal(found[0], reads)
+    assert torch.equal(found[1], pool)
+
+
 def test_no_rows(device: torch.device) -> None:
     reads, _ = run(arguments(0, 0, 2, 4), device)
     assert reads.shape == (0, 8)

@@ -31,7 +31,7 @@ def made(function, warps, **constants):
     signature = {n: types.get(n, "*fp32") if v is None else "constexpr" for n, v in names.items()}
     source = ASTSource(function, signature, {(i,): v for i, v in enumerate(names.values()) if v is not None})
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
-    print(json.dumps([function.__name__, len(built.asm["cubin"])]))
+    print(json.dumps([function.__name__, len(built.asm["cubin"]), "cp.async" in built.asm["ptx"]]))
 
 
 for mode in range(3) if thorough else (1,):
@@ -74,5 +74,7 @@ def test_every_kernel_compiles(
     )
     assert done.returncode == 0, done.stderr[-4000:]
     built = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {name for name, _ in built} == {"_step", "_compose", "_boundary", "_outputs", "_gradients"}
-    assert all(size > 0 for _, size in built)
+    assert {name for name, _, _ in built} == {"_step", "_compose", "_boundary", "_outputs", "_gradients"}
+    assert all(size > 0 for _, size, _ in built)
+    # Loops over tokens and chunks ask for what comes next before they compute.
+    assert {name for name, _, ahead in built if ahead} == {"_compose", "_boundary", "_outputs"}

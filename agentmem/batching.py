@@ -22,6 +22,7 @@ from torch import Tensor
 from agentmem.errors import ConfigError
 from agentmem.passes import Pending, joined_ids, row_of
 from agentmem.replay import CannotCapture, Captures, Replay, bare, replays
+from agentmem.sampling import Sampler, choose_all
 from agentmem.seating import Block
 from agentmem.steered import SteeredModel
 from agentmem.worker import Shared, Team
@@ -236,9 +237,9 @@ class Decoding(Team):
             else:
                 last = self._steered(block, one_each, tokens, kv, positions, allowed)[:, -1]
         rows = last.unbind()
-        likeliest = _likeliest(last) if any(want.session.greedy for want in wants.values()) else None
+        chosen = _chosen(last, [None if want is None else want.session.sampler for want in one_each])
         for row, want in wants.items():
-            want.session.logits, want.session.likeliest = rows[row], None if likeliest is None else likeliest[row]
+            want.session.logits, want.session.chosen = rows[row], chosen[row]
             block.seats[row].length += 1
 
     def _replayed(self, block: Block, wants: Sequence[Want | None]) -> Tensor:
@@ -329,16 +330,17 @@ class Decoding(Team):
         return logits
 
 
-def _likeliest(logits: Tensor) -> list[int] | None:
-    """The likeliest token of every row, for all at once: on a GPU every number that is fetched is a wait.
+def _chosen(logits: Tensor, samplers: Sequence[Sampler | None]) -> list[int | None]:
+    """The token that follows in every row, for all at once: on a GPU every number that is fetched is a wait.
 
-    None where that fails: by now the token is read and written, and must not be read again.
+    None where that is not asked for or fails: by now the token is read and written, and must not be read again.
     """
+    if not any(samplers):
+        return [None] * len(samplers)
     try:
-        tokens: list[int] = logits.argmax(-1).tolist()
+        return choose_all(logits, samplers)
     except RuntimeError:
-        return None
-    return tokens
+        return [None] * len(samplers)
 
 
 def _hand_out(states: Tensor, wants: Sequence[Want | None], writes: Sequence[bool], given: list[Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,43 +48,85 @@ class Sampling:
 
 
 class Sampler:
-    """Draws the tokens of one reply."""
+    """Draws the tokens of one reply: of the same logits the same ones for a seed, whatever they lie on."""
 
-    def __init__(self, sampling: Sampling, device: torch.device) -> None:
-        self._sampling = sampling
-        self._generator = torch.Generator(device)
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self._generator = torch.Generator()
         if sampling.seed is None:
             self._generator.seed()
         else:
             self._generator.manual_seed(sampling.seed)
+        self._point: float | None = None
 
-    def choose(self, logits: Tensor, likeliest: int | None = None) -> int:
-        """The next token from logits [V]: one random number, and the token in whose share of the whole it falls.
+    @property
+    def point(self) -> float:
+        """The random number of the next token, at least 0 and below 1; another one when that has been chosen."""
+        if self._point is None:
+            self._point = float(torch.rand((), generator=self._generator, dtype=torch.float64))
+        return self._point
 
-        ``likeliest``: the token with the largest, where that is known.
+    def choose(self, logits: Tensor, chosen: int | None = None) -> int:
+        """The next token from logits [V].
+
+        ``chosen``: what ``choose_all`` found in them, where it was asked.
 
         Raises:
             TurnError: logits that are no numbers.
         """
-        chosen = self._sampling
-        if chosen.temperature == 0:
-            return int(logits.argmax()) if likeliest is None else likeliest
-        # Less the largest, which changes nothing of the distribution and cannot overflow.
-        scores = logits.float()
-        scores = (scores - scores.max()).div_(chosen.temperature)
-        order: Tensor | None = None
-        if 0 < chosen.top_k < scores.shape[-1]:
-            scores, order = scores.topk(chosen.top_k)
-        elif chosen.top_p < 1:
-            scores, order = scores.sort(descending=True)
-        # In float32 many small shares would be lost beside the sum of the others; MPS has no float64.
-        wide = torch.float32 if scores.device.type == "mps" else torch.float64
-        mass = scores.softmax(-1).cumsum(-1, dtype=wide)
-        if chosen.top_p < 1:
-            # A token stays while the tokens before it have not reached top_p; so the first always stays.
-            mass = mass[: int(torch.searchsorted(mass, chosen.top_p)) + 1]
-        point = torch.rand(1, generator=self._generator, dtype=wide, device=mass.device).mul_(mass[-1])
-        found = int(torch.searchsorted(mass, point, right=True))
-        if found == mass.shape[0]:
+        if chosen is None:
+            (chosen,) = choose_all(logits[None], [self])
+        if chosen is None:
             raise TurnError("the model's logits are not numbers (nan or inf): no token can be drawn from them")
-        return found if order is None else int(order[found])
+        self._point = None
+        return chosen
+
+
+def choose_all(logits: Tensor, samplers: Sequence[Sampler | None]) -> list[int | None]:
+    """The next token of every row of logits [n, V] whose sampler is given, with few waits for the device.
+
+    None where there is no sampler, or where logits are no numbers. No sampler is a token further yet.
+    """
+    alike: dict[tuple[bool, int, bool], list[int]] = {}
+    for row, sampler in enumerate(samplers):
+        if sampler is not None:
+            how = sampler.sampling
+            greedy = how.temperature == 0
+            alike.setdefault((greedy, 0 if greedy else how.top_k, not greedy and how.top_p < 1), []).append(row)
+    found: list[int | None] = [None] * len(samplers)
+    for (greedy, top_k, cuts), rows in alike.items():
+        # Rows side by side without an index, which would have to be brought to the device.
+        part = logits if len(rows) == len(logits) else torch.stack([logits[row] for row in rows])
+        drawn = [samplers[row] for row in rows]
+        tokens = part.argmax(-1).tolist() if greedy else _drawn(part, drawn, top_k, cuts)  # type: ignore[arg-type]
+        for row, token in zip(rows, tokens, strict=True):
+            found[row] = None if token < 0 else token
+    return found
+
+
+def _drawn(logits: Tensor, samplers: Sequence[Sampler], top_k: int, cuts: bool) -> list[int]:
+    """For each row the token in whose share of the whole its random number falls; -1 where there is none."""
+    # In float32 many small shares would be lost beside the sum of the others; MPS has no float64.
+    wide = torch.float32 if logits.device.type == "mps" else torch.float64
+    numbers = zip(*((one.sampling.temperature, one.sampling.top_p, one.point) for one in samplers), strict=True)
+    brought = torch.tensor(list(numbers), dtype=wide).to(logits.device, non_blocking=True)
+    temperature, top_p, point = brought.unsqueeze(-1).unbind()
+    # Less the largest, which changes nothing of the distribution and cannot overflow.
+    scores = logits.float()
+    scores = (scores - scores.amax(-1, keepdim=True)).div_(temperature.float())
+    order: Tensor | None = None
+    if 0 < top_k < scores.shape[-1]:
+        scores, order = scores.topk(top_k)
+    elif cuts:
+        scores, order = scores.sort(descending=True)
+    mass = scores.softmax(-1).cumsum(-1, dtype=wide)
+    last = mass.shape[-1] - 1
+    total = mass[:, -1:]
+    if cuts:
+        # A token stays while the tokens before it have not reached top_p; so the first always stays.
+        total = mass.gather(1, torch.searchsorted(mass, top_p).clamp_(max=last))
+    token = torch.searchsorted(mass, point * total, right=True).clamp_(max=last)
+    if order is not None:
+        token = order.gather(1, token)
+    tokens: list[int] = torch.where(total.isfinite(), token, -1).flatten().tolist()
+    return tokens

@@ -22,6 +22,7 @@ from agentmem.passes import Pending
 from agentmem.prefix import PrefixCache, crop
 from agentmem.record import ConsumedRecord
 from agentmem.replies import Tags
+from agentmem.sampling import Sampler
 from agentmem.seating import Seat
 from agentmem.state import MemoryState
 from agentmem.steered import SteeredModel
@@ -122,8 +123,8 @@ class Session:
         self.pending: Pending | None = None
         self.cache: Any = None
         self.logits: Tensor | None = None
-        self.likeliest: int | None = None  # the token with the largest of the logits, where that is known already
-        self.greedy = False  # whether it will be asked for
+        self.sampler: Sampler | None = None  # who will be asked for the next token, and of the logits as they are
+        self.chosen: int | None = None  # that token, where it is known already
         self.seat: Seat | None = None  # while it decodes beside others
         self.torn = False  # a pass failed: its layers may hold different tokens
         self.fresh_cache()
@@ -214,8 +215,8 @@ class Session:
     def forward(self, ids: Sequence[int], segments: Sequence[int], *, logits: bool, close: bool) -> None:
         """One forward pass of this session alone; see ``feed``."""
         runtime = self._runtime
-        self.likeliest = None
-        tokens = torch.tensor([ids], device=runtime.device)
+        self.chosen = None
+        tokens = _on(runtime.device, ids)
         if self.state is None:
             inputs = {"input_ids": tokens, "past_key_values": self.cache, "use_cache": True}
             if logits:
@@ -230,7 +231,7 @@ class Session:
         out = runtime.steered(
             tokens,
             self.state,
-            segments=torch.tensor([segments], device=runtime.device) if counts else None,
+            segments=_on(runtime.device, segments) if counts else None,
             write=writing,
             cache=self.cache,
             logits_to_keep=1 if logits else -1,
@@ -240,6 +241,11 @@ class Session:
         self.state, self.pending = out.state, out.pending
         if out.logits is not None:
             self.logits = out.logits[0, -1]
+
+
+def _on(device: torch.device, numbers: Sequence[int]) -> Tensor:
+    """[1, n] on the device, without waiting for what it does at the moment."""
+    return torch.tensor([numbers]).to(device, non_blocking=True)
 
 
 def _to_host(tensor: Tensor) -> Steps[Tensor]:

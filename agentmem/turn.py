@@ -287,9 +287,9 @@ class _Reply:
     def decode(self) -> Steps[None]:
         """Sample until an end token, a stop string, or a limit; then settle text and tokens."""
         sampling, decoder, session, constraint = self._request.sampling, self.decoder, self._session, self._constraint
-        sampler = Sampler(sampling, self._runtime.device)
+        sampler = Sampler(sampling)
         stops = StopFinder(sampling.stop)
-        session.greedy = sampling.temperature == 0 and constraint is None
+        session.sampler = sampler if constraint is None else None
         cut: int | None = None
         while True:
             # What has to come waits until it is known what else does, and is then read at once.
@@ -298,7 +298,7 @@ class _Reply:
                 yield from self._read()
                 assert session.logits is not None
                 if constraint is None:
-                    token = sampler.choose(session.logits, session.likeliest)
+                    token = sampler.choose(session.logits, session.chosen)
                 else:
                     token = constraint.take(sampler.choose(constraint.mask(session.logits)))
             if token in self._runtime.end_ids:
@@ -311,6 +311,7 @@ class _Reply:
             if len(decoder.ids) >= self._most:
                 self.finish = "length"
                 break
+        session.sampler = None
         if constraint is not None and constraint.closing:
             self.finish = "length"
         self._settle(len(decoder.text) if cut is None else cut)

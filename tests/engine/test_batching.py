@@ -107,22 +107,25 @@ def test_replies_that_outgrow_their_rows(make_engine: MakeEngine) -> None:
         assert_same(found, solo)
 
 
-def test_a_token_that_was_written_is_not_read_again(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where looking for the likeliest tokens of a batch fails: states have been handed out by then."""
+@pytest.mark.parametrize(("temperature", "operation"), [(0.0, "argmax"), (1.0, "softmax")])
+def test_a_token_that_was_written_is_not_read_again(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, temperature: float, operation: str
+) -> None:
+    """Where choosing the next tokens of a batch fails: states have been handed out by then."""
     engine = make_engine()
-    sampling = Sampling(max_tokens=20)
-    alone = [engine.turn(ask(n), sampling=sampling) for n in range(4)]
-    real, failed = Tensor.argmax, []
+    sampling = [Sampling(temperature=temperature, seed=n, max_tokens=20) for n in range(4)]
+    alone = [engine.turn(ask(n), sampling=sampling[n]) for n in range(4)]
+    real, failed = getattr(Tensor, operation), []
 
-    def argmax(own: Tensor, *given: Any) -> Tensor:
-        if own.dim() == 2:
+    def choosing(own: Tensor, *given: Any) -> Tensor:
+        if own.dim() == 2 and len(own) > 1:
             failed.append(len(own))
             raise torch.OutOfMemoryError("no room for so many")
         return real(own, *given)
 
-    monkeypatch.setattr(Tensor, "argmax", argmax)
+    monkeypatch.setattr(Tensor, operation, choosing)
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda n: engine.turn(ask(n), sampling=sampling), range(4)))
+        together = list(pool.map(lambda n: engine.turn(ask(n), sampling=sampling[n]), range(4)))
     assert failed
     for found, solo in zip(together, alone, strict=True):
         assert_same(found, solo)
@@ -276,7 +279,7 @@ def test_one_that_fails_does_not_take_the_others_with_it(
         monkeypatch.setattr(
             module.Sampler,
             "choose",
-            lambda own, logits, *likeliest: broken() if own._sampling.max_tokens == 77 else real(own, logits),
+            lambda own, logits, *chosen: broken() if own.sampling.max_tokens == 77 else real(own, logits, *chosen),
         )
         bad = pool.submit(engine.turn, ask(6), sampling=Sampling(max_tokens=77))
         good = [pool.submit(engine.turn, ask(n), **options(n)) for n in range(6)]

@@ -9,7 +9,7 @@ import torch
 
 from agentmem import Sampling
 from agentmem.errors import TurnError
-from agentmem.sampling import Sampler
+from agentmem.sampling import Sampler, choose_all
 
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 0.5, 3.0, -torch.inf, 1.0, -2.0])
 
@@ -42,7 +42,7 @@ def expected(temperature: float, top_k: int, top_p: float) -> torch.Tensor:
 )
 def test_tokens_are_drawn_by_their_share(filters: dict[str, Any]) -> None:
     count = 3000
-    sampler = Sampler(Sampling(seed=5, **filters), torch.device("cpu"))
+    sampler = Sampler(Sampling(seed=5, **filters))
     drawn = torch.bincount(torch.tensor([sampler.choose(LOGITS) for _ in range(count)]), minlength=len(LOGITS))
     share = expected(filters["temperature"], filters.get("top_k", 0), filters.get("top_p", 1.0))
     assert (drawn[share == 0] == 0).all(), "what the filters take away is never drawn"
@@ -52,7 +52,7 @@ def test_tokens_are_drawn_by_their_share(filters: dict[str, Any]) -> None:
 
 def test_a_seed_says_it_all() -> None:
     def draw(seed: int) -> list[int]:
-        sampler = Sampler(Sampling(temperature=1.0, seed=seed), torch.device("cpu"))
+        sampler = Sampler(Sampling(temperature=1.0, seed=seed))
         return [sampler.choose(LOGITS) for _ in range(30)]
 
     assert draw(1) == draw(1) != draw(2)
@@ -62,7 +62,7 @@ def test_a_rare_token_among_many_is_drawn() -> None:
     """Two halves of tokens that are each a millionth of a percent: in float32 sums the later ones would be lost."""
     logits = torch.zeros(200_000)
     logits[0] = 12.0
-    sampler = Sampler(Sampling(temperature=1.0, seed=0), torch.device("cpu"))
+    sampler = Sampler(Sampling(temperature=1.0, seed=0))
     drawn = [sampler.choose(logits) for _ in range(60)]
     assert any(0 < token < 100_000 for token in drawn)
     assert any(token >= 100_000 for token in drawn)
@@ -70,6 +70,33 @@ def test_a_rare_token_among_many_is_drawn() -> None:
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 2}, {"top_p": 0.5}])
 def test_logits_that_are_no_numbers(filters: dict[str, Any]) -> None:
-    sampler = Sampler(Sampling(temperature=1.0, seed=0, **filters), torch.device("cpu"))
+    sampler = Sampler(Sampling(temperature=1.0, seed=0, **filters))
     with pytest.raises(TurnError, match="not numbers"):
         sampler.choose(torch.full((8,), torch.nan))
+
+
+def test_many_rows_are_drawn_as_each_alone() -> None:
+    """Whatever their filters; nobody is a token further until the token is taken."""
+    filters: list[dict[str, Any]] = [
+        {"temperature": 1.0},
+        {"temperature": 0.0},
+        {"temperature": 2.0},
+        {"temperature": 1.0, "top_k": 3},
+        {"temperature": 0.8, "top_k": 3, "top_p": 0.6},
+        {"temperature": 1.0, "top_p": 0.7},
+        {"temperature": 1.5, "top_p": 0.3},
+        {"temperature": 0.0, "top_k": 2},
+        {"temperature": 0.5, "top_k": 20},
+    ]
+    made = [Sampling(seed=n, **each) for n, each in enumerate(filters)]
+    alone, together = [Sampler(one) for one in made], [Sampler(one) for one in made]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        logits = torch.randn(len(made) + 2, 50, generator=generator) * 2
+        logits[-1] = torch.nan
+        known = choose_all(logits, [*together, None, Sampler(Sampling(temperature=1.0))])
+        assert known[-2:] == [None, None]
+        assert choose_all(logits, [*together, None, None]) == known
+        for row, (one, other) in enumerate(zip(alone, together, strict=True)):
+            token = one.choose(logits[row])
+            assert token == known[row] == other.choose(logits[row], known[row])

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 _PATIENCE = 64  # full passes after which larger ones are tried again; twice as many each time that they do not fit
 _LONGEST_PATIENCE = 8192
-_TRIES = 2  # captures that may fail one after another: what another thread does to the device may break one
+_TRIES = 2  # captures one after another that may fail, as when another thread waits for the device meanwhile
 _IDLE = 16  # this part of a device's memory may hold rows in which nobody sits
 _SMALLEST = 256  # tokens that a row holds; each larger kind of block holds twice as many
 
@@ -91,6 +91,7 @@ class Decoding(Team):
             try:
                 block = self._seated(want.session)
             except torch.OutOfMemoryError:  # the session's own cache is as it was
+                self.release()
                 self._alone(want)
                 continue
             by_block.setdefault(id(block), (block, []))[1].append(want)
@@ -175,30 +176,37 @@ class Decoding(Team):
         """One forward pass over all rows of a block, of which ``wants`` go on."""
         try:
             self._forward(block, {want.session.seat.row: want for want in wants if want.session.seat is not None})
-        except torch.OutOfMemoryError:
-            self.release()
-            if len(wants) == 1:
-                self._alone(wants[0])
-                return
-            # A pass takes the whole block, so one half moves to another.
-            half = len(wants) // 2
-            self._shrink(half)
-            others = [want for want in wants[half:] if self._stood_up(want)]
-            self._pass(block, wants[:half])
-            self._batch(others)
-        except CannotCapture as error:
+            failed: Exception | None = None
+        except Exception as error:  # noqa: BLE001 - whose fault it is comes out when each is alone
+            failed = error.with_traceback(None)  # this and where it comes from would keep what the pass held
+            failed.__cause__ = failed.__context__ = None
+        if failed is None:
+            self._failed = 0
+            self._grow(len(block.seats))
+        elif isinstance(failed, torch.OutOfMemoryError):
+            self._halved(block, wants)
+        elif isinstance(failed, CannotCapture):
             self._failed += 1
             if self._failed >= _TRIES:
-                _logger.warning("decoding goes on without CUDA graphs: a pass cannot be captured (%s)", error)
+                _logger.warning("decoding goes on without CUDA graphs: a pass cannot be captured (%s)", failed)
                 self.replays = False
             self.release()
             self._pass(block, wants)
-        except Exception:  # noqa: BLE001 - whose fault it is comes out when each is alone
+        else:
             for want in wants:
                 self._alone(want)
-        else:
-            self._failed = 0
-            self._grow(len(block.seats))
+
+    def _halved(self, block: Block, wants: Sequence[Want]) -> None:
+        """A pass did not fit: in two, for it takes the whole block, so that one half moves to another."""
+        self.release()
+        if len(wants) == 1:
+            self._alone(wants[0])
+            return
+        half = len(wants) // 2
+        self._shrink(half)
+        others = [want for want in wants[half:] if self._stood_up(want)]
+        self._pass(block, wants[:half])
+        self._batch(others)
 
     def _shrink(self, rows: int) -> None:
         """More than so many did not fit: no block grows larger for now, and for longer where that was tried in vain."""
@@ -339,7 +347,7 @@ def _chosen(logits: Tensor, samplers: Sequence[Sampler | None]) -> list[int | No
         return [None] * len(samplers)
     try:
         return choose_all(logits, samplers)
-    except RuntimeError:
+    except Exception:  # noqa: BLE001 - each session finds it again when it chooses alone
         return [None] * len(samplers)
 
 

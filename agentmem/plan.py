@@ -128,7 +128,8 @@ def plan_turn(
     new = set(alignment.new) if writing else set()
     overhead = transcript.overhead(tools=request.tools, add_generation_prompt=True)
     reply = min(request.sampling.max_tokens, limit // 2)
-    shown = request.window.clip(limit - reply).visible(messages, _Sizes(messages, transcript), overhead)
+    system = [i for i in alignment.silent if messages[i].role == "system"]
+    shown = request.window.clip(limit - reply).visible(messages, _Sizes(messages, transcript), overhead, system)
     visible = [messages[i] for i in shown]
     rendered = transcript.render(
         visible, tools=request.tools, add_generation_prompt=True, sentences=strategy == "sentence"

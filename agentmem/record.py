@@ -56,12 +56,14 @@ class Alignment:
         new: to be written, once, in this order.
         consumed: already in the memory.
         edits: those of `new` that stand before a consumed message.
+        silent: those that never write.
         rebuild: start from the zero state; `new` then names every message that writes.
     """
 
     new: list[int] = field(default_factory=list)
     consumed: list[int] = field(default_factory=list)
     edits: list[int] = field(default_factory=list)
+    silent: list[int] = field(default_factory=list)
     rebuild: bool = False
 
 
@@ -155,9 +157,9 @@ class ConsumedRecord:
         """
         if on_edit not in ("write", "error", "rebuild"):
             raise ConfigError(f'on_edit is "write", "error" or "rebuild"; found {on_edit!r}')
-        places, digests, chains = _read(list(history))
+        places, silent, digests, chains = _read(list(history))
         if self.count < len(chains) and chains[self.count] == self.chain:
-            return Alignment(new=places[self.count :], consumed=places[: self.count])
+            return Alignment(new=places[self.count :], consumed=places[: self.count], silent=silent)
         consumed = [places[j] for j in self._matched(digests)]
         old = set(consumed)
         new = [i for i in places if i not in old]
@@ -170,8 +172,8 @@ class ConsumedRecord:
                 'pass on_edit="write" or on_edit="rebuild"'
             )
         if edits and on_edit == "rebuild":
-            return Alignment(new=places, edits=edits, rebuild=True)
-        return Alignment(new=new, consumed=consumed, edits=edits)
+            return Alignment(new=places, edits=edits, silent=silent, rebuild=True)
+        return Alignment(new=new, consumed=consumed, edits=edits, silent=silent)
 
     def _matched(self, digests: list[bytes]) -> list[int]:
         """Indices into `digests` of the consumed ones, ascending, where these are not its beginning."""
@@ -188,11 +190,13 @@ class _Read(NamedTuple):
 
     Attributes:
         places: of the messages that are written.
+        silent: places of the others.
         digests: of these.
         chains: of the first n of these, n from 0 on.
     """
 
     places: list[int]
+    silent: list[int]
     digests: list[bytes]
     chains: list[bytes]
 
@@ -205,8 +209,8 @@ _KNOWN: deque[tuple[list[Message], _Read]] = deque(maxlen=8)
 def _read(history: list[Message]) -> _Read:
     # Lists are compared by identity first, so a thousand messages take microseconds.
     begins = [one for one in tuple(_KNOWN) if history[: len(one[0])] == one[0]]
-    known, read = max(begins, key=lambda one: len(one[0]), default=([], _Read([], [], [bytes(CHAIN)])))
-    found = _Read(read.places.copy(), read.digests.copy(), read.chains.copy())
+    known, read = max(begins, key=lambda one: len(one[0]), default=([], _Read([], [], [], [bytes(CHAIN)])))
+    found = _Read(read.places.copy(), read.silent.copy(), read.digests.copy(), read.chains.copy())
     fixed = len(known)
     for place in range(len(known), len(history)):
         message = history[place]
@@ -215,11 +219,14 @@ def _read(history: list[Message]) -> _Read:
             found.places.append(place)
             found.digests.append(digest)
             found.chains.append(_link(found.chains[-1], digest))
+        else:
+            found.silent.append(place)
         if fixed == place and not message.tool_calls and len(message.content) <= LONGEST_KEPT:
             fixed = place + 1
     if fixed > len(known):
         count = sum(place < fixed for place in found.places)
-        _KNOWN.append((history[:fixed], _Read(found.places[:count], found.digests[:count], found.chains[: count + 1])))
+        kept = found.places[:count], found.silent[: fixed - count], found.digests[:count], found.chains[: count + 1]
+        _KNOWN.append((history[:fixed], _Read(*kept)))
     return found
 
 

@@ -15,7 +15,7 @@ import gc
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,14 +55,11 @@ def bare(model: Any, tokens: Tensor, cache: Any, places: Tensor, allowed: Tensor
 
 
 class Captures:
-    """Where the passes of one engine are captured: one stream, for which libraries keep buffers of their own, and one
-    pool of memory. Passes may share it, since none begins before the one before it has left what it found to others.
-    """
+    """Where the passes of one engine are captured: on one stream, for which libraries keep buffers of their own."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream: Any = None
-        self._memory: Any = None
 
     def capture(self, run: Callable[[], None]) -> Any:
         """A graph of ``run``, which is run a few times before.
@@ -71,14 +68,11 @@ class Captures:
             CannotCapture: it did something that a graph cannot repeat.
         """
         # One capture at a time in a process, on the model's device.
-        with _CAPTURING, torch.cuda.device(self._device):
+        with _uncollected(), _CAPTURING, torch.cuda.device(self._device):
             before = torch.cuda.current_stream(self._device)
-            if self._stream is None:
-                self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-                self._memory = torch.cuda.graph_pool_handle()
-            aside = self._stream
+            aside = self._stream or torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             aside.wait_stream(before)
-            graph = torch.cuda.CUDAGraph()
+            graph, memory = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
             try:
                 # Kernels are compiled, and libraries choose theirs, before anything is captured. A pass changes no
                 # buffer that it reads but the KV behind each row's last token, so running it again is harmless.
@@ -86,15 +80,16 @@ class Captures:
                     for _ in range(_WARMUPS):
                         run()
                 try:
-                    with (
-                        _uncollected(),
-                        torch.cuda.graph(graph, self._memory, stream=aside, capture_error_mode="thread_local"),
-                    ):
+                    with torch.cuda.graph(graph, memory, stream=aside, capture_error_mode="thread_local"):
                         run()
-                except torch.OutOfMemoryError:
-                    raise
                 except RuntimeError as error:
+                    # Where torch has not noticed the end, what is asked for on this device would still go to the pool.
+                    with suppress(RuntimeError):
+                        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), memory)
+                    if isinstance(error, torch.OutOfMemoryError):
+                        raise
                     raise CannotCapture(str(error)) from error
+                self._stream = aside  # one on which a capture failed is not used again
             finally:
                 # A capture that failed leaves its stream behind.
                 torch.cuda.set_stream(before)
@@ -104,7 +99,8 @@ class Captures:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """No garbage collection: to end another graph, which may be garbage, would break a capture that is under way."""
+    """No garbage collection: to end a graph that is garbage would break a capture that is under way, and to end an
+    engine would wait for its thread, which may wait to capture."""
     was = gc.isenabled()
     gc.disable()
     try:

@@ -48,7 +48,7 @@ class Sampling:
 
 
 class Sampler:
-    """Draws the tokens of one reply: of the same logits the same ones for a seed, whatever they lie on."""
+    """Draws the tokens of one reply. A seed gives the same random numbers on every device."""
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
@@ -98,10 +98,17 @@ def choose_all(logits: Tensor, samplers: Sequence[Sampler | None]) -> list[int |
         # Rows side by side without an index, which would have to be brought to the device.
         part = logits if len(rows) == len(logits) else torch.stack([logits[row] for row in rows])
         drawn = [samplers[row] for row in rows]
-        tokens = part.argmax(-1).tolist() if greedy else _drawn(part, drawn, top_k, cuts)  # type: ignore[arg-type]
+        tokens = _likeliest(part) if greedy else _drawn(part, drawn, top_k, cuts)  # type: ignore[arg-type]
         for row, token in zip(rows, tokens, strict=True):
             found[row] = None if token < 0 else token
     return found
+
+
+def _likeliest(logits: Tensor) -> list[int]:
+    """For each row the token with the largest number, the first of several; -1 where that is none."""
+    token = logits.argmax(-1, keepdim=True)
+    tokens: list[int] = torch.where(logits.gather(-1, token).isfinite(), token, -1).flatten().tolist()
+    return tokens
 
 
 def _drawn(logits: Tensor, samplers: Sequence[Sampler], top_k: int, cuts: bool) -> list[int]:
@@ -109,7 +116,8 @@ def _drawn(logits: Tensor, samplers: Sequence[Sampler], top_k: int, cuts: bool) 
     # In float32 many small shares would be lost beside the sum of the others; MPS has no float64.
     wide = torch.float32 if logits.device.type == "mps" else torch.float64
     numbers = zip(*((one.sampling.temperature, one.sampling.top_p, one.point) for one in samplers), strict=True)
-    brought = torch.tensor(list(numbers), dtype=wide).to(logits.device, non_blocking=True)
+    # On CUDA without a wait; elsewhere what is brought might be gone before it was.
+    brought = torch.tensor(list(numbers), dtype=wide).to(logits.device, non_blocking=logits.is_cuda)
     temperature, top_p, point = brought.unsqueeze(-1).unbind()
     # Less the largest, which changes nothing of the distribution and cannot overflow.
     scores = logits.float()
@@ -118,14 +126,14 @@ def _drawn(logits: Tensor, samplers: Sequence[Sampler], top_k: int, cuts: bool) 
     if 0 < top_k < scores.shape[-1]:
         scores, order = scores.topk(top_k)
     elif cuts:
-        scores, order = scores.sort(descending=True)
+        scores, order = scores.sort(descending=True, stable=True)
     mass = scores.softmax(-1).cumsum(-1, dtype=wide)
-    last = mass.shape[-1] - 1
-    total = mass[:, -1:]
+    last = torch.full_like(point, mass.shape[-1] - 1, dtype=torch.int64)
     if cuts:
         # A token stays while the tokens before it have not reached top_p; so the first always stays.
-        total = mass.gather(1, torch.searchsorted(mass, top_p).clamp_(max=last))
-    token = torch.searchsorted(mass, point * total, right=True).clamp_(max=last)
+        last = torch.minimum(torch.searchsorted(mass, top_p), last)
+    total = mass.gather(1, last)
+    token = torch.minimum(torch.searchsorted(mass, point * total, right=True), last)
     if order is not None:
         token = order.gather(1, token)
     tokens: list[int] = torch.where(total.isfinite(), token, -1).flatten().tolist()

@@ -73,8 +73,8 @@ class Block:
     def width(self) -> int:
         """Tokens that a pass has to look at, one more for every row included; seldom another number.
 
-        A step is an eighth of a row, and no row of less than 256 tokens is worth two steps: what is looked at in vain
-        is at most a quarter of a long row, where by rows alone, which double, it would be half.
+        A step is an eighth of a row, or 256 tokens where that is more: so at most a quarter of a long session is looked
+        at in vain, where by rows alone, which double, it would be all of it once more.
         """
         longest = max(seat.length for seat in self.seats) + 1
         step = max(_STEP, self.capacity // 8)

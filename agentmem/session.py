@@ -214,6 +214,13 @@ class Session:
 
     def forward(self, ids: Sequence[int], segments: Sequence[int], *, logits: bool, close: bool) -> None:
         """One forward pass of this session alone; see ``feed``."""
+        try:
+            self._forward(ids, segments, logits=logits, close=close)
+        except torch.OutOfMemoryError:
+            self._runtime.decoding.release()  # what is kept for later: the next one may find room
+            raise
+
+    def _forward(self, ids: Sequence[int], segments: Sequence[int], *, logits: bool, close: bool) -> None:
         runtime = self._runtime
         self.chosen = None
         tokens = _on(runtime.device, ids)
@@ -244,8 +251,8 @@ class Session:
 
 
 def _on(device: torch.device, numbers: Sequence[int]) -> Tensor:
-    """[1, n] on the device, without waiting for what it does at the moment."""
-    return torch.tensor([numbers]).to(device, non_blocking=True)
+    """[1, n] on the device; on CUDA without waiting for what it does at the moment."""
+    return torch.tensor([numbers]).to(device, non_blocking=device.type == "cuda")
 
 
 def _to_host(tensor: Tensor) -> Steps[Tensor]:

@@ -45,7 +45,13 @@ class Window:
             return self
         return replace(self, tokens=limit)
 
-    def visible(self, messages: Sequence[Message], sizes: Sequence[int], overhead: int = 0) -> list[int]:
+    def visible(
+        self,
+        messages: Sequence[Message],
+        sizes: Sequence[int],
+        overhead: int = 0,
+        system: Sequence[int] | None = None,
+    ) -> list[int]:
         """Indices of the messages to show, ascending.
 
         All system messages, and of the others as many of the last as fit, an assistant message with tool
@@ -55,13 +61,16 @@ class Window:
             messages: the whole history.
             sizes: tokens of each message; only those are asked for that decide what is shown.
             overhead: tokens that belong to no message: preamble, tools, generation prompt, room for a reply.
+            system: indices of the system messages, where these are known: a long history is then not looked through.
 
         Raises:
             WindowError: system messages and the last message with its tool group do not fit.
         """
         if len(sizes) != len(messages):
             raise ValueError(f"one size per message was expected; found {len(sizes)} for {len(messages)}")
-        shown = [i for i, message in enumerate(messages) if message.role == "system"]
+        if system is None:
+            system = [i for i, message in enumerate(messages) if message.role == "system"]
+        shown = list(system)
         fixed = sum(sizes[i] for i in shown)
         groups = tool_groups(messages)
         last = next(groups, [])
@@ -97,23 +106,26 @@ def tool_groups(messages: Sequence[Message]) -> Iterator[list[int]]:
     (a human who spoke before the last result was in), they join the group, so that a group is always an
     unbroken run. Nothing before a group is looked at, but for the call that a result answers.
     """
-    others = [i for i, message in enumerate(messages) if message.role != "system"]
-    reach = stop = len(others)  # reach: the earliest place that anything from here on must be shown with
-    for place in reversed(range(len(others))):
-        reach = min(reach, _caller(messages, others, place))
+    group: list[int] = []  # newest first
+    reach = len(messages)  # the earliest place that anything from here on must be shown with
+    for place in reversed(range(len(messages))):
+        if messages[place].role == "system":
+            continue
+        group.append(place)
+        reach = min(reach, _caller(messages, place))
         if reach >= place:
-            yield others[place:stop]
-            stop = place
+            yield group[::-1]
+            group = []
 
 
-def _caller(messages: Sequence[Message], others: Sequence[int], place: int) -> int:
+def _caller(messages: Sequence[Message], place: int) -> int:
     """The place that a message must be shown with: that of the call which it answers, else its own."""
-    result = messages[others[place]]
+    result = messages[place]
     if result.role != "tool" or result.tool_calls:
         return place
     latest = place
     for before in reversed(range(place)):
-        calls = messages[others[before]].tool_calls
+        calls = messages[before].tool_calls if messages[before].role != "system" else ()
         if any(call.id and call.id == result.tool_call_id for call in calls):
             return before
         if calls and latest == place:

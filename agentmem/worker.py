@@ -8,6 +8,7 @@ future is cancelled.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from abc import ABC, abstractmethod
@@ -22,6 +23,7 @@ import torch
 
 from agentmem.errors import EngineClosedError
 
+_logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -99,7 +101,10 @@ class Worker:
                 job = self._inbox.get()
                 if job is None:
                     self._abandon([*running, *waiting])
-                    self._last()
+                    try:
+                        self._last()
+                    except Exception:
+                        _logger.exception("%s has ended, but could not give back all that it held", self._thread.name)
                     return
                 running.append(job)
             # Those who come together begin together: short first steps are taken before the next shared one.

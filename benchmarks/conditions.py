@@ -60,6 +60,20 @@ def decoding(device: torch.device, dtype: torch.dtype) -> str:
     return "operations of torch"
 
 
+def attention() -> str:
+    """By what scaled dot products may be computed on CUDA. cuDNN plans for every new length, which may take longer than
+    the token."""
+    backends = torch.backends.cuda
+    may = {
+        "flash": backends.flash_sdp_enabled(),
+        "memory-efficient": backends.mem_efficient_sdp_enabled(),
+        "cuDNN": backends.cudnn_sdp_enabled(),
+        "plain": backends.math_sdp_enabled(),
+    }
+    low = os.environ.get("TORCH_CUDNN_SDPA_DEPRIORITIZED", "not set")
+    return f"{', '.join(name for name, on in may.items() if on)}; TORCH_CUDNN_SDPA_DEPRIORITIZED {low}"
+
+
 def conditions(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """Under which a benchmark of decoding runs, by name; after the number of threads was set."""
     return {
@@ -67,6 +81,7 @@ def conditions(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
         "dtype": str(dtype).removeprefix("torch."),
         "versions": versions(),
         "memory decodes by": decoding(device, dtype),
+        **({"attention": attention()} if device.type == "cuda" else {}),
         "command": command(),
     }
 

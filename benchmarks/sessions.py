@@ -137,13 +137,15 @@ def main(
             ratio = statistics.median(b / a for a, b in pairs)
             found[sessions] = {"alone": alone, "together": together, "ratio": ratio}
             table.add_row(str(sessions), f"{alone:,.0f}", f"{together:,.0f}", f"{ratio:.2f}")
-        bar = bar_for(shape or model, device, in_graphs(engine))
-        if replays(device) and not in_graphs(engine):
-            console.print("CUDA graphs were asked for and given up: these are figures without them")
+        bar = bar_for(shape or model, device, replays(device))
+        gave_up = replays(device) and not in_graphs(engine)
     console.print(table)
     console.print(_drawn(found, plot), highlight=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(said | {"rates": found}, indent=1) + "\n", "utf-8")
+    if gave_up:
+        console.print("CUDA graphs were asked for and given up: these are figures without them")
+        raise typer.Exit(1)
     if bar is not None and bar[0] in found:
         held = found[bar[0]]["ratio"] >= bar[1]
         console.print(f"bar: {bar[0]} sessions at least {bar[1]:g} times, {'held' if held else 'missed'}")

@@ -95,7 +95,8 @@ def step(
         mode: as ``MemoryConfig.state_update_mode``.
 
     Returns:
-        The reads [B, H r], of the state from before the write, in the products' type. No gradient passes.
+        The reads [B, H r], of the state from before the write, in the products' type. No gradient passes: what is
+        differentiated through a step is refused by the operator, and constant where the kernel is called without it.
 
     Raises:
         StateMismatchError, TurnError: the pool, or another argument, has another shape or type.
@@ -338,9 +339,9 @@ def _seen(like: Tensor) -> bool:
     Where nobody does, a kernel is called without one. torch spends 40 us on an operator of Python's, which is more than
     all else of a step, and more than the kernel.
     """
-    return (
-        not _kernels(like) or type(like) is not Tensor or torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-    )
+    # The compiler first: what stands behind it here is not traced.
+    seen = torch.compiler.is_compiling() or type(like) is not Tensor or is_in_torch_dispatch_mode()
+    return seen or not _kernels(like)
 
 
 def _beside(like: Tensor) -> AbstractContextManager[object]:

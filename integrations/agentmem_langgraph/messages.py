@@ -36,6 +36,7 @@ REASONING = "reasoning_content"
 _KEPT = 4096
 """Messages that are kept as the engine takes them; a history is given anew at every turn."""
 
+_PLAIN: dict[type[BaseMessage], Role] = {AIMessage: "assistant", HumanMessage: "user", SystemMessage: "system"}
 _MARK = "agentmem"  # additional_kwargs["agentmem"] = {"write": False}
 # Blocks of an AI message that are no text: calls stand in `tool_calls` too, and reasoning is never sent back.
 _NOT_SAID = {"tool_call", "tool_call_chunk", "invalid_tool_call", "tool_use", "reasoning", "thinking"}
@@ -47,17 +48,25 @@ def to_engine(messages: Sequence[BaseMessage]) -> list[Message]:
     Raises:
         TranscriptError: a kind of message or content that a text model cannot be shown.
     """
-    return [_to_engine(message) for message in messages]
+    # Done for a whole history at every turn, and pydantic's isinstance and attributes are slow: what most messages are,
+    # text without calls and marks, is taken as it lies.
+    found = []
+    for message in messages:
+        kind, has = type(message), vars(message)
+        text = has["content"]
+        plain = kind in _PLAIN and type(text) is str and not has["additional_kwargs"] and not has.get("tool_calls")
+        short = plain and len(text) <= LONGEST_KEPT
+        found.append(_said(kind, text, has["name"]) if short else _to_engine(message))
+    return found
+
+
+@lru_cache(maxsize=_KEPT)
+def _said(kind: type[BaseMessage], text: str, name: str | None) -> Message:
+    return _known(_PLAIN[kind], text, "", name or "", True)
 
 
 def _to_engine(message: BaseMessage) -> Message:
-    # pydantic's isinstance is slow, and this is done for a whole history at every turn; so what most messages are, text
-    # without calls and marks, is taken as it lies.
-    kind, has = _role_of(type(message)), vars(message)
-    text = has["content"]
-    plain = type(text) is str and not has["additional_kwargs"] and not has.get("tool_calls")
-    if plain and kind is not None and kind != "tool" and len(text) <= LONGEST_KEPT:
-        return _known(kind, text, "", has["name"] or "", True)
+    kind = _role_of(type(message))
     role, text, name, write = kind or _role(message), _text(message), message.name or "", _write_flag(message)
     answers = ""
     if kind == "assistant" and (given := cast(AIMessage, message).tool_calls):

@@ -117,11 +117,11 @@ def test_a_token_that_was_written_is_not_read_again(
     alone = [engine.turn(ask(n), sampling=sampling[n]) for n in range(4)]
     real, failed = getattr(Tensor, operation), []
 
-    def choosing(own: Tensor, *given: Any) -> Tensor:
+    def choosing(own: Tensor, *given: Any, **more: Any) -> Tensor:
         if own.dim() == 2 and len(own) > 1:
             failed.append(len(own))
             raise torch.OutOfMemoryError("no room for so many")
-        return real(own, *given)
+        return real(own, *given, **more)
 
     monkeypatch.setattr(Tensor, operation, choosing)
     with ThreadPoolExecutor(4) as pool:

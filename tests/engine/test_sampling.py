@@ -68,11 +68,24 @@ def test_a_rare_token_among_many_is_drawn() -> None:
     assert any(token >= 100_000 for token in drawn)
 
 
-@pytest.mark.parametrize("filters", [{}, {"top_k": 2}, {"top_p": 0.5}])
-def test_logits_that_are_no_numbers(filters: dict[str, Any]) -> None:
-    sampler = Sampler(Sampling(temperature=1.0, seed=0, **filters))
-    with pytest.raises(TurnError, match="not numbers"):
-        sampler.choose(torch.full((8,), torch.nan))
+@pytest.mark.parametrize("filters", [{}, {"top_k": 2}, {"top_p": 0.5}, {"temperature": 0.0}])
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_logits_that_are_no_numbers(filters: dict[str, Any], wrong: float) -> None:
+    sampler = Sampler(Sampling(**{"temperature": 1.0, "seed": 0} | filters))
+    logits = torch.zeros(8)
+    logits[3] = wrong
+    for one in (logits, torch.full((8,), wrong)):
+        with pytest.raises(TurnError, match="not numbers"):
+            sampler.choose(one)
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 2}, {"top_p": 0.5}, {"temperature": 0.0}])
+def test_one_token_that_is_left_is_drawn(filters: dict[str, Any]) -> None:
+    """As a format leaves it: all others are at minus infinity."""
+    logits = torch.full((8,), -torch.inf)
+    logits[5] = -3.0
+    sampler = Sampler(Sampling(**{"temperature": 1.0, "seed": 0} | filters))
+    assert [sampler.choose(logits) for _ in range(20)] == [5] * 20
 
 
 def test_many_rows_are_drawn_as_each_alone() -> None:

@@ -145,7 +145,7 @@ def test_arguments_need_not_lie_dense(seed: int, device: torch.device) -> None:
     given = {**arguments(seed, 4, 2, 8, coupled=False), "mask": torch.tensor([True, False, False, True])}
     reads, pool = run(given, device)
     for name in ("slots", "mask", "beta_bias", "lambda_bias"):
-        one = given[name]
+        one = given[name].to(device)  # what is brought to another device is dense
         given[name] = torch.stack((one, ~one if one.dtype == torch.bool else one + 1), dim=1)[:, 0]
         assert not given[name].is_contiguous()
     found = run(given, device)

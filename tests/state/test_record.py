@@ -43,7 +43,7 @@ def test_messages_that_never_write_are_neither_new_nor_consumed() -> None:
     history = [system("be brief"), user("a"), fact, reply("b"), fact, user("c")]
     record = consumed(history[:4])
     assert record.count == 2
-    assert record.align(history) == Alignment(new=[5], consumed=[1, 3])
+    assert record.align(history) == Alignment(new=[5], consumed=[1, 3], silent=[0, 2, 4])
 
 
 def test_a_history_that_starts_with_the_whole_chain_goes_on_after_it() -> None:
@@ -72,7 +72,7 @@ def test_a_repeat_appended_to_a_trimmed_history_is_new() -> None:
 def test_a_trimmed_history_is_matched_at_the_end_of_the_tail() -> None:
     history = thread(6)
     alignment = consumed(history[:-1]).align([system("x"), *history[-4:]])
-    assert alignment == Alignment(new=[4], consumed=[1, 2, 3])
+    assert alignment == Alignment(new=[4], consumed=[1, 2, 3], silent=[0])
 
 
 def test_a_middle_that_was_removed_does_not_make_the_rest_new() -> None:
@@ -86,7 +86,7 @@ def test_a_summary_in_place_of_the_head(summary: Message) -> None:
     history = thread(4)
     alignment = consumed(history).align([summary, *history[-3:], user("next")])
     if summary.role == "system":
-        assert alignment == Alignment(new=[4], consumed=[1, 2, 3])
+        assert alignment == Alignment(new=[4], consumed=[1, 2, 3], silent=[0])
     else:
         assert alignment == Alignment(new=[0, 4], consumed=[1, 2, 3], edits=[0])
 
@@ -148,7 +148,7 @@ def test_on_edit_rebuild_asks_for_everything_anew() -> None:
     history = [system("be brief"), *thread(2)]
     edited = [history[0], user("changed"), *history[2:], user("next")]
     alignment = consumed(history).align(edited, on_edit="rebuild")
-    assert alignment == Alignment(new=[1, 2, 3, 4, 5], edits=[1], rebuild=True)
+    assert alignment == Alignment(new=[1, 2, 3, 4, 5], edits=[1], silent=[0], rebuild=True)
     assert not consumed(history).align(history, on_edit="rebuild").rebuild
 
 

@@ -74,12 +74,11 @@ def test_tokens_and_memory_are_those_of_one_by_one(
     make_engine: MakeEngine, one_by_one: Callable[[], None], strategy: str
 ) -> None:
     engines = [make_engine(write_strategy=strategy, model_seed=seed) for seed in range(2)]
-    budgets = [[(101, "all"), (160, "all")], [(106, "input"), (120, "off")]]
+    budgets = [(101, "all"), (106, "input"), (160, "all"), (120, "off")]
     cases = [
-        (engine, form, most, write)
+        (engine, form, *budgets[(number + at) % 4])
         for number, form in enumerate(FORMS.values())
         for at, engine in enumerate(engines)
-        for most, write in budgets[(number + at) % 2]
     ]
 
     def run(engine: Engine, form: ReplyFormat, most: int, write: Any) -> Turn:

@@ -68,7 +68,7 @@ class Captures:
             CannotCapture: it did something that a graph cannot repeat.
         """
         # One capture at a time in a process, on the model's device.
-        with _uncollected(), _CAPTURING, torch.cuda.device(self._device):
+        with _CAPTURING, _uncollected(), torch.cuda.device(self._device):
             before = torch.cuda.current_stream(self._device)
             aside = self._stream or torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             aside.wait_stream(before)
@@ -100,7 +100,7 @@ class Captures:
 @contextmanager
 def _uncollected() -> Iterator[None]:
     """No garbage collection: to end a graph that is garbage would break a capture that is under way, and to end an
-    engine would wait for its thread, which may wait to capture."""
+    engine would wait for its thread, which may wait to capture. For the holder of ``_CAPTURING``."""
     was = gc.isenabled()
     gc.disable()
     try:

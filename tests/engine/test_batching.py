@@ -85,11 +85,11 @@ def test_each_session_is_as_it_is_alone(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:
     engine = make_engine(write_strategy=strategy)
-    first = [engine.turn(ask(n), **options(n)) for n in range(20)]
+    first = [engine.turn(ask(n), **options(n)) for n in range(16)]
     states = [turn.state for turn in first]
-    alone = [engine.turn(ask(n), states[n], **options(n)) for n in range(20)]
+    alone = [engine.turn(ask(n), states[n], **options(n)) for n in range(16)]
     count = Count(engine, monkeypatch)
-    for found, solo in zip(at_once(engine, 20, states), alone, strict=True):
+    for found, solo in zip(at_once(engine, 16, states), alone, strict=True):
         assert_same(found, solo)
     assert max(count.batches) > 8, "they did not meet"
     assert sum(count.batches) / len(count.batches) > 3

@@ -343,8 +343,6 @@ def _chosen(logits: Tensor, samplers: Sequence[Sampler | None]) -> list[int | No
 
     None where that is not asked for or fails: by now the token is read and written, and must not be read again.
     """
-    if not any(samplers):
-        return [None] * len(samplers)
     try:
         return choose_all(logits, samplers)
     except Exception:  # noqa: BLE001 - each session finds it again when it chooses alone

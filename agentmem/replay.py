@@ -126,14 +126,13 @@ class Replay:
         self, runtime: Runtime, block: Block, rows: int, width: int, state: Tensor | None, captures: Captures
     ) -> None:
         self._runtime, self._block, self.rows, self._width = runtime, block, rows, width
-        self._where = captures
+        self._captures = captures
         # Tokens, places, and 1 where a row writes.
         self._given = torch.zeros(3, rows, 1, dtype=torch.int64, device=runtime.device)
         self._states = None if state is None else state.new_zeros(rows, *state.shape[1:])
         self._after: Tensor | None = None
         self._logits: Tensor | None = None
         self._graph: Any = None
-        self._captures = runtime.device.type == "cuda"
 
     def run(
         self, tokens: Sequence[int], places: Sequence[int], writes: Sequence[bool], states: Tensor | None
@@ -148,8 +147,8 @@ class Replay:
         self._given.copy_(given[..., None], non_blocking=True)
         if states is not None and self._states is not None:
             self._states[:count].copy_(states)
-        if self._captures:
-            self._graph = self._graph or self._where.capture(self._pass)
+        if self._runtime.device.type == "cuda":
+            self._graph = self._graph or self._captures.capture(self._pass)
             self._graph.replay()
         else:
             self._pass()

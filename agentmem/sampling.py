@@ -87,18 +87,18 @@ def choose_all(logits: Tensor, samplers: Sequence[Sampler | None]) -> list[int |
 
     None where there is no sampler, or where logits are no numbers. No sampler is a token further yet.
     """
-    alike: dict[tuple[bool, int, bool], list[int]] = {}
+    # Whose filters are alike: top_k, and whether top_p cuts; None is greedy.
+    alike: dict[tuple[int, bool] | None, dict[int, Sampler]] = {}
     for row, sampler in enumerate(samplers):
         if sampler is not None:
             how = sampler.sampling
-            greedy = how.temperature == 0
-            alike.setdefault((greedy, 0 if greedy else how.top_k, not greedy and how.top_p < 1), []).append(row)
+            filters = None if how.temperature == 0 else (how.top_k, how.top_p < 1)
+            alike.setdefault(filters, {})[row] = sampler
     found: list[int | None] = [None] * len(samplers)
-    for (greedy, top_k, cuts), rows in alike.items():
+    for filters, rows in alike.items():
         # Rows side by side without an index, which would have to be brought to the device.
         part = logits if len(rows) == len(logits) else torch.stack([logits[row] for row in rows])
-        drawn = [samplers[row] for row in rows]
-        tokens = _likeliest(part) if greedy else _drawn(part, drawn, top_k, cuts)  # type: ignore[arg-type]
+        tokens = _likeliest(part) if filters is None else _drawn(part, list(rows.values()), *filters)
         for row, token in zip(rows, tokens, strict=True):
             found[row] = None if token < 0 else token
     return found

@@ -195,8 +195,7 @@ def _need(name: str, found: Tensor, shape: tuple[int, ...], *types: torch.dtype)
         raise TurnError(f"{name} must have shape {list(shape)}{kind}; found {found.dtype} {list(found.shape)}")
 
 
-@torch.library.custom_op("agentmem::step", mutates_args=("pool",))
-def _step(
+def _stepped(
     products: Tensor,
     pool: Tensor,
     slots: Tensor,
@@ -207,29 +206,19 @@ def _step(
     normalize: bool,
     rule: str,  # not ``mode``: torch hands a keyword of that name to its own dispatch when it traces
 ) -> Tensor:
-    return _stepped(products, pool, slots, layer, beta_bias, lambda_bias, mask, normalize, rule)
+    """The operator's work; a kernel reads its arguments as if they lay dense."""
+    vectors = (slots.contiguous(), layer, beta_bias.contiguous(), _dense(lambda_bias), _dense(mask))
+    with torch.no_grad(), _beside(pool):
+        reads: Tensor = _steps(pool).step(products, pool, *vectors, normalize, rule)
+    return reads
+
+
+_step = torch.library.custom_op("agentmem::step", _stepped, mutates_args=("pool",))
 
 
 @_step.register_fake
 def _(products: Tensor, pool: Tensor, *_: Any) -> Tensor:
     return products.new_empty(products.shape[0], pool.shape[2] * pool.shape[3])
-
-
-def _stepped(
-    products: Tensor,
-    pool: Tensor,
-    slots: Tensor,
-    layer: int,
-    beta_bias: Tensor,
-    lambda_bias: Tensor | None,
-    mask: Tensor | None,
-    *rule: Any,
-) -> Tensor:
-    """What runs behind the operator; a kernel reads its arguments as if they lay dense."""
-    vectors = (slots.contiguous(), layer, beta_bias.contiguous(), _dense(lambda_bias), _dense(mask))
-    with torch.no_grad(), _beside(pool):
-        reads: Tensor = _steps(pool).step(products, pool, *vectors, *rule)
-    return reads
 
 
 @torch.library.custom_op("agentmem::scan", mutates_args=())

@@ -91,12 +91,7 @@ def _known(role: Role, text: str, tool_call_id: str, name: str, write: bool) -> 
 @lru_cache(maxsize=64)
 def _role_of(kind: type[BaseMessage]) -> Role | None:
     """The role of all messages of a kind, if there is one."""
-    roles: dict[type[BaseMessage], Role] = {
-        AIMessage: "assistant",
-        ToolMessage: "tool",
-        HumanMessage: "user",
-        SystemMessage: "system",
-    }
+    roles: dict[type[BaseMessage], Role] = {**_PLAIN, ToolMessage: "tool"}
     return next((role for base, role in roles.items() if issubclass(kind, base)), None)
 
 

@@ -12,30 +12,30 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Adapter": "agentmem.adapter",
+    "Adapter": "agentmem.delta.adapter",
     "AsyncTurnStream": "agentmem.engine",
     "ConsumedRecord": "agentmem.record",
-    "Delta": "agentmem.replies",
+    "Delta": "agentmem.generation.output_parser",
     "Engine": "agentmem.engine",
-    "InvalidToolCall": "agentmem.replies",
-    "MemoryConfig": "agentmem.config",
+    "InvalidToolCall": "agentmem.generation.output_parser",
+    "MemoryConfig": "agentmem.delta.config",
     "MemoryState": "agentmem.state",
     "Message": "agentmem.messages",
-    "Remembered": "agentmem.turn",
-    "ReplyFormat": "agentmem.formats",
-    "Sampling": "agentmem.sampling",
-    "SteeredModel": "agentmem.steered",
-    "SteeredOutput": "agentmem.steered",
+    "Remembered": "agentmem.generation.turn",
+    "ReplyFormat": "agentmem.generation.reply_format",
+    "Sampling": "agentmem.generation.sampling",
+    "SteeredModel": "agentmem.delta.model",
+    "SteeredOutput": "agentmem.delta.model",
     "ToolCall": "agentmem.messages",
-    "Turn": "agentmem.turn",
+    "Turn": "agentmem.generation.turn",
     "TurnOptions": "agentmem.engine",
     "TurnStream": "agentmem.engine",
-    "Usage": "agentmem.turn",
-    "Window": "agentmem.window",
+    "Usage": "agentmem.generation.turn",
+    "Window": "agentmem.prompt.window",
     "context_limit": "agentmem.loading",
     "load": "agentmem.loading",
-    "load_adapter": "agentmem.adapter",
-    "save_adapter": "agentmem.adapter",
+    "load_adapter": "agentmem.delta.adapter",
+    "save_adapter": "agentmem.delta.adapter",
 }
 
 __all__ = [
@@ -67,19 +67,19 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from agentmem.adapter import Adapter, load_adapter, save_adapter
-    from agentmem.config import MemoryConfig
+    from agentmem.delta.adapter import Adapter, load_adapter, save_adapter
+    from agentmem.delta.config import MemoryConfig
+    from agentmem.delta.model import SteeredModel, SteeredOutput
     from agentmem.engine import AsyncTurnStream, Engine, TurnOptions, TurnStream
-    from agentmem.formats import ReplyFormat
+    from agentmem.generation.output_parser import Delta, InvalidToolCall
+    from agentmem.generation.reply_format import ReplyFormat
+    from agentmem.generation.sampling import Sampling
+    from agentmem.generation.turn import Remembered, Turn, Usage
     from agentmem.loading import context_limit, load
     from agentmem.messages import Message, ToolCall
+    from agentmem.prompt.window import Window
     from agentmem.record import ConsumedRecord
-    from agentmem.replies import Delta, InvalidToolCall
-    from agentmem.sampling import Sampling
     from agentmem.state import MemoryState
-    from agentmem.steered import SteeredModel, SteeredOutput
-    from agentmem.turn import Remembered, Turn, Usage
-    from agentmem.window import Window
 
 
 def __getattr__(name: str) -> Any:

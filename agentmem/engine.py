@@ -16,20 +16,20 @@ from functools import partial
 from types import TracebackType
 from typing import Any, TypedDict, TypeVar, Unpack
 
-from agentmem.carry import KV
+from agentmem.delta.model import SteeredModel
 from agentmem.errors import TurnCancelledError, TurnTimeoutError
-from agentmem.formats import ReplyFormat
+from agentmem.generation.carry import KV
+from agentmem.generation.output_parser import Delta
+from agentmem.generation.plan import Request, WritePolicy
+from agentmem.generation.reply_format import ReplyFormat
+from agentmem.generation.sampling import Sampling
+from agentmem.generation.scheduler import Steps, Worker
+from agentmem.generation.session import Runtime
+from agentmem.generation.turn import Emit, Remembered, Turn, run_remember, run_turn
 from agentmem.messages import Message
-from agentmem.plan import Request, WritePolicy
+from agentmem.prompt.window import Window
 from agentmem.record import OnEdit
-from agentmem.replies import Delta
-from agentmem.sampling import Sampling
-from agentmem.session import Runtime
 from agentmem.state import MemoryState
-from agentmem.steered import SteeredModel
-from agentmem.turn import Emit, Remembered, Turn, run_remember, run_turn
-from agentmem.window import Window
-from agentmem.worker import Steps, Worker
 
 T = TypeVar("T")
 

@@ -15,11 +15,11 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 
-from agentmem.config import CONFIG_FILE
+from agentmem.delta.config import CONFIG_FILE
+from agentmem.delta.model import SteeredModel
 from agentmem.engine import Engine
 from agentmem.errors import AdapterError, ConfigError, MissingAdapterError, ModelNotFoundError
 from agentmem.quantization import quantization_config
-from agentmem.steered import SteeredModel
 
 NANO = Path(__file__).parent / "nano" / "weights"
 

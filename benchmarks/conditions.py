@@ -16,8 +16,8 @@ import torch
 import transformers
 
 import agentmem
+from agentmem.generation.cuda_graph import replays
 from agentmem.kernels import runs_numba, runs_triton
-from agentmem.replay import replays
 
 
 def processor() -> str:

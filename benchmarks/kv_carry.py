@@ -27,8 +27,8 @@ from rich.table import Table
 
 from agentmem import Engine, Message, Sampling, Window, load
 from agentmem.evaluation.intervals import share
-from agentmem.nano.language import Binding, answer, ask
-from agentmem.nano.turns import Talk
+from agentmem.nano.recipe.language import Binding, answer, ask
+from agentmem.nano.recipe.turns import Talk
 
 WINDOWS = {"the whole thread in view": None, "the last 4 messages in view": 4}
 KV = Literal["exact", "carry"]

@@ -46,8 +46,8 @@ from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
 from agentmem import SteeredModel
+from agentmem.generation.cuda_graph import replays
 from agentmem.kernels import runs_numba
-from agentmem.replay import replays
 
 
 @dataclass(frozen=True)

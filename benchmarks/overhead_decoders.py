@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache, Qwen3ForCausalLM
 
 from agentmem import SteeredModel
-from agentmem.replay import Captures, Replay
-from agentmem.seating import Block
+from agentmem.generation.batch_cache import Block
+from agentmem.generation.cuda_graph import Captures, Replay
 
 SENTENCE = 32
 """Tokens of a segment."""

@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import Tensor
 
 from agentmem import kernels
-from agentmem.recurrence import block_length, scan, scan_blocked, scan_loop, scan_reference
+from agentmem.kernels.recurrence import block_length, scan, scan_blocked, scan_loop, scan_reference
 
 Form = Callable[..., tuple[Tensor, Tensor]]
 

@@ -33,7 +33,7 @@ from shapes import REAL, SMALL, TINY, attached
 
 import agentmem
 from agentmem import Engine, Message, Sampling, Turn
-from agentmem.replay import replays
+from agentmem.generation.cuda_graph import replays
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
 SHAPES = {one.name: one for one in (*SMALL, *REAL, TINY)}

@@ -13,7 +13,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from agentmem import MemoryConfig, SteeredModel
-from agentmem.replay import replays
+from agentmem.generation.cuda_graph import replays
 
 VOCABULARY = 512
 """Of the random models on a CPU: the product with the vocabulary is the same for both, and would hide what differs."""

@@ -21,11 +21,11 @@ from typing import Literal, get_args
 import numpy as np
 
 from agentmem.engine import Engine
+from agentmem.generation.sampling import Sampling
 from agentmem.messages import Message
-from agentmem.nano.language import Binding, ask, draw_bindings, filler, is_correct, tell
-from agentmem.sampling import Sampling
+from agentmem.nano.recipe.language import Binding, ask, draw_bindings, filler, is_correct, tell
+from agentmem.prompt.window import Window
 from agentmem.state import MemoryState
-from agentmem.window import Window
 
 Arm = Literal["whole", "window", "zeroed", "foreign", "memory"]
 ARMS: tuple[Arm, ...] = get_args(Arm)

@@ -12,7 +12,7 @@ import torch
 from numba import types
 from torch import Tensor
 
-from agentmem.kernels.addresses import compiled, floats
+from agentmem.kernels.numba_jit import compiled, floats
 
 __all__ = ["scan"]
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from agentmem.kernels.addresses import address, compiled, floats, inlined, numbers, octets
+from agentmem.kernels.numba_jit import address, compiled, floats, inlined, numbers, octets
 
 __all__ = ["STEER", "WRITE", "steer", "write"]
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from agentmem.errors import StateMismatchError, TurnError
-from agentmem.kernels import plain
+from agentmem.kernels import torch_ops
 
 _logger = logging.getLogger(__name__)
 Mode = Literal["standard", "lambda_outside", "no_lambda"]
@@ -347,7 +347,7 @@ def _kernels(like: Tensor) -> bool:
 
 def _steps(like: Tensor) -> ModuleType:
     if not _kernels(like):
-        return plain
+        return torch_ops
     from agentmem.kernels import triton_step
 
     return triton_step
@@ -355,7 +355,7 @@ def _steps(like: Tensor) -> ModuleType:
 
 def _scans(like: Tensor) -> ModuleType:
     if not _kernels(like):
-        return plain
+        return torch_ops
     from agentmem.kernels import triton_scan
 
     return triton_scan
@@ -363,7 +363,7 @@ def _scans(like: Tensor) -> ModuleType:
 
 def _backwards(like: Tensor) -> ModuleType:
     if not _kernels(like):
-        return plain
+        return torch_ops
     from agentmem.kernels import triton_scan_backward
 
     return triton_scan_backward

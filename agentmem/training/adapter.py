@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from agentmem.delta.layer import LayerMemory
+from agentmem.delta.model import SteeredModel
 from agentmem.errors import ConfigError
-from agentmem.steered import SteeredModel
-from agentmem.steering import LayerMemory
 from agentmem.training.blocks import attending_apart
 from agentmem.training.loop import PARTS, Plan, TrainingLog, fit
 

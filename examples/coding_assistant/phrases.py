@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from agentmem.nano.pools import WORDS
+from agentmem.nano.recipe.pools import WORDS
 
 SMALL_TALK = ("Hello!", "The meeting was boring.")
 NANO_SYSTEM = "You are a coding assistant."

@@ -20,9 +20,9 @@ from typing import Any
 
 from langchain_core.messages import AIMessage
 
-from agentmem.nano import language
-from agentmem.nano.language import Binding
-from agentmem.nano.pools import WORDS
+from agentmem.nano.recipe import language
+from agentmem.nano.recipe.language import Binding
+from agentmem.nano.recipe.pools import WORDS
 
 SETTINGS = ("database", "branch", "build tool", "license", "codename", "currency", "framework", "cloud region")
 _NUMBERS = ("retry limit", "upload limit", "page size", "session length", "invoice total")

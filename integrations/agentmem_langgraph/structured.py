@@ -1,6 +1,7 @@
 """Tool choice and structured output in LangChain's and OpenAI's words, as a ``ReplyFormat`` of the engine.
 
-What a caller may write for one thing is brought into one form here; what it means is in ``agentmem.formats``.
+What a caller may write for one thing is brought into one form here; what it means is in
+``agentmem.generation.reply_format``.
 """
 
 from __future__ import annotations

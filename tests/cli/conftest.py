@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,12 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from agentmem import MemoryConfig, SteeredModel
-from agentmem.nano.chatml import TEMPLATE
-
-# pytest's importlib mode leaves these folders off the path.
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "langgraph")]
-
-from cli_talk import Talk  # noqa: E402
+from agentmem.nano.recipe.chatml import TEMPLATE
+from tests.helpers.cli_talk import Talk
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from agentmem import MemoryConfig, SteeredModel, load
-from agentmem.cli.app import app
 from agentmem.errors import ConfigError
+from agentmem_cli.app import app
 
 TINY = ["bench", "--prompt", "24", "--pairs", "2", "--reply", "3", "--sessions", "1", "--sessions", "2"]
 

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_talk import IdealEngine, Talk
 from langchain_core.embeddings import DeterministicFakeEmbedding
 
 from agentmem import Delta, Window
-from agentmem.cli.chat import parse_window
-from agentmem.cli.graph import build_agent, open_threads, thread
 from agentmem.errors import ConfigError
 from agentmem_chroma import FactRetriever, FactStore
+from agentmem_cli.chat import parse_window
+from agentmem_cli.graph import build_agent, open_threads, thread
 from agentmem_langgraph import ChatDeltaMem
+from tests.helpers.cli_talk import IdealEngine, Talk
 
 TOLD = "My favorite color is teal."
 ASKED = "What is my favorite color?"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from agentmem.cli.app import app
 from agentmem.errors import ConfigError, MissingAdapterError
+from agentmem_cli.app import app
 
 
 def chat(said: str, *arguments: object) -> str:
@@ -20,7 +20,7 @@ def chat(said: str, *arguments: object) -> str:
 
 def in_a_process(said: str, *arguments: object) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", "from agentmem.cli import main; main()", "chat", *map(str, arguments)],
+        [sys.executable, "-c", "from agentmem_cli import main; main()", "chat", *map(str, arguments)],
         input=said,
         capture_output=True,
         text=True,

@@ -15,10 +15,10 @@ import pytest
 from typer.testing import CliRunner
 
 import agentmem
-from agentmem.cli.app import app
-from agentmem.cli.scores import Score, shortfalls
-from agentmem.cli.script import draw_script
-from agentmem.nano.language import named_values
+from agentmem.nano.recipe.language import named_values
+from agentmem_cli.app import app
+from agentmem_cli.scores import Score, shortfalls
+from agentmem_cli.script import draw_script
 
 NANO = Path(agentmem.__file__).parent / "nano" / "weights"
 SEEDS = range(40)
@@ -155,7 +155,7 @@ def test_demo_with_nano(tmp_path: Path, needs: Callable[[object, str], None]) ->
     """The main job: learned in one process, known in another, and only with the thread's own memory."""
     needs((NANO / "adapter").is_dir(), "the embedded model's weights (agentmem nano build)")
     done = subprocess.run(
-        [sys.executable, "-c", "from agentmem.cli import main; main()", "demo", "--data", str(tmp_path / "data")],
+        [sys.executable, "-c", "from agentmem_cli import main; main()", "demo", "--data", str(tmp_path / "data")],
         capture_output=True,
         text=True,
         check=False,

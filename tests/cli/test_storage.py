@@ -19,8 +19,8 @@ from langgraph.checkpoint.base import empty_checkpoint
 from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
 from typer.testing import CliRunner
 
-from agentmem.cli import app as cli
 from agentmem.errors import ConfigError, MissingExtraError, StorageError
+from agentmem_cli import app as cli
 from agentmem_sql import SQLAlchemySaver
 
 KEY = "k" * 32
@@ -180,7 +180,7 @@ def test_wrong_usage_removes_nothing(file: Path, options: tuple[str, ...], said:
 def answer(path: Path, text: str, *options: str) -> tuple[int, str]:
     """Run ``prune --keep 1`` as a process on a terminal, and answer it."""
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-c", "from agentmem.cli import main; main()", "storage", "prune", str(path)]
+    command = [sys.executable, "-c", "from agentmem_cli import main; main()", "storage", "prune", str(path)]
     running = subprocess.Popen(
         [*command, "--keep", "1", *options], stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -207,7 +207,7 @@ def test_a_terminal_is_asked(file: Path) -> None:
 
 def test_as_a_process(file: Path) -> None:
     """In one line of an error, and without loading torch."""
-    code = "import sys, agentmem.cli as cli\ntry: cli.main()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
+    code = "import sys, agentmem_cli as cli\ntry: cli.main()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
     command = [sys.executable, "-c", code, "storage", "report"]
     done = subprocess.run([*command, str(file), "--json"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.strip()) == (0, "False")

@@ -1,4 +1,4 @@
-"""Puts ``core_models`` on the path: pytest's importlib mode leaves this folder off it."""
+"""The scripts of the benchmarks, for the tests that call them."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from core_models import GOLDEN, random_ids, steer, tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -20,9 +19,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from agentmem import MemoryConfig, SteeredModel
-from agentmem.adapter import AUTHORS_FILE, SAFETENSORS_FILE, Adapter, load_adapter, save_adapter
-from agentmem.config import CONFIG_FILE
+from agentmem.delta.adapter import AUTHORS_FILE, SAFETENSORS_FILE, Adapter, load_adapter, save_adapter
+from agentmem.delta.config import CONFIG_FILE
 from agentmem.errors import AdapterError, ConfigError
+from tests.helpers.core_models import GOLDEN, random_ids, steer, tiny
 
 CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
 KEY = "model.layers.1.self_attn.memory_q_proj"

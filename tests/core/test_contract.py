@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from core_models import random_ids, random_state, steer, tiny
 
 from agentmem import MemoryConfig, SteeredModel
 from agentmem.errors import AdapterError, ConfigError, SegmentsRequiredError, StateMismatchError, TurnError
+from tests.helpers.core_models import random_ids, random_state, steer, tiny
 
 STRATEGIES = ("token", "message", "sentence")
 

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from core_models import padded, random_ids, random_state, steer, tiny
 from torch import Tensor
 from transformers import StaticCache
 
 from agentmem import SteeredModel
+from tests.helpers.core_models import padded, random_ids, random_state, steer, tiny
 
 pytestmark = pytest.mark.usefixtures("steps")
 

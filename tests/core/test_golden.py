@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from core_models import GOLDEN
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from agentmem import SteeredModel
+from tests.helpers.core_models import GOLDEN
 
 CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
 SEGMENTS = {"message": "prefill.message_ids", "sentence": "prefill.sentence_ids"}

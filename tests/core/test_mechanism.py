@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from core_models import ARCHITECTURES, random_ids, random_state, steer, tiny
-from core_oracle import Oracle
 from torch import Tensor
 
 from agentmem import SteeredModel
+from tests.helpers.core_models import ARCHITECTURES, random_ids, random_state, steer, tiny
+from tests.helpers.core_oracle import Oracle
 
 EVERY_HEAD = ("q", "k", "v", "o")
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from core_models import random_ids, steer, tiny
 from torch import nn
 from transformers import DynamicCache
+
+from tests.helpers.core_models import random_ids, steer, tiny
 
 LENGTH = 1024
 

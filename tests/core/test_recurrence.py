@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from agentmem.recurrence import block_length, scan, scan_blocked, scan_loop, scan_reference
+from agentmem.kernels.recurrence import block_length, scan, scan_blocked, scan_loop, scan_reference
 
 Form = Callable[..., tuple[Tensor, Tensor]]
 Inputs = tuple[Tensor, ...]

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from core_models import random_ids, random_state, steer, tiny
 from torch import Tensor
 
 from agentmem.errors import ConfigError, TurnError
+from tests.helpers.core_models import random_ids, random_state, steer, tiny
 
 
 def answer(model: Any) -> Tensor:

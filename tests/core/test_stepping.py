@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from core_models import random_ids, steer, tiny
 from torch import nn
 
 from agentmem import SteeredModel
+from agentmem.delta.passes import row_of, side_by_side
 from agentmem.errors import TurnError
-from agentmem.passes import row_of, side_by_side
+from tests.helpers.core_models import random_ids, steer, tiny
 
 pytestmark = pytest.mark.usefixtures("steps")
 
@@ -164,7 +164,7 @@ def test_weights_that_changed_since_count(change: Any, frozen: bool) -> None:
 def test_what_computes_a_step_is_what_was_asked_for(steps: str, monkeypatch: pytest.MonkeyPatch) -> None:
     steered, called = steer(tiny("qwen3")), []
     if find_spec("numba") is not None:
-        from agentmem import compiled
+        from agentmem.delta import decode_numba as compiled
 
         real = compiled.steer
         monkeypatch.setattr(compiled, "steer", lambda *given: called.append(given) or real(*given))

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from core_models import random_ids, random_state, steer, tiny
 from torch import Tensor
 
-from agentmem.recurrence import scan_reference
+from agentmem.kernels.recurrence import scan_reference
+from tests.helpers.core_models import random_ids, random_state, steer, tiny
 
 GRADIENT_CASES: dict[str, dict[str, Any]] = {
     "paper": {},

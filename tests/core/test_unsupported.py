@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from core_models import tiny
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -20,6 +19,7 @@ from transformers import (
 
 from agentmem import MemoryConfig, SteeredModel
 from agentmem.errors import UnsupportedModelError
+from tests.helpers.core_models import tiny
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 40,

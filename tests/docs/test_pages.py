@@ -82,7 +82,7 @@ def make_targets() -> frozenset[str]:
 @cache
 def agentmem_help(command: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
     """What `agentmem COMMAND --help` prints; an unknown command exits with 2."""
-    call = [sys.executable, "-c", "from agentmem.cli import main; main()", *command, "--help"]
+    call = [sys.executable, "-c", "from agentmem_cli import main; main()", *command, "--help"]
     # Wide and plain, so that no option is cut or split by colour codes.
     environment = {"PATH": "/usr/bin:/bin", "COLUMNS": "240", "NO_COLOR": "1", "TERM": "dumb"}
     return subprocess.run(call, env=environment, capture_output=True, text=True, timeout=120, check=False)

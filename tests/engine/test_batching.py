@@ -16,7 +16,7 @@ from torch import Tensor
 
 from agentmem import Engine, MemoryState, Message, ReplyFormat, Sampling, Turn, Window
 from agentmem.errors import ConfigError, TurnCancelledError, TurnTimeoutError
-from agentmem.seating import Block
+from agentmem.generation.batch_cache import Block
 
 MakeEngine = Callable[..., Engine]
 LISTED = ReplyFormat(schema={"type": "array", "items": {"type": "integer"}, "minItems": 4, "maxItems": 9})
@@ -237,7 +237,7 @@ def test_a_batch_that_does_not_fit_is_split(make_engine: MakeEngine, monkeypatch
 def test_batches_grow_again_when_there_is_memory_again(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agentmem.batching._PATIENCE", 8)
+    monkeypatch.setattr("agentmem.generation.batch._PATIENCE", 8)
     engine, fits = make_engine(max_batch=6), [3]
     count = Count(engine, monkeypatch)
 
@@ -272,7 +272,7 @@ def test_one_that_fails_does_not_take_the_others_with_it(
     def broken(*_: object) -> int:
         raise ZeroDivisionError("no token today")
 
-    from agentmem import sampling as module
+    from agentmem.generation import sampling as module
 
     real = module.Sampler.choose
     with ThreadPoolExecutor(7) as pool:

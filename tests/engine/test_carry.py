@@ -11,7 +11,7 @@ import torch
 
 from agentmem import Message, Sampling, Window
 from agentmem.errors import ConfigError
-from agentmem.turn import Turn
+from agentmem.generation.turn import Turn
 
 pytestmark = pytest.mark.usefixtures("steps")
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from transcript_templates import CHATML, GEMMA, LLAMA, MISTRAL, QWEN, tokenizer
 
 from agentmem import Message, Sampling, Window
 from agentmem.errors import TranscriptError
+from agentmem.generation.plan import plan_remember
 from agentmem.messages import ToolCall
-from agentmem.plan import plan_remember
+from agentmem.prompt.transcript import Transcript
 from agentmem.record import ConsumedRecord
-from agentmem.transcript import Transcript
+from tests.helpers.transcript_templates import CHATML, GEMMA, LLAMA, MISTRAL, QWEN, tokenizer
 
 SHORT = Sampling(max_tokens=3)
 

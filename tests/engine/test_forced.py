@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from agentmem import Engine, Message, ReplyFormat, Sampling, Turn
-from agentmem.constraint import Constraint
-from agentmem.session import Session
+from agentmem.generation.guided import Constraint
+from agentmem.generation.session import Session
 
 MakeEngine = Callable[..., Engine]
 ASK = [Message("user", "Hello there, how are you?")]

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from transcript_templates import QWEN, SMOLLM
-from transcript_templates import tokenizer as transcript_tokenizer
 from transformers import Qwen3Config, Qwen3ForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
 
 import agentmem
 from agentmem import MemoryConfig, Message, Sampling, SteeredModel, Window, loading, quantization
-from agentmem.adapter import load_adapter, save_adapter
+from agentmem.delta.adapter import load_adapter, save_adapter
 from agentmem.errors import AdapterError, ConfigError, MissingAdapterError, ModelNotFoundError
+from tests.helpers.transcript_templates import QWEN, SMOLLM
+from tests.helpers.transcript_templates import tokenizer as transcript_tokenizer
 
 ASK = [Message("user", "How are you?")]
 

@@ -14,9 +14,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from agentmem import Engine, Message, Sampling, Turn, batching, steered
-from agentmem.replay import CannotCapture, Captures, Replay
-from agentmem.seating import Block
+from agentmem import Engine, Message, Sampling, Turn
+from agentmem.delta import model as steered
+from agentmem.generation import batch as batching
+from agentmem.generation.batch_cache import Block
+from agentmem.generation.cuda_graph import CannotCapture, Captures, Replay
 
 MakeEngine = Callable[..., Engine]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from agentmem.decoding import Decoder, StopFinder
-from agentmem.replies import ReplyParser, Tags
+from agentmem.generation.detokenize import Decoder, StopFinder
+from agentmem.generation.output_parser import ReplyParser, Tags
 
 CALL = '<tool_call>\n{"name": "run", "arguments": {"cmd": "pytest -q", "n": 3}}\n</tool_call>'
 

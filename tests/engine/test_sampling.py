@@ -9,7 +9,7 @@ import torch
 
 from agentmem import Sampling
 from agentmem.errors import TurnError
-from agentmem.sampling import Sampler, choose_all
+from agentmem.generation.sampling import Sampler, choose_all
 
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 0.5, 3.0, -torch.inf, 1.0, -2.0])
 

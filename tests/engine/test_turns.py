@@ -17,8 +17,8 @@ from agentmem.errors import (
     TranscriptError,
     WindowError,
 )
-from agentmem.sentences import sentence_numbers
-from agentmem.transcript import Transcript
+from agentmem.prompt.sentences import sentence_numbers
+from agentmem.prompt.transcript import Transcript
 
 STRATEGIES = ("token", "message", "sentence")
 

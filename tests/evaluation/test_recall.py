@@ -13,7 +13,7 @@ from agentmem.evaluation.intervals import share
 from agentmem.evaluation.recall import ARMS, CELLS, MEMORY_ARMS, Cell, measure
 from agentmem.evaluation.report import BEGIN, END, details, markdown, missed_bars, plot, put_into
 from agentmem.evaluation.runner import Setup, plan, run, save
-from agentmem.nano.language import draw_bindings
+from agentmem.nano.recipe.language import draw_bindings
 
 
 def test_intervals_come_from_conversations() -> None:

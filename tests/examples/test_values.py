@@ -7,9 +7,9 @@ from dataclasses import astuple
 from random import Random
 
 from agentmem.messages import Message
-from agentmem.nano.chatml import render
-from agentmem.nano.episodes import draw_episode, draw_memory_episode
-from agentmem.nano.pools import ATTRIBUTES
+from agentmem.nano.recipe.chatml import render
+from agentmem.nano.recipe.episodes import draw_episode, draw_memory_episode
+from agentmem.nano.recipe.pools import ATTRIBUTES
 from analysis_agent import phrases as analysis
 from coding_assistant import phrases as coding
 from hybrid_rag.parts import TOLD

@@ -9,16 +9,11 @@ from __future__ import annotations
 
 import os
 import random
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-# Of this folder, and the models of the core tests.
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "core")]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from core_models import random_ids, random_state, steer, tiny
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,7 +14,8 @@ from transformers import StaticCache
 
 from agentmem import SteeredModel
 from agentmem.errors import SegmentsRequiredError, StateMismatchError, TurnError
-from agentmem.seating import Block
+from agentmem.generation.batch_cache import Block
+from tests.helpers.core_models import random_ids, random_state, steer, tiny
 
 PROMPT, ROOM, LAYERS = 6, 16, 2
 # Of a pool of five; rows 0 and 1 begin in slots 1 and 3.

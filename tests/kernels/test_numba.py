@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import close, defined_scan, defined_step, generator, scan_inputs, weights_for
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from agentmem import kernels
 from agentmem.kernels import ops
+from tests.helpers.kernel_cases import close, defined_scan, defined_step, generator, scan_inputs, weights_for
 
 LAYERS, SCALE, START = 3, 0.7, 2
 

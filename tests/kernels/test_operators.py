@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import scan_inputs
-from test_step import arguments
 from torch import Tensor, nn
 
 from agentmem import kernels
+from tests.helpers.kernel_cases import scan_inputs
+from tests.kernels.test_step import arguments
 
 # What tracing makes of them is seen below, in graphs.
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")

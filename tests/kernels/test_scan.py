@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import NAMES, close, defined_scan, generator, moved, scan_inputs, weights_for
 from torch import Tensor
 
 from agentmem import kernels
 from agentmem.errors import StateMismatchError, TurnError
+from tests.helpers.kernel_cases import NAMES, close, defined_scan, generator, moved, scan_inputs, weights_for
 
 
 def check(

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import close, defined_step, generator, moved
 from torch import Tensor
 
 from agentmem import kernels
 from agentmem.errors import StateMismatchError, TurnError
+from tests.helpers.kernel_cases import close, defined_step, generator, moved
 
 # Slots 0 to SLOTS - 1 of a pool of LAYERS layers.
 SLOTS, LAYERS = 5, 3

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +10,8 @@ import pytest
 import agentmem
 from agentmem import loading
 from agentmem_langgraph import ChatDeltaMem
-
-# pytest's importlib mode leaves this folder off the path.
-sys.path.insert(0, str(Path(__file__).parent))
-
-from fake_engine import FakeEngine
-from worlds import World, world
+from tests.helpers.fake_engine import FakeEngine
+from tests.helpers.worlds import World, world
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 import pytest
-from fake_engine import FakeEngine
 from langchain.agents import create_agent
 from langchain.agents.middleware import HumanInTheLoopMiddleware, SummarizationMiddleware
 from langchain.agents.structured_output import ProviderStrategy, ToolStrategy
@@ -19,6 +18,7 @@ from pydantic import BaseModel
 
 from agentmem import Delta, Engine, Window
 from agentmem_langgraph import ChatDeltaMem, MemoryMiddleware
+from tests.helpers.fake_engine import FakeEngine
 
 THREAD: RunnableConfig = {"configurable": {"thread_id": "1"}}
 TELL = "My favorite color is teal."

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fake_engine import FakeEngine
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage
 from langchain_core.runnables import ConfigurableField
@@ -14,6 +13,7 @@ from pydantic import ValidationError
 from agentmem import Delta, MemoryState, Window
 from agentmem.errors import ConfigError, MissingAdapterError
 from agentmem_langgraph import ChatDeltaMem, MemoryTurn
+from tests.helpers.fake_engine import FakeEngine
 
 TELL = "My favorite color is teal."
 ASK = "What is my favorite color?"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fake_engine import FakeEngine
 from langchain_core.messages import AIMessageChunk, HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from pydantic import BaseModel
 
 from agentmem.errors import ConfigError
 from agentmem_langgraph import ChatDeltaMem, MemoryTurn
+from tests.helpers.fake_engine import FakeEngine
 
 
 def gathered(chunks: list[AIMessageChunk]) -> AIMessageChunk:

@@ -20,10 +20,10 @@ from langgraph.graph.message import add_messages
 from langgraph.prebuilt import ToolNode, tools_condition
 from langgraph.types import Command, Overwrite, RetryPolicy, Send, interrupt
 from typing_extensions import TypedDict
-from worlds import World
 
 from agentmem import MemoryState, Window
 from agentmem_langgraph import MemoryChannel, MemoryNode
+from tests.helpers.worlds import World
 
 # The limit ends the test of a model that calls tools for ever.
 THREAD: RunnableConfig = {"configurable": {"thread_id": "1"}, "recursion_limit": 10}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import pytest
-from fake_engine import FakeEngine
 from langchain.agents import create_agent
 from langchain.agents.middleware import AgentMiddleware, ModelRetryMiddleware
 from langchain_core.messages import AnyMessage, HumanMessage
@@ -20,6 +19,7 @@ from typing_extensions import TypedDict
 from agentmem import MemoryState, Window
 from agentmem.errors import TurnError
 from agentmem_langgraph import ChatDeltaMem, MemoryChannel, MemoryMiddleware
+from tests.helpers.fake_engine import FakeEngine
 
 THREAD: RunnableConfig = {"configurable": {"thread_id": "1"}}
 TELL = "My favorite color is teal."

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from fake_engine import FakeEngine
 from langchain_core.documents import Document
 from langchain_core.language_models import FakeListChatModel
 from langchain_core.messages import HumanMessage, SystemMessage
@@ -16,6 +15,7 @@ from pydantic import Field
 from agentmem import MemoryState
 from agentmem.errors import TranscriptError, TurnError
 from agentmem_langgraph import ChatDeltaMem, MemoryNode, numbered_facts
+from tests.helpers.fake_engine import FakeEngine
 
 HELLO = {"messages": [HumanMessage("Hello!")]}
 

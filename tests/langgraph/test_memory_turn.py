@@ -8,7 +8,6 @@ from dataclasses import is_dataclass
 from typing import Any
 
 import pytest
-from fake_engine import FakeEngine
 from langchain_core.caches import InMemoryCache
 from langchain_core.globals import set_llm_cache
 from langchain_core.language_models import BaseChatModel
@@ -16,6 +15,7 @@ from langchain_core.language_models import BaseChatModel
 from agentmem import MemoryState
 from agentmem.errors import CorruptStateError, TurnError
 from agentmem_langgraph import ChatDeltaMem, MemoryTurn
+from tests.helpers.fake_engine import FakeEngine
 
 TELL = "My favorite color is teal."
 ASK = "What is my favorite color?"

@@ -7,7 +7,6 @@ import weakref
 from typing import Any
 
 import pytest
-from fake_engine import FakeEngine
 from langchain_core.messages import (
     AIMessage,
     BaseMessage,
@@ -22,6 +21,7 @@ from langchain_core.messages import (
 from agentmem import Message
 from agentmem.errors import TranscriptError
 from agentmem_langgraph import ChatDeltaMem
+from tests.helpers.fake_engine import FakeEngine
 
 
 def seen(fake: FakeEngine, *messages: BaseMessage) -> list[Message]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated
 
 import pytest
-from fake_engine import FakeEngine
 from langchain_core.messages import AnyMessage, HumanMessage
 from langchain_core.runnables import RunnableConfig
 from langchain_core.tracers.base import BaseTracer
@@ -21,10 +20,11 @@ from langgraph.graph import START, StateGraph
 from langgraph.graph.message import add_messages
 from langsmith._internal._serde import dumps_json
 from typing_extensions import TypedDict
-from worlds import World, world
 
 from agentmem import MemoryState
 from agentmem_langgraph import MemoryChannel, MemoryNode, MemoryTurn, without_matrices
+from tests.helpers.fake_engine import FakeEngine
+from tests.helpers.worlds import World, world
 
 THREAD: RunnableConfig = {"configurable": {"thread_id": "1"}}
 
@@ -65,7 +65,7 @@ def matrices_in(payload: bytes, memory: MemoryState) -> bool:
 
 
 def test_every_kind_of_value_survives_strict_msgpack() -> None:
-    script = Path(__file__).parent / "strict_graphs.py"
+    script = Path(__file__).parents[1] / "helpers" / "strict_graphs.py"
     env = os.environ | {"LANGGRAPH_STRICT_MSGPACK": "true", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import numpy as np
 import pytest
 import torch
-from fake_engine import FakeEngine
 from langchain.agents import create_agent
 from langchain_core.messages import AnyMessage, HumanMessage
 from langchain_core.runnables import RunnableConfig
@@ -23,10 +22,11 @@ from langgraph.graph.message import add_messages
 from langgraph.prebuilt import ToolNode, tools_condition
 from pydantic import BaseModel
 from typing_extensions import TypedDict
-from worlds import World, world
 
 from agentmem import MemoryState
 from agentmem_langgraph import MemoryChannel, MemoryMiddleware, MemoryNode, MemoryTurn
+from tests.helpers.fake_engine import FakeEngine
+from tests.helpers.worlds import World, world
 
 THREAD: RunnableConfig = {"configurable": {"thread_id": "1"}}
 WAYS = ("model", "node", "agent")

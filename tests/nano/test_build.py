@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agentmem import SteeredModel
 from agentmem.errors import ConfigError
-from agentmem.nano.build import Recipe, build
-from agentmem.nano.model import fresh_model, nano_config
-from agentmem.nano.tokenizer import train_tokenizer
+from agentmem.nano.recipe.build import Recipe, build
+from agentmem.nano.recipe.model import fresh_model, nano_config
+from agentmem.nano.recipe.tokenizer import train_tokenizer
 from agentmem.training.loop import Plan
 from agentmem.training.pretrain import pad_batch, pretrain
 

@@ -14,14 +14,14 @@ from langchain_core.tools import StructuredTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import Field, create_model
 
-from agentmem.nano import episodes, language, offers, requests, toolchat
-from agentmem.nano.chatml import render
-from agentmem.nano.chatter import chatter
-from agentmem.nano.episodes import Episode, MemoryEpisode, draw_episode, draw_memory_episode
-from agentmem.nano.language import Binding
-from agentmem.nano.outcomes import OUTCOMES, outcome_of
-from agentmem.nano.pools import ATTRIBUTES
-from agentmem.nano.spans import draw_span
+from agentmem.nano.recipe import episodes, language, offers, requests, toolchat
+from agentmem.nano.recipe.chatml import render
+from agentmem.nano.recipe.chatter import chatter
+from agentmem.nano.recipe.episodes import Episode, MemoryEpisode, draw_episode, draw_memory_episode
+from agentmem.nano.recipe.language import Binding
+from agentmem.nano.recipe.outcomes import OUTCOMES, outcome_of
+from agentmem.nano.recipe.pools import ATTRIBUTES
+from agentmem.nano.recipe.spans import draw_span
 
 
 def test_pools_are_large_and_free_of_repeats() -> None:

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from agentmem import SteeredModel
 from agentmem.loading import NANO
 from agentmem.messages import Message
-from agentmem.nano import language, toolchat
-from agentmem.nano.chatml import render
-from agentmem.nano.language import Binding
+from agentmem.nano.recipe import language, toolchat
+from agentmem.nano.recipe.chatml import render
+from agentmem.nano.recipe.language import Binding
 
 TOKENIZER = AutoTokenizer.from_pretrained(NANO)
 

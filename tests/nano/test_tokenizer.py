@@ -12,10 +12,10 @@ from transformers import AutoTokenizer
 
 from agentmem.loading import NANO
 from agentmem.messages import Message, ToolCall
-from agentmem.nano.chatml import render
-from agentmem.nano.episodes import draw_episode
-from agentmem.nano.pools import ATTRIBUTES, WORDS
-from agentmem.nano.tokenizer import CONTROL, MARKUP, train_tokenizer, twins
+from agentmem.nano.recipe.chatml import render
+from agentmem.nano.recipe.episodes import draw_episode
+from agentmem.nano.recipe.pools import ATTRIBUTES, WORDS
+from agentmem.nano.recipe.tokenizer import CONTROL, MARKUP, train_tokenizer, twins
 
 TOKENIZER = AutoTokenizer.from_pretrained(NANO)
 

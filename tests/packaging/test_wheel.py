@@ -21,7 +21,7 @@ import pytest
 import agentmem
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = {"agentmem", "agentmem_langgraph", "agentmem_sql", "agentmem_chroma"}
+PACKAGES = {"agentmem", "agentmem_langgraph", "agentmem_sql", "agentmem_chroma", "agentmem_cli"}
 MAX_WHEEL_BYTES = 14_000_000
 MAX_NANO_BYTES = 12_000_000
 
@@ -92,7 +92,7 @@ def only_numpy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_top_level_is_the_four_packages_and_nothing_else(names: set[str]) -> None:
+def test_top_level_is_the_packages_and_nothing_else(names: set[str]) -> None:
     top = {name.partition("/")[0] for name in names}
     (info,) = (name for name in top if name.endswith(".dist-info"))
     assert top - {info} == PACKAGES
@@ -155,7 +155,7 @@ def test_extras_are_the_documented_ones(metadata: Message) -> None:
 def test_console_script_is_installed(python: Path) -> None:
     script = python.with_name("agentmem")
     assert os.access(script, os.X_OK)
-    assert "from agentmem.cli import main" in script.read_text()
+    assert "from agentmem_cli import main" in script.read_text()
 
 
 def test_errors_import_in_an_empty_environment(python: Path) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import sqlite3
 import ssl
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -25,11 +24,7 @@ from sqlalchemy import URL, Connection, NullPool, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError
 
 from agentmem_sql import SQLAlchemySaver
-
-# pytest's importlib mode leaves this folder off the path; sql_cases is shared with child processes.
-sys.path.insert(0, str(Path(__file__).parent))
-
-from sql_chains import empty, plain_sql, shared_database, unaccounted
+from tests.helpers.sql_chains import empty, plain_sql, shared_database, unaccounted
 
 BACKENDS = ("sqlite", "postgresql", "mysql")
 ASYNC_DRIVERS = ("sqlite+aiosqlite", "postgresql+psycopg", "postgresql+asyncpg", "mysql+asyncmy")

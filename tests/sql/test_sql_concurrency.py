@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sql_cases import checkpoint, config, put
-from sql_chains import unaccounted
-from sql_graphs import chat_graph, say
-from sql_processes import Template, template
 from sqlalchemy import Engine, event
 
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
+from tests.helpers.sql_cases import checkpoint, config, put
+from tests.helpers.sql_chains import unaccounted
+from tests.helpers.sql_graphs import chat_graph, say
+from tests.helpers.sql_processes import Template, template
 
 Sql = Callable[..., list[Any]]
 

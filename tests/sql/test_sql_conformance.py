@@ -9,9 +9,9 @@ import pytest
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.checkpoint.conformance import checkpointer_test, validate
 from langgraph.checkpoint.conformance.capabilities import Capability
-from sql_mirror import METHODS, SyncMirror
 
 from agentmem_sql import SQLAlchemySaver
+from tests.helpers.sql_mirror import METHODS, SyncMirror
 
 NewUrl = Callable[[str], str]
 

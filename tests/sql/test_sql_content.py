@@ -25,12 +25,12 @@ from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.checkpoint.serde.types import _DeltaSnapshot
 from langgraph.types import Command, Interrupt, Send
 from pydantic import BaseModel
-from sql_cases import config, memory, put
-from sql_graphs import chat_graph, say
-from sql_values import messages, nested, read, scalars, serialised, spelled
 
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
+from tests.helpers.sql_cases import config, memory, put
+from tests.helpers.sql_graphs import chat_graph, say
+from tests.helpers.sql_values import messages, nested, read, scalars, serialised, spelled
 
 Sql = Callable[..., list[Any]]
 

@@ -10,10 +10,10 @@ import pytest
 from langchain_core.messages import HumanMessage
 from langgraph.checkpoint.base import writes_sort_key
 from langgraph.checkpoint.serde.types import ERROR, INTERRUPT, RESUME
-from sql_cases import checkpoint, config, memory, put
 
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
+from tests.helpers.sql_cases import checkpoint, config, memory, put
 
 EXACT = ("utf-8", "surrogatepass")
 ODD = [

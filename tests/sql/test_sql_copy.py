@@ -10,10 +10,10 @@ from langchain_core.messages import HumanMessage
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import CheckpointTuple
 from langgraph.checkpoint.serde.types import INTERRUPT, _DeltaSnapshot
-from sql_cases import config
-from sql_chains import grow, history, id_of, made, write
 
 from agentmem_sql import SQLAlchemySaver
+from tests.helpers.sql_cases import config
+from tests.helpers.sql_chains import grow, history, id_of, made, write
 
 Sql = Callable[..., list[Any]]
 NAMESPACES = ("", "sub:1|deeper:2", "n" * 300)

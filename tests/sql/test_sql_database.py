@@ -9,8 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from sql_cases import config, put
-from sql_works import BACKENDS, SERVERS, TABLES, add, both, change, names, value
 from sqlalchemy import Connection, NullPool, create_engine, make_url, text
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -20,6 +18,8 @@ from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.database import Database
 from agentmem_sql.dialects import add_rows, insert_missing, upsert
+from tests.helpers.sql_cases import config, put
+from tests.helpers.sql_works import BACKENDS, SERVERS, TABLES, add, both, change, names, value
 
 Sql = Callable[..., list[Any]]
 NewUrl = Callable[[str], str]

@@ -17,13 +17,13 @@ from langchain_core.messages import HumanMessage
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import BaseCheckpointSaver, DeltaChannelHistory
 from langgraph.checkpoint.serde.types import _DeltaSnapshot
-from sql_cases import config
-from sql_chains import grow, history, id_of, made, write
-from sql_mirror import SyncMirror
 from sqlalchemy import Engine, create_engine, event
 
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
+from tests.helpers.sql_cases import config
+from tests.helpers.sql_chains import grow, history, id_of, made, write
+from tests.helpers.sql_mirror import SyncMirror
 
 NewUrl = Callable[[str], str]
 Sql = Callable[..., list[Any]]

@@ -13,12 +13,12 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.serde.types import _DeltaSnapshot
 from langgraph.types import Command
-from sql_cases import config
-from sql_chains import grow, history, id_of, ids, unaccounted
-from sql_graphs import chat_graph, delta_graph, say
 from sqlalchemy import make_url
 
 from agentmem_sql import SQLAlchemySaver
+from tests.helpers.sql_cases import config
+from tests.helpers.sql_chains import grow, history, id_of, ids, unaccounted
+from tests.helpers.sql_graphs import chat_graph, delta_graph, say
 
 Sql = Callable[..., list[Any]]
 State = tuple[list[tuple[str, str]], list[str], int, bytes]

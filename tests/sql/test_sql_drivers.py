@@ -11,13 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from sql_cases import config, finish, put, start_child
-from sql_works import aput
 from sqlalchemy import make_url
 
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.drivers import drivers, parse
+from tests.helpers.sql_cases import config, finish, put, start_child
+from tests.helpers.sql_works import aput
 
 Sql = Callable[..., list[Any]]
 NewUrl = Callable[[str], str]

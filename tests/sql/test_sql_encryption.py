@@ -13,15 +13,27 @@ import pytest
 from langchain_core.messages import HumanMessage
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
-from sql_cases import checkpoint, config, finish, memory, put, start_child
-from sql_graphs import chat_graph, say
-from sql_protection import HMAC_KEY, NEWEST, PROTECTION, Change, Filled, aes, fill, forge, make_filled, of, update
-from sql_values import read, spelled
 
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.trees import VALUE
 from agentmem_sql.vault import Vault
+from tests.helpers.sql_cases import checkpoint, config, finish, memory, put, start_child
+from tests.helpers.sql_graphs import chat_graph, say
+from tests.helpers.sql_protection import (
+    HMAC_KEY,
+    NEWEST,
+    PROTECTION,
+    Change,
+    Filled,
+    aes,
+    fill,
+    forge,
+    make_filled,
+    of,
+    update,
+)
+from tests.helpers.sql_values import read, spelled
 
 Sql = Callable[..., list[Any]]
 

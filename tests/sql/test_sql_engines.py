@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sql_cases import config, put
-from sql_works import aput
 from sqlalchemy import Connection, Engine, NullPool, create_engine, event, make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
@@ -21,6 +19,8 @@ from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.database import Database
 from agentmem_sql.tables import Tables
+from tests.helpers.sql_cases import config, put
+from tests.helpers.sql_works import aput
 
 Sql = Callable[..., list[Any]]
 NewUrl = Callable[[str], str]

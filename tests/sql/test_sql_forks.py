@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
-from sql_processes import Template, template
 
 from agentmem_sql import SQLAlchemySaver
+from tests.helpers.sql_processes import Template, template
 
 NewUrl = Callable[[str], str]
 

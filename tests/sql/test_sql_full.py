@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sql_cases import config, put
-from sql_chains import unaccounted
-from sql_fault_child import INTERRUPT, Async, Sync, pending, question, values
 from sqlalchemy import create_engine, event, make_url
 
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
+from tests.helpers.sql_cases import config, put
+from tests.helpers.sql_chains import unaccounted
+from tests.helpers.sql_fault_child import INTERRUPT, Async, Sync, pending, question, values
 
 Sql = Callable[..., list[Any]]
 NewUrl = Callable[[str], str]

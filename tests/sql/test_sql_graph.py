@@ -7,10 +7,10 @@ from typing import Any, TypedDict
 import pytest
 from langgraph.graph import END, START, StateGraph
 from langgraph.types import Command, interrupt
-from sql_cases import config, finish, memory, start_child
-from sql_graphs import chat_graph, say
 
 from agentmem_sql import SQLAlchemySaver
+from tests.helpers.sql_cases import config, finish, memory, start_child
+from tests.helpers.sql_graphs import chat_graph, say
 
 
 @pytest.mark.parametrize("durability", ["sync", "async", "exit"])

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from sql_cases import checkpoint, config, put
 from sqlalchemy import Table, create_engine, event, make_url, text
 
 from agentmem_sql import SQLAlchemySaver, metadata
+from tests.helpers.sql_cases import checkpoint, config, put
 
 NewUrl = Callable[[str], str]
 Sql = Callable[..., list[Any]]

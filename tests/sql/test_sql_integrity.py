@@ -10,7 +10,12 @@ from typing import Any
 
 import pytest
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
-from sql_protection import (
+
+from agentmem.errors import ConfigError, StorageError
+from agentmem_sql import SQLAlchemySaver
+from agentmem_sql.codec import seal_write
+from agentmem_sql.vault import Vault
+from tests.helpers.sql_protection import (
     HMAC_KEY,
     NEWEST,
     OLDER,
@@ -26,12 +31,7 @@ from sql_protection import (
     parts,
     update,
 )
-from sql_values import spelled
-
-from agentmem.errors import ConfigError, StorageError
-from agentmem_sql import SQLAlchemySaver
-from agentmem_sql.codec import seal_write
-from agentmem_sql.vault import Vault
+from tests.helpers.sql_values import spelled
 
 # Columns by which rows are found. A row whose key is changed is as good as deleted, which nothing can tell from one
 # that was never there: it may be missing from what is read, but what is read is right.

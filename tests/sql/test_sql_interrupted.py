@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 from langchain_core.messages import HumanMessage
-from sql_cases import config, put
 
 from agentmem_sql import SQLAlchemySaver
+from tests.helpers.sql_cases import config, put
 
 POINTS = 45
 # SQLAlchemy's pool may lose a connection when it is interrupted in the middle of giving it out.

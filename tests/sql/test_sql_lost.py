@@ -7,13 +7,13 @@ from functools import partial
 from typing import Any
 
 import pytest
-from sql_cases import config
-from sql_chains import unaccounted
-from sql_fault_child import INTERRUPT, Async, Sync, pending, question, values
-from sql_proxy import Proxy, proxy
 from sqlalchemy import make_url
 
 from agentmem_sql import SQLAlchemySaver
+from tests.helpers.sql_cases import config
+from tests.helpers.sql_chains import unaccounted
+from tests.helpers.sql_fault_child import INTERRUPT, Async, Sync, pending, question, values
+from tests.helpers.sql_proxy import Proxy, proxy
 
 Sql = Callable[..., list[Any]]
 NewUrl = Callable[[str], str]

@@ -16,14 +16,14 @@ from langchain_core.messages import AIMessage, AnyMessage
 from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
 from langgraph.graph import START, StateGraph
 from langgraph.graph.message import add_messages
-from sql_cases import config, finish, put, start_child
-from sql_graphs import say
 from sqlalchemy import create_engine, event
 
 from agentmem import ConsumedRecord, MemoryState, Message
 from agentmem.errors import CorruptStateError, StorageError
 from agentmem_langgraph import MemoryChannel
 from agentmem_sql import MemoryStep, SQLAlchemySaver
+from tests.helpers.sql_cases import config, finish, put, start_child
+from tests.helpers.sql_graphs import say
 
 Sql = Callable[..., list[Any]]
 

@@ -11,7 +11,6 @@ import sqlalchemy
 from alembic.autogenerate import compare_metadata, produce_migrations, render_python_code
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
-from sql_cases import config, finish, put, start_child
 from sqlalchemy import Connection, NullPool, create_engine, inspect
 
 from agentmem.errors import StorageError
@@ -19,6 +18,7 @@ from agentmem_sql import SQLAlchemySaver, dialects
 from agentmem_sql.database import Database
 from agentmem_sql.migrations import MIGRATIONS, Migration
 from agentmem_sql.tables import Tables, metadata
+from tests.helpers.sql_cases import config, finish, put, start_child
 
 Sql = Callable[..., list[Any]]
 NewUrl = Callable[[str], str]

@@ -14,11 +14,11 @@ from langchain_core.messages import HumanMessage
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import BaseCheckpointSaver, CheckpointTuple
 from langgraph.checkpoint.serde.types import ERROR, INTERRUPT, RESUME, _DeltaSnapshot
-from sql_cases import config
-from sql_chains import grow, history, id_of, made, unaccounted, write
 
 from agentmem.errors import ConfigError, StorageError
 from agentmem_sql import SQLAlchemySaver
+from tests.helpers.sql_cases import config
+from tests.helpers.sql_chains import grow, history, id_of, made, unaccounted, write
 
 Sql = Callable[..., list[Any]]
 

@@ -18,13 +18,13 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.checkpoint.serde.types import INTERRUPT, _DeltaSnapshot
-from sql_cases import config
-from sql_chains import grow, history, id_of, made, unaccounted, write
-from sql_graphs import delta_graph, say
 from sqlalchemy import create_engine, event
 
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
+from tests.helpers.sql_cases import config
+from tests.helpers.sql_chains import grow, history, id_of, made, unaccounted, write
+from tests.helpers.sql_graphs import delta_graph, say
 
 Sql = Callable[..., list[Any]]
 

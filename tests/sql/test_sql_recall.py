@@ -25,8 +25,10 @@ from langchain_core.messages import (
     ToolMessage,
 )
 from langchain_core.runnables import RunnableConfig
-from sql_cases import config, put
-from sql_values import (
+
+from agentmem_sql import SQLAlchemySaver
+from tests.helpers.sql_cases import config, put
+from tests.helpers.sql_values import (
     AT,
     CALL,
     NUMBER,
@@ -41,8 +43,6 @@ from sql_values import (
     spelled,
     texts,
 )
-
-from agentmem_sql import SQLAlchemySaver
 
 pytestmark = pytest.mark.filterwarnings("ignore:Pydantic serializer warnings:UserWarning")
 

@@ -20,10 +20,10 @@ from langchain_core.messages import (
 )
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableConfig
-from sql_cases import config, put
-from sql_values import USAGE, places, read, reply, serialised, spelled
 
 from agentmem_sql import SQLAlchemySaver
+from tests.helpers.sql_cases import config, put
+from tests.helpers.sql_values import USAGE, places, read, reply, serialised, spelled
 
 
 def stored(saver: SQLAlchemySaver, at: RunnableConfig) -> Any:

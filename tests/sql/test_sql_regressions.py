@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
-from sql_cases import checkpoint, config, put
 from sqlalchemy import create_engine, text
 from sqlalchemy.pool import StaticPool
 
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
+from tests.helpers.sql_cases import checkpoint, config, put
 
 
 def long(letter: str) -> str:

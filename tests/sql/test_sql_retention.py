@@ -17,15 +17,15 @@ from typing import Annotated, Any, TypedDict
 
 import pytest
 from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
-from sql_cases import config, put
-from sql_chains import grow, history, id_of, ids, made, write
 from sqlalchemy import Connection, Engine, NullPool, create_engine, event, text
 from typer.testing import CliRunner
 
-from agentmem.cli.app import app
 from agentmem.errors import ConfigError, StorageError
+from agentmem_cli.app import app
 from agentmem_sql import Retention, RetentionReport, SQLAlchemySaver
 from agentmem_sql.presence import check_present
+from tests.helpers.sql_cases import config, put
+from tests.helpers.sql_chains import grow, history, id_of, ids, made, write
 
 Sql = Callable[..., list[Any]]
 
@@ -269,7 +269,7 @@ def test_a_pending_interrupt_survives(swept_saver: SQLAlchemySaver, shared_url: 
 
 
 def test_delta_channels_keep_their_state(swept_saver: SQLAlchemySaver) -> None:
-    from sql_graphs import delta_graph, say
+    from tests.helpers.sql_graphs import delta_graph, say
 
     graph = delta_graph(swept_saver)
     for number in range(10):

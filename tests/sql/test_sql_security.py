@@ -10,13 +10,13 @@ import pytest
 from langchain_core.messages import HumanMessage
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
-from sql_cases import checkpoint, config, put
-from sql_protection import PROTECTION, aes
 
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.codec import pack_content, seal_checkpoint
 from agentmem_sql.trees import VALUE
+from tests.helpers.sql_cases import checkpoint, config, put
+from tests.helpers.sql_protection import PROTECTION, aes
 
 Sql = Callable[..., list[Any]]
 

@@ -8,13 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from sql_cases import checkpoint, config, put
-from sql_works import SERVERS, TABLES, add, both, change, names, value
 from sqlalchemy import Connection, make_url, select
 
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.database import Database
+from tests.helpers.sql_cases import checkpoint, config, put
+from tests.helpers.sql_works import SERVERS, TABLES, add, both, change, names, value
 
 Sql = Callable[..., list[Any]]
 NewUrl = Callable[[str], str]

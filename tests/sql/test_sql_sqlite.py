@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sql_cases import config, finish, put, start_child
-from sql_works import TABLES, names
 from sqlalchemy import create_engine, event
 from sqlalchemy.pool import Pool
 
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.database import Database
+from tests.helpers.sql_cases import config, finish, put, start_child
+from tests.helpers.sql_works import TABLES, names
 
 Sql = Callable[..., list[Any]]
 NewUrl = Callable[[str], str]

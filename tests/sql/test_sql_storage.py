@@ -17,11 +17,11 @@ from langchain_core.messages import AIMessage, AnyMessage, HumanMessage
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.serde.types import INTERRUPT, _DeltaSnapshot
 from langgraph.graph import END, START, StateGraph
-from sql_cases import checkpoint, config, memory, put
-from sql_graphs import State, chat_graph, say
-from sql_values import Counting, read, serialised, spelled
 
 from agentmem_sql import SQLAlchemySaver
+from tests.helpers.sql_cases import checkpoint, config, memory, put
+from tests.helpers.sql_graphs import State, chat_graph, say
+from tests.helpers.sql_values import Counting, read, serialised, spelled
 
 Sql = Callable[..., list[Any]]
 

@@ -24,15 +24,15 @@ from langgraph.checkpoint.serde.types import ERROR, INTERRUPT, RESUME
 from langgraph.checkpoint.sqlite import SqliteSaver
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 from langgraph.types import Command
-from sql_cases import checkpoint, config, finish, put, start_child
-from sql_transfer_graph import Ticket, rich_graph, say
 from typer.testing import CliRunner
 
 import agentmem
 import agentmem_sql
-from agentmem.cli.transfer import import_threads
 from agentmem.errors import ConfigError, StorageError
+from agentmem_cli.transfer import import_threads
 from agentmem_sql import SQLAlchemySaver, ThreadTransfer, TransferError, TransferReport, acopy_threads, copy_threads
+from tests.helpers.sql_cases import checkpoint, config, finish, put, start_child
+from tests.helpers.sql_transfer_graph import Ticket, rich_graph, say
 
 Sql = Callable[..., list[Any]]
 NewUrl = Callable[[str], str]
@@ -572,7 +572,7 @@ import sys
 import typer
 import agentmem
 import agentmem_sql
-from agentmem.cli.transfer import import_threads
+from agentmem_cli.transfer import import_threads
 app = typer.Typer()
 app.command("import")(import_threads)
 app()

@@ -15,7 +15,7 @@ from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3Fo
 
 from agentmem import MemoryConfig, SteeredModel
 from agentmem.errors import ConfigError, TrainingError, UnsupportedModelError
-from agentmem.nano.model import tie_twins
+from agentmem.nano.recipe.model import tie_twins
 from agentmem.training.adapter import MemoryBatch, PassBatch, Row, memory_batch, memory_loss, run_pass, train_adapter
 from agentmem.training.loop import PARTS, Plan
 from agentmem.training.pretrain import LMBatch, pad_batch, pretrain

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transcript_templates import CHATML, tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from agentmem.encoding import Encoder, any_of
 from agentmem.messages import Message
-from agentmem.transcript import Transcript
+from agentmem.prompt.encode import Encoder, any_of
+from agentmem.prompt.transcript import Transcript
+from tests.helpers.transcript_templates import CHATML, tokenizer
 
 CONTROL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<think>", "[INST]"]
 

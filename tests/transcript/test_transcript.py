@@ -9,12 +9,23 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transcript_templates import CHATML, COUNTING, GEMMA, LLAMA, MISTRAL, PEEKING, QWEN, SHIFTING, SMOLLM, tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from agentmem.errors import TranscriptError
 from agentmem.messages import Message, ToolCall
-from agentmem.transcript import Rendered, Transcript
+from agentmem.prompt.transcript import Rendered, Transcript
+from tests.helpers.transcript_templates import (
+    CHATML,
+    COUNTING,
+    GEMMA,
+    LLAMA,
+    MISTRAL,
+    PEEKING,
+    QWEN,
+    SHIFTING,
+    SMOLLM,
+    tokenizer,
+)
 
 SYSTEM = Message("system", "Be brief.")
 HELLO = Message("user", "hello there")

@@ -1,0 +1,207 @@
+"""Adapter directories: the authors' format in and out, our safetensors beside it.
+
+    <dir>/delta_mem_config.json      MemoryConfig, in both
+    <dir>/adapter.safetensors        ours
+    <dir>/delta_mem_adapter.pt       the authors', read by torch's restricted loader (``weights_only=True``)
+
+Tensors are named ``model.layers.N.self_attn.<param>`` with the parameters of ``steering.LayerMemory``,
+whatever the model calls its own modules. Everything is checked before anything is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from agentmem.delta.config import CONFIG_FILE, MemoryConfig
+from agentmem.delta.fingerprint import model_fingerprint
+from agentmem.delta.layer import LayerMemory
+from agentmem.errors import AdapterError
+
+SAFETENSORS_FILE = "adapter.safetensors"
+AUTHORS_FILE = "delta_mem_adapter.pt"
+
+_BASE = "base_model_fingerprint"  # in the header of our weights file
+_KEY = re.compile(r"model\.layers\.(\d+)\.self_attn\.(\w+)")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter in memory.
+
+    Attributes:
+        config: the mechanism.
+        tensors: by file name.
+        base: the fingerprint of the model that it was made for; None where the file does not say, as the authors' never
+            do. It stands in the header of our weights file and is no part of the adapter's own fingerprint.
+    """
+
+    config: MemoryConfig
+    tensors: Mapping[str, Tensor]
+    base: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over every json field and every tensor (name, dtype, shape, bytes)."""
+        digest = hashlib.sha256(json.dumps(self.config.to_json(), sort_keys=True).encode())
+        for name in sorted(self.tensors):
+            tensor = self.tensors[name].detach().cpu()
+            digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def load_adapter(directory: str | Path) -> Adapter:
+    """Read an adapter directory in either format; ours is taken where both are there.
+
+    Raises:
+        ConfigError: the json is missing or asks for what agentmem has not.
+        AdapterError: the weights are missing, unreadable, or hold anything but named tensors.
+    """
+    directory = Path(directory)
+    config = MemoryConfig.load(directory)
+    ours, theirs = directory / SAFETENSORS_FILE, directory / AUTHORS_FILE
+    path = ours if ours.exists() else theirs
+    if not path.exists():
+        raise AdapterError(f"{directory} holds neither {SAFETENSORS_FILE} nor {AUTHORS_FILE}")
+    found: Any
+    base: str | None = None
+    try:
+        if path == ours:
+            found = load_file(path)
+            with safe_open(path, framework="pt") as file:
+                base = (file.metadata() or {}).get(_BASE)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the restricted unpickler meets damaged bytes with errors of any kind
+        raise AdapterError(f"the adapter weights in {path} cannot be read: {error}") from error
+    return Adapter(config, _checked(path, found), base)
+
+
+def _checked(path: Path, found: Any) -> dict[str, Tensor]:
+    """Only plain floating-point tensors in memory, under the names that adapters use."""
+    if not isinstance(found, dict):
+        raise AdapterError(f"{path} must hold a dict of tensors; found {type(found).__name__}")
+    for name, tensor in found.items():
+        if not (isinstance(name, str) and _KEY.fullmatch(name) and isinstance(tensor, Tensor)):
+            raise AdapterError(
+                f"{path}: entry {name!r} ({type(tensor).__name__}) is not a tensor named "
+                "model.layers.N.self_attn.<param>"
+            )
+        if not (tensor.is_floating_point() and tensor.layout == torch.strided and tensor.device.type == "cpu"):
+            raise AdapterError(
+                f"{path}: {name} must hold plain floating-point numbers; found {tensor.dtype}, "
+                f"{tensor.layout}, on {tensor.device.type}"
+            )
+    return found
+
+
+def save_adapter(
+    directory: str | Path, adapter: Adapter, *, format: Literal["safetensors", "authors"] = "safetensors"
+) -> None:
+    """Write an adapter directory; weights and json are each replaced whole, the weights first.
+
+    Raises:
+        AdapterError: the authors' format beside an ``adapter.safetensors``, which loading would take instead.
+        OSError: the directory cannot be written.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    if format == "authors" and (directory / SAFETENSORS_FILE).exists():
+        raise AdapterError(
+            f"{directory} holds an {SAFETENSORS_FILE}, which would be loaded in place of {AUTHORS_FILE}; "
+            "save to another directory"
+        )
+    # Copies: tensors that share memory would be refused or written more than once.
+    tensors = {
+        name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in adapter.tensors.items()
+    }
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as scratch:
+        target = SAFETENSORS_FILE if format == "safetensors" else AUTHORS_FILE
+        if format == "safetensors":
+            metadata = None if adapter.base is None else {_BASE: adapter.base}
+            save_file(tensors, Path(scratch) / target, metadata=metadata)
+        else:
+            torch.save(tensors, Path(scratch) / target)
+        body = json.dumps(adapter.config.to_json(), indent=2) + "\n"
+        (Path(scratch) / CONFIG_FILE).write_text(body, "utf-8")
+        for name in (target, CONFIG_FILE):
+            os.replace(Path(scratch) / name, directory / name)
+
+
+def fill(memory: Sequence[LayerMemory], layers: Sequence[int], adapter: Adapter) -> None:
+    """Copy an adapter's tensors into the memory of the given layers, after checking every name and shape.
+
+    Raises:
+        AdapterError: missing, foreign, misshaped or non-finite tensors; nothing is copied then.
+    """
+    wanted: dict[str, nn.Parameter] = {}
+    optional: set[str] = set()
+    for layer, module in zip(layers, memory, strict=True):
+        for name, parameter in module.named_parameters():
+            key = f"model.layers.{layer}.self_attn.{name}"
+            wanted[key] = parameter
+            if name in module.idle:
+                optional.add(key)
+    missing = sorted(wanted.keys() - adapter.tensors.keys() - optional)
+    if missing:
+        raise AdapterError(_tell("the adapter lacks", missing, "the config and this model need them"))
+    foreign = sorted(k for k in adapter.tensors.keys() - wanted.keys() if not _idle(k, adapter.config))
+    if foreign:
+        raise AdapterError(_tell("the adapter holds", foreign, "this model or the config has no place for them"))
+    fitting = {key: parameter for key, parameter in wanted.items() if key in adapter.tensors}
+    for key, parameter in fitting.items():
+        tensor = adapter.tensors[key]
+        # One number is one number: with or without a dimension of its own.
+        if tensor.shape != parameter.shape and not tensor.numel() == parameter.numel() == 1:
+            raise AdapterError(
+                f"{key} has shape {list(tensor.shape)}, this model and config need {list(parameter.shape)}: "
+                "the adapter was made for another model size or another rank"
+            )
+        if not tensor.isfinite().all():
+            raise AdapterError(f"{key} holds numbers that are not finite; the file is damaged")
+    with torch.no_grad():
+        for key, parameter in fitting.items():
+            parameter.copy_(adapter.tensors[key].reshape(parameter.shape))
+
+
+def collect(memory: Sequence[LayerMemory], layers: Sequence[int], config: MemoryConfig) -> Adapter:
+    """The adapter that a model carries now: copies of its parameters under their file names."""
+    tensors = {
+        f"model.layers.{layer}.self_attn.{name}": parameter.detach().clone()
+        for layer, module in zip(layers, memory, strict=True)
+        for name, parameter in module.named_parameters()
+    }
+    return Adapter(config, tensors)
+
+
+def _idle(key: str, config: MemoryConfig) -> bool:
+    """Lambda weights that no mode uses may lie in a file."""
+    unused = config.state_update_mode == "no_lambda" or config.couple_lambda
+    return unused and key.rsplit(".", 1)[-1] in ("lambda_proj", "lambda_bias")
+
+
+def _tell(what: str, names: list[str], why: str) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{what} {', '.join(names[:3])}{more}; {why}"
+
+
+def need_base(adapter: Adapter | None, model: Any) -> None:
+    """Refuse an adapter that says it was made for another model: it would fit by shape, and steer at random."""
+    if adapter is not None and adapter.base is not None and adapter.base != (found := model_fingerprint(model)):
+        raise AdapterError(
+            f"the adapter was made for the model of fingerprint {adapter.base}, this model's is {found}; "
+            "load the model that it was trained on, or an adapter that was trained for this one"
+        )

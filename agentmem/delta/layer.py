@@ -1,0 +1,340 @@
+"""One layer's memory: its projections, the gates, the corrections. Parameters only, never a session.
+
+Names, shapes and equations follow arXiv 2605.12357 (eq. 4-12) and the authors' file format; D is the width of
+the hidden state, r the rank, H the state heads, W the width of a corrected projection:
+
+    memory_{q,k,v}_proj [H r, D]   beta_proj, lambda_proj [H r or H, D]   beta_bias, lambda_bias [H r or H]
+    delta_{q,k,v,o}_proj [W, H r]  delta_scale_raw [1 or 4]               delta_o_rmsnorm_weight [D]
+
+Projections run in the parameters' dtype; from tanh to the read everything is float32; a correction is cast
+once, when it is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from agentmem.delta.config import DELTA_HEADS, DeltaHead, MemoryConfig
+from agentmem.errors import ConfigError
+
+NORM_EPS = 1e-6
+
+
+class Gates(NamedTuple):
+    """What the rule multiplies by, each [B, T, H, r] float32."""
+
+    keep: Tensor
+    erase: Tensor
+    write: Tensor
+
+
+class Projected(NamedTuple):
+    """Memory query, key and value, each [B, T, H, r] float32, and the gates."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gates: Gates
+
+
+class Parts(NamedTuple):
+    """Products with the packed weight, taken apart.
+
+    Attributes:
+        q, k, v: [..., H, r].
+        beta, lam: [..., H, r], or [..., H, 1] where a head has one gate; ``lam`` None where the config has none.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    beta: Tensor
+    lam: Tensor | None
+
+
+class LayerMemory(nn.Module):
+    """The memory parameters of one attention layer.
+
+    ``idle`` names the parameters that the config gives no effect: files may hold or lack them, and they need
+    no gradient. ``asked``: H r, how many of a token's products are its query.
+
+    Args:
+        config: the mechanism.
+        hidden: D, the width of the hidden state that feeds q_proj.
+        widths: output width of each projection; all four are kept, since the authors' files hold the weights
+            of inactive heads too.
+    """
+
+    memory_q_proj: nn.Parameter
+    memory_k_proj: nn.Parameter
+    memory_v_proj: nn.Parameter
+    beta_proj: nn.Parameter
+    beta_bias: nn.Parameter
+    lambda_proj: nn.Parameter
+    lambda_bias: nn.Parameter
+    delta_scale_raw: nn.Parameter
+    delta_o_rmsnorm_weight: nn.Parameter
+
+    def __init__(self, config: MemoryConfig, hidden: int, widths: dict[DeltaHead, int]) -> None:
+        super().__init__()
+        self.config = config
+        self.hidden = hidden
+        size = config.rank * config.num_state_heads
+        gate = size if config.rankwise_gates else config.num_state_heads
+        shapes: dict[str, tuple[int, ...]] = {
+            "memory_q_proj": (size, hidden),
+            "memory_k_proj": (size, hidden),
+            "memory_v_proj": (size, hidden),
+            "beta_proj": (gate, hidden),
+            "beta_bias": (gate,),
+        }
+        if not config.couple_lambda:
+            shapes |= {"lambda_proj": (gate, hidden), "lambda_bias": (gate,)}
+        shapes |= {f"delta_{head}_proj": (widths[head], size) for head in DELTA_HEADS}
+        if config.delta_o_rmsnorm:
+            shapes["delta_o_rmsnorm_weight"] = (widths["o"],)
+        if config.trainable_delta_scale:
+            shapes["delta_scale_raw"] = (len(DELTA_HEADS) if config.delta_scale_granularity == "head" else 1,)
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+        idle = [f"delta_{head}_proj" for head in DELTA_HEADS if head not in config.delta_heads]
+        if config.state_update_mode == "no_lambda" and not config.couple_lambda:
+            idle += ["lambda_proj", "lambda_bias"]
+        self.idle = frozenset(idle)
+        self.asked = size
+        for name in idle:
+            self.get_parameter(name).requires_grad_(False)
+        self._packed: tuple[list[int], Tensor] | None = None
+        self._scales: tuple[tuple[int, ...], list[float]] | None = None
+
+    def reset_parameters(
+        self, base: dict[DeltaHead, Tensor] | None = None, generator: torch.Generator | None = None
+    ) -> None:
+        """Fresh weights: projections normal with std 1/sqrt(D), gates at their bias, outputs by
+        ``output_init``.
+
+        ``zero`` outputs leave the model as it is until training moves them. ``base_slice_fixed`` starts each
+        at the first H r columns of the projection it corrects, scaled to a root mean square of online_gain /
+        sqrt(base_slice_ref_width); the paper names this start without defining it, so this reading is ours.
+        """
+        config = self.config
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name in ("memory_q_proj", "memory_k_proj", "memory_v_proj"):
+                    parameter.normal_(0.0, self.hidden**-0.5, generator=generator)
+                elif name == "beta_bias":
+                    parameter.fill_(config.beta_bias_init)
+                elif name == "lambda_bias":
+                    parameter.fill_(config.lambda_bias_init)
+                elif name == "delta_o_rmsnorm_weight":
+                    parameter.fill_(1.0)
+                elif name == "delta_scale_raw":
+                    share = min(max(config.delta_scale_init / config.delta_scale_max, 1e-4), 1 - 1e-4)
+                    parameter.fill_(torch.logit(torch.tensor(share)).item())
+                elif name.startswith("delta_"):
+                    parameter.copy_(self._output_start(name, parameter, base))
+                else:
+                    parameter.zero_()
+
+    def _output_start(self, name: str, parameter: Tensor, base: dict[DeltaHead, Tensor] | None) -> Tensor:
+        config = self.config
+        if config.output_init == "zero":
+            return torch.zeros_like(parameter)
+        if config.output_init != "base_slice_fixed" or base is None:
+            raise ConfigError(
+                "output_init must be zero or base_slice_fixed (with the base weights at hand) to start "
+                f"fresh weights; found {config.output_init!r}"
+            )
+        head: DeltaHead = next(h for h in DELTA_HEADS if name == f"delta_{h}_proj")
+        piece = base[head].detach()[:, : parameter.shape[1]].to(parameter)
+        if piece.shape != parameter.shape:
+            raise ConfigError(
+                f"output_init base_slice_fixed takes {parameter.shape[1]} columns (rank x num_state_heads) "
+                f"of the {head} projection, which is {list(base[head].shape)}; use zero or a smaller rank"
+            )
+        target: float = config.online_gain / config.base_slice_ref_width**0.5
+        return piece * (target / piece.pow(2).mean().sqrt().clamp_min(1e-12))
+
+    def project(self, hidden: Tensor, mask: Tensor | None = None) -> Projected:
+        """Everything one token contributes.
+
+        Args:
+            hidden: [B, T, D], any float dtype.
+            mask: [B, T] bool, False where a token must not write (keep 1, erase and write 0); None = all
+                write.
+        """
+        return self.project_from(self.products(hidden), mask)
+
+    def products(self, hidden: Tensor) -> Tensor:
+        """Products [..., 3 H r + gates] with the packed weight, in the weights' dtype, from [..., D]."""
+        weight = self.packed_weight()
+        return F.linear(hidden.to(weight.dtype), weight)
+
+    def told(self, products: Tensor) -> Tensor:
+        """The part of products with the packed weight that writes are made of, a view [..., 2 H r + gates]."""
+        return products[..., self.asked :]
+
+    def project_from(self, products: Tensor, mask: Tensor | None = None) -> Projected:
+        """What tokens contribute, from their products with the packed weight, [B, T, 3 H r + gates]."""
+        parts = self.split(products.float())
+        lambda_bias: Tensor | None = getattr(self, "lambda_bias", None)
+        lam = None if lambda_bias is None else self.gate(lambda_bias.float())
+        k, v, made = self.written(parts, self.gate(self.beta_bias.float()), lam, mask)
+        return Projected(self.unit(parts.q), k, v, made)
+
+    def split(self, products: Tensor) -> Parts:
+        """Views of products with the packed weight, [..., 3 H r + gates]."""
+        size, width = self.config.rank * self.config.num_state_heads, self.beta_bias.shape[0]
+        q, k, v = (products[..., at * size : (at + 1) * size] for at in range(3))
+        shape = (*q.shape[:-1], self.config.num_state_heads, self.config.rank)
+        beta = self.gate(products[..., 3 * size : 3 * size + width])
+        lam = None if self.config.couple_lambda else self.gate(products[..., 3 * size + width :])
+        return Parts(q.view(shape), k.view(shape), v.view(shape), beta, lam)
+
+    def written(
+        self, parts: Parts, beta_bias: Tensor, lambda_bias: Tensor | None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Gates]:
+        """What tokens write: key, value and gates, each [..., B, T, H, r] float32.
+
+        Of this layer, or of all layers side by side, with all their biases in shapes that stand beside the ``parts``.
+        """
+        k = self.unit(parts.k)
+        beta = torch.sigmoid(parts.beta + beta_bias)
+        lam = 1.0 - beta if parts.lam is None or lambda_bias is None else torch.sigmoid(parts.lam + lambda_bias)
+        return k, parts.v, gates(self.config, beta.expand(k.shape), lam.expand(k.shape), mask)
+
+    def query(self, hidden: Tensor) -> Tensor:
+        """The memory query alone, [B, T, H, r] float32: all that a pass that writes nothing needs."""
+        config = self.config
+        q = F.linear(hidden.to(self.memory_q_proj.dtype), self.memory_q_proj).float()
+        q = q.view(*q.shape[:-1], config.num_state_heads, config.rank)
+        return self.unit(q)
+
+    def unit(self, x: Tensor) -> Tensor:
+        """Queries or keys as the rule takes them."""
+        return _unit(x) if self.config.normalize_qk else x
+
+    def correction(self, head: DeltaHead, read: Tensor) -> Tensor:
+        """What is added to a projection's output: [B, T, W] from the read [B, T, H, r] float32."""
+        config = self.config
+        weight = self.get_parameter(f"delta_{head}_proj")
+        # Scaled while it is still float32 and r wide, so that only the product is rounded to the weights'
+        # dtype.
+        read = read * config.scale
+        if config.trainable_delta_scale:
+            index = DELTA_HEADS.index(head) if config.delta_scale_granularity == "head" else 0
+            read = read * (torch.sigmoid(self.delta_scale_raw[index].float()) * config.delta_scale_max)
+        delta = F.linear(read.flatten(-2).to(weight.dtype), weight)
+        if head == "o" and config.delta_o_rmsnorm:
+            x = delta.float()
+            x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + config.delta_o_rmsnorm_eps)
+            delta = x * self.delta_o_rmsnorm_weight.float()
+        return delta
+
+    def corrected(self, head: DeltaHead, read: Tensor, output: Tensor, start: int) -> Tensor:
+        """A projection's output [B, T, ...] with the correction added to the columns from ``start`` on.
+
+        Without gradients the output is changed in place, by the product itself.
+        """
+        weight = self.output_weight(head)
+        width = weight.shape[0]
+        fused = not torch.is_grad_enabled() and output.dtype == weight.dtype and output.is_contiguous()
+        # A graph would hold a learned scale as a number, whatever is learned after it was made.
+        fused = fused and not (self.config.trainable_delta_scale and torch.compiler.is_compiling())
+        if not fused or (head == "o" and self.config.delta_o_rmsnorm):
+            delta = self.correction(head, read).to(output.dtype)
+            rest = output.shape[-1] - start - width
+            return output + (F.pad(delta, (start, rest)) if start or rest else delta)
+        rows = output.view(-1, output.shape[-1])
+        if rows.shape[1] != width:
+            rows = rows[:, start : start + width]
+        rows.addmm_(read.reshape(rows.shape[0], -1).to(weight.dtype), weight.t(), alpha=self.scale(head))
+        return output
+
+    def output_weight(self, head: DeltaHead) -> Tensor:
+        """The output weight [W, H r] of a head."""
+        weight = self._parameters[f"delta_{head}_proj"]
+        assert weight is not None
+        return weight
+
+    def scale(self, head: DeltaHead) -> float:
+        """What a correction is multiplied by."""
+        config = self.config
+        if not config.trainable_delta_scale:
+            return config.scale
+        raw = self.delta_scale_raw
+        stamp = id(raw), raw.data_ptr(), 0 if raw.is_inference() else raw._version
+        if self._scales is None or self._scales[0] != stamp or (raw.requires_grad and torch.is_grad_enabled()):
+            learned = (torch.sigmoid(raw.float()) * config.delta_scale_max).tolist()
+            self._scales = (stamp, [config.scale * one for one in learned])
+        return self._scales[1][DELTA_HEADS.index(head) if config.delta_scale_granularity == "head" else 0]
+
+    def gate(self, x: Tensor) -> Tensor:
+        """A gate's numbers with its heads apart: [..., H r] -> [..., H, r], [..., H] -> [..., H, 1]."""
+        return x.view(*x.shape[:-1], self.config.num_state_heads, -1)
+
+    def packed_weight(self) -> Tensor:
+        """All projections of the hidden state stacked, so that one product makes them.
+
+        Where no gradient is wanted, the parameters become views of it: so it has whatever is written into them, and it
+        is made anew when one of them has been replaced or moved.
+        """
+        parts = self.packed_parts()
+        if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
+            return torch.cat(parts)
+        if self._packed is None or self._packed[0] != addresses(parts):
+            packed = joined(parts)
+            self._packed = addresses(parts), packed
+        return self._packed[1]
+
+    def packed_parts(self) -> list[Tensor]:
+        """The projections of the hidden state, in the order of the packed weight."""
+        parts: list[Tensor] = [self.memory_q_proj, self.memory_k_proj, self.memory_v_proj, self.beta_proj]
+        return parts if self.config.couple_lambda else [*parts, self.lambda_proj]
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors one below the other in memory of their own, of which each then is a view.
+
+    Those made in inference mode cannot become views: they are copied, and what is written into them later is not seen.
+    """
+    # What is made in inference mode could not be changed outside of it.
+    with torch.inference_mode(False), torch.no_grad():
+        whole = torch.cat([one.detach() for one in tensors])
+        if not any(map(Tensor.is_inference, tensors)):
+            for one, rows in zip(tensors, torch.split(whole, [len(one) for one in tensors]), strict=True):
+                one.data = rows
+    return whole
+
+
+def addresses(tensors: Iterable[Tensor]) -> list[int]:
+    """Where tensors lie. While what lies there is alive, a tensor at the same place is a view of it."""
+    return list(map(Tensor.data_ptr, tensors))
+
+
+def _unit(x: Tensor) -> Tensor:
+    """tanh, then unit length along the last dimension."""
+    return F.normalize(torch.tanh(x), dim=-1, eps=NORM_EPS)
+
+
+def gates(config: MemoryConfig, beta: Tensor, lam: Tensor, mask: Tensor | None) -> Gates:
+    """Keep, erase and write factors from beta and lambda, each [B, T, H, r].
+
+    standard: lambda, beta, beta; lambda_outside: lambda, lambda beta, beta; no_lambda: 1, beta, beta. Where
+    the mask [B, T] is False: 1, 0, 0, which is the only setting that leaves a state as it was under every mode.
+    """
+    if config.state_update_mode == "standard":
+        made = Gates(lam, beta, beta)
+    elif config.state_update_mode == "lambda_outside":
+        made = Gates(lam, lam * beta, beta)
+    else:
+        made = Gates(torch.ones_like(beta), beta, beta)
+    if mask is None:
+        return made
+    on = mask[..., None, None]
+    return Gates(torch.where(on, made.keep, 1.0), torch.where(on, made.erase, 0.0), torch.where(on, made.write, 0.0))

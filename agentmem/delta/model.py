@@ -1,0 +1,395 @@
+"""The core call: a frozen causal language model whose attention is steered by a state that goes in and out.
+
+``(state, tokens) -> (state', logits)``. Modules hold parameters and seams, never a session: the state, the KV
+cache and the sums of an open pass go in and come out. Outside a steered call the model is the bare model. One
+call at a time: the seams find the running pass on this object (``engine`` gives it a thread of its own).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from agentmem.delta.adapter import Adapter, collect, fill, load_adapter, need_base, save_adapter
+from agentmem.delta.attach import AttentionSite, find_sites, need_weights, targeted
+from agentmem.delta.config import DeltaHead, MemoryConfig
+from agentmem.delta.decode import GatherPass, Stack, StepPass
+from agentmem.delta.decode_pool import BatchPass, opened
+from agentmem.delta.fingerprint import model_fingerprint
+from agentmem.delta.layer import LayerMemory
+from agentmem.delta.passes import Pass, Pending, Place, SegmentPass, Through, TokenPass
+from agentmem.delta.seam import Seam
+from agentmem.errors import ConfigError, SegmentsRequiredError, StateMismatchError, TurnError
+from agentmem.kernels import runs_triton
+
+__all__ = ["Pending", "SteeredModel", "SteeredOutput"]
+
+
+@dataclass(frozen=True)
+class SteeredOutput:
+    """What one call returns.
+
+    Attributes:
+        logits: [B, n, V], n as ``logits_to_keep`` asked; None where it asked for none.
+        state: [B, L, H, r, r] float32, L the layers with memory in depth order.
+        cache: the KV cache, or None where none was kept.
+        pending: sums of an open message or sentence pass, for the next call; None where nothing is open.
+    """
+
+    logits: Tensor | None
+    state: Tensor
+    cache: Any
+    pending: Pending | None
+
+
+class SteeredModel:
+    """A causal language model with memory attached; make one with ``SteeredModel.attach``."""
+
+    def __init__(
+        self,
+        model: Any,
+        config: MemoryConfig,
+        sites: Sequence[AttentionSite],
+        memory: Sequence[LayerMemory],
+        source: str | None,
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.layers = [site.layer for site in sites]
+        self.memory = nn.ModuleList(memory)
+        self._memory = tuple(memory)
+        self._source = source
+        self._as_loaded = "" if source is None else collect(memory, self.layers, config).fingerprint
+        self.through: Through | None = None  # of the running pass, for the seams
+        self._places: list[Place] = []
+        self._stack = Stack(self._memory)
+        self._seams = [seam for index, site in enumerate(sites) for seam in self._install(index, site)]
+        # Beside the seams: whoever compiles a call has it guarded, which seams cannot be.
+        self._attached = True
+
+    @classmethod
+    def attach(
+        cls,
+        model: Any,
+        *,
+        adapter: str | Path | Adapter | None = None,
+        config: MemoryConfig | None = None,
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> SteeredModel:
+        """Attach memory to a causal language model of transformers.
+
+        Args:
+            model: the model; its weights are not changed and stay trainable or frozen as they are.
+            adapter: an adapter directory, or one already loaded.
+            config: instead of an adapter, a mechanism with fresh weights (to train).
+            dtype: of the memory's parameters; None = the model's.
+            seed: for fresh weights.
+
+        Raises:
+            UnsupportedModelError: the attention cannot be steered.
+            AdapterError, ConfigError: the adapter does not fit, was made for another model, or both or neither were
+                given.
+        """
+        loaded: Adapter | None = None
+        if adapter is not None and config is None:
+            loaded = load_adapter(adapter) if isinstance(adapter, str | Path) else adapter
+            config = loaded.config
+        elif config is None or adapter is not None:
+            raise ConfigError("give either adapter= (trained weights) or config= (fresh weights to train)")
+        sites = targeted(find_sites(model), config)
+        need_weights(model)
+        need_base(loaded, model)
+        memory = [LayerMemory(config, site.hidden, site.widths) for site in sites]
+        generator = torch.Generator().manual_seed(seed)
+        for site, module in zip(sites, memory, strict=True):
+            if loaded is None:
+                base = None
+                if config.output_init != "zero":
+                    base = {head: site.base_weight(head).float().cpu() for head in site.targets}
+                module.reset_parameters(base, generator)
+            module.to(device=_device(site.first), dtype=dtype or model.dtype)
+        if loaded is not None:
+            fill(memory, [site.layer for site in sites], loaded)
+        return cls(model, config, sites, memory, loaded.fingerprint if loaded is not None else None)
+
+    def detach(self) -> Any:
+        """Take the memory off and return the bare model."""
+        for seam in self._seams:
+            seam.remove()
+        self._seams, self._attached = [], False
+        return self.model
+
+    def __reduce__(self) -> NoReturn:
+        raise ConfigError(
+            "a steered model is not copied or pickled, since it stands in the modules of its model; copy the model, "
+            "which gives a bare one: SteeredModel.attach(copy.deepcopy(steered.model), adapter=steered.adapter)"
+        )
+
+    @property
+    def state_shape(self) -> tuple[int, int, int, int]:
+        """(L, H, r, r) of one session."""
+        return (len(self.layers), self.config.num_state_heads, self.config.rank, self.config.rank)
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter as it stands now (copies), bound to the model that it steers."""
+        now = collect(self._memory, self.layers, self.config)
+        return replace(now, base=model_fingerprint(self.model))
+
+    @property
+    def adapter_fingerprint(self) -> str:
+        """Of the adapter as it was loaded, whatever dtype and device it runs in here.
+
+        Of the weights as they stand now where they are fresh or were trained since.
+        """
+        now = collect(self._memory, self.layers, self.config).fingerprint
+        return now if self._source is None or now != self._as_loaded else self._source
+
+    def save(self, directory: str | Path) -> None:
+        """Save the adapter (safetensors and json)."""
+        save_adapter(directory, self.adapter)
+
+    def zeros(self, batch: int = 1) -> Tensor:
+        """The empty state of ``batch`` sessions."""
+        return torch.zeros(batch, *self.state_shape, dtype=torch.float32, device=_device(self.memory))
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        state: Tensor | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        segments: Tensor | None = None,
+        write: bool | Tensor = True,
+        cache: Any = None,
+        logits_to_keep: int = 0,
+        pending: Pending | None = None,
+        close: bool = True,
+        attention_bias: Tensor | None = None,
+    ) -> SteeredOutput:
+        """Read tokens, steered by the state, and write them into it.
+
+        Args:
+            input_ids: [B, T].
+            state: [B, L, H, r, r] float32; None = zeros. Never changed.
+            attention_mask: [B, P + T] of 0 and 1, P the tokens already in the cache; its last T columns also
+                keep padding from being written. None = no padding.
+            position_ids: [B, T]; None = the cumulative sum of the mask, minus 1.
+            segments: [B, T] int64, -1 = never written (under every strategy); message and sentence adapters
+                need them to write.
+            write: whether tokens write, for all or for each [B, T]. One that does not counts as segment -1.
+            cache: None = keep no KV, True = a new DynamicCache, or a cache, which is extended in place.
+            logits_to_keep: 0 = all positions, n = the last n, -1 = none.
+            pending: sums of the same pass so far, from the call before.
+            close: False leaves a message or sentence pass open: nothing is written yet.
+            attention_bias: [B, 1, T, P + T] bool, True = may attend, given to the attention in place of the
+                mask (which then only gates writes). For training on several turns in one call.
+
+        Raises:
+            SegmentsRequiredError: a message or sentence adapter is to write and has no segments.
+            StateMismatchError: the state has another shape or dtype.
+            TurnError: another argument has the wrong shape; ``pending`` is of another batch or given to a
+                token adapter; called while another call is running, or after ``detach``.
+        """
+        self._need_idle()
+        batch, length = input_ids.shape
+        state = self._checked(state, batch)
+        if cache is True:
+            from transformers import DynamicCache
+
+            cache = DynamicCache(config=self.model.config)
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        _need_shape("attention_mask", attention_mask, (batch, past + length))
+        _need_shape("attention_bias", attention_bias, (batch, 1, length, past + length))
+        _need_shape("position_ids", position_ids, (batch, length))
+        _need_shape("segments", segments, (batch, length))
+        _need_shape("write", write if isinstance(write, Tensor) else None, (batch, length))
+        self._check_pending(pending, batch)
+        if position_ids is None:
+            position_ids = _positions(attention_mask, past, length, input_ids)
+        begun = self._begin(state, attention_mask, segments, write, pending, length)
+        mask = attention_mask if attention_bias is None else mask_for(self.model, attention_bias)
+        inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
+        logits, new_state, still_open = self._run(begun, inputs, cache, logits_to_keep, close)
+        return SteeredOutput(logits, new_state, cache, still_open)
+
+    @torch.no_grad()
+    def step(
+        self,
+        input_ids: Tensor,
+        pool: Tensor,
+        slots: Tensor,
+        *,
+        position_ids: Tensor,
+        cache: Any,
+        write: bool | Tensor = True,
+        attention_bias: Tensor | None = None,
+    ) -> Tensor:
+        """Decode one token a row on a pool of states, which is changed in place; no gradient passes.
+
+        For decode loops that are compiled: ``torch.compile(fullgraph=True)`` sees one graph, in which other slots,
+        states, tokens, positions and masks are other values, as long as the cache keeps its shape (a StaticCache of
+        transformers does, for models without windows). Compiled or not, the numbers are those of a call.
+
+        Args:
+            input_ids: [B, 1].
+            pool: [slots, L, H, r, r] float32, contiguous, on the device of the memory, as ``zeros(slots)`` makes it.
+            slots: [B] int32 or int64, the state of each row, at most once, below the pool's length (not checked, as
+                that would wait for the device); -1 = an inert row, which is not steered and writes no state.
+            position_ids: [B, 1].
+            cache: a cache of transformers, extended in place by the token of every row, inert rows too.
+            write: whether tokens write, for all or for each [B, 1] bool. Message and sentence adapters only read here.
+            attention_bias: [B, 1, 1, W] bool, True = may attend, W what the cache shows; None = as the model masks.
+
+        Returns:
+            The logits [B, V].
+
+        Raises:
+            SegmentsRequiredError: a message or sentence adapter is to write.
+            StateMismatchError: the pool has another shape, dtype or device, or is not contiguous.
+            TurnError: another argument has the wrong shape or type; called while another call is running, or after
+                ``detach``.
+
+        Where it fails half-way, inside the model, some layers have written and read and others not: pool and cache
+        are of no use then.
+        """
+        self._need_idle()
+        if write is not False and self.config.write_strategy != "token":
+            raise SegmentsRequiredError(
+                f"this adapter writes by {self.config.write_strategy}, a step by token: pass write=False to only read"
+            )
+        begun = opened(self._memory, pool, slots, write)
+        single = slots.shape[0], 1
+        _need_shape("input_ids", input_ids, single)
+        _need_shape("position_ids", position_ids, single)
+        if attention_bias is not None:
+            _need_shape("attention_bias", attention_bias, (*single, 1, attention_bias.shape[-1]))
+            attention_bias = mask_for(self.model, attention_bias)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_bias, "position_ids": position_ids}
+        logits, _, _ = self._run(begun, inputs, cache, 1, True)
+        assert logits is not None
+        return logits[:, -1]
+
+    def _need_idle(self) -> None:
+        if self.through is not None or not self._attached:
+            raise TurnError("this steered model is detached, or busy with another call; one call at a time")
+
+    def _run(
+        self, begun: Pass, inputs: dict[str, Any], cache: Any, logits_to_keep: int, close: bool
+    ) -> tuple[Tensor | None, Tensor, Pending | None]:
+        """Logits, and what the pass ends with."""
+        inputs |= {"past_key_values": cache, "use_cache": cache is not None}
+        logits: Tensor | None = None
+        self.through = begun.through
+        try:
+            if logits_to_keep < 0:
+                self.model.get_decoder()(**inputs)
+            else:
+                logits = self.model(logits_to_keep=logits_to_keep, **inputs).logits
+            return logits, *begun.end(close)
+        finally:
+            self.through = None
+
+    def _begin(
+        self,
+        state: Tensor,
+        attention_mask: Tensor | None,
+        segments: Tensor | None,
+        write: bool | Tensor,
+        pending: Pending | None,
+        length: int,
+    ) -> Pass:
+        by_segment = self.config.write_strategy != "token"
+        mask = attention_mask[:, -length:].bool() if attention_mask is not None else None
+        writing = write is not False
+        if isinstance(write, Tensor):
+            # Of single tokens the mask says enough, and nothing waits for the device.
+            writing = (length == 1 and not by_segment) or bool(write.any())
+            mask = write.bool() if mask is None else mask & write.bool()
+        ready = self._stack.ready(state.device) if length == 1 and not torch.is_grad_enabled() else None
+        if not by_segment:
+            if segments is not None:
+                mask = segments >= 0 if mask is None else mask & (segments >= 0)
+            if ready is not None and runs_triton(state.device):
+                return BatchPass(self._memory, state, mask, writing)
+            if ready is not None:
+                return StepPass(self._memory, ready, state, mask, writing)
+            return TokenPass(self._memory, state, mask, writing)
+        if writing and segments is None:
+            raise SegmentsRequiredError(
+                f"this adapter writes by {self.config.write_strategy}: pass segments= with the segment of "
+                "each token (-1 = never written), or write=False to only read"
+            )
+        if segments is not None and mask is not None:
+            segments = torch.where(mask, segments, -1)
+        segments = segments if writing else None
+        if ready is not None:
+            return GatherPass(self._memory, ready, state, segments, pending)
+        return SegmentPass(self._memory, state, segments, pending)
+
+    def _install(self, index: int, site: AttentionSite) -> list[Seam]:
+        by_module: dict[nn.Module, list[tuple[DeltaHead, int]]] = {site.first: []}
+        for head in self.config.delta_heads:
+            target, start = site.targets[head]
+            by_module.setdefault(target, []).append((head, start))
+        last = site.targets["o"][0]
+        by_module.setdefault(last, [])
+
+        first = len(self._places)
+        self._places += [
+            Place(first + number, index, tuple(heads), target is last)
+            for number, (target, heads) in enumerate(by_module.items())
+        ]
+        return [Seam(target, place, self) for target, place in zip(by_module, self._places[first:], strict=True)]
+
+    def _checked(self, state: Tensor | None, batch: int) -> Tensor:
+        if state is None:
+            return self.zeros(batch)
+        expected = (batch, *self.state_shape)
+        if tuple(state.shape) != expected or state.dtype != torch.float32:
+            raise StateMismatchError(
+                f"expected a float32 state of shape {list(expected)} for this model, adapter and batch; "
+                f"found {state.dtype} {list(state.shape)}"
+            )
+        return state
+
+    def _check_pending(self, pending: Pending | None, batch: int) -> None:
+        if pending is None:
+            return
+        if self.config.write_strategy == "token":
+            raise TurnError("pending= belongs to message and sentence adapters; this one writes by token")
+        found = (pending.counts.shape[0], len(pending.sums))
+        if found != (batch, len(self.layers)):
+            raise TurnError(
+                f"pending must be of {batch} rows and {len(self.layers)} layers; found {found[0]} and {found[1]}"
+            )
+
+
+def mask_for(model: Any, allowed: Tensor) -> Tensor:
+    """A boolean 4-D mask in the form that the model's attention takes."""
+    if model.config._attn_implementation != "eager":
+        return allowed
+    zero = torch.zeros((), dtype=model.dtype, device=allowed.device)
+    return torch.where(allowed, zero, torch.finfo(model.dtype).min)
+
+
+def _need_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    if tensor is not None and tuple(tensor.shape) != shape:
+        raise TurnError(f"{name} must have shape {list(shape)}; found {list(tensor.shape)}")
+
+
+def _positions(mask: Tensor | None, past: int, length: int, like: Tensor) -> Tensor:
+    if mask is None:
+        return torch.arange(past, past + length, device=like.device).expand(like.shape)
+    return (mask.long().cumsum(-1) - 1).clamp_min(0)[:, past:]
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device

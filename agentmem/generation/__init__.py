@@ -1,0 +1,1 @@
+"""One turn: request, plan, catch-up, prefill, decode, finish."""

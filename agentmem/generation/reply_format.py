@@ -1,0 +1,169 @@
+"""What a reply is bound to be: JSON of a schema, or calls of tools. As a grammar, and as nothing else.
+
+A ``ReplyFormat`` becomes a grammar in llguidance's Lark form: the delimiters of calls are tokens where the tokenizer
+has them as tokens, the JSON between them follows the schemas. Schemas are closed before (an object whose properties are
+named takes no others, an integer stays within 64 bits), since a grammar permits whatever is not forbidden.
+
+Pure functions: no model, no tokenizer. ``constraint`` walks the grammar while a reply is decoded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from agentmem.errors import ConfigError
+from agentmem.generation.output_parser import Tags
+
+Calls = Literal["none", "may", "must"]
+
+# The widest integers of 64 bits that a double, which grammars are made with, holds exactly.
+_WIDEST = 2**63 - 2**10
+# How JSON is spelled: as json.dumps does, which is what chat templates show of earlier calls.
+_SPELLING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_MAPS = ("properties", "$defs", "definitions", "patternProperties", "dependentSchemas")
+_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
+_SINGLE = ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames")
+
+
+@dataclass(frozen=True)
+class ReplyFormat:
+    """What a reply must be.
+
+    Attributes:
+        tools: function descriptions in OpenAI form; only these may be called, with arguments as they say.
+        calls: "must" (a call and nothing else), "may" (text, then calls if the model wants any) or "none".
+        parallel: whether one reply may hold several calls.
+        schema: a JSON schema: a reply without calls is JSON that fits it. None: such a reply is free text.
+
+    Raises:
+        ConfigError: calls without a tool to call, or nothing that binds the reply.
+    """
+
+    tools: Sequence[Mapping[str, Any]] = ()
+    calls: Calls = "none"
+    parallel: bool = False
+    schema: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.calls not in ("none", "may", "must"):
+            raise ConfigError(f"calls must be none, may or must; found {self.calls!r}")
+        if self.calls != "none" and not self.tools:
+            raise ConfigError(f"calls={self.calls!r} needs a tool to call; found none")
+        if self.calls == "none" and self.schema is None:
+            raise ConfigError("a reply format says what calls or what JSON is expected; found neither")
+        for tool in self.tools:
+            function = tool.get("function")
+            if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+                raise ConfigError(
+                    f"a tool is {{'type': 'function', 'function': {{'name': ..., 'parameters': ...}}}}; found {tool!r}"
+                )
+
+
+def lark(form: ReplyFormat, tags: Tags, *, thinking: bool) -> str:
+    """The grammar of a format.
+
+    Args:
+        form: the format.
+        tags: how the tokenizer spells the delimiters of calls and reasoning.
+        thinking: the prompt has opened a region of reasoning, which ends before the reply begins.
+    """
+    delimiters = {tag: f"<[{token}]>" for token, tag in tags.by_token.items()}
+    opening, closing, thought = (
+        delimiters.get(tag, json.dumps(tag)) for tag in ("<tool_call>", "</tool_call>", "</think>")
+    )
+    rules = []
+    replies = []
+    if form.calls != "none":
+        for number, tool in enumerate(form.tools):
+            rules.append(f"tool_{number}: %json {json.dumps(_call_schema(tool))}")
+        tools = " | ".join(f"tool_{number}" for number in range(len(form.tools)))
+        rules.append(f'call: {opening} "\\n" ({tools}) "\\n" {closing}')
+        rules.append('calls: call ("\\n" call)*' if form.parallel else "calls: call")
+        replies.append("calls")
+    if form.schema is not None:
+        rules.append(f"json: %json {json.dumps({**closed(form.schema), 'x-guidance': _SPELLING})}")
+        replies.append("json")
+    elif form.calls == "may":
+        replies = ["TEXT calls?"]
+    start = " | ".join(replies)
+    if thinking:
+        start = f'TEXT {thought} ("\\n\\n")? ({start})'
+    # Tokens that the tokenizer keeps for control match no expression, so text holds no delimiter.
+    return "\n".join(["%llguidance {}", f"start: {start}", *rules, "TEXT: /(.|\\n)*/"])
+
+
+def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A schema that permits no more than it names: closed objects, integers of 64 bits; otherwise the same."""
+    found: dict[str, Any] = dict(schema)
+    for key in _MAPS:
+        if isinstance(found.get(key), Mapping):
+            found[key] = {name: _closed_any(one) for name, one in found[key].items()}
+    for key in _LISTS:
+        if isinstance(found.get(key), Sequence) and not isinstance(found[key], str):
+            # What stands in several parts, or beside properties, is open in each of them.
+            open_parts = key == "allOf" or (key != "prefixItems" and "properties" in found)
+            found[key] = [one if open_parts else _closed_any(one) for one in found[key]]
+    for key in _SINGLE:
+        if key in found:
+            found[key] = _closed_any(found[key])
+    # Beside other schemas for the same object its properties are not all that it may have.
+    if "properties" in found and not found.keys() & {"additionalProperties", "$ref", "allOf", "anyOf", "oneOf"}:
+        found["additionalProperties"] = False
+    kinds = found.get("type")
+    whole = kinds == "integer" or (isinstance(kinds, list) and "integer" in kinds and "number" not in kinds)
+    if whole and not found.keys() & {"const", "enum"}:
+        least, most = (
+            found.get("minimum", found.get("exclusiveMinimum")),
+            found.get("maximum", found.get("exclusiveMaximum")),
+        )
+        if least is None and (most is None or most > -_WIDEST):
+            found["minimum"] = -_WIDEST
+        if most is None and (least is None or least < _WIDEST):
+            found["maximum"] = _WIDEST
+    return found
+
+
+def _closed_any(schema: Any) -> Any:
+    return closed(schema) if isinstance(schema, Mapping) else schema
+
+
+def _call_schema(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON between the delimiters of a call: the tool's name and its arguments."""
+    function = tool["function"]
+    arguments = closed(function.get("parameters") or {"type": "object", "properties": {}})
+    return {
+        "type": "object",
+        "properties": {
+            "name": {"const": function["name"]},
+            "arguments": _moved(_object(arguments), "#/properties/arguments"),
+        },
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+        "x-guidance": _SPELLING,
+    }
+
+
+def _object(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema of objects, whatever else it would permit."""
+    if schema.get("type") == "object":
+        return schema
+    if not schema.keys() & {"$ref", "allOf", "anyOf", "oneOf"}:
+        return {**schema, "type": "object"}
+    return {"allOf": [schema, {"type": "object"}]}
+
+
+def _moved(schema: Any, to: str) -> Any:
+    """A schema whose references into itself point to where it now stands."""
+    if isinstance(schema, Mapping):
+        return {
+            key: to + value[1:]
+            if key == "$ref" and isinstance(value, str) and value.startswith("#")
+            else _moved(value, to)
+            for key, value in schema.items()
+        }
+    if isinstance(schema, list | tuple):
+        return [_moved(one, to) for one in schema]
+    return schema

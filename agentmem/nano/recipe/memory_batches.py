@@ -1,0 +1,167 @@
+"""Batches of nano's language for training its adapter, laid out as the engine runs turns.
+
+Every user message and every reply is written, the generation header and the end of the message included; system
+messages are shown and never written. Three quarters of the conversations are written with each turn alone in view, as
+a short window runs them, the others with all of them in view. A question's prompt shows no turn, or the last few,
+read again with writes off; the question and its reply write.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+from transformers import PreTrainedTokenizerBase
+
+from agentmem.nano.recipe.batches import Encoder
+from agentmem.nano.recipe.chatml import render
+from agentmem.nano.recipe.episodes import MemoryEpisode, draw_memory_episode
+from agentmem.training.adapter import MemoryBatch, Row, memory_batch
+
+ACKNOWLEDGE_WEIGHT = 0.2
+_SKILLS = ("tool", "fact", "filler", "chatter", "offer", "unoffered", "remembered", "ask")
+_SKILL_WEIGHTS = (10, 12, 6, 4, 12, 4, 46, 6)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What the conversations of one batch are like.
+
+    Attributes:
+        bindings, fillers: inclusive ranges, drawn once a batch, so rows are about equally long.
+        episodes: conversations in the batch.
+        unknown: one conversation in so many is asked something that was never told; 0 = none.
+        skills: the questions are tools, facts, small talk and calls that need what was told.
+        calls: tool turns among what is written, an inclusive range; a third of the questions then shows tools.
+        plain: no changes, no questions on the way, no system message.
+    """
+
+    bindings: tuple[int, int]
+    fillers: tuple[int, int]
+    episodes: int
+    unknown: int = 0
+    skills: bool = False
+    calls: tuple[int, int] = (0, 0)
+    plain: bool = False
+
+
+def stage_mix(step: int, steps: int) -> Mix:
+    """The curriculum: one or two bindings until writing and reading are found, then more, then long conversations.
+
+    After the second stage four in ten steps have tools: three ask for calls, facts and small talk, half of them for
+    calls whose arguments memory holds, one of the three after long conversations; one has calls among what is written
+    and tools in some questions' prompts. The others are recall alone, up to twelve bindings and twenty turns of small
+    talk. Towards the end fewer questions are about what was never told, since they teach doubt along with honesty.
+    """
+    if step < 0.2 * steps:
+        return Mix((1, 2), (0, 1), 24, plain=True)
+    kind = step % 10
+    if kind in (5, 9):
+        return Mix((1, 5), (0, 4), 11, skills=True)
+    unknown = 2 if step < 0.8 * steps else 4
+    if step < 0.35 * steps:
+        return Mix((1, 6), (0, 2), 16, unknown)
+    if kind == 2:
+        return Mix((2, 6), (3, 9), 7, skills=True)
+    if kind == 4:
+        return Mix((1, 4), (0, 2), 7, unknown, calls=(1, 1))
+    if kind == 1:
+        return Mix((2, 9), (8, 20), 8, unknown)
+    if kind == 6:
+        return Mix((2, 9), (4, 12), 8, unknown)
+    if kind == 8:
+        return Mix((6, 12), (4, 16), 8, unknown)
+    if kind == 3:
+        return Mix((6, 12), (0, 4), 10, unknown)
+    if kind == 0:
+        return Mix((2, 8), (3, 8), 12, unknown)
+    return Mix((1, 8), (0, 4), 16, unknown)
+
+
+class MemoryBatches:
+    """Conversations and questions for the adapter.
+
+    Args:
+        tokenizer: nano's.
+        seed: of all episodes.
+        steps: of the whole training, for the curriculum.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, seed: int, steps: int) -> None:
+        self._encoder = Encoder(tokenizer)
+        self._pad = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+        self._seed, self._steps = seed, steps
+
+    def __call__(self, step: int) -> MemoryBatch:
+        """The batch of a step."""
+        return self.draw(Random(f"memory-{self._seed}-{step}"), stage_mix(step, self._steps))
+
+    def draw(self, rng: Random, mix: Mix) -> MemoryBatch:
+        """A batch of the given mix."""
+        bindings, fillers = rng.randint(*mix.bindings), rng.randint(*mix.fillers)
+        changes, asks = rng.choice((0, 0, 0, 1, 1, 2)), rng.choice((0, 0, 1, 2))
+        shown = min(rng.choice((0, 0, 0, 0, 1, 2)), bindings + fillers)
+        system, apart = rng.random() < 0.3, rng.random() < 0.75
+        calls = rng.randint(*mix.calls)
+        if mix.plain:
+            changes, asks, shown, system = 0, 0, 0, False
+        written: list[Row] = []
+        questions: list[tuple[int, Row]] = []
+        for i in range(mix.episodes):
+            kinds = ["unknown" if mix.unknown and i % mix.unknown == 0 else "ask", *(["ask"] * (0 if shown else 2))]
+            if mix.skills:
+                kinds = rng.choices(_SKILLS, _SKILL_WEIGHTS)
+            elif calls:
+                kinds = [kinds[0], "remembered" if rng.random() < 0.4 else "ask"]
+            episode = draw_memory_episode(
+                rng,
+                bindings=bindings,
+                fillers=fillers,
+                changes=changes,
+                asks=asks,
+                calls=calls,
+                shown=shown,
+                system=system,
+                tooled=0.4 if mix.calls[1] else 0.25 if mix.skills else 0.0,
+                questions=kinds,
+            )
+            written.append(self.written(episode, apart=apart))
+            questions += [(i, row) for row in self.asked(episode)]
+        return memory_batch(written, questions, self._pad)
+
+    def written(self, episode: MemoryEpisode, *, apart: bool) -> Row:
+        """The write pass of an episode, each turn a block of its own or all of them one."""
+        row = Row()
+        for i, turn in enumerate(episode.turns):
+            block = i if apart else 0
+            if apart or i == 0:
+                opening = [episode.system] if episode.system else []
+                tools = episode.tools if i in episode.equipped or not apart else ()
+                for piece in render(opening, tools):
+                    row.extend(self._encoder.encode(piece.text), write=False, weight=0.0, block=block)
+            # A reply that answers comes from memory; others repeat what stands in view.
+            counts = 1.0 if i in episode.recalls else ACKNOWLEDGE_WEIGHT
+            for piece in render(turn):
+                weight = counts if piece.reply else 0.0
+                row.extend(self._encoder.encode(piece.text), write=True, weight=weight, block=block)
+        return row
+
+    def asked(self, episode: MemoryEpisode) -> list[Row]:
+        """The read passes of an episode: shown turns with writes off, then the question and its replies."""
+        rows = []
+        for question in episode.questions:
+            row = Row()
+            shown = episode.turns[len(episode.turns) - episode.shown :]
+            tools = question.tools
+            opening = [question.system] if question.system else []
+            before = sum(len(turn) for turn in shown)
+            messages = [*opening, *(m for turn in [*shown, question.turn] for m in turn)]
+            # Pieces of the shown turns and the head come first; an assistant message has three pieces.
+            head = (
+                (1 if opening or tools else 0) + before + 2 * sum(m.role == "assistant" for turn in shown for m in turn)
+            )
+            for i, piece in enumerate(render(messages, tools)):
+                reads = i >= head
+                row.extend(self._encoder.encode(piece.text), write=reads, weight=1.0 if reads and piece.reply else 0.0)
+            rows.append(row)
+        return rows

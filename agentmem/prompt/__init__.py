@@ -1,0 +1,1 @@
+"""Messages to tokens, which message each token belongs to, and which messages a prompt shows."""

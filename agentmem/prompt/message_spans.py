@@ -1,0 +1,385 @@
+"""Which part of a rendered conversation belongs to which message, for any chat template.
+
+A template is a program: it may strip reasoning from earlier turns, group tool results in one turn, trim
+text, or add a system prompt of its own. So nothing is assumed about prefixes. The conversation is rendered
+a second time with private-use characters inside every message's text; where they come out shows what came
+from which message. They must not change anything else: without them the second rendering must equal the
+first, else they are not believed and borders are taken from the renderings of the conversation's
+beginnings. If these disagree too, it is an error.
+
+Between the texts of two neighbours stands the end of the first and the head of the second. The end is known
+from a small conversation of the same shape that stops there, rendered once and kept.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from agentmem.errors import TranscriptError
+from agentmem.messages import Message, ToolCall
+from agentmem.prompt.encode import Span
+from agentmem.prompt.template import ChatTemplate, Text, Tools
+
+NOBODY = -1
+
+# Marks: four private-use characters for each message, where texts use none. One begins a text and one ends
+# it, one stands around a call's name, and one after every reasoning tag, since templates drop what stands
+# before it.
+_PRIVATE_USE = re.compile("[\U000f0000-\U0010ffff]")
+_STEP = 4
+_BEGIN, _RESUME, _END, _NAME = range(4)
+
+_LEAD = re.compile(r"<[^<>/\s][^<>\s]*>\s*")  # left outside the marks: templates compare how a text starts and ends
+_TRAIL = re.compile(r"\s*</?[^<>\s]+>\Z")
+_TAG_END = re.compile(r"</?think>\s*")
+
+_KEPT = 512  # learned ends of tool-call messages
+
+_USER = Message("user", "x")
+_REPLY = Message("assistant", "x")
+# Nine characters: some templates accept no other length of id.
+_CALL = Message("assistant", "", tool_calls=(ToolCall("x", {}, "000000000"),))
+_RESULT = Message("tool", "x", tool_call_id="000000000", name="x")
+_SYSTEM = Message("system", "x")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A rendered conversation and its borders.
+
+    Attributes:
+        text: what the template wrote.
+        stretches: (owner, start, stop), ascending and without gaps. The owner is a message's index, the
+            number of messages for the generation prompt, or -1 for text that belongs to no message.
+        contents: per message the span of its own text, without outer white space; None where it has none.
+    """
+
+    text: Text
+    stretches: list[tuple[int, int, int]]
+    contents: list[Span | None]
+
+
+@dataclass
+class _Places:
+    """Where a message's own strings stand in the rendered text."""
+
+    first: int
+    last: int
+    content: Span | None = None
+
+
+@dataclass
+class Borders:
+    """Finds borders; remembers what it has learned about its template."""
+
+    template: ChatTemplate
+    _ends: dict[str | bytes, str | None] = field(default_factory=dict)
+    _heads: dict[str, str | None] = field(default_factory=dict)
+    _preambles: dict[str, str] = field(default_factory=dict)
+
+    def find(self, messages: Sequence[Message], tools: Tools | None, add_generation_prompt: bool) -> Layout:
+        """Render messages and find what belongs to each.
+
+        Raises:
+            TranscriptError: the template refuses the messages, or borders cannot be told.
+        """
+        text = self.template.render(messages, tools, add_generation_prompt)
+        places = self._places(messages, tools, add_generation_prompt, text)
+        if places is None:
+            return self._by_prefixes(messages, tools, add_generation_prompt, text)
+        return self._by_places(messages, tools, add_generation_prompt, text, places)
+
+    def end(self, message: Message) -> str | None:
+        """What the template writes after the message's last string, to the end of its turn; None: unknown."""
+        key = message.digest() if message.tool_calls else message.role
+        if key not in self._ends:
+            if len(self._ends) >= _KEPT:
+                self._ends.clear()
+            self._ends[key] = self._learn_end(message)
+        return self._ends[key]
+
+    def head(self, role: str) -> str | None:
+        """What the template writes before a message of that role that is not the first; None: unknown."""
+        if role not in self._heads:
+            self._heads[role] = self._learn_head(role)
+        return self._heads[role]
+
+    # Marks
+
+    def _places(
+        self, messages: Sequence[Message], tools: Tools | None, add_generation_prompt: bool, text: Text
+    ) -> list[_Places] | None:
+        """Where each message's strings stand in `text`; None if the marks cannot be believed."""
+        base = _free_block(text.text, len(messages) * _STEP)
+        if base is None:
+            return None
+        for style in (_mark_around, _mark_behind, _mark_after):
+            places = self._read_marks(messages, tools, add_generation_prompt, text, base, style)
+            if places is not None:
+                return places
+        return None
+
+    def _read_marks(
+        self,
+        messages: Sequence[Message],
+        tools: Tools | None,
+        add_generation_prompt: bool,
+        text: Text,
+        base: int,
+        style: Callable[[Message, str, str], str],
+    ) -> list[_Places] | None:
+        marks = re.compile(f"[{chr(base)}-{chr(base + len(messages) * _STEP - 1)}]")
+
+        def mark(index: int, kind: str, value: str) -> str:
+            own = base + index * _STEP
+            if kind == "name":
+                return f"{chr(own + _NAME)}{value}{chr(own + _NAME)}"
+            return style(messages[index], value, "".join(chr(own + n) for n in range(_NAME)))
+
+        try:
+            marked = self.template.render(messages, tools, add_generation_prompt, mark)
+        except TranscriptError:
+            return None  # the marks offended the template; it accepted the messages themselves
+        if marks.sub("", marked.text) != text.text:
+            return None
+        found: dict[int, _Places] = {}
+        open_at: dict[int, int] = {}
+        for seen, match in enumerate(marks.finditer(marked.text)):
+            at = match.start() - seen
+            owner, kind = divmod(ord(match.group()) - base, _STEP)
+            places = found.setdefault(owner, _Places(at, at))
+            places.first, places.last = min(places.first, at), max(places.last, at)
+            if kind in (_BEGIN, _RESUME):
+                open_at.setdefault(owner, at)
+            elif kind == _END and messages[owner].content.strip():
+                places.content = (open_at.get(owner, at), at)
+        if len(found) != len(messages) or _plain_without(marks, marked) != text.plain:
+            return None
+        for index, places in found.items():
+            _widen(places, messages[index].content.strip(), self.template.quoted(messages[index]), text.text)
+        return [found[i] for i in range(len(messages))]
+
+    def _by_places(
+        self,
+        messages: Sequence[Message],
+        tools: Tools | None,
+        add_generation_prompt: bool,
+        text: Text,
+        places: list[_Places],
+    ) -> Layout:
+        order = sorted(range(len(messages)), key=lambda i: (places[i].first, places[i].last, i))
+        whole = text.text
+        stretches: list[tuple[int, int, int]] = []
+        start = self._preamble_end(messages[order[0]], tools, whole[: places[order[0]].first])
+        stretches.append((NOBODY, 0, start))
+        for a, b in pairwise(order):
+            if places[a].last > places[b].first:
+                return self._by_prefixes(messages, tools, add_generation_prompt, text)
+            gap = whole[places[a].last : places[b].first]
+            stop = places[a].last + self._cut(messages[a], messages[b].role, gap)
+            stretches.append((a, start, stop))
+            start = stop
+            if tools:  # some templates name the tools before the last question
+                head = self.head(messages[b].role)
+                rest = whole[stop : places[b].first]
+                if head and head.strip() and rest.endswith(head):
+                    start = places[b].first - len(head)
+                    stretches.append((NOBODY, stop, start))
+        last = order[-1]
+        stop = len(whole)
+        if add_generation_prompt:
+            stop = places[last].last + self._prompt_start(messages, tools, last, whole[places[last].last :])
+        stretches += [(last, start, stop), (len(messages), stop, len(whole))]
+        return Layout(text, [s for s in stretches if s[1] < s[2]], [place.content for place in places])
+
+    def _preamble_end(self, first: Message, tools: Tools | None, gap: str) -> int:
+        """Where the first message begins in the text before its own strings."""
+        key = json.dumps(list(tools), sort_keys=True, default=str) if tools else ""
+        if key not in self._preambles:
+            if len(self._preambles) >= _KEPT:
+                self._preambles.clear()
+            self._preambles[key] = self._learn_preamble(tools)
+        preamble, head = self._preambles[key], self.head(first.role)
+        if preamble and gap.startswith(preamble):
+            return len(preamble)
+        return len(gap) - len(head) if head and gap.endswith(head) else 0
+
+    def _cut(self, message: Message, next_role: str, gap: str) -> int:
+        """Where the message ends in the gap between its last string and the next message's first."""
+        end = self.end(message)
+        if end is None:
+            head = self.head(next_role)
+            return len(gap) - len(head) if head and gap.endswith(head) else 0
+        # White space that ends the content stands outside the marks; the template may have kept it.
+        outer = message.content[len(message.content.rstrip()) :] if not message.tool_calls else ""
+        skips = [0, len(outer)] if outer and gap.startswith(outer) else [0]
+        for skip in skips:
+            if gap.startswith(end, skip):
+                return skip + len(end)
+        if end and (at := gap.rfind(end)) >= 0:  # something stands between the text and its end: tools, a date
+            return at + len(end)
+        # The end of a turn that goes on (grouped tool results): as far as it agrees, in whole tags.
+        agreed = (re.match(r"(?s).*[>\]\s]|", end[: _agreement(end, gap[skip:])]) for skip in skips)
+        return max(skip + match.end() for skip, match in zip(skips, agreed, strict=True) if match)
+
+    def _prompt_start(self, messages: Sequence[Message], tools: Tools | None, last: int, gap: str) -> int:
+        """Where the generation prompt begins in the text after the last message's last string."""
+        end = self.end(messages[last])
+        if end and gap.startswith(end):
+            return len(end)
+        before = self.template.render(messages, tools).text
+        after = self.template.render(messages, tools, True).text
+        return _agreement(before, after) - (len(after) - len(gap))
+
+    # Learning from small conversations
+
+    def _small(self, messages: Sequence[Message], tools: Tools | None = None) -> tuple[str, list[_Places]] | None:
+        try:
+            text = self.template.render(messages, tools)
+        except TranscriptError:
+            return None  # the template knows no such conversation; nothing to learn from it
+        places = self._places(messages, tools, False, text)
+        return None if places is None else (text.text, places)
+
+    def _learn_end(self, message: Message) -> str | None:
+        openings: dict[str, list[Message]] = {
+            "system": [_SYSTEM],
+            "user": [_USER],
+            "assistant": [_USER, message if message.tool_calls else _REPLY],
+            "tool": [_USER, _CALL, _RESULT],
+        }
+        small = self._small(openings[message.role])
+        return None if small is None else small[0][small[1][-1].last :]
+
+    def _learn_head(self, role: str) -> str | None:
+        openings = {
+            "system": [_SYSTEM],
+            "user": [_USER, _REPLY, _USER],
+            "assistant": [_USER, _REPLY, _USER],
+            "tool": [_USER, _CALL, _RESULT],
+        }
+        opening = openings[role]
+        small = self._small(opening)
+        if small is None:
+            return None
+        text, places = small
+        if role == "system":
+            return text[: places[0].first].removeprefix(self.template.begin)
+        at = 1 if role == "assistant" else 2
+        gap, end = text[places[at - 1].last : places[at].first], self.end(opening[at - 1])
+        return gap[len(end) :] if end is not None and gap.startswith(end) else None
+
+    def _learn_preamble(self, tools: Tools | None) -> str:
+        small, head = self._small([_USER], tools), self.head("user")
+        if small is None or head is None:
+            return ""
+        before = small[0][: small[1][0].first]
+        return before[: len(before) - len(head)] if before.endswith(head) else ""
+
+    # Beginnings
+
+    def _by_prefixes(
+        self, messages: Sequence[Message], tools: Tools | None, add_generation_prompt: bool, text: Text
+    ) -> Layout:
+        """Borders by rendering the first message, the first two, and so on."""
+        whole = text.text
+        stretches: list[tuple[int, int, int]] = []
+        contents: list[Span | None] = []
+        start = 0
+        for index, message in enumerate(messages):
+            beginning = self.template.render(messages[: index + 1], tools).text
+            stop = len(beginning)
+            if not whole.startswith(beginning) or stop < start:
+                agree = _agreement(whole, beginning)
+                raise TranscriptError(
+                    "the chat template changes its text when messages are marked, so its text for messages 0 "
+                    f"to {index} was expected to begin that for all {len(messages)}; they part at character "
+                    f"{agree}: {beginning[agree : agree + 40]!r} and {whole[agree : agree + 40]!r}"
+                )
+            core = message.content.strip()
+            at = whole.find(core, start, stop) if core else -1
+            contents.append((at, at + len(core)) if at >= 0 else None)
+            if index == 0 and at >= 0:
+                start = self._preamble_end(message, tools, whole[:at])
+                stretches.append((NOBODY, 0, start))
+            stretches.append((index, start, stop))
+            start = stop
+        if not add_generation_prompt:
+            stretches[-1] = (len(messages) - 1, stretches[-1][1], len(whole))
+            start = len(whole)
+        stretches.append((len(messages), start, len(whole)))
+        return Layout(text, [s for s in stretches if s[1] < s[2]], contents)
+
+
+def _mark_around(message: Message, text: str, marks: str) -> str:
+    """The text with marks inside its outer white space and tags, so that trimming and comparing still work."""
+    begin, resume, end = marks[_BEGIN], marks[_RESUME], marks[_END]
+    core = text.strip()
+    lead = match.end() if (match := _LEAD.match(core)) else 0
+    trail = match.start() if (match := _TRAIL.search(core, lead)) else len(core)
+    if lead >= trail:
+        return _mark_behind(message, text, marks)
+    inner = _TAG_END.sub(rf"\g<0>{resume}", core[lead:trail])
+    at = text.find(core)
+    return text[:at] + core[:lead] + begin + inner + end + core[trail:] + text[at + len(core) :]
+
+
+def _mark_behind(message: Message, text: str, marks: str) -> str:
+    """The text with marks at its end, before outer white space."""
+    stop = len(text.rstrip()) or len(text)
+    return _mark_after(message, text[:stop], marks) + text[stop:]
+
+
+def _mark_after(message: Message, text: str, marks: str) -> str:
+    """The text with marks at its very end; a call's text bears none, its names do."""
+    # Templates ask whether a call comes with text.
+    return text if message.tool_calls else text + marks[_BEGIN] + marks[_END]
+
+
+def _free_block(text: str, size: int) -> int | None:
+    """The start of a block of private-use characters that a text does not use."""
+    used = {ord(char) for char in _PRIVATE_USE.findall(text)}
+    starts = range(0xF0000, 0x110000 - size, size)
+    return next((at for at in starts if not any(at <= char < at + size for char in used)), None)
+
+
+def _agreement(a: str, b: str) -> int:
+    """How many characters two texts share at their start."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _plain_without(marks: re.Pattern[str], marked: Text) -> tuple[Span, ...]:
+    """The plain spans, counted as if no marks were there."""
+    places = [match.start() for match in marks.finditer(marked.text)] if marked.plain else []
+    return tuple((a - bisect_left(places, a), b - bisect_left(places, b)) for a, b in marked.plain)
+
+
+def _widen(places: _Places, core: str, given: str, text: str) -> None:
+    """Take in what a content's marks left outside, where the template has kept it.
+
+    Args:
+        places: changed in place.
+        core: the content without outer white space.
+        given: the content as it was marked, control tokens quoted.
+        text: the rendered conversation.
+    """
+    if places.content is None:
+        return
+    start, stop = places.content
+    if start == stop:  # marked behind: as much as the template has kept
+        start -= _agreement(core[::-1], text[:start][::-1])
+        places.content, places.first = (start, stop), min(places.first, start)
+        return
+    lead = match.group() if (match := _LEAD.match(given.strip())) else ""
+    if lead and text.endswith(lead, 0, start):
+        start -= len(lead)
+    trail = match.group() if (match := _TRAIL.search(given.strip(), len(lead))) else ""
+    if trail and text.startswith(trail, stop):
+        stop += len(trail)
+    places.content = (start, stop)
+    places.first, places.last = min(places.first, start), max(places.last, stop)

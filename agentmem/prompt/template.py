@@ -1,0 +1,178 @@
+"""A tokenizer's chat template: messages to text, and text to token ids (see `agentmem.prompt.encode`).
+
+Control tokens (`<|im_start|>` and the like) that stand in a message's text are that text and nothing more:
+a quoted web page must not be able to open a turn. They travel through the template between two private-use
+characters and are then tokenised as plain text; only control tokens that the template itself writes become
+control tokens. Assistant messages keep the tags that carry no turn (`<think>`, `<tool_call>`): the model
+wrote those itself.
+
+Nothing here changes the tokenizer or the messages.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from agentmem.errors import TranscriptError
+from agentmem.messages import Message
+from agentmem.prompt.encode import Encoded, Encoder, Span, any_of
+
+Tools = Sequence[Mapping[str, Any]]
+
+# Around a control token in an input: noncharacters, which Unicode reserves for a program's inside and keeps
+# out of texts. A text that has them anyway loses them.
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+
+_REASONING = {"<think>", "</think>"}  # templates look for these in an assistant's text
+
+
+@dataclass(frozen=True)
+class Text:
+    """A rendered text, and the spans of it that are plain text though they read like control tokens."""
+
+    text: str
+    plain: tuple[Span, ...] = ()
+
+
+class ChatTemplate:
+    """Renders conversations and tokenises what was rendered.
+
+    Args:
+        tokenizer: a fast tokenizer with a chat template.
+        options: further variables for the template, `enable_thinking` for example.
+
+    Raises:
+        TranscriptError: the tokenizer is not a fast one, or has no chat template.
+    """
+
+    def __init__(self, tokenizer: Any, options: Mapping[str, Any] | None = None) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise TranscriptError(
+                "a fast tokenizer (tokenizer.json) was expected, since tokens are traced to messages by their "
+                f"offsets; found {type(tokenizer).__name__}"
+            )
+        self._tokenizer = tokenizer
+        self._options = dict(options or {})
+        self.begin = str(tokenizer.bos_token or "")  # what many templates write before anything else
+        try:
+            template = str(tokenizer.get_chat_template())
+        except ValueError as error:
+            raise TranscriptError(f"a tokenizer with a chat template was expected: {error}") from error
+        added = tokenizer.added_tokens_decoder.values()
+        named = getattr(tokenizer, "chat_control_tokens", None)
+        special = {str(t.content) for t in added if t.special}
+        others = {str(t.content) for t in added if str(t.content) in (template if named is None else named)}
+        self._turn = any_of(special - _REASONING)
+        self._control = any_of(special | {token for token in others if not token.isspace()})
+        self._encoder = Encoder(tokenizer)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Tools | None = None,
+        add_generation_prompt: bool = False,
+        mark: Callable[[int, str, str], str] | None = None,
+    ) -> Text:
+        """The conversation as the template writes it.
+
+        Args:
+            messages: at least one.
+            tools: JSON schemas, as the template expects them.
+            add_generation_prompt: open the assistant's next turn.
+            mark: changes the texts that the template is given: (index of the message, "content" or "name",
+                text).
+
+        Raises:
+            TranscriptError: the template refuses these messages; its own words are in the message.
+        """
+        conversation = [self._plain(i, message, mark) for i, message in enumerate(messages)]
+        try:
+            text = self._tokenizer.apply_chat_template(
+                conversation,
+                tools=self._quote(list(tools), self._control) if tools else None,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **self._options,
+            )
+        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            roles = ", ".join(message.role for message in messages)
+            raise TranscriptError(
+                f"the chat template refuses these messages ({roles}): {error}; give it messages in an order "
+                "and of roles that it knows, or use a tokenizer with another template"
+            ) from error
+        return self._unquote(str(text))
+
+    def encode(self, text: str, plain: Sequence[Span] = ()) -> Encoded:
+        """Token ids of a text and the character at which each starts; `plain` spans stay plain text."""
+        return self._encoder.encode(text, plain)
+
+    def content(self, message: Message) -> Text:
+        """A message's content as it would stand in a rendered conversation."""
+        return self._unquote(self.quoted(message))
+
+    def quoted(self, message: Message) -> str:
+        """A message's content as the template is given it."""
+        return str(self._quote(message.content, self._control_of(message)))
+
+    def _control_of(self, message: Message) -> re.Pattern[str]:
+        return self._turn if message.role == "assistant" else self._control
+
+    def _plain(self, index: int, message: Message, mark: Callable[[int, str, str], str] | None) -> dict[str, Any]:
+        """One message as templates expect it."""
+        control = self._control_of(message)
+
+        def text(kind: str, value: str) -> str:
+            quoted = str(self._quote(value, control))
+            return mark(index, kind, quoted) if mark else quoted
+
+        plain: dict[str, Any] = {"role": message.role, "content": text("content", message.content)}
+        if message.tool_calls:
+            plain["tool_calls"] = [
+                {
+                    "type": "function",
+                    "id": call.id,
+                    "function": {
+                        "name": text("name", call.name),
+                        "arguments": self._quote(dict(call.arguments), self._control),
+                    },
+                }
+                for call in message.tool_calls
+            ]
+        if message.tool_call_id:
+            plain["tool_call_id"] = message.tool_call_id
+        if message.name:
+            plain["name"] = self._quote(message.name, self._control)
+        return plain
+
+    def _quote(self, value: Any, control: re.Pattern[str]) -> Any:
+        """The value with every control token in its strings put between the two quoting characters."""
+        if isinstance(value, str):
+            clean = value.replace(_OPEN, "").replace(_CLOSE, "")
+            return control.sub(rf"{_OPEN}\g<0>{_CLOSE}", clean)
+        if isinstance(value, Mapping):
+            return {key: self._quote(item, control) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self._quote(item, control) for item in value]
+        return value
+
+    def _unquote(self, quoted: str) -> Text:
+        """The text without quoting characters, and where whole control tokens stood between them."""
+        if _OPEN not in quoted and _CLOSE not in quoted:
+            return Text(quoted)
+        parts: list[str] = []
+        plain: list[Span] = []
+        length = at = 0
+        for match in re.finditer(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}|[{_OPEN}{_CLOSE}]", quoted):
+            inner = match.group(1) or ""
+            parts += [quoted[at : match.start()], inner]
+            length += match.start() - at
+            if inner:
+                plain.append((length, length + len(inner)))
+            length += len(inner)
+            at = match.end()
+        return Text("".join(parts) + quoted[at:], tuple(plain))

@@ -1,0 +1,217 @@
+"""Messages to tokens through the tokenizer's chat template, with the message that each token belongs to.
+
+The ids are exactly those of the template's normal rendering, tokenised as a whole; control tokens inside
+message texts are plain text (see `agentmem.prompt.template`). Each token belongs to the message in whose part
+of the text it
+starts: header, content and end are the message's (see `agentmem.prompt.message_spans`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+from agentmem.errors import TranscriptError
+from agentmem.messages import Message
+from agentmem.prompt.encode import Span
+from agentmem.prompt.message_spans import NOBODY, Borders, Layout
+from agentmem.prompt.sentences import split_sentences
+from agentmem.prompt.template import ChatTemplate, Tools
+
+_SIZES_KEPT = 8192  # messages whose size is remembered
+_OVERHEADS_KEPT = 64  # lists of tools for which it is remembered what they take
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as tokens.
+
+    Attributes:
+        text: what the template wrote.
+        input_ids: its tokens.
+        owner: per token the index of its message; the number of messages for the generation prompt; -1 for
+            text that belongs to no message (a BOS token, a default system prompt, a list of tools).
+        messages: what was rendered.
+        sentences: per token the number of its sentence or -1; None if sentences were not asked for.
+    """
+
+    text: str
+    input_ids: list[int]
+    owner: list[int]
+    messages: tuple[Message, ...]
+    sentences: list[int] | None = None
+
+    def message_segments(self) -> list[int]:
+        """Segments of the `message` strategy: the owner, and -1 for messages that never write.
+
+        The generation prompt has the segment of the reply that it opens, the number of messages.
+        """
+        writes = [*(message.writes for message in self.messages), True, False]  # the last one is index -1
+        return [owner if writes[owner] else -1 for owner in self.owner]
+
+    def sentence_segments(self) -> list[int]:
+        """Segments of the `sentence` strategy, numbered through the conversation: content tokens only.
+
+        Raises:
+            ValueError: the conversation was rendered without `sentences=True`.
+        """
+        if self.sentences is None:
+            raise ValueError("sentence segments were not found while rendering; pass sentences=True to render")
+        return list(self.sentences)
+
+    def sizes(self) -> list[int]:
+        """Tokens per message."""
+        counts = [0] * (len(self.messages) + 2)
+        for owner in self.owner:
+            counts[owner] += 1
+        return counts[: len(self.messages)]
+
+
+class Transcript:
+    """Renders messages through one tokenizer's chat template.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer with a chat template; it is never changed.
+        options: further variables for the template, `{"enable_thinking": False}` for example.
+
+    Raises:
+        TranscriptError: the tokenizer cannot be used.
+    """
+
+    def __init__(self, tokenizer: Any, options: Mapping[str, Any] | None = None) -> None:
+        self._template = ChatTemplate(tokenizer, options)
+        self._borders = Borders(self._template)
+        self._sizes: dict[bytes, int] = {}
+        self._overheads: dict[tuple[str, bool], int] = {}
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Tools | None = None,
+        add_generation_prompt: bool = False,
+        sentences: bool = False,
+    ) -> Rendered:
+        """Tokens of a conversation and the owner of each.
+
+        Args:
+            messages: at least one.
+            tools: JSON schemas of the tools on offer.
+            add_generation_prompt: open the assistant's next turn.
+            sentences: find sentence segments too.
+
+        Raises:
+            TranscriptError: the template refuses the messages, or it cannot be told what belongs to which.
+        """
+        if not messages:
+            raise TranscriptError("at least one message was expected; found none")
+        layout = self._borders.find(messages, tools, add_generation_prompt)
+        ids, starts = self._template.encode(layout.text.text, layout.text.plain)
+        owner = _owners(starts, layout)
+        found = self._sentences(messages, layout, ids, starts) if sentences else None
+        return Rendered(layout.text.text, ids, owner, tuple(messages), found)
+
+    def size(self, message: Message) -> int:
+        """Tokens that a message takes up in a conversation, header and end included.
+
+        Counted alone and remembered, so that a long history costs nothing. Templates that treat a message
+        differently by its place (reasoning of earlier turns, grouped results) may spend some tokens more or
+        fewer on it.
+        """
+        key = message.digest()
+        if key not in self._sizes:
+            if len(self._sizes) >= _SIZES_KEPT:
+                self._sizes.clear()
+            self._sizes[key] = self._count(message)
+        return self._sizes[key]
+
+    def overhead(self, *, tools: Tools | None = None, add_generation_prompt: bool = False) -> int:
+        """Tokens of a conversation that belong to no message: preamble, tools, generation prompt."""
+        key = (repr(list(tools or ())), add_generation_prompt)
+        if key not in self._overheads:
+            if len(self._overheads) >= _OVERHEADS_KEPT:
+                self._overheads.clear()
+            rendered = self.render([Message("user", "x")], tools=tools, add_generation_prompt=add_generation_prompt)
+            self._overheads[key] = sum(owner != 0 for owner in rendered.owner)
+        return self._overheads[key]
+
+    def closing_text(self, message: Message | None = None) -> str:
+        """What the template writes after the content of a message of this role (None: an assistant's).
+
+        Raises:
+            TranscriptError: the template cannot render such a message at all.
+        """
+        role = message.role if message else "assistant"
+        text = self._borders.end(Message(role, "x"))
+        if text is None:
+            raise TranscriptError(
+                f"a chat template that can render a {role} message was expected, to learn how it ends; "
+                "this one refuses it or drops it"
+            )
+        return text
+
+    def closing_ids(self, message: Message | None = None) -> list[int]:
+        """The tokens with which the template closes a message after its content, see `closing_text`."""
+        return self._template.encode(self.closing_text(message))[0]
+
+    def generation_prompt_ids(
+        self, messages: Sequence[Message] | None = None, *, tools: Tools | None = None
+    ) -> list[int]:
+        """The tokens that open the assistant's turn after these messages (None: after a user message)."""
+        given = messages or [Message("user", "x")]
+        rendered = self.render(given, tools=tools, add_generation_prompt=True)
+        pairs = zip(rendered.input_ids, rendered.owner, strict=True)
+        return [token for token, owner in pairs if owner == len(given)]
+
+    def _count(self, message: Message) -> int:
+        if message.tool_calls:
+            return self.render([Message("user", "x"), message]).sizes()[1]
+        content = self._template.content(message)
+        head, end = self._borders.head(message.role) or "", self._borders.end(message) or ""
+        plain = [(len(head) + a, len(head) + b) for a, b in content.plain]
+        return len(self._template.encode(head + content.text + end, plain)[0])
+
+    def _sentences(self, messages: Sequence[Message], layout: Layout, ids: list[int], starts: list[int]) -> list[int]:
+        segments = [-1] * len(ids)
+        count = 0
+        order = sorted((span, i) for i, span in enumerate(layout.contents) if span is not None)
+        for (start, stop), index in order:
+            places = [k for k, place in enumerate(starts) if start <= place < stop]
+            if not messages[index].writes or not places:
+                continue
+            lengths = self._piece_lengths(layout, (start, stop), [ids[k] for k in places])
+            numbers = [count + n for n, length in enumerate(lengths) for _ in range(length)]
+            for k, number in zip(places, numbers, strict=True):
+                segments[k] = number
+            count += len(lengths)
+        return segments
+
+    def _piece_lengths(self, layout: Layout, span: Span, content: list[int]) -> list[int]:
+        """Tokens per sentence; the whole content as one where sentences alone give other tokens."""
+        start, stop = span
+        lengths: list[int] = []
+        joined: list[int] = []
+        for piece in split_sentences(layout.text.text[start:stop]):
+            end = start + len(piece)
+            plain = [
+                (max(a, start) - start, min(b, end) - start) for a, b in layout.text.plain if a < end and b > start
+            ]
+            ids, _ = self._template.encode(piece, plain)
+            lengths.append(len(ids))
+            joined += ids
+            start = end
+        return [length for length in lengths if length] if joined == content else [len(content)]
+
+
+def _owners(starts: list[int], layout: Layout) -> list[int]:
+    """The owner of each token: that of the stretch in which the token starts."""
+    owner: list[int] = []
+    stretches = iter([*layout.stretches, (NOBODY, len(layout.text.text), len(layout.text.text) + 1)])
+    current, _, stop = next(stretches)
+    for start in accumulate(starts, max):  # bytes of one character share their start; order is never lost
+        while start >= stop:
+            current, _, stop = next(stretches)
+        owner.append(current)
+    return owner

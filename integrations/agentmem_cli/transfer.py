@@ -1,0 +1,155 @@
+"""``agentmem storage import``: copies threads out of another checkpointer's database.
+
+The parameters are here, and everything else is imported when the command runs: the command tree imports this.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from importlib import import_module
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from agentmem.errors import ConfigError, StorageError
+
+if TYPE_CHECKING:
+    from langgraph.checkpoint.base import BaseCheckpointSaver
+    from langgraph.checkpoint.serde.base import SerializerProtocol
+    from sqlalchemy import URL
+
+    from agentmem_sql import ThreadTransfer
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="A database of LangGraph's SqliteSaver or PostgresSaver, or of ours: its URL, or a SQLite file's path.",
+    ),
+]
+Target = Annotated[str, typer.Argument(metavar="TARGET", help="Where to; tables and SQLite files are made if need be.")]
+Threads = Annotated[list[str] | None, typer.Option("--thread", help="Only this one; may be repeated.")]
+SourceEncrypted = Annotated[
+    bool, typer.Option("--source-encrypted", help="SOURCE is encrypted by the key in LANGGRAPH_AES_KEY.")
+]
+Encrypted = Annotated[bool, typer.Option("--encrypted", help="TARGET is encrypted by the key in LANGGRAPH_AES_KEY.")]
+
+
+def import_threads(
+    source: Source,
+    target: Target,
+    thread: Threads = None,
+    source_encrypted: SourceEncrypted = False,
+    encrypted: Encrypted = False,
+) -> None:
+    """Copy threads from another checkpointer's database, as they are. Called again, it copies what is new.
+
+    Nothing that TARGET has is changed. Ends with 1 where threads could not be copied, and says why.
+    """
+    from rich.console import Console
+
+    from agentmem_cli.app import error_line
+    from agentmem_sql import SQLAlchemySaver, TransferError, copy_threads
+
+    console = Console()
+    with (
+        _open(source, _serde(source_encrypted)) as reading,
+        SQLAlchemySaver.from_url(_url(target), serde=_serde(encrypted)) as writing,
+        Console(stderr=True).status("copying") as status,
+    ):
+        numbers = count(1)
+
+        def show(done: ThreadTransfer) -> None:
+            status.update(f"copying: {next(numbers)} threads")
+            if done.error is not None:
+                console.print(error_line(done.error), soft_wrap=True)
+
+        try:
+            report = copy_threads(reading, writing, thread_ids=thread, on_thread=show)
+        except TransferError as error:
+            report = error.report
+    console.print(
+        f"{report.threads} threads, of which {report.skipped} had nothing new and {len(report.failures)} failed; "
+        f"copied {report.checkpoints} checkpoints and {report.writes} pending writes",
+        highlight=False,
+        soft_wrap=True,
+    )
+    raise typer.Exit(1 if report.failures else 0)
+
+
+@contextmanager
+def _open(source: str, serde: SerializerProtocol) -> Iterator[BaseCheckpointSaver[Any]]:
+    """The checkpointer whose tables are in a database; LangGraph's, where it holds both."""
+    from agentmem_sql import SQLAlchemySaver
+    from agentmem_sql.drivers import parse
+    from agentmem_sql.presence import check_present
+
+    url = parse(_url(source))
+    backend = url.get_backend_name()
+    if backend == "sqlite" and {"checkpoints", "writes"} <= _sqlite_tables(url):
+        module = _langgraph("sqlite")
+        with _source_errors(sqlite3.Error), module.SqliteSaver.from_conn_string(str(url.database)) as saver:
+            saver.serde = serde
+            yield saver
+    elif backend == "postgresql" and (conninfo := _with_langgraph_tables(url)):
+        module = _langgraph("postgres")
+        with _source_errors(import_module("psycopg").Error), module.PostgresSaver.from_conn_string(conninfo) as saver:
+            saver.serde = serde
+            yield saver
+    else:
+        check_present(url)
+        with SQLAlchemySaver.from_url(url, serde=serde) as ours:
+            yield ours
+
+
+def _sqlite_tables(url: URL) -> set[str]:
+    if not url.database or not Path(url.database).is_file():
+        return set()
+    with _source_errors(sqlite3.Error), closing(sqlite3.connect(url.database)) as connection:
+        return {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+
+
+def _with_langgraph_tables(url: URL) -> str | None:
+    """How psycopg names a database, if it holds threads of LangGraph's checkpointer."""
+    psycopg = import_module("psycopg")
+    conninfo = url.set(drivername="postgresql").render_as_string(hide_password=False)
+    with _source_errors(psycopg.Error), psycopg.connect(conninfo) as connection:
+        found = connection.execute("SELECT to_regclass('checkpoints'), to_regclass('checkpoint_blobs')").fetchone()
+    return conninfo if found is not None and None not in found else None
+
+
+@contextmanager
+def _source_errors(kind: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except kind as error:
+        said = " ".join(str(error).split())
+        raise StorageError(
+            f"the source database answered: {said}; if a table or column is missing, run the setup() of its "
+            "checkpointer once, with the version of LangGraph that is installed here"
+        ) from error
+
+
+def _langgraph(name: str) -> Any:
+    try:
+        return import_module(f"langgraph.checkpoint.{name}")
+    except ModuleNotFoundError as error:
+        package = f"langgraph-checkpoint-{name}"
+        raise ConfigError(f"reading these threads needs the package {package}; run: pip install {package}") from error
+
+
+def _url(text: str) -> str:
+    """What has no scheme is the path of a SQLite file."""
+    return text if "://" in text else f"sqlite:///{text}"
+
+
+def _serde(encrypted: bool) -> SerializerProtocol:
+    from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
+
+    from agentmem_cli.storage import encrypting
+
+    return encrypting() if encrypted else JsonPlusSerializer()

@@ -1,0 +1,120 @@
+"""Threads made by hand: checkpoints with chosen parents and delta channels; and what is left of them, by plain SQL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.base import Checkpoint
+from sqlalchemy import Connection, create_engine, text
+
+from agentmem_sql import SQLAlchemySaver
+from agentmem_sql.codec import unpack_content
+from agentmem_sql.trees import LEAVES, parse
+from tests.helpers.sql_cases import checkpoint, config
+
+Sql = Callable[..., list[Any]]
+
+
+@contextmanager
+def shared_database(backend: str, servers: Callable[[str], Connection], folder: Path) -> Iterator[str]:
+    """The URL of a new database for all tests of a file, since making one takes longer than most of them."""
+    name = f"agentmem_{uuid4().hex[:16]}"
+    if backend == "sqlite":
+        yield f"sqlite:///{folder / name}.db"
+        return
+    server = servers(backend)
+    server.exec_driver_sql(f"CREATE DATABASE {name}")
+    yield server.engine.url.set(database=name).render_as_string(hide_password=False)
+    server.exec_driver_sql(f"DROP DATABASE {name}{' WITH (FORCE)' if backend == 'postgresql' else ''}")
+
+
+@contextmanager
+def plain_sql(url: str) -> Iterator[Sql]:
+    """Runs statements behind the saver's back, as the fixture ``ask`` does, on one connection."""
+    engine = create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+
+        def run(statement: str, **parameters: object) -> list[Any]:
+            result = connection.execute(text(statement), parameters)
+            return [tuple(row) for row in result] if result.returns_rows else []
+
+        yield run
+    engine.dispose()
+
+
+def empty(saver: SQLAlchemySaver, ask: Sql) -> None:
+    """Delete every thread, also those without a checkpoint."""
+    for (name,) in ask("SELECT name FROM agentmem_threads"):
+        saver.delete_thread(bytes(name).decode())
+
+
+def made(values: Mapping[str, Any], deltas: str = "d") -> Checkpoint:
+    """A checkpoint that holds ``values``, and to which the channels named in ``deltas`` were written."""
+    found = checkpoint(dict(values), "1.5")
+    found["channel_versions"] |= dict.fromkeys(deltas.split(), "1.5")
+    return found
+
+
+def grow(
+    saver: Any,
+    parent: RunnableConfig | None = None,
+    values: Mapping[str, Any] | None = None,
+    *,
+    thread: str = "t",
+    ns: str = "",
+    deltas: str = "d",
+    **metadata: Any,
+) -> RunnableConfig:
+    """Store the child of a checkpoint (of the root, if none is given); gives its config."""
+    one = made(values or {}, deltas)
+    to = parent or config(thread, ns)
+    found: RunnableConfig = saver.put(to, one, {"source": "loop", "step": 0, **metadata}, one["channel_versions"])
+    return found
+
+
+def write(saver: Any, at: RunnableConfig, *values: Any, channel: str = "d", task: str = "task", path: str = "") -> None:
+    """What one task wrote to a channel, under a checkpoint."""
+    saver.put_writes(at, [(channel, value) for value in values], task, path)
+
+
+def id_of(at: RunnableConfig) -> str:
+    found: str = at["configurable"]["checkpoint_id"]
+    return found
+
+
+def ids(saver: Any, thread: str = "t") -> set[str]:
+    """The checkpoints of a thread, in all namespaces."""
+    return {id_of(one.config) for one in saver.list({"configurable": {"thread_id": thread}})}
+
+
+def history(saver: Any, at: RunnableConfig, channel: str = "d") -> tuple[Any, list[Any]]:
+    """Seed (None if there is none) and written values of a channel."""
+    found = saver.get_delta_channel_history(config=at, channels=[channel])[channel]
+    return found.get("seed"), [value for _, _, value in found["writes"]]
+
+
+def unaccounted(ask: Sql) -> tuple[set[Any], set[Any]]:
+    """Content that nothing refers to, and references to content that is not there, of all threads.
+
+    Found with plain SQL and by following every reference: nothing of what sweeps or reads is asked.
+    """
+    bodies = {
+        (thread, bytes(digest)): (kind, bytes(body))
+        for thread, digest, kind, body in ask("SELECT thread, digest, kind, body FROM agentmem_blobs")
+    }
+    wanted = {(thread, bytes(digest)) for thread, digest in ask("SELECT thread, digest FROM agentmem_writes")}
+    for thread, content, left in ask("SELECT thread, content, history FROM agentmem_checkpoints"):
+        wanted |= {(thread, digest) for digest in unpack_content(bytes(content)).values()}
+        if left is not None:
+            wanted.add((thread, bytes(left)))
+    reached: set[Any] = set()
+    while wanted:
+        reached |= wanted
+        inner = [(at[0], bodies[at]) for at in wanted if at in bodies and bodies[at][0] not in LEAVES]
+        wanted = {(thread, link) for thread, (kind, body) in inner for link in parse(kind, body[1:]).links} - reached
+    return bodies.keys() - reached, reached - bodies.keys()

@@ -1,8 +1,0 @@
-"""Puts ``transcript_templates`` on the path: pytest's importlib mode leaves this folder off it."""
-
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))

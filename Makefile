@@ -7,7 +7,7 @@ SHELL := /bin/sh
 .DELETE_ON_ERROR:
 # One venv: two targets must not install into it at the same time.
 .NOTPARALLEL:
-.PHONY: help demo coding-assistant analysis-agent hybrid-rag docs pictures test lint format clean
+.PHONY: help demo coding-assistant analysis-agent hybrid-rag docs pictures test test-newest lint format clean
 
 # Some images tell Python to keep no bytecode. Setup compiles nothing beforehand (below), so every process would then compile
 # torch and transformers anew: five seconds each, half of the time of the demo and a third of the tests'.
@@ -26,33 +26,45 @@ endif
 # exception: forbiddenfruit (for blockbuster) comes as source only; it is plain Python, packed in seconds, no compiler.
 # Python compiles the few modules that are used when they are used: compiling all 17,000 here takes longer than the rest
 # of the setup.
-# pip is upgraded first because dependency groups need 25.1.
+# pip is upgraded first because dependency groups need 25.1. It says nothing but errors (-qq): otherwise it prints a line
+# or more for each of 150 packages.
+# Arguments: the folder of the environment, the file of constraints, and what else to install.
 define install
 	@test -n "$(PYTHON)" && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "agentmem needs Python 3.11 or newer; found '$(PYTHON)'. Install one, or name it: make PYTHON=/path/to/python" >&2; \
 		exit 1; }
-	@echo "Setting up .venv with $(PYTHON) (once; a few minutes, mostly torch) ..."
-	@"$(PYTHON)" -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --no-compile --only-binary=:all: -c constraints.txt -e '.[all]' $(1)
+	@echo "Setting up $(1) with $(PYTHON) (once; a few minutes and 3 GB, mostly torch; pip is quiet unless it fails) ..."
+	@"$(PYTHON)" -m venv $(1)
+	@$(1)/bin/python -m pip install -qq --progress-bar off --disable-pip-version-check --upgrade 'pip>=25.1'
+	@$(1)/bin/python -m pip install -qq --progress-bar off --disable-pip-version-check --no-compile \
+		--only-binary=:all: -c $(2) -e '.[all]' $(3)
 endef
+
+dev := --no-binary=forbiddenfruit --group dev
 
 # A stamp is written last, so an interrupted setup is taken up again the next time.
 .venv/.installed: pyproject.toml constraints.txt
-	$(call install)
+	$(call install,.venv,constraints.txt)
 	@touch $@
 
 .venv/.installed-dev: pyproject.toml constraints.txt
-	$(call install,--no-binary=forbiddenfruit --group dev)
+	$(call install,.venv,constraints.txt,$(dev))
 	@touch .venv/.installed .venv/.installed-examples $@
 
 .venv/.installed-examples: pyproject.toml constraints.txt
-	$(call install,--group examples)
+	$(call install,.venv,constraints.txt,--group examples)
 	@touch .venv/.installed $@
 
 .venv/.installed-docs: pyproject.toml constraints.txt
-	$(call install,--group docs)
+	$(call install,.venv,constraints.txt,--group docs)
 	@touch .venv/.installed $@
+
+# The newest versions that pyproject.toml allows, but for torch: the same pin takes a CPU build or a CUDA build.
+.venv-newest/.installed: pyproject.toml constraints.txt
+	@mkdir -p .venv-newest
+	@grep -E '^(torch|triton)==' constraints.txt > .venv-newest/constraints.txt
+	$(call install,.venv-newest,.venv-newest/constraints.txt,--upgrade --upgrade-strategy eager $(dev))
+	@touch $@
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -77,18 +89,26 @@ pictures: .venv/.installed-docs  ## draw the pictures of the pages from docs/res
 	for name in turn recall tokens; do $(BIN)/python docs/pictures/$$name.py; done
 
 # Files in the order of their names: in that of their counts, those with a few long tests would come last, side by side.
-test: lint  ## lint, then all tests but the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-lint: .venv/.installed-dev  ## ruff and mypy
+test: lint  ## lint, then all tests but the slow ones
+	$(call pytest,.venv)
+
+test-newest: .venv-newest/.installed  ## the same tests with the newest versions of all dependencies; a warning is an error
+	@.venv-newest/bin/python -m pip list --format=freeze > .venv-newest/versions.txt
+	@echo "versions: .venv-newest/versions.txt; remove .venv-newest to resolve them again"
+	$(call pytest,.venv-newest)
+
+lint: .venv/.installed-dev  ## ruff, mypy, and the direction of imports
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/mypy
 
 format: .venv/.installed-dev  ## format the code and fix what ruff can fix
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-clean:  ## remove .venv, caches and built files
-	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+clean:  ## remove environments, caches and built files
+	rm -rf .venv .venv-newest .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
 """agentmem: working memory for LangGraph agents on a local model.
 
-The names below load on first use, so that importing a light part (``agentmem.state``, ``agentmem.errors``,
-``agentmem_sql``) pulls in no torch.
+The names below load on first use, so that importing a light part (`agentmem.state`, `agentmem.errors`,
+`agentmem_sql`) pulls in no torch.
 """
 
 from __future__ import annotations

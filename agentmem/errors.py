@@ -83,7 +83,7 @@ class TranscriptError(AgentMemError, ValueError):
 
 
 class HistoryEditedError(AgentMemError, ValueError):
-    """``on_edit="error"`` and a message before an already consumed one is new or changed."""
+    """`on_edit="error"` and a message before an already consumed one is new or changed."""
 
 
 class WindowError(AgentMemError, ValueError):

@@ -48,7 +48,7 @@ class Decoder:
 
     def _read(self, ids: Tensor, *, close: bool) -> None:
         if self._steered is None:
-            self._model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            self._model(input_ids=ids, cache=self.cache, use_cache=True, logits_to_keep=1)
             return
         segments = None
         if self._by_segment:

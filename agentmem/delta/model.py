@@ -285,7 +285,7 @@ class SteeredModel:
         self, begun: Pass, inputs: dict[str, Any], cache: Any, logits_to_keep: int, close: bool
     ) -> tuple[Tensor | None, Tensor, Pending | None]:
         """Logits, and what the pass ends with."""
-        inputs |= {"past_key_values": cache, "use_cache": cache is not None}
+        inputs |= {"cache": cache, "use_cache": cache is not None}
         logits: Tensor | None = None
         self.through = begun.through
         try:

@@ -47,7 +47,7 @@ def bare(model: Any, tokens: Tensor, cache: Any, places: Tensor, allowed: Tensor
         input_ids=tokens,
         attention_mask=mask_for(model, allowed),
         position_ids=places,
-        past_key_values=cache,
+        cache=cache,
         use_cache=True,
     )
     logits: Tensor = out.logits

@@ -225,7 +225,7 @@ class Session:
         self.chosen = None
         tokens = _on(runtime.device, ids)
         if self.state is None:
-            inputs = {"input_ids": tokens, "past_key_values": self.cache, "use_cache": True}
+            inputs = {"input_ids": tokens, "cache": self.cache, "use_cache": True}
             if logits:
                 self.logits = runtime.model(**inputs, logits_to_keep=1).logits[0, -1]
             else:

@@ -1,1 +1,1 @@
-"""Training: one loop (``loop``), a base model from conversations (``pretrain``), memory from replies (``adapter``)."""
+"""Training: one loop (`loop`), a base model from conversations (`pretrain`), memory from replies (`adapter`)."""

@@ -5,7 +5,7 @@ over questions, each from the state that its conversation left, and sees nothing
 through the state. The write pass can keep its turns apart (each attends to itself alone, as an engine with a short
 window runs them) or let them see each other; the data says which, by blocks.
 
-Nothing here knows nano: rows come from any tokenizer and the model is any ``SteeredModel`` with token writes, on
+Nothing here knows nano: rows come from any tokenizer and the model is any `SteeredModel` with token writes, on
 the CPU.
 """
 
@@ -24,7 +24,7 @@ from agentmem.delta.layer import LayerMemory
 from agentmem.delta.model import SteeredModel
 from agentmem.errors import ConfigError
 from agentmem.training.blocks import attending_apart
-from agentmem.training.loop import PARTS, Plan, TrainingLog, fit
+from agentmem.training.loop import PARTS, TrainingLog, TrainingPlan, fit
 
 
 @dataclass
@@ -102,7 +102,7 @@ def _positions(blocks: list[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class MemoryBatch:
-    """A write pass over B conversations and a read pass over R questions; ``of[r]`` is question r's conversation."""
+    """A write pass over B conversations and a read pass over R questions; `of[r]` is question r's conversation."""
 
     write: PassBatch
     read: PassBatch
@@ -123,7 +123,7 @@ def run_pass(
 ) -> tuple[Tensor, Tensor]:
     """One pass: the weighted cross-entropy of its replies by their weight, and the state after it.
 
-    ``whole`` is the weight to divide by, where the pass is part of a larger one; None = its own, the mean (0 where
+    `whole` is the weight to divide by, where the pass is part of a larger one; None = its own, the mean (0 where
     nothing counts).
     """
     kept: list[Tensor] = []
@@ -145,9 +145,9 @@ def run_pass(
 
 
 def memory_loss(steered: SteeredModel, batch: MemoryBatch, *, write_weight: float, part: int | None = None) -> Tensor:
-    """Loss of the read pass plus ``write_weight`` times that of the replies in the write pass.
+    """Loss of the read pass plus `write_weight` times that of the replies in the write pass.
 
-    ``part``: of one of ``PARTS`` parts of the conversations and their questions only, as its share of the batch's.
+    `part`: of one of `PARTS` parts of the conversations and their questions only, as its share of the batch's.
     """
     written, read, of = batch.write, batch.read, batch.of
     if part is not None:
@@ -166,7 +166,7 @@ def memory_loss(steered: SteeredModel, batch: MemoryBatch, *, write_weight: floa
 def start_as_copier(steered: SteeredModel, gain: float = 0.3) -> None:
     """Start a fresh adapter so that what it writes is what it says when read, in place.
 
-    Memory keys start equal to memory queries, and the correction of o at ``gain`` times the transpose of the memory
+    Memory keys start equal to memory queries, and the correction of o at `gain` times the transpose of the memory
     value: a read then favours the very token that was written, and training has only to find which tokens should match.
     From outputs at zero it has to find both at once.
     """
@@ -180,14 +180,14 @@ def start_as_copier(steered: SteeredModel, gain: float = 0.3) -> None:
 def train_adapter(
     steered: SteeredModel,
     batch_of: Callable[[int], MemoryBatch],
-    plan: Plan,
+    plan: TrainingPlan,
     *,
     write_weight: float = 0.5,
     processes: int = 1,
     checkpoint: Path | None = None,
     on_step: Callable[[int, TrainingLog], None] | None = None,
 ) -> TrainingLog:
-    """Train the memory parameters of ``steered`` in place; the model itself is frozen meanwhile.
+    """Train the memory parameters of `steered` in place; the model itself is frozen meanwhile.
 
     Raises:
         ConfigError: the adapter does not write token by token.

@@ -2,7 +2,7 @@
 
 A row of several turns under a dense mask costs the square of its length. Here the tokens of every block are laid out
 as a row of their own, attended to causally, and put back. It is an attention function of transformers
-(``AttentionInterface``), chosen while ``attending_apart`` is open, so the model and its hooks see rows as they are.
+(`AttentionInterface`), chosen while `attending_apart` is open, so the model and its hooks see rows as they are.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _STEP = 16  # lengths up to which blocks are laid side by side whatever they are
 class _Layout:
     """Where the B * T tokens lie when blocks of about the same length are laid side by side.
 
-    ``taken`` holds for each such group [N, L] the tokens of its blocks (behind its last token a block repeats it),
-    ``back`` [B * T] the place of each token among all that the groups took.
+    `taken` holds for each such group [N, L] the tokens of its blocks (behind its last token a block repeats it),
+    `back` [B * T] the place of each token among all that the groups took.
     """
 
     taken: tuple[Tensor, ...]
@@ -36,7 +36,7 @@ class _Layout:
 
     @classmethod
     def of(cls, blocks: Tensor) -> _Layout:
-        """``blocks`` [B, T] int64; a block is a run of equal numbers in a row."""
+        """`blocks` [B, T] int64; a block is a run of equal numbers in a row."""
         count = blocks.numel()
         begins = torch.ones_like(blocks, dtype=torch.bool)
         begins[:, 1:] = blocks[:, 1:] != blocks[:, :-1]
@@ -98,7 +98,7 @@ AttentionInterface.register(NAME, _attend)
 
 @contextmanager
 def attending_apart(model: PreTrainedModel, blocks: Tensor) -> Iterator[None]:
-    """Let each token of [B, T] attend to earlier tokens of its own run of equal ``blocks`` [B, T] alone.
+    """Let each token of [B, T] attend to earlier tokens of its own run of equal `blocks` [B, T] alone.
 
     No mask may be given meanwhile: padding is a block of its own, at the end of a row.
 

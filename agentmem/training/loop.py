@@ -1,19 +1,21 @@
 """The one training loop: AdamW with warm-up and cosine decay, gradient clipping, atomic checkpoints, exact resumption.
 
 The contract: the loss of a step depends on the parameters and the step's number alone (batches are drawn from a seed
-and that number), so a run that is stopped and resumed ends with the same bits as one that was not. A step has ``PARTS``
+and that number), so a run that is stopped and resumed ends with the same bits as one that was not. A step has `PARTS`
 parts, in as many processes as are given; the bits do not depend on that. A checkpoint is one
 safetensors file, replaced atomically; nothing in it can execute.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
+import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -22,20 +24,21 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from agentmem.errors import ConfigError
-from agentmem.training.parts import PartLoss, Parts
+from agentmem.training.gradients import ParallelGradients, PartLoss
 
 PARTS = 2
 """Parts of a step, whose gradients are summed: as many processes can share the work."""
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of mallopt, from malloc.h
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """How long and how fast to train.
 
     Attributes:
         steps: optimiser steps in all.
-        learning_rate: the peak, reached after ``warmup`` steps; decays along a cosine to ``floor`` times itself.
+        learning_rate: the peak, reached after `warmup` steps; decays along a cosine to `floor` times itself.
         weight_decay: decoupled; applied to matrices, not to vectors.
         clip: the largest global gradient norm.
         save_every: steps between checkpoints.
@@ -77,7 +80,7 @@ class TrainingLog:
 def fit(
     parameters: Iterable[tuple[str, nn.Parameter]],
     loss_of: PartLoss,
-    plan: Plan,
+    plan: TrainingPlan,
     *,
     processes: int = 1,
     checkpoint: Path | None = None,
@@ -87,10 +90,10 @@ def fit(
 
     Args:
         parameters: what is trained; names must be unique.
-        loss_of: the scalar loss of a step, counted from 0, and one of its ``PARTS`` parts, with its graph; the losses
+        loss_of: the scalar loss of a step, counted from 0, and one of its `PARTS` parts, with its graph; the losses
             of a step's parts add up to the step's.
         plan: steps and rates.
-        processes: how many compute the parts, at most ``PARTS``, of one thread each; the bits are those of one process
+        processes: how many compute the parts, at most `PARTS`, of one thread each; the bits are those of one process
             with one thread.
         checkpoint: a file to resume from if it exists and to save to; None keeps nothing.
         on_step: called after every step with the number of steps done and the log.
@@ -115,7 +118,8 @@ def fit(
     if checkpoint is not None and checkpoint.exists():
         log, done = _load(checkpoint, named, optimizer, plan)
     began = time.perf_counter() - log.seconds
-    with Parts(list(named.values()), loss_of, count=PARTS, processes=processes if done < plan.steps else 1) as parts:
+    processes = processes if done < plan.steps else 1
+    with ParallelGradients(list(named.values()), loss_of, count=PARTS, processes=processes) as parts:
         for step in range(done, plan.steps):
             for group in optimizer.param_groups:
                 group["lr"] = plan.rate(step)
@@ -133,8 +137,17 @@ def fit(
     return log
 
 
+def _plan_text(plan: TrainingPlan) -> str:
+    """The plan as a checkpoint's header holds it."""
+    return f"Plan({', '.join(f'{field.name}={getattr(plan, field.name)!r}' for field in fields(plan))})"
+
+
 def _save(
-    path: Path, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, plan: Plan, log: TrainingLog
+    path: Path,
+    named: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    plan: TrainingPlan,
+    log: TrainingLog,
 ) -> None:
     tensors: dict[str, Tensor] = {}
     for name, parameter in named.items():
@@ -144,7 +157,7 @@ def _save(
             if moment in optimizer.state[parameter]:
                 tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment].contiguous()
                 tensors[f"step/{name}"] = torch.as_tensor(optimizer.state[parameter]["step"])
-    header = {"plan": repr(plan), "losses": json.dumps(log.losses), "seconds": repr(log.seconds)}
+    header = {"plan": _plan_text(plan), "losses": json.dumps(log.losses), "seconds": repr(log.seconds)}
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(".partial")
     save_file(tensors, fresh, metadata=header)
@@ -152,16 +165,16 @@ def _save(
 
 
 def _load(
-    path: Path, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, plan: Plan
+    path: Path, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, plan: TrainingPlan
 ) -> tuple[TrainingLog, int]:
     with safe_open(path, framework="pt") as file:
         header = file.metadata()
         held = set(file.keys())
-        if header.get("plan") != repr(plan) or {f"parameter/{n}" for n in named} != {
+        if header.get("plan") != _plan_text(plan) or {f"parameter/{n}" for n in named} != {
             key for key in held if key.startswith("parameter/")
         }:
             raise ConfigError(
-                f"{path} is the checkpoint of another run: expected {plan!r}, found {header.get('plan')}; "
+                f"{path} is the checkpoint of another run: expected {_plan_text(plan)}, found {header.get('plan')}; "
                 "remove it to start anew"
             )
         for name, parameter in named.items():
@@ -180,3 +193,18 @@ def _load(
                 }
     losses = json.loads(header["losses"])
     return TrainingLog(losses, float(header["seconds"])), len(losses)
+
+
+def keep_memory() -> bool:
+    """Let freed blocks stay with this process; True where the C library has the setting (glibc).
+
+    glibc maps large blocks afresh and unmaps them when they are freed, so a training step pays page faults for all the
+    activations that the step before it freed: about half of its time for a small model. The setting holds for the
+    whole process.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**28))
+    answers = [mallopt(name, value) for name, value in settings]
+    return all(answer == 1 for answer in answers)

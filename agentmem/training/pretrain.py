@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from agentmem.training.loop import PARTS, Plan, TrainingLog, fit
+from agentmem.training.loop import PARTS, TrainingLog, TrainingPlan, fit
 
 REST_WEIGHT = 0.2
 _REST_SHARE = 0.2
@@ -25,7 +25,7 @@ _REST_SHARE = 0.2
 class LMBatch:
     """Right-padded conversations: ids [B, T] int64, mask [B, T] bool, weight [B, T] float32.
 
-    ``weight[b, t]`` is what predicting token t counts; 0 for padding.
+    `weight[b, t]` is what predicting token t counts; 0 for padding.
     """
 
     ids: Tensor
@@ -47,7 +47,7 @@ def pad_batch(rows: Sequence[tuple[Sequence[int], Sequence[float]]], pad: int) -
 
 
 def lm_loss(model: PreTrainedModel, batch: LMBatch, generator: torch.Generator, rows: slice = slice(None)) -> Tensor:
-    """Weighted next-token cross-entropy, in nats a unit of weight; of ``rows`` only, as their share of the batch's.
+    """Weighted next-token cross-entropy, in nats a unit of weight; of `rows` only, as their share of the batch's.
 
     The vocabulary product is the dearest part of a small model, so of the tokens that are no reply a random share is
     taken, at a weight raised accordingly: the expected loss is the same.
@@ -70,14 +70,14 @@ def lm_loss(model: PreTrainedModel, batch: LMBatch, generator: torch.Generator, 
 def pretrain(
     model: PreTrainedModel,
     batch_of: Callable[[int], LMBatch],
-    plan: Plan,
+    plan: TrainingPlan,
     *,
     seed: int,
     processes: int = 1,
     checkpoint: Path | None = None,
     on_step: Callable[[int, TrainingLog], None] | None = None,
 ) -> TrainingLog:
-    """Train what is not frozen of ``model`` in place, on the batches that ``batch_of`` gives; errors as `fit`'s."""
+    """Train what is not frozen of `model` in place, on the batches that `batch_of` gives; errors as `fit`'s."""
     model.train()
     drawn = lru_cache(maxsize=1)(batch_of)  # a process that has all parts of a step draws its batch once
 

@@ -154,7 +154,7 @@ class _Reader:
 
     def _read(self, ids: torch.Tensor, *, close: bool) -> None:
         if self._steered is None:
-            self._engine.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            self._engine.model(input_ids=ids, cache=self.cache, use_cache=True, logits_to_keep=1)
             return
         strategy, segments = self._steered.config.write_strategy, None
         if strategy != "token":

@@ -40,7 +40,7 @@ def bare(model: Any) -> int:
     """Bytes that a bare prefill makes."""
     ids = random_ids(1, LENGTH)
     with torch.inference_mode():
-        return int(memory.peak(lambda: model(ids, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1)))
+        return int(memory.peak(lambda: model(ids, cache=DynamicCache(), use_cache=True, logits_to_keep=1)))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts the tensors of a CPU")

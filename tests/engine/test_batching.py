@@ -314,7 +314,7 @@ def test_what_is_lost_in_a_row_is_lost_to_one_session(make_engine: MakeEngine, m
 
 def test_a_row_is_left_clean(make_engine: MakeEngine) -> None:
     engine = make_engine(memory=False)
-    like = engine._runtime.model(input_ids=torch.zeros(1, 5, dtype=torch.long), use_cache=True).past_key_values
+    like = engine._runtime.model(input_ids=torch.zeros(1, 5, dtype=torch.long), use_cache=True).cache
     block = Block(like, 16)
     first, second = block.sit(like, 5), block.sit(like, 5)
     for keys, values in block._kv:

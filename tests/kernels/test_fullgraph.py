@@ -162,7 +162,7 @@ def test_an_inert_row_is_not_steered(model: Any) -> None:
     logits = steered.step(ids, decoding.pool, torch.tensor([-1, 1]), cache=decoding.cache, **more)
     assert torch.equal(decoding.pool[[0, 2, 3, 4]], pool[[0, 2, 3, 4]])
     steered.detach()
-    expected = model(input_ids=ids, past_key_values=bare, position_ids=more["position_ids"]).logits[:, -1]
+    expected = model(input_ids=ids, cache=bare, position_ids=more["position_ids"]).logits[:, -1]
     close(logits[0], expected[0])
     assert (logits[1] - expected[1]).abs().max() > 1e-3
 
@@ -218,7 +218,7 @@ def test_a_layer_has_at_most_four_operators_more(model: Any) -> None:
         steered.step(ids, decoding.pool, slots, cache=decoding.cache, **more)
     steered.detach()
     with Counting() as alone:
-        model(input_ids=ids, past_key_values=bare, position_ids=more["position_ids"], logits_to_keep=1)
+        model(input_ids=ids, cache=bare, position_ids=more["position_ids"], logits_to_keep=1)
     assert counting.count - alone.count == 4 * LAYERS
 
 

@@ -18,7 +18,7 @@ from agentmem.errors import ConfigError
 from agentmem.nano.recipe.build import Recipe, build
 from agentmem.nano.recipe.model import fresh_model, nano_config
 from agentmem.nano.recipe.tokenizer import train_tokenizer
-from agentmem.training.loop import Plan
+from agentmem.training.loop import TrainingPlan
 from agentmem.training.pretrain import pad_batch, pretrain
 
 MICRO = Recipe(
@@ -87,7 +87,11 @@ def test_checkpoints_of_another_recipe_are_refused(tmp_path: Path) -> None:
     model = fresh_model(nano_config(tokenizer, width=32, layers=2), 1)
     rows = [([1, 2, 3], [1.0, 1.0, 1.0])]
     pretrain(
-        model, lambda _: pad_batch(rows, 0), Plan(1, 1e-3), seed=0, checkpoint=tmp_path / ".build/base.safetensors"
+        model,
+        lambda _: pad_batch(rows, 0),
+        TrainingPlan(1, 1e-3),
+        seed=0,
+        checkpoint=tmp_path / ".build/base.safetensors",
     )
     with pytest.raises(ConfigError, match="another run"):
         build(tmp_path, seed=1, recipe=MICRO, processes=1, console=Console(file=StringIO()))

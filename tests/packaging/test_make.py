@@ -53,6 +53,15 @@ def test_targets_set_up_their_environment_from_wheels_and_pins(checkout: Path, t
     assert ("--group dev" in install) == (target != "demo")
 
 
+def test_the_newest_versions_are_tried_in_an_environment_of_their_own(checkout: Path) -> None:
+    commands = planned(checkout, "test-newest")
+    (install,) = (line for line in commands.splitlines() if "'.[all]'" in line)
+    assert install.startswith(".venv-newest/bin/python -m pip install")
+    assert "-c .venv-newest/constraints.txt" in install
+    assert "--upgrade-strategy eager" in install
+    assert ".venv/" not in commands.replace(".venv-newest/", "")
+
+
 def test_an_environment_that_is_up_to_date_is_left_alone(checkout: Path) -> None:
     (checkout / ".venv").mkdir()
     for stamp in (".installed", ".installed-dev"):

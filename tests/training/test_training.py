@@ -17,7 +17,7 @@ from agentmem import MemoryConfig, SteeredModel
 from agentmem.errors import ConfigError, TrainingError, UnsupportedModelError
 from agentmem.nano.recipe.model import tie_twins
 from agentmem.training.adapter import MemoryBatch, PassBatch, Row, memory_batch, memory_loss, run_pass, train_adapter
-from agentmem.training.loop import PARTS, Plan
+from agentmem.training.loop import PARTS, TrainingPlan
 from agentmem.training.pretrain import LMBatch, pad_batch, pretrain
 
 VOCABULARY = 40
@@ -58,13 +58,13 @@ def lm_batch(step: int) -> LMBatch:
 
 
 def test_pretraining_lowers_the_loss() -> None:
-    log = pretrain(micro(), lm_batch, Plan(60, 5e-3, warmup=5), seed=0)
+    log = pretrain(micro(), lm_batch, TrainingPlan(60, 5e-3, warmup=5), seed=0)
     assert len(log.losses) == 60
     assert log.recent(5) < 0.5 * sum(log.losses[:5]) / 5
 
 
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
-    plan = Plan(9, 5e-3, warmup=2, save_every=4)
+    plan = TrainingPlan(9, 5e-3, warmup=2, save_every=4)
     straight, cut = micro(), micro()
     pretrain(straight, lm_batch, plan, seed=3)
 
@@ -92,12 +92,12 @@ def test_two_processes_train_to_the_same_bits_as_one(tied: bool) -> None:
     for model, processes in zip(models, (1, 2), strict=True):
         if tied:
             tie_twins(model, [(1, 2), (3, 4)])
-        log = pretrain(model, lm_batch, Plan(6, 5e-3, warmup=2), seed=3, processes=processes)
+        log = pretrain(model, lm_batch, TrainingPlan(6, 5e-3, warmup=2), seed=3, processes=processes)
         assert len(log.losses) == 6
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
     steered = [SteeredModel.attach(model, config=MemoryConfig(rank=4, couple_lambda=False)) for model in models]
     for one, processes in zip(steered, (1, 2), strict=True):
-        train_adapter(one, memory_of, Plan(4, 1e-2), processes=processes)
+        train_adapter(one, memory_of, TrainingPlan(4, 1e-2), processes=processes)
     memories = [list(one.memory.parameters()) for one in steered]
     assert all(torch.equal(a, b) for a, b in zip(*memories, strict=True))
 
@@ -123,8 +123,8 @@ def test_a_worker_that_fails_says_what_happened_and_leaves_the_checkpoint(tmp_pa
         return lm_batch(step)
 
     with pytest.raises(TrainingError, match="no such batch"):
-        pretrain(micro(), broken, Plan(6, 5e-3, save_every=2), seed=0, processes=2, checkpoint=file)
-    log = pretrain(micro(), lm_batch, Plan(6, 5e-3, save_every=2), seed=0, checkpoint=file)
+        pretrain(micro(), broken, TrainingPlan(6, 5e-3, save_every=2), seed=0, processes=2, checkpoint=file)
+    log = pretrain(micro(), lm_batch, TrainingPlan(6, 5e-3, save_every=2), seed=0, checkpoint=file)
     assert len(log.losses) == 6
     assert not multiprocessing.active_children()
 
@@ -138,14 +138,14 @@ def test_a_worker_that_is_killed_is_noticed() -> None:
         return lm_batch(step)
 
     with pytest.raises(TrainingError, match="exit code -9"):
-        pretrain(micro(), fatal, Plan(6, 5e-3), seed=0, processes=2)
+        pretrain(micro(), fatal, TrainingPlan(6, 5e-3), seed=0, processes=2)
 
 
 def test_processes_train_after_torch_had_threads_of_its_own() -> None:
     """A fork has none of its parent's threads, and must not wait for them."""
     torch.set_num_threads(2)
     torch.randn(512, 512) @ torch.randn(512, 512)
-    pretrain(micro(), lm_batch, Plan(2, 5e-3), seed=0, processes=2)
+    pretrain(micro(), lm_batch, TrainingPlan(2, 5e-3), seed=0, processes=2)
     assert torch.get_num_threads() == 2
 
 
@@ -153,7 +153,7 @@ def test_what_is_frozen_stays_as_it_was() -> None:
     model = micro()
     frozen = model.get_input_embeddings().weight.requires_grad_(False)
     before = frozen.detach().clone()
-    pretrain(model, lm_batch, Plan(2, 5e-3), seed=0)
+    pretrain(model, lm_batch, TrainingPlan(2, 5e-3), seed=0)
     assert torch.equal(frozen, before)
 
 
@@ -178,7 +178,7 @@ def test_turns_longer_than_a_models_window_are_refused() -> None:
 
 
 def test_a_finished_run_is_only_loaded(tmp_path: Path) -> None:
-    plan, file, model = Plan(3, 5e-3), tmp_path / "base.safetensors", micro()
+    plan, file, model = TrainingPlan(3, 5e-3), tmp_path / "base.safetensors", micro()
     pretrain(model, lm_batch, plan, seed=0, checkpoint=file)
     again = micro(seed=5)
 
@@ -190,7 +190,7 @@ def test_a_finished_run_is_only_loaded(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_plan_or_model_is_refused(tmp_path: Path) -> None:
-    plan, file = Plan(2, 5e-3), tmp_path / "base.safetensors"
+    plan, file = TrainingPlan(2, 5e-3), tmp_path / "base.safetensors"
     pretrain(micro(), lm_batch, plan, seed=0, checkpoint=file)
     with pytest.raises(ConfigError, match="another run"):
         pretrain(micro(), lm_batch, replace(plan, steps=4), seed=0, checkpoint=file)
@@ -201,9 +201,9 @@ def test_a_checkpoint_of_another_plan_or_model_is_refused(tmp_path: Path) -> Non
 
 def test_impossible_plans_are_refused() -> None:
     with pytest.raises(ConfigError, match="steps"):
-        Plan(0, 1e-3)
+        TrainingPlan(0, 1e-3)
     with pytest.raises(ConfigError, match="at least 1 process"):
-        pretrain(micro(), lm_batch, Plan(1, 1e-3), seed=0, processes=0)
+        pretrain(micro(), lm_batch, TrainingPlan(1, 1e-3), seed=0, processes=0)
 
 
 def memory_of(step: int) -> MemoryBatch:
@@ -226,7 +226,7 @@ def test_the_adapter_learns_to_answer_from_the_state_and_the_base_stays_as_it_wa
     model = micro()
     before = [p.detach().clone() for p in model.parameters()]
     steered = SteeredModel.attach(model, config=MemoryConfig(rank=8, alpha=16, couple_lambda=False))
-    log = train_adapter(steered, memory_of, Plan(130, 2e-2, warmup=10, weight_decay=0.0))
+    log = train_adapter(steered, memory_of, TrainingPlan(130, 2e-2, warmup=10, weight_decay=0.0))
     assert log.recent(10) < 0.5
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
@@ -239,7 +239,7 @@ def test_the_adapter_learns_to_answer_from_the_state_and_the_base_stays_as_it_wa
 def test_a_message_adapter_is_refused() -> None:
     steered = SteeredModel.attach(micro(), config=MemoryConfig(rank=4, write_strategy="message"))
     with pytest.raises(ConfigError, match="token writes"):
-        train_adapter(steered, memory_of, Plan(1, 1e-3))
+        train_adapter(steered, memory_of, TrainingPlan(1, 1e-3))
 
 
 def test_blocks_see_only_themselves_and_a_turn_apart_equals_a_turn_alone() -> None:

@@ -8,7 +8,7 @@ from random import Random
 
 from transformers import PreTrainedTokenizerBase
 
-from agentmem.nano.recipe.chatml import Piece, render
+from agentmem.nano.recipe.chatml import TextPiece, render
 from agentmem.nano.recipe.episodes import draw_episode
 from agentmem.training.pretrain import REST_WEIGHT, LMBatch, pad_batch
 
@@ -17,7 +17,7 @@ COPY_STEPS = 180
 _Row = tuple[list[int], list[float]]
 
 
-class Encoder:
+class EpisodeEncoder:
     """Tokenizes rendered pieces, remembering those it has seen."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -27,8 +27,8 @@ class Encoder:
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def row(self, pieces: Sequence[Piece]) -> _Row:
-        """Ids of the whole text and what each counts: 1 in replies, 0 in the system turn, ``REST_WEIGHT`` elsewhere.
+    def row(self, pieces: Sequence[TextPiece]) -> _Row:
+        """Ids of the whole text and what each counts: 1 in replies, 0 in the system turn, `REST_WEIGHT` elsewhere.
 
         Tools and facts are drawn at random; to predict them would only take strength from learning to read them.
         """
@@ -45,7 +45,7 @@ class Encoder:
 class BaseBatches:
     """Conversations for the base model, in a curriculum.
 
-    The first ``COPY_STEPS`` batches are runs of random tokens, repeated over and over, until looking up what followed
+    The first `COPY_STEPS` batches are runs of random tokens, repeated over and over, until looking up what followed
     is learned; until 40 % of the steps every fourth batch still is, then every twelfth. Half of the runs are of few
     different tokens, as names of other scripts are byte by byte: what followed depends on more than one token before.
     Until 30 % of the steps conversations are chats alone; then tools, facts and long ones join.
@@ -67,7 +67,7 @@ class BaseBatches:
         steps: int,
         skills: float | None = None,
     ) -> None:
-        self._encoder = Encoder(tokenizer)
+        self._encoder = EpisodeEncoder(tokenizer)
         self._pad = tokenizer.convert_tokens_to_ids("<|endoftext|>")
         self._words = self._pad  # ids below the first special token
         self._seed, self._episodes, self._steps, self._skills = seed, episodes, steps, skills

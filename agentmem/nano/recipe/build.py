@@ -5,7 +5,7 @@
           adapter/delta_mem_config.json adapter/adapter.safetensors
           recipe.json
 
-Everything follows from the seed. A build that is stopped goes on from its last checkpoint (in ``<out>/.build``);
+Everything follows from the seed. A build that is stopped goes on from its last checkpoint (in `<out>/.build`);
 a finished part is not made again. The base is frozen as it will be shipped, rounded to bfloat16, before the adapter is
 trained on it.
 """
@@ -36,8 +36,7 @@ from agentmem.nano.recipe.memory_batches import MemoryBatches
 from agentmem.nano.recipe.model import fresh_model, nano_config, tie_twins
 from agentmem.nano.recipe.tokenizer import train_tokenizer, twins
 from agentmem.training.adapter import start_as_copier, train_adapter
-from agentmem.training.allocator import keep_memory
-from agentmem.training.loop import PARTS, Plan, TrainingLog
+from agentmem.training.loop import PARTS, TrainingLog, TrainingPlan, keep_memory
 from agentmem.training.pretrain import pretrain
 
 _OnStep = Callable[[int, TrainingLog], None]
@@ -81,7 +80,7 @@ def build(
     processes: int = PARTS,
     console: Console | None = None,
 ) -> Path:
-    """Make nano and put it into ``out_dir``; returns that directory.
+    """Make nano and put it into `out_dir`; returns that directory.
 
     Args:
         out_dir: made if it is not there; a finished build in it is replaced only once the new one is complete.
@@ -91,7 +90,7 @@ def build(
         console: where progress is shown; None = the standard output.
 
     Raises:
-        ConfigError: ``<out>/.build`` holds checkpoints of another seed or recipe.
+        ConfigError: `<out>/.build` holds checkpoints of another seed or recipe.
     """
     recipe = recipe or Recipe()
     out = Path(out_dir)
@@ -128,7 +127,7 @@ def build(
 
 
 def _claim(work: Path, seed: int, recipe: Recipe) -> None:
-    """Note whose build lies in ``work``; refuse to go on with another's."""
+    """Note whose build lies in `work`; refuse to go on with another's."""
     wanted = json.dumps({"seed": seed, "recipe": asdict(recipe)}, sort_keys=True)
     note = work / "run.json"
     found = note.read_text("utf-8") if note.exists() else wanted
@@ -146,12 +145,12 @@ def _tokenizer(work: Path, seed: int, recipe: Recipe) -> PreTrainedTokenizerBase
     return tokenizer
 
 
-def _plans(recipe: Recipe) -> dict[str, Plan]:
+def _plans(recipe: Recipe) -> dict[str, TrainingPlan]:
     """The stages of the base."""
     return {
-        "base": Plan(recipe.base_steps, recipe.base_rate, warmup=30),
-        "skills": Plan(recipe.skill_steps, recipe.skill_rate, warmup=30),
-        "again": Plan(recipe.again_steps, recipe.again_rate, warmup=30),
+        "base": TrainingPlan(recipe.base_steps, recipe.base_rate, warmup=30),
+        "skills": TrainingPlan(recipe.skill_steps, recipe.skill_rate, warmup=30),
+        "again": TrainingPlan(recipe.again_steps, recipe.again_rate, warmup=30),
     }
 
 
@@ -162,7 +161,7 @@ def _base(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     recipe: Recipe,
-    plan: Plan,
+    plan: TrainingPlan,
     processes: int,
     on_step: _OnStep,
 ) -> TrainingLog:
@@ -192,7 +191,7 @@ def _memory(
     return train_adapter(
         steered,
         MemoryBatches(tokenizer, seed=seed, steps=recipe.memory_steps),
-        Plan(recipe.memory_steps, recipe.memory_rate, weight_decay=0.0),
+        TrainingPlan(recipe.memory_steps, recipe.memory_rate, weight_decay=0.0),
         processes=processes,
         checkpoint=work / "adapter.safetensors",
         on_step=on_step,

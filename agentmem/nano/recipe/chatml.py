@@ -1,8 +1,8 @@
 """nano's chat format: the template that ships with the tokenizer, and the same rendering in plain Python.
 
-Every message is ``<|im_start|>role\\n...<|im_end|>\\n``. A leading system turn carries the system text and, with
-tools, one JSON object a line between ``<tools>`` and ``</tools>``. Results of tools are user turns; results that follow
-each other share one. ``render`` exists because training renders thousands of conversations a second; it gives the text
+Every message is `<|im_start|>role\\n...<|im_end|>\\n`. A leading system turn carries the system text and, with
+tools, one JSON object a line between `<tools>` and `</tools>`. Results of tools are user turns; results that follow
+each other share one. `render` exists because training renders thousands of conversations a second; it gives the text
 of the template for every conversation of the language (a test holds them together).
 """
 
@@ -58,8 +58,8 @@ TEMPLATE = """\
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A stretch of rendered text; ``reply`` marks what the assistant has to produce (its text and the end token)."""
+class TextPiece:
+    """A stretch of rendered text; `reply` marks what the assistant has to produce (its text and the end token)."""
 
     text: str
     reply: bool = False
@@ -83,26 +83,26 @@ def assistant_text(message: Message) -> str:
     return "\n".join([*([message.content] if message.content else []), *calls])
 
 
-def render(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[Piece]:
+def render(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[TextPiece]:
     """Render a conversation as the template does, cut where replies begin and end."""
-    pieces: list[Piece] = []
+    pieces: list[TextPiece] = []
     rest = list(messages)
     opening = rest.pop(0).content if rest and rest[0].role == "system" else None
     if tools:
         head = f"{opening}\n\n" if opening else ""
-        pieces.append(Piece(f"<|im_start|>system\n{head}{_tools_text(tools)}<|im_end|>\n"))
+        pieces.append(TextPiece(f"<|im_start|>system\n{head}{_tools_text(tools)}<|im_end|>\n"))
     elif opening is not None:
-        pieces.append(Piece(f"<|im_start|>system\n{opening}<|im_end|>\n"))
+        pieces.append(TextPiece(f"<|im_start|>system\n{opening}<|im_end|>\n"))
     for i, message in enumerate(rest):
         if message.role == "assistant":
-            pieces.append(Piece("<|im_start|>assistant\n"))
-            pieces.append(Piece(assistant_text(message) + "<|im_end|>", reply=True))
-            pieces.append(Piece("\n"))
+            pieces.append(TextPiece("<|im_start|>assistant\n"))
+            pieces.append(TextPiece(assistant_text(message) + "<|im_end|>", reply=True))
+            pieces.append(TextPiece("\n"))
         elif message.role == "tool":
             first = i == 0 or rest[i - 1].role != "tool"
             last = i + 1 == len(rest) or rest[i + 1].role != "tool"
             text = f"\n<tool_response>\n{message.content}\n</tool_response>"
-            pieces.append(Piece(("<|im_start|>user" if first else "") + text + ("<|im_end|>\n" if last else "")))
+            pieces.append(TextPiece(("<|im_start|>user" if first else "") + text + ("<|im_end|>\n" if last else "")))
         else:
-            pieces.append(Piece(f"<|im_start|>{message.role}\n{message.content}<|im_end|>\n"))
+            pieces.append(TextPiece(f"<|im_start|>{message.role}\n{message.content}<|im_end|>\n"))
     return pieces

@@ -185,8 +185,8 @@ def chatter_episode(rng: Random) -> Episode:
 def draw_episode(rng: Random, *, long: bool = False, skills: float = 0.4) -> Episode:
     """A conversation for the base model.
 
-    ``skills`` is the share of named tools (12 % of it), tools as LangChain gives them (55 %), facts (25 %) and
-    sentences outside the language (8 %); ``long`` ones go on for up to some 24 turns of small talk.
+    `skills` is the share of named tools (12 % of it), tools as LangChain gives them (55 %), facts (25 %) and
+    sentences outside the language (8 %); `long` ones go on for up to some 24 turns of small talk.
     """
     kind = rng.random()
     if kind < skills:
@@ -216,11 +216,11 @@ def draw_memory_episode(
 ) -> MemoryEpisode:
     """A conversation that is told first and asked later.
 
-    Small talk and ``calls`` tool turns fall anywhere among and after the told bindings; changes and asks fall after the
-    first of them. Tool turns show the tools; of the others a fifth does. ``system`` puts a plain system message before
-    it. ``questions`` says what the final turns are: "ask" (about a told binding), "unknown", "filler", "chatter",
+    Small talk and `calls` tool turns fall anywhere among and after the told bindings; changes and asks fall after the
+    first of them. Tool turns show the tools; of the others a fifth does. `system` puts a plain system message before
+    it. `questions` says what the final turns are: "ask" (about a told binding), "unknown", "filler", "chatter",
     "tool" (named), "offer" (a lookup, function or creator), "remembered" (a call that needs what was told), "unoffered"
-    or "fact"; ``tooled`` is the share of the first four whose prompts show tools nonetheless.
+    or "fact"; `tooled` is the share of the first four whose prompts show tools nonetheless.
     """
     talk = Talk(rng)
     steps = ["tell"] * bindings + ["filler"] * fillers + ["call"] * calls

@@ -2,7 +2,7 @@
 
 A *binding* is an attribute and the value it has in one conversation ("favorite color", "teal"). Bindings are drawn
 afresh for every conversation, so weights cannot hold them: whoever answers right has read it or remembers it.
-Every function that takes a ``random.Random`` is deterministic in it, and held-out conversations are fresh seeds.
+Every function that takes a `random.Random` is deterministic in it, and held-out conversations are fresh seeds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from agentmem.nano.recipe.pools import ATTRIBUTES, WORDS
 
 @dataclass(frozen=True)
 class Binding:
-    """An attribute (a key of ``ATTRIBUTES``) and the value that it has in this conversation."""
+    """An attribute (a key of `ATTRIBUTES`) and the value that it has in this conversation."""
 
     attribute: str
     value: str
@@ -133,9 +133,9 @@ def _capitalised(text: str) -> str:
 
 
 def draw_bindings(rng: Random, n: int, *, attributes: Sequence[str] | None = None) -> list[Binding]:
-    """Draw ``n`` bindings of distinct attributes, each value uniform in its pool.
+    """Draw `n` bindings of distinct attributes, each value uniform in its pool.
 
-    ``attributes`` limits the choice; asking for more than there are raises ValueError.
+    `attributes` limits the choice; asking for more than there are raises ValueError.
     """
     names = rng.sample(sorted(attributes or ATTRIBUTES), n)
     return [Binding(name, rng.choice(ATTRIBUTES[name].values)) for name in names]
@@ -162,7 +162,7 @@ def tell(rng: Random, binding: Binding) -> tuple[str, str]:
 
 
 def change(rng: Random, binding: Binding) -> tuple[str, str]:
-    """A user message that replaces the attribute's value by ``binding.value``, and the reply to it."""
+    """A user message that replaces the attribute's value by `binding.value`, and the reply to it."""
     return _say(rng.choice(_CHANGE), binding), _acknowledge(rng.choice(_ACKNOWLEDGE_CHANGE), binding)
 
 
@@ -172,7 +172,7 @@ def ask(rng: Random, attribute: str) -> str:
 
 
 def ask_about(rng: Random, name: str) -> str:
-    """A user message that asks for what ``name`` ("my pet", "the retry limit") is."""
+    """A user message that asks for what `name` ("my pet", "the retry limit") is."""
     return rng.choice(_ASK).format(mine=name)
 
 

@@ -13,7 +13,7 @@ from random import Random
 
 from transformers import PreTrainedTokenizerBase
 
-from agentmem.nano.recipe.batches import Encoder
+from agentmem.nano.recipe.batches import EpisodeEncoder
 from agentmem.nano.recipe.chatml import render
 from agentmem.nano.recipe.episodes import MemoryEpisode, draw_memory_episode
 from agentmem.training.adapter import MemoryBatch, Row, memory_batch
@@ -88,7 +88,7 @@ class MemoryBatches:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, seed: int, steps: int) -> None:
-        self._encoder = Encoder(tokenizer)
+        self._encoder = EpisodeEncoder(tokenizer)
         self._pad = tokenizer.convert_tokens_to_ids("<|endoftext|>")
         self._seed, self._steps = seed, steps
 

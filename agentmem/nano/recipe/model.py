@@ -31,7 +31,7 @@ _LAST_NORM = 0.4  # or, with embeddings this large, training begins with calming
 
 
 def nano_config(tokenizer: PreTrainedTokenizerBase, *, width: int = 128, layers: int = 4) -> Qwen3Config:
-    """The architecture: ``layers`` layers of ``width``, four heads, tied embeddings, rotary positions up to 8,192."""
+    """The architecture: `layers` layers of `width`, four heads, tied embeddings, rotary positions up to 8,192."""
     return Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -53,7 +53,7 @@ def nano_config(tokenizer: PreTrainedTokenizerBase, *, width: int = 128, layers:
 def fresh_model(config: Qwen3Config, seed: int, twins: Sequence[tuple[int, int]] = ()) -> Qwen3ForCausalLM:
     """A model at its start, of at least two layers; the same seed gives the same weights.
 
-    ``twins`` are pairs of tokens (bare, after a space) whose embeddings start as ``tie_twins`` keeps them.
+    `twins` are pairs of tokens (bare, after a space) whose embeddings start as `tie_twins` keeps them.
     """
     model = Qwen3ForCausalLM(config)
     generator = torch.Generator().manual_seed(seed)

@@ -3,7 +3,7 @@
 *Lookups* take one string, *functions* integers, *creators* the name of something and what else is said about it;
 *actions* are commands whose arguments the request gives, if they have any, and *remembered* ones are commands of which
 one or two arguments were told earlier and are left out of the request. Topics and names are drawn or invented; what is
-said to need a tool is in ``requests``.
+said to need a tool is in `requests`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Offer:
 
 
 def _tool(name: str, description: str, properties: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The shape and order of LangChain's ``convert_to_openai_tool``."""
+    """The shape and order of LangChain's `convert_to_openai_tool`."""
     parameters: dict[str, Any] = {"properties": dict(properties)}
     if properties:
         parameters["required"] = list(properties)
@@ -230,7 +230,7 @@ def draw_offer(rng: Random) -> Offer:
 
 
 def draw_offers(rng: Random, n: int, *, first: Offer | None = None) -> tuple[Offer, ...]:
-    """``n`` tools of distinct names, subjects and things done, in any order, ``first`` among them."""
+    """`n` tools of distinct names, subjects and things done, in any order, `first` among them."""
     drawn = [first] if first else []
     while len(drawn) < n:
         offer = draw_offer(rng)

@@ -86,16 +86,9 @@ _SHARES = {
     "action": {"plain": 20, "sentence": 20, "done": 40, "record": 12, "failure": 8},
     "remembered": {"plain": 15, "sentence": 20, "done": 40, "record": 15, "failure": 10},
 }
-OUTCOMES = tuple(_MAKERS)
-"""The kinds of results."""
 
 
 def outcome(rng: Random, kind: str) -> tuple[str, str]:
     """What a tool of a kind ("named" or an offer's) returns, and its report."""
     shares = _SHARES[kind]
     return _MAKERS[rng.choices(list(shares), list(shares.values()))[0]](rng)
-
-
-def outcome_of(rng: Random, kind: str) -> tuple[str, str]:
-    """A result of one of ``OUTCOMES``, and its report."""
-    return _MAKERS[kind](rng)

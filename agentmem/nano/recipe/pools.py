@@ -1,6 +1,6 @@
 """What nano's language can talk about: attributes of the user and of the project, each with its pool of values.
 
-The pools stand in ``pools.txt``. The contract: attribute names are unique; a value occurs once in its pool; no value
+The pools stand in `pools.txt`. The contract: attribute names are unique; a value occurs once in its pool; no value
 of a pool is part of another value of that pool when both are read as whole words, so that a reply names at most what
 it means to name.
 """

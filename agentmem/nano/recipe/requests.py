@@ -1,6 +1,6 @@
 """What is said to have one of the offered tools called, mostly without naming it, and the call that answers it.
 
-Lookups are asked in ordinary words, functions as ``f(3)``; creators are given a name in quotes, and what else is to be
+Lookups are asked in ordinary words, functions as `f(3)`; creators are given a name in quotes, and what else is to be
 known about it; commands are short ("Run the tests."). A command that needs what was told earlier is answered with
 what it needs and what that is, in the words of an answer, before the call; and where it was never told the answer says
 so, and there is no call. (A share of calls goes without those words, as calls that are forced do.)
@@ -96,7 +96,7 @@ _ENDINGS = ("py", "py", "md", "txt", "csv", "json", "toml")
 
 
 @dataclass(frozen=True)
-class Request:
+class ToolRequest:
     """A user message that needs a tool, and what answers it.
 
     Attributes:
@@ -157,14 +157,14 @@ def _integer(rng: Random) -> int:
     return rng.randrange(10 ** rng.choice((1, 1, 2, 2, 3, 3, 4, 5))) * rng.choice((1,) * 9 + (-1,))
 
 
-def _ask_function(rng: Random, offer: Offer) -> Request:
+def _ask_function(rng: Random, offer: Offer) -> ToolRequest:
     arguments = {parameter: _integer(rng) for parameter in offer.properties}
     numbers = [str(value) for value in arguments.values()]
     if numbers and rng.random() < 0.15:
         said = rng.choice(_FUNCTION_OF).format(f=offer.name, x=" and ".join(numbers))
     else:
         said = rng.choice(_FUNCTION_ASK).format(call=f"{offer.name}({', '.join(numbers)})")
-    return Request(said + rng.choice(_USE), ToolCall(offer.name, arguments))
+    return ToolRequest(said + rng.choice(_USE), ToolCall(offer.name, arguments))
 
 
 def _description(rng: Random) -> str:
@@ -185,7 +185,7 @@ def _gloss(rng: Random) -> str:
     return " ".join(word.capitalize() for word in words)
 
 
-def _ask_creator(rng: Random, offer: Offer) -> Request:
+def _ask_creator(rng: Random, offer: Offer) -> ToolRequest:
     span = draw_span(rng)
     article = rng.choice((a(offer.subject),) * 6 + (f"the {offer.subject}", f"a new {offer.subject}"))
     said = f"{rng.choice(_CREATE)} {article} {rng.choice(_NAMED)} {quoted(rng, span)}"
@@ -193,7 +193,7 @@ def _ask_creator(rng: Random, offer: Offer) -> Request:
     arguments: dict[str, Any] = {first: span}
     if not others:
         tail = rng.choice((".", "", " ({g})", " ({g}).", " [{g}]")).format(g=_gloss(rng))
-        return Request(said + tail, ToolCall(offer.name, arguments))
+        return ToolRequest(said + tail, ToolCall(offer.name, arguments))
     second, *third = others
     arguments[second] = _description(rng)
     tail = rng.choice(_GLOSSED if rng.random() < 0.55 else _PLAIN)
@@ -201,7 +201,7 @@ def _ask_creator(rng: Random, offer: Offer) -> Request:
     for parameter in third:
         arguments[parameter] = rng.choice((*CITIES, *WORDS))
         said += f"{'' if said.endswith('.') else '.'} The {parameter} is {arguments[parameter]}."
-    return Request(said, ToolCall(offer.name, arguments))
+    return ToolRequest(said, ToolCall(offer.name, arguments))
 
 
 def _given(rng: Random, parameter: str, doing: str) -> tuple[str, str]:
@@ -218,7 +218,7 @@ def _given(rng: Random, parameter: str, doing: str) -> tuple[str, str]:
     return value, f"{doing} {rng.choice(('of', 'of', 'for', 'on', 'in', 'with'))} {value}"
 
 
-def _command(rng: Random, offer: Offer, told: Mapping[str, str]) -> Request:
+def _command(rng: Random, offer: Offer, told: Mapping[str, str]) -> ToolRequest:
     doing = offer.doing
     arguments: dict[str, Any] = {}
     for parameter, schema in offer.properties.items():
@@ -233,9 +233,9 @@ def _command(rng: Random, offer: Offer, told: Mapping[str, str]) -> Request:
             arguments[parameter], doing = _given(rng, parameter, doing)
     said = rng.choice(_DO).format(doing=doing, Doing=doing[:1].upper() + doing[1:])
     if None in arguments.values():
-        return Request(said, None, _needs(offer, told))
+        return ToolRequest(said, None, _needs(offer, told))
     outright = not offer.recalled or rng.random() < _OUTRIGHT
-    return Request(said, ToolCall(offer.name, arguments), "" if outright else _needs(offer, told))
+    return ToolRequest(said, ToolCall(offer.name, arguments), "" if outright else _needs(offer, told))
 
 
 def _needs(offer: Offer, told: Mapping[str, str]) -> str:
@@ -245,10 +245,10 @@ def _needs(offer: Offer, told: Mapping[str, str]) -> str:
     return " ".join([f"For {offer.name} I need {' and '.join(map(yours, needed))}.", *known])
 
 
-def request_of(rng: Random, offer: Offer, told: Mapping[str, str]) -> Request:
+def request_of(rng: Random, offer: Offer, told: Mapping[str, str]) -> ToolRequest:
     """A user message that needs the tool, and its answer.
 
-    ``told`` holds the latest value of every attribute that was told.
+    `told` holds the latest value of every attribute that was told.
     """
     if offer.kind == "function":
         return _ask_function(rng, offer)
@@ -257,4 +257,6 @@ def request_of(rng: Random, offer: Offer, told: Mapping[str, str]) -> Request:
     if offer.kind in ("action", "remembered"):
         return _command(rng, offer, told)
     value = place_or_thing(rng)
-    return Request(ask_topic(rng, offer.subject, value), ToolCall(offer.name, {next(iter(offer.properties)): value}))
+    return ToolRequest(
+        ask_topic(rng, offer.subject, value), ToolCall(offer.name, {next(iter(offer.properties)): value})
+    )

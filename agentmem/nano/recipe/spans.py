@@ -36,7 +36,7 @@ def characters() -> Iterator[str]:
 
 
 def script_run(rng: Random, script: str, length: int) -> str:
-    """``length`` characters of a script, each drawn uniformly."""
+    """`length` characters of a script, each drawn uniformly."""
     ranges = _SCRIPTS[script]
     characters = range(sum(last - first + 1 for first, last in ranges))
     return "".join(_nth(ranges, rng.choice(characters)) for _ in range(length))

@@ -106,7 +106,7 @@ def _cut(pattern: str) -> pre_tokenizers.PreTokenizer:
 
 
 def train_tokenizer(seed: int = 0, *, episodes: int = 4_000, learned: int = LEARNED) -> PreTrainedTokenizerFast:
-    """Train the tokenizer: ``learned`` byte-pair tokens from ``episodes`` conversations, whole words, spaces, markup.
+    """Train the tokenizer: `learned` byte-pair tokens from `episodes` conversations, whole words, spaces, markup.
 
     The same seed gives the same file.
     """

@@ -84,7 +84,7 @@ _ARGUMENT = ("{p} {v}", "{p} {v}", "{p} = {v}", '{p} "{v}"', "{p}: {v}")
 
 @dataclass(frozen=True)
 class Fact:
-    """A quotable sentence about ``subject`` ("retry limit") and the value it states."""
+    """A quotable sentence about `subject` ("retry limit") and the value it states."""
 
     subject: str
     value: str
@@ -131,7 +131,7 @@ def _some_string(rng: Random) -> str:
 
 
 def draw_tool(rng: Random) -> dict[str, Any]:
-    """A function tool of none to three parameters, as a chat template takes it (``{"type": "function", ...}``)."""
+    """A function tool of none to three parameters, as a chat template takes it (`{"type": "function", ...}`)."""
     kind = rng.random()
     if kind < 0.3:
         name = rng.choice(VERBS)
@@ -158,7 +158,7 @@ def draw_tool(rng: Random) -> dict[str, Any]:
 
 
 def draw_tools(rng: Random, n: int) -> list[dict[str, Any]]:
-    """``n`` tools of distinct names."""
+    """`n` tools of distinct names."""
     tools: dict[str, dict[str, Any]] = {}
     while len(tools) < n:
         tool = draw_tool(rng)
@@ -169,7 +169,7 @@ def draw_tools(rng: Random, n: int) -> list[dict[str, Any]]:
 
 
 def request(rng: Random, tool: Mapping[str, Any]) -> tuple[str, ToolCall]:
-    """A user message that asks for a call of ``tool``, and the call that answers it."""
+    """A user message that asks for a call of `tool`, and the call that answers it."""
     function = tool["function"]
     name = function["name"]
     arguments: dict[str, Any] = {}
@@ -198,7 +198,7 @@ def result(rng: Random) -> tuple[str, str]:
 
 
 def draw_facts(rng: Random, n: int) -> list[Fact]:
-    """``n`` facts of distinct subjects: two nouns, "a of the b", or a project attribute."""
+    """`n` facts of distinct subjects: two nouns, "a of the b", or a project attribute."""
     facts: dict[str, Fact] = {}
     project = sorted(a.name for a in ATTRIBUTES.values() if a.owner == "project")
     while len(facts) < n:

@@ -22,14 +22,14 @@ PartLoss = Callable[[int, int], Tensor]
 """The loss of a part (its number) of a step: the parts' losses add up to that of the step."""
 
 
-class Parts:
+class ParallelGradients:
     """Computes the loss of a step and its gradients; a context, in which the workers live.
 
     Args:
         parameters: what gradients are taken of. Their storage is moved into shared memory.
         loss_of: the loss of a step's part, with its graph; without one where the part counts nothing.
         count: parts of a step.
-        processes: how many there are, this one included; at most ``count`` are used. More than one needs a system that
+        processes: how many there are, this one included; at most `count` are used. More than one needs a system that
             can fork, and each has one thread meanwhile.
 
     Raises:

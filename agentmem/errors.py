@@ -27,6 +27,11 @@ Messages say what was expected, what was found, and what to do. This module impo
 """
 
 
+def install_hint(extra: str) -> str:
+    """What to run to get an extra. agentmem is on no package index: it is installed from its repository."""
+    return f"in a checkout of agentmem run: pip install '.[{extra}]'"
+
+
 class AgentMemError(Exception):
     """Base of every error that agentmem raises on purpose."""
 
@@ -35,9 +40,7 @@ class MissingExtraError(AgentMemError, ImportError):
     """An optional dependency is not installed; the message names the extra to install."""
 
     def __init__(self, package: str, extra: str) -> None:
-        super().__init__(
-            f"this needs the package {package!r}, which is not installed; run: pip install 'agentmem-delta[{extra}]'"
-        )
+        super().__init__(f"this needs the package {package!r}, which is not installed; {install_hint(extra)}")
         self.package = package
         self.extra = extra
 

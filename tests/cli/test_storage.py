@@ -293,4 +293,4 @@ def test_a_damaged_thread_is_named(file: Path) -> None:
 
 def test_missing_packages_are_named(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "find_spec", lambda name: None)
-    assert "agentmem-delta[sql]" in refusal(MissingExtraError, "report", file)
+    assert "pip install '.[sql]'" in refusal(MissingExtraError, "report", file)

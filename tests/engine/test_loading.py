@@ -139,9 +139,9 @@ def test_a_library_that_is_missing_is_named(saved: tuple[Any, Path], monkeypatch
         agentmem.load(place, quantize="2bit")
     for module in (loading, quantization):
         monkeypatch.setattr(module, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"agentmem-delta\[quant\]"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[quant\]'"):
         agentmem.load(place, quantize="8bit")
-    with pytest.raises(ConfigError, match=r"agentmem-delta\[quant\]"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[quant\]'"):
         agentmem.load(place, device_map="auto")
 
 

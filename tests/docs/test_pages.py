@@ -9,18 +9,24 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from types import CodeType, ModuleType
 
 import pytest
 
+from agentmem_cli import main
+
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 
 _FENCE = re.compile(r"^```(?P<info>[^`\n]*)\n(?P<body>.*?)^```[ ]*$", re.MULTILINE | re.DOTALL)
@@ -80,12 +86,17 @@ def make_targets() -> frozenset[str]:
 
 
 @cache
-def agentmem_help(command: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
-    """What `agentmem COMMAND --help` prints; an unknown command exits with 2."""
-    call = [sys.executable, "-c", "from agentmem_cli import main; main()", *command, "--help"]
-    # Wide and plain, so that no option is cut or split by colour codes.
-    environment = {"PATH": "/usr/bin:/bin", "COLUMNS": "240", "NO_COLOR": "1", "TERM": "dumb"}
-    return subprocess.run(call, env=environment, capture_output=True, text=True, timeout=120, check=False)
+def agentmem_help(command: tuple[str, ...]) -> tuple[int | str | None, str]:
+    """Exit code and output of `agentmem COMMAND --help`; an unknown command exits with 2."""
+    printed = StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed), redirect_stderr(printed):
+        patch.setattr(sys, "argv", ["agentmem", *command, "--help"])
+        # Wide and plain, so that no option is cut or split by colour codes.
+        for name, value in {"COLUMNS": "240", "NO_COLOR": "1", "TERM": "dumb"}.items():
+            patch.setenv(name, value)
+        with pytest.raises(SystemExit) as ended:
+            main()
+    return ended.value.code, printed.getvalue()
 
 
 def anchors(text: str) -> set[str]:
@@ -114,11 +125,11 @@ def test_commands_exist(page: Path) -> None:
         if words[0] == "agentmem":
             stop = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
             command = shlex.join(words[:stop])
-            answer = agentmem_help(tuple(words[1:stop]))
-            if answer.returncode != 0:
-                wrong.append(f"{command}: {answer.stderr.strip()}")
+            code, printed = agentmem_help(tuple(words[1:stop]))
+            if code != 0:
+                wrong.append(f"{command}: {printed.strip()}")
             options = sorted({word.partition("=")[0] for word in words if word.startswith("--")})
-            wrong += [f"{command} {option}" for option in options if option not in answer.stdout]
+            wrong += [f"{command} {option}" for option in options if option not in printed]
     assert wrong == []
 
 

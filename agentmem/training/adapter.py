@@ -86,7 +86,7 @@ class PassBatch:
     def rows(self, chosen: Tensor) -> PassBatch:
         """The chosen rows [n], as long as their longest."""
         length = int((self.blocks[chosen] >= 0).sum(-1).max()) if len(chosen) else 0
-        return PassBatch(*(getattr(self, one.name)[chosen, :length] for one in fields(self)))
+        return PassBatch(*(getattr(self, each.name)[chosen, :length] for each in fields(self)))
 
     def weight(self) -> float:
         """What all replies count."""
@@ -119,11 +119,11 @@ def memory_batch(written: Sequence[Row], questions: Sequence[tuple[int, Row]], p
 
 
 def run_pass(
-    steered: SteeredModel, batch: PassBatch, state: Tensor | None, whole: float | None = None
+    steered: SteeredModel, batch: PassBatch, state: Tensor | None, total_weight: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """One pass: the weighted cross-entropy of its replies by their weight, and the state after it.
 
-    `whole` is the weight to divide by, where the pass is part of a larger one; None = its own, the mean (0 where
+    `total_weight` is the weight to divide by, where the pass is part of a larger one; None = its own, the mean (0 where
     nothing counts).
     """
     kept: list[Tensor] = []
@@ -141,7 +141,7 @@ def run_pass(
         return torch.zeros(()), out.state
     logits = steered.model.get_output_embeddings()(kept[0][:, :-1][counts]).float()
     losses = F.cross_entropy(logits, batch.ids[:, 1:][counts], reduction="none")
-    return (losses * weights[counts]).sum() / (whole or weights[counts].sum()), out.state
+    return (losses * weights[counts]).sum() / (total_weight or weights[counts].sum()), out.state
 
 
 def memory_loss(steered: SteeredModel, batch: MemoryBatch, *, write_weight: float, part: int | None = None) -> Tensor:
@@ -152,8 +152,8 @@ def memory_loss(steered: SteeredModel, batch: MemoryBatch, *, write_weight: floa
     written, read, of = batch.write, batch.read, batch.of
     if part is not None:
         rows = torch.arange(part, len(written.ids), PARTS)
-        asked = (of % PARTS == part).nonzero().squeeze(-1)
-        written, read, of = written.rows(rows), read.rows(asked), of[asked] // PARTS
+        questions = (of % PARTS == part).nonzero().squeeze(-1)
+        written, read, of = written.rows(rows), read.rows(questions), of[questions] // PARTS
         if not len(rows):
             return torch.zeros(())
     write_loss, state = run_pass(steered, written, None, batch.write.weight())

@@ -105,11 +105,11 @@ def attending_apart(model: PreTrainedModel, blocks: Tensor) -> Iterator[None]:
     Raises:
         UnsupportedModelError: from the model's call, where its attention is more than causal.
     """
-    before = model.config._attn_implementation
+    implementation = model.config._attn_implementation
     token = _layout.set(_Layout.of(blocks))
     model.set_attn_implementation(NAME)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        model.set_attn_implementation(implementation)
         _layout.reset(token)

@@ -33,7 +33,7 @@ class ParallelGradients:
             can fork, and each has one thread meanwhile.
 
     Raises:
-        ConfigError: there is to be no process.
+        ConfigError: `processes` is less than 1.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], loss_of: PartLoss, *, count: int, processes: int) -> None:
@@ -46,12 +46,12 @@ class ParallelGradients:
         # Which process has which parts; this one has the first.
         self._shares = [range(i, count, forks) for i in range(forks)]
         self._workers: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
-        self._found: dict[int, list[Tensor]] = {}
+        self._results: dict[int, list[Tensor]] = {}
 
     def __enter__(self) -> Self:
         self._threads = torch.get_num_threads()
         if len(self._shares) > 1:
-            torch.set_num_threads(1)  # as in the workers: sums of several threads have other bits
+            torch.set_num_threads(1)  # as in the workers: several threads add in another order, to other bits
             self._fork()
         return self
 
@@ -83,9 +83,9 @@ class ParallelGradients:
         for i, parameter in enumerate(self._parameters):
             total: Tensor | None = None
             for part in range(self._count):
-                found = gradients[part][i]
-                if found is not None:
-                    total = found.clone() if total is None else total.add_(found)
+                gradient = gradients[part][i]
+                if gradient is not None:
+                    total = gradient.clone() if total is None else total.add_(gradient)
             parameter.grad = total
         return sum(losses[part] for part in range(self._count))
 
@@ -100,21 +100,21 @@ class ParallelGradients:
             parameter.data.share_memory_()  # type: ignore[no-untyped-call]
         for share in self._shares[1:]:
             for part in share:
-                self._found[part] = [_shared(p) for p in self._parameters]
+                self._results[part] = [_shared(p) for p in self._parameters]
         context = multiprocessing.get_context("fork")
         for share in self._shares[1:]:
-            here, there = context.Pipe()
-            ends = [here, *(pipe for _, pipe in self._workers)]
-            process = context.Process(target=self._serve, args=(there, ends, share), daemon=True)
+            own_end, worker_end = context.Pipe()
+            ends = [own_end, *(pipe for _, pipe in self._workers)]
+            process = context.Process(target=self._serve, args=(worker_end, ends, share), daemon=True)
             process.start()
-            there.close()
-            self._workers.append((process, here))
+            worker_end.close()
+            self._workers.append((process, own_end))
 
     def _serve(self, pipe: Connection, ends: Sequence[Connection], share: range) -> None:
-        """A worker's life: a step's number comes, losses and which gradients there are go back."""
-        torch.set_num_threads(1)  # what the first process had of a pool of threads is not here
+        """A worker: receives the number of a step, sends the loss of each of its parts and which gradients exist."""
+        torch.set_num_threads(1)  # a fork has none of the threads of its parent's pool
         for end in ends:
-            end.close()  # held here too, the end of the first process would not be noticed
+            end.close()  # an open copy in this process would keep the pipe open after the first process has died
         while True:
             try:
                 step = pipe.recv()
@@ -123,11 +123,11 @@ class ParallelGradients:
             for part in share:
                 try:
                     loss, gradients = self._of(step, part)
-                    for place, gradient in zip(self._found[part], gradients, strict=True):
+                    for result, gradient in zip(self._results[part], gradients, strict=True):
                         if gradient is not None:
-                            place.copy_(gradient)
+                            result.copy_(gradient)
                     answer: Any = (loss, [gradient is not None for gradient in gradients])
-                except Exception:  # noqa: BLE001 (whatever it is, it is told to the first process)
+                except Exception:  # noqa: BLE001 - the first process raises it
                     answer = traceback.format_exc()
                 pipe.send(answer)
 
@@ -135,7 +135,7 @@ class ParallelGradients:
         self, process: multiprocessing.process.BaseProcess, pipe: Connection, part: int
     ) -> tuple[float, list[Tensor | None]]:
         try:
-            # A worker that is gone is noticed by its end of the pipe, unless a child of its own still holds it.
+            # A dead worker closes its end of the pipe, unless a child of its own still holds it: so look at both.
             while not pipe.poll(5.0):
                 if not process.is_alive():
                     raise EOFError
@@ -148,8 +148,10 @@ class ParallelGradients:
             ) from None
         if isinstance(answer, str):
             raise TrainingError(f"a worker was to compute a part of a step; it failed:\n{answer}")
-        loss, there = answer
-        return loss, [place if on else None for place, on in zip(self._found[part], there, strict=True)]
+        loss, reached = answer
+        return loss, [
+            result if has_gradient else None for result, has_gradient in zip(self._results[part], reached, strict=True)
+        ]
 
 
 def _shared(like: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def lm_loss(model: PreTrainedModel, batch: LMBatch, generator: torch.Generator, 
     weight = batch.weight[:, 1:]
     taken = (weight >= 1) | ((weight > 0) & (torch.rand(weight.shape, generator=generator) < _REST_SHARE))
     weight = torch.where(weight >= 1, weight, weight / _REST_SHARE)
-    whole = weight[taken].sum()
+    total_weight = weight[taken].sum()
     ids, weight, taken = batch.ids[rows], weight[rows], taken[rows]
     if not bool(taken.any()):
         return torch.zeros(())
@@ -64,7 +64,7 @@ def lm_loss(model: PreTrainedModel, batch: LMBatch, generator: torch.Generator, 
     head = model.get_output_embeddings()
     assert head is not None
     losses = F.cross_entropy(head(hidden[:, :-1][taken]).float(), ids[:, 1:][taken], reduction="none")
-    return (losses * weight[taken]).sum() / whole
+    return (losses * weight[taken]).sum() / total_weight
 
 
 def pretrain(

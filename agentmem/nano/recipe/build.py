@@ -98,7 +98,7 @@ def build(
     work.mkdir(parents=True, exist_ok=True)
     _claim(work, seed, recipe)
     keep_memory()
-    before = torch.get_num_threads()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     columns = (TextColumn("{task.description:<10}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
                TextColumn("loss {task.fields[loss]}"), TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
@@ -118,7 +118,7 @@ def build(
                 work, steered, tokenizer, seed, recipe, processes, _shower(progress, "adapter", recipe.memory_steps)
             )
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)
     _ship(out, tokenizer, model, steered)
     text = json.dumps(_report(out, model, steered, seed, recipe, logs) | {"processes": processes}, indent=2) + "\n"
     (out / "recipe.json").write_text(text, "utf-8")
@@ -128,14 +128,15 @@ def build(
 
 def _claim(work: Path, seed: int, recipe: Recipe) -> None:
     """Note whose build lies in `work`; refuse to go on with another's."""
-    wanted = json.dumps({"seed": seed, "recipe": asdict(recipe)}, sort_keys=True)
+    this_build = json.dumps({"seed": seed, "recipe": asdict(recipe)}, sort_keys=True)
     note = work / "run.json"
-    found = note.read_text("utf-8") if note.exists() else wanted
-    if found != wanted:
+    noted_build = note.read_text("utf-8") if note.exists() else this_build
+    if noted_build != this_build:
         raise ConfigError(
-            f"{work} holds an unfinished build of {found}; expected {wanted}; finish that one or remove the directory"
+            f"{work} holds an unfinished build of {noted_build}; expected {this_build}; "
+            "finish that one or remove the directory"
         )
-    note.write_text(wanted, "utf-8")
+    note.write_text(this_build, "utf-8")
 
 
 def _tokenizer(work: Path, seed: int, recipe: Recipe) -> PreTrainedTokenizerBase:

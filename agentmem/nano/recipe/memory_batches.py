@@ -154,11 +154,13 @@ class MemoryBatches:
             shown = episode.turns[len(episode.turns) - episode.shown :]
             tools = question.tools
             opening = [question.system] if question.system else []
-            before = sum(len(turn) for turn in shown)
+            shown_count = sum(len(turn) for turn in shown)
             messages = [*opening, *(m for turn in [*shown, question.turn] for m in turn)]
             # Pieces of the shown turns and the head come first; an assistant message has three pieces.
             head = (
-                (1 if opening or tools else 0) + before + 2 * sum(m.role == "assistant" for turn in shown for m in turn)
+                (1 if opening or tools else 0)
+                + shown_count
+                + 2 * sum(m.role == "assistant" for turn in shown for m in turn)
             )
             for i, piece in enumerate(render(messages, tools)):
                 reads = i >= head

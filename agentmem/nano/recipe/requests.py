@@ -241,8 +241,8 @@ def _command(rng: Random, offer: Offer, told: Mapping[str, str]) -> ToolRequest:
 def _needs(offer: Offer, told: Mapping[str, str]) -> str:
     """ "For run_tests I need the test command. The test command is nox.", or that it is not known."""
     needed = [offer.recalled[parameter] for parameter in offer.properties if parameter in offer.recalled]
-    known = [answer(Binding(name, told[name])) if name in told else unknown(name) for name in needed]
-    return " ".join([f"For {offer.name} I need {' and '.join(map(yours, needed))}.", *known])
+    answers = [answer(Binding(name, told[name])) if name in told else unknown(name) for name in needed]
+    return " ".join([f"For {offer.name} I need {' and '.join(map(yours, needed))}.", *answers])
 
 
 def request_of(rng: Random, offer: Offer, told: Mapping[str, str]) -> ToolRequest:

@@ -47,8 +47,8 @@ def _corpus(seed: int, episodes: int) -> Iterator[str]:
 
 def _whole_words() -> list[str]:
     """Words that must be one token: the letters and digits of values, names and requests."""
-    told = {word for a in ATTRIBUTES.values() for text in (a.name, *a.values) for word in text.split()}
-    words = (*told, *WORDS, *VERBS, *ACTIONS, *JOBS)
+    value_words = {word for a in ATTRIBUTES.values() for text in (a.name, *a.values) for word in text.split()}
+    words = (*value_words, *WORDS, *VERBS, *ACTIONS, *JOBS)
     return sorted({run for word in words for run in re.findall(r"[^\W\d_]+|\d{1,4}", word)})
 
 
@@ -77,8 +77,8 @@ def _with_scripts(bpe: Tokenizer) -> Tokenizer:
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     for character in characters():
         spelled = spell.pre_tokenize_str(character)[0][0]
-        whole = len(spelled) < 3 or "\u3041" <= character <= "\u30f6"
-        for end in range(2, len(spelled) + 1 if whole else min(3, len(spelled))):
+        complete = len(spelled) < 3 or "\u3041" <= character <= "\u30f6"
+        for end in range(2, len(spelled) + 1 if complete else min(3, len(spelled))):
             if spelled[:end] not in vocabulary:
                 vocabulary[spelled[:end]] = len(vocabulary)
                 merges.append([spelled[: end - 1], spelled[end - 1]])

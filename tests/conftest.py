@@ -1,6 +1,6 @@
 """Ground rules of all tests: offline, one thread, reproducible, and nothing skipped that CI should have.
 
-- A missing service or extra is met with `needs`: it skips with the reason on your machine and fails where
+- A missing service or extra is met with ``needs``: it skips with the reason on your machine and fails where
   CI=true, so that CI cannot turn green by skipping. Only a missing GPU skips everywhere.
 - torch is not imported here: a test that checks what is imported without it must be able to.
 """
@@ -51,7 +51,7 @@ def _needs(present: object, reason: str) -> None:
 
 @pytest.fixture(scope="session")
 def needs() -> Needs:
-    """`needs(present, reason)`: go on where `present` is true, else skip, or fail where CI=true."""
+    """``needs(present, reason)``: go on where ``present`` is true, else skip, or fail where CI=true."""
     return _needs
 
 
@@ -73,7 +73,7 @@ def _has_cuda() -> bool:
 
 
 def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
-    """Skip `gpu` tests where there is no CUDA device; torch is asked only if there is such a test."""
+    """Skip ``gpu`` tests where there is no CUDA device; torch is asked only if there is such a test."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not _has_cuda():
         for item in marked:

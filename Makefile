@@ -7,7 +7,7 @@ SHELL := /bin/sh
 .DELETE_ON_ERROR:
 # One venv: two targets must not install into it at the same time.
 .NOTPARALLEL:
-.PHONY: help demo coding-assistant analysis-agent hybrid-rag docs pictures test test-newest lint format clean
+.PHONY: help demo coding-assistant analysis-agent hybrid-rag docs pictures test test-newest test-numeric lint format clean
 
 # Some images tell Python to keep no bytecode. Setup compiles nothing beforehand (below), so every process would then compile
 # torch and transformers anew: five seconds each, half of the time of the demo and a third of the tests'.
@@ -98,6 +98,16 @@ test-newest: .venv-newest/.installed  ## the same tests with the newest versions
 	@.venv-newest/bin/python -m pip list --format=freeze > .venv-newest/versions.txt
 	@echo "versions: .venv-newest/versions.txt; remove .venv-newest to resolve them again"
 	$(call pytest,.venv-newest)
+
+# Other vector instructions and other numbers of threads add in another order: the bounds of the numeric tests must hold for
+# all of them. `best`: what torch chooses for this processor.
+NUMERIC ?= tests/core tests/kernels
+test-numeric: .venv/.installed-dev  ## the numeric tests with each set of vector instructions, with one thread and with two
+	@for threads in 1 2; do for vectors in default avx2 best; do ( \
+		echo "vector instructions: $$vectors, threads: $$threads"; \
+		test $$vectors = best || export ATEN_CPU_CAPABILITY=$$vectors; \
+		AGENTMEM_TEST_THREADS=$$threads $(BIN)/python -m pytest -q $(NUMERIC) $(ARGS) ); \
+	done; done
 
 lint: .venv/.installed-dev  ## ruff, mypy, and the direction of imports
 	$(BIN)/ruff check

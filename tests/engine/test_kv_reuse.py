@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from agentmem import Message, Sampling, Window
+from agentmem import Message, Sampling, Turn, Window
 from agentmem.errors import ConfigError
-from agentmem.generation.turn import Turn
 
 pytestmark = pytest.mark.usefixtures("steps")
 
@@ -148,7 +147,7 @@ def test_kept_prefills_hold_no_replies(make_engine: Any, kv: Any) -> None:
     for n in range(6):
         turn = engine.turn([Message("user", f"number {n} " * 9)], sampling=Sampling(max_tokens=160), kv=kv)
         assert len(turn.token_ids) > 100
-    entries = engine._runtime.prefix._entries.values()
+    entries = engine._context.prefills._entries.values()
     parts = [part for entry in entries for layer in entry.cache.layers for part in (layer.keys, layer.values)]
     assert sum(entry.length for entry in entries) > 100
     token = 2 * 2 * 16 * 4  # keys and values of two layers, one head of 16 float32

@@ -11,6 +11,7 @@ import queue
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
+from functools import cache
 from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
@@ -61,11 +62,13 @@ class Engine:
         model.eval()
         self.name = name
         runner, tags, end_ids = ModelRunner(model, steered), Tags.of(tokenizer), _end_ids(model, tokenizer)
+        transcript = Transcript(tokenizer, template_options)
         self._context = TurnContext(
             runner=runner,
             batch=DecodeBatch(runner, max_batch, kv_cache_tokens),
             tokenizer=tokenizer,
-            transcript=Transcript(tokenizer, template_options),
+            transcript=transcript,
+            closing_ids=cache(transcript.closing_ids),
             end_ids=end_ids,
             tags=tags,
             grammars=Grammars(tokenizer, tags, end_ids, model.config.get_text_config().vocab_size),
@@ -167,21 +170,21 @@ class Engine:
             MissingAdapterError: the engine has no memory.
             StateMismatchError: the state is another model's or adapter's.
         """
-        return _wait(self._scheduler.submit(lambda: run_remember(self._context, messages, state, on_edit)))
+        return _wait(self._scheduler.submit(run_remember(self._context, messages, state, on_edit)))
 
     async def aremember(
         self, messages: Sequence[Message], state: MemoryState | None = None, *, on_edit: OnEdit = "write"
     ) -> Remembered:
         """As `remember`, without blocking the loop."""
-        return await _await(self._scheduler.submit(lambda: run_remember(self._context, messages, state, on_edit)))
+        return await _await(self._scheduler.submit(run_remember(self._context, messages, state, on_edit)))
 
     def count_tokens(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> int:
         """Tokens of these messages as the chat template renders them."""
-        return _wait(self._scheduler.submit(lambda: self._count(messages, tools)))
+        return _wait(self._scheduler.submit(self._count(messages, tools)))
 
     def forget_prefills(self) -> None:
         """Empty the caches of KV. Changes no result, only speed, but for turns with `kv="carry"`."""
-        _wait(self._scheduler.submit(self._clear))
+        _wait(self._scheduler.submit(self._clear()))
 
     def close(self) -> None:
         """End the worker; turns under way fail with EngineClosedError. Idempotent."""
@@ -196,8 +199,7 @@ class Engine:
         self.close()
 
     def _submit(self, request: Request, state: MemoryState | None, emit: Emit | None = None) -> Future[Turn]:
-        context = self._context
-        return self._scheduler.submit(lambda: run_turn(context, request, state, emit), request.options["timeout"])
+        return self._scheduler.submit(run_turn(self._context, request, state, emit), request.options["timeout"])
 
     def _clear(self) -> Steps[None]:
         self._context.prefills.clear()

@@ -32,6 +32,7 @@ KVReuse = Literal["exact", "carry"]
 
 PIECE_TOKENS = 2048
 """Longest context-only pass, where message borders allow. A constant: a result must not depend on the machine."""
+_SIZED_AT_ONCE = 8  # messages
 _CLOSING_ROOM = 8  # tokens that stay free for those that close the reply
 
 
@@ -120,11 +121,6 @@ class Chunk:
     ids: list[int]
     segments: list[int]
 
-    @property
-    def written(self) -> int:
-        """How many tokens write."""
-        return len([segment for segment in self.segments if segment >= 0])
-
 
 @dataclass(frozen=True)
 class CatchUp:
@@ -134,12 +130,14 @@ class CatchUp:
         start: the memory that the passes begin with, the zero state where it is rebuilt; None: the bare model.
         catch_up_chunks: context-only passes over new messages that are not shown, oldest first.
         record: what the memory will have consumed, a reply not included.
+        written: tokens that are written before a reply.
         edits: indices of new messages that stand before consumed ones.
     """
 
     start: MemoryState | None
     catch_up_chunks: list[Chunk]
     record: ConsumedRecord
+    written: int
     edits: tuple[int, ...]
 
 
@@ -150,8 +148,8 @@ class Plan(CatchUp):
     Attributes:
         strategy: how memory is written; "token" without memory.
         prompt: the shown messages; those already consumed have segment -1.
+        read: tokens of these that are only read; 0 without memory.
         generation_prompt: the tokens that open the reply.
-        closing: the tokens that close it.
         read_only_prefix_len: prompt tokens before the first one that writes; they are read in a call of their own.
         writes_reply: whether the reply is written.
         reply_segment: the segment of a reply's tokens while it is decoded: 0, or -1 where they only read.
@@ -168,8 +166,8 @@ class Plan(CatchUp):
 
     strategy: WriteStrategy
     prompt: Chunk
+    read: int
     generation_prompt: list[int]
-    closing: list[int]
     read_only_prefix_len: int
     writes_reply: bool
     reply_segment: int
@@ -240,11 +238,12 @@ def plan_turn(
         start=start,
         catch_up_chunks=chunks,
         record=record,
+        written=_count_written([*chunks, prompt]),
         edits=tuple(alignment.edits) if writes else (),
         strategy=strategy,
         prompt=prompt,
+        read=0 if state is None else len(prompt.ids) - _count_written([prompt]),
         generation_prompt=generation_prompt,
-        closing=transcript.closing_ids(),
         read_only_prefix_len=read_only,
         writes_reply=writes_reply,
         reply_segment=reply_segment,
@@ -280,20 +279,23 @@ def plan_remember(
     alignment = state.record.align(messages, on_edit=on_edit)
     if alignment.rebuild:
         state = MemoryState.zeros(state.shape, state.model_fingerprint, state.adapter_fingerprint)
+    chunks = _catch_up_chunks(messages, alignment.new, transcript, strategy, limit)
     return CatchUp(
         start=state,
-        catch_up_chunks=_catch_up_chunks(messages, alignment.new, transcript, strategy, limit),
+        catch_up_chunks=chunks,
         record=state.record.extend([messages[i] for i in alignment.new]),
+        written=_count_written(chunks),
         edits=tuple(alignment.edits),
     )
 
 
 class _Sizes(Sequence[int]):
-    """Tokens of each message, counted when asked for: a window asks for those that it may show."""
+    """Tokens of each message, counted a few at a time: a window asks for those that it may show, newest first."""
 
     def __init__(self, messages: Sequence[Message], transcript: Transcript) -> None:
         self._messages = messages
         self._transcript = transcript
+        self._sizes: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self._messages)
@@ -304,8 +306,11 @@ class _Sizes(Sequence[int]):
     def __getitem__(self, index: slice) -> list[int]: ...
     def __getitem__(self, index: int | slice) -> int | list[int]:
         if isinstance(index, slice):
-            return [self._transcript.size(message) for message in self._messages[index]]
-        return self._transcript.size(self._messages[index])
+            return [self[place] for place in range(len(self))[index]]
+        if index not in self._sizes:
+            for place in range(max(0, index - _SIZED_AT_ONCE + 1), index + 1):
+                self._sizes[place] = self._transcript.size(self._messages[place])
+        return self._sizes[index]
 
 
 def _catch_up_chunks(
@@ -351,3 +356,7 @@ def _start_digest(start: MemoryState | None, chunks: Sequence[Chunk], salt: str 
         digest.update(repr((chunk.ids, chunk.segments)).encode())
     digest.update(repr(salt).encode())
     return digest.digest()
+
+
+def _count_written(chunks: Sequence[Chunk]) -> int:
+    return sum(len(chunk.segments) - chunk.segments.count(-1) for chunk in chunks)

@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass
@@ -58,11 +58,11 @@ class Scheduler:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def submit(self, steps: Callable[[], Steps[T]], timeout: float | None = None) -> Future[T]:
+    def submit(self, steps: Steps[T], timeout: float | None = None) -> Future[T]:
         """Queue a job; cancelling the future ends it before its next step.
 
         Args:
-            steps: begins the job.
+            steps: the job, not begun.
             timeout: seconds from now after which the job fails with `TurnTimeoutError`, before its next step.
 
         Raises:
@@ -79,7 +79,7 @@ class Scheduler:
         with self._lock:
             if self._closed:
                 raise EngineClosedError("this engine is closed; load a new one")
-            self._inbox.put(_Job(steps(), future, timeout, deadline))
+            self._inbox.put(_Job(steps, future, timeout, deadline))
         return future
 
     def close(self) -> None:
@@ -96,38 +96,54 @@ class Scheduler:
     def _run(self) -> None:
         # Thread-local, so it holds for every job and leaks into no caller's thread.
         torch.set_grad_enabled(False)
-        running: deque[_Job] = deque()
-        waiting: list[_Job] = []
+        running: deque[_Job] = deque()  # they have something of their own to do
+        waiting: list[_Job] = []  # they want a token read
         while True:
             while not (running or waiting) or not self._inbox.empty():
-                job = self._inbox.get()
-                if job is None:
+                arrived = self._inbox.get()
+                if arrived is None:
                     self._abandon([*running, *waiting])
                     return
-                running.append(job)
-            # Those who come together begin together: short first steps are taken before the next shared pass.
-            for _ in range(len(running) if not waiting else 1):
-                if running:
-                    job = running.popleft()
-                    if self._step(job):
-                        (running if job.request is None else waiting).append(job)
-            if waiting:
-                # Those who are gone get no token; the others are taken on when all tokens are read.
-                alive: list[_Job] = []
-                requests: list[DecodeRequest] = []
-                for job in waiting:
-                    if job.request is not None and not self._is_over(job):
-                        alive.append(job)
-                        requests.append(job.request)
+                running.append(arrived)
+            ready: deque[_Job] = deque()
+            requests: list[DecodeRequest] = []
+            for job in waiting:
+                over = (job.future.cancelled() or job.deadline is not None) and self._is_over(job)
+                if job.request is not None and not over:  # those who are gone get no token
+                    ready.append(job)
+                    requests.append(job.request)
+            if requests:
                 try:
-                    if requests:
-                        self._batch.run(requests)
-                except BaseException as error:  # noqa: BLE001 - as in `_step`
+                    self._batch.run(requests)
+                except BaseException as error:  # noqa: BLE001 - each job is told
                     for request in requests:
                         request.error = request.error or error
-                waiting = []
-                for job in alive:
-                    if self._step(job):
+            waiting = []
+            others: int | None = None
+            while True:
+                if ready:
+                    job = ready.popleft()
+                else:
+                    # Then a step of one of the others. Where nobody waits, of each: short first steps are taken before
+                    # the next pass, so those who come together begin together.
+                    if others is None:
+                        others = min(1, len(running)) if waiting else len(running)
+                    if others == 0:
+                        break
+                    others -= 1
+                    job = running.popleft()
+                if (job.future.cancelled() or job.deadline is not None) and self._is_over(job):
+                    continue
+                failure = None if job.request is None else job.request.error
+                # A caller may cancel between a job's last step and its result; then the result is dropped.
+                with suppress(InvalidStateError):
+                    try:
+                        job.request = next(job.steps) if failure is None else job.steps.throw(failure)
+                    except StopIteration as end:
+                        job.future.set_result(end.value)
+                    except BaseException as error:  # noqa: BLE001 - the caller gets it, whatever it is
+                        job.future.set_exception(error)
+                    else:
                         (running if job.request is None else waiting).append(job)
 
     def _is_over(self, job: _Job) -> bool:
@@ -145,23 +161,6 @@ class Scheduler:
                 ),
             )
             return True
-        return False
-
-    def _step(self, job: _Job) -> bool:
-        """Advance a job; True while it goes on."""
-        if self._is_over(job):
-            return False
-        error = None if job.request is None else job.request.error
-        # A caller may cancel between a job's last step and its result; then the result is dropped.
-        with suppress(InvalidStateError):
-            try:
-                job.request = next(job.steps) if error is None else job.steps.throw(error)
-            except StopIteration as end:
-                job.future.set_result(end.value)
-            except BaseException as raised:  # noqa: BLE001 - the caller gets it, whatever it is; the thread lives on
-                job.future.set_exception(raised)
-            else:
-                return True
         return False
 
     def _abandon(self, jobs: list[_Job]) -> None:

@@ -100,6 +100,7 @@ class TurnContext:
         batch: reads single tokens of many sequences at once.
         tokenizer: as loaded.
         transcript: the chat template.
+        closing_ids: gives the tokens with which the template closes a reply.
         end_ids: tokens that end a reply.
         tags: delimiters of reasoning and tool calls.
         grammars: holds replies to a format.
@@ -111,6 +112,7 @@ class TurnContext:
     batch: DecodeBatch
     tokenizer: Any
     transcript: Transcript
+    closing_ids: Callable[[], list[int]]
     end_ids: frozenset[int]
     tags: Tags
     grammars: Grammars
@@ -163,7 +165,7 @@ def run_remember(
     sequence = yield from catch_up(context, plan)
     assert sequence.state is not None
     new_state = yield from runner.save_state(sequence.state, plan.record)
-    return Remembered(new_state, sum(chunk.written for chunk in plan.catch_up_chunks), plan.edits)
+    return Remembered(new_state, plan.written, plan.edits)
 
 
 def run_turn(
@@ -190,7 +192,8 @@ def run_turn(
             reply = yield from decode(context, plan, sequence, guide, emit)
             return (yield from finish(context, plan, sequence, prompt, reply, state))
         finally:
-            context.batch.leave(sequence, keep=False)
+            if sequence.row is not None:
+                context.batch.leave(sequence, keep=False)
     except GeneratorExit:
         # Cancelled between two forward passes: if none failed, every layer holds the same tokens.
         _keep_prefill(context, plan, sequence, prompt)
@@ -243,11 +246,11 @@ def decode(
     Text is handed on as soon as no stop string can begin in it any more.
     """
     end_ids, segment, budget = context.end_ids, plan.reply_segment, plan.budget
-    sampler, stops = Sampler(plan.sampling), StopFinder(plan.sampling.stop)
-    decoder = Decoder(context.tokenizer)
-    ids, ends = decoder.ids, decoder.ends
     json_text = plan.form is not None and plan.form.schema is not None
     parser = ReplyParser(context.tags, plan.call_id_seed, "reasoning" if plan.thinking else "text", json_text=json_text)
+    decoder, stops = Decoder(context.tokenizer), StopFinder(plan.sampling.stop)
+    ids, ends = decoder.ids, decoder.ends
+    sampler = Sampler(plan.sampling)
     start = Snapshot(len(plan.prefill_key.ids), sequence.state, sequence.pending)
     # Where the sequence stood before and between the tokens that may still be cut off, oldest first.
     snapshots = [start]
@@ -315,29 +318,30 @@ def finish(
     context: TurnContext, plan: Plan, sequence: Sequence, prompt: Prompt, reply: Reply, state: MemoryState | None
 ) -> Steps[Turn]:
     """Write what is left of the reply, keep KV for turns to come, and take the state off the device."""
-    written = 0
+    written = plan.written
+    closing = context.closing_ids() if plan.writes_reply or plan.keeps_kv else []
     if plan.writes_reply and plan.strategy == "sentence":
         context.batch.leave(sequence, keep=True)
         sequence.rewind(reply.start)
         numbers = sentence_numbers(reply.text, reply.ids, lambda text: _encode(context, text))
-        segments = [*numbers, *(-1 for _ in plan.closing)]
-        yield from _feed(context, sequence, [*reply.ids, *plan.closing], segments)
-        written = len(numbers)
+        yield from _feed(context, sequence, [*reply.ids, *closing], [*numbers, *(-1 for _ in closing)])
+        written += len(numbers)
     elif plan.writes_reply:
-        rest = [*reply.ids[reply.fed :], *plan.closing]
+        rest = [*reply.ids[reply.fed :], *closing]
         yield from _feed(context, sequence, rest, [plan.reply_segment] * len(rest))
-        written = len(plan.generation_prompt) + len(reply.ids) + len(plan.closing)
-    try:
-        context.batch.leave(sequence, keep=plan.keeps_kv)
-    except torch.OutOfMemoryError:  # no room for what was read in its row; the turn is done all the same
-        sequence.cache_valid = False
+        written += len(plan.generation_prompt) + len(reply.ids) + len(closing)
+    if sequence.row is not None:
+        try:
+            context.batch.leave(sequence, keep=plan.keeps_kv)
+        except torch.OutOfMemoryError:  # no room for what was read in its row; the turn is done all the same
+            sequence.cache_valid = False
 
     message = Message("assistant", reply.parsed.content, reply.parsed.tool_calls)
     new_state = state
     if plan.returns_new_state and sequence.state is not None:
         new_state = yield from context.runner.save_state(sequence.state, plan.record.extend([message]))
     if new_state is not None and plan.keeps_kv and sequence.cache_valid:
-        read = [*plan.prefill_key.ids, *reply.ids, *plan.closing]
+        read = [*plan.prefill_key.ids, *reply.ids, *closing]
         context.stale_kv.put(new_state.digest, plan.cache_salt, read, sequence.cache)
     _keep_prefill(context, plan, sequence, prompt)
     finish_reason: FinishReason = reply.finish_reason
@@ -351,8 +355,8 @@ def finish(
         invalid_tool_calls=reply.parsed.invalid_tool_calls,
         finish_reason=finish_reason,
         usage=usage,
-        written=sum(chunk.written for chunk in (*plan.catch_up_chunks, plan.prompt)) + written,
-        read=len(plan.prompt.ids) - plan.prompt.written if plan.start is not None else 0,
+        written=written,
+        read=plan.read,
         edits=plan.edits,
         token_ids=tuple(reply.ids),
     )

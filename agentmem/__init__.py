@@ -28,7 +28,7 @@ _HOMES = {
     "SteeredOutput": "agentmem.delta.model",
     "ToolCall": "agentmem.messages",
     "Turn": "agentmem.generation.turn",
-    "TurnOptions": "agentmem.engine",
+    "TurnOptions": "agentmem.generation.plan",
     "TurnStream": "agentmem.engine",
     "Usage": "agentmem.generation.turn",
     "Window": "agentmem.prompt.window",
@@ -70,8 +70,9 @@ if TYPE_CHECKING:
     from agentmem.delta.adapter import Adapter, load_adapter, save_adapter
     from agentmem.delta.config import MemoryConfig
     from agentmem.delta.model import SteeredModel, SteeredOutput
-    from agentmem.engine import AsyncTurnStream, Engine, TurnOptions, TurnStream
+    from agentmem.engine import AsyncTurnStream, Engine, TurnStream
     from agentmem.generation.output_parser import Delta, InvalidToolCall
+    from agentmem.generation.plan import TurnOptions
     from agentmem.generation.reply_format import ReplyFormat
     from agentmem.generation.sampling import Sampling
     from agentmem.generation.turn import Remembered, Turn, Usage

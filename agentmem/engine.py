@@ -1,6 +1,6 @@
 """The engine: one model, many sessions. Every call takes a state and returns a new one; nothing is remembered here.
 
-All methods may be called from any thread; the ``a`` forms never block an event loop. One worker thread owns the model
+All methods may be called from any thread; the `a` forms never block an event loop. One worker thread owns the model
 and takes the turns that are under way step by step, those that decode in one pass together.
 """
 
@@ -8,61 +8,33 @@ from __future__ import annotations
 
 import asyncio
 import queue
-import time
 import weakref
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from functools import partial
+from functools import cache
 from types import TracebackType
-from typing import Any, TypedDict, TypeVar, Unpack
+from typing import Any, TypeVar, Unpack
 
 from agentmem.delta.model import SteeredModel
-from agentmem.errors import TurnCancelledError, TurnTimeoutError
-from agentmem.generation.carry import KV
-from agentmem.generation.output_parser import Delta
-from agentmem.generation.plan import Request, WritePolicy
-from agentmem.generation.reply_format import ReplyFormat
-from agentmem.generation.sampling import Sampling
-from agentmem.generation.scheduler import Steps, Worker
-from agentmem.generation.session import Runtime
-from agentmem.generation.turn import Emit, Remembered, Turn, run_remember, run_turn
+from agentmem.errors import TurnCancelledError
+from agentmem.generation.batch import DecodeBatch
+from agentmem.generation.guided import Grammars
+from agentmem.generation.kv_cache import PrefillCache, StaleKVCache
+from agentmem.generation.output_parser import Delta, Tags
+from agentmem.generation.plan import Request, TurnOptions
+from agentmem.generation.runner import ModelRunner
+from agentmem.generation.scheduler import Scheduler, Steps
+from agentmem.generation.turn import Emit, Remembered, Turn, TurnContext, run_remember, run_turn
 from agentmem.messages import Message
-from agentmem.prompt.window import Window
+from agentmem.prompt.transcript import Transcript
 from agentmem.record import OnEdit
 from agentmem.state import MemoryState
 
 T = TypeVar("T")
 
 
-class TurnOptions(TypedDict, total=False):
-    """What a turn may be told; each has a default.
-
-    Attributes:
-        sampling: how to decode; greedy, at most 512 tokens.
-        window: what the prompt shows; the last 4,096 tokens.
-        write: "all" (the default), "input" (the reply is recorded, not written) or "off".
-        on_edit: what an edit of consumed history does: "write" (the default), "error" or "rebuild".
-        tools: function descriptions in OpenAI form.
-        memory: False runs the bare model; the state comes back as given.
-        form: what the reply is bound to be, a call or JSON (see ``ReplyFormat``); None = whatever the model says.
-        timeout: seconds from the call to the whole reply, waiting included; looked at between forward passes.
-        kv: "exact" (the default), or "carry": go on from the KV of the turn that returned the state, where that is
-            still at hand and the prompt begins as it did. Faster, and no longer exactly the turn's definition.
-    """
-
-    sampling: Sampling
-    window: Window
-    write: WritePolicy
-    on_edit: OnEdit
-    tools: Sequence[Mapping[str, Any]]
-    memory: bool
-    form: ReplyFormat | None
-    timeout: float | None
-    kv: KV
-
-
 class Engine:
-    """A model ready to take turns; make one with ``agentmem.load``, or from a model that you built.
+    """A model ready to take turns; make one with `agentmem.load`, or from a model that you built.
 
     Args:
         model: a causal language model of transformers.
@@ -70,10 +42,10 @@ class Engine:
         steered: the model with memory attached; None = no memory.
         name: what replies name as their model.
         kv_cache_tokens: how many prompt tokens of recent prefills are kept for retries and branches, and as many again
-            for turns with ``kv="carry"``; 0 = none.
+            for turns with `kv="carry"`; 0 = none.
         max_batch: how many sessions decode in one pass; 1 = they take turns. Beside others a session's numbers differ
             in the last bits from those it has alone, so only 1 gives the same state to the bit whatever else runs.
-        template_options: variables for the chat template, ``{"enable_thinking": False}`` for example.
+        template_options: variables for the chat template, `{"enable_thinking": False}` for example.
     """
 
     def __init__(
@@ -89,44 +61,57 @@ class Engine:
     ) -> None:
         model.eval()
         self.name = name
-        self._runtime = Runtime(model, tokenizer, steered, kv_cache_tokens, max_batch, template_options)
-        self._worker = Worker(f"agentmem-{name}", self._runtime.decoding.release)
-        weakref.finalize(self, self._worker.close)  # the thread ends with the engine, closed or not
+        runner, tags, end_ids = ModelRunner(model, steered), Tags.of(tokenizer), _end_ids(model, tokenizer)
+        transcript = Transcript(tokenizer, template_options)
+        self._context = TurnContext(
+            runner=runner,
+            batch=DecodeBatch(runner, max_batch, kv_cache_tokens),
+            tokenizer=tokenizer,
+            transcript=transcript,
+            closing_ids=cache(transcript.closing_ids),
+            end_ids=end_ids,
+            tags=tags,
+            grammars=Grammars(tokenizer, tags, end_ids, model.config.get_text_config().vocab_size),
+            prefills=PrefillCache(kv_cache_tokens),
+            stale_kv=StaleKVCache(kv_cache_tokens),
+        )
+        self._scheduler = Scheduler(f"agentmem-{name}", self._context.batch)
+        weakref.finalize(self, self._scheduler.close)  # the thread ends with the engine, closed or not
 
     @property
     def model(self) -> Any:
         """The transformers model. Do not run it while turns are under way."""
-        return self._runtime.model
+        return self._context.runner.model
 
     @property
     def tokenizer(self) -> Any:
         """The transformers tokenizer."""
-        return self._runtime.tokenizer
+        return self._context.tokenizer
 
     @property
     def steered(self) -> SteeredModel | None:
         """The model with its memory, or None."""
-        return self._runtime.steered
+        return self._context.runner.steered
 
     @property
     def has_memory(self) -> bool:
         """Whether an adapter is attached."""
-        return self._runtime.steered is not None
+        return self._context.runner.steered is not None
 
     @property
     def max_tokens_limit(self) -> int:
         """The longest context of the model, in tokens."""
-        return self._runtime.limit
+        return self._context.runner.context_limit
 
     @property
     def model_fingerprint(self) -> str:
-        """Which model this is (see ``fingerprint``)."""
-        return self._runtime.model_fingerprint
+        """Which model this is (see `fingerprint`)."""
+        return self._context.runner.model_fingerprint
 
     @property
     def adapter_fingerprint(self) -> str:
         """Which adapter this is; empty without one."""
-        return self._runtime.adapter_fingerprint
+        return self._context.runner.adapter_fingerprint
 
     def zero_state(self) -> MemoryState:
         """The memory of a session that has consumed nothing.
@@ -134,7 +119,7 @@ class Engine:
         Raises:
             MissingAdapterError: the engine has no memory.
         """
-        return self._runtime.zero_state()
+        return self._context.runner.zero_state()
 
     def turn(
         self, messages: Sequence[Message], state: MemoryState | None = None, **options: Unpack[TurnOptions]
@@ -144,7 +129,7 @@ class Engine:
         Args:
             messages: the history as given; what the state has not consumed yet is written, once.
             state: the memory at the start; None = empty. Never changed.
-            options: see ``TurnOptions``.
+            options: see `TurnOptions`.
 
         Raises:
             StateMismatchError, CorruptStateError: the state belongs to another model or adapter.
@@ -152,28 +137,28 @@ class Engine:
             TurnCancelledError, TurnTimeoutError, EngineClosedError: the turn was cancelled, took too long, or the
                 engine was closed.
         """
-        request = Request(tuple(messages), **options)
-        return _wait(self._submit(request, state, lambda _: None))
+        request = Request(tuple(messages), options)
+        return _wait(self._submit(request, state))
 
     def stream(
         self, messages: Sequence[Message], state: MemoryState | None = None, **options: Unpack[TurnOptions]
     ) -> TurnStream:
-        """As ``turn``, giving the reply as it is decoded: iterate, then call ``result()``."""
-        request = Request(tuple(messages), **options)
+        """As `turn`, giving the reply as it is decoded: iterate, then call `result()`."""
+        request = Request(tuple(messages), options)
         return TurnStream(lambda emit: self._submit(request, state, emit))
 
     async def aturn(
         self, messages: Sequence[Message], state: MemoryState | None = None, **options: Unpack[TurnOptions]
     ) -> Turn:
-        """As ``turn``, without blocking the loop; cancelling the task cancels the turn."""
-        request = Request(tuple(messages), **options)
-        return await _await(self._submit(request, state, lambda _: None))
+        """As `turn`, without blocking the loop; cancelling the task cancels the turn."""
+        request = Request(tuple(messages), options)
+        return await _await(self._submit(request, state))
 
     def astream(
         self, messages: Sequence[Message], state: MemoryState | None = None, **options: Unpack[TurnOptions]
     ) -> AsyncTurnStream:
-        """As ``aturn``, giving the reply as it is decoded: ``async for``, then ``await stream.result()``."""
-        request = Request(tuple(messages), **options)
+        """As `aturn`, giving the reply as it is decoded: `async for`, then `await stream.result()`."""
+        request = Request(tuple(messages), options)
         return AsyncTurnStream(lambda emit: self._submit(request, state, emit))
 
     def remember(
@@ -185,25 +170,25 @@ class Engine:
             MissingAdapterError: the engine has no memory.
             StateMismatchError: the state is another model's or adapter's.
         """
-        return _wait(self._worker.submit(lambda: run_remember(self._runtime, messages, state, on_edit)))
+        return _wait(self._scheduler.submit(run_remember(self._context, messages, state, on_edit)))
 
     async def aremember(
         self, messages: Sequence[Message], state: MemoryState | None = None, *, on_edit: OnEdit = "write"
     ) -> Remembered:
-        """As ``remember``, without blocking the loop."""
-        return await _await(self._worker.submit(lambda: run_remember(self._runtime, messages, state, on_edit)))
+        """As `remember`, without blocking the loop."""
+        return await _await(self._scheduler.submit(run_remember(self._context, messages, state, on_edit)))
 
     def count_tokens(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> int:
         """Tokens of these messages as the chat template renders them."""
-        return _wait(self._worker.submit(lambda: self._count(messages, tools)))
+        return _wait(self._scheduler.submit(self._count(messages, tools)))
 
     def forget_prefills(self) -> None:
-        """Empty the caches of KV. Changes no result, only speed, but for turns with ``kv="carry"``."""
-        _wait(self._worker.submit(self._clear))
+        """Empty the caches of KV. Changes no result, only speed, but for turns with `kv="carry"`."""
+        _wait(self._scheduler.submit(self._clear()))
 
     def close(self) -> None:
         """End the worker; turns under way fail with EngineClosedError. Idempotent."""
-        self._worker.close()
+        self._scheduler.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -213,28 +198,24 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _submit(self, request: Request, state: MemoryState | None, emit: Emit) -> Future[Turn]:
-        steps = partial(run_turn, self._runtime, request, state, emit)
-        if request.timeout is None:
-            return self._worker.submit(steps)
-        deadline = time.monotonic() + request.timeout
-        return self._worker.submit(lambda: _within(steps(), deadline, request.timeout))
+    def _submit(self, request: Request, state: MemoryState | None, emit: Emit | None = None) -> Future[Turn]:
+        return self._scheduler.submit(run_turn(self._context, request, state, emit), request.options["timeout"])
 
     def _clear(self) -> Steps[None]:
-        self._runtime.prefix.clear()
-        self._runtime.carried.clear()
+        self._context.prefills.clear()
+        self._context.stale_kv.clear()
         yield None
 
     def _count(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Steps[int]:
         # On the worker, since tokenizers are not made for several threads.
         yield None
-        return len(self._runtime.transcript.render(list(messages), tools=tools).input_ids)
+        return len(self._context.transcript.render(list(messages), tools=tools).input_ids)
 
 
 class TurnStream:
     """A turn under way, to iterate over once. Leaving the iteration early cancels the turn."""
 
-    def __init__(self, start: Any) -> None:
+    def __init__(self, start: Callable[[Emit], Future[Turn]]) -> None:
         self._queue: queue.SimpleQueue[Delta | None] = queue.SimpleQueue()
         self._future: Future[Turn] = start(self._queue.put)
         self._future.add_done_callback(lambda _: self._queue.put(None))
@@ -249,7 +230,7 @@ class TurnStream:
             raise error
 
     def result(self) -> Turn:
-        """The finished turn; waits for it. Raises as ``Engine.turn``."""
+        """The finished turn; waits for it. Raises as `Engine.turn`."""
         return _wait(self._future)
 
     def cancel(self) -> None:
@@ -258,9 +239,9 @@ class TurnStream:
 
 
 class AsyncTurnStream:
-    """As ``TurnStream``, for an event loop. Made and iterated in the same loop."""
+    """As `TurnStream`, for an event loop. Made and iterated in the same loop."""
 
-    def __init__(self, start: Any) -> None:
+    def __init__(self, start: Callable[[Emit], Future[Turn]]) -> None:
         loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Delta | None] = asyncio.Queue()
 
@@ -282,12 +263,18 @@ class AsyncTurnStream:
             raise error
 
     async def result(self) -> Turn:
-        """The finished turn; waits for it. Raises as ``Engine.turn``."""
+        """The finished turn; waits for it. Raises as `Engine.turn`."""
         return await _await(self._future)
 
     def cancel(self) -> None:
-        """As ``TurnStream.cancel``."""
+        """As `TurnStream.cancel`."""
         self._future.cancel()
+
+
+def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end a reply: those of the generation config and the tokenizer's own."""
+    named = [getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id]
+    return frozenset(i for ids in named if ids is not None for i in (ids if isinstance(ids, list) else [ids]))
 
 
 def _wait(future: Future[T]) -> T:
@@ -298,31 +285,6 @@ def _wait(future: Future[T]) -> T:
     except BaseException:
         future.cancel()  # the waiting itself was interrupted (Ctrl-C): the turn must not go on
         raise
-
-
-def _within(steps: Steps[T], deadline: float, seconds: float | None) -> Steps[T]:
-    """The same steps, ended by an error when the time is over."""
-    failed: BaseException | None = None
-    while True:
-        if time.monotonic() > deadline:
-            steps.close()
-            raise TurnTimeoutError(
-                f"the turn took longer than its timeout of {seconds} seconds and was given up; its state is unchanged; "
-                "give it more time, fewer max_tokens or a smaller window"
-            )
-        try:
-            wanted = next(steps) if failed is None else steps.throw(failed)
-        except StopIteration as end:
-            result: T = end.value
-            return result
-        try:
-            yield wanted
-            failed = None
-        except GeneratorExit:
-            steps.close()
-            raise
-        except BaseException as error:  # noqa: BLE001 - it is the steps'
-            failed = error
 
 
 async def _await(future: Future[T]) -> T:

@@ -1,6 +1,8 @@
 """Loads a model, its tokenizer and its adapter into an engine: the embedded one, a directory, or a hub id.
 
-Nothing that comes with a model is executed unless the caller says so (``trust_remote_code``).
+What is small is read first, so that a wrong name, adapter or option is an error before gigabytes of weights are loaded:
+options, the model's config, the adapter, the tokenizer, the weights. Nothing that comes with a model is executed unless
+the caller says so (`trust_remote_code`).
 """
 
 from __future__ import annotations
@@ -13,13 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 
+from agentmem.delta.adapter import load_adapter
 from agentmem.delta.config import CONFIG_FILE
 from agentmem.delta.model import SteeredModel
 from agentmem.engine import Engine
 from agentmem.errors import AdapterError, ConfigError, MissingAdapterError, ModelNotFoundError, install_hint
-from agentmem.quantization import quantization_config
 
 NANO = Path(__file__).parent / "nano" / "weights"
 
@@ -45,18 +46,18 @@ def load(
 
     Args:
         model: "nano" (the embedded model), a directory, or a hub id. Local files are used where they are there.
-        adapter: a directory or a hub id; None = the one in the model's ``adapter`` folder; False = no memory.
+        adapter: a directory or a hub id; None = the one in the model's `adapter` folder; False = no memory.
         device: "auto" = CUDA, then Apple's, then the CPU.
         dtype: "auto" = float32 on a CPU, else the dtype that the weights are stored in.
         attn_implementation: "auto" = flash_attention_2 where flash-attn is installed and the device can, else sdpa.
         revision, adapter_revision: branch, tag or commit on the hub.
-        device_map: where the layers go, as accelerate takes it ("auto" for several devices), in place of ``device``.
+        device_map: where the layers go, as accelerate takes it ("auto" for several devices), in place of `device`.
         quantize: "4bit" or "8bit", by bitsandbytes, else torchao, whichever is installed; or a quantisation config of
             transformers. The memory itself is never quantised.
         trust_remote_code: run Python code that comes with the model. It can do whatever you can.
-        template_options: variables for the chat template, ``{"enable_thinking": False}`` for example.
+        template_options: variables for the chat template, `{"enable_thinking": False}` for example.
         progress: show bars while files are fetched and weights loaded; None = for all but the embedded model.
-        kv_cache_tokens, max_batch: see ``Engine``.
+        kv_cache_tokens, max_batch: see `Engine`.
 
     Raises:
         MissingAdapterError: no adapter was given and the model has none of its own.
@@ -64,37 +65,46 @@ def load(
             other, or a library that one of them needs is not installed.
         ModelNotFoundError: the model's files cannot be found or read.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     place = str(NANO if model == "nano" else model)
     if device_map is not None and device != "auto":
         raise ConfigError(f"give device= or device_map=; found {device!r} and {device_map!r}")
-    chosen = _device(device)
-    number = _dtype(dtype, chosen)
-    directory = None if adapter is False else _adapter_directory(place, adapter, adapter_revision)
-    common = {"revision": revision, "trust_remote_code": trust_remote_code}
-    options: dict[str, Any] = {"attn_implementation": _attention(attn_implementation, chosen, dtype), "dtype": number}
+    target = _device(device)
+    number = _dtype(dtype, target)
+    options: dict[str, Any] = {"attn_implementation": _attention(attn_implementation, target, dtype), "dtype": number}
     if quantize is not None:
-        options["quantization_config"] = quantization_config(quantize, number)
+        options["quantization_config"] = _quantization(quantize, number)
         # Quantised as they are read, where they are to stay: some kinds cannot be moved afterwards.
-        device_map = {"": str(chosen)} if device_map is None else device_map
+        device_map = {"": str(target)} if device_map is None else device_map
     if device_map is not None:
         if find_spec("accelerate") is None:
             raise ConfigError(
                 f"device_map= and quantize= need accelerate, which is not installed; {install_hint('quant')}"
             )
         options["device_map"] = device_map
+    common = {"revision": revision, "trust_remote_code": trust_remote_code}
     with _bars(model != "nano" if progress is None else progress):
-        tokenizer = _found(AutoTokenizer.from_pretrained, place, **common)
+        _read(AutoConfig.from_pretrained, place, **common)
+        weights = None if adapter is False else load_adapter(_adapter_directory(place, adapter, adapter_revision))
+        tokenizer = _read(AutoTokenizer.from_pretrained, place, **common)
         if getattr(tokenizer, "chat_template", None) is None:
             raise ConfigError(
                 f"the tokenizer of {model} has no chat template; use a chat model, or set one and save it"
             )
-        loaded = _found(AutoModelForCausalLM.from_pretrained, place, **common, **options)
+        loaded, report = _read(
+            AutoModelForCausalLM.from_pretrained, place, output_loading_info=True, **common, **options
+        )
+    if report["missing_keys"]:  # transformers would go on with random numbers in their place
+        names = sorted(report["missing_keys"])
+        raise ModelNotFoundError(
+            f"the weights of the model at {place!r} are not complete: {len(names)} tensors are missing, the first is "
+            f"{names[0]}; fetch the model again"
+        )
     if device_map is None:
-        loaded = loaded.to(chosen)
+        loaded = loaded.to(target)
     loaded.requires_grad_(False)
-    steered = None if directory is None else SteeredModel.attach(loaded, adapter=directory)
+    steered = None if weights is None else SteeredModel.attach(loaded, adapter=weights)
     if steered is not None:
         steered.memory.requires_grad_(False)  # an engine does not train, and of frozen weights more can be kept ready
     return Engine(
@@ -109,7 +119,7 @@ def load(
 
 
 def context_limit(model: str | Path = "nano") -> int | None:
-    """The longest context of a model in tokens, from its config file; None where that is not on this machine.
+    """The longest context of a model in tokens, from its config file; None where that is not on this machine or broken.
 
     Loads no weights and downloads nothing.
     """
@@ -125,29 +135,49 @@ def context_limit(model: str | Path = "nano") -> int | None:
         if not isinstance(cached, str):
             return None
         file = Path(cached)
-    config = json.loads(file.read_text("utf-8"))
-    found = config.get("text_config", config).get("max_position_embeddings")
-    return found if isinstance(found, int) else None
+    try:
+        config = json.loads(file.read_text("utf-8"))
+        limit = config.get("text_config", config).get("max_position_embeddings")
+    except (OSError, ValueError, AttributeError):  # a broken file; loading it says more
+        return None
+    return limit if isinstance(limit, int) else None
 
 
-def _found(read: Callable[..., Any], place: str, **options: Any) -> Any:
-    """Read from a directory or what the hub left here before; only then from the hub."""
+def _read(read: Callable[..., Any], place: str, **options: Any) -> Any:
+    """Read from a directory or what the hub left here before; only then from the hub.
+
+    Raises:
+        ConfigError: the model needs its own code, or a library that is not installed.
+        ModelNotFoundError: the files are not there, or are not what they should be.
+    """
+    there = Path(place).exists()
     try:
         try:
             return read(place, local_files_only=True, **options)
         except OSError:
-            if Path(place).exists():
+            if there:
                 raise
             return read(place, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except ImportError as error:
+        raise ConfigError(f"the model at {place!r} needs a library that is not installed: {error}") from error
+    except (
+        Exception
+    ) as error:  # what broken files lead to in transformers, tokenizers and safetensors has no common type
         if "trust_remote_code" in str(error):
             raise ConfigError(
                 f"the model at {place!r} comes with Python code of its own, which is not run unasked; read it, "
                 "and pass trust_remote_code=True if you trust it"
             ) from error
-        raise ModelNotFoundError(
-            f"no model at {place!r}: neither a directory with a whole one, nor a hub id that can be reached ({error})"
-        ) from error
+        if (attention := options.get("attn_implementation")) and "attention" in str(error) and attention in str(error):
+            raise ConfigError(f"attn_implementation={attention!r} does not work with this model: {error}") from error
+        why = (
+            "a whole one is expected there, and a file of it cannot be read"
+            if there
+            else ("neither a directory with a whole one, nor a hub id that can be reached")
+        )
+        raise ModelNotFoundError(f"no model at {place!r}: {why} ({type(error).__name__}: {error})") from error
 
 
 @contextmanager
@@ -192,7 +222,10 @@ def _adapter_directory(model: str, adapter: str | Path | None, revision: str | N
 
 def _device(name: str) -> torch.device:
     if name != "auto":
-        return torch.device(name)
+        try:
+            return torch.device(name)
+        except RuntimeError as error:
+            raise ConfigError(f'device takes "auto" or a device of torch, "cuda:1" for example; {error}') from error
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -201,6 +234,11 @@ def _device(name: str) -> torch.device:
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> Any:
     if dtype == "auto" and device.type == "cpu":
         return torch.float32
+    if isinstance(dtype, str) and dtype != "auto":
+        named = getattr(torch, dtype, None)
+        if not isinstance(named, torch.dtype):
+            raise ConfigError(f'dtype takes "auto" or a dtype of torch, "bfloat16" for example; found {dtype!r}')
+        return named
     return dtype
 
 
@@ -210,3 +248,48 @@ def _attention(name: str, device: torch.device, dtype: str | torch.dtype) -> str
     half = dtype in ("auto", "bfloat16", "float16", torch.bfloat16, torch.float16)
     able = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
     return "flash_attention_2" if able and half and find_spec("flash_attn") is not None else "sdpa"
+
+
+def _quantization(wanted: Any, dtype: str | torch.dtype) -> Any:
+    """The quantisation config that transformers takes.
+
+    The base model alone is quantised. The memory's own weights, its state and its arithmetic stay as they are, and the
+    model's fingerprint, which leaves quantised weights out, stays the same: states move between the forms of one model.
+
+    Args:
+        wanted: "4bit" (NF4 by bitsandbytes, else int4 weights by torchao), "8bit" (LLM.int8 by bitsandbytes, else int8
+            weights by torchao), or a config of transformers, which is given back.
+        dtype: that of the arithmetic; "auto" = bfloat16.
+
+    Raises:
+        ConfigError: another word, or neither library is installed.
+    """
+    if not isinstance(wanted, str):
+        return wanted
+    if wanted not in ("4bit", "8bit"):
+        raise ConfigError(f"quantize takes '4bit', '8bit' or a quantisation config of transformers; found {wanted!r}")
+    if find_spec("bitsandbytes") is not None:
+        return _bitsandbytes(wanted, dtype)
+    # Its int4 kernels are a package of their own.
+    if find_spec("torchao") is not None and (wanted == "8bit" or find_spec("mslk") is not None):
+        return _torchao(wanted)
+    raise ConfigError(
+        f"quantize={wanted!r} needs bitsandbytes (or torchao, with mslk for 4 bits), which is not installed; "
+        f"{install_hint('quant')}"
+    )
+
+
+def _bitsandbytes(wanted: str, dtype: str | torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if wanted == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = torch.bfloat16 if dtype == "auto" else dtype
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+
+
+def _torchao(wanted: str) -> Any:
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig() if wanted == "8bit" else Int4WeightOnlyConfig())

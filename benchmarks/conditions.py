@@ -16,7 +16,7 @@ import torch
 import transformers
 
 import agentmem
-from agentmem.generation.cuda_graph import replays
+from agentmem.generation.cuda_graph import uses_graphs
 from agentmem.kernels import runs_numba, runs_triton
 
 
@@ -51,7 +51,7 @@ def command() -> str:
 
 def decoding(device: torch.device, dtype: torch.dtype) -> str:
     """By what the memory computes a token that is decoded."""
-    if replays(device):
+    if uses_graphs(device):
         return "Triton kernels in CUDA graphs"
     if runs_triton(device):
         return "Triton kernels"

@@ -46,7 +46,7 @@ from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
 from agentmem import SteeredModel
-from agentmem.generation.cuda_graph import replays
+from agentmem.generation.cuda_graph import uses_graphs
 from agentmem.kernels import runs_numba
 
 
@@ -170,7 +170,7 @@ def main(
     cuda = torch.cuda.is_available()
     device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
     known = {one.name: one for one in (*SMALL, *REAL, TINY)}
-    fixed = fixed or replays(device)
+    fixed = fixed or uses_graphs(device)
     chosen = [known[name] for name in _known(shape, known)] if shape else list(REAL if cuda else SMALL)
     writes = _known(write, WRITES) if write else list(WRITES)
     console = Console(width=140)
@@ -265,8 +265,8 @@ def _decoded(
 
 
 def _fitting(measured: Callable[[], Figure]) -> Figure | None:
-    """None where it does not fit. What it held is free again when this returns, seats and their blocks too, which know
-    each other."""
+    """None where it does not fit. What it held is free again when this returns, batched caches too, whose rows know
+    them."""
     try:
         return measured()
     except torch.OutOfMemoryError:

@@ -1,4 +1,4 @@
-"""Decoding after a prompt, as ``overhead.py`` measures it: with a cache that grows, or in buffers that never move.
+"""Decoding after a prompt, as `overhead.py` measures it: with a cache that grows, or in buffers that never move.
 
 Bare and steered decode behind one KV, filled with random numbers: both write at the same place behind it, and time does
 not depend on numbers. So what fits once is measured, and no prompt of half a million tokens has to be read for it.
@@ -6,6 +6,7 @@ not depend on numbers. So what fits once is measured, and no prompt of half a mi
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,8 +15,10 @@ from torch import Tensor
 from transformers import DynamicCache, Qwen3ForCausalLM
 
 from agentmem import SteeredModel
-from agentmem.generation.batch_cache import Block
-from agentmem.generation.cuda_graph import Captures, Replay
+from agentmem.generation.batch import decode_step
+from agentmem.generation.batch_cache import BatchedKVCache
+from agentmem.generation.cuda_graph import CapturedDecode, GraphCapturer
+from agentmem.generation.runner import ModelRunner
 
 SENTENCE = 32
 """Tokens of a segment."""
@@ -23,10 +26,10 @@ _ALIGNED = 256  # tokens: attention over an odd number of them may take another 
 
 
 class Decoder:
-    """A prompt that was read, with its keys and values in ``cache``, and tokens that follow it one by one.
+    """A prompt that was read, with its keys and values in `cache`, and tokens that follow it one by one.
 
     Adapters that write by segment do as in a turn: the prompt's pass ends with it, the tokens join the sums of a
-    segment that stays open. Given a filled ``cache``, the prompt counts as read: of ``prompt`` only the rows matter.
+    segment that stays open. Given a filled `cache`, the prompt counts as read: of `prompt` only the rows matter.
     """
 
     def __init__(
@@ -62,30 +65,30 @@ class Decoder:
 class FixedDecoder:
     """The same in buffers that never move: on a GPU a CUDA graph that is captured once and replayed for each token.
 
-    For the bare model and for adapters that write by token. All rows of ``block`` that are taken go on.
+    For the bare model and for adapters that write by token. All rows of `kv` that are taken go on.
     """
 
-    def __init__(self, model: Qwen3ForCausalLM, steered: SteeredModel | None, block: Block) -> None:
-        self._places = [seat.length for seat in block.seats]
-        count = len(self._places)
-        self._states = steered.zeros(count) if steered else None
-        runtime: Any = SimpleNamespace(device=model.device, model=model, steered=steered)
+    def __init__(self, runner: ModelRunner, kv: BatchedKVCache) -> None:
+        self._positions = [row.length for row in kv.rows]
+        count = len(self._positions)
+        self._states = runner.steered.zeros(count) if runner.steered else None
         like = None if self._states is None else self._states[:1]
-        self._replay = Replay(runtime, block, _rows(count), block.width, like, Captures(model.device))
+        step = partial(decode_step, runner, kv, kv.width)
+        self._captured = CapturedDecode(step, _rows(count), like, runner.device, GraphCapturer(runner.device))
 
     def step(self) -> None:
-        """One more token for every row, at the place of the last one."""
-        count = len(self._places)
-        self._replay.run([0] * count, self._places, [True] * count, self._states)
+        """One more token for every row, at the position behind the last one."""
+        count = len(self._positions)
+        self._captured.run([0] * count, self._positions, [True] * count, self._states)
 
 
 def side_by_side(
     bare: Qwen3ForCausalLM, model: Qwen3ForCausalLM, steered: SteeredModel, batch: int, length: int, fixed: bool
 ) -> tuple[Decoder | FixedDecoder, Decoder | FixedDecoder]:
-    """Bare and steered behind the same prompts of ``length`` tokens."""
+    """Bare and steered behind the same prompts of `length` tokens."""
     if fixed:
-        block = _seated(model, batch, length)
-        return FixedDecoder(bare, None, block), FixedDecoder(model, steered, block)
+        kv = _batched(model, batch, length)
+        return FixedDecoder(ModelRunner(bare, None), kv), FixedDecoder(ModelRunner(model, steered), kv)
     tokens = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
     cache = _filled(model, batch, length)
     return Decoder(bare, None, tokens, cache), Decoder(model, steered, tokens, cache)
@@ -98,17 +101,17 @@ def _filled(model: Qwen3ForCausalLM, batch: int, length: int) -> DynamicCache:
     return cache
 
 
-def _seated(model: Qwen3ForCausalLM, batch: int, length: int) -> Block:
-    """A block of its final size at once, so that there is never a second one beside it."""
+def _batched(model: Qwen3ForCausalLM, batch: int, length: int) -> BatchedKVCache:
+    """A cache of its final size at once, so that there is never a second one beside it."""
     layers = range(model.config.num_hidden_layers)
     # One prompt for all rows: they lie apart in memory, which is all that time depends on.
     own = SimpleNamespace(
         layers=[SimpleNamespace(keys=_random(model, 1, length), values=_random(model, 1, length)) for _ in layers]
     )
-    block = Block(own, (length // _ALIGNED + 1) * _ALIGNED, _rows(batch))
+    kv = BatchedKVCache(own, (length // _ALIGNED + 1) * _ALIGNED, _rows(batch))
     for _ in range(batch):
-        block.sit(own, length)
-    return block
+        kv.add_row(own, length)
+    return kv
 
 
 def _random(model: Qwen3ForCausalLM, batch: int, length: int) -> Tensor:

@@ -33,7 +33,7 @@ from shapes import REAL, SMALL, TINY, attached
 
 import agentmem
 from agentmem import Engine, Message, Sampling, Turn
-from agentmem.generation.cuda_graph import replays
+from agentmem.generation.cuda_graph import uses_graphs
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
 SHAPES = {one.name: one for one in (*SMALL, *REAL, TINY)}
@@ -101,7 +101,7 @@ def bar_for(model: str, device: torch.device, graphs: bool) -> tuple[int, float]
 
 def in_graphs(engine: Engine) -> bool:
     """Whether sessions decode in CUDA graphs: asked for, and not given up."""
-    return engine.model.device.type == "cuda" and engine._runtime.decoding.replays
+    return engine.model.device.type == "cuda" and engine._context.batch.uses_graphs
 
 
 def main(
@@ -137,8 +137,8 @@ def main(
             ratio = statistics.median(b / a for a, b in pairs)
             found[sessions] = {"alone": alone, "together": together, "ratio": ratio}
             table.add_row(str(sessions), f"{alone:,.0f}", f"{together:,.0f}", f"{ratio:.2f}")
-        bar = bar_for(shape or model, device, replays(device))
-        gave_up = replays(device) and not in_graphs(engine)
+        bar = bar_for(shape or model, device, uses_graphs(device))
+        gave_up = uses_graphs(device) and not in_graphs(engine)
     console.print(table)
     console.print(_drawn(found, plot), highlight=False)
     out.parent.mkdir(parents=True, exist_ok=True)

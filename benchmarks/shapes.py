@@ -13,7 +13,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from agentmem import MemoryConfig, SteeredModel
-from agentmem.generation.cuda_graph import replays
+from agentmem.generation.cuda_graph import uses_graphs
 
 VOCABULARY = 512
 """Of the random models on a CPU: the product with the vocabulary is the same for both, and would hide what differs."""
@@ -71,7 +71,7 @@ class Shape:
         """Whether the bars are for this: a GPU with CUDA graphs, or one thread of a CPU and KV that grows."""
         if write != "TSW" or rank != 8 or device.type != self.on:
             return False
-        return replays(device) if device.type == "cuda" else torch.get_num_threads() == 1 and not fixed
+        return uses_graphs(device) if device.type == "cuda" else torch.get_num_threads() == 1 and not fixed
 
 
 _LONG: dict[str, Any] = {

@@ -1,31 +1,84 @@
-"""What a turn will do, decided before the model is touched: what is shown, what writes, in which passes.
+"""What a turn is asked to do, and what it will do, decided before the model is touched.
 
-Pure bookkeeping over messages and tokens. A plan follows from the messages, the record of what the state has consumed,
+`TurnOptions` says once what a turn may be told; a `Request` is a history with all options set. A `Plan` is what follows
+from it: what is shown, what writes, in which passes, and how the reply ends. Nothing after it reads the request.
+
+Pure bookkeeping over messages and tokens. A plan follows from the request, the state, the model's template and limits,
 and constants; never from caches or free memory.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import islice
-from typing import Any, Literal, overload
+from typing import Any, Final, Literal, TypedDict, get_args, overload
 
 from agentmem.delta.config import WriteStrategy
 from agentmem.errors import ConfigError, WindowError
-from agentmem.generation.carry import KV, KVS
+from agentmem.generation.kv_cache import PrefillKey
 from agentmem.generation.reply_format import ReplyFormat
 from agentmem.generation.sampling import Sampling
 from agentmem.messages import Message
 from agentmem.prompt.transcript import Rendered, Transcript
 from agentmem.prompt.window import Window, pieces
 from agentmem.record import ConsumedRecord, OnEdit
+from agentmem.state import MemoryState
 
 WritePolicy = Literal["all", "input", "off"]
-_POLICIES = ("all", "input", "off")
+KVReuse = Literal["exact", "carry"]
 
 PIECE_TOKENS = 2048
 """Longest context-only pass, where message borders allow. A constant: a result must not depend on the machine."""
+_SIZED_AT_ONCE = 8  # messages
+_CLOSING_ROOM = 8  # tokens that stay free for those that close the reply
+
+
+class TurnOptions(TypedDict, total=False):
+    """What a turn may be told; each option has a default.
+
+    Attributes:
+        sampling: how to decode; greedy, at most 512 tokens.
+        window: what the prompt shows; the last 4,096 tokens.
+        write: "all" (the default), "input" (the reply is recorded, not written) or "off" (the state comes back as
+            given).
+        on_edit: what an edit of consumed history does: "write" (the default), "error" or "rebuild".
+        tools: function descriptions in OpenAI form.
+        memory: False runs the bare model; the state comes back as given.
+        form: what the reply must be, a call or JSON (see `ReplyFormat`); None = whatever the model says.
+        timeout: seconds from the call to the whole reply, waiting included; checked between forward passes.
+        kv: "exact" (the default), or "carry": go on from the KV of the turn that returned the state, where that is
+            still at hand and the prompt begins as it did. Faster, and no longer exactly the turn's definition.
+        cache_salt: KV is only reused between turns of one salt, so that `cache_read_tokens` says nothing of what
+            others have read. None (the default) is a salt like any other: turns without one share their KV.
+    """
+
+    sampling: Sampling
+    window: Window
+    write: WritePolicy
+    on_edit: OnEdit
+    tools: Sequence[Mapping[str, Any]]
+    memory: bool
+    form: ReplyFormat | None
+    timeout: float | None
+    kv: KVReuse
+    cache_salt: str | None
+
+
+DEFAULTS: Final[TurnOptions] = {
+    "sampling": Sampling(),
+    "window": Window(),
+    "write": "all",
+    "on_edit": "write",
+    "tools": (),
+    "memory": True,
+    "form": None,
+    "timeout": None,
+    "kv": "exact",
+    "cache_salt": None,
+}
 
 
 @dataclass(frozen=True)
@@ -34,154 +87,215 @@ class Request:
 
     Attributes:
         messages: the history as given, the last one to be answered.
-        sampling, window: how to decode, what to show.
-        write: "all"; "input" (the reply is recorded, not written); "off" (the state comes back unchanged).
-        on_edit: what an edit of consumed history does (see ``record``).
-        tools: function descriptions for the chat template.
-        memory: False runs the bare model.
-        form: what the reply is bound to be; None = whatever the model says.
-        timeout: seconds from the call to the whole reply, waiting included; None = any.
-        kv: "exact", or "carry": go on from KV that the session's turn before left (see ``carry``).
+        options: all of them; what was not given has its default.
+
+    Raises:
+        ConfigError: an option is unknown or out of range.
     """
 
     messages: Sequence[Message]
-    sampling: Sampling = field(default_factory=Sampling)
-    window: Window = field(default_factory=Window)
-    write: WritePolicy = "all"
-    on_edit: OnEdit = "write"
-    tools: Sequence[Mapping[str, Any]] = ()
-    memory: bool = True
-    form: ReplyFormat | None = None
-    timeout: float | None = None
-    kv: KV = "exact"
+    options: TurnOptions
 
     def __post_init__(self) -> None:
-        if self.kv not in KVS:
-            raise ConfigError(f"kv must be one of {', '.join(KVS)}; found {self.kv!r}")
-        if self.write not in _POLICIES:
-            raise ConfigError(f"write must be one of {', '.join(_POLICIES)}; found {self.write!r}")
-        if self.timeout is not None and not self.timeout > 0:
-            raise ConfigError(f"timeout must be None or seconds above 0; found {self.timeout!r}")
+        for name in self.options.keys() - DEFAULTS.keys():
+            close = get_close_matches(name, DEFAULTS)
+            hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(DEFAULTS)}"
+            raise ConfigError(f"a turn has no option {name!r}; {hint}")
+        options: TurnOptions = {**DEFAULTS, **self.options}
+        for value, name, policies in (
+            (options["kv"], "kv", get_args(KVReuse)),
+            (options["write"], "write", get_args(WritePolicy)),
+        ):
+            if value not in policies:
+                raise ConfigError(f"{name} must be one of {', '.join(policies)}; found {value!r}")
+        timeout = options["timeout"]
+        if timeout is not None and not timeout > 0:
+            raise ConfigError(f"timeout must be None or seconds above 0; found {timeout!r}")
+        object.__setattr__(self, "options", options)
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """Tokens that go through the model together, with the segment of each (-1 = not written)."""
 
     ids: list[int]
     segments: list[int]
 
-    @property
-    def writes(self) -> list[bool]:
-        return [segment >= 0 for segment in self.segments]
+
+@dataclass(frozen=True)
+class CatchUp:
+    """What is written before anything is shown; the whole plan of a write without a reply.
+
+    Attributes:
+        start: the memory that the passes begin with, the zero state where it is rebuilt; None: the bare model.
+        catch_up_chunks: context-only passes over new messages that are not shown, oldest first.
+        record: what the memory will have consumed, a reply not included.
+        written: tokens that are written before a reply.
+        edits: indices of new messages that stand before consumed ones.
+    """
+
+    start: MemoryState | None
+    catch_up_chunks: list[Chunk]
+    record: ConsumedRecord
+    written: int
+    edits: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The passes of a turn.
+class Plan(CatchUp):
+    """A turn.
 
     Attributes:
-        hidden: context-only passes over new messages that are not shown, oldest first.
+        strategy: how memory is written; "token" without memory.
         prompt: the shown messages; those already consumed have segment -1.
-        opening: the generation prompt's tokens.
-        new: messages that this turn consumes, in order, the reply not among them.
-        edits: indices of new messages that stand before consumed ones.
-        record: what was consumed before (empty where the memory is rebuilt).
-        rebuild: start from the zero state.
+        read: tokens of these that are only read; 0 without memory.
+        generation_prompt: the tokens that open the reply.
+        read_only_prefix_len: prompt tokens before the first one that writes; they are read in a call of their own.
+        writes_reply: whether the reply is written.
+        reply_segment: the segment of a reply's tokens while it is decoded: 0, or -1 where they only read.
+        prefill_key: what the prefill follows from.
+        stale_kv: state, by its digest, whose turn's KV stands in for the prompt's beginning; None: it must not.
+        keeps_kv: whether a later turn may want this one's KV.
+        returns_new_state: False: the state comes back as given.
+        sampling, form: as requested.
+        thinking: whether the prompt ends within a region of reasoning.
+        budget: most tokens of the reply.
+        call_id_seed: what ids of tool calls follow from.
+        cache_salt: as requested.
     """
 
-    hidden: list[Piece]
-    prompt: Piece
-    opening: list[int]
-    new: list[Message]
-    edits: tuple[int, ...]
-    record: ConsumedRecord
-    rebuild: bool
-
-    @property
-    def border(self) -> int:
-        """Prompt tokens before the first one that writes; they are read in a call of their own."""
-        writes = self.prompt.writes
-        return writes.index(True) if True in writes else len(writes)
+    strategy: WriteStrategy
+    prompt: Chunk
+    read: int
+    generation_prompt: list[int]
+    read_only_prefix_len: int
+    writes_reply: bool
+    reply_segment: int
+    prefill_key: PrefillKey
+    stale_kv: str | None
+    keeps_kv: bool
+    returns_new_state: bool
+    sampling: Sampling
+    form: ReplyFormat | None
+    thinking: bool
+    budget: int
+    call_id_seed: bytes
+    cache_salt: str | None
 
 
 def plan_turn(
-    request: Request,
-    record: ConsumedRecord,
-    transcript: Transcript,
-    strategy: WriteStrategy,
-    limit: int,
+    request: Request, state: MemoryState | None, transcript: Transcript, strategy: WriteStrategy, limit: int
 ) -> Plan:
     """Decide a turn.
 
     Args:
-        record: what the state has consumed.
-        strategy: the adapter's write strategy.
+        request: as asked for.
+        state: the memory at its start; None: the bare model.
+        transcript: the chat template.
+        strategy: the adapter's write strategy; without memory it does not matter.
         limit: the model's longest context.
 
     Raises:
         WindowError, TranscriptError, HistoryEditedError: as their modules say.
     """
-    messages = list(request.messages)
-    writing = request.memory and request.write != "off"
-    alignment = record.align(messages, on_edit=request.on_edit)
-    new = set(alignment.new) if writing else set()
-    overhead = transcript.overhead(tools=request.tools, add_generation_prompt=True)
-    reply = min(request.sampling.max_tokens, limit // 2)
+    messages, options = list(request.messages), request.options
+    strategy = "token" if state is None else strategy
+    writes = state is not None and options["write"] != "off"
+    start = state
+    record = ConsumedRecord.empty() if state is None else state.record
+    alignment = record.align(messages, on_edit=options["on_edit"])
+    if writes and alignment.rebuild and state is not None:
+        start = MemoryState.zeros(state.shape, state.model_fingerprint, state.adapter_fingerprint)
+        record = start.record
+    new = set(alignment.new) if writes else set()
+
+    sampling, tools = options["sampling"], options["tools"]
+    overhead = transcript.overhead(tools=tools, add_generation_prompt=True)
+    window = options["window"].clip(limit - min(sampling.max_tokens, limit // 2))
     system = [i for i in alignment.silent if messages[i].role == "system"]
-    shown = request.window.clip(limit - reply).visible(messages, _Sizes(messages, transcript), overhead, system)
-    visible = [messages[i] for i in shown]
+    shown = window.visible(messages, _Sizes(messages, transcript), overhead, system)
     rendered = transcript.render(
-        visible, tools=request.tools, add_generation_prompt=True, sentences=strategy == "sentence"
+        [messages[i] for i in shown], tools=tools, add_generation_prompt=True, sentences=strategy == "sentence"
     )
-    end = len(rendered.input_ids) - rendered.owner.count(len(visible))
-    segments = _segments(rendered, strategy)
-    prompt = Piece(
+    end = len(rendered.input_ids) - rendered.owner.count(len(shown))
+    prompt = Chunk(
         rendered.input_ids[:end],
         [
             segment if owner >= 0 and shown[owner] in new else -1
-            for owner, segment in zip(rendered.owner[:end], segments[:end], strict=True)
+            for owner, segment in zip(rendered.owner[:end], _segments(rendered, strategy)[:end], strict=True)
         ],
     )
-    unseen = sorted(new - set(shown))
+    generation_prompt = rendered.input_ids[end:]
+    read_only = next((place for place, segment in enumerate(prompt.segments) if segment >= 0), end)
+
+    chunks = _catch_up_chunks(messages, sorted(new.difference(shown)), transcript, strategy, limit)
+    record = record.extend([messages[i] for i in sorted(new)])
+    writes_reply = state is not None and options["write"] == "all"
+    # Sentences are known only when the reply is complete; until then a sentence adapter only reads.
+    reply_segment = 0 if writes_reply and strategy != "sentence" else -1
+    carries = options["kv"] == "carry" and state is not None
     return Plan(
-        hidden=_context_passes(messages, unseen, transcript, strategy, limit),
+        start=start,
+        catch_up_chunks=chunks,
+        record=record,
+        written=_count_written([*chunks, prompt]),
+        edits=tuple(alignment.edits) if writes else (),
+        strategy=strategy,
         prompt=prompt,
-        opening=rendered.input_ids[end:],
-        new=[messages[i] for i in sorted(new)],
-        edits=tuple(alignment.edits) if writing else (),
-        record=ConsumedRecord.empty() if alignment.rebuild and writing else record,
-        rebuild=alignment.rebuild and writing,
+        read=0 if state is None else len(prompt.ids) - _count_written([prompt]),
+        generation_prompt=generation_prompt,
+        read_only_prefix_len=read_only,
+        writes_reply=writes_reply,
+        reply_segment=reply_segment,
+        prefill_key=PrefillKey(
+            _start_digest(start, chunks, options["cache_salt"]),
+            tuple(rendered.input_ids),
+            (*prompt.segments, *([reply_segment] * len(generation_prompt))),
+            read_only,
+        ),
+        # A memory that is built anew rests on nothing of the old one.
+        stale_kv=state.digest if carries and state is not None and start is state else None,
+        keeps_kv=carries,
+        returns_new_state=writes,
+        sampling=sampling,
+        form=options["form"],
+        thinking=bool(generation_prompt) and rendered.text.rstrip().endswith("<think>"),
+        budget=min(sampling.max_tokens, limit - len(rendered.input_ids) - _CLOSING_ROOM),
+        # So ids of calls follow from what was consumed before them, and are known when a call begins.
+        call_id_seed=hashlib.sha256(record.chain).digest(),
+        cache_salt=options["cache_salt"],
     )
 
 
 def plan_remember(
     messages: Sequence[Message],
-    record: ConsumedRecord,
+    state: MemoryState,
     transcript: Transcript,
     strategy: WriteStrategy,
     limit: int,
-    on_edit: OnEdit,
-) -> Plan:
+    on_edit: OnEdit = "write",
+) -> CatchUp:
     """Decide a context-only write: every new message in passes of its own, nothing shown, no reply."""
-    alignment = record.align(messages, on_edit=on_edit)
-    return Plan(
-        hidden=_context_passes(messages, alignment.new, transcript, strategy, limit),
-        prompt=Piece([], []),
-        opening=[],
-        new=[messages[i] for i in alignment.new],
+    alignment = state.record.align(messages, on_edit=on_edit)
+    if alignment.rebuild:
+        state = MemoryState.zeros(state.shape, state.model_fingerprint, state.adapter_fingerprint)
+    chunks = _catch_up_chunks(messages, alignment.new, transcript, strategy, limit)
+    return CatchUp(
+        start=state,
+        catch_up_chunks=chunks,
+        record=state.record.extend([messages[i] for i in alignment.new]),
+        written=_count_written(chunks),
         edits=tuple(alignment.edits),
-        record=ConsumedRecord.empty() if alignment.rebuild else record,
-        rebuild=alignment.rebuild,
     )
 
 
 class _Sizes(Sequence[int]):
-    """Tokens of each message, counted when asked for: a window asks for those that it may show."""
+    """Tokens of each message, counted a few at a time: a window asks for those that it may show, newest first."""
 
     def __init__(self, messages: Sequence[Message], transcript: Transcript) -> None:
         self._messages = messages
         self._transcript = transcript
+        self._sizes: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self._messages)
@@ -192,18 +306,17 @@ class _Sizes(Sequence[int]):
     def __getitem__(self, index: slice) -> list[int]: ...
     def __getitem__(self, index: int | slice) -> int | list[int]:
         if isinstance(index, slice):
-            return [self._transcript.size(message) for message in self._messages[index]]
-        return self._transcript.size(self._messages[index])
+            return [self[place] for place in range(len(self))[index]]
+        if index not in self._sizes:
+            for place in range(max(0, index - _SIZED_AT_ONCE + 1), index + 1):
+                self._sizes[place] = self._transcript.size(self._messages[place])
+        return self._sizes[index]
 
 
-def _context_passes(
-    messages: Sequence[Message],
-    unseen: Sequence[int],
-    transcript: Transcript,
-    strategy: WriteStrategy,
-    limit: int,
-) -> list[Piece]:
-    """New messages that no prompt will show, as they stand in the history, in pieces at message borders.
+def _catch_up_chunks(
+    messages: Sequence[Message], unseen: Sequence[int], transcript: Transcript, strategy: WriteStrategy, limit: int
+) -> list[Chunk]:
+    """New messages that no prompt will show, as they stand in the history, cut at message borders.
 
     What templates write for a message depends on its turn, on what comes after, and on whether its turn is the first
     (which may take in the system messages). So the turn before theirs is rendered too, and nothing older.
@@ -212,15 +325,15 @@ def _context_passes(
         return []
     questions = (i for i in reversed(range(unseen[0] + 1)) if messages[i].role == "user")
     start = next(islice(questions, 1, None), 0)
-    given = [i for i, message in enumerate(messages) if i >= start or message.role == "system"]
-    whole = transcript.render([messages[i] for i in given], sentences=strategy == "sentence")
-    segments = _segments(whole, strategy)
-    numbers = {index: number for number, index in enumerate(given)}
+    context = [i for i, message in enumerate(messages) if i >= start or message.role == "system"]
+    rendered = transcript.render([messages[i] for i in context], sentences=strategy == "sentence")
+    segments = _segments(rendered, strategy)
+    numbers = {index: number for number, index in enumerate(context)}
     places: dict[int, list[int]] = {numbers[i]: [] for i in unseen}
-    for place, owner in enumerate(whole.owner):
+    for place, owner in enumerate(rendered.owner):
         if owner in places:
             places[owner].append(place)
-    passes = []
+    chunks = []
     for group in pieces([len(places[numbers[i]]) for i in unseen], limit=PIECE_TOKENS):
         taken = [place for n in group for place in places[numbers[unseen[n]]]]
         if len(taken) > limit:
@@ -228,9 +341,22 @@ def _context_passes(
                 f"message {unseen[group[0]]} has {len(taken)} tokens, more than the {limit} that the model reads; "
                 "split it"
             )
-        passes.append(Piece([whole.input_ids[p] for p in taken], [segments[p] for p in taken]))
-    return passes
+        chunks.append(Chunk([rendered.input_ids[p] for p in taken], [segments[p] for p in taken]))
+    return chunks
 
 
 def _segments(rendered: Rendered, strategy: WriteStrategy) -> list[int]:
     return rendered.sentence_segments() if strategy == "sentence" else rendered.message_segments()
+
+
+def _start_digest(start: MemoryState | None, chunks: Sequence[Chunk], salt: str | None) -> bytes:
+    """Digest of what the matrices at the prompt's start follow from; these themselves stay on the device."""
+    digest = hashlib.sha256(b"bare" if start is None else start.data)
+    for chunk in chunks:
+        digest.update(repr((chunk.ids, chunk.segments)).encode())
+    digest.update(repr(salt).encode())
+    return digest.digest()
+
+
+def _count_written(chunks: Sequence[Chunk]) -> int:
+    return sum(len(chunk.segments) - chunk.segments.count(-1) for chunk in chunks)

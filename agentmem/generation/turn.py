@@ -1,42 +1,51 @@
 """One turn as a transaction: messages and a state in, a reply and a new state out, or nothing at all.
 
-The walk (docs/engine.md draws it): context-only passes over new messages that are not shown; the prompt, consumed
-messages read with writes off and new ones written; the reply, decoded token by token; its text cut where it ends; the
-tokens that close it. A turn is a generator that yields between forward passes. It changes nothing but the cache of
-prefills, which can only save time.
+The walk (docs/engine.md draws it): everything is decided (`plan_turn`); new messages that are not shown are written
+(`catch_up`); the prompt is read, consumed messages with writes off and new ones written (`prefill`); the reply is
+decoded token by token and cut where it ends (`decode`); the tokens that close it are fed and the state is taken off the
+device (`finish`). A turn is a generator that yields between forward passes. It changes nothing but the caches of KV,
+which can only save time.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections import abc
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from agentmem.delta.config import WriteStrategy
+import torch
+
 from agentmem.errors import MissingAdapterError
+from agentmem.generation.batch import DecodeBatch, DecodeRequest
 from agentmem.generation.detokenize import Decoder, StopFinder
-from agentmem.generation.guided import Constraint
-from agentmem.generation.kv_cache import Prefill, Prompt
-from agentmem.generation.output_parser import Delta, InvalidToolCall, ReplyParser
-from agentmem.generation.plan import Plan, Request, plan_remember, plan_turn
+from agentmem.generation.guided import Constraint, Grammars
+from agentmem.generation.kv_cache import Prefill, PrefillCache, StaleKVCache
+from agentmem.generation.output_parser import Delta, InvalidToolCall, ParsedReply, ReplyParser, Tags
+from agentmem.generation.plan import CatchUp, Plan, Request, plan_remember, plan_turn
+from agentmem.generation.runner import ModelRunner
 from agentmem.generation.sampling import Sampler
 from agentmem.generation.scheduler import Steps
-from agentmem.generation.session import Runtime, Session, Snapshot
+from agentmem.generation.sequence import Sequence, Snapshot
 from agentmem.messages import Message
 from agentmem.prompt.sentences import sentence_numbers
-from agentmem.record import ConsumedRecord, OnEdit
+from agentmem.prompt.transcript import Transcript
+from agentmem.record import OnEdit
 from agentmem.state import MemoryState
 
 Emit = Callable[[Delta], None]
 FinishReason = Literal["stop", "length", "tool_calls"]
+
+CHUNK_TOKENS = 1024
+"""Most tokens in one forward pass. A constant, so that a prompt is always cut at the same places."""
+_FEW = 8  # tokens that a sequence reads together with others, rather than to copy its KV out of the row for one pass
 
 
 @dataclass(frozen=True)
 class Usage:
     """Tokens of one turn: shown in the prompt, decoded, and prompt tokens whose KV was at hand.
 
-    ``carried_tokens`` of the latter came from an earlier turn (``kv="carry"``): the reply rests on an older state too.
+    `carried_tokens` of the latter came from an earlier turn (`kv="carry"`): the reply rests on an older state too.
     """
 
     input_tokens: int
@@ -52,12 +61,12 @@ class Turn:
     Attributes:
         message: the reply; its content is the text outside reasoning and calls.
         state: the new state; the one given for write="off", and for a turn without memory.
-        reasoning: what stood between ``<think>`` and ``</think>``.
+        reasoning: what stood between `<think>` and `</think>`.
         invalid_tool_calls: calls that could not be read.
         finish_reason: "stop", "length" or "tool_calls".
         usage: token counts.
         written, read: tokens written into the memory, and shown without being written.
-        edits: indices of messages that were new before consumed ones (``on_edit="write"``).
+        edits: indices of messages that were new before consumed ones (`on_edit="write"`).
         token_ids: the reply's tokens as the model was fed them, without the generation prompt and the closing tokens.
     """
 
@@ -75,299 +84,336 @@ class Turn:
 
 @dataclass(frozen=True)
 class Remembered:
-    """What a context-only write returns: the new state, tokens written, and edits as in ``Turn``."""
+    """What a context-only write returns: the new state, tokens written, and edits as in `Turn`."""
 
     state: MemoryState
     written: int
     edits: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class TurnContext:
+    """What all turns of an engine share; nothing of any turn.
+
+    Attributes:
+        runner: the model.
+        batch: reads single tokens of many sequences at once.
+        tokenizer: as loaded.
+        transcript: the chat template.
+        closing_ids: gives the tokens with which the template closes a reply.
+        end_ids: tokens that end a reply.
+        tags: delimiters of reasoning and tool calls.
+        grammars: holds replies to a format.
+        prefills: recent prefills.
+        stale_kv: what turns with `kv="carry"` read.
+    """
+
+    runner: ModelRunner
+    batch: DecodeBatch
+    tokenizer: Any
+    transcript: Transcript
+    closing_ids: Callable[[], list[int]]
+    end_ids: frozenset[int]
+    tags: Tags
+    grammars: Grammars
+    prefills: PrefillCache
+    stale_kv: StaleKVCache
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt that was read: what may stand in for it later, how many of its tokens were at hand, and how many of
+    these came from an earlier turn."""
+
+    prefill: Prefill
+    cache_read_tokens: int = 0
+    carried_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A reply that was decoded and cut.
+
+    Attributes:
+        text: what it says, tags and calls included.
+        ids: its tokens.
+        parsed: taken apart.
+        finish_reason: "stop" or "length".
+        decoded: how many tokens were chosen, those that were cut off included.
+        fed: how many of `ids` the sequence has read.
+        start: where the sequence stood before.
+    """
+
+    text: str
+    ids: list[int]
+    parsed: ParsedReply
+    finish_reason: Literal["stop", "length"]
+    decoded: int
+    fed: int
+    start: Snapshot
+
+
 def run_remember(
-    runtime: Runtime, messages: Sequence[Message], state: MemoryState | None, on_edit: OnEdit
+    context: TurnContext, messages: abc.Sequence[Message], state: MemoryState | None, on_edit: OnEdit
 ) -> Steps[Remembered]:
     """Write messages without a reply."""
-    given = runtime.zero_state() if state is None else state
-    session = Session(runtime, runtime.to_tensor(given))
-    plan = plan_remember(messages, given.record, runtime.transcript, _strategy(runtime), runtime.limit, on_edit)
-    yield from _write_hidden(runtime, session, plan)
-    assert session.state is not None
-    new_state = yield from runtime.to_state(session.state, plan.record.extend(plan.new))
-    return Remembered(new_state, _written(plan), plan.edits)
+    runner = context.runner
+    start = runner.zero_state() if state is None else state
+    runner.require_fit(start)
+    assert runner.strategy is not None
+    plan = plan_remember(messages, start, context.transcript, runner.strategy, runner.context_limit, on_edit)
+    sequence = yield from catch_up(context, plan)
+    assert sequence.state is not None
+    new_state = yield from runner.save_state(sequence.state, plan.record)
+    return Remembered(new_state, plan.written, plan.edits)
 
 
-def run_turn(runtime: Runtime, request: Request, state: MemoryState | None, emit: Emit) -> Steps[Turn]:
-    """Answer the last message."""
-    if state is not None and request.memory and runtime.steered is None:
+def run_turn(
+    context: TurnContext, request: Request, state: MemoryState | None, emit: Emit | None = None
+) -> Steps[Turn]:
+    """Answer the last message; `emit` is given the reply as it is decoded."""
+    runner, memory = context.runner, request.options["memory"]
+    if state is not None and memory and runner.steered is None:
         raise MissingAdapterError(
             "this engine has no adapter and takes no state; load one with adapter=, or pass memory=False"
         )
-    steered = runtime.steered is not None and request.memory
-    given = (state if state is not None else runtime.zero_state()) if steered else None
-    session = Session(runtime, runtime.to_tensor(given) if given is not None else None)
-    record = given.record if given is not None else ConsumedRecord.empty()
-    if not steered:
-        request = replace(request, memory=False)
-    plan = plan_turn(request, record, runtime.transcript, _strategy(runtime), runtime.limit)
-    constraint = _constraint(runtime, request, plan)
-    yield from _write_hidden(runtime, session, plan)
-    speaks = steered and request.write == "all"
-    key = _key(given, plan, _voice(runtime, speaks))
-    prefill, hit, carried = yield from _prefill(runtime, session, plan, key, _carried(runtime, request, given, plan))
-    reply = _Reply(runtime, request, session, plan, speaks, emit, constraint)
-    whole = True  # the session's own cache has all that was read, or what was read before the reply
+    start = None
+    if memory and runner.steered is not None:
+        start = runner.zero_state() if state is None else state
+        runner.require_fit(start)
+    plan = plan_turn(request, start, context.transcript, runner.strategy or "token", runner.context_limit)
+    guide = None
+    if plan.form is not None:
+        guide = context.grammars.constraint(plan.form, thinking=plan.thinking, budget=plan.budget)
+    sequence = yield from catch_up(context, plan)
+    prompt = yield from prefill(context, plan, sequence)
     try:
         try:
-            yield from reply.decode()
-            if speaks:
-                yield from reply.commit()
-            if request.kv == "carry":
-                whole = session.stand_up()
+            reply = yield from decode(context, plan, sequence, guide, emit)
+            return (yield from finish(context, plan, sequence, prompt, reply, state))
         finally:
-            session.stop_sharing()
+            if sequence.row is not None:
+                context.batch.leave(sequence, keep=False)
     except GeneratorExit:
         # Cancelled between two forward passes: if none failed, every layer holds the same tokens.
-        if not session.torn and not carried:
-            runtime.prefix.put(key, prefill)
+        _keep_prefill(context, plan, sequence, prompt)
         raise
-    parsed = reply.parser.parsed()
-    message = Message("assistant", parsed.content, parsed.tool_calls)
-    out = state
-    if session.state is not None and request.write != "off":
-        out = yield from runtime.to_state(session.state, plan.record.extend([*plan.new, message]))
-    if out is not None and steered and whole and request.kv == "carry":
-        runtime.carried.put(out.digest, [*key.ids, *reply.ids, *runtime.transcript.closing_ids()], session.cache)
-    # After an error inside a forward pass the KV may be torn between layers; then it is dropped.
-    if whole and not carried:
-        runtime.prefix.put(key, prefill)
-    finish = "tool_calls" if parsed.tool_calls and reply.finish == "stop" else reply.finish
+
+
+def catch_up(context: TurnContext, plan: CatchUp) -> Steps[Sequence]:
+    """Write new messages that are not shown, by passes with KV of their own; gives the sequence of the turn."""
+    from transformers import DynamicCache
+
+    # Without the model's config every layer keeps all its KV, sliding ones too, so that it can be cut back.
+    sequence = Sequence(None if plan.start is None else context.runner.load_state(plan.start), DynamicCache())
+    for chunk in plan.catch_up_chunks:
+        yield from _feed(context, sequence, chunk.ids, chunk.segments)
+        sequence.cache = DynamicCache()  # the next one begins at position 0 again
+    return sequence
+
+
+def prefill(context: TurnContext, plan: Plan, sequence: Sequence) -> Steps[Prompt]:
+    """Read the prompt and the generation prompt, as far as their KV is not at hand."""
+    key, n, length = plan.prefill_key, plan.read_only_prefix_len, 0
+    stale = None
+    if plan.stale_kv is not None:
+        # Only for what is not written: a token that writes has to be read with this turn's own state.
+        stale = context.stale_kv.find(plan.stale_kv, plan.cache_salt, plan.prompt.ids[:n])
+    if stale is not None:
+        sequence.cache, length = stale, int(stale.get_seq_length())
+    elif (hit := context.prefills.take(key)) is not None:
+        sequence.cache, length = hit.cache, hit.length
+        if hit.logits is not None:
+            sequence.logits, sequence.state, sequence.pending = hit.logits, hit.state, hit.pending
+            return Prompt(hit, length)
+    yield from _feed(context, sequence, key.ids[length:n], key.segments[length:n])
+    if plan.strategy == "token":
+        yield from _feed(context, sequence, key.ids[n:], key.segments[n:], logits=True)
+    else:
+        # The messages' pass ends with the last of them; the reply's begins with the generation prompt.
+        end = len(plan.prompt.ids)
+        yield from _feed(context, sequence, key.ids[n:end], key.segments[n:end])
+        yield from _feed(context, sequence, key.ids[end:], key.segments[end:], logits=True, close=False)
+    entry = Prefill(sequence.cache, len(key.ids), sequence.state, sequence.logits, sequence.pending)
+    return Prompt(entry, length, 0 if stale is None else length)
+
+
+def decode(
+    context: TurnContext, plan: Plan, sequence: Sequence, guide: Constraint | None, emit: Emit | None
+) -> Steps[Reply]:
+    """Sample until an end token, a stop string or the limit; then cut the text, and go back to where it ends.
+
+    Text is handed on as soon as no stop string can begin in it any more.
+    """
+    end_ids, segment, budget = context.end_ids, plan.reply_segment, plan.budget
+    json_text = plan.form is not None and plan.form.schema is not None
+    parser = ReplyParser(context.tags, plan.call_id_seed, "reasoning" if plan.thinking else "text", json_text=json_text)
+    decoder, stops = Decoder(context.tokenizer), StopFinder(plan.sampling.stop)
+    ids, ends = decoder.ids, decoder.ends
+    sampler = Sampler(plan.sampling)
+    start = Snapshot(len(plan.prefill_key.ids), sequence.state, sequence.pending)
+    # Where the sequence stood before and between the tokens that may still be cut off, oldest first.
+    snapshots = [start]
+    fed = shown = 0
+    finish_reason: Literal["stop", "length"] = "stop"
+    sequence.sampler = sampler if guide is None else None
+    ended = False
+    while not ended:
+        # Tokens that a grammar leaves no choice about wait until there is one, and are then read at once.
+        token = guide.follow() if guide is not None else None
+        if token is None:
+            if fed < len(ids):
+                if guide is None:
+                    yield DecodeRequest(sequence, ids[fed], segment)
+                else:
+                    yield from _read(context, sequence, ids[fed:], segment)
+                fed = len(ids)
+                snapshots.append(Snapshot(start.length + fed, sequence.state, sequence.pending))
+            assert sequence.logits is not None
+            if guide is None:
+                token = sampler.choose(sequence.logits, sequence.next_token)
+            else:
+                token = guide.take(sampler.choose(guide.mask(sequence.logits)))
+        # `length`: characters of the text that stay, whatever comes.
+        if token in end_ids:
+            ended, length = True, len(decoder.text)
+        else:
+            decoder.push(token)
+            cut = stops.find(decoder.text)
+            if cut is not None:
+                ended, length = True, cut
+            elif len(ids) >= budget:
+                ended, length, finish_reason = True, len(decoder.text), "length"
+            else:
+                length = stops.safe(decoder.text)
+        kept = decoder.whole(length)
+        for index in range(shown, kept):
+            piece = decoder.text[ends[index - 1] if index else 0 : ends[index]]
+            for delta in parser.push(ids[index], piece):
+                if emit is not None:
+                    emit(delta)
+        shown = max(shown, kept)
+        while len(snapshots) > 1 and snapshots[1].length <= start.length + shown:
+            del snapshots[0]
+    sequence.sampler = None
+    if guide is not None and guide.closing:
+        finish_reason = "length"
+
+    # What a cut leaves of the token that it goes through is tokenised anew.
+    text = decoder.text[:length]
+    remainder = text[ends[kept - 1] if kept else 0 :]
+    rest = _encode(context, remainder) if remainder else []
+    for delta in [*parser.push(-1, remainder), *parser.finish()]:
+        if emit is not None:
+            emit(delta)
+    if fed > kept:  # what of it stays after all is fed again
+        place = next(snapshot for snapshot in reversed(snapshots) if snapshot.length <= start.length + kept)
+        fed = place.length - start.length
+        context.batch.leave(sequence, keep=True)
+        sequence.rewind(place)
+    return Reply(text, [*ids[:kept], *rest], parser.parsed(), finish_reason, len(ids), fed, start)
+
+
+def finish(
+    context: TurnContext, plan: Plan, sequence: Sequence, prompt: Prompt, reply: Reply, state: MemoryState | None
+) -> Steps[Turn]:
+    """Write what is left of the reply, keep KV for turns to come, and take the state off the device."""
+    written = plan.written
+    closing = context.closing_ids() if plan.writes_reply or plan.keeps_kv else []
+    if plan.writes_reply and plan.strategy == "sentence":
+        context.batch.leave(sequence, keep=True)
+        sequence.rewind(reply.start)
+        numbers = sentence_numbers(reply.text, reply.ids, lambda text: _encode(context, text))
+        yield from _feed(context, sequence, [*reply.ids, *closing], [*numbers, *(-1 for _ in closing)])
+        written += len(numbers)
+    elif plan.writes_reply:
+        rest = [*reply.ids[reply.fed :], *closing]
+        yield from _feed(context, sequence, rest, [plan.reply_segment] * len(rest))
+        written += len(plan.generation_prompt) + len(reply.ids) + len(closing)
+    if sequence.row is not None:
+        try:
+            context.batch.leave(sequence, keep=plan.keeps_kv)
+        except torch.OutOfMemoryError:  # no room for what was read in its row; the turn is done all the same
+            sequence.cache_valid = False
+
+    message = Message("assistant", reply.parsed.content, reply.parsed.tool_calls)
+    new_state = state
+    if plan.returns_new_state and sequence.state is not None:
+        new_state = yield from context.runner.save_state(sequence.state, plan.record.extend([message]))
+    if new_state is not None and plan.keeps_kv and sequence.cache_valid:
+        read = [*plan.prefill_key.ids, *reply.ids, *closing]
+        context.stale_kv.put(new_state.digest, plan.cache_salt, read, sequence.cache)
+    _keep_prefill(context, plan, sequence, prompt)
+    finish_reason: FinishReason = reply.finish_reason
+    if message.tool_calls and finish_reason == "stop":
+        finish_reason = "tool_calls"
+    usage = Usage(len(plan.prefill_key.ids), reply.decoded, prompt.cache_read_tokens, prompt.carried_tokens)
     return Turn(
         message=message,
-        state=out,
-        reasoning=parsed.reasoning,
-        invalid_tool_calls=parsed.invalid_tool_calls,
-        finish_reason=finish,
-        usage=Usage(len(plan.prompt.ids) + len(plan.opening), len(reply.decoder.ids), hit, carried),
-        written=_written(plan) + reply.written,
-        read=plan.prompt.writes.count(False) if steered else 0,
+        state=new_state,
+        reasoning=reply.parsed.reasoning,
+        invalid_tool_calls=reply.parsed.invalid_tool_calls,
+        finish_reason=finish_reason,
+        usage=usage,
+        written=written,
+        read=plan.read,
         edits=plan.edits,
         token_ids=tuple(reply.ids),
     )
 
 
-def _budget(runtime: Runtime, request: Request, plan: Plan) -> int:
-    """Most tokens of the reply: as many as asked for and the model can still take; closing tokens need some places."""
-    return min(request.sampling.max_tokens, runtime.limit - len(plan.prompt.ids) - len(plan.opening) - 8)
+def _feed(
+    context: TurnContext,
+    sequence: Sequence,
+    ids: abc.Sequence[int],
+    segments: abc.Sequence[int],
+    *,
+    logits: bool = False,
+    close: bool = True,
+) -> Steps[None]:
+    """Read tokens of one sequence, in passes of its own; yields after each.
 
-
-def _thinks(runtime: Runtime, plan: Plan) -> bool:
-    """Whether the prompt ends within a region of reasoning."""
-    opening: str = runtime.tokenizer.decode(plan.opening)
-    return opening.rstrip().endswith("<think>")
-
-
-def _constraint(runtime: Runtime, request: Request, plan: Plan) -> Constraint | None:
-    if request.form is None:
-        return None
-    thinking, budget = _thinks(runtime, plan), _budget(runtime, request, plan)
-    return runtime.grammars.constraint(request.form, thinking=thinking, budget=budget)
-
-
-def _written(plan: Plan) -> int:
-    return sum(sum(piece.writes) for piece in [*plan.hidden, plan.prompt])
-
-
-def _strategy(runtime: Runtime) -> WriteStrategy:
-    return runtime.steered.config.write_strategy if runtime.steered is not None else "token"
-
-
-def _write_hidden(runtime: Runtime, session: Session, plan: Plan) -> Steps[None]:
-    """The context-only passes, each with KV of its own."""
-    if plan.rebuild and runtime.steered is not None:
-        session.state = runtime.steered.zeros()
-    for piece in plan.hidden:
-        yield from session.feed(piece.ids, piece.segments)
-        session.fresh_cache()
-
-
-def _voice(runtime: Runtime, speaks: bool) -> int:
-    """The segment of a reply's tokens while it is decoded: 0, or -1 where they only read.
-
-    Sentences are known only when the reply is whole; until then a sentence adapter only reads.
+    Args:
+        ids: the tokens; nothing happens for none.
+        segments: one number a token, -1 = not written; token adapters only look at the sign.
+        logits: keep those of the last token in `sequence.logits`.
+        close: for message and sentence adapters, whether the pass ends here.
     """
-    return 0 if speaks and _strategy(runtime) != "sentence" else -1
-
-
-def _key(given: MemoryState | None, plan: Plan, voice: int) -> Prompt:
-    """What the prefill follows from. Matrices stay on the device: those it starts from follow from what is given."""
-    segments = [*plan.prompt.segments, *([voice] * len(plan.opening))]
-    start = hashlib.sha256(b"bare" if given is None else b"zeros" if plan.rebuild else given.data)
-    for piece in plan.hidden:
-        start.update(repr((piece.ids, piece.segments)).encode())
-    return Prompt(start.digest(), (*plan.prompt.ids, *plan.opening), tuple(segments), plan.border)
-
-
-def _carried(runtime: Runtime, request: Request, given: MemoryState | None, plan: Plan) -> Any:
-    """KV of an earlier turn for what the prompt begins with, where that is asked for and at hand.
-
-    Only for what is not written: a token that writes has to be read with this turn's own state.
-    """
-    if request.kv != "carry" or given is None:
-        return None
-    return runtime.carried.find(given.digest, plan.prompt.ids[: plan.border])
-
-
-def _prefill(
-    runtime: Runtime, session: Session, plan: Plan, key: Prompt, carried: Any
-) -> Steps[tuple[Prefill, int, int]]:
-    """Read the prompt and the generation prompt.
-
-    Returns:
-        The prefill, how many of its tokens were at hand, and how many of these were carried from an earlier turn.
-    """
-    border, prompt, hit = plan.border, plan.prompt, 0
-    if carried is not None:
-        session.cache, hit = carried, int(carried.get_seq_length())
-    elif (found := runtime.prefix.take(key)) is not None:
-        session.cache, hit = found.cache, found.length
-        if found.logits is not None:
-            session.logits, session.state, session.pending = found.logits, found.state, found.pending
-            return found, hit, 0
-    yield from session.feed(prompt.ids[hit:border], prompt.segments[hit:border])
-    if _strategy(runtime) == "token":
-        yield from session.feed(key.ids[border:], key.segments[border:], logits=True)
-    else:
-        end = len(prompt.ids)
-        yield from session.feed(key.ids[border:end], key.segments[border:end])
-        yield from session.feed(key.ids[end:], key.segments[end:], logits=True, close=False)
-    prefill = Prefill(session.cache, len(key.ids), session.state, session.logits, session.pending)
-    return prefill, hit, hit if carried is not None else 0
-
-
-class _Reply:
-    """Decodes one reply and, where the policy says so, leaves the state as if exactly its tokens had been fed."""
-
-    def __init__(
-        self,
-        runtime: Runtime,
-        request: Request,
-        session: Session,
-        plan: Plan,
-        speaks: bool,
-        emit: Emit,
-        constraint: Constraint | None,
-    ) -> None:
-        self._runtime = runtime
-        self._request = request
-        self._session = session
-        self._opening = plan.opening
-        self._emit = emit
-        self._late = _strategy(runtime) == "sentence"
-        self._segment = _voice(runtime, speaks)
-        self.decoder = Decoder(runtime.tokenizer)
-        # Ids of calls follow from what was consumed before them, so that they are known when a call begins.
-        seed = hashlib.sha256(plan.record.extend(plan.new).chain).digest()
-        self.parser = ReplyParser(
-            runtime.tags,
-            seed,
-            "reasoning" if _thinks(runtime, plan) else "text",
-            json_text=request.form is not None and request.form.schema is not None,
+    closes = close and context.runner.writes_at_close and sequence.state is not None
+    if sequence.row is not None and len(ids) <= _FEW and not logits and not closes:
+        # A few tokens that close a reply go along with those of others; also when these have left meanwhile: who
+        # joins the queue of those who begin waits for all of them.
+        for token, segment in zip(ids, segments, strict=True):
+            yield DecodeRequest(sequence, token, segment)
+        return
+    for begin in range(0, len(ids), CHUNK_TOKENS):
+        end = min(begin + CHUNK_TOKENS, len(ids))
+        last = end == len(ids)
+        context.batch.extend(
+            sequence, ids[begin:end], segments[begin:end], logits=logits and last, close=close and last
         )
-        self._constraint = constraint
-        self._most = _budget(runtime, request, plan)
-        self.ids: list[int] = []
-        self.finish: Literal["stop", "length"] = "stop"
-        self.written = 0
-        self._text = ""
-        self._fed = 0
-        self._shown = 0
-        self._start = session.snapshot()
-        # Where the session stood before and between the tokens that may still be cut off.
-        self._held: dict[int, Snapshot] = {0: self._start}
+        yield None
 
-    def decode(self) -> Steps[None]:
-        """Sample until an end token, a stop string, or a limit; then settle text and tokens."""
-        sampling, decoder, session, constraint = self._request.sampling, self.decoder, self._session, self._constraint
-        sampler = Sampler(sampling)
-        stops = StopFinder(sampling.stop)
-        session.sampler = sampler if constraint is None else None
-        cut: int | None = None
-        while True:
-            # What has to come waits until it is known what else does, and is then read at once.
-            token = constraint.follow() if constraint is not None else None
-            if token is None:
-                yield from self._read()
-                assert session.logits is not None
-                if constraint is None:
-                    token = sampler.choose(session.logits, session.chosen)
-                else:
-                    token = constraint.take(sampler.choose(constraint.mask(session.logits)))
-            if token in self._runtime.end_ids:
-                break
-            decoder.push(token)
-            cut = stops.find(decoder.text)
-            if cut is not None:
-                break
-            self._show(stops.safe(decoder.text))
-            if len(decoder.ids) >= self._most:
-                self.finish = "length"
-                break
-        session.sampler = None
-        if constraint is not None and constraint.closing:
-            self.finish = "length"
-        self._settle(len(decoder.text) if cut is None else cut)
 
-    def _read(self) -> Steps[None]:
-        """Feed the tokens that the model has not seen yet."""
-        waiting = self.decoder.ids[self._fed :]
-        if waiting:
-            yield from self._session.read(waiting, self._segment)
-            self._fed += len(waiting)
-            self._held[self._fed] = self._session.snapshot()
+def _read(context: TurnContext, sequence: Sequence, ids: abc.Sequence[int], segment: int) -> Steps[None]:
+    """Read tokens of a reply; the logits behind them are kept, the pass stays open.
 
-    def commit(self) -> Steps[None]:
-        """Feed what is left of the reply and the tokens that close it; the reply is then written."""
-        session, runtime = self._session, self._runtime
-        closing = runtime.transcript.closing_ids()
-        if self._late:
-            session.rewind(self._start)
-            numbers = sentence_numbers(self._text, self.ids, self._encode)
-            yield from session.feed([*self.ids, *closing], [*numbers, *(-1 for _ in closing)])
-            self.written = len(numbers)
-        else:
-            rest = [*self.ids[self._fed :], *closing]
-            yield from session.feed(rest, [self._segment] * len(rest))
-            self.written = len(self._opening) + len(self.ids) + len(closing)
+    One token is read together with those of other sequences; several in a pass of their own, but for a sequence that
+    has a row: to leave and to join again costs more than to go along token by token.
+    """
+    if len(ids) > 1 and sequence.row is None:
+        yield from _feed(context, sequence, ids, [segment] * len(ids), logits=True, close=False)
+        return
+    for token in ids:
+        yield DecodeRequest(sequence, token, segment)
 
-    def _settle(self, length: int) -> None:
-        """Cut the reply to its first ``length`` characters: text, tokens, and the place of the session."""
-        decoder = self.decoder
-        kept = decoder.whole(length)
-        self._text = decoder.text[:length]
-        self._show(length)
-        # What a cut leaves of the token that it goes through.
-        remainder = self._text[decoder.ends[kept - 1] if kept else 0 :]
-        rest = self._encode(remainder) if remainder else []
-        self._deliver([*self.parser.push(-1, remainder), *self.parser.finish()])
-        self.ids = [*decoder.ids[:kept], *rest]
-        if self._fed > kept:  # what of it is kept after all is fed again
-            self._fed = max(place for place in self._held if place <= kept)
-            self._session.rewind(self._held[self._fed])
 
-    def _show(self, safe: int) -> None:
-        """Hand on the tokens whose text can no longer be cut, and forget the places before them."""
-        decoder = self.decoder
-        whole = decoder.whole(safe)
-        for index in range(self._shown, whole):
-            start = decoder.ends[index - 1] if index else 0
-            self._deliver(self.parser.push(decoder.ids[index], decoder.text[start : decoder.ends[index]]))
-        self._shown = max(self._shown, whole)
-        last = max(place for place in self._held if place <= self._shown)
-        self._held = {place: held for place, held in self._held.items() if place >= last}
+def _keep_prefill(context: TurnContext, plan: Plan, sequence: Sequence, prompt: Prompt) -> None:
+    """Keep what the prompt gave. After an error inside a pass the KV may be torn between layers; then it is dropped."""
+    if sequence.cache_valid and not prompt.carried_tokens:
+        context.prefills.put(plan.prefill_key, prompt.prefill)
 
-    def _deliver(self, deltas: Sequence[Delta]) -> None:
-        for delta in deltas:
-            self._emit(delta)
 
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._runtime.tokenizer.encode(text, add_special_tokens=False)
-        return ids
+def _encode(context: TurnContext, text: str) -> list[int]:
+    ids: list[int] = context.tokenizer.encode(text, add_special_tokens=False)
+    return ids

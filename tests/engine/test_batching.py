@@ -16,7 +16,7 @@ from torch import Tensor
 
 from agentmem import Engine, MemoryState, Message, ReplyFormat, Sampling, Turn, Window
 from agentmem.errors import ConfigError, TurnCancelledError, TurnTimeoutError
-from agentmem.generation.batch_cache import Block
+from agentmem.generation.batch_cache import BatchedKVCache
 
 MakeEngine = Callable[..., Engine]
 LISTED = ReplyFormat(schema={"type": "array", "items": {"type": "integer"}, "minItems": 4, "maxItems": 9})
@@ -294,15 +294,15 @@ def test_what_is_lost_in_a_row_is_lost_to_one_session(make_engine: MakeEngine, m
     engine = make_engine()
     sampling = [Sampling(temperature=1.0, seed=n, max_tokens=300) for n in range(3)]
     alone = [engine.turn(ask(0), sampling=each) for each in sampling]
-    real, failures = Block.read, [1]
+    real, failures = BatchedKVCache.copy_back, [1]
 
-    def read(own: Block, *arguments: Any) -> None:
+    def copy_back(own: BatchedKVCache, *arguments: Any) -> None:
         if failures:
             failures.pop()
             raise torch.OutOfMemoryError("out of memory")
         real(own, *arguments)
 
-    monkeypatch.setattr(Block, "read", read)
+    monkeypatch.setattr(BatchedKVCache, "copy_back", copy_back)
     with ThreadPoolExecutor(3) as pool:
         running = [pool.submit(engine.turn, ask(0), sampling=each) for each in sampling]
         ends = [one.exception(60) for one in running]
@@ -314,14 +314,14 @@ def test_what_is_lost_in_a_row_is_lost_to_one_session(make_engine: MakeEngine, m
 
 def test_a_row_is_left_clean(make_engine: MakeEngine) -> None:
     engine = make_engine(memory=False)
-    like = engine._runtime.model(input_ids=torch.zeros(1, 5, dtype=torch.long), use_cache=True).cache
-    block = Block(like, 16)
-    first, second = block.sit(like, 5), block.sit(like, 5)
-    for keys, values in block._kv:
+    like = engine.model(input_ids=torch.zeros(1, 5, dtype=torch.long), use_cache=True).cache
+    batch = BatchedKVCache(like, 16)
+    first, second = batch.add_row(like, 5), batch.add_row(like, 5)
+    for keys, values in batch._kv:
         keys[0], values[1] = torch.nan, torch.inf
-    block.free(first)
-    block.free(second)
-    assert all(not part.isnan().any() and not part.any() for parts in block._kv for part in parts)
+    batch.remove_row(first)
+    batch.remove_row(second)
+    assert all(not part.isnan().any() and not part.any() for parts in batch._kv for part in parts)
 
 
 def test_a_batch_of_none_is_refused(make_engine: MakeEngine) -> None:

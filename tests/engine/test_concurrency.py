@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -188,3 +189,32 @@ def test_closing_ends_what_runs_and_refuses_what_comes(make_engine: Any) -> None
     assert failed
     with pytest.raises(EngineClosedError):
         engine.turn([user("Anyone?")])
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_process_is_refused_at_once(make_engine: Any) -> None:
+    """The thread that owns the model does not come along: a turn would wait for it for ever."""
+    engine = make_engine()
+    turn = engine.turn([user("Hello.")], sampling=SHORT)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        refused = 0
+        for attempt in (
+            lambda: engine.turn([user("Hello.")], sampling=SHORT, timeout=5),
+            lambda: engine.stream([user("Hello.")], sampling=SHORT),
+            lambda: engine.count_tokens([user("Hello.")]),
+            lambda: asyncio.run(engine.aturn([user("Hello.")], sampling=SHORT)),
+        ):
+            try:
+                attempt()
+            except EngineClosedError as error:
+                refused += f"process {os.getppid()}" in str(error)
+        engine.close()
+        os.write(write, bytes([refused]))
+        os._exit(0)
+    os.close(write)
+    assert os.read(read, 1) == bytes([4])
+    os.close(read)
+    os.waitpid(child, 0)
+    assert essence(engine.turn([user("Hello.")], sampling=SHORT)) == essence(turn)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from agentmem import Message, Sampling, Window
+from agentmem import MemoryState, Message, Sampling, Window
 from agentmem.errors import TranscriptError
 from agentmem.generation.plan import plan_remember
 from agentmem.messages import ToolCall
@@ -98,10 +98,11 @@ def test_what_is_written_unseen_has_the_tokens_that_it_has_in_the_whole_history(
         pytest.skip("the template knows no such conversation")
     for known in range(len(talk) + 1):
         record = ConsumedRecord.empty().extend(talk[:known])
-        plan = plan_remember(talk, record, transcript, "token", 4096, "write")
+        state = MemoryState.zeros([1, 1, 1, 1], "model", "adapter").replaced(record=record)
+        plan = plan_remember(talk, state, transcript, "token", 4096)
         new = {i for i in range(known, len(talk)) if talk[i].writes}
         expected = [token for token, owner in zip(whole.input_ids, whole.owner, strict=True) if owner in new]
-        assert [token for piece in plan.hidden for token in piece.ids] == expected
+        assert [token for chunk in plan.catch_up_chunks for token in chunk.ids] == expected
 
 
 def test_a_call_that_is_changed_in_place_is_an_edit(make_engine: Any) -> None:

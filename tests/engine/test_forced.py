@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from agentmem import Engine, Message, ReplyFormat, Sampling, Turn
+from agentmem.generation import turn as turns
 from agentmem.generation.guided import Constraint
-from agentmem.generation.session import Session
+from agentmem.generation.runner import ModelRunner
 
 MakeEngine = Callable[..., Engine]
 ASK = [Message("user", "Hello there, how are you?")]
@@ -43,14 +44,14 @@ def one_by_one(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Lets the model choose where there is no choice, and read one token at a time."""
 
     def patch() -> None:
-        real, read = Constraint.follow, Session.read
+        real, read = Constraint.follow, turns._read
         monkeypatch.setattr(Constraint, "follow", lambda own: real(own) if own.closing else None)
 
-        def each(own: Session, tokens: Any, segment: int) -> Any:
+        def each(context: Any, sequence: Any, tokens: Any, segment: int) -> Any:
             for token in tokens:
-                yield from read(own, [token], segment)
+                yield from read(context, sequence, [token], segment)
 
-        monkeypatch.setattr(Session, "read", each)
+        monkeypatch.setattr(turns, "_read", each)
 
     return patch
 
@@ -113,13 +114,13 @@ def test_a_call_without_a_choice_needs_one_pass(make_engine: MakeEngine, monkeyp
     engine = make_engine()
     nothing = {"type": "function", "function": {"name": "nothing", "parameters": {"type": "object", "properties": {}}}}
     passes: list[int] = []
-    real = Session.forward
+    real = ModelRunner.forward
 
-    def forward(own: Session, ids: Any, *args: Any, **kwargs: Any) -> None:
-        passes.append(len(ids))
-        real(own, ids, *args, **kwargs)
+    def forward(own: ModelRunner, tokens: Any, *args: Any, **kwargs: Any) -> Any:
+        passes.append(tokens.shape[1])
+        return real(own, tokens, *args, **kwargs)
 
-    monkeypatch.setattr(Session, "forward", forward)
+    monkeypatch.setattr(ModelRunner, "forward", forward)
     turn = engine.turn(ASK, form=ReplyFormat(tools=[nothing], calls="must"))
     assert turn.message.tool_calls[0].name == "nothing"
     assert len(turn.token_ids) > 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
 
 import agentmem
-from agentmem import MemoryConfig, Message, Sampling, SteeredModel, Window, loading, quantization
+from agentmem import MemoryConfig, Message, Sampling, SteeredModel, Window, loading
 from agentmem.delta.adapter import load_adapter, save_adapter
 from agentmem.errors import AdapterError, ConfigError, MissingAdapterError, ModelNotFoundError
 from tests.helpers.transcript_templates import QWEN, SMOLLM
@@ -61,6 +62,59 @@ def test_what_cannot_be_found_is_named(saved: tuple[Any, Path], tmp_path: Path) 
         agentmem.load(tmp_path / "nothing-here", adapter=False)
     (place / "chat_template.jinja").unlink()
     with pytest.raises(ConfigError, match="chat template"):
+        agentmem.load(place)
+
+
+def test_a_mistyped_model_is_no_missing_adapter(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match="nothing-here"):
+        agentmem.load(tmp_path / "nothing-here")
+
+
+def test_what_is_wrong_is_said_before_weights_are_loaded(
+    saved: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, place = saved
+    (tmp_path / "empty").mkdir()
+
+    def loaded(*_: Any, **__: Any) -> None:
+        raise AssertionError("the weights were loaded")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", loaded)
+    with pytest.raises(ConfigError, match=r"empty.*not an adapter"):
+        agentmem.load(place, adapter=tmp_path / "empty")
+    with pytest.raises(ConfigError, match="dtype"):
+        agentmem.load(place, dtype="float17")
+    with pytest.raises(ConfigError, match="device"):
+        agentmem.load(place, device="abacus")
+
+
+BROKEN: dict[str, Any] = {
+    "empty": lambda data: b"",
+    "cut": lambda data: data[: len(data) // 2],
+    "other json": lambda data: b"[1, 2]",
+    "nulls": lambda data: b"{}",
+    "no text": lambda data: bytes(range(256)) * 4,
+}
+
+
+@pytest.mark.parametrize("way", BROKEN)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_broken_model_directory_is_named(saved: tuple[Any, Path], name: str, way: str) -> None:
+    _, place = saved
+    file = place / name
+    file.write_bytes(BROKEN[way](file.read_bytes()))
+    with pytest.raises(ModelNotFoundError, match=re.escape(str(place))):
+        agentmem.load(place)
+
+
+def test_weights_that_are_missing_are_not_made_up(saved: tuple[Any, Path]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    _, place = saved
+    tensors = load_file(place / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelNotFoundError, match=r"layers\.1\.mlp\.up_proj"):
         agentmem.load(place)
 
 
@@ -137,8 +191,7 @@ def test_a_library_that_is_missing_is_named(saved: tuple[Any, Path], monkeypatch
     _, place = saved
     with pytest.raises(ConfigError, match=r"'4bit', '8bit'.*'2bit'"):
         agentmem.load(place, quantize="2bit")
-    for module in (loading, quantization):
-        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install '\.\[quant\]'"):
         agentmem.load(place, quantize="8bit")
     with pytest.raises(ConfigError, match=r"pip install '\.\[quant\]'"):

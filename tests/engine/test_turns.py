@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from agentmem import Engine, MemoryState, Message, Sampling, Window
+from agentmem import Engine, MemoryState, Message, Sampling, TurnOptions, Window
 from agentmem.errors import (
     ConfigError,
     HistoryEditedError,
@@ -17,6 +17,7 @@ from agentmem.errors import (
     TranscriptError,
     WindowError,
 )
+from agentmem.generation.plan import DEFAULTS
 from agentmem.prompt.sentences import sentence_numbers
 from agentmem.prompt.transcript import Transcript
 
@@ -294,3 +295,12 @@ def test_a_reply_stops_at_the_end_of_the_context(make_engine: Any) -> None:
     turn = engine.turn([user("How are you?")], sampling=Sampling(max_tokens=500))
     assert turn.finish_reason == "length"
     assert turn.usage.input_tokens + turn.usage.output_tokens <= 64
+
+
+def test_options_that_do_not_exist_are_refused(make_engine: Any) -> None:
+    with pytest.raises(ConfigError, match="did you mean sampling"):
+        make_engine().turn([user("How are you?")], samplin=Sampling())
+
+
+def test_every_option_has_a_default() -> None:
+    assert DEFAULTS.keys() == TurnOptions.__annotations__.keys()

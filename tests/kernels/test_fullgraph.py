@@ -14,7 +14,7 @@ from transformers import StaticCache
 
 from agentmem import SteeredModel
 from agentmem.errors import SegmentsRequiredError, StateMismatchError, TurnError
-from agentmem.generation.batch_cache import Block
+from agentmem.generation.batch_cache import BatchedKVCache
 from tests.helpers.core_models import random_ids, random_state, steer, tiny
 
 PROMPT, ROOM, LAYERS = 6, 16, 2
@@ -167,23 +167,23 @@ def test_an_inert_row_is_not_steered(model: Any) -> None:
     assert (logits[1] - expected[1]).abs().max() > 1e-3
 
 
-def test_rows_of_different_lengths_in_a_block(model: Any) -> None:
-    """In a block as the engine seats sessions in, and through a mask: each row has a place of its own."""
+def test_rows_of_different_lengths_in_a_batched_cache(model: Any) -> None:
+    """As the engine decodes them together, and through a mask: each row has a position of its own."""
     steered = steer(model, rank=4)
     starts = random_state(steered, 3)
     alone = [steered(random_ids(1, 3 + row, seed=row), starts[row : row + 1], cache=True) for row in range(3)]
-    block = Block(alone[0].cache, ROOM)
+    batch = BatchedKVCache(alone[0].cache, ROOM)
     for row, out in enumerate(alone):
-        block.sit(out.cache, 3 + row)
+        batch.add_row(out.cache, 3 + row)
     pool = torch.cat([*(out.state for out in alone), steered.zeros()])
     step, counter = traced(steered, "eager")
-    # A block has room for a power of two; the last row is free.
+    # It has room for a power of two; the last row is free.
     slots = torch.tensor([2, 0, 1, -1])
     pool[[2, 0, 1]] = pool[:3].clone()
     for number in range(3):
         ids = random_ids(4, 1, seed=70 + number)
         places = torch.tensor([[3 + number], [4 + number], [5 + number], [0]])
-        cache, allowed = block.over(places, ROOM)
+        cache, allowed = batch.over(places, ROOM)
         found = step(ids, pool, slots, position_ids=places, cache=cache, attention_bias=allowed)
         for row in range(3):
             alone[row] = steered(ids[row : row + 1], alone[row].state, cache=alone[row].cache)

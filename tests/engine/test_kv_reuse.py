@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from agentmem import Message, Sampling, Window
+from agentmem import Message, Sampling, Turn, Window
 from agentmem.errors import ConfigError
-from agentmem.generation.turn import Turn
 
 pytestmark = pytest.mark.usefixtures("steps")
 
@@ -142,13 +141,43 @@ def test_what_is_kept_is_bounded(make_engine: Any) -> None:
 
 
 @pytest.mark.parametrize("kv", ["exact", "carry"])
+def test_what_one_reads_says_nothing_to_another(make_engine: Any, kv: Any) -> None:
+    engine = make_engine()
+    history = [SYSTEM, Message("user", "a secret of the first user")]
+    state = engine.zero_state()
+
+    def turn(salt: str | None) -> Turn:
+        return engine.turn(history, state, sampling=REPLY, kv=kv, cache_salt=salt, write="off")
+
+    first = turn("first")
+    assert first.usage.cache_read_tokens == 0
+    for other in ("second", None):
+        assert turn(other).usage.cache_read_tokens == 0
+    again = turn("first")
+    assert again.usage.cache_read_tokens > 0
+    assert again.token_ids == first.token_ids
+
+
+def test_a_memory_that_is_rebuilt_goes_on_from_no_kv_of_the_old_one(make_engine: Any) -> None:
+    engine = make_engine()
+    done, history = talk(engine, 3, "carry")
+    history[1] = Message("user", "something else was said here")
+    history.append(Message("user", "and?"))
+    rebuilt = engine.turn(history, done[-1].state, sampling=REPLY, kv="carry", on_edit="rebuild")
+    assert rebuilt.usage.carried_tokens == 0
+    engine.forget_prefills()
+    afresh = engine.turn(history, None, sampling=REPLY)
+    assert (rebuilt.state, rebuilt.token_ids) == (afresh.state, afresh.token_ids)
+
+
+@pytest.mark.parametrize("kv", ["exact", "carry"])
 def test_kept_prefills_hold_no_replies(make_engine: Any, kv: Any) -> None:
     """In memory too: a cache that is cut back is a view of what it was cut from."""
     engine = make_engine(kv_cache_tokens=600)
     for n in range(6):
         turn = engine.turn([Message("user", f"number {n} " * 9)], sampling=Sampling(max_tokens=160), kv=kv)
         assert len(turn.token_ids) > 100
-    entries = engine._runtime.prefix._entries.values()
+    entries = engine._context.prefills._entries.values()
     parts = [part for entry in entries for layer in entry.cache.layers for part in (layer.keys, layer.values)]
     assert sum(entry.length for entry in entries) > 100
     token = 2 * 2 * 16 * 4  # keys and values of two layers, one head of 16 float32

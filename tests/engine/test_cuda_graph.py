@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from agentmem import Engine, Message, Sampling, Turn
 from agentmem.delta import model as steered
-from agentmem.generation import batch as batching
-from agentmem.generation.batch_cache import Block
-from agentmem.generation.cuda_graph import CannotCapture, Captures, Replay
+from agentmem.generation import batch
+from agentmem.generation.batch_cache import BatchedKVCache
+from agentmem.generation.cuda_graph import CannotCapture, CapturedDecode, GraphCapturer
 
 MakeEngine = Callable[..., Engine]
 
@@ -27,16 +27,16 @@ MakeEngine = Callable[..., Engine]
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Fixed buffers also on a CPU: notes the buffers of each pass and how many sessions it was for."""
     seen: list[tuple[int, int]] = []
-    real = Replay.run
+    real = CapturedDecode.run
 
-    def run(own: Replay, tokens: Any, *rest: Any) -> Any:
+    def run(own: CapturedDecode, tokens: Any, *rest: Any) -> Any:
         seen.append((id(own), len(tokens)))
         return real(own, tokens, *rest)
 
-    monkeypatch.setattr(batching, "replays", lambda device: True)
+    monkeypatch.setattr(batch, "uses_graphs", lambda device: True)
     # The pass of devices with kernels; the operators' plain form stands in for these.
     monkeypatch.setattr(steered, "runs_triton", lambda device: True)
-    monkeypatch.setattr(Replay, "run", run)
+    monkeypatch.setattr(CapturedDecode, "run", run)
     return seen
 
 
@@ -54,6 +54,11 @@ def assert_same(found: Turn, alone: Turn) -> None:
     assert (found.state is None) == (alone.state is None)
     if found.state is not None and alone.state is not None:
         np.testing.assert_allclose(found.state.matrices, alone.state.matrices, atol=1e-5)
+
+
+def caches(engine: Engine) -> list[BatchedKVCache]:
+    """What the engine has for sessions that decode together."""
+    return [kv for kind in engine._context.batch._caches.values() for kv in kind]
 
 
 @pytest.fixture
@@ -101,16 +106,16 @@ def test_nothing_in_a_pass_waits_for_the_device(
     def refused(*_: Any, **__: Any) -> Any:
         raise AssertionError("a pass waits for the device")
 
-    real = Replay._pass
+    real = CapturedDecode._run_step
 
-    def watched(own: Replay) -> None:
+    def watched(own: CapturedDecode) -> None:
         with pytest.MonkeyPatch.context() as patch, Watch():
             for name in ("tolist", "item", "cpu", "numpy"):
                 patch.setattr(torch.Tensor, name, refused)
             patch.setattr(torch, "tensor", refused)
             real(own)
 
-    monkeypatch.setattr(Replay, "_pass", watched)
+    monkeypatch.setattr(CapturedDecode, "_run_step", watched)
     engine = make_engine()
     solo = turn(engine, 1)
     with ThreadPoolExecutor(4) as pool:
@@ -124,13 +129,15 @@ def test_nothing_in_a_pass_waits_for_the_device(
 def test_a_pass_touches_no_other_row(make_engine: MakeEngine, passes: list[tuple[int, int]]) -> None:
     """Of two rows of four buffers only what belongs to them changes, and of a row that does not write its state."""
     engine = make_engine()
-    real = Replay.run
+    real = CapturedDecode.run
     checked = []
 
     def run(own: Any, tokens: Any, places: Any, writes: Any, states: Any) -> Any:
-        kv = [part.clone() for layer in own._block._kv for part in layer]
+        _, kv, _ = own._step.args
+        parts = [part for layer in kv._kv for part in layer]
+        known = [part.clone() for part in parts]
         logits, after = real(own, tokens, places, writes, states)
-        for old, part in zip(kv, (part for layer in own._block._kv for part in layer), strict=True):
+        for old, part in zip(known, parts, strict=True):
             same = (old == part).all(1).all(-1)
             for row, place in enumerate(places):
                 same[row, place] = True
@@ -143,7 +150,7 @@ def test_a_pass_touches_no_other_row(make_engine: MakeEngine, passes: list[tuple
         return logits, after
 
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(3) as pool:
-        patch.setattr(Replay, "run", run)
+        patch.setattr(CapturedDecode, "run", run)
         list(pool.map(lambda n: turn(engine, n), range(1, 6)))
     assert max(checked) > 1
 
@@ -152,10 +159,10 @@ def test_a_model_that_cannot_be_captured_decodes_as_without(
     make_engine: MakeEngine, alone: list[Turn], passes: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    def fails(own: Replay) -> None:
+    def fails(own: CapturedDecode) -> None:
         raise CannotCapture("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(Replay, "_pass", fails)
+    monkeypatch.setattr(CapturedDecode, "_run_step", fails)
     engine = make_engine()
     with ThreadPoolExecutor(14) as pool:
         for found, solo in zip(pool.map(lambda n: turn(engine, n), range(14)), alone, strict=True):
@@ -168,15 +175,15 @@ def test_a_capture_that_failed_once_is_tried_again(
     make_engine: MakeEngine, alone: list[Turn], passes: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another thread that waits for the device breaks a capture that is under way."""
-    real, tried = Replay._pass, []
+    real, tried = CapturedDecode._run_step, []
 
-    def fails(own: Replay) -> None:
+    def fails(own: CapturedDecode) -> None:
         tried.append(own)
         if len(tried) in (1, 9):
             raise CannotCapture("operation not permitted when stream is capturing")
         real(own)
 
-    monkeypatch.setattr(Replay, "_pass", fails)
+    monkeypatch.setattr(CapturedDecode, "_run_step", fails)
     engine = make_engine()
     for number in (0, 4):
         assert_same(turn(engine, number), alone[number])
@@ -194,13 +201,13 @@ def test_a_pass_looks_at_few_more_tokens_than_there_are(
     ask = [Message("user", "The quick brown fox says: hello there. " * 120)]
     expected = plain.turn(ask, sampling=Sampling(max_tokens=300))
     looked: list[tuple[int, int]] = []
-    real = Block.over
+    real = BatchedKVCache.over
 
-    def over(own: Block, places: Any, width: int) -> Any:
-        looked.append((max(seat.length for seat in own.seats) + 1, width))
+    def over(own: BatchedKVCache, places: Any, width: int) -> Any:
+        looked.append((max(row.length for row in own.rows) + 1, width))
         return real(own, places, width)
 
-    monkeypatch.setattr(Block, "over", over)
+    monkeypatch.setattr(BatchedKVCache, "over", over)
     assert_same(engine.turn(ask, sampling=Sampling(max_tokens=300)), expected)
     assert len(looked) > 250
     assert looked[0][0] > 1024
@@ -211,11 +218,10 @@ def test_a_pass_looks_at_few_more_tokens_than_there_are(
 
 def test_a_closed_engine_keeps_no_rows(make_engine: MakeEngine, passes: list[tuple[int, int]]) -> None:
     engine = make_engine()
-    blocks = engine._runtime.decoding._blocks
     turn(engine, 0)
-    assert [one for kind in blocks.values() for one in kind]
+    assert caches(engine)
     engine.close()
-    assert not [one for kind in blocks.values() for one in kind]
+    assert not caches(engine)
 
 
 def test_memory_that_runs_out_is_given_back_first(
@@ -224,32 +230,29 @@ def test_memory_that_runs_out_is_given_back_first(
     """What is kept for later is dropped, and the batch halved; nobody loses a token."""
     engine = make_engine()
     turn(engine, 0)
-    blocks = engine._runtime.decoding._blocks
-    kept = [one for kind in blocks.values() for one in kind]
-    assert [len(one.replays) for one in kept] == [1]
-    real = Replay._pass
+    assert [len(engine._context.batch._captured[kv]) for kv in caches(engine)] == [1]
+    real = CapturedDecode._run_step
     failed: list[int] = []
 
-    def fails(own: Replay) -> None:
+    def fails(own: CapturedDecode) -> None:
         if own.rows > 4 and len(failed) < 3:
-            failed.append(sum(len(one.seats) == 0 for kind in blocks.values() for one in kind))
+            failed.append(sum(not kv.rows for kv in caches(engine)))
             raise torch.OutOfMemoryError("no room")
         real(own)
 
-    monkeypatch.setattr(Replay, "_pass", fails)
+    monkeypatch.setattr(CapturedDecode, "_run_step", fails)
     with ThreadPoolExecutor(14) as pool:
         for found, solo in zip(pool.map(lambda n: turn(engine, n), range(14)), alone, strict=True):
             assert_same(found, solo)
     assert failed
-    assert sum(one.tokens for kind in blocks.values() for one in kind if not one.seats) <= 8192
+    assert sum(kv.tokens for kv in caches(engine) if not kv.rows) <= 8192
 
 
 def test_what_is_kept_for_later_has_a_limit(make_engine: MakeEngine, passes: list[tuple[int, int]]) -> None:
     engine = make_engine(kv_cache_tokens=300)
     for number in (0, 3):  # in rows of 256 and of 512 tokens
         turn(engine, number)
-    kept = [one for kind in engine._runtime.decoding._blocks.values() for one in kind]
-    assert [one.tokens for one in kept] == [256]
+    assert [kv.tokens for kv in caches(engine)] == [256]
 
 
 @pytest.mark.gpu
@@ -258,13 +261,13 @@ def test_captured_and_replayed(make_engine: MakeEngine, monkeypatch: pytest.Monk
     plain = make_engine(device="cuda")
     alone = [turn(plain, number) for number in range(14)]
     captured: list[Any] = []
-    real = Captures.capture
+    real = GraphCapturer.capture
 
-    def capture(own: Captures, run: Any) -> Any:
+    def capture(own: GraphCapturer, run: Any) -> Any:
         captured.append(real(own, run))
         return captured[-1]
 
-    monkeypatch.setattr(Captures, "capture", capture)
+    monkeypatch.setattr(GraphCapturer, "capture", capture)
     monkeypatch.setenv("AGENTMEM_CUDA_GRAPHS", "1")
     engine = make_engine(device="cuda")
     for _ in range(2):
@@ -272,4 +275,4 @@ def test_captured_and_replayed(make_engine: MakeEngine, monkeypatch: pytest.Monk
             for found, solo in zip(pool.map(lambda n: turn(engine, n), range(14)), alone, strict=True):
                 assert_same(found, solo)
     assert captured
-    assert engine._runtime.decoding.replays, "a pass could not be captured"
+    assert engine._context.batch.uses_graphs, "a pass could not be captured"

@@ -1,0 +1,171 @@
+"""The model as generation sees it: tokens and a state in, logits and a state out. Knows no batch and no turn."""
+
+from __future__ import annotations
+
+from collections import abc
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from agentmem.delta.config import WriteStrategy
+from agentmem.delta.fingerprint import model_fingerprint
+from agentmem.delta.model import SteeredModel, mask_for
+from agentmem.delta.passes import Pending
+from agentmem.errors import MissingAdapterError
+from agentmem.generation.sequence import Sequence
+from agentmem.record import ConsumedRecord
+from agentmem.state import MemoryState
+
+
+class ForwardOutput(NamedTuple):
+    """What one forward pass gives: logits [B, V] of the last tokens where they were wanted, state and open sums."""
+
+    logits: Tensor | None
+    state: Tensor | None
+    pending: Pending | None
+
+
+class ModelRunner:
+    """A model with its memory, or without, and the way of states to its device and back.
+
+    Args:
+        model: a causal language model of transformers.
+        steered: the model with its memory attached, or None.
+
+    Attributes:
+        device: where tokens and states go.
+        strategy: how the adapter writes; None without one.
+        writes_at_close: whether memory is written when a pass closes, instead of by every token.
+        context_limit: the longest context that the model takes, in tokens.
+    """
+
+    def __init__(self, model: Any, steered: SteeredModel | None) -> None:
+        self.model = model
+        self.steered = steered
+        self.device: torch.device = model.get_input_embeddings().weight.device
+        self.strategy: WriteStrategy | None = steered.config.write_strategy if steered is not None else None
+        self.writes_at_close = self.strategy not in (None, "token")
+        self.context_limit: int = model.config.get_text_config().max_position_embeddings
+        self.model_fingerprint = model_fingerprint(model)
+        self.adapter_fingerprint = steered.adapter_fingerprint if steered is not None else ""
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: Tensor | None,
+        cache: Any,
+        *,
+        segments: Tensor | None = None,
+        write: bool | Tensor = True,
+        pending: Pending | None = None,
+        close: bool = True,
+        logits: bool = True,
+        position_ids: Tensor | None = None,
+        attention_bias: Tensor | None = None,
+    ) -> ForwardOutput:
+        """One forward pass over tokens [B, T], of the bare model where `state` is None.
+
+        The arguments are those of `SteeredModel`'s call; `logits`: whether those of the last tokens are wanted.
+        """
+        if state is not None:
+            assert self.steered is not None
+            out = self.steered(
+                tokens,
+                state,
+                segments=segments,
+                write=write,
+                cache=cache,
+                logits_to_keep=1 if logits else -1,
+                pending=pending,
+                close=close,
+                position_ids=position_ids,
+                attention_bias=attention_bias,
+            )
+            return ForwardOutput(None if out.logits is None else out.logits[:, -1], out.state, out.pending)
+        inputs = {"input_ids": tokens, "cache": cache, "use_cache": True}
+        if attention_bias is not None:
+            inputs |= {"attention_mask": mask_for(self.model, attention_bias), "position_ids": position_ids}
+        if not logits:
+            self.model.get_decoder()(**inputs)
+            return ForwardOutput(None, None, None)
+        return ForwardOutput(self.model(**inputs, logits_to_keep=1).logits[:, -1], None, None)
+
+    def extend(
+        self, sequence: Sequence, ids: abc.Sequence[int], segments: abc.Sequence[int], *, logits: bool, close: bool
+    ) -> None:
+        """Read tokens at the end of a sequence that has no row, in one pass of its own.
+
+        Args:
+            sequence: changed in place.
+            ids: the tokens, at least one.
+            segments: one number a token, -1 = not written; token adapters only look at the sign.
+            logits: keep those of the last token in `sequence.logits`.
+            close: for message and sentence adapters, whether the pass ends here.
+        """
+        sequence.next_token = None
+        writes = max(segments) >= 0
+        # Where all tokens write, a token adapter needs no numbers.
+        numbered = writes and (self.writes_at_close or min(segments) < 0)
+        out = self.forward(
+            self._to_device(ids),
+            sequence.state,
+            sequence.cache,
+            segments=self._to_device(segments) if numbered else None,
+            write=writes,
+            pending=sequence.pending,
+            close=close,
+            logits=logits,
+        )
+        sequence.state, sequence.pending = out.state, out.pending
+        if out.logits is not None:
+            sequence.logits = out.logits[0]
+
+    def zero_state(self) -> MemoryState:
+        """The memory of a session that has consumed nothing.
+
+        Raises:
+            MissingAdapterError: there is no adapter.
+        """
+        if self.steered is None:
+            raise MissingAdapterError("this engine has no adapter and so no memory; load one with adapter=")
+        return MemoryState.zeros(self.steered.state_shape, self.model_fingerprint, self.adapter_fingerprint)
+
+    def require_fit(self, state: MemoryState) -> None:
+        """Refuse a state that this model cannot go on from.
+
+        Raises:
+            MissingAdapterError: there is no adapter.
+            StateMismatchError: it is another model's or adapter's.
+        """
+        if self.steered is None:
+            raise MissingAdapterError("this engine has no adapter and takes no state; load one with adapter=")
+        state.require(self.model_fingerprint, self.adapter_fingerprint, self.steered.state_shape)
+
+    def load_state(self, state: MemoryState) -> Tensor:
+        """[1, L, H, r, r] on the model's device."""
+        return torch.tensor(state.matrices).unsqueeze(0).to(self.device)
+
+    def save_state(self, state: Tensor, record: ConsumedRecord) -> abc.Generator[None, None, MemoryState]:
+        """The value that a turn returns, of [1, L, H, r, r]; the one place where a state leaves the device.
+
+        A generator: from a GPU it is copied while others are served.
+        """
+        host = state[0]
+        if host.device.type == "cuda":
+            host = torch.empty(host.shape, dtype=host.dtype, pin_memory=True)
+            host.copy_(state[0], non_blocking=True)
+            arrived: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record(torch.cuda.current_stream(state.device))
+            yield None
+            arrived.synchronize()
+        return MemoryState.from_matrices(
+            host.cpu().numpy(),
+            record,
+            model_fingerprint=self.model_fingerprint,
+            adapter_fingerprint=self.adapter_fingerprint,
+        )
+
+    def _to_device(self, numbers: abc.Sequence[int]) -> Tensor:
+        """[1, n]; on CUDA without waiting for what the device does at the moment."""
+        return torch.tensor([numbers]).to(self.device, non_blocking=self.device.type == "cuda")

@@ -26,7 +26,7 @@ from agentmem.generation.sampling import Sampling
 from agentmem.generation.scheduler import Steps, Worker
 from agentmem.generation.session import Runtime
 from agentmem.generation.turn import Emit, Remembered, Turn, run_remember, run_turn
-from agentmem.messages import Message
+from agentmem.messages import Message, MessageCache
 from agentmem.prompt.window import Window
 from agentmem.record import OnEdit
 from agentmem.state import MemoryState
@@ -112,6 +112,11 @@ class Engine:
     def has_memory(self) -> bool:
         """Whether an adapter is attached."""
         return self._runtime.steered is not None
+
+    @property
+    def message_cache(self) -> MessageCache:
+        """What this engine has worked out about the messages that it saw; freed when it is closed."""
+        return self._runtime.transcript.cache
 
     @property
     def max_tokens_limit(self) -> int:
@@ -204,6 +209,7 @@ class Engine:
     def close(self) -> None:
         """End the worker; turns under way fail with EngineClosedError. Idempotent."""
         self._worker.close()
+        self.message_cache.clear()
 
     def __enter__(self) -> Engine:
         return self

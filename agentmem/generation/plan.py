@@ -25,7 +25,7 @@ WritePolicy = Literal["all", "input", "off"]
 _POLICIES = ("all", "input", "off")
 
 PIECE_TOKENS = 2048
-"""Longest context-only pass, where message borders allow. A constant: a result must not depend on the machine."""
+"""Longest context-only pass, where messages are no longer. A constant: a result must not depend on the machine."""
 
 
 @dataclass(frozen=True)
@@ -84,17 +84,17 @@ class Plan:
         hidden: context-only passes over new messages that are not shown, oldest first.
         prompt: the shown messages; those already consumed have segment -1.
         opening: the generation prompt's tokens.
-        new: messages that this turn consumes, in order, the reply not among them.
         edits: indices of new messages that stand before consumed ones.
-        record: what was consumed before (empty where the memory is rebuilt).
+        deletions: how many consumed messages the history lacks after one that it has.
+        record: what is consumed once these passes are done, the reply not among it.
         rebuild: start from the zero state.
     """
 
     hidden: list[Piece]
     prompt: Piece
     opening: list[int]
-    new: list[Message]
     edits: tuple[int, ...]
+    deletions: int
     record: ConsumedRecord
     rebuild: bool
 
@@ -124,7 +124,7 @@ def plan_turn(
     """
     messages = list(request.messages)
     writing = request.memory and request.write != "off"
-    alignment = record.align(messages, on_edit=request.on_edit)
+    alignment = record.align(transcript.history(messages), on_edit=request.on_edit)
     new = set(alignment.new) if writing else set()
     overhead = transcript.overhead(tools=request.tools, add_generation_prompt=True)
     reply = min(request.sampling.max_tokens, limit // 2)
@@ -148,9 +148,9 @@ def plan_turn(
         hidden=_context_passes(messages, unseen, transcript, strategy, limit),
         prompt=prompt,
         opening=rendered.input_ids[end:],
-        new=[messages[i] for i in sorted(new)],
         edits=tuple(alignment.edits) if writing else (),
-        record=ConsumedRecord.empty() if alignment.rebuild and writing else record,
+        deletions=alignment.deletions if writing else 0,
+        record=alignment.record,
         rebuild=alignment.rebuild and writing,
     )
 
@@ -164,14 +164,14 @@ def plan_remember(
     on_edit: OnEdit,
 ) -> Plan:
     """Decide a context-only write: every new message in passes of its own, nothing shown, no reply."""
-    alignment = record.align(messages, on_edit=on_edit)
+    alignment = record.align(transcript.history(messages), on_edit=on_edit)
     return Plan(
         hidden=_context_passes(messages, alignment.new, transcript, strategy, limit),
         prompt=Piece([], []),
         opening=[],
-        new=[messages[i] for i in alignment.new],
         edits=tuple(alignment.edits),
-        record=ConsumedRecord.empty() if alignment.rebuild else record,
+        deletions=alignment.deletions,
+        record=alignment.record,
         rebuild=alignment.rebuild,
     )
 

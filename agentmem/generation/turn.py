@@ -24,7 +24,7 @@ from agentmem.generation.sampling import Sampler
 from agentmem.generation.scheduler import Steps
 from agentmem.generation.session import Runtime, Session, Snapshot
 from agentmem.messages import Message
-from agentmem.prompt.sentences import sentence_numbers
+from agentmem.prompt.transcript import sentence_numbers
 from agentmem.record import ConsumedRecord, OnEdit
 from agentmem.state import MemoryState
 
@@ -59,6 +59,7 @@ class Turn:
         written, read: tokens written into the memory, and shown without being written.
         edits: indices of messages that were new before consumed ones (``on_edit="write"``).
         token_ids: the reply's tokens as the model was fed them, without the generation prompt and the closing tokens.
+        deletions: how many consumed messages the history lacked after one that it had.
     """
 
     message: Message
@@ -71,15 +72,17 @@ class Turn:
     read: int
     edits: tuple[int, ...]
     token_ids: tuple[int, ...]
+    deletions: int = 0
 
 
 @dataclass(frozen=True)
 class Remembered:
-    """What a context-only write returns: the new state, tokens written, and edits as in ``Turn``."""
+    """What a context-only write returns: the new state, tokens written, edits and deletions as in `Turn`."""
 
     state: MemoryState
     written: int
     edits: tuple[int, ...]
+    deletions: int = 0
 
 
 def run_remember(
@@ -91,8 +94,8 @@ def run_remember(
     plan = plan_remember(messages, given.record, runtime.transcript, _strategy(runtime), runtime.limit, on_edit)
     yield from _write_hidden(runtime, session, plan)
     assert session.state is not None
-    new_state = yield from runtime.to_state(session.state, plan.record.extend(plan.new))
-    return Remembered(new_state, _written(plan), plan.edits)
+    new_state = yield from runtime.to_state(session.state, plan.record)
+    return Remembered(new_state, _written(plan), plan.edits, plan.deletions)
 
 
 def run_turn(runtime: Runtime, request: Request, state: MemoryState | None, emit: Emit) -> Steps[Turn]:
@@ -133,7 +136,7 @@ def run_turn(runtime: Runtime, request: Request, state: MemoryState | None, emit
     message = Message("assistant", parsed.content, parsed.tool_calls)
     out = state
     if session.state is not None and request.write != "off":
-        out = yield from runtime.to_state(session.state, plan.record.extend([*plan.new, message]))
+        out = yield from runtime.to_state(session.state, plan.record.extend([message]))
     if out is not None and steered and whole and request.kv == "carry":
         runtime.carried.put(out.digest, [*key.ids, *reply.ids, *runtime.transcript.closing_ids()], session.cache)
     # After an error inside a forward pass the KV may be torn between layers; then it is dropped.
@@ -151,6 +154,7 @@ def run_turn(runtime: Runtime, request: Request, state: MemoryState | None, emit
         read=plan.prompt.writes.count(False) if steered else 0,
         edits=plan.edits,
         token_ids=tuple(reply.ids),
+        deletions=plan.deletions,
     )
 
 
@@ -265,7 +269,7 @@ class _Reply:
         self._segment = _voice(runtime, speaks)
         self.decoder = Decoder(runtime.tokenizer)
         # Ids of calls follow from what was consumed before them, so that they are known when a call begins.
-        seed = hashlib.sha256(plan.record.extend(plan.new).chain).digest()
+        seed = hashlib.sha256(plan.record.chain).digest()
         self.parser = ReplyParser(
             runtime.tags,
             seed,

@@ -30,9 +30,9 @@ from agentmem.errors import ConfigError, MissingAdapterError, TurnError
 from agentmem.messages import Message
 from agentmem_langgraph.carrier import MemoryTurn
 from agentmem_langgraph.loading import Engines, Source
-from agentmem_langgraph.messages import to_ai_message, to_engine
+from agentmem_langgraph.messages import to_engine
 from agentmem_langgraph.profile import profile_of
-from agentmem_langgraph.streaming import ChunkWriter
+from agentmem_langgraph.streaming import ChunkWriter, to_ai_message
 from agentmem_langgraph.structured import Method, chosen, explained, parsing, reply_format
 from agentmem_langgraph.tools import Tool, openai_tool
 
@@ -368,7 +368,8 @@ class ChatDeltaMem(BaseChatModel):
         window = given["window"]
         how = {name: given[name] for name in ("temperature", "top_p", "top_k", "max_tokens", "seed")}
         sampling = agentmem.Sampling(**how, stop=tuple(self.stop or () if stop is None else stop))
-        history = to_engine(messages)
+        engine = self._loaded(kwargs.get("model"))
+        history = to_engine(messages, getattr(engine, "message_cache", None))
         shown = history if asked is None else explained(history, asked)
         return _Call(
             turn,

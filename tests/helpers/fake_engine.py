@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from agentmem import Delta, InvalidToolCall, MemoryState, Message, Remembered, ToolCall, Turn, Usage
+from agentmem.messages import MessageCache
 from agentmem.nano.recipe.pools import ATTRIBUTES
 
 NAMES = sorted(ATTRIBUTES)
@@ -32,13 +33,14 @@ class FakeEngine:
     max_tokens_limit = 4096
 
     def close(self) -> None:
-        """There is no thread to end."""
+        self.message_cache.clear()
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
         self.failures = 0
         self.scripted: deque[list[Delta]] = deque()
         self.cancelled = 0
+        self.message_cache = MessageCache()
         self.tokenizer = self
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -114,7 +116,7 @@ class FakeEngine:
                 if message.role == "user" and told and told[1] in ATTRIBUTES[attribute].values:
                     matrices[0, 0, :, NAMES.index(attribute)] = 0
                     matrices[0, 0, ATTRIBUTES[attribute].values.index(told[1]), NAMES.index(attribute)] = 1
-        return state.replaced(matrices=matrices, record=state.record.extend(new)), tuple(plan.edits), new
+        return state.replaced(matrices=matrices, record=plan.record), tuple(plan.edits), new
 
     def _say(self, messages: Sequence[Message], state: MemoryState, options: dict[str, Any]) -> list[Delta]:
         last = messages[-1]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from threading import Lock
@@ -76,7 +76,7 @@ class Message:
         # A list is what callers often have at hand; a tuple is what makes the message a value.
         object.__setattr__(self, "tool_calls", tuple(self.tool_calls))
 
-    @property
+    @cached_property
     def writes(self) -> bool:
         """Whether the write policy lets this message into memory."""
         return self.write and self.role != "system"
@@ -139,6 +139,11 @@ class MessageCache:
                 return None
             self.put(key, entry[0], entry[1] - _ENTRY_BYTES)
         return entry[0]
+
+    def get_all(self, keys: Iterable[Hashable]) -> list[Any]:
+        """The values kept for keys, None for those that are not there."""
+        young = self._young
+        return [entry[0] if (entry := young.get(key)) is not None else self.get(key) for key in keys]
 
     def put(self, key: Hashable, value: Any, size: int) -> None:
         """Keep a value, which takes so many bytes with its key; one that takes half of the limit is not kept."""

@@ -66,8 +66,9 @@ class Encoder:
     def _whole(self, text: str) -> Encoded:
         ids: list[int] = []
         starts: list[int] = []
-        for at, piece in self._cut(text):
-            piece_ids, piece_starts = self._piece(piece)
+        pieces = list(self._cut(text))
+        for (at, piece), kept in zip(pieces, self._cache.get_all(("piece", piece) for _, piece in pieces), strict=True):
+            piece_ids, piece_starts = kept or self._tokenised(piece)
             ids += piece_ids
             starts += [at + start for start in piece_starts]
         return ids, starts
@@ -82,14 +83,8 @@ class Encoder:
         if start < len(text):
             yield start, text[start:]
 
-    def _piece(self, piece: str) -> Encoded:
-        encoded: Encoded | None = self._cache.get(("piece", piece))
-        if encoded is None:
-            encoded = self._tokenised(piece)
-            self._cache.put(("piece", piece), encoded, sys.getsizeof(piece) + _TOKEN_BYTES * len(encoded[0]))
-        return encoded
-
     def _tokenised(self, text: str) -> Encoded:
+        """Encode a piece, and keep it."""
         encoded = self._tokenizer(
             text,
             add_special_tokens=False,
@@ -107,6 +102,7 @@ class Encoder:
                 start = end
             starts.append(start)
             end = max(end, stop)
+        self._cache.put(("piece", text), (ids, starts), sys.getsizeof(text) + _TOKEN_BYTES * len(ids))
         return ids, starts
 
     def _plain(self, text: str) -> list[int]:

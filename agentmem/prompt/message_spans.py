@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from os.path import commonprefix
+from typing import Any
 
 from agentmem.errors import TranscriptError
 from agentmem.messages import Message, MessageCache, ToolCall
@@ -72,12 +73,23 @@ class _Places:
     content: Span | None = None
 
 
+@dataclass(frozen=True)
+class _Request:
+    """What is rendered: messages, the same as the template takes them, tools, and whether a reply is opened."""
+
+    messages: Sequence[Message]
+    conversation: list[dict[str, Any]]
+    tools: Tools | None
+    add_generation_prompt: bool
+
+
 class MessageSpans:
-    """Finds what belongs to which message; keeps what it has learned about its template in the cache."""
+    """Finds what belongs to which message; remembers what it has learned about its template."""
 
     def __init__(self, template: ChatTemplate, cache: MessageCache) -> None:
-        self.template = template
+        self._template = template
         self._cache = cache
+        self._by_role: dict[tuple[str, str], str | None] = {}  # what stands around messages without calls
 
     def find(self, messages: Sequence[Message], tools: Tools | None, add_generation_prompt: bool) -> Layout:
         """Render messages and find what belongs to each.
@@ -85,22 +97,28 @@ class MessageSpans:
         Raises:
             TranscriptError: the template refuses the messages, or it cannot be told what belongs to which.
         """
-        text = self.template.render(messages, tools, add_generation_prompt)
-        places = self._places(messages, tools, add_generation_prompt, text)
-        if places is None:
-            return self._by_prefixes(messages, tools, add_generation_prompt, text)
-        return self._by_places(messages, tools, add_generation_prompt, text, places)
+        request = _Request(messages, self._template.prepare(messages), tools, add_generation_prompt)
+        text = self._template.render(request.conversation, tools, add_generation_prompt)
+        places = self._places(request, text)
+        return self._by_prefixes(request, text) if places is None else self._by_places(request, text, places)
 
     def end(self, message: Message) -> str | None:
         """What the template writes after the message's last string, to the end of its turn; None: unknown."""
-        kind = message.digest() if message.tool_calls else message.role
-        return self._learned(("end", kind), lambda: self._learn_end(message))
+        if message.tool_calls:
+            return self._kept(("end", message.digest()), lambda: self._learn_end(message))
+        key = ("end", message.role)
+        if key not in self._by_role:
+            self._by_role[key] = self._learn_end(message)
+        return self._by_role[key]
 
     def head(self, role: str) -> str | None:
         """What the template writes before a message of that role that is not the first; None: unknown."""
-        return self._learned(("head", role), lambda: self._learn_head(role))
+        key = ("head", role)
+        if key not in self._by_role:
+            self._by_role[key] = self._learn_head(role)
+        return self._by_role[key]
 
-    def _learned(self, key: tuple[str, str | bytes], learn: Callable[[], str | None]) -> str | None:
+    def _kept(self, key: tuple[str, str | bytes], learn: Callable[[], str | None]) -> str | None:
         kept: tuple[str | None] | None = self._cache.get(key)
         if kept is None:
             kept = (learn(),)
@@ -109,38 +127,30 @@ class MessageSpans:
 
     # Sentinels
 
-    def _places(
-        self, messages: Sequence[Message], tools: Tools | None, add_generation_prompt: bool, text: Text
-    ) -> list[_Places] | None:
+    def _places(self, request: _Request, text: Text) -> list[_Places] | None:
         """Where each message's strings stand in `text`; None if the sentinels cannot be believed."""
-        base = _free_block(text.text, len(messages) * _STEP)
+        base = _free_block(text.text, len(request.messages) * _STEP)
         if base is None:
             return None
         for style in (_around, _behind, _after):
-            places = self._read_sentinels(messages, tools, add_generation_prompt, text, base, style)
+            places = self._read_sentinels(request, text, base, style)
             if places is not None:
                 return places
         return None
 
     def _read_sentinels(
-        self,
-        messages: Sequence[Message],
-        tools: Tools | None,
-        add_generation_prompt: bool,
-        text: Text,
-        base: int,
-        style: Callable[[Message, str, str], str],
+        self, request: _Request, text: Text, base: int, style: Callable[[Message, str, str], str]
     ) -> list[_Places] | None:
+        messages, conversation = request.messages, request.conversation
         sentinels = re.compile(f"[{chr(base)}-{chr(base + len(messages) * _STEP - 1)}]")
-
-        def mark(index: int, kind: str, value: str) -> str:
-            own = base + index * _STEP
-            if kind == "name":
-                return f"{chr(own + _NAME)}{value}{chr(own + _NAME)}"
-            return style(messages[index], value, "".join(chr(own + n) for n in range(_NAME)))
-
+        with_sentinels = []
+        for index, (message, plain) in enumerate(zip(messages, conversation, strict=True)):
+            own = "".join(chr(base + index * _STEP + kind) for kind in range(_STEP))
+            with_sentinels.append({**plain, "content": style(message, plain["content"], own)})
+            if message.tool_calls:
+                with_sentinels[-1]["tool_calls"] = [_around_name(call, own[_NAME]) for call in plain["tool_calls"]]
         try:
-            marked = self.template.render(messages, tools, add_generation_prompt, mark)
+            marked = self._template.render(with_sentinels, request.tools, request.add_generation_prompt)
         except TranscriptError:
             return None  # the sentinels offended the template; it accepted the messages themselves
         if sentinels.sub("", marked.text) != text.text:
@@ -159,17 +169,11 @@ class MessageSpans:
         if len(by_owner) != len(messages) or _plain_without(sentinels, marked) != text.plain:
             return None
         for index, places in by_owner.items():
-            _widen(places, messages[index].content.strip(), self.template.quoted(messages[index]), text.text)
+            _widen(places, messages[index].content.strip(), conversation[index]["content"], text.text)
         return [by_owner[i] for i in range(len(messages))]
 
-    def _by_places(
-        self,
-        messages: Sequence[Message],
-        tools: Tools | None,
-        add_generation_prompt: bool,
-        text: Text,
-        places: list[_Places],
-    ) -> Layout:
+    def _by_places(self, request: _Request, text: Text, places: list[_Places]) -> Layout:
+        messages, tools = request.messages, request.tools
         order = sorted(range(len(messages)), key=lambda i: (places[i].first, places[i].last, i))
         rendered = text.text
         owners: list[tuple[int, int, int]] = []
@@ -177,7 +181,7 @@ class MessageSpans:
         owners.append((NOBODY, 0, start))
         for a, b in pairwise(order):
             if places[a].last > places[b].first:
-                return self._by_prefixes(messages, tools, add_generation_prompt, text)
+                return self._by_prefixes(request, text)
             gap = rendered[places[a].last : places[b].first]
             stop = places[a].last + self._cut(messages[a], messages[b].role, gap)
             owners.append((a, start, stop))
@@ -190,15 +194,15 @@ class MessageSpans:
                     owners.append((NOBODY, stop, start))
         last = order[-1]
         stop = len(rendered)
-        if add_generation_prompt:
-            stop = places[last].last + self._prompt_start(messages, tools, last, rendered[places[last].last :])
+        if request.add_generation_prompt:
+            stop = places[last].last + self._prompt_start(request, last, rendered[places[last].last :])
         owners += [(last, start, stop), (len(messages), stop, len(rendered))]
         return Layout(text, [s for s in owners if s[1] < s[2]], [place.content for place in places])
 
     def _preamble_end(self, first: Message, tools: Tools | None, gap: str) -> int:
         """Where the first message begins in the text before its own strings."""
         key = json.dumps(list(tools), sort_keys=True, default=str) if tools else ""
-        preamble, head = self._learned(("preamble", key), lambda: self._learn_preamble(tools)), self.head(first.role)
+        preamble, head = self._kept(("preamble", key), lambda: self._learn_preamble(tools)), self.head(first.role)
         if preamble and gap.startswith(preamble):
             return len(preamble)
         return len(gap) - len(head) if head and gap.endswith(head) else 0
@@ -221,23 +225,24 @@ class MessageSpans:
         agreed = (re.match(r"(?s).*[>\]\s]|", end[: _agreement(end, gap[skip:])]) for skip in skips)
         return max(skip + match.end() for skip, match in zip(skips, agreed, strict=True) if match)
 
-    def _prompt_start(self, messages: Sequence[Message], tools: Tools | None, last: int, gap: str) -> int:
+    def _prompt_start(self, request: _Request, last: int, gap: str) -> int:
         """Where the generation prompt begins in the text after the last message's last string."""
-        end = self.end(messages[last])
+        end = self.end(request.messages[last])
         if end and gap.startswith(end):
             return len(end)
-        before = self.template.render(messages, tools).text
-        after = self.template.render(messages, tools, True).text
+        before = self._template.render(request.conversation, request.tools).text
+        after = self._template.render(request.conversation, request.tools, True).text
         return _agreement(before, after) - (len(after) - len(gap))
 
     # Learning from small conversations
 
     def _small(self, messages: Sequence[Message], tools: Tools | None = None) -> tuple[str, list[_Places]] | None:
+        request = _Request(messages, self._template.prepare(messages), tools, False)
         try:
-            text = self.template.render(messages, tools)
+            text = self._template.render(request.conversation, tools)
         except TranscriptError:
             return None  # the template knows no such conversation; nothing to learn from it
-        places = self._places(messages, tools, False, text)
+        places = self._places(request, text)
         return None if places is None else (text.text, places)
 
     def _learn_end(self, message: Message) -> str | None:
@@ -263,7 +268,7 @@ class MessageSpans:
             return None
         text, places = small
         if role == "system":
-            return text[: places[0].first].removeprefix(self.template.begin)
+            return text[: places[0].first].removeprefix(self._template.begin)
         at = 1 if role == "assistant" else 2
         gap, end = text[places[at - 1].last : places[at].first], self.end(opening[at - 1])
         return gap[len(end) :] if end is not None and gap.startswith(end) else None
@@ -277,16 +282,14 @@ class MessageSpans:
 
     # Beginnings
 
-    def _by_prefixes(
-        self, messages: Sequence[Message], tools: Tools | None, add_generation_prompt: bool, text: Text
-    ) -> Layout:
+    def _by_prefixes(self, request: _Request, text: Text) -> Layout:
         """Owners by rendering the first message, the first two, and so on."""
-        rendered = text.text
+        messages, tools, rendered = request.messages, request.tools, text.text
         owners: list[tuple[int, int, int]] = []
         contents: list[Span | None] = []
         start = 0
         for index, message in enumerate(messages):
-            beginning = self.template.render(messages[: index + 1], tools).text
+            beginning = self._template.render(request.conversation[: index + 1], tools).text
             stop = len(beginning)
             if not rendered.startswith(beginning) or stop < start:
                 agree = _agreement(rendered, beginning)
@@ -300,7 +303,7 @@ class MessageSpans:
             contents.append((at, at + len(core)) if at >= 0 else None)
             if start == stop and (core or message.tool_calls):
                 raise TranscriptError(
-                    f"the chat template of {self.template.name} has no place for message {index} ({message.role}), so "
+                    f"the chat template of {self._template.name} has no place for message {index} ({message.role}), so "
                     "the model would never see it; leave it out, or use a tokenizer with another template"
                 )
             if index == 0 and at >= 0:
@@ -308,7 +311,7 @@ class MessageSpans:
                 owners.append((NOBODY, 0, start))
             owners.append((index, start, stop))
             start = stop
-        if not add_generation_prompt:
+        if not request.add_generation_prompt:
             owners[-1] = (len(messages) - 1, owners[-1][1], len(rendered))
             start = len(rendered)
         owners.append((len(messages), start, len(rendered)))
@@ -326,6 +329,11 @@ def _around(message: Message, text: str, sentinels: str) -> str:
     inner = _TAG_END.sub(rf"\g<0>{resume}", core[lead:trail])
     at = text.find(core)
     return text[:at] + core[:lead] + begin + inner + end + core[trail:] + text[at + len(core) :]
+
+
+def _around_name(call: dict[str, Any], sentinel: str) -> dict[str, Any]:
+    """A call with a sentinel before and after its name."""
+    return {**call, "function": {**call["function"], "name": f"{sentinel}{call['function']['name']}{sentinel}"}}
 
 
 def _behind(message: Message, text: str, sentinels: str) -> str:

@@ -14,7 +14,7 @@ Nothing here changes the tokenizer or the messages.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,21 +94,19 @@ class ChatTemplate:
         self._takes_tools: bool | None = None
         self._encoder = Encoder(tokenizer, cache)
 
+    def prepare(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """Messages as templates expect them, their control tokens quoted. Whoever changes them changes copies."""
+        return [self._plain(message) for message in messages]
+
     def render(
-        self,
-        messages: Sequence[Message],
-        tools: Tools | None = None,
-        add_generation_prompt: bool = False,
-        mark: Callable[[int, str, str], str] | None = None,
+        self, conversation: Sequence[dict[str, Any]], tools: Tools | None = None, add_generation_prompt: bool = False
     ) -> Text:
-        """The conversation as the template writes it.
+        """A conversation as the template writes it.
 
         Args:
-            messages: at least one.
+            conversation: at least one message, as `prepare` gives them.
             tools: JSON schemas, as the template expects them.
             add_generation_prompt: open the assistant's next turn.
-            mark: changes the texts that the template is given: (index of the message, "content" or "name",
-                text).
 
         Raises:
             TranscriptError: the template refuses these messages; its own words are in the message.
@@ -118,32 +116,25 @@ class ChatTemplate:
                 f"the chat template of {self.name} has no place for tools, so the model would never see them; use a "
                 "model whose template shows tools, give it another template, or call it without tools"
             )
-        return self._render(messages, tools, add_generation_prompt, mark)
+        return self._render(conversation, tools, add_generation_prompt)
 
     def takes_tools(self) -> bool:
         """Whether the template shows tools at all."""
         if self._takes_tools is None:
-            self._takes_tools = "probe" in self._render([Message("user", "x")], _PROBE, True, None).text
+            self._takes_tools = "probe" in self._render([{"role": "user", "content": "x"}], _PROBE, True).text
         return self._takes_tools
 
-    def _render(
-        self,
-        messages: Sequence[Message],
-        tools: Tools | None,
-        add_generation_prompt: bool,
-        mark: Callable[[int, str, str], str] | None,
-    ) -> Text:
-        conversation = [self._plain(i, message, mark) for i, message in enumerate(messages)]
+    def _render(self, conversation: Sequence[dict[str, Any]], tools: Tools | None, add_generation_prompt: bool) -> Text:
         try:
             text = self._tokenizer.apply_chat_template(
-                conversation,
+                list(conversation),
                 tools=self._quote(list(tools), self._control) if tools else None,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
                 **self._options,
             )
         except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            roles = ", ".join(message.role for message in messages)
+            roles = ", ".join(plain["role"] for plain in conversation)
             raise TranscriptError(
                 f"the chat template refuses these messages ({roles}): {error}; give it messages in an order "
                 "and of roles that it knows, or use a tokenizer with another template"
@@ -156,31 +147,19 @@ class ChatTemplate:
 
     def content(self, message: Message) -> Text:
         """A message's content as it would stand in a rendered conversation."""
-        return self._unquote(self.quoted(message))
+        return self._unquote(self._plain(message)["content"])
 
-    def quoted(self, message: Message) -> str:
-        """A message's content as the template is given it."""
-        return str(self._quote(message.content, self._control_of(message)))
-
-    def _control_of(self, message: Message) -> re.Pattern[str]:
-        return self._turn if message.role == "assistant" else self._control
-
-    def _plain(self, index: int, message: Message, mark: Callable[[int, str, str], str] | None) -> dict[str, Any]:
+    def _plain(self, message: Message) -> dict[str, Any]:
         """One message as templates expect it."""
-
-        def text(kind: str, value: str) -> str:
-            control = self._control_of(message) if kind == "content" else self._control
-            quoted = str(self._quote(value, control))
-            return mark(index, kind, quoted) if mark else quoted
-
-        plain: dict[str, Any] = {"role": message.role, "content": text("content", message.content)}
+        control = self._turn if message.role == "assistant" else self._control
+        plain: dict[str, Any] = {"role": message.role, "content": self._quote(message.content, control)}
         if message.tool_calls:
             plain["tool_calls"] = [
                 {
                     "type": "function",
                     "id": self._quote(call.id, self._control),
                     "function": {
-                        "name": text("name", call.name),
+                        "name": self._quote(call.name, self._control),
                         "arguments": self._quote(dict(call.arguments), self._control),
                     },
                 }

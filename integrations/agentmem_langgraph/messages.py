@@ -37,6 +37,9 @@ _MEDIA = {
     "media",
 }
 
+_Key = tuple[Role, str, str, str, bool]  # role, text, tool_call_id, name, write: all of a message but calls
+_MESSAGE_BYTES = 600  # a message's object with its digest, and the key's other strings
+
 
 def to_engine(messages: Sequence[BaseMessage], cache: MessageCache | None = None) -> list[Message]:
     """The same messages for the engine, one for one.
@@ -51,44 +54,43 @@ def to_engine(messages: Sequence[BaseMessage], cache: MessageCache | None = None
     """
     # Done for a whole history at every turn, and pydantic's isinstance and attributes are slow: what most messages are,
     # text without calls and marks, is taken as it lies.
-    converted = []
+    keys: list[_Key] = []
     for message in messages:
         role, fields = _ROLES.get(type(message)), vars(message)
         text = fields["content"]
         marked = fields["additional_kwargs"] or fields.get("tool_calls")
         if role is None or role == "tool" or type(text) is not str or marked:
-            converted.append(_to_engine(message, cache))
+            keys.append(_key(message))
         else:
-            converted.append(_kept(cache, role, text, "", fields["name"] or "", True))
+            keys.append((role, text, "", fields["name"] or "", True))
+    kept = [None] * len(keys) if cache is None else cache.get_all(keys)
+    return [
+        _converted(message, key, cache) if known is None or vars(message).get("tool_calls") else known
+        for known, message, key in zip(kept, messages, keys, strict=True)
+    ]
+
+
+def _converted(message: BaseMessage, key: _Key, cache: MessageCache | None) -> Message:
+    role, text, tool_call_id, name, write = key
+    if role == "assistant" and isinstance(message, AIMessage) and message.tool_calls:
+        # Arguments may be changed in place, so a message with calls is made anew each time.
+        calls = tuple(ToolCall(call["name"], call["args"], call["id"] or "") for call in message.tool_calls)
+        return Message(role, text, tool_calls=calls, name=name, write=write)
+    converted = Message(role, text, tool_call_id=tool_call_id, name=name, write=write)
+    if cache is not None:
+        cache.put(key, converted, sys.getsizeof(text) + _MESSAGE_BYTES)
     return converted
 
 
-def _kept(cache: MessageCache | None, role: Role, text: str, tool_call_id: str, name: str, write: bool) -> Message:
-    """A message without calls: the one that is in the cache, or a new one."""
-    if cache is None:
-        return Message(role, text, tool_call_id=tool_call_id, name=name, write=write)
-    key = ("message", role, text, tool_call_id, name, write)
-    message: Message | None = cache.get(key)
-    if message is None:
-        message = Message(role, text, tool_call_id=tool_call_id, name=name, write=write)
-        cache.put(key, message, sys.getsizeof(text) + _MESSAGE_BYTES)
-    return message
-
-
-_MESSAGE_BYTES = 600  # a message's object with its digest, and the key's other strings
-
-
-def _to_engine(message: BaseMessage, cache: MessageCache | None) -> Message:
-    role, text, name, write = _role(message), _text(message), message.name or "", _write_flag(message)
-    if role == "assistant" and isinstance(message, AIMessage) and message.tool_calls:
-        calls = tuple(ToolCall(call["name"], call["args"], call["id"] or "") for call in message.tool_calls)
-        return Message(role, text, tool_calls=calls, name=name, write=write)
-    if role != "tool":
-        return _kept(cache, role, text, "", name, write)
-    result = cast(ToolMessage, message)
-    if result.status == "error" and not text.startswith("Error"):
-        text = f"Error: {text}"  # templates show a tool's text alone
-    return _kept(cache, role, text, result.tool_call_id, name, write)
+def _key(message: BaseMessage) -> _Key:
+    role, text = _role(message), _text(message)
+    tool_call_id = ""
+    if role == "tool":
+        result = cast(ToolMessage, message)
+        tool_call_id = result.tool_call_id
+        if result.status == "error" and not text.startswith("Error"):
+            text = f"Error: {text}"  # templates show a tool's text alone
+    return role, text, tool_call_id, message.name or "", _write_flag(message)
 
 
 def _role(message: BaseMessage) -> Role:

@@ -25,7 +25,7 @@ from agentmem.generation.plan import Request, TurnOptions
 from agentmem.generation.runner import ModelRunner
 from agentmem.generation.scheduler import Scheduler, Steps
 from agentmem.generation.turn import Emit, Remembered, Turn, TurnContext, run_remember, run_turn
-from agentmem.messages import Message
+from agentmem.messages import Message, MessageCache
 from agentmem.prompt.transcript import Transcript
 from agentmem.record import OnEdit
 from agentmem.state import MemoryState
@@ -97,6 +97,11 @@ class Engine:
     def has_memory(self) -> bool:
         """Whether an adapter is attached."""
         return self._context.runner.steered is not None
+
+    @property
+    def message_cache(self) -> MessageCache:
+        """What this engine has worked out about the messages that it saw; freed when it is closed."""
+        return self._context.transcript.cache
 
     @property
     def max_tokens_limit(self) -> int:
@@ -189,6 +194,7 @@ class Engine:
     def close(self) -> None:
         """End the worker; turns under way fail with EngineClosedError. Idempotent."""
         self._scheduler.close()
+        self.message_cache.clear()
 
     def __enter__(self) -> Engine:
         return self

@@ -1,16 +1,18 @@
 """The engine's own message type: what a chat template needs, and nothing of any agent framework.
 
-A message is a value. Its digest covers role, text, tool calls (name, canonical arguments, id), tool_call_id
-and name, so that two spellings of one message count as one; it never covers reasoning or the write flag.
+A message is a value. Its digest covers what a prompt shows of it: role, text, tool calls (name, canonical arguments,
+id) and tool_call_id, so that two spellings of one message count as one. It never covers the name, which agents put on
+their replies afterwards, nor reasoning or the write flag.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from threading import Lock
 from typing import Any, Literal, get_args
 
 from agentmem.errors import TranscriptError
@@ -19,8 +21,10 @@ Role = Literal["system", "user", "assistant", "tool"]
 
 ROLES: tuple[str, ...] = get_args(Role)
 
-LONGEST_KEPT = 1 << 13
-"""Characters of a message that caches keep: four thousand of them take 32 MB, four times that for rare scripts."""
+CACHE_BYTES = 64 << 20
+"""Most bytes that a cache of messages takes, by its own estimate."""
+
+_ENTRY_BYTES = 200  # a dict's entry, the key's tuple and the value's object, roughly
 
 
 @dataclass(frozen=True)
@@ -72,37 +76,94 @@ class Message:
         # A list is what callers often have at hand; a tuple is what makes the message a value.
         object.__setattr__(self, "tool_calls", tuple(self.tool_calls))
 
-    @property
+    @cached_property
     def writes(self) -> bool:
         """Whether the write policy lets this message into memory."""
         return self.write and self.role != "system"
 
-    def digest(self) -> bytes:
+    def digest(self, *, with_name: bool = False) -> bytes:
         """SHA-256 over everything that makes this message the same message.
+
+        Args:
+            with_name: the name as well, as the records of older states do.
 
         Raises:
             TranscriptError: a tool call's arguments are no JSON object.
         """
-        # Arguments are the caller's own objects and may change in place; everything else can not.
-        return self._computed_digest() if self.tool_calls else self._kept_digest
+        # Arguments are the caller's own objects and may change in place; nothing else can.
+        if with_name or self.tool_calls:
+            return self._computed_digest(self.name if with_name else "")
+        return self._kept_digest
 
     @cached_property
     def _kept_digest(self) -> bytes:
-        return self._computed_digest()
+        return self._computed_digest("")
 
-    def _computed_digest(self) -> bytes:
-        body = [
-            self.role,
-            self.content,
-            [[c.name, dict(c.arguments), c.id] for c in self.tool_calls],
-            self.tool_call_id,
-            self.name,
-        ]
+    def _computed_digest(self, name: str) -> bytes:
+        calls = [[call.name, dict(call.arguments), call.id] for call in self.tool_calls]
         try:
+            body = [self.role, self.content, calls, self.tool_call_id, name]
             text = json.dumps(body, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         except (TypeError, ValueError) as error:
             raise TranscriptError(
                 f"the arguments of a tool call must be a JSON object, so that the message can be recognised "
-                f"later; found {[c.arguments for c in self.tool_calls]!r} ({error})"
+                f"later; found {[call.arguments for call in self.tool_calls]!r} ({error})"
             ) from error
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+class MessageCache:
+    """What was worked out about the messages that were seen lately, bounded by bytes. It changes no result.
+
+    Entries live in two generations. New ones and those that are used join the young generation; when that has half of
+    the bytes it becomes the old one, and what was in the old one is dropped. So a lookup costs one dict access.
+    Thread-safe.
+
+    Args:
+        limit: most bytes of all entries together.
+    """
+
+    def __init__(self, limit: int = CACHE_BYTES) -> None:
+        self._limit = limit
+        self._young: dict[Hashable, tuple[Any, int]] = {}
+        self._old: dict[Hashable, tuple[Any, int]] = {}
+        self._young_bytes = self._old_bytes = 0
+        self._lock = Lock()
+
+    def get(self, key: Hashable) -> Any:
+        """The value kept for a key, or None."""
+        entry = self._young.get(key)
+        if entry is None:
+            entry = self._old.get(key)
+            if entry is None:
+                return None
+            self.put(key, entry[0], entry[1] - _ENTRY_BYTES)
+        return entry[0]
+
+    def get_all(self, keys: Iterable[Hashable]) -> list[Any]:
+        """The values kept for keys, None for those that are not there."""
+        young = self._young
+        return [entry[0] if (entry := young.get(key)) is not None else self.get(key) for key in keys]
+
+    def put(self, key: Hashable, value: Any, size: int) -> None:
+        """Keep a value, which takes so many bytes with its key; one that takes half of the limit is not kept."""
+        size += _ENTRY_BYTES
+        if size > self._limit // 2:
+            return
+        with self._lock:
+            if self._young_bytes + size > self._limit // 2:
+                self._old, self._old_bytes = self._young, self._young_bytes
+                self._young, self._young_bytes = {}, 0
+            self._young_bytes += size - self._young.get(key, (None, 0))[1]
+            self._young[key] = value, size
+
+    @property
+    def size(self) -> int:
+        """Bytes that are taken, by estimate."""
+        return self._young_bytes + self._old_bytes
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._young, self._old = {}, {}
+            self._young_bytes = self._old_bytes = 0

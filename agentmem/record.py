@@ -1,29 +1,32 @@
 """What a memory has consumed, and how a given history lines up with it.
 
-A record is a value: a count, a chain digest over all consumed messages and the 8-byte digests of the last
-256. It answers one question: which messages of this history are new? Messages that never write (system
-messages, retrieved facts) are never consumed and never new, so they play no part here.
+A record is a value. It describes the last history that the memory was given, all of which has been consumed: how many
+messages were ever written, a chain digest over that history, and the 8-byte digests of its last 256 messages in the
+order of that history. It answers one question: which messages of the next history are new? Messages that never write
+(system messages, retrieved facts) are never consumed and never new, so they play no part here.
 
 The rules of `ConsumedRecord.align`, in order:
 
-1. The history starts with everything that was consumed (the chain digest says so): what follows is new.
-2. Otherwise the history is aligned with the tail by a longest common subsequence in which every *break* (a
-   stretch of consumed messages that is missing between two matches, or after the last one) counts as one
-   match less. Breaks at the head are free: histories are trimmed there. Matched messages are consumed. With
-   a full tail, so are those before the first match, which are taken to be older than the tail. All others
-   are new, in their place.
+1. The history starts with the whole last history (the chain digest says so): what follows is new.
+2. Otherwise the history is aligned with the tail by a longest common subsequence in which every *break* (a stretch of
+   consumed messages that is missing between two matches, or after the last one) counts as one match less. Breaks at
+   the head are free: histories are trimmed there. Matched messages are consumed. With a full tail, so are those before
+   the first match, which are taken to be older than the tail. A message that merely moved is consumed too: one
+   before the last match that the tail holds elsewhere, unmatched; behind the last match only in a history that lacks
+   nothing of the tail but its head, and never as its last message, since people say the same thing twice. All others
+   are new, in their place. A history that shares nothing with the tail is taken to follow the last one.
 
-Counting breaks decides what repeated equal messages ("ok", "done") stand for; where no message repeats the
-result is the plain longest common subsequence. Equal scores are decided by fewer unmatched messages before
-the last match (with a full tail: between the first and the last), then by fewer breaks, then by the later
-place in the tail, then by the later place in the history. So a trimmed history continues the end of the
-tail, and what comes after is new even when it repeats something older.
+Counting breaks decides what repeated equal messages ("ok", "done") stand for; where no message repeats the result is
+the plain longest common subsequence. Equal scores are decided by fewer unmatched messages before the last match (with
+a full tail: between the first and the last), then by fewer breaks, then by the later place in the tail, then by the
+later place in the history. So a trimmed history continues the end of the tail, and what comes after is new even when
+it repeats something older.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import deque
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -32,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agentmem.errors import ConfigError, CorruptStateError, HistoryEditedError, StateMismatchError
-from agentmem.messages import LONGEST_KEPT, Message
+from agentmem.messages import Message
 
 OnEdit = Literal["write", "error", "rebuild"]
 
@@ -48,6 +51,59 @@ _MATCH = 1 << 32
 _NONE = -1  # no alignment ends here; every real one has a positive key
 
 
+class History(NamedTuple):
+    """A history as records read it.
+
+    Attributes:
+        messages: as given.
+        places: of the messages that write.
+        silent: places of the others.
+        digests: of the messages that write, 8 bytes each.
+        chains: of the first n of these, n from 0 on.
+    """
+
+    messages: list[Message]
+    places: list[int]
+    silent: list[int]
+    digests: list[bytes]
+    chains: list[bytes]
+
+    @classmethod
+    def read(cls, messages: Sequence[Message], beginning: History | None = None) -> History:
+        """Read a history; `beginning` is what was read of its first messages earlier."""
+        history = cls(list(messages), [], [], [], [bytes(CHAIN)])
+        start = 0
+        if beginning is not None:
+            _, places, silent, digests, chains = beginning
+            history = cls(list(messages), places.copy(), silent.copy(), digests.copy(), chains.copy())
+            start = len(beginning.messages)
+        for place in range(start, len(messages)):
+            message = messages[place]
+            if not message.writes:
+                history.silent.append(place)
+                continue
+            digest = message.digest()[:DIGEST]
+            history.places.append(place)
+            history.digests.append(digest)
+            history.chains.append(_link(history.chains[-1], digest))
+        return history
+
+    def unchangeable(self) -> History:
+        """The part that can be kept for later: up to the first tool call, whose arguments may be changed in place."""
+        messages = self.messages
+        stop = next((place for place, message in enumerate(messages) if message.tool_calls), len(messages))
+        if stop == len(messages):
+            return self
+        count = sum(place < stop for place in self.places)
+        return History(
+            messages[:stop],
+            self.places[:count],
+            self.silent[: stop - count],
+            self.digests[:count],
+            self.chains[: count + 1],
+        )
+
+
 @dataclass(frozen=True)
 class Alignment:
     """Which messages of a history are new. All lists hold indices into the history, in ascending order.
@@ -57,14 +113,18 @@ class Alignment:
         consumed: already in the memory.
         edits: those of `new` that stand before a consumed message.
         silent: those that never write.
+        deletions: how many messages of the last history are missing after one that was kept, and were not replaced.
         rebuild: start from the zero state; `new` then names every message that writes.
+        record: the record once `new` is written.
     """
 
     new: list[int] = field(default_factory=list)
     consumed: list[int] = field(default_factory=list)
     edits: list[int] = field(default_factory=list)
     silent: list[int] = field(default_factory=list)
+    deletions: int = 0
     rebuild: bool = False
+    record: ConsumedRecord = field(default_factory=lambda: ConsumedRecord.empty(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -72,9 +132,9 @@ class ConsumedRecord:
     """Everything that a memory knows about the messages written into it.
 
     Attributes:
-        count: how many messages were consumed.
-        chain: 32 bytes, chain' = SHA-256(chain || digest) message by message, from zeros.
-        tail: the 8-byte digests of the last `min(count, 256)` messages, oldest first.
+        count: how many messages were ever written.
+        chain: 32 bytes, chain' = SHA-256(chain || digest) over the messages of the last history, from zeros.
+        tail: the 8-byte digests of the last 256 messages of that history, oldest first.
 
     Raises:
         CorruptStateError: the three do not fit together.
@@ -87,19 +147,23 @@ class ConsumedRecord:
     def __post_init__(self) -> None:
         if not isinstance(self.count, int) or isinstance(self.count, bool) or self.count < 0:
             raise CorruptStateError(f"a record's count is an integer from 0 up; found {self.count!r}")
-        for name, expected in (("chain", CHAIN), ("tail", DIGEST * min(self.count, TAIL))):
+        for name in ("chain", "tail"):
             value = getattr(self, name)
             if not isinstance(value, bytes):
                 raise CorruptStateError(f"a record's {name} is bytes; found {type(value).__name__}")
-            if len(value) != expected:
-                raise CorruptStateError(
-                    f"the record of {self.count} consumed messages has a {name} of {expected} bytes; found {len(value)}"
-                )
+        if len(self.chain) != CHAIN:
+            raise CorruptStateError(f"a record has a chain of {CHAIN} bytes; found {len(self.chain)}")
+        longest = DIGEST * min(self.count, TAIL)
+        if len(self.tail) > longest or len(self.tail) % DIGEST:
+            raise CorruptStateError(
+                f"the record of {self.count} consumed messages has a tail of at most {longest} bytes, "
+                f"{DIGEST} for each message; found {len(self.tail)}"
+            )
 
     @property
     def recent(self) -> tuple[bytes, ...]:
-        """The digests of the last messages that were consumed, at most 256, oldest first; 8 bytes each."""
-        return tuple(self.tail[at : at + DIGEST] for at in range(0, len(self.tail), DIGEST))
+        """The digests of the last messages of the last history, at most 256, oldest first; 8 bytes each."""
+        return tuple(_split(self.tail))
 
     @classmethod
     def empty(cls) -> ConsumedRecord:
@@ -107,7 +171,7 @@ class ConsumedRecord:
         return cls(0, bytes(CHAIN), b"")
 
     def extend(self, messages: Sequence[Message]) -> ConsumedRecord:
-        """The record after these messages, in order; those that never write are left out."""
+        """The record after these messages followed the last history; those that never write are left out."""
         return self._extend(message.digest()[:DIGEST] for message in messages if message.writes)
 
     def _extend(self, digests: Iterable[bytes]) -> ConsumedRecord:
@@ -119,130 +183,156 @@ class ConsumedRecord:
         return ConsumedRecord(count, chain, bytes(tail[-TAIL * DIGEST :]))
 
     def merge(self, branches: Sequence[ConsumedRecord]) -> ConsumedRecord:
-        """This record plus what each branch consumed since, branch after branch.
+        """This record plus what each branch added to it, branch after branch.
 
-        Branches that each consumed at most 256 messages give exactly the record of the concatenated
-        messages. The chain of a longer branch cannot be redone from its tail, so it enters the merged chain
-        as a whole: later histories are then recognised by the tail.
+        Branches that each added at most 256 messages to the end of the history give exactly the record of the joined
+        history. The chain of a longer branch cannot be redone from its tail, so it enters the merged chain as it is:
+        later histories are then recognised by the tail.
 
         Raises:
             StateMismatchError: a branch does not continue this record.
         """
         merged = self
         for branch in branches:
-            added = branch.count - self.count
-            digests = _split(branch.tail)[max(0, len(branch.tail) // DIGEST - added) :] if added > 0 else []
-            if added < 0 or (added <= TAIL and self._extend(digests).chain != branch.chain):
+            written, added = branch.count - self.count, self._added(branch)
+            if added is None:
                 raise StateMismatchError(
                     f"a branch that continues the record {_name(self)} was expected; found {_name(branch)}; "
                     "merge only memories that come from the same base"
                 )
-            if added <= TAIL:
-                merged = merged._extend(digests)
-            else:
-                chain = hashlib.sha256(merged.chain + branch.chain).digest()
-                merged = ConsumedRecord(merged.count + added, chain, branch.tail)
+            merged = merged._extend(added)
+            if written > TAIL and len(added) == TAIL:
+                merged = ConsumedRecord(merged.count, hashlib.sha256(merged.chain + branch.chain).digest(), branch.tail)
+            merged = ConsumedRecord(merged.count + written - len(added), merged.chain, merged.tail)
         return merged
 
-    def align(self, history: Sequence[Message], on_edit: OnEdit = "write") -> Alignment:
+    def _added(self, branch: ConsumedRecord) -> list[bytes] | None:
+        """Digests of what a branch's history has beyond this one; None where it cannot have started here."""
+        written, digests = branch.count - self.count, _split(branch.tail)
+        if written < 0:
+            return None
+        if written <= len(digests):  # the usual branch: this history with something behind it
+            added = digests[len(digests) - written :]
+            if self._extend(added).chain == branch.chain:
+                return added
+        # A branch that was given another history: edited, trimmed, or one of its own.
+        tail = _split(self.tail)
+        missing, added = Counter(tail), []
+        for digest in digests:
+            if missing[digest]:
+                missing[digest] -= 1
+            else:
+                added.append(digest)
+        older = len(tail) == TAIL  # what the branch shows may have been consumed before the tail begins
+        if len(added) > written:
+            return added[len(added) - written :] if older else None
+        return added
+
+    def align(self, history: Sequence[Message] | History, on_edit: OnEdit = "write") -> Alignment:
         """Find what is new in a history.
 
         Args:
-            history: the whole history as given, system messages included.
-            on_edit: what an unmatched message before a matched one does. "write" reports it in `edits`,
-                "error" raises, "rebuild" asks for all messages anew.
+            history: the whole history as given, system messages included; or what `History.read` made of it.
+            on_edit: what an unmatched message before a matched one does, and a deletion. "write" reports them,
+                "error" raises for an edit, "rebuild" asks for all messages anew.
 
         Raises:
             HistoryEditedError: `on_edit` is "error" and a message before a consumed one is new or changed.
         """
         if on_edit not in ("write", "error", "rebuild"):
             raise ConfigError(f'on_edit is "write", "error" or "rebuild"; found {on_edit!r}')
-        places, silent, digests, chains = _read(list(history))
-        if self.count < len(chains) and chains[self.count] == self.chain:
-            return Alignment(new=places[self.count :], consumed=places[: self.count], silent=silent)
-        consumed = [places[j] for j in self._matched(digests)]
-        old = set(consumed)
-        new = [i for i in places if i not in old]
-        edits = [i for i in new if consumed and i < consumed[-1]]
+        if not isinstance(history, History):
+            history = History.read(history)
+        places, silent = history.places, history.silent
+        if not places:  # nothing to learn from: the next history is compared with the last one that said something
+            return Alignment(silent=silent, record=self)
+        if self.chain in history.chains:
+            start = history.chains.index(self.chain)
+            record = self._after(history, len(places) - start)
+            return Alignment(new=places[start:], consumed=places[:start], silent=silent, record=record)
+        columns, last, deletions = self._consumed(history)
+        if last is None:  # shares nothing with the last history: notes, or what came after everything was cleared
+            return Alignment(new=places, silent=silent, record=self._extend(history.digests))
+        consumed = [places[column] for column in columns]
+        new = sorted(set(places) - set(consumed))
+        edits = [place for place in new if place < places[last]]
         if edits and on_edit == "error":
-            message = history[edits[0]]
+            message = history.messages[edits[0]]
             raise HistoryEditedError(
                 f"message {edits[0]} ({message.role}: {_excerpt(message)!r}) stands before consumed ones, "
                 "but was itself never consumed as it is now; restore it, continue from an earlier state, or "
                 'pass on_edit="write" or on_edit="rebuild"'
             )
-        if edits and on_edit == "rebuild":
-            return Alignment(new=places, edits=edits, silent=silent, rebuild=True)
-        return Alignment(new=new, consumed=consumed, edits=edits, silent=silent)
+        if (edits or deletions) and on_edit == "rebuild":
+            record = ConsumedRecord.empty()._after(history, len(places))
+            return Alignment(places, [], edits, silent, deletions, rebuild=True, record=record)
+        return Alignment(new, consumed, edits, silent, deletions, record=self._after(history, len(new)))
 
-    def _matched(self, digests: list[bytes]) -> list[int]:
-        """Indices into `digests` of the consumed ones, ascending, where these are not its beginning."""
+    def _after(self, history: History, written: int) -> ConsumedRecord:
+        """The record after this history, of which so many messages were written."""
+        return ConsumedRecord(self.count + written, history.chains[-1], b"".join(history.digests[-TAIL:]))
+
+    def _consumed(self, history: History) -> tuple[list[int], int | None, int]:
+        """What is consumed of a history that does not start with the last one.
+
+        Returns:
+            The consumed ones as indices into its digests, ascending; the last one that was matched in its place; and
+            the number of deletions.
+        """
         tail = _split(self.tail)
+        digests = _earlier_digests(history, tail)
         full = len(tail) == TAIL and self.count > TAIL
         matched = _match(tail, digests, free_head=full)
-        if full and matched:
-            return [*range(matched[0]), *matched]
-        return matched
+        if not matched:
+            return [], None, 0
+        rows, columns = [row for row, _ in matched], [column for _, column in matched]
+        consumed = {*range(columns[0]), *columns} if full else set(columns)
+        missing = Counter(tail[row] for row in set(range(len(tail))) - set(rows))
+        # A head that was trimmed takes no part in whether anything is missing.
+        present = set(digests)
+        start = next(row for row, digest in enumerate(tail) if digest in present)
+        everything = not Counter(tail[start:]) - Counter(digests)
+        for column in sorted(set(range(len(digests))) - consumed):
+            behind = column > columns[-1]
+            if missing[digests[column]] and (not behind or (everything and column < len(digests) - 1)):
+                missing[digests[column]] -= 1
+                consumed.add(column)
+        # Count per gap between two matches: what is missing there and was not replaced by something new.
+        deletions = 0
+        ends = [*matched[1:], (len(tail), len(digests))]
+        for (row, column), (next_row, next_column) in zip(matched, ends, strict=True):
+            lost = Counter(tail[row + 1 : next_row]) & missing
+            missing -= lost
+            replaced = 0 if next_row == len(tail) else len(set(range(column + 1, next_column)) - consumed)
+            deletions += max(0, lost.total() - replaced)
+        return sorted(consumed), columns[-1], deletions
 
 
-class _Read(NamedTuple):
-    """What a history says to records.
+def _earlier_digests(history: History, tail: list[bytes]) -> list[bytes]:
+    """The history's digests; for messages with a name the digests of older records, where the tail has those.
 
-    Attributes:
-        places: of the messages that are written.
-        silent: places of the others.
-        digests: of these.
-        chains: of the first n of these, n from 0 on.
+    Records once covered the name as well, and states that were saved then are still recognised.
     """
-
-    places: list[int]
-    silent: list[int]
-    digests: list[bytes]
-    chains: list[bytes]
-
-
-# A turn is given its thread's whole history again, with the same messages before the new ones: the last that were read.
-# Up to the first message with tool calls, whose arguments may be changed in place, or that is too long to be kept.
-_KNOWN: deque[tuple[list[Message], _Read]] = deque(maxlen=8)
+    digests = list(history.digests)
+    for number, place in enumerate(history.places):
+        message = history.messages[place]
+        if message.name and (earlier := message.digest(with_name=True)[:DIGEST]) in tail:
+            digests[number] = earlier
+    return digests
 
 
-def _read(history: list[Message]) -> _Read:
-    # Lists are compared by identity first, so a thousand messages take microseconds.
-    begins = [one for one in tuple(_KNOWN) if history[: len(one[0])] == one[0]]
-    known, read = max(begins, key=lambda one: len(one[0]), default=([], _Read([], [], [], [bytes(CHAIN)])))
-    found = _Read(read.places.copy(), read.silent.copy(), read.digests.copy(), read.chains.copy())
-    fixed = len(known)
-    for place in range(len(known), len(history)):
-        message = history[place]
-        if message.writes:
-            digest = message.digest()[:DIGEST]
-            found.places.append(place)
-            found.digests.append(digest)
-            found.chains.append(_link(found.chains[-1], digest))
-        else:
-            found.silent.append(place)
-        if fixed == place and not message.tool_calls and len(message.content) <= LONGEST_KEPT:
-            fixed = place + 1
-    if fixed > len(known):
-        count = sum(place < fixed for place in found.places)
-        kept = found.places[:count], found.silent[: fixed - count], found.digests[:count], found.chains[: count + 1]
-        _KNOWN.append((history[:fixed], _Read(*kept)))
-    return found
-
-
-def _match(tail: list[bytes], digests: list[bytes], *, free_head: bool) -> list[int]:
-    """Indices into `digests` of the best alignment with `tail` (the module docstring says what is best)."""
-    known = set(tail)
-    places = np.array([j for j, digest in enumerate(digests) if digest in known], dtype=np.int64)
+def _match(tail: list[bytes], digests: list[bytes], *, free_head: bool) -> list[tuple[int, int]]:
+    """The best alignment as pairs of indices into `tail` and `digests` (the module docstring says what is best)."""
+    numbers = {digest: number for number, digest in enumerate(set(tail))}
+    places = np.array([column for column, digest in enumerate(digests) if digest in numbers], dtype=np.int64)
     if not len(places):
         return []
-    numbers = {digest: n for n, digest in enumerate(known)}
     left = np.array([numbers[digest] for digest in tail], dtype=np.int64)
-    right = np.array([numbers[digests[j]] for j in places], dtype=np.int64)
+    right = np.array([numbers[digests[column]] for column in places], dtype=np.int64)
     equal: NDArray[np.bool_] = left[:, None] == right[None, :]  # [tail, history]
     keys, best = _keys(equal, places if free_head else np.zeros_like(places))
-    i, j = _last_pair(equal, keys, places)
-    return [int(places[j]) for j in _walk_back(keys, best, i, j)]
+    row, column = _last_pair(equal, keys, places)
+    return [(i, int(places[j])) for i, j in _walk_back(keys, best, row, column)]
 
 
 def _keys(equal: NDArray[np.bool_], start: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -281,20 +371,20 @@ def _last_pair(equal: NDArray[np.bool_], keys: NDArray[np.int64], places: NDArra
     return max(ends, key=rank)
 
 
-def _walk_back(keys: NDArray[np.int64], best: NDArray[np.int64], i: int, j: int) -> list[int]:
-    """Columns of the alignment that ends with (i, j), ascending; ties go to the nearest earlier pair."""
-    columns = [j]
+def _walk_back(keys: NDArray[np.int64], best: NDArray[np.int64], i: int, j: int) -> list[tuple[int, int]]:
+    """Pairs of the alignment that ends with (i, j), ascending; ties go to the nearest earlier pair."""
+    pairs = [(i, j)]
     while True:
         rest = int(keys[i, j]) - _SCORE - _MATCH
         if rest < _MATCH:  # no match before this one
-            return columns[::-1]
+            return pairs[::-1]
         if best[i - 1, j - 1] == rest:
             i -= 1
         else:
             rest += _SCORE
             i = int(np.flatnonzero(best[: i - 1, j - 1] == rest)[-1])
         j = int(np.flatnonzero(keys[i, :j] == rest)[-1])
-        columns.append(j)
+        pairs.append((i, j))
 
 
 def _link(chain: bytes, digest: bytes) -> bytes:

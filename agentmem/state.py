@@ -5,9 +5,10 @@ holds it without a codec of ours and nothing executable is ever loaded. Its dige
 equality is equality of digests. A state that is truncated, altered or foreign is refused by a typed error,
 never repaired.
 
-Two plain forms exist, and both verify everything on the way in:
+Three plain forms exist, and all verify everything on the way in:
 
 - `to_dict` / `from_dict`: a flat dict of msgpack's own types, for checkpoints.
+- `to_json` / `from_dict`: the same dict with base64 text in place of bytes, for servers, SDKs and stores.
 - `to_bytes` / `from_bytes`: magic, header length, JSON header, matrices, SHA-256 of all that; for files.
 
 Needs numpy only. The names of this module and class are an on-disk format.
@@ -15,6 +16,8 @@ Needs numpy only. The names of this module and class are an on-disk format.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import json
 import math
@@ -35,6 +38,7 @@ _MAGIC = b"agentmem"
 _LENGTH = 4  # bytes of the header's length, little-endian
 _CHECK = 32  # bytes of the SHA-256 at the end
 _ITEM = 4  # bytes of a float32
+_BYTES = ("data", "chain", "tail")  # the fields that are bytes
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -53,7 +57,7 @@ class MemoryState:
         CorruptStateError: a field has the wrong type or size, or a number is not finite.
     """
 
-    shape: list[int]
+    shape: tuple[int, ...]
     data: bytes
     model_fingerprint: str
     adapter_fingerprint: str
@@ -70,8 +74,8 @@ class MemoryState:
             raise CorruptStateError(f"a state's shape is a list of positive integers; found {self.shape!r}")
         if len(self.shape) != 4 or self.shape[2] != self.shape[3]:
             raise CorruptStateError(f"a state's shape is [layers, heads, rank, rank]; found {list(self.shape)}")
-        object.__setattr__(self, "shape", list(self.shape))
-        for name in ("data", "chain", "tail"):
+        object.__setattr__(self, "shape", tuple(self.shape))
+        for name in _BYTES:
             value = getattr(self, name)
             if not isinstance(value, (bytes, bytearray, memoryview)):
                 raise CorruptStateError(f"a state's {name} is bytes; found {type(value).__name__}")
@@ -82,11 +86,13 @@ class MemoryState:
         expected = math.prod(self.shape) * _ITEM
         if len(self.data) != expected:
             raise CorruptStateError(
-                f"a state of shape {self.shape} holds {expected} bytes of float32; found {len(self.data)}"
+                f"a state of shape {list(self.shape)} holds {expected} bytes of float32; found {len(self.data)}"
             )
         if not np.isfinite(self.matrices).all():
             raise CorruptStateError("a state's numbers are finite; found NaN or infinity")
         ConsumedRecord(self.count, self.chain, self.tail)  # refuses a record that does not fit together
+        # Serialisers of dataclasses write what an instance holds, and without its digest a state cannot come back.
+        _ = self.digest
 
     @classmethod
     def from_matrices(
@@ -95,7 +101,7 @@ class MemoryState:
         """A state from an array [layers, heads, rank, rank]; the numbers are copied as float32."""
         array = np.ascontiguousarray(matrices, dtype="<f4")
         return cls(
-            shape=list(array.shape),
+            shape=array.shape,
             data=array.tobytes(),
             model_fingerprint=model_fingerprint,
             adapter_fingerprint=adapter_fingerprint,
@@ -136,7 +142,7 @@ class MemoryState:
         """Every field but the matrices, in JSON's types."""
         return {
             "version": self.version,
-            "shape": self.shape,
+            "shape": list(self.shape),
             "model_fingerprint": self.model_fingerprint,
             "adapter_fingerprint": self.adapter_fingerprint,
             "count": self.count,
@@ -150,6 +156,16 @@ class MemoryState:
     def __hash__(self) -> int:
         return hash(self.digest)
 
+    def __copy__(self) -> MemoryState:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MemoryState:
+        return self
+
+    def __reduce__(self) -> tuple[type[MemoryState], tuple[Any, ...]]:
+        # Through the constructor, which verifies the fields and computes the digest anew.
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))
+
     def __repr__(self) -> str:
         return f"MemoryState({self.digest[:12]}, layers={self.shape[0]}, consumed={self.count})"
 
@@ -162,8 +178,10 @@ class MemoryState:
         changes: dict[str, Any] = {}
         if matrices is not None:
             array = np.ascontiguousarray(matrices, dtype="<f4")
-            if list(array.shape) != self.shape:
-                raise StateMismatchError(f"matrices of shape {self.shape} were expected; found {list(array.shape)}")
+            if array.shape != self.shape:
+                raise StateMismatchError(
+                    f"matrices of shape {list(self.shape)} were expected; found {list(array.shape)}"
+                )
             changes["data"] = array.tobytes()
         if record is not None:
             changes.update(count=record.count, chain=record.chain, tail=record.tail)
@@ -178,7 +196,7 @@ class MemoryState:
         pairs = (
             ("model", model_fingerprint, self.model_fingerprint),
             ("adapter", adapter_fingerprint, self.adapter_fingerprint),
-            ("shape", list(shape), self.shape),
+            ("shape", list(shape), list(self.shape)),
         )
         wrong = [f"{name} {here!r} here, {there!r} in the state" for name, here, there in pairs if here != there]
         if wrong:
@@ -192,9 +210,14 @@ class MemoryState:
         plain: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         return plain | {"shape": list(self.shape), "digest": self.digest}
 
+    def to_json(self) -> dict[str, Any]:
+        """As `to_dict`, in types that JSON holds: bytes are base64 text."""
+        plain = self.to_dict()
+        return plain | {name: base64.b64encode(plain[name]).decode() for name in _BYTES}
+
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> MemoryState:
-        """The state that `to_dict` gave.
+        """The state that `to_dict` or `to_json` gave.
 
         Raises:
             CorruptStateError: a key is missing or unknown, or a value is not what was written.
@@ -208,8 +231,9 @@ class MemoryState:
             raise CorruptStateError(
                 f"a state's dict has the keys {', '.join(sorted(names | {'digest'}))}; "
                 f"missing: {sorted(missing)}, unknown: {sorted(map(str, unknown))}"
+                + (_UNREGISTERED if missing == {"digest"} else "")
             )
-        state = cls(**{name: plain[name] for name in names})
+        state = cls(**{name: _from_text(name, plain[name]) for name in names})
         if plain["digest"] != state.digest:
             raise CorruptStateError(
                 f"a state's digest is that of its other fields, {state.digest}; found {plain['digest']!r}; "
@@ -285,6 +309,24 @@ def _layer_stats(energy: NDArray[np.float64]) -> dict[str, float]:
         "effective_rank": float(np.exp(-(shares * np.log(shares)).sum())),
         "top_share": top / total,
     }
+
+
+_UNREGISTERED = (
+    "; LangGraph's strict msgpack gives a MemoryState back so where its type is not registered (@entrypoint): "
+    "save state.to_dict(), or allow ('agentmem.state', 'MemoryState')"
+)
+
+
+def _from_text(name: str, value: Any) -> Any:
+    """A field's value; bytes that JSON holds as base64 text are bytes again."""
+    if name not in _BYTES or not isinstance(value, str):
+        return value
+    try:
+        return base64.b64decode(value, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise CorruptStateError(
+            f"a state's {name} is bytes, or their base64 text; found other text ({error})"
+        ) from None
 
 
 def _refuse_newer(version: object) -> None:

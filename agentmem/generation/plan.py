@@ -31,7 +31,7 @@ WritePolicy = Literal["all", "input", "off"]
 KVReuse = Literal["exact", "carry"]
 
 PIECE_TOKENS = 2048
-"""Longest context-only pass, where message borders allow. A constant: a result must not depend on the machine."""
+"""Longest context-only pass, where messages are no longer. A constant: a result must not depend on the machine."""
 _SIZED_AT_ONCE = 8  # messages
 _CLOSING_ROOM = 8  # tokens that stay free for those that close the reply
 
@@ -132,6 +132,7 @@ class CatchUp:
         record: what the memory will have consumed, a reply not included.
         written: tokens that are written before a reply.
         edits: indices of new messages that stand before consumed ones.
+        deletions: how many consumed messages the history lacks after one that it has.
     """
 
     start: MemoryState | None
@@ -139,6 +140,7 @@ class CatchUp:
     record: ConsumedRecord
     written: int
     edits: tuple[int, ...]
+    deletions: int
 
 
 @dataclass(frozen=True)
@@ -203,10 +205,9 @@ def plan_turn(
     writes = state is not None and options["write"] != "off"
     start = state
     record = ConsumedRecord.empty() if state is None else state.record
-    alignment = record.align(messages, on_edit=options["on_edit"])
+    alignment = record.align(transcript.history(messages), on_edit=options["on_edit"])
     if writes and alignment.rebuild and state is not None:
         start = MemoryState.zeros(state.shape, state.model_fingerprint, state.adapter_fingerprint)
-        record = start.record
     new = set(alignment.new) if writes else set()
 
     sampling, tools = options["sampling"], options["tools"]
@@ -229,7 +230,6 @@ def plan_turn(
     read_only = next((place for place, segment in enumerate(prompt.segments) if segment >= 0), end)
 
     chunks = _catch_up_chunks(messages, sorted(new.difference(shown)), transcript, strategy, limit)
-    record = record.extend([messages[i] for i in sorted(new)])
     writes_reply = state is not None and options["write"] == "all"
     # Sentences are known only when the reply is complete; until then a sentence adapter only reads.
     reply_segment = 0 if writes_reply and strategy != "sentence" else -1
@@ -237,9 +237,10 @@ def plan_turn(
     return Plan(
         start=start,
         catch_up_chunks=chunks,
-        record=record,
+        record=alignment.record,
         written=_count_written([*chunks, prompt]),
         edits=tuple(alignment.edits) if writes else (),
+        deletions=alignment.deletions if writes else 0,
         strategy=strategy,
         prompt=prompt,
         read=0 if state is None else len(prompt.ids) - _count_written([prompt]),
@@ -262,7 +263,7 @@ def plan_turn(
         thinking=bool(generation_prompt) and rendered.text.rstrip().endswith("<think>"),
         budget=min(sampling.max_tokens, limit - len(rendered.input_ids) - _CLOSING_ROOM),
         # So ids of calls follow from what was consumed before them, and are known when a call begins.
-        call_id_seed=hashlib.sha256(record.chain).digest(),
+        call_id_seed=hashlib.sha256(alignment.record.chain).digest(),
         cache_salt=options["cache_salt"],
     )
 
@@ -276,16 +277,17 @@ def plan_remember(
     on_edit: OnEdit = "write",
 ) -> CatchUp:
     """Decide a context-only write: every new message in passes of its own, nothing shown, no reply."""
-    alignment = state.record.align(messages, on_edit=on_edit)
+    alignment = state.record.align(transcript.history(messages), on_edit=on_edit)
     if alignment.rebuild:
         state = MemoryState.zeros(state.shape, state.model_fingerprint, state.adapter_fingerprint)
     chunks = _catch_up_chunks(messages, alignment.new, transcript, strategy, limit)
     return CatchUp(
         start=state,
         catch_up_chunks=chunks,
-        record=state.record.extend([messages[i] for i in alignment.new]),
+        record=alignment.record,
         written=_count_written(chunks),
         edits=tuple(alignment.edits),
+        deletions=alignment.deletions,
     )
 
 

@@ -28,8 +28,7 @@ from agentmem.generation.sampling import Sampler
 from agentmem.generation.scheduler import Steps
 from agentmem.generation.sequence import Sequence, Snapshot
 from agentmem.messages import Message
-from agentmem.prompt.sentences import sentence_numbers
-from agentmem.prompt.transcript import Transcript
+from agentmem.prompt.transcript import Transcript, sentence_numbers
 from agentmem.record import OnEdit
 from agentmem.state import MemoryState
 
@@ -68,6 +67,7 @@ class Turn:
         written, read: tokens written into the memory, and shown without being written.
         edits: indices of messages that were new before consumed ones (`on_edit="write"`).
         token_ids: the reply's tokens as the model was fed them, without the generation prompt and the closing tokens.
+        deletions: how many consumed messages the history lacked after one that it had.
     """
 
     message: Message
@@ -80,15 +80,17 @@ class Turn:
     read: int
     edits: tuple[int, ...]
     token_ids: tuple[int, ...]
+    deletions: int = 0
 
 
 @dataclass(frozen=True)
 class Remembered:
-    """What a context-only write returns: the new state, tokens written, and edits as in `Turn`."""
+    """What a context-only write returns: the new state, tokens written, edits and deletions as in `Turn`."""
 
     state: MemoryState
     written: int
     edits: tuple[int, ...]
+    deletions: int = 0
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def run_remember(
     sequence = yield from catch_up(context, plan)
     assert sequence.state is not None
     new_state = yield from runner.save_state(sequence.state, plan.record)
-    return Remembered(new_state, plan.written, plan.edits)
+    return Remembered(new_state, plan.written, plan.edits, plan.deletions)
 
 
 def run_turn(
@@ -358,6 +360,7 @@ def finish(
         written=written,
         read=plan.read,
         edits=plan.edits,
+        deletions=plan.deletions,
         token_ids=tuple(reply.ids),
     )
 

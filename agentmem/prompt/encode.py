@@ -9,16 +9,16 @@ it stands where it stood. Where that does not hold (tokens that match whole word
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+
+from agentmem.messages import MessageCache
 
 Span = tuple[int, int]  # [start, stop) in characters
 Encoded = tuple[list[int], list[int]]  # ids, and the character at which each starts
 
-KEPT_TOKENS = 1 << 18
-"""Tokens of pieces that are kept: some 20 MB."""
-
+_TOKEN_BYTES = 72  # of a token that is kept: two numbers in two lists
 _HEAD = 2  # characters by which tokens are grouped that a text is searched for
 
 
@@ -27,15 +27,13 @@ class Encoder:
 
     Args:
         tokenizer: a fast Hugging Face tokenizer.
-        kept: most tokens that are kept.
+        cache: where encoded pieces are kept.
     """
 
-    def __init__(self, tokenizer: Any, kept: int = KEPT_TOKENS) -> None:
+    def __init__(self, tokenizer: Any, cache: MessageCache) -> None:
         self._tokenizer = tokenizer
-        self._control, self._borders = _control_tokens(tokenizer)
-        self._kept = kept
-        self._size = 0
-        self._pieces: OrderedDict[str, Encoded] = OrderedDict()
+        self._cache = cache
+        self._control, self._cut_before = _control_tokens(tokenizer)
         self._newline = self._whole("\n")[0]
 
     def encode(self, text: str, plain: Sequence[Span] = ()) -> Encoded:
@@ -68,8 +66,9 @@ class Encoder:
     def _whole(self, text: str) -> Encoded:
         ids: list[int] = []
         starts: list[int] = []
-        for at, piece in self._cut(text):
-            piece_ids, piece_starts = self._piece(piece)
+        pieces = list(self._cut(text))
+        for (at, piece), kept in zip(pieces, self._cache.get_all(("piece", piece) for _, piece in pieces), strict=True):
+            piece_ids, piece_starts = kept or self._tokenised(piece)
             ids += piece_ids
             starts += [at + start for start in piece_starts]
         return ids, starts
@@ -78,25 +77,14 @@ class Encoder:
         """Pieces and where they start."""
         start = 0
         for match in self._control.finditer(text):
-            if match.group() in self._borders and match.start() > start:
+            if match.group() in self._cut_before and match.start() > start:
                 yield start, text[start : match.start()]
                 start = match.start()
         if start < len(text):
             yield start, text[start:]
 
-    def _piece(self, piece: str) -> Encoded:
-        found = self._pieces.get(piece)
-        if found is not None:
-            self._pieces.move_to_end(piece)
-            return found
-        found = self._tokenised(piece)
-        self._pieces[piece] = found
-        self._size += len(found[0])
-        while self._size > self._kept:
-            self._size -= len(self._pieces.popitem(last=False)[1][0])
-        return found
-
     def _tokenised(self, text: str) -> Encoded:
+        """Encode a piece, and keep it."""
         encoded = self._tokenizer(
             text,
             add_special_tokens=False,
@@ -114,6 +102,7 @@ class Encoder:
                 start = end
             starts.append(start)
             end = max(end, stop)
+        self._cache.put(("piece", text), (ids, starts), sys.getsizeof(text) + _TOKEN_BYTES * len(ids))
         return ids, starts
 
     def _plain(self, text: str) -> list[int]:
@@ -147,8 +136,8 @@ def _control_tokens(tokenizer: Any) -> tuple[re.Pattern[str], set[str]]:
 
     Not before tokens that take in the white space on their left.
     """
-    found = {str(token.content): token for token in tokenizer.added_tokens_decoder.values() if not token.normalized}
-    if any(token.single_word for token in found.values()):
+    tokens = {str(token.content): token for token in tokenizer.added_tokens_decoder.values() if not token.normalized}
+    if any(token.single_word for token in tokens.values()):
         return any_of(()), set()
-    borders = {text for text, token in found.items() if not token.lstrip and not text[:1].isspace()}
-    return any_of(found), borders
+    cut_before = {text for text, token in tokens.items() if not token.lstrip and not text[:1].isspace()}
+    return any_of(tokens), cut_before

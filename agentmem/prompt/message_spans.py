@@ -4,7 +4,7 @@ A template is a program: it may strip reasoning from earlier turns, group tool r
 text, or add a system prompt of its own. So nothing is assumed about prefixes. The conversation is rendered
 a second time with private-use characters inside every message's text; where they come out shows what came
 from which message. They must not change anything else: without them the second rendering must equal the
-first, else they are not believed and borders are taken from the renderings of the conversation's
+first, else they are not believed and spans are taken from the renderings of the conversation's
 beginnings. If these disagree too, it is an error.
 
 Between the texts of two neighbours stands the end of the first and the head of the second. The end is known
@@ -15,30 +15,30 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
+from os.path import commonprefix
+from typing import Any
 
 from agentmem.errors import TranscriptError
-from agentmem.messages import Message, ToolCall
+from agentmem.messages import Message, MessageCache, ToolCall
 from agentmem.prompt.encode import Span
 from agentmem.prompt.template import ChatTemplate, Text, Tools
 
 NOBODY = -1
 
-# Marks: four private-use characters for each message, where texts use none. One begins a text and one ends
-# it, one stands around a call's name, and one after every reasoning tag, since templates drop what stands
-# before it.
+# Sentinels: four private-use characters for each message, where texts use none. One begins a text and one ends it, one
+# stands around a call's name, and one after every reasoning tag, since templates drop what stands before it.
 _PRIVATE_USE = re.compile("[\U000f0000-\U0010ffff]")
 _STEP = 4
 _BEGIN, _RESUME, _END, _NAME = range(4)
 
-_LEAD = re.compile(r"<[^<>/\s][^<>\s]*>\s*")  # left outside the marks: templates compare how a text starts and ends
+_LEAD = re.compile(r"<[^<>/\s][^<>\s]*>\s*")  # left outside the sentinels: templates compare how a text starts and ends
 _TRAIL = re.compile(r"\s*</?[^<>\s]+>\Z")
 _TAG_END = re.compile(r"</?think>\s*")
-
-_KEPT = 512  # learned ends of tool-call messages
 
 _USER = Message("user", "x")
 _REPLY = Message("assistant", "x")
@@ -50,17 +50,17 @@ _SYSTEM = Message("system", "x")
 
 @dataclass(frozen=True)
 class Layout:
-    """A rendered conversation and its borders.
+    """A rendered conversation and the messages that its parts belong to.
 
     Attributes:
         text: what the template wrote.
-        stretches: (owner, start, stop), ascending and without gaps. The owner is a message's index, the
+        owners: (owner, start, stop), ascending and without gaps. The owner is a message's index, the
             number of messages for the generation prompt, or -1 for text that belongs to no message.
         contents: per message the span of its own text, without outer white space; None where it has none.
     """
 
     text: Text
-    stretches: list[tuple[int, int, int]]
+    owners: list[tuple[int, int, int]]
     contents: list[Span | None]
 
 
@@ -73,138 +73,136 @@ class _Places:
     content: Span | None = None
 
 
-@dataclass
-class Borders:
-    """Finds borders; remembers what it has learned about its template."""
+@dataclass(frozen=True)
+class _Request:
+    """What is rendered: messages, the same as the template takes them, tools, and whether a reply is opened."""
 
-    template: ChatTemplate
-    _ends: dict[str | bytes, str | None] = field(default_factory=dict)
-    _heads: dict[str, str | None] = field(default_factory=dict)
-    _preambles: dict[str, str] = field(default_factory=dict)
+    messages: Sequence[Message]
+    conversation: list[dict[str, Any]]
+    tools: Tools | None
+    add_generation_prompt: bool
+
+
+class MessageSpans:
+    """Finds what belongs to which message; remembers what it has learned about its template."""
+
+    def __init__(self, template: ChatTemplate, cache: MessageCache) -> None:
+        self._template = template
+        self._cache = cache
+        self._by_role: dict[tuple[str, str], str | None] = {}  # what stands around messages without calls
 
     def find(self, messages: Sequence[Message], tools: Tools | None, add_generation_prompt: bool) -> Layout:
         """Render messages and find what belongs to each.
 
         Raises:
-            TranscriptError: the template refuses the messages, or borders cannot be told.
+            TranscriptError: the template refuses the messages, or it cannot be told what belongs to which.
         """
-        text = self.template.render(messages, tools, add_generation_prompt)
-        places = self._places(messages, tools, add_generation_prompt, text)
-        if places is None:
-            return self._by_prefixes(messages, tools, add_generation_prompt, text)
-        return self._by_places(messages, tools, add_generation_prompt, text, places)
+        request = _Request(messages, self._template.prepare(messages), tools, add_generation_prompt)
+        text = self._template.render(request.conversation, tools, add_generation_prompt)
+        places = self._places(request, text)
+        return self._by_prefixes(request, text) if places is None else self._by_places(request, text, places)
 
     def end(self, message: Message) -> str | None:
         """What the template writes after the message's last string, to the end of its turn; None: unknown."""
-        key = message.digest() if message.tool_calls else message.role
-        if key not in self._ends:
-            if len(self._ends) >= _KEPT:
-                self._ends.clear()
-            self._ends[key] = self._learn_end(message)
-        return self._ends[key]
+        if message.tool_calls:
+            return self._kept(("end", message.digest()), lambda: self._learn_end(message))
+        key = ("end", message.role)
+        if key not in self._by_role:
+            self._by_role[key] = self._learn_end(message)
+        return self._by_role[key]
 
     def head(self, role: str) -> str | None:
         """What the template writes before a message of that role that is not the first; None: unknown."""
-        if role not in self._heads:
-            self._heads[role] = self._learn_head(role)
-        return self._heads[role]
+        key = ("head", role)
+        if key not in self._by_role:
+            self._by_role[key] = self._learn_head(role)
+        return self._by_role[key]
 
-    # Marks
+    def _kept(self, key: tuple[str, str | bytes], learn: Callable[[], str | None]) -> str | None:
+        kept: tuple[str | None] | None = self._cache.get(key)
+        if kept is None:
+            kept = (learn(),)
+            self._cache.put(key, kept, sys.getsizeof(kept[0]) + sys.getsizeof(key[1]))
+        return kept[0]
 
-    def _places(
-        self, messages: Sequence[Message], tools: Tools | None, add_generation_prompt: bool, text: Text
-    ) -> list[_Places] | None:
-        """Where each message's strings stand in `text`; None if the marks cannot be believed."""
-        base = _free_block(text.text, len(messages) * _STEP)
+    # Sentinels
+
+    def _places(self, request: _Request, text: Text) -> list[_Places] | None:
+        """Where each message's strings stand in `text`; None if the sentinels cannot be believed."""
+        base = _free_block(text.text, len(request.messages) * _STEP)
         if base is None:
             return None
-        for style in (_mark_around, _mark_behind, _mark_after):
-            places = self._read_marks(messages, tools, add_generation_prompt, text, base, style)
+        for style in (_around, _behind, _after):
+            places = self._read_sentinels(request, text, base, style)
             if places is not None:
                 return places
         return None
 
-    def _read_marks(
-        self,
-        messages: Sequence[Message],
-        tools: Tools | None,
-        add_generation_prompt: bool,
-        text: Text,
-        base: int,
-        style: Callable[[Message, str, str], str],
+    def _read_sentinels(
+        self, request: _Request, text: Text, base: int, style: Callable[[Message, str, str], str]
     ) -> list[_Places] | None:
-        marks = re.compile(f"[{chr(base)}-{chr(base + len(messages) * _STEP - 1)}]")
-
-        def mark(index: int, kind: str, value: str) -> str:
-            own = base + index * _STEP
-            if kind == "name":
-                return f"{chr(own + _NAME)}{value}{chr(own + _NAME)}"
-            return style(messages[index], value, "".join(chr(own + n) for n in range(_NAME)))
-
+        messages, conversation = request.messages, request.conversation
+        sentinels = re.compile(f"[{chr(base)}-{chr(base + len(messages) * _STEP - 1)}]")
+        with_sentinels = []
+        for index, (message, plain) in enumerate(zip(messages, conversation, strict=True)):
+            own = "".join(chr(base + index * _STEP + kind) for kind in range(_STEP))
+            with_sentinels.append({**plain, "content": style(message, plain["content"], own)})
+            if message.tool_calls:
+                with_sentinels[-1]["tool_calls"] = [_around_name(call, own[_NAME]) for call in plain["tool_calls"]]
         try:
-            marked = self.template.render(messages, tools, add_generation_prompt, mark)
+            marked = self._template.render(with_sentinels, request.tools, request.add_generation_prompt)
         except TranscriptError:
-            return None  # the marks offended the template; it accepted the messages themselves
-        if marks.sub("", marked.text) != text.text:
+            return None  # the sentinels offended the template; it accepted the messages themselves
+        if sentinels.sub("", marked.text) != text.text:
             return None
-        found: dict[int, _Places] = {}
+        by_owner: dict[int, _Places] = {}
         open_at: dict[int, int] = {}
-        for seen, match in enumerate(marks.finditer(marked.text)):
+        for seen, match in enumerate(sentinels.finditer(marked.text)):
             at = match.start() - seen
             owner, kind = divmod(ord(match.group()) - base, _STEP)
-            places = found.setdefault(owner, _Places(at, at))
+            places = by_owner.setdefault(owner, _Places(at, at))
             places.first, places.last = min(places.first, at), max(places.last, at)
             if kind in (_BEGIN, _RESUME):
                 open_at.setdefault(owner, at)
             elif kind == _END and messages[owner].content.strip():
                 places.content = (open_at.get(owner, at), at)
-        if len(found) != len(messages) or _plain_without(marks, marked) != text.plain:
+        if len(by_owner) != len(messages) or _plain_without(sentinels, marked) != text.plain:
             return None
-        for index, places in found.items():
-            _widen(places, messages[index].content.strip(), self.template.quoted(messages[index]), text.text)
-        return [found[i] for i in range(len(messages))]
+        for index, places in by_owner.items():
+            _widen(places, messages[index].content.strip(), conversation[index]["content"], text.text)
+        return [by_owner[i] for i in range(len(messages))]
 
-    def _by_places(
-        self,
-        messages: Sequence[Message],
-        tools: Tools | None,
-        add_generation_prompt: bool,
-        text: Text,
-        places: list[_Places],
-    ) -> Layout:
+    def _by_places(self, request: _Request, text: Text, places: list[_Places]) -> Layout:
+        messages, tools = request.messages, request.tools
         order = sorted(range(len(messages)), key=lambda i: (places[i].first, places[i].last, i))
-        whole = text.text
-        stretches: list[tuple[int, int, int]] = []
-        start = self._preamble_end(messages[order[0]], tools, whole[: places[order[0]].first])
-        stretches.append((NOBODY, 0, start))
+        rendered = text.text
+        owners: list[tuple[int, int, int]] = []
+        start = self._preamble_end(messages[order[0]], tools, rendered[: places[order[0]].first])
+        owners.append((NOBODY, 0, start))
         for a, b in pairwise(order):
             if places[a].last > places[b].first:
-                return self._by_prefixes(messages, tools, add_generation_prompt, text)
-            gap = whole[places[a].last : places[b].first]
+                return self._by_prefixes(request, text)
+            gap = rendered[places[a].last : places[b].first]
             stop = places[a].last + self._cut(messages[a], messages[b].role, gap)
-            stretches.append((a, start, stop))
+            owners.append((a, start, stop))
             start = stop
             if tools:  # some templates name the tools before the last question
                 head = self.head(messages[b].role)
-                rest = whole[stop : places[b].first]
+                rest = rendered[stop : places[b].first]
                 if head and head.strip() and rest.endswith(head):
                     start = places[b].first - len(head)
-                    stretches.append((NOBODY, stop, start))
+                    owners.append((NOBODY, stop, start))
         last = order[-1]
-        stop = len(whole)
-        if add_generation_prompt:
-            stop = places[last].last + self._prompt_start(messages, tools, last, whole[places[last].last :])
-        stretches += [(last, start, stop), (len(messages), stop, len(whole))]
-        return Layout(text, [s for s in stretches if s[1] < s[2]], [place.content for place in places])
+        stop = len(rendered)
+        if request.add_generation_prompt:
+            stop = places[last].last + self._prompt_start(request, last, rendered[places[last].last :])
+        owners += [(last, start, stop), (len(messages), stop, len(rendered))]
+        return Layout(text, [s for s in owners if s[1] < s[2]], [place.content for place in places])
 
     def _preamble_end(self, first: Message, tools: Tools | None, gap: str) -> int:
         """Where the first message begins in the text before its own strings."""
         key = json.dumps(list(tools), sort_keys=True, default=str) if tools else ""
-        if key not in self._preambles:
-            if len(self._preambles) >= _KEPT:
-                self._preambles.clear()
-            self._preambles[key] = self._learn_preamble(tools)
-        preamble, head = self._preambles[key], self.head(first.role)
+        preamble, head = self._kept(("preamble", key), lambda: self._learn_preamble(tools)), self.head(first.role)
         if preamble and gap.startswith(preamble):
             return len(preamble)
         return len(gap) - len(head) if head and gap.endswith(head) else 0
@@ -215,7 +213,7 @@ class Borders:
         if end is None:
             head = self.head(next_role)
             return len(gap) - len(head) if head and gap.endswith(head) else 0
-        # White space that ends the content stands outside the marks; the template may have kept it.
+        # White space that ends the content stands outside the sentinels; the template may have kept it.
         outer = message.content[len(message.content.rstrip()) :] if not message.tool_calls else ""
         skips = [0, len(outer)] if outer and gap.startswith(outer) else [0]
         for skip in skips:
@@ -227,23 +225,24 @@ class Borders:
         agreed = (re.match(r"(?s).*[>\]\s]|", end[: _agreement(end, gap[skip:])]) for skip in skips)
         return max(skip + match.end() for skip, match in zip(skips, agreed, strict=True) if match)
 
-    def _prompt_start(self, messages: Sequence[Message], tools: Tools | None, last: int, gap: str) -> int:
+    def _prompt_start(self, request: _Request, last: int, gap: str) -> int:
         """Where the generation prompt begins in the text after the last message's last string."""
-        end = self.end(messages[last])
+        end = self.end(request.messages[last])
         if end and gap.startswith(end):
             return len(end)
-        before = self.template.render(messages, tools).text
-        after = self.template.render(messages, tools, True).text
+        before = self._template.render(request.conversation, request.tools).text
+        after = self._template.render(request.conversation, request.tools, True).text
         return _agreement(before, after) - (len(after) - len(gap))
 
     # Learning from small conversations
 
     def _small(self, messages: Sequence[Message], tools: Tools | None = None) -> tuple[str, list[_Places]] | None:
+        request = _Request(messages, self._template.prepare(messages), tools, False)
         try:
-            text = self.template.render(messages, tools)
+            text = self._template.render(request.conversation, tools)
         except TranscriptError:
             return None  # the template knows no such conversation; nothing to learn from it
-        places = self._places(messages, tools, False, text)
+        places = self._places(request, text)
         return None if places is None else (text.text, places)
 
     def _learn_end(self, message: Message) -> str | None:
@@ -269,7 +268,7 @@ class Borders:
             return None
         text, places = small
         if role == "system":
-            return text[: places[0].first].removeprefix(self.template.begin)
+            return text[: places[0].first].removeprefix(self._template.begin)
         at = 1 if role == "assistant" else 2
         gap, end = text[places[at - 1].last : places[at].first], self.end(opening[at - 1])
         return gap[len(end) :] if end is not None and gap.startswith(end) else None
@@ -283,62 +282,70 @@ class Borders:
 
     # Beginnings
 
-    def _by_prefixes(
-        self, messages: Sequence[Message], tools: Tools | None, add_generation_prompt: bool, text: Text
-    ) -> Layout:
-        """Borders by rendering the first message, the first two, and so on."""
-        whole = text.text
-        stretches: list[tuple[int, int, int]] = []
+    def _by_prefixes(self, request: _Request, text: Text) -> Layout:
+        """Owners by rendering the first message, the first two, and so on."""
+        messages, tools, rendered = request.messages, request.tools, text.text
+        owners: list[tuple[int, int, int]] = []
         contents: list[Span | None] = []
         start = 0
         for index, message in enumerate(messages):
-            beginning = self.template.render(messages[: index + 1], tools).text
+            beginning = self._template.render(request.conversation[: index + 1], tools).text
             stop = len(beginning)
-            if not whole.startswith(beginning) or stop < start:
-                agree = _agreement(whole, beginning)
+            if not rendered.startswith(beginning) or stop < start:
+                agree = _agreement(rendered, beginning)
                 raise TranscriptError(
                     "the chat template changes its text when messages are marked, so its text for messages 0 "
                     f"to {index} was expected to begin that for all {len(messages)}; they part at character "
-                    f"{agree}: {beginning[agree : agree + 40]!r} and {whole[agree : agree + 40]!r}"
+                    f"{agree}: {beginning[agree : agree + 40]!r} and {rendered[agree : agree + 40]!r}"
                 )
             core = message.content.strip()
-            at = whole.find(core, start, stop) if core else -1
+            at = rendered.find(core, start, stop) if core else -1
             contents.append((at, at + len(core)) if at >= 0 else None)
+            if start == stop and (core or message.tool_calls):
+                raise TranscriptError(
+                    f"the chat template of {self._template.name} has no place for message {index} ({message.role}), so "
+                    "the model would never see it; leave it out, or use a tokenizer with another template"
+                )
             if index == 0 and at >= 0:
-                start = self._preamble_end(message, tools, whole[:at])
-                stretches.append((NOBODY, 0, start))
-            stretches.append((index, start, stop))
+                start = self._preamble_end(message, tools, rendered[:at])
+                owners.append((NOBODY, 0, start))
+            owners.append((index, start, stop))
             start = stop
-        if not add_generation_prompt:
-            stretches[-1] = (len(messages) - 1, stretches[-1][1], len(whole))
-            start = len(whole)
-        stretches.append((len(messages), start, len(whole)))
-        return Layout(text, [s for s in stretches if s[1] < s[2]], contents)
+        if not request.add_generation_prompt:
+            owners[-1] = (len(messages) - 1, owners[-1][1], len(rendered))
+            start = len(rendered)
+        owners.append((len(messages), start, len(rendered)))
+        return Layout(text, [s for s in owners if s[1] < s[2]], contents)
 
 
-def _mark_around(message: Message, text: str, marks: str) -> str:
-    """The text with marks inside its outer white space and tags, so that trimming and comparing still work."""
-    begin, resume, end = marks[_BEGIN], marks[_RESUME], marks[_END]
+def _around(message: Message, text: str, sentinels: str) -> str:
+    """The text with sentinels inside its outer white space and tags, so that trimming and comparing still work."""
+    begin, resume, end = sentinels[_BEGIN], sentinels[_RESUME], sentinels[_END]
     core = text.strip()
     lead = match.end() if (match := _LEAD.match(core)) else 0
     trail = match.start() if (match := _TRAIL.search(core, lead)) else len(core)
     if lead >= trail:
-        return _mark_behind(message, text, marks)
+        return _behind(message, text, sentinels)
     inner = _TAG_END.sub(rf"\g<0>{resume}", core[lead:trail])
     at = text.find(core)
     return text[:at] + core[:lead] + begin + inner + end + core[trail:] + text[at + len(core) :]
 
 
-def _mark_behind(message: Message, text: str, marks: str) -> str:
-    """The text with marks at its end, before outer white space."""
+def _around_name(call: dict[str, Any], sentinel: str) -> dict[str, Any]:
+    """A call with a sentinel before and after its name."""
+    return {**call, "function": {**call["function"], "name": f"{sentinel}{call['function']['name']}{sentinel}"}}
+
+
+def _behind(message: Message, text: str, sentinels: str) -> str:
+    """The text with sentinels at its end, before outer white space."""
     stop = len(text.rstrip()) or len(text)
-    return _mark_after(message, text[:stop], marks) + text[stop:]
+    return _after(message, text[:stop], sentinels) + text[stop:]
 
 
-def _mark_after(message: Message, text: str, marks: str) -> str:
-    """The text with marks at its very end; a call's text bears none, its names do."""
+def _after(message: Message, text: str, sentinels: str) -> str:
+    """The text with sentinels at its very end; a call's text has none, its names do."""
     # Templates ask whether a call comes with text.
-    return text if message.tool_calls else text + marks[_BEGIN] + marks[_END]
+    return text if message.tool_calls else text + sentinels[_BEGIN] + sentinels[_END]
 
 
 def _free_block(text: str, size: int) -> int | None:
@@ -350,22 +357,22 @@ def _free_block(text: str, size: int) -> int | None:
 
 def _agreement(a: str, b: str) -> int:
     """How many characters two texts share at their start."""
-    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return len(commonprefix([a, b]))  # noqa: RUF071 - texts, letter by letter, are what is compared
 
 
-def _plain_without(marks: re.Pattern[str], marked: Text) -> tuple[Span, ...]:
-    """The plain spans, counted as if no marks were there."""
-    places = [match.start() for match in marks.finditer(marked.text)] if marked.plain else []
+def _plain_without(sentinels: re.Pattern[str], marked: Text) -> tuple[Span, ...]:
+    """The plain spans, counted as if no sentinels were there."""
+    places = [match.start() for match in sentinels.finditer(marked.text)] if marked.plain else []
     return tuple((a - bisect_left(places, a), b - bisect_left(places, b)) for a, b in marked.plain)
 
 
-def _widen(places: _Places, core: str, given: str, text: str) -> None:
-    """Take in what a content's marks left outside, where the template has kept it.
+def _widen(places: _Places, core: str, quoted: str, text: str) -> None:
+    """Take in what a content's sentinels left outside, where the template has kept it.
 
     Args:
         places: changed in place.
         core: the content without outer white space.
-        given: the content as it was marked, control tokens quoted.
+        quoted: the content as it was marked, control tokens quoted.
         text: the rendered conversation.
     """
     if places.content is None:
@@ -375,10 +382,10 @@ def _widen(places: _Places, core: str, given: str, text: str) -> None:
         start -= _agreement(core[::-1], text[:start][::-1])
         places.content, places.first = (start, stop), min(places.first, start)
         return
-    lead = match.group() if (match := _LEAD.match(given.strip())) else ""
+    lead = match.group() if (match := _LEAD.match(quoted.strip())) else ""
     if lead and text.endswith(lead, 0, start):
         start -= len(lead)
-    trail = match.group() if (match := _TRAIL.search(given.strip(), len(lead))) else ""
+    trail = match.group() if (match := _TRAIL.search(quoted.strip(), len(lead))) else ""
     if trail and text.startswith(trail, stop):
         stop += len(trail)
     places.content = (start, stop)

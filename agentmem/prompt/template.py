@@ -1,10 +1,12 @@
 """A tokenizer's chat template: messages to text, and text to token ids (see `agentmem.prompt.encode`).
 
-Control tokens (`<|im_start|>` and the like) that stand in a message's text are that text and nothing more:
-a quoted web page must not be able to open a turn. They travel through the template between two private-use
-characters and are then tokenised as plain text; only control tokens that the template itself writes become
-control tokens. Assistant messages keep the tags that carry no turn (`<think>`, `<tool_call>`): the model
-wrote those itself.
+Control tokens (`<|im_start|>` and the like) that stand in a message's text are that text and nothing more: a quoted web
+page must not be able to open a turn. They travel through the template between two private-use characters and are then
+tokenised as plain text; only control tokens that the template itself writes become control tokens. That holds for every
+string that a template is given: texts, names, ids, arguments, and schemas with their keys. Assistant messages keep the
+tags that carry no turn (`<think>`, `<tool_call>`): the model wrote those itself.
+
+A part of a request for which the template has no place is an error: tools, or an option that it does not look at.
 
 Nothing here changes the tokenizer or the messages.
 """
@@ -12,14 +14,14 @@ Nothing here changes the tokenizer or the messages.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 
 from agentmem.errors import TranscriptError
-from agentmem.messages import Message
+from agentmem.messages import Message, MessageCache
 from agentmem.prompt.encode import Encoded, Encoder, Span, any_of
 
 Tools = Sequence[Mapping[str, Any]]
@@ -29,6 +31,11 @@ Tools = Sequence[Mapping[str, Any]]
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 
 _REASONING = {"<think>", "</think>"}  # templates look for these in an assistant's text
+# Tags that carry no turn, but that models are trained to write themselves, also where a template does not name them.
+_TAGS = _REASONING | {"<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"}
+_CONTROL_SHAPE = re.compile(r"<\|[^|]+\|>")
+
+_PROBE: Tools = ({"type": "function", "function": {"name": "probe", "description": "x", "parameters": {}}},)
 
 
 @dataclass(frozen=True)
@@ -45,12 +52,13 @@ class ChatTemplate:
     Args:
         tokenizer: a fast tokenizer with a chat template.
         options: further variables for the template, `enable_thinking` for example.
+        cache: where encoded texts are kept.
 
     Raises:
-        TranscriptError: the tokenizer is not a fast one, or has no chat template.
+        TranscriptError: the tokenizer is not a fast one or has no chat template, or that has no use for an option.
     """
 
-    def __init__(self, tokenizer: Any, options: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, tokenizer: Any, options: Mapping[str, Any] | None, cache: MessageCache) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise TranscriptError(
                 "a fast tokenizer (tokenizer.json) was expected, since tokens are traced to messages by their "
@@ -63,44 +71,70 @@ class ChatTemplate:
             template = str(tokenizer.get_chat_template())
         except ValueError as error:
             raise TranscriptError(f"a tokenizer with a chat template was expected: {error}") from error
+        self.name = str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
+        unused = [name for name in self._options if not re.search(rf"\b{re.escape(name)}\b", template)]
+        if unused:
+            raise TranscriptError(
+                f"the chat template of {self.name} has no use for the option {', '.join(unused)}; leave it out, "
+                "or use a tokenizer with another template"
+            )
         added = tokenizer.added_tokens_decoder.values()
         named = getattr(tokenizer, "chat_control_tokens", None)
-        special = {str(t.content) for t in added if t.special}
-        others = {str(t.content) for t in added if str(t.content) in (template if named is None else named)}
+        special = {str(token.content) for token in added if token.special}
+        others = {
+            text
+            for text in (str(token.content) for token in added)
+            if text in (template if named is None else named) or text in _TAGS or _CONTROL_SHAPE.fullmatch(text)
+        }
+        control = special | {text for text in others if not text.isspace()}
         self._turn = any_of(special - _REASONING)
-        self._control = any_of(special | {token for token in others if not token.isspace()})
-        self._encoder = Encoder(tokenizer)
+        self._control = any_of(control)
+        # How a quoted control token looks after a template has put a value into Python's or JSON's ASCII notation.
+        self._escaped = re.compile(rf"\\+ufdd0({self._control.pattern})\\+ufdd1")
+        self._takes_tools: bool | None = None
+        self._encoder = Encoder(tokenizer, cache)
+
+    def prepare(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """Messages as templates expect them, their control tokens quoted. Whoever changes them changes copies."""
+        return [self._plain(message) for message in messages]
 
     def render(
-        self,
-        messages: Sequence[Message],
-        tools: Tools | None = None,
-        add_generation_prompt: bool = False,
-        mark: Callable[[int, str, str], str] | None = None,
+        self, conversation: Sequence[dict[str, Any]], tools: Tools | None = None, add_generation_prompt: bool = False
     ) -> Text:
-        """The conversation as the template writes it.
+        """A conversation as the template writes it.
 
         Args:
-            messages: at least one.
+            conversation: at least one message, as `prepare` gives them.
             tools: JSON schemas, as the template expects them.
             add_generation_prompt: open the assistant's next turn.
-            mark: changes the texts that the template is given: (index of the message, "content" or "name",
-                text).
 
         Raises:
             TranscriptError: the template refuses these messages; its own words are in the message.
         """
-        conversation = [self._plain(i, message, mark) for i, message in enumerate(messages)]
+        if tools and not self.takes_tools():
+            raise TranscriptError(
+                f"the chat template of {self.name} has no place for tools, so the model would never see them; use a "
+                "model whose template shows tools, give it another template, or call it without tools"
+            )
+        return self._render(conversation, tools, add_generation_prompt)
+
+    def takes_tools(self) -> bool:
+        """Whether the template shows tools at all."""
+        if self._takes_tools is None:
+            self._takes_tools = "probe" in self._render([{"role": "user", "content": "x"}], _PROBE, True).text
+        return self._takes_tools
+
+    def _render(self, conversation: Sequence[dict[str, Any]], tools: Tools | None, add_generation_prompt: bool) -> Text:
         try:
             text = self._tokenizer.apply_chat_template(
-                conversation,
+                list(conversation),
                 tools=self._quote(list(tools), self._control) if tools else None,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
                 **self._options,
             )
         except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            roles = ", ".join(message.role for message in messages)
+            roles = ", ".join(plain["role"] for plain in conversation)
             raise TranscriptError(
                 f"the chat template refuses these messages ({roles}): {error}; give it messages in an order "
                 "and of roles that it knows, or use a tokenizer with another template"
@@ -113,38 +147,26 @@ class ChatTemplate:
 
     def content(self, message: Message) -> Text:
         """A message's content as it would stand in a rendered conversation."""
-        return self._unquote(self.quoted(message))
+        return self._unquote(self._plain(message)["content"])
 
-    def quoted(self, message: Message) -> str:
-        """A message's content as the template is given it."""
-        return str(self._quote(message.content, self._control_of(message)))
-
-    def _control_of(self, message: Message) -> re.Pattern[str]:
-        return self._turn if message.role == "assistant" else self._control
-
-    def _plain(self, index: int, message: Message, mark: Callable[[int, str, str], str] | None) -> dict[str, Any]:
+    def _plain(self, message: Message) -> dict[str, Any]:
         """One message as templates expect it."""
-        control = self._control_of(message)
-
-        def text(kind: str, value: str) -> str:
-            quoted = str(self._quote(value, control))
-            return mark(index, kind, quoted) if mark else quoted
-
-        plain: dict[str, Any] = {"role": message.role, "content": text("content", message.content)}
+        control = self._turn if message.role == "assistant" else self._control
+        plain: dict[str, Any] = {"role": message.role, "content": self._quote(message.content, control)}
         if message.tool_calls:
             plain["tool_calls"] = [
                 {
                     "type": "function",
-                    "id": call.id,
+                    "id": self._quote(call.id, self._control),
                     "function": {
-                        "name": text("name", call.name),
+                        "name": self._quote(call.name, self._control),
                         "arguments": self._quote(dict(call.arguments), self._control),
                     },
                 }
                 for call in message.tool_calls
             ]
         if message.tool_call_id:
-            plain["tool_call_id"] = message.tool_call_id
+            plain["tool_call_id"] = self._quote(message.tool_call_id, self._control)
         if message.name:
             plain["name"] = self._quote(message.name, self._control)
         return plain
@@ -155,13 +177,18 @@ class ChatTemplate:
             clean = value.replace(_OPEN, "").replace(_CLOSE, "")
             return control.sub(rf"{_OPEN}\g<0>{_CLOSE}", clean)
         if isinstance(value, Mapping):
-            return {key: self._quote(item, control) for key, item in value.items()}
+            return {
+                self._quote(key, control) if isinstance(key, str) else key: self._quote(item, control)
+                for key, item in value.items()
+            }
         if isinstance(value, (list, tuple)):
             return [self._quote(item, control) for item in value]
         return value
 
     def _unquote(self, quoted: str) -> Text:
         """The text without quoting characters, and where whole control tokens stood between them."""
+        if "ufdd0" in quoted:
+            quoted = self._escaped.sub(rf"{_OPEN}\g<1>{_CLOSE}", quoted)
         if _OPEN not in quoted and _CLOSE not in quoted:
             return Text(quoted)
         parts: list[str] = []

@@ -1,27 +1,36 @@
 """Messages to tokens through the tokenizer's chat template, with the message that each token belongs to.
 
-The ids are exactly those of the template's normal rendering, tokenised as a whole; control tokens inside
-message texts are plain text (see `agentmem.prompt.template`). Each token belongs to the message in whose part
-of the text it
-starts: header, content and end are the message's (see `agentmem.prompt.message_spans`).
+The ids are exactly those of the template's normal rendering, tokenised as a whole; control tokens inside message texts
+are plain text (see `agentmem.prompt.template`). Each token belongs to the message in whose part of the text it starts:
+header, content and end are the message's (see `agentmem.prompt.message_spans`).
+
+Adapters that write sentence by sentence need sentences as well. A text is cut before the white space that follows
+. ! ? ; or : (with closing quotes or brackets), and at blank lines. The white space opens the next piece, as it does in
+most tokenizers' words.
+
+A transcript owns the one cache of seen messages of its engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 from agentmem.errors import TranscriptError
-from agentmem.messages import Message
+from agentmem.messages import Message, MessageCache
 from agentmem.prompt.encode import Span
-from agentmem.prompt.message_spans import NOBODY, Borders, Layout
-from agentmem.prompt.sentences import split_sentences
+from agentmem.prompt.message_spans import NOBODY, Layout, MessageSpans
 from agentmem.prompt.template import ChatTemplate, Tools
+from agentmem.record import History
 
-_SIZES_KEPT = 8192  # messages whose size is remembered
-_OVERHEADS_KEPT = 64  # lists of tools for which it is remembered what they take
+_SENTENCE_END = re.compile(r"""(?<=[.!?;:])["'”’»)\]}]*(?=\s)|(?<!\s)(?=\s*\n[^\S\n]*\n)""")
+
+_LOOK_BACK = 16  # messages at the end of a history that may be new since it was last read
+_HISTORY_BYTES = 250  # of each message in a history that was read: places, digest and chain
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ class Rendered:
             ValueError: the conversation was rendered without `sentences=True`.
         """
         if self.sentences is None:
-            raise ValueError("sentence segments were not found while rendering; pass sentences=True to render")
+            raise ValueError("sentence segments were not asked for while rendering; pass sentences=True to render")
         return list(self.sentences)
 
     def sizes(self) -> list[int]:
@@ -81,10 +90,9 @@ class Transcript:
     """
 
     def __init__(self, tokenizer: Any, options: Mapping[str, Any] | None = None) -> None:
-        self._template = ChatTemplate(tokenizer, options)
-        self._borders = Borders(self._template)
-        self._sizes: dict[bytes, int] = {}
-        self._overheads: dict[tuple[str, bool], int] = {}
+        self.cache = MessageCache()
+        self._template = ChatTemplate(tokenizer, options, self.cache)
+        self._spans = MessageSpans(self._template, self.cache)
 
     def render(
         self,
@@ -107,11 +115,28 @@ class Transcript:
         """
         if not messages:
             raise TranscriptError("at least one message was expected; found none")
-        layout = self._borders.find(messages, tools, add_generation_prompt)
+        layout = self._spans.find(messages, tools, add_generation_prompt)
         ids, starts = self._template.encode(layout.text.text, layout.text.plain)
         owner = _owners(starts, layout)
-        found = self._sentences(messages, layout, ids, starts) if sentences else None
-        return Rendered(layout.text.text, ids, owner, tuple(messages), found)
+        numbers = self._sentences(messages, layout, ids, starts) if sentences else None
+        return Rendered(layout.text.text, ids, owner, tuple(messages), numbers)
+
+    def history(self, messages: Sequence[Message]) -> History:
+        """A history as records read it. What was read of it at an earlier turn is not read again."""
+        messages = list(messages)
+        beginning = None
+        for stop in range(len(messages), max(0, len(messages) - _LOOK_BACK), -1):
+            kept: History | None = self.cache.get(("history", messages[stop - 1].digest()))
+            # Lists are compared by identity first, so a thousand messages take microseconds.
+            if kept is not None and messages[: len(kept.messages)] == kept.messages:
+                beginning = kept
+                break
+        history = History.read(messages, beginning)
+        kept = history.unchangeable()
+        if kept.messages and kept is not beginning:
+            size = sum(_HISTORY_BYTES + len(message.content) for message in kept.messages)
+            self.cache.put(("history", kept.messages[-1].digest()), kept, size)
+        return history
 
     def size(self, message: Message) -> int:
         """Tokens that a message takes up in a conversation, header and end included.
@@ -120,22 +145,22 @@ class Transcript:
         differently by its place (reasoning of earlier turns, grouped results) may spend some tokens more or
         fewer on it.
         """
-        key = message.digest()
-        if key not in self._sizes:
-            if len(self._sizes) >= _SIZES_KEPT:
-                self._sizes.clear()
-            self._sizes[key] = self._count(message)
-        return self._sizes[key]
+        key = ("size", message.digest())
+        size: int | None = self.cache.get(key)
+        if size is None:
+            size = self._count(message)
+            self.cache.put(key, size, 0)
+        return size
 
     def overhead(self, *, tools: Tools | None = None, add_generation_prompt: bool = False) -> int:
         """Tokens of a conversation that belong to no message: preamble, tools, generation prompt."""
-        key = (repr(list(tools or ())), add_generation_prompt)
-        if key not in self._overheads:
-            if len(self._overheads) >= _OVERHEADS_KEPT:
-                self._overheads.clear()
+        key = ("overhead", repr(list(tools or ())), add_generation_prompt)
+        overhead: int | None = self.cache.get(key)
+        if overhead is None:
             rendered = self.render([Message("user", "x")], tools=tools, add_generation_prompt=add_generation_prompt)
-            self._overheads[key] = sum(owner != 0 for owner in rendered.owner)
-        return self._overheads[key]
+            overhead = sum(owner != 0 for owner in rendered.owner)
+            self.cache.put(key, overhead, sys.getsizeof(key[1]))
+        return overhead
 
     def closing_text(self, message: Message | None = None) -> str:
         """What the template writes after the content of a message of this role (None: an assistant's).
@@ -144,7 +169,7 @@ class Transcript:
             TranscriptError: the template cannot render such a message at all.
         """
         role = message.role if message else "assistant"
-        text = self._borders.end(Message(role, "x"))
+        text = self._spans.end(Message(role, "x"))
         if text is None:
             raise TranscriptError(
                 f"a chat template that can render a {role} message was expected, to learn how it ends; "
@@ -156,20 +181,11 @@ class Transcript:
         """The tokens with which the template closes a message after its content, see `closing_text`."""
         return self._template.encode(self.closing_text(message))[0]
 
-    def generation_prompt_ids(
-        self, messages: Sequence[Message] | None = None, *, tools: Tools | None = None
-    ) -> list[int]:
-        """The tokens that open the assistant's turn after these messages (None: after a user message)."""
-        given = messages or [Message("user", "x")]
-        rendered = self.render(given, tools=tools, add_generation_prompt=True)
-        pairs = zip(rendered.input_ids, rendered.owner, strict=True)
-        return [token for token, owner in pairs if owner == len(given)]
-
     def _count(self, message: Message) -> int:
         if message.tool_calls:
             return self.render([Message("user", "x"), message]).sizes()[1]
         content = self._template.content(message)
-        head, end = self._borders.head(message.role) or "", self._borders.end(message) or ""
+        head, end = self._spans.head(message.role) or "", self._spans.end(message) or ""
         plain = [(len(head) + a, len(head) + b) for a, b in content.plain]
         return len(self._template.encode(head + content.text + end, plain)[0])
 
@@ -205,13 +221,27 @@ class Transcript:
         return [length for length in lengths if length] if joined == content else [len(content)]
 
 
+def split_sentences(text: str) -> list[str]:
+    """The pieces of a text, in order; joined they are the text. White space alone is no piece."""
+    cuts = [0, *(match.end() for match in _SENTENCE_END.finditer(text.rstrip())), len(text)]
+    return [text[a:b] for a, b in pairwise(cuts) if a < b]
+
+
+def sentence_numbers(text: str, ids: Sequence[int], encode: Callable[[str], list[int]]) -> list[int]:
+    """The sentence of each token of a text, from 0; all 0 where the sentences alone give other tokens."""
+    pieces = [encode(piece) for piece in split_sentences(text)]
+    if [token for piece in pieces for token in piece] != list(ids):
+        return [0] * len(ids)
+    return [number for number, piece in enumerate(pieces) for _ in piece]
+
+
 def _owners(starts: list[int], layout: Layout) -> list[int]:
-    """The owner of each token: that of the stretch in which the token starts."""
-    owner: list[int] = []
-    stretches = iter([*layout.stretches, (NOBODY, len(layout.text.text), len(layout.text.text) + 1)])
-    current, _, stop = next(stretches)
+    """The owner of each token: that of the text in which the token starts."""
+    owners: list[int] = []
+    spans = iter([*layout.owners, (NOBODY, len(layout.text.text), len(layout.text.text) + 1)])
+    owner, _, stop = next(spans)
     for start in accumulate(starts, max):  # bytes of one character share their start; order is never lost
         while start >= stop:
-            current, _, stop = next(stretches)
-        owner.append(current)
-    return owner
+            owner, _, stop = next(spans)
+        owners.append(owner)
+    return owners

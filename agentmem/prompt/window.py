@@ -14,7 +14,6 @@ from agentmem.errors import ConfigError, WindowError
 from agentmem.messages import Message
 
 DEFAULT_TOKENS = 4096
-PIECE_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Window:
         Args:
             messages: the whole history.
             sizes: tokens of each message; only those are asked for that decide what is shown.
-            overhead: tokens that belong to no message: preamble, tools, generation prompt, room for a reply.
+            overhead: tokens that belong to no message: preamble, tools, generation prompt.
             system: indices of the system messages, where these are known: a long history is then not looked through.
 
         Raises:
@@ -135,8 +134,8 @@ def _caller(messages: Sequence[Message], place: int) -> int:
     return latest
 
 
-def pieces(sizes: Sequence[int], limit: int = PIECE_TOKENS) -> list[list[int]]:
-    """Cut messages into passes of at most `limit` tokens at message borders, oldest first.
+def pieces(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Cut messages into passes of at most `limit` tokens between messages, oldest first.
 
     Args:
         sizes: tokens of each message.
@@ -146,11 +145,11 @@ def pieces(sizes: Sequence[int], limit: int = PIECE_TOKENS) -> list[list[int]]:
         Indices of the messages of each piece.
     """
     cut: list[list[int]] = []
-    room = 0
+    left = 0
     for index, size in enumerate(sizes):
-        if not cut or size > room:
+        if not cut or size > left:
             cut.append([])
-            room = limit
+            left = limit
         cut[-1].append(index)
-        room -= size
+        left -= size
     return cut

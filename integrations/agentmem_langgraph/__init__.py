@@ -15,11 +15,14 @@ from agentmem.errors import MissingExtraError
 _HOMES = {
     "ChatDeltaMem": "agentmem_langgraph.chat_model",
     "MemoryChannel": "agentmem_langgraph.channel",
+    "MemoryMessagesState": "agentmem_langgraph.channel",
     "MemoryMiddleware": "agentmem_langgraph.middleware",
     "MemoryNode": "agentmem_langgraph.node",
-    "MemoryTurn": "agentmem_langgraph.carrier",
+    "MemoryTurn": "agentmem_langgraph.memory_turn",
+    "MemoryWarning": "agentmem_langgraph.memory_turn",
     "merge_states": "agentmem_langgraph.merge",
-    "numbered_facts": "agentmem_langgraph.facts",
+    "numbered_facts": "agentmem_langgraph.prompting",
+    "with_context": "agentmem_langgraph.prompting",
     "without_matrices": "agentmem_langgraph.tracing",
 }
 _NEEDS = {"langchain": "langchain", "langchain_core": "langchain-core", "langgraph": "langgraph"}
@@ -27,22 +30,25 @@ _NEEDS = {"langchain": "langchain", "langchain_core": "langchain-core", "langgra
 __all__ = [
     "ChatDeltaMem",
     "MemoryChannel",
+    "MemoryMessagesState",
     "MemoryMiddleware",
     "MemoryNode",
     "MemoryTurn",
+    "MemoryWarning",
     "merge_states",
     "numbered_facts",
+    "with_context",
     "without_matrices",
 ]
 
 if TYPE_CHECKING:
-    from agentmem_langgraph.carrier import MemoryTurn
-    from agentmem_langgraph.channel import MemoryChannel
+    from agentmem_langgraph.channel import MemoryChannel, MemoryMessagesState
     from agentmem_langgraph.chat_model import ChatDeltaMem
-    from agentmem_langgraph.facts import numbered_facts
+    from agentmem_langgraph.memory_turn import MemoryTurn, MemoryWarning
     from agentmem_langgraph.merge import merge_states
     from agentmem_langgraph.middleware import MemoryMiddleware
     from agentmem_langgraph.node import MemoryNode
+    from agentmem_langgraph.prompting import numbered_facts, with_context
     from agentmem_langgraph.tracing import without_matrices
 
 

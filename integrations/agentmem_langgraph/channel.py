@@ -8,14 +8,15 @@ to the memory that the step began with (`agentmem_langgraph.merge`), in task ord
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Annotated, Any, NotRequired, Self
 
 from langgraph.channels.base import BaseChannel
 from langgraph.errors import EmptyChannelError, InvalidUpdateError
+from langgraph.graph import MessagesState
 from langgraph.types import Overwrite
 
 from agentmem.state import MemoryState
-from agentmem_langgraph.carrier import as_state
+from agentmem_langgraph.memory_turn import as_state
 from agentmem_langgraph.merge import merge_from_nothing, merge_states
 
 Update = MemoryState | dict[str, Any] | None
@@ -24,8 +25,8 @@ Update = MemoryState | dict[str, Any] | None
 class MemoryChannel(BaseChannel[MemoryState, Update, dict[str, Any]]):
     """Holds one memory, empty at first.
 
-    An update is a MemoryState or its plain dict. None empties the channel and `Overwrite(x)` replaces what
-    it holds, whatever else was written in the same step.
+    An update is a MemoryState, its plain dict or its JSON form. None empties the channel and `Overwrite(x)` replaces
+    what it holds, whatever else was written in the same step.
     """
 
     __slots__ = ("_state",)
@@ -85,7 +86,7 @@ class MemoryChannel(BaseChannel[MemoryState, Update, dict[str, Any]]):
         """Take what a step wrote, in task order; True if the memory changed.
 
         Raises:
-            CorruptStateError: a dict is not exactly what `MemoryState.to_dict` gave.
+            CorruptStateError: a dict is not exactly what `MemoryState.to_dict` or `to_json` gave.
             StateMismatchError: a memory was written by another model or adapter, or a parallel branch does
                 not continue the memory that this channel holds.
             InvalidUpdateError: more than one write of the step replaces the memory.
@@ -106,3 +107,9 @@ class MemoryChannel(BaseChannel[MemoryState, Update, dict[str, Any]]):
             states = [v if isinstance(v, MemoryState) else MemoryState.from_dict(v) for v in values]
             self._state = merge_from_nothing(states) if before is None else merge_states(before, states)
         return self._state != before
+
+
+class MemoryMessagesState(MessagesState):
+    """The state of a graph with messages and a memory, ready for `StateGraph(MemoryMessagesState)`."""
+
+    memory: NotRequired[Annotated[MemoryState, MemoryChannel]]

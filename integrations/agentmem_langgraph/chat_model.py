@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
@@ -27,14 +28,20 @@ from pydantic import ConfigDict, Field, model_validator
 import agentmem
 from agentmem import Window
 from agentmem.errors import ConfigError, MissingAdapterError, TurnError
-from agentmem.messages import Message
-from agentmem_langgraph.carrier import MemoryTurn
-from agentmem_langgraph.loading import Engines, Source
-from agentmem_langgraph.messages import to_ai_message, to_engine
-from agentmem_langgraph.profile import profile_of
-from agentmem_langgraph.streaming import ChunkWriter
-from agentmem_langgraph.structured import Method, chosen, explained, parsing, reply_format
-from agentmem_langgraph.tools import Tool, openai_tool
+from agentmem.messages import Message, MessageCache
+from agentmem_langgraph.engines import Engines, Source, profile_of
+from agentmem_langgraph.memory_turn import MemoryTurn, warn_once
+from agentmem_langgraph.messages import to_engine
+from agentmem_langgraph.streaming import ChunkWriter, to_ai_message
+from agentmem_langgraph.tools import (
+    Method,
+    Tool,
+    chosen_tool,
+    openai_tools,
+    reply_format,
+    structured,
+    with_schema_shown,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,6 +49,21 @@ if TYPE_CHECKING:
     from agentmem import Engine, Remembered, Turn
 
 _PER_CALL = ("temperature", "top_p", "top_k", "max_tokens", "seed", "window", "write", "on_edit", "timeout", "kv")
+_FORMATS = ("tools", "tool_choice", "parallel_tool_calls", "response_format")
+_MAY_BE_NONE = ("seed", "window", "timeout")  # elsewhere None is what callers pass who have nothing to say
+_OTHER_NAMES = {
+    "max_new_tokens": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+    "num_predict": "max_tokens",
+    "num_ctx": "window",
+    "stop_sequences": "stop",
+    "model_name": "model",
+    "model_id": "model",
+    "model_kwargs": "load_options",
+    "model": "another ChatDeltaMem",  # in a call
+    "request_timeout": "timeout",
+    "base_url": "model",
+}
 
 
 @dataclass(frozen=True)
@@ -49,13 +71,31 @@ class _Call:
     """One call as the engine takes it."""
 
     turn: MemoryTurn
+    given: list[BaseMessage]
     messages: list[Message]
     options: dict[str, Any]
-    added: int  # messages put before the caller's
 
-    def own(self, result: Turn) -> Turn:
-        """The result with the caller's numbers of messages."""
-        return replace(result, edits=tuple(index - self.added for index in result.edits)) if self.added else result
+    def reply(self, result: Turn, engine: Engine) -> AIMessage:
+        """The reply as a message, edits counted among the caller's messages."""
+        return to_ai_message(self.counted(result, engine), engine.name)
+
+    def counted(self, result: Turn, engine: Engine) -> Turn:
+        """The result, edits counted among the caller's messages."""
+        if not result.edits:
+            return result
+        added = len(self.messages) - len(self.given)  # a system message that shows a schema
+        edits = tuple(index - added for index in result.edits)
+        for index in edits:
+            earlier = _cache_of(engine).get(("shown", self.given[index].id))
+            text = self.messages[index + added].content
+            if earlier is not None and earlier != text and text in earlier:
+                warn_once(
+                    _cache_of(engine),
+                    "A message was given with more text around it at an earlier call than now, so the memory has both. "
+                    "Show what belongs to one call only with agentmem_langgraph.with_context, which is never written "
+                    "(docs/langgraph.md, 'Context for one call').",
+                )
+        return replace(result, edits=edits)
 
 
 class ChatDeltaMem(BaseChatModel):
@@ -67,7 +107,7 @@ class ChatDeltaMem(BaseChatModel):
         turn.state                                    # MemoryState: keep it, give it to the next call
 
     Every sampling option, `window`, `write`, `on_edit`, `timeout` and `kv` may also be given per call or bound:
-    `llm.bind(max_tokens=20)`; and so may `model`, another one that is loaded when it is first named and then kept.
+    `llm.bind(max_tokens=20)`. Models of one `model`, `adapter` and `load_options` share what they load.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -110,6 +150,24 @@ class ChatDeltaMem(BaseChatModel):
     engines: Any = Field(default_factory=Engines, exclude=True, repr=False)
     """What this model and its copies have loaded; `close` ends it."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _spelling(cls, options: Any) -> Any:
+        """Options as other models take them: None for what is not given, one stop string; and which are misspelt."""
+        if not isinstance(options, dict):
+            return options
+        known = [*cls.model_fields, *(str(field.alias) for field in cls.model_fields.values() if field.alias)]
+        if unknown := [name for name in options if name not in known]:
+            raise ConfigError(_unknown_options(unknown, known))
+        options = {
+            name: value
+            for name, value in options.items()
+            if value is not None or name not in _PER_CALL or name in _MAY_BE_NONE
+        }
+        if isinstance(options.get("stop"), str):
+            options["stop"] = [options["stop"]]
+        return options
+
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if self.engine is not None and (self.model is not None or self.adapter is not None or self.load_options):
@@ -123,10 +181,10 @@ class ChatDeltaMem(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        call, engine = self._call(messages, stop, kwargs), self._ready(kwargs.get("model"))
+        call, engine = self._call(messages, stop, kwargs, run_manager), self._ready()
         with call.turn.claim() as state:
             result = engine.turn(call.messages, state, **call.options)
-            message = to_ai_message(call.own(result), engine.name)
+            message = call.reply(result, engine)
             call.turn.commit(result.state)
         return ChatResult(generations=[ChatGeneration(message=message)])
 
@@ -137,10 +195,10 @@ class ChatDeltaMem(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        call, engine = self._call(messages, stop, kwargs), await self._aready(kwargs.get("model"))
+        call, engine = self._call(messages, stop, kwargs, run_manager), await self._aready()
         with call.turn.claim() as state:
             result = await engine.aturn(call.messages, state, **call.options)
-            message = to_ai_message(call.own(result), engine.name)
+            message = call.reply(result, engine)
             call.turn.commit(result.state)
         return ChatResult(generations=[ChatGeneration(message=message)])
 
@@ -151,8 +209,8 @@ class ChatDeltaMem(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        call, writer = self._call(messages, stop, kwargs), ChunkWriter()
-        engine = self._ready(kwargs.get("model"))
+        call, writer = self._call(messages, stop, kwargs, run_manager), ChunkWriter()
+        engine = self._ready()
         with call.turn.claim() as state:
             stream = engine.stream(call.messages, state, **call.options)
             try:
@@ -162,7 +220,7 @@ class ChatDeltaMem(BaseChatModel):
                             run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                         yield chunk
                 result = stream.result()
-                last = writer.last(call.own(result), engine.name)
+                last = writer.last(call.counted(result, engine), engine.name)
                 if run_manager:
                     run_manager.on_llm_new_token(last.text, chunk=last)
             finally:
@@ -178,8 +236,8 @@ class ChatDeltaMem(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        call, writer = self._call(messages, stop, kwargs), ChunkWriter()
-        engine = await self._aready(kwargs.get("model"))
+        call, writer = self._call(messages, stop, kwargs, run_manager), ChunkWriter()
+        engine = await self._aready()
         with call.turn.claim() as state:
             stream = engine.astream(call.messages, state, **call.options)
             try:
@@ -189,7 +247,7 @@ class ChatDeltaMem(BaseChatModel):
                             await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                         yield chunk
                 result = await stream.result()
-                last = writer.last(call.own(result), engine.name)
+                last = writer.last(call.counted(result, engine), engine.name)
                 if run_manager:
                     await run_manager.on_llm_new_token(last.text, chunk=last)
             finally:
@@ -248,16 +306,16 @@ class ChatDeltaMem(BaseChatModel):
             kwargs: bound to every call.
 
         Raises:
-            ConfigError: a tool that is no function, or a choice of a tool that is not there.
+            ConfigError: a tool that is no function, two of one name, or a choice of a tool that is not there.
         """
-        plain = [openai_tool(tool, strict) for tool in tools]
-        chosen(tool_choice, plain)
-        given = {
+        plain = openai_tools(tools, strict)
+        chosen_tool(tool_choice, plain)
+        choices = {
             "tool_choice": tool_choice,
             "parallel_tool_calls": parallel_tool_calls,
             "response_format": response_format,
         }
-        return self.bind(tools=plain, **{name: value for name, value in given.items() if value is not None}, **kwargs)
+        return self.bind(tools=plain, **{name: value for name, value in choices.items() if value is not None}, **kwargs)
 
     def with_structured_output(
         self,
@@ -282,7 +340,7 @@ class ChatDeltaMem(BaseChatModel):
         Raises:
             ConfigError: a method that does not exist, or no schema.
         """
-        return parsing(self, schema, method, include_raw=include_raw, strict=strict, options=kwargs)
+        return structured(self, schema, method, include_raw=include_raw, strict=strict, options=kwargs)
 
     def get_token_ids(self, text: str) -> list[int]:
         """The tokens of a text, by the model's own tokenizer."""
@@ -291,17 +349,19 @@ class ChatDeltaMem(BaseChatModel):
         return list(self._ready().tokenizer.encode(text, add_special_tokens=False))
 
     def get_num_tokens_from_messages(self, messages: Sequence[BaseMessage], tools: Sequence[Tool] | None = None) -> int:
-        """Tokens of the messages (and tools) as the model's chat template renders them."""
-        return self._ready().count_tokens(to_engine(messages), [openai_tool(tool) for tool in tools or ()])
+        """Tokens of the messages (and tools) as the model's chat template renders them; 0 for none."""
+        if not messages:
+            return 0
+        return self._ready().count_tokens(to_engine(messages), openai_tools(tools or ()))
 
     def close(self) -> None:
-        """Close the engines that this model and its copies have loaded, not one that was given."""
+        """Close what this model and its copies have loaded, unless another model uses it too; not a given engine."""
         self.engines.close()
 
     # ------------------------------------------------------------------ what LangChain asks about the model
 
     def _resolve_model_profile(self) -> ModelProfile:
-        return profile_of(self._loaded(None), self._model_name)
+        return profile_of(self._loaded(), self._model_name)
 
     @property
     def _llm_type(self) -> str:
@@ -323,66 +383,71 @@ class ChatDeltaMem(BaseChatModel):
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = super()._get_ls_params(stop=stop, **kwargs)
         params["ls_provider"] = "agentmem"
+        # A run names the model that its call asked for, also where the call is then refused for asking.
         params["ls_model_name"] = str(kwargs.get("model") or self._model_name)
         return params
 
-    def _ready(self, other: str | Path | None = None) -> Engine:
-        """The engine; or that of another model, which a call named."""
-        return cast("Engine", self._loaded(other) or self.engines.load(self._source(other)))
+    def _ready(self) -> Engine:
+        return cast("Engine", self._loaded() or self.engines.load(self._source))
 
-    def _source(self, other: str | Path | None) -> Source:
-        own = Source(self.model or "nano", self.adapter, self.load_options)
-        return own if self._is_own(other) else own.of_another(str(other), memory=self.use_memory)
+    async def _aready(self) -> Engine:
+        engine = self._loaded()
+        return await asyncio.to_thread(self._ready) if engine is None else engine
 
-    def _loaded(self, other: str | Path | None) -> Engine | None:
-        own = self._is_own(other) and self.engine is not None
-        found: Engine | None = self.engine if own else self.engines.get(self._source(other))
-        return found
+    def _loaded(self) -> Engine | None:
+        engine: Engine | None = self.engines.get(self._source) if self.engine is None else self.engine
+        return engine
 
-    def _is_own(self, other: str | Path | None) -> bool:
-        return other is None or str(other) == self._model_name
-
-    async def _aready(self, other: str | Path | None = None) -> Engine:
-        found = self._loaded(other)
-        return await asyncio.to_thread(self._ready, other) if found is None else found
+    @property
+    def _source(self) -> Source:
+        return Source(self.model or "nano", self.adapter, self.load_options)
 
     def _remembered(self, messages: LanguageModelInput) -> list[Message]:
         if not self.use_memory:
             raise MissingAdapterError("use_memory is False, so there is no memory to write to; make it True")
         return to_engine(self._convert_input(messages).to_messages())
 
-    def _call(self, messages: list[BaseMessage], stop: list[str] | None, kwargs: Mapping[str, Any]) -> _Call:
-        options = dict(kwargs)
-        options.pop("stream", None)  # LangChain's own switch between its two paths
-        options.pop("model", None)  # see `_ready`
-        turn = self._carrier(options.pop("memory", None))
-        tools = [openai_tool(tool) for tool in options.pop("tools", None) or ()]
-        choice = options.pop("tool_choice", None)
-        parallel = options.pop("parallel_tool_calls", None)
-        asked = options.pop("response_format", None)
-        form = reply_format(tools, choice, asked, parallel=parallel)
-        given = {name: options.pop(name, getattr(self, name)) for name in _PER_CALL}
-        if options:
-            takes = f"memory, tools, tool_choice, parallel_tool_calls, response_format, stop, {', '.join(_PER_CALL)}"
-            raise ConfigError(f"a call takes {takes}; found {', '.join(options)}")
-        window = given["window"]
-        how = {name: given[name] for name in ("temperature", "top_p", "top_k", "max_tokens", "seed")}
-        sampling = agentmem.Sampling(**how, stop=tuple(self.stop or () if stop is None else stop))
-        history = to_engine(messages)
-        shown = history if asked is None else explained(history, asked)
-        return _Call(
-            turn,
-            shown,
-            {
-                "sampling": sampling,
-                "window": Window(tokens=window) if isinstance(window, int) else window or Window(),
-                **{name: given[name] for name in ("write", "on_edit", "timeout", "kv")},
-                "tools": tools if chosen(choice, tools) != "none" else [],
-                "form": form,
-                "memory": self.use_memory,
-            },
-            len(shown) - len(history),
-        )
+    def _call(
+        self, messages: list[BaseMessage], stop: list[str] | str | None, kwargs: Mapping[str, Any], run_manager: Any
+    ) -> _Call:
+        options = {name: getattr(self, name) for name in _PER_CALL}
+        formats = dict.fromkeys(_FORMATS)
+        memory, unknown = None, []
+        for name, value in kwargs.items():
+            if name == "memory":
+                memory = value
+            elif name in formats:
+                formats[name] = value
+            elif name not in options:
+                unknown.append(name)
+            elif value is not None or name in _MAY_BE_NONE:
+                options[name] = value
+        unknown = [name for name in unknown if name != "stream"]  # LangChain's own switch between its two paths
+        if unknown:
+            raise ConfigError(_unknown_options(unknown, ["memory", *_FORMATS, "stop", *_PER_CALL]))
+        stops = self.stop or [] if stop is None else [stop] if isinstance(stop, str) else stop
+        how = {name: options.pop(name) for name in ("temperature", "top_p", "top_k", "max_tokens", "seed")}
+        options["sampling"] = _checked(how, tuple(stops))
+        window = options["window"]
+        options["window"] = Window(tokens=window) if isinstance(window, int) else window or Window()
+        options["memory"] = self.use_memory
+        engine = self._loaded()
+        cache = _cache_of(engine)
+        history = shown = to_engine(messages, cache)
+        options |= {"tools": [], "form": None}
+        if any(value is not None for value in formats.values()):
+            tools = openai_tools(formats["tools"] or ())
+            choice, response_format = formats["tool_choice"], formats["response_format"]
+            parallel = formats["parallel_tool_calls"]
+            options["form"] = reply_format(tools, choice, response_format, parallel=parallel)
+            options["tools"] = tools if chosen_tool(choice, tools) != "none" else []
+            if response_format is not None:
+                shown = with_schema_shown(history, response_format)
+        if memory is None and self.use_memory and options["write"] != "off":
+            _warn_of_lost_memory(messages, cache, run_manager)
+        elif messages and messages[-1].id is not None and history[-1].role == "user":
+            cache.put(("shown", messages[-1].id), history[-1].content, len(history[-1].content))
+        return _Call(self._carrier(memory), messages, shown, options)
 
     def _carrier(self, memory: Any) -> MemoryTurn:
         if memory is None:
@@ -398,3 +463,35 @@ class ChatDeltaMem(BaseChatModel):
                 "leave ChatDeltaMem's cache=False"
             )
         return memory
+
+
+def _checked(how: dict[str, Any], stop: tuple[str, ...]) -> agentmem.Sampling:
+    try:
+        return agentmem.Sampling(**how, stop=stop)
+    except TypeError as error:
+        values = ", ".join(f"{name}={value!r}" for name, value in how.items())
+        raise ConfigError(f"sampling takes numbers; found {values} ({error})") from None
+
+
+def _cache_of(engine: Any) -> MessageCache:
+    """The engine's cache of seen messages; an empty one while it is not loaded."""
+    cache: MessageCache | None = getattr(engine, "message_cache", None)
+    return MessageCache() if cache is None else cache
+
+
+def _unknown_options(unknown: Sequence[str], known: Sequence[str]) -> str:
+    close = {name: _OTHER_NAMES.get(name) or next(iter(get_close_matches(name, known, 1)), None) for name in unknown}
+    meant = [f"{name} is {right} here" for name, right in close.items() if right is not None]
+    return f"options are {', '.join(known)}; found {', '.join(unknown)}{'; ' * bool(meant)}{'; '.join(meant)}"
+
+
+def _warn_of_lost_memory(messages: Sequence[BaseMessage], cache: MessageCache, run_manager: Any) -> None:
+    """Say so where a graph calls the model without its memory: every turn then writes the whole thread anew."""
+    if not messages or "langgraph_node" not in (getattr(run_manager, "metadata", None) or {}):
+        return
+    if any(isinstance(message, AIMessage) and message.response_metadata.get("memory") for message in messages):
+        warn_once(
+            cache,
+            "A graph calls ChatDeltaMem without memory=, so that every call writes the whole thread anew and forgets "
+            "it. Use MemoryNode, or MemoryMiddleware in create_agent; or use_memory=False for a model without memory.",
+        )

@@ -1,103 +1,104 @@
-"""LangChain's messages to agentmem's and back.
+"""LangChain's messages as the engine takes them.
 
-A memory recognises a message that it has consumed by its digest. So a reply that went out as an AIMessage
-must come back as the same message, whether it was streamed or not, and nothing that a graph may add later
-(ids, usage, metadata, reasoning) may count.
+A memory recognises a message that it has consumed by its digest. So a reply that went out as an AIMessage must come
+back as the same message, and nothing that a graph may add later (ids, names, usage, metadata, reasoning) may count.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import cast
 
-from langchain_core.messages import (
-    AIMessage,
-    BaseMessage,
-    ChatMessage,
-    HumanMessage,
-    SystemMessage,
-    ToolMessage,
-)
-from langchain_core.messages import InvalidToolCall as InvalidCall
-from langchain_core.messages import ToolCall as Call
-from langchain_core.messages.ai import UsageMetadata
+from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMessage, SystemMessage, ToolMessage
 
 from agentmem.errors import TranscriptError
-from agentmem.messages import LONGEST_KEPT, ROLES, Message, Role, ToolCall
-from agentmem_langgraph.calls import NOT_JSON, CallText
+from agentmem.messages import ROLES, Message, MessageCache, Role, ToolCall
 
-if TYPE_CHECKING:
-    from agentmem import Turn
-
-REASONING = "reasoning_content"
-"""Where an AIMessage keeps its reasoning (in additional_kwargs); LangChain's content blocks read it there."""
-
-_KEPT = 4096
-"""Messages that are kept as the engine takes them; a history is given anew at every turn."""
-
-_PLAIN: dict[type[BaseMessage], Role] = {AIMessage: "assistant", HumanMessage: "user", SystemMessage: "system"}
+_ROLES: dict[type[BaseMessage], Role] = {
+    AIMessage: "assistant",
+    HumanMessage: "user",
+    SystemMessage: "system",
+    ToolMessage: "tool",
+}
 _MARK = "agentmem"  # additional_kwargs["agentmem"] = {"write": False}
-# Blocks of an AI message that are no text: calls stand in `tool_calls` too, and reasoning is never sent back.
-_NOT_SAID = {"tool_call", "tool_call_chunk", "invalid_tool_call", "tool_use", "reasoning", "thinking"}
+# Blocks that no text stands for. Whatever else other providers put into an AI message beside its text (reasoning, calls
+# that stand in `tool_calls` too, citations, server tools) is left out.
+_MEDIA = {
+    "image",
+    "image_url",
+    "input_image",
+    "audio",
+    "input_audio",
+    "video",
+    "video_url",
+    "file",
+    "input_file",
+    "media",
+}
+
+_Key = tuple[Role, str, str, str, bool]  # role, text, tool_call_id, name, write: all of a message but calls
+_MESSAGE_BYTES = 600  # a message's object with its digest, and the key's other strings
 
 
-def to_engine(messages: Sequence[BaseMessage]) -> list[Message]:
+def to_engine(messages: Sequence[BaseMessage], cache: MessageCache | None = None) -> list[Message]:
     """The same messages for the engine, one for one.
+
+    Args:
+        messages: LangChain's.
+        cache: the engine's cache of seen messages. From it equal messages come as the same object, so that the digests
+            of a long history are at hand.
 
     Raises:
         TranscriptError: a kind of message or content that a text model cannot be shown.
     """
     # Done for a whole history at every turn, and pydantic's isinstance and attributes are slow: what most messages are,
     # text without calls and marks, is taken as it lies.
-    found = []
+    keys: list[_Key] = []
     for message in messages:
-        kind, has = type(message), vars(message)
-        text = has["content"]
-        plain = kind in _PLAIN and type(text) is str and not has["additional_kwargs"] and not has.get("tool_calls")
-        short = plain and len(text) <= LONGEST_KEPT
-        found.append(_said(kind, text, has["name"]) if short else _to_engine(message))
-    return found
+        role, fields = _ROLES.get(type(message)), vars(message)
+        text = fields["content"]
+        marked = fields["additional_kwargs"] or fields.get("tool_calls")
+        if role is None or role == "tool" or type(text) is not str or marked:
+            keys.append(_key(message))
+        else:
+            keys.append((role, text, "", fields["name"] or "", True))
+    kept = [None] * len(keys) if cache is None else cache.get_all(keys)
+    return [
+        _converted(message, key, cache) if known is None or vars(message).get("tool_calls") else known
+        for known, message, key in zip(kept, messages, keys, strict=True)
+    ]
 
 
-@lru_cache(maxsize=_KEPT)
-def _said(kind: type[BaseMessage], text: str, name: str | None) -> Message:
-    return _known(_PLAIN[kind], text, "", name or "", True)
-
-
-def _to_engine(message: BaseMessage) -> Message:
-    kind = _role_of(type(message))
-    role, text, name, write = kind or _role(message), _text(message), message.name or "", _write_flag(message)
-    answers = ""
-    if kind == "assistant" and (given := cast(AIMessage, message).tool_calls):
-        calls = tuple(ToolCall(c["name"], c["args"], c["id"] or "") for c in given)
+def _converted(message: BaseMessage, key: _Key, cache: MessageCache | None) -> Message:
+    role, text, tool_call_id, name, write = key
+    if role == "assistant" and isinstance(message, AIMessage) and message.tool_calls:
+        # Arguments may be changed in place, so a message with calls is made anew each time.
+        calls = tuple(ToolCall(call["name"], call["args"], call["id"] or "") for call in message.tool_calls)
         return Message(role, text, tool_calls=calls, name=name, write=write)
-    if kind == "tool":
-        message = cast(ToolMessage, message)
-        answers = message.tool_call_id
-        if message.status == "error" and not text.startswith("Error"):
+    converted = Message(role, text, tool_call_id=tool_call_id, name=name, write=write)
+    if cache is not None:
+        cache.put(key, converted, sys.getsizeof(text) + _MESSAGE_BYTES)
+    return converted
+
+
+def _key(message: BaseMessage) -> _Key:
+    role, text = _role(message), _text(message)
+    tool_call_id = ""
+    if role == "tool":
+        result = cast(ToolMessage, message)
+        tool_call_id = result.tool_call_id
+        if result.status == "error" and not text.startswith("Error"):
             text = f"Error: {text}"  # templates show a tool's text alone
-    if len(text) > LONGEST_KEPT:
-        return Message(role, text, tool_call_id=answers, name=name, write=write)
-    return _known(role, text, answers, name, write)
-
-
-@lru_cache(maxsize=_KEPT)
-def _known(role: Role, text: str, tool_call_id: str, name: str, write: bool) -> Message:
-    """A message without calls. The same for the same values, so that the digests of a long history are at hand."""
-    return Message(role, text, tool_call_id=tool_call_id, name=name, write=write)
-
-
-@lru_cache(maxsize=64)
-def _role_of(kind: type[BaseMessage]) -> Role | None:
-    """The role of all messages of a kind, if there is one."""
-    roles: dict[type[BaseMessage], Role] = {**_PLAIN, ToolMessage: "tool"}
-    return next((role for base, role in roles.items() if issubclass(kind, base)), None)
+    return role, text, tool_call_id, message.name or "", _write_flag(message)
 
 
 def _role(message: BaseMessage) -> Role:
+    for kind, role in _ROLES.items():
+        if isinstance(message, kind):
+            return role
     if isinstance(message, ChatMessage) and message.role in ROLES and message.role != "tool":
-        return message.role  # type: ignore[return-value]
+        return cast(Role, message.role)
     raise TranscriptError(
         f"a human, AI, system or tool message was expected; found {type(message).__name__} "
         f"({getattr(message, 'role', message.type)!r}); convert or remove it first"
@@ -117,77 +118,24 @@ def _write_flag(message: BaseMessage) -> bool:
 
 
 def _text(message: BaseMessage) -> str:
-    if isinstance(message.content, str):
-        return message.content
-    texts = []
-    for block in message.content:
-        if isinstance(block, str):
-            texts.append(block)
-        elif block.get("type") == "text" and isinstance(block.get("text"), str):
-            texts.append(block["text"])
-        elif not (isinstance(message, AIMessage) and block.get("type") in _NOT_SAID):
-            raise TranscriptError(
-                f"a text model reads text; found a block of type {block.get('type')!r} in a {message.type} "
-                "message; describe it in text, or leave it out"
-            )
-    return "".join(texts)
+    content = message.content
+    if content is None or isinstance(content, str):  # other code makes messages without content
+        return content or ""
+    spoken = isinstance(message, AIMessage)
+    return "".join(block if isinstance(block, str) else _block_text(block, message.type, spoken) for block in content)
 
 
-def to_ai_message(turn: Turn, model_name: str) -> AIMessage:
-    """What a turn said, with usage, and with the digest of the new memory in place of the memory."""
-    return AIMessage(
-        content=turn.message.content,
-        tool_calls=[
-            Call(name=call.name, args=dict(call.arguments), id=call.id, type="tool_call")
-            for call in turn.message.tool_calls
-        ],
-        invalid_tool_calls=invalid_calls(turn),
-        additional_kwargs={REASONING: turn.reasoning} if turn.reasoning else {},
-        response_metadata=response_metadata(turn, model_name),
-        usage_metadata=usage(turn),
+def _block_text(block: Mapping[str, object], kind: str, spoken: bool) -> str:
+    """The text of a content block; `spoken`: by an AI."""
+    for name in ("text", "refusal") if spoken else ("text",):
+        if (text := block.get(name)) is not None and isinstance(text, str) and block.get("type") in _TEXT_TYPES:
+            return text
+    if spoken and block.get("type") not in _MEDIA:
+        return ""
+    raise TranscriptError(
+        f"a text model reads text; found a block of type {block.get('type')!r} in a {kind} "
+        "message; describe it in text, or leave it out"
     )
 
 
-def invalid_calls(turn: Turn) -> list[InvalidCall]:
-    """Calls that could not be read: name and arguments as far as they go, else the whole text, with a mark.
-
-    The mark is no JSON. Without it LangChain would complete the cut-off call of a stream to a valid one.
-    """
-    found = []
-    for call in turn.invalid_tool_calls:
-        text = CallText(call.id, 0)
-        text.push(call.text)
-        args = f"{NOT_JSON}{call.text}" if text.name is None else f"{text.arguments}{text.mark}"
-        found.append(
-            InvalidCall(name=text.name, args=args, id=call.id or None, error=call.error, type="invalid_tool_call")
-        )
-    return found
-
-
-def response_metadata(turn: Turn, model_name: str) -> dict[str, Any]:
-    """model_name, finish_reason, memory (new digest, tokens written and read); edits and carried tokens if any."""
-    metadata: dict[str, Any] = {
-        "model_name": model_name,
-        "finish_reason": turn.finish_reason,
-        "memory": {
-            "digest": turn.state.digest if turn.state else None,
-            "written": turn.written,
-            "read": turn.read,
-        },
-    }
-    if turn.usage.carried_tokens:
-        metadata["carried"] = turn.usage.carried_tokens
-    if turn.edits:
-        metadata["edits"] = list(turn.edits)
-    return metadata
-
-
-def usage(turn: Turn) -> UsageMetadata:
-    """Token counts in LangChain's form."""
-    used = turn.usage
-    return UsageMetadata(
-        input_tokens=used.input_tokens,
-        output_tokens=used.output_tokens,
-        total_tokens=used.input_tokens + used.output_tokens,
-        input_token_details={"cache_read": used.cache_read_tokens},
-    )
+_TEXT_TYPES = {"text", "output_text", "input_text", "refusal"}

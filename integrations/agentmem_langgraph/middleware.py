@@ -13,11 +13,13 @@ from langchain.agents.middleware.types import (
     ModelResponse,
     PrivateStateAttr,
 )
+from langchain_core.messages import AIMessage
 from langgraph.types import Command
 
 from agentmem.state import MemoryState
-from agentmem_langgraph.carrier import MemoryTurn
 from agentmem_langgraph.channel import MemoryChannel
+from agentmem_langgraph.chat_model import ChatDeltaMem
+from agentmem_langgraph.memory_turn import MemoryTurn
 from agentmem_langgraph.node import memory_update
 from agentmem_langgraph.tracing import MATRIX_FREE
 
@@ -39,9 +41,10 @@ class MemoryMiddleware(AgentMiddleware[Any, Any, Any]):
 
         agent = create_agent(ChatDeltaMem(), tools, middleware=[MemoryMiddleware()], checkpointer=saver)
 
-    Every call of the model is one turn of the memory, kept in the state key "memory". Middleware that repeats
-    failed calls may stand before or after this one: a failed call changes nothing. Middleware after this one
-    that asks the model twice where both calls succeed gets a TurnError: only one can be the next turn.
+    Every call of the model is one turn of the memory, kept in the state key "memory". Middleware that repeats failed
+    calls may stand before or after this one: a failed call changes nothing. Middleware after this one that answers
+    itself (a cache, a guard, another model) leaves the memory as it was; the next turn catches up. Middleware after
+    this one that asks the model twice where both calls succeed gets a TurnError: only one can be the next turn.
 
     Args:
         shared: the memory is part of the agent's input and output: for an agent that is a node of a graph
@@ -59,7 +62,7 @@ class MemoryMiddleware(AgentMiddleware[Any, Any, Any]):
     ) -> ExtendedModelResponse[Any]:
         """Call the model with the memory, and put the new one into the agent's state."""
         turn = _turn(request)
-        return _with_memory(handler(_carrying(request, turn)), turn)
+        return _with_memory(handler(_carrying(request, turn)), turn, request)
 
     async def awrap_model_call(
         self,
@@ -68,7 +71,7 @@ class MemoryMiddleware(AgentMiddleware[Any, Any, Any]):
     ) -> ExtendedModelResponse[Any]:
         """As `wrap_model_call`."""
         turn = _turn(request)
-        return _with_memory(await handler(_carrying(request, turn)), turn)
+        return _with_memory(await handler(_carrying(request, turn)), turn, request)
 
 
 def _turn(request: ModelRequest[Any]) -> MemoryTurn:
@@ -80,5 +83,11 @@ def _carrying(request: ModelRequest[Any], turn: MemoryTurn) -> ModelRequest[Any]
     return request.override(model_settings={**request.model_settings, "memory": turn})
 
 
-def _with_memory(response: ModelResponse[Any], turn: MemoryTurn) -> ExtendedModelResponse[Any]:
+def _with_memory(
+    response: ModelResponse[Any] | AIMessage, turn: MemoryTurn, request: ModelRequest[Any]
+) -> ExtendedModelResponse[Any]:
+    if isinstance(response, AIMessage):  # what middleware that answers itself may give
+        response = ModelResponse(result=[response])
+    if not turn.used and isinstance(request.model, ChatDeltaMem):
+        return ExtendedModelResponse(response)
     return ExtendedModelResponse(response, Command(update=memory_update(turn, "memory")))

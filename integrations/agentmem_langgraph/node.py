@@ -10,14 +10,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from langchain_core.documents import Document
-from langchain_core.messages import BaseMessage
+from langchain_core.language_models import BaseLanguageModel
+from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.output_parsers import BaseOutputParser
+from langchain_core.prompts import BasePromptTemplate
 from langchain_core.retrievers import BaseRetriever
-from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig, RunnableSequence, RunnableWithFallbacks
 from langgraph.types import TracePolicy
 
-from agentmem.errors import TranscriptError
-from agentmem_langgraph.carrier import MemoryTurn
-from agentmem_langgraph.facts import numbered_facts, question, with_leading_text
+from agentmem.errors import ConfigError, TranscriptError, TurnError
+from agentmem_langgraph.chat_model import ChatDeltaMem
+from agentmem_langgraph.memory_turn import MemoryTurn
+from agentmem_langgraph.prompting import facts_metadata, numbered_facts, question, with_leading_text
 from agentmem_langgraph.tracing import MATRIX_FREE
 
 
@@ -27,7 +31,8 @@ class MemoryNode(Runnable[Any, dict[str, Any]]):
         builder.add_node("agent", node := MemoryNode(llm), trace_policy=node.trace_policy)
 
     Args:
-        llm: a ChatDeltaMem, also with tools or options bound.
+        llm: a ChatDeltaMem, also with tools or options bound. Not a chain: a prompt before it would not pass the memory
+            on, and what a parser makes of the reply is no message.
         messages_key: where the state keeps its messages.
         memory_key: where it keeps its memory (`Annotated[MemoryState, MemoryChannel]`).
         system: a system prompt, shown before the messages and never stored.
@@ -35,6 +40,10 @@ class MemoryNode(Runnable[Any, dict[str, Any]]):
             and neither stored nor written into memory.
         format_facts: how the facts are shown; by default "Facts:" and a line "text [1]" for each.
         name: of the node.
+
+    Raises:
+        ConfigError: `llm` is a chain that does not pass the memory on, or gives no message.
+        TurnError: `llm` is another chat model.
     """
 
     trace_policy: TracePolicy = MATRIX_FREE
@@ -51,6 +60,7 @@ class MemoryNode(Runnable[Any, dict[str, Any]]):
         format_facts: Callable[[Sequence[Document]], str] = numbered_facts,
         name: str | None = None,
     ) -> None:
+        _require_memory_model(llm)
         self.llm = llm
         self.messages_key = messages_key
         self.memory_key = memory_key
@@ -64,18 +74,20 @@ class MemoryNode(Runnable[Any, dict[str, Any]]):
 
         Raises:
             TranscriptError: the state has no messages.
+            ConfigError: the graph's state has no key for the memory.
+            TurnError: the model did not take the memory, or gave no message.
         """
-        history, turn = self._messages(input), MemoryTurn(_read(input, self.memory_key))
+        history, turn = self._messages(input), self._turn(input, config)
         documents = self.retriever.invoke(question(history), config) if self.retriever else []
         reply = self.llm.invoke(self._shown(history, documents), config, memory=turn, **kwargs)
-        return self._update(reply, turn)
+        return self._update(reply, turn, documents)
 
     async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:
         """As `invoke`, without blocking the loop."""
-        history, turn = self._messages(input), MemoryTurn(_read(input, self.memory_key))
+        history, turn = self._messages(input), self._turn(input, config)
         documents = await self.retriever.ainvoke(question(history), config) if self.retriever else []
         reply = await self.llm.ainvoke(self._shown(history, documents), config, memory=turn, **kwargs)
-        return self._update(reply, turn)
+        return self._update(reply, turn, documents)
 
     def _messages(self, state: Any) -> list[BaseMessage]:
         messages = _read(state, self.messages_key)
@@ -85,10 +97,28 @@ class MemoryNode(Runnable[Any, dict[str, Any]]):
             )
         return list(messages)
 
+    def _turn(self, state: Any, config: RunnableConfig | None) -> MemoryTurn:
+        memory = _read(state, self.memory_key)
+        channels = _channels(config)
+        if memory is None and channels is not None and self.memory_key not in channels:
+            raise ConfigError(
+                f"the graph's state has no key {self.memory_key!r}, so every turn would start from an empty memory; "
+                f"found {', '.join(sorted(channels))}; add `{self.memory_key}: Annotated[MemoryState, MemoryChannel]` "
+                "to the state, or take agentmem_langgraph.MemoryMessagesState"
+            )
+        return MemoryTurn(memory)
+
     def _shown(self, history: list[BaseMessage], documents: Sequence[Document]) -> list[BaseMessage]:
         return with_leading_text(history, self.system, self.format_facts(documents) if documents else "")
 
-    def _update(self, reply: BaseMessage, turn: MemoryTurn) -> dict[str, Any]:
+    def _update(self, reply: Any, turn: MemoryTurn, documents: Sequence[Document]) -> dict[str, Any]:
+        if not isinstance(reply, BaseMessage):
+            raise TurnError(
+                f"a node adds a message to its state; its model gave {type(reply).__name__}; give MemoryNode the "
+                "ChatDeltaMem itself, and take its reply apart in a node of its own"
+            )
+        if documents and isinstance(reply, AIMessage):
+            reply.response_metadata["facts"] = facts_metadata(documents)
         return {self.messages_key: [reply], **memory_update(turn, self.memory_key)}
 
 
@@ -104,3 +134,48 @@ def memory_update(turn: MemoryTurn, key: str) -> dict[str, Any]:
 
 def _read(state: Any, key: str) -> Any:
     return state.get(key) if isinstance(state, Mapping) else getattr(state, key, None)
+
+
+def _require_memory_model(llm: Any) -> None:
+    """Refuse what can be seen to lose the memory or the message.
+
+    Raises:
+        ConfigError, TurnError: saying what to write instead.
+    """
+    first: Any = llm
+    last: Any = llm
+    while True:
+        if isinstance(first, RunnableSequence):
+            first, last = first.steps[0], first.steps[-1]
+        elif isinstance(first, RunnableBinding):
+            first = first.bound
+        elif isinstance(first, RunnableWithFallbacks):
+            first = first.runnable
+        else:
+            break
+    if isinstance(first, BasePromptTemplate):
+        raise ConfigError(
+            "MemoryNode takes a ChatDeltaMem; found a chain that begins with a prompt, which does not pass the memory "
+            "on; write MemoryNode(llm, system='...'), or change the messages in a node before it"
+        )
+    if isinstance(first, BaseLanguageModel) and not isinstance(first, ChatDeltaMem):
+        raise TurnError(
+            f"MemoryNode takes a ChatDeltaMem, with or without tools and options bound; found {type(first).__name__}, "
+            "which has no memory"
+        )
+    if isinstance(last, BaseOutputParser):
+        raise ConfigError(
+            f"MemoryNode adds the reply to the state's messages; found a chain that ends with {type(last).__name__}, "
+            "which makes something else of it (with_structured_output does, too); write MemoryNode(llm) and parse the "
+            "reply in a node behind it"
+        )
+
+
+def _channels(config: RunnableConfig | None) -> Sequence[str] | None:
+    """The keys of the state of the graph that runs a node; None where that cannot be told.
+
+    LangGraph has no public name for it: what it hands to nodes to read the state with holds the channels.
+    """
+    read = (config or {}).get("configurable", {}).get("__pregel_read")
+    channels = next((part for part in getattr(read, "args", ()) if isinstance(part, Mapping)), None)
+    return None if channels is None else list(channels)

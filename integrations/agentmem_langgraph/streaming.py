@@ -1,19 +1,96 @@
-"""Deltas of a turn as LangChain's message chunks, which add up to the message that `invoke` gives."""
+"""A turn's reply as LangChain's message: whole, or in chunks that add up to the same message.
+
+Tool calls are shown while they are decoded: the name as soon as it is known, then the arguments as they come. What a
+model writes for a call is `{"name": ..., "arguments": {...}}`; LangChain wants the name once and the text of the
+arguments in pieces. A call that is written in another form, or not to its end, is known for what it is only at the end.
+"""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Any
 
-from langchain_core.messages import AIMessageChunk
-from langchain_core.messages.tool import tool_call_chunk
+from langchain_core.messages import AIMessage, AIMessageChunk
+from langchain_core.messages import InvalidToolCall as InvalidCall
+from langchain_core.messages import ToolCall as Call
+from langchain_core.messages.ai import UsageMetadata
+from langchain_core.messages.tool import ToolCallChunk, tool_call_chunk
 from langchain_core.outputs import ChatGenerationChunk
-
-from agentmem_langgraph.calls import CallText
-from agentmem_langgraph.messages import REASONING, invalid_calls, response_metadata, usage
 
 if TYPE_CHECKING:
     from agentmem import Delta, Turn
+
+REASONING = "reasoning_content"
+"""Where an AIMessage keeps its reasoning (in additional_kwargs); LangChain's content blocks read it there."""
+
+_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)')
+_NOT_JSON = "<tool_call>"  # no JSON begins so
+
+
+def to_ai_message(turn: Turn, model_name: str) -> AIMessage:
+    """What a turn said, with usage, and with the digest of the new memory in place of the memory."""
+    return AIMessage(
+        content=turn.message.content,
+        tool_calls=[
+            Call(name=call.name, args=dict(call.arguments), id=call.id, type="tool_call")
+            for call in turn.message.tool_calls
+        ],
+        invalid_tool_calls=invalid_calls(turn),
+        additional_kwargs={REASONING: turn.reasoning} if turn.reasoning else {},
+        response_metadata=response_metadata(turn, model_name),
+        usage_metadata=usage(turn),
+    )
+
+
+def invalid_calls(turn: Turn) -> list[InvalidCall]:
+    """Calls that could not be read: name and arguments as far as they go, else the whole text, with a mark.
+
+    The mark is no JSON. Without it LangChain would complete the cut-off call of a stream to a valid one.
+    """
+    found = []
+    for call in turn.invalid_tool_calls:
+        text = CallText(call.id, 0)
+        text.push(call.text)
+        args = f"{_NOT_JSON}{call.text}" if text.name is None else f"{text.arguments}{text.mark}"
+        found.append(
+            InvalidCall(name=text.name, args=args, id=call.id or None, error=call.error, type="invalid_tool_call")
+        )
+    return found
+
+
+def response_metadata(turn: Turn, model_name: str) -> dict[str, Any]:
+    """model_name, finish_reason, memory (new digest, tokens written and read).
+
+    Where there are any: edits, deletions, and tokens of KV that was carried over from an earlier turn.
+    """
+    metadata: dict[str, Any] = {
+        "model_name": model_name,
+        "finish_reason": turn.finish_reason,
+        "memory": {
+            "digest": turn.state.digest if turn.state else None,
+            "written": turn.written,
+            "read": turn.read,
+        },
+    }
+    if turn.usage.carried_tokens:
+        metadata["carried"] = turn.usage.carried_tokens
+    if turn.edits:
+        metadata["edits"] = list(turn.edits)
+    if turn.deletions:
+        metadata["deletions"] = turn.deletions
+    return metadata
+
+
+def usage(turn: Turn) -> UsageMetadata:
+    """Token counts in LangChain's form."""
+    used = turn.usage
+    return UsageMetadata(
+        input_tokens=used.input_tokens,
+        output_tokens=used.output_tokens,
+        total_tokens=used.input_tokens + used.output_tokens,
+        input_token_details={"cache_read": used.cache_read_tokens},
+    )
 
 
 class ChunkWriter:
@@ -93,6 +170,77 @@ class _Trimmed:
         self._held = self._held[len(shown) :]
         self.sent += shown
         return shown
+
+
+class CallText:
+    """One call's text as it comes.
+
+    Attributes:
+        name: the tool's; None while unknown.
+        arguments: the JSON of the arguments so far.
+        whole: the arguments are complete.
+    """
+
+    def __init__(self, call: str, index: int) -> None:
+        """`call`: its id; `index`: its place among the calls of the reply."""
+        self.name: str | None = None
+        self.arguments = ""
+        self.whole = False
+        self._call = call
+        self._index = index
+        self._head = ""
+        self._open = ""  # the brackets to be closed, innermost last
+        self._quoted = self._escaped = False
+
+    def push(self, text: str) -> ToolCallChunk | None:
+        """Add text; gives what there is to show of it."""
+        if self.name is not None:
+            more = self._take(text)
+            return self._chunk(args=more) if more else None
+        self._head += text
+        found = _HEAD.match(self._head)
+        if found is None:
+            return None
+        try:
+            self.name = json.loads(found[1])
+        except ValueError:  # a control character, or half an escape
+            return None
+        return self._chunk(name=self.name, args=self._take(self._head[found.end() :]), call=self._call)
+
+    @property
+    def mark(self) -> str:
+        """What makes these arguments no JSON: a bracket that closes another than the one that is open.
+
+        After anything else LangChain would complete a call that was cut off to a valid one.
+        """
+        inside = "\\" * self._escaped + '"' * self._quoted
+        return inside + ("]" if self._open.endswith("}") else "}") + _NOT_JSON
+
+    def refuse(self) -> ToolCallChunk:
+        """What makes a call that was begun an invalid one."""
+        return self._chunk(args=self.mark)
+
+    def _take(self, text: str) -> str:
+        """The part of a text that belongs to the arguments."""
+        for at, letter in enumerate(text):
+            if self.whole:
+                text = text[:at]
+                break
+            if self._quoted:
+                self._quoted = self._escaped or letter != '"'
+                self._escaped = letter == "\\" and not self._escaped
+            elif letter == '"':
+                self._quoted = True
+            elif letter in "{[":
+                self._open += "}" if letter == "{" else "]"
+            elif letter in "}]":
+                self._open = self._open[:-1]
+                self.whole = not self._open
+        self.arguments += text
+        return text
+
+    def _chunk(self, *, args: str, name: str | None = None, call: str | None = None) -> ToolCallChunk:
+        return tool_call_chunk(name=name, args=args, id=call, index=self._index)
 
 
 def _chunk(message: AIMessageChunk) -> ChatGenerationChunk:

@@ -1,26 +1,38 @@
-"""Tools of any kind in OpenAI's form.
+"""Tools, tool choice and structured output in LangChain's and OpenAI's words, as the engine takes them.
 
-LangChain's own conversion is used as far as it goes. It writes references out, which has no end where a class holds
-itself (a tree of nodes): there it gives up and permits anything. So the parameters of such tools are taken from
-pydantic, references and all.
+What a caller may write for one thing is brought into one form here; what it means is in
+`agentmem.generation.reply_format`. LangChain's own conversion of tools is used as far as it goes. It writes references
+out, which has no end where a class holds itself (a tree of nodes): there it gives up and permits anything. So the
+parameters of such tools are taken from pydantic, references and all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
-from typing import Any
+from typing import Any, Literal
 
+from langchain_core.messages import AIMessage
+from langchain_core.output_parsers import BaseOutputParser, JsonOutputParser, PydanticOutputParser
+from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
+from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
 from langchain_core.tools import BaseTool, StructuredTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import BaseModel
 
+from agentmem import ReplyFormat
 from agentmem.errors import ConfigError
+from agentmem.messages import Message
 
 Tool = Mapping[str, Any] | type | Callable[..., Any] | BaseTool
+Method = Literal["function_calling", "json_schema", "json_mode"]
 
-_HERE = "#/$defs/"
+_METHODS = ("function_calling", "json_schema", "json_mode")
+_ANY = ("any", "required", True)
+_DEFINITIONS = "#/$defs/"
 
 
 def openai_tool(tool: Tool, strict: bool | None = None) -> dict[str, Any]:
@@ -29,7 +41,7 @@ def openai_tool(tool: Tool, strict: bool | None = None) -> dict[str, Any]:
     Raises:
         ConfigError: it is no function with a name, or of a kind that cannot be described.
     """
-    plain = _converted(convert_to_openai_tool, tool, strict=strict)
+    plain: dict[str, Any] = _without_nulls(_converted(convert_to_openai_tool, tool, strict=strict))
     function = plain.get("function")
     if plain.get("type") != "function" or not isinstance(function, Mapping) or not function.get("name"):
         raise ConfigError(f"a tool is a function with a name; found {plain!r}; leave out others")
@@ -39,6 +51,27 @@ def openai_tool(tool: Tool, strict: bool | None = None) -> dict[str, Any]:
     parameters = _untitled(_rooted(own))
     parameters.pop("description", None)  # LangChain puts it beside the parameters
     return {**plain, "function": {**function, "parameters": parameters}}
+
+
+def openai_tools(tools: Sequence[Tool], strict: bool | None = None) -> list[dict[str, Any]]:
+    """Tools in OpenAI's form, each name once.
+
+    Raises:
+        ConfigError: as `openai_tool`; or two tools of one name take different arguments.
+    """
+    by_name: dict[str, dict[str, Any]] = {}
+    for tool in tools:
+        plain = openai_tool(tool, strict)
+        name = plain["function"]["name"]
+        first = by_name.setdefault(name, plain)
+        if _arguments(first) != _arguments(plain):
+            raise ConfigError(f"every tool has a name of its own; found two that are called {name!r}; rename one")
+    return list(by_name.values())
+
+
+def _arguments(tool: Mapping[str, Any]) -> Any:
+    parameters = _untitled(tool["function"].get("parameters", {}))
+    return {key: parameters[key] for key in ("properties", "required") if parameters.get(key)}
 
 
 def json_schema(schema: Any) -> dict[str, Any]:
@@ -52,20 +85,31 @@ def json_schema(schema: Any) -> dict[str, Any]:
     return _converted(convert_to_json_schema, schema)
 
 
-def _converted(convert: Callable[..., dict[str, Any]], given: Any, **options: Any) -> dict[str, Any]:
-    if isinstance(given, Mapping) and "$ref" in given and "title" not in given:
-        given = _rooted(given)
+def _converted(convert: Callable[..., dict[str, Any]], described: Any, **options: Any) -> dict[str, Any]:
+    if isinstance(described, Mapping) and "$ref" in described and "title" not in described:
+        described = _rooted(described)
     try:
-        return convert(given, **options)
+        return convert(described, **options)
     except RecursionError:
         raise ConfigError(
-            f"{getattr(given, '__name__', given)!r} holds itself, which only pydantic classes and JSON schemas can; "
-            "make it a pydantic class"
+            f"{getattr(described, '__name__', described)!r} holds itself, which only pydantic classes and JSON schemas "
+            "can; make it a pydantic class"
         ) from None
     except ConfigError:
         raise
     except (ValueError, TypeError) as error:
         raise ConfigError(f"this cannot be described as a function or a schema: {error}") from error
+
+
+def _without_nulls(schema: Any) -> Any:
+    """A schema without keywords that say nothing, which other programs write as null: "required", for one."""
+    if isinstance(schema, Mapping):
+        return {
+            key: _without_nulls(item)
+            for key, item in schema.items()
+            if item is not None or key in ("default", "const", "enum")
+        }
+    return schema
 
 
 def _own_schema(tool: Tool) -> dict[str, Any] | None:
@@ -84,35 +128,183 @@ def _own_schema(tool: Tool) -> dict[str, Any] | None:
 def _holds_itself(schema: Mapping[str, Any]) -> bool:
     """Whether one of a schema's definitions leads back to itself."""
     try:
-        TopologicalSorter({name: set(_named(one)) for name, one in schema.get("$defs", {}).items()}).prepare()
+        TopologicalSorter(
+            {name: set(_references(definition)) for name, definition in schema.get("$defs", {}).items()}
+        ).prepare()
     except CycleError:
         return True
     return False
 
 
-def _named(schema: Any) -> Iterator[str]:
+def _references(schema: Any) -> Iterator[str]:
     """The definitions that a schema refers to."""
     if isinstance(schema, Mapping):
-        to = schema.get("$ref")
-        if isinstance(to, str) and to.startswith(_HERE):
-            yield to.removeprefix(_HERE)
-    for one in schema.values() if isinstance(schema, Mapping) else schema if isinstance(schema, list) else ():
-        yield from _named(one)
+        target = schema.get("$ref")
+        if isinstance(target, str) and target.startswith(_DEFINITIONS):
+            yield target.removeprefix(_DEFINITIONS)
+    for item in schema.values() if isinstance(schema, Mapping) else schema if isinstance(schema, list) else ():
+        yield from _references(item)
 
 
 def _rooted(schema: Mapping[str, Any]) -> dict[str, Any]:
     """A schema that is nothing but a reference to one of its definitions, as that definition."""
-    definitions, to = schema.get("$defs", {}), str(schema.get("$ref", ""))
-    found = definitions.get(to.removeprefix(_HERE)) if to.startswith(_HERE) else None
-    return {**found, "$defs": definitions} if found is not None else dict(schema)
+    definitions, target = schema.get("$defs", {}), str(schema.get("$ref", ""))
+    definition = definitions.get(target.removeprefix(_DEFINITIONS)) if target.startswith(_DEFINITIONS) else None
+    return {**definition, "$defs": definitions} if definition is not None else dict(schema)
 
 
 def _untitled(schema: Any, *, names: bool = False) -> Any:
-    """A schema without the titles that pydantic makes of names. ``names``: the keys are names, not keywords."""
+    """A schema without the titles that pydantic makes of names. `names`: the keys are names, not keywords."""
     if isinstance(schema, Mapping):
         return {
-            key: _untitled(one, names=not names and key in ("properties", "$defs"))
-            for key, one in schema.items()
+            key: _untitled(item, names=not names and key in ("properties", "$defs"))
+            for key, item in schema.items()
             if names or key != "title"
         }
-    return [_untitled(one) for one in schema] if isinstance(schema, list) else schema
+    return [_untitled(item) for item in schema] if isinstance(schema, list) else schema
+
+
+def chosen_tool(tool_choice: Any, tools: Sequence[Mapping[str, Any]]) -> str:
+    """A tool choice as "auto", "none", "any" or "=" and the name of a tool.
+
+    Raises:
+        ConfigError: no tool has that name, or the choice is none of those.
+    """
+    names = [tool["function"]["name"] for tool in tools]
+    if isinstance(tool_choice, Mapping):  # {"type": "any"}, {"type": "tool", "name": ...}, {"function": {"name": ...}}
+        named = tool_choice.get("function", tool_choice)
+        name = named.get("name") if isinstance(named, Mapping) else None
+        tool_choice = tool_choice.get("type") if name is None else name
+    if tool_choice in (None, "auto"):
+        return "auto"
+    if tool_choice in ("none", False):
+        return "none"
+    if tool_choice in names:
+        return f"={tool_choice}"
+    if tool_choice in _ANY and names:
+        return "any"
+    raise ConfigError(
+        f"tool_choice is 'auto', 'none', 'any' or the name of a tool ({', '.join(names) or 'there is none'}); "
+        f"found {tool_choice!r}"
+    )
+
+
+def reply_format(
+    tools: Sequence[Mapping[str, Any]], tool_choice: Any, response_format: Any, *, parallel: bool | None
+) -> ReplyFormat | None:
+    """What a reply is bound to be; None where the model may say what it wants.
+
+    Args:
+        tools: in OpenAI's form.
+        tool_choice: any spelling.
+        response_format: OpenAI's `{"type": "json_schema" | "json_object" | "text", ...}`, or None; "json_object" may
+            name a "schema" as well.
+        parallel: whether a reply may hold several calls; by default one where a call is forced, else any number.
+
+    Raises:
+        ConfigError: a choice or format that does not exist.
+    """
+    choice, schema = chosen_tool(tool_choice, tools), wanted_schema(response_format)
+    if choice in ("auto", "none"):
+        offered = tools if choice == "auto" else ()
+        strict = any(tool["function"].get("strict") for tool in offered)
+        if schema is None and not strict:
+            return None
+        return ReplyFormat(offered, "may" if offered else "none", parallel is not False, schema)
+    named = [tool for tool in tools if choice in ("any", f"={tool['function']['name']}")]
+    return ReplyFormat(named, "must", bool(parallel), schema)
+
+
+def with_schema_shown(messages: Sequence[Message], response_format: Any) -> list[Message]:
+    """The messages, the schema of a `json_schema` format shown in the leading system message.
+
+    A model that does not know the schema can only stumble along it. Callers of the other formats say in their messages
+    what they want.
+    """
+    shown = list(messages)
+    if isinstance(response_format, Mapping) and response_format.get("type") == "json_schema":
+        text = f"Answer with JSON that fits this schema:\n{json.dumps(wanted_schema(response_format))}"
+        if shown and shown[0].role == "system":
+            shown[0] = replace(shown[0], content=f"{shown[0].content}\n\n{text}")
+        else:
+            shown.insert(0, Message("system", text))
+    return shown
+
+
+def wanted_schema(response_format: Any) -> Mapping[str, Any] | None:
+    """The JSON schema of a `response_format`; None where it asks for text.
+
+    Raises:
+        ConfigError: it is none of OpenAI's forms.
+    """
+    if response_format is None:
+        return None
+    kind = response_format.get("type") if isinstance(response_format, Mapping) else None
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        schema = response_format.get("schema", {"type": "object"})
+    else:
+        described = response_format.get("json_schema") if kind == "json_schema" else None
+        schema = described.get("schema") if isinstance(described, Mapping) else None
+    if not isinstance(schema, Mapping):
+        raise ConfigError(
+            "response_format is {'type': 'json_schema', 'json_schema': {'name': ..., 'schema': ...}}, "
+            f"{{'type': 'json_object', 'schema': ...}} or {{'type': 'text'}}; found {response_format!r}"
+        )
+    return schema
+
+
+def structured(
+    model: Any, schema: Any, method: str, *, include_raw: bool, strict: bool | None, options: Mapping[str, Any]
+) -> Runnable[Any, Any]:
+    """A model whose replies are bound to a schema, and the parser that makes the schema's objects of them.
+
+    Raises:
+        ConfigError: the method does not exist, or needs a schema.
+    """
+    if method not in _METHODS or (schema is None and method != "json_mode"):
+        raise ConfigError(
+            f"with_structured_output takes a schema and method {', '.join(_METHODS)}; found {schema!r} and {method!r}"
+        )
+    as_class = isinstance(schema, type) and is_basemodel_subclass(schema)
+    named = dict(options)
+    if schema is not None:
+        named["ls_structured_output_format"] = {"kwargs": {"method": method}, "schema": schema}
+    parser: BaseOutputParser[Any]
+    if method == "function_calling":
+        tool = openai_tool(schema, strict)
+        bound = model.bind_tools([tool], tool_choice="any", **named)
+        parser = (
+            PydanticToolsParser(tools=[schema], first_tool_only=True)
+            if as_class
+            else JsonOutputKeyToolsParser(key_name=tool["function"]["name"], first_tool_only=True)
+        )
+    else:
+        bound = model.bind(response_format=_response_format(schema, method), **named)
+        parser = PydanticOutputParser(pydantic_object=schema) if as_class else JsonOutputParser()
+    if not include_raw:
+        chain: Runnable[Any, Any] = bound | parser
+        return chain
+    parsed = RunnablePassthrough.assign(
+        parsed=lambda outputs: parser.invoke(_raw(outputs)), parsing_error=lambda _: None
+    )
+    failed = RunnablePassthrough.assign(parsed=lambda _: None)
+    return RunnableMap(raw=bound) | parsed.with_fallbacks([failed], exception_key="parsing_error")
+
+
+def _response_format(schema: Any, method: str) -> dict[str, Any]:
+    if schema is None:
+        return {"type": "json_object"}
+    if isinstance(schema, Mapping) and isinstance(schema.get("schema"), Mapping) and "name" in schema:
+        plain = dict(schema["schema"])  # OpenAI's form of a json_schema
+    else:
+        plain = json_schema(schema)
+    if method == "json_mode":
+        return {"type": "json_object", "schema": plain}
+    return {"type": "json_schema", "json_schema": {"name": plain.get("title", "reply"), "schema": plain}}
+
+
+def _raw(outputs: Mapping[str, Any]) -> AIMessage:
+    message: AIMessage = outputs["raw"]
+    return message

@@ -18,8 +18,7 @@ from agentmem.errors import (
     WindowError,
 )
 from agentmem.generation.plan import DEFAULTS
-from agentmem.prompt.sentences import sentence_numbers
-from agentmem.prompt.transcript import Transcript
+from agentmem.prompt.transcript import Transcript, sentence_numbers
 
 STRATEGIES = ("token", "message", "sentence")
 
@@ -149,7 +148,8 @@ def test_a_history_is_written_once_however_it_is_windowed(make_engine: Any) -> N
     # What was hidden and new in the first turn is written by a pass of its own; in the second nothing is.
     size = engine.count_tokens
     closing = len(Transcript(engine.tokenizer).closing_ids())
-    opening = len(Transcript(engine.tokenizer).generation_prompt_ids())
+    asked = Transcript(engine.tokenizer).render([user("x")], add_generation_prompt=True)
+    opening = asked.owner.count(1)
     assert first.written == size(history) + opening + len(first.token_ids) + closing
     assert again.written == size([user("Six?")]) + opening + len(again.token_ids) + closing
     assert again.usage.input_tokens == size([user("Six?")]) + opening

@@ -15,7 +15,9 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from agentmem import Delta, InvalidToolCall, MemoryState, Message, Remembered, ToolCall, Turn, Usage
+from agentmem.messages import MessageCache
 from agentmem.nano.recipe.pools import ATTRIBUTES
+from agentmem.record import Alignment
 
 NAMES = sorted(ATTRIBUTES)
 RANK = max(len(NAMES), *(len(a.values) for a in ATTRIBUTES.values()))
@@ -32,13 +34,14 @@ class FakeEngine:
     max_tokens_limit = 4096
 
     def close(self) -> None:
-        """There is no thread to end."""
+        self.message_cache.clear()
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
         self.failures = 0
         self.scripted: deque[list[Delta]] = deque()
         self.cancelled = 0
+        self.message_cache = MessageCache()
         self.tokenizer = self
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -66,8 +69,8 @@ class FakeEngine:
     def remember(
         self, messages: Sequence[Message], state: MemoryState | None = None, *, on_edit: Any = "write"
     ) -> Remembered:
-        written, edits, new = self._written(messages, state or self.zero_state(), on_edit)
-        return Remembered(written, len(new), edits)
+        written, plan = self._written(messages, state or self.zero_state(), on_edit)
+        return Remembered(written, len(plan.new), tuple(plan.edits), plan.deletions)
 
     async def aremember(self, *args: Any, **options: Any) -> Remembered:
         await asyncio.sleep(0)
@@ -77,7 +80,7 @@ class FakeEngine:
         self.calls.append({"messages": list(messages), "state": state, **options})
         policy, steered = options.get("write", "all"), options.get("memory", True)
         before = state or self.zero_state()
-        after, edits, new = self._written(messages, before, options.get("on_edit", "write"))
+        after, plan = self._written(messages, before, options.get("on_edit", "write"))
         deltas = self.scripted.popleft() if self.scripted else self._say(messages, after, options)
         message, reasoning, invalid = _parse(deltas)
         if self.failures:
@@ -92,29 +95,27 @@ class FakeEngine:
                 invalid_tool_calls=invalid,
                 finish_reason="tool_calls" if message.tool_calls else "stop",
                 usage=Usage(self.count_tokens(messages), len(deltas), 3),
-                written=len(new),
-                read=len(messages) - len(new),
-                edits=edits,
+                written=len(plan.new),
+                read=len(messages) - len(plan.new),
+                edits=tuple(plan.edits),
                 token_ids=(),
+                deletions=plan.deletions,
             ),
             deltas,
         )
 
-    def _written(
-        self, messages: Sequence[Message], state: MemoryState, on_edit: Any
-    ) -> tuple[MemoryState, tuple[int, ...], list[Message]]:
+    def _written(self, messages: Sequence[Message], state: MemoryState, on_edit: Any) -> tuple[MemoryState, Alignment]:
         plan = state.record.align(messages, on_edit)
         if plan.rebuild:
             state = self.zero_state()
         matrices = state.matrices.copy()
-        new = [messages[i] for i in plan.new]
-        for message in new:
+        for message in (messages[place] for place in plan.new):
             for attribute in NAMES:
                 told = re.search(rf"\b{attribute} is (?:now )?(.+?)(?: now)?\.", message.content, re.I)
                 if message.role == "user" and told and told[1] in ATTRIBUTES[attribute].values:
                     matrices[0, 0, :, NAMES.index(attribute)] = 0
                     matrices[0, 0, ATTRIBUTES[attribute].values.index(told[1]), NAMES.index(attribute)] = 1
-        return state.replaced(matrices=matrices, record=state.record.extend(new)), tuple(plan.edits), new
+        return state.replaced(matrices=matrices, record=plan.record), plan
 
     def _say(self, messages: Sequence[Message], state: MemoryState, options: dict[str, Any]) -> list[Delta]:
         last = messages[-1]

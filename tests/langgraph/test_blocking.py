@@ -107,7 +107,7 @@ async def test_tools_and_structured_output(llm: ChatDeltaMem) -> None:
 async def test_a_model_that_is_loaded_on_first_use() -> None:
     async with watched():
         llm = ChatDeltaMem(model="nano", max_tokens=5)
-        await asyncio.gather(llm.ainvoke(TELL), llm.ainvoke(TELL, model="nano"))
+        await asyncio.gather(llm.ainvoke(TELL), ChatDeltaMem(model="nano", max_tokens=5).ainvoke(TELL))
     llm.close()
 
 

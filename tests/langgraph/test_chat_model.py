@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import pickle  # noqa: TID251 - other people's code pickles models
 from typing import Any
 
 import pytest
 from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, trim_messages
 from langchain_core.runnables import ConfigurableField
 from pydantic import ValidationError
 
-from agentmem import Delta, MemoryState, Window
+from agentmem import Delta, MemoryState, Message, Window
 from agentmem.errors import ConfigError, MissingAdapterError
-from agentmem_langgraph import ChatDeltaMem, MemoryTurn
+from agentmem_langgraph import ChatDeltaMem, MemoryTurn, MemoryWarning, with_context
 from tests.helpers.fake_engine import FakeEngine
 
 TELL = "My favorite color is teal."
@@ -234,9 +236,27 @@ def test_stop_and_max_tokens_end_the_reply(llm: ChatDeltaMem) -> None:
     assert llm.bind(max_tokens=2).invoke(ASK).text.split() == ["I", "do"]
 
 
+def test_one_stop_string_is_one_and_none_says_nothing(fake: FakeEngine) -> None:
+    llm = ChatDeltaMem(engine=fake, stop="know", temperature=None, timeout=3.0)
+    assert llm.invoke(ASK).text == "I do not "
+    assert llm.invoke(ASK, stop="do").text == "I "
+    llm.invoke(ASK, temperature=None, top_p=None, max_tokens=None, write=None, on_edit=None, kv=None, timeout=None)
+    call = fake.calls[-1]
+    assert (call["sampling"].temperature, call["sampling"].top_p, call["sampling"].max_tokens) == (0.0, 1.0, 512)
+    assert (call["write"], call["on_edit"], call["kv"], call["timeout"]) == ("all", "write", "exact", None)
+    with pytest.raises(ConfigError, match="sampling takes numbers; found temperature='hot'"):
+        llm.invoke(ASK, temperature="hot")
+
+
 def test_unknown_options_are_refused(fake: FakeEngine, llm: ChatDeltaMem) -> None:
     with pytest.raises(ConfigError, match="penalty"):
         llm.invoke("Hello!", penalty=2)
+    with pytest.raises(ConfigError, match="temprature is temperature here"):
+        llm.invoke("Hello!", temprature=2)
+    with pytest.raises(ConfigError, match="model is another ChatDeltaMem here"):
+        llm.invoke("Hello!", model="nano")
+    with pytest.raises(ValidationError, match="max_new_tokens is max_tokens here"):
+        ChatDeltaMem(engine=fake, max_new_tokens=3)
     with pytest.raises(ValidationError, match="maxtokens"):
         ChatDeltaMem(engine=fake, maxtokens=3)
     with pytest.raises(ValidationError, match="found both"):
@@ -254,8 +274,6 @@ def test_the_engine_is_loaded_on_first_use(fake: FakeEngine, monkeypatch: pytest
     assert llm.asdict()["model_name"] == "some/model"
     llm.batch(["Hello!", "Hello!"])
     assert loaded == [{"model": "some/model", "adapter": "some/adapter", **options}]
-    llm.invoke("Hello!", model="another/model")
-    assert loaded[1:] == [{"model": "another/model", "adapter": None, "quantize": "4bit"}]
 
 
 def test_copies_share_what_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,18 +294,81 @@ def test_copies_share_what_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     bare = llm.model_copy(update={"adapter": False, "load_options": {"dtype": "float32"}})
     bare.invoke("Hello!")
     assert loaded[1:] == [{"model": "some/model", "adapter": False, "dtype": "float32"}]
-    # A copy without memory must not leave a model without memory to one that has it.
-    llm.model_copy(update={"use_memory": False}).invoke("Hello!", model="another")
-    llm.invoke("Hello!", model="another")
-    assert [one["adapter"] for one in loaded[2:]] == [False, None]
     llm.close()
     llm.invoke("Hello!")
-    assert len(loaded) == 5
+    assert len(loaded) == 3
+
+
+def test_models_of_one_source_share_an_engine_until_the_last_one_closes(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[FakeEngine] = []
+
+    def load(**options: Any) -> FakeEngine:
+        loaded.append(FakeEngine())
+        return loaded[-1]
+
+    monkeypatch.setattr("agentmem.load", load, raising=False)
+    closed: list[FakeEngine] = []
+    monkeypatch.setattr(FakeEngine, "close", lambda engine: closed.append(engine))
+    first, second = ChatDeltaMem(model="shared/model"), ChatDeltaMem(model="shared/model", temperature=1.0)
+    other = ChatDeltaMem(model="shared/model", load_options={"dtype": "float32"})
+    for llm in (first, second, other):
+        llm.invoke("Hello!")
+    assert len(loaded) == 2
+    first.close()
+    assert not closed
+    second.invoke("Hello!")
+    second.close()
+    assert closed == loaded[:1]
+    other.close()
+    assert closed == loaded
+
+
+def test_a_model_can_be_copied_and_pickled(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[Any] = []
+    monkeypatch.setattr("agentmem.load", lambda **options: loaded.append(options) or FakeEngine(), raising=False)
+    llm = ChatDeltaMem(model="copied/model", max_tokens=3)
+    llm.invoke("Hello!")
+    for twin in (copy.copy(llm), copy.deepcopy(llm), pickle.loads(pickle.dumps(llm))):  # noqa: S301 - made here
+        assert twin.max_tokens == 3
+        assert len(twin.invoke("Hello!").text.split()) == 3
+    assert len(loaded) == 1
 
 
 def test_tokens_are_counted_by_the_models_own_tokenizer(llm: ChatDeltaMem) -> None:
     assert llm.get_num_tokens("two words") == 2
     assert llm.get_num_tokens_from_messages([HumanMessage("two words"), AIMessage("yes")]) == 5
+
+
+def test_messages_are_trimmed_by_the_models_own_count(llm: ChatDeltaMem) -> None:
+    history = [HumanMessage("one two"), AIMessage("three"), HumanMessage("four five six")]
+    kept = trim_messages(history, max_tokens=4, token_counter=llm, strategy="last", allow_partial=True)
+    assert [message.text for message in kept] == ["four five six"]
+    assert trim_messages([], max_tokens=4, token_counter=llm) == []
+    assert llm.get_num_tokens_from_messages([]) == 0
+
+
+def test_context_put_around_a_question_for_one_call_is_said(llm: ChatDeltaMem, fake: FakeEngine) -> None:
+    question = HumanMessage(TELL, id="1")
+    turn = MemoryTurn()
+    reply = llm.invoke([HumanMessage(f"It is noon.\n\n{TELL}", id="1")], memory=turn)
+    with pytest.warns(MemoryWarning, match="with_context"):
+        again = llm.invoke([question, reply, HumanMessage(ASK, id="2")], memory=MemoryTurn(turn.state))
+    assert again.response_metadata["edits"] == [0]
+    # The supported way writes the question once, and whoever edits a message is not told about context.
+    turn = MemoryTurn()
+    reply = llm.invoke(with_context([question], "It is noon."), memory=turn)
+    assert fake.calls[-1]["messages"][0] == Message("system", "It is noon.")
+    again = llm.invoke([question, reply, HumanMessage(ASK, id="2")], memory=MemoryTurn(turn.state))
+    assert "edits" not in again.response_metadata
+    llm.invoke([HumanMessage("Other.", id="1"), reply, HumanMessage(ASK, id="2")], memory=MemoryTurn(turn.state))
+
+
+def test_deletions_are_reported(llm: ChatDeltaMem) -> None:
+    turn = MemoryTurn()
+    history = [HumanMessage("a"), AIMessage("b"), HumanMessage("c")]
+    reply = llm.invoke(history, memory=turn)
+    again = llm.invoke([*history[:2], reply, HumanMessage("d")], memory=MemoryTurn(turn.state))
+    assert again.response_metadata["deletions"] == 1
 
 
 def test_different_settings_are_different_models_to_langchain(fake: FakeEngine) -> None:

@@ -118,6 +118,43 @@ def test_a_response_format_that_does_not_exist_is_refused(llm: ChatDeltaMem, res
         llm.invoke("Hello!", response_format=response_format)
 
 
+@pytest.mark.parametrize(
+    ("choice", "mode"),
+    [
+        ({"type": "any"}, "must"),
+        ({"type": "tool", "name": "get_port"}, "must"),
+        ({"type": "auto"}, None),
+        ({"type": "none"}, None),
+    ],
+)
+def test_choices_as_other_providers_spell_them(fake: FakeEngine, llm: ChatDeltaMem, choice: Any, mode: Any) -> None:
+    llm.bind_tools([get_port], tool_choice=choice).invoke("Hello!")
+    form = fake.calls[-1]["form"]
+    assert (form and form.calls) == mode
+    assert bool(fake.calls[-1]["tools"]) == (choice["type"] != "none")
+
+
+def test_two_tools_of_one_name_are_one_or_refused(fake: FakeEngine, llm: ChatDeltaMem) -> None:
+    llm.bind_tools([Port, Port.model_json_schema()]).invoke("Hello!")
+    assert len(fake.calls[-1]["tools"]) == 1
+    other = {"type": "function", "function": {"name": "Port", "parameters": {"properties": {"land": {}}}}}
+    with pytest.raises(ConfigError, match="two that are called 'Port'"):
+        llm.bind_tools([Port, other])
+    with pytest.raises(ConfigError, match="two that are called 'Port'"):
+        llm.invoke("Hello!", tools=[Port, other])
+
+
+def test_keywords_that_are_null_say_nothing(fake: FakeEngine, llm: ChatDeltaMem) -> None:
+    parameters = {"type": "object", "properties": {"x": {"type": "integer", "default": None}}, "required": None}
+    given = {"type": "function", "function": {"name": "f", "description": None, "parameters": parameters}}
+    llm.bind_tools([given]).invoke("Hello!")
+    (shown,) = fake.calls[-1]["tools"]
+    assert shown["function"] == {
+        "name": "f",
+        "parameters": {"type": "object", "properties": {"x": {"type": "integer", "default": None}}},
+    }
+
+
 def test_a_tool_that_is_no_function_is_refused(llm: ChatDeltaMem) -> None:
     with pytest.raises(ConfigError, match="web_search"):
         llm.bind_tools([{"type": "web_search"}])

@@ -6,8 +6,9 @@ from typing import Annotated, Any
 
 import pytest
 from langchain.agents import create_agent
-from langchain.agents.middleware import AgentMiddleware, ModelRetryMiddleware
-from langchain_core.messages import AnyMessage, HumanMessage
+from langchain.agents.middleware import AgentMiddleware, ModelResponse, ModelRetryMiddleware, SummarizationMiddleware
+from langchain_core.language_models import FakeListChatModel
+from langchain_core.messages import AIMessage, AnyMessage, HumanMessage
 from langchain_core.runnables import RunnableConfig
 from langchain_core.tools import tool
 from langgraph.checkpoint.memory import InMemorySaver
@@ -94,6 +95,77 @@ def test_two_answers_to_one_turn_are_refused(fake: FakeEngine) -> None:
 
     with pytest.raises(TurnError, match="one call"):
         say(agent(fake, MemoryMiddleware(), AsksTwice()), TELL)
+
+
+class Answers(AgentMiddleware[Any, Any, Any]):
+    """Answers the first question itself, as a cache, a guard or a retry's `on_failure` does."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self.answer, self.left = answer, 1
+
+    def wrap_model_call(self, request: Any, handler: Any) -> Any:
+        if self.left:
+            self.left -= 1
+            return self.answer(request)
+        return handler(request)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda request: AIMessage("Ask later."),
+        lambda request: ModelResponse(result=[AIMessage("Ask later.")]),
+        lambda request: ModelResponse(result=[FakeListChatModel(responses=["Ask later."]).invoke(request.messages)]),
+    ],
+    ids=["message", "response", "another model"],
+)
+def test_an_answer_that_is_not_the_models_passes_and_the_next_turn_catches_up(fake: FakeEngine, answer: Any) -> None:
+    made = agent(fake, MemoryMiddleware(), Answers(answer))
+    assert say(made, TELL)["messages"][-1].text == "Ask later."
+    assert "memory" not in made.get_state(THREAD).values
+    assert say(made, ASK)["messages"][-1].text == KNOWN
+    assert made.get_state(THREAD).values["memory"].count == 4
+
+
+def test_an_error_that_becomes_an_answer_keeps_its_words(fake: FakeEngine) -> None:
+    retry = ModelRetryMiddleware(max_retries=0, on_failure=lambda error: f"Sorry: {error}")
+    made = agent(fake, MemoryMiddleware(), retry)
+    fake.failures = 1
+    assert say(made, TELL)["messages"][-1].text == "Sorry: the model failed"
+    assert say(made, ASK)["messages"][-1].text == KNOWN
+
+
+def test_another_model_alone_is_refused() -> None:
+    made = create_agent(FakeListChatModel(responses=["hi"]), [], middleware=[MemoryMiddleware()])
+    with pytest.raises(TurnError, match="ChatDeltaMem"):
+        made.invoke({"messages": [HumanMessage(TELL)]})
+
+
+def test_a_name_that_an_agent_signs_its_replies_with_changes_nothing(fake: FakeEngine) -> None:
+    signed, plain = agent(fake, name="expert"), agent(fake)
+    for text in (TELL, ASK, "Go on."):
+        out = say(signed, text)
+        say(plain, text)
+    assert out["messages"][-1].name == "expert"
+    assert signed.get_state(THREAD).values["memory"].count == 6
+    assert signed.get_state(THREAD).values["memory"] == plain.get_state(THREAD).values["memory"]
+
+
+def test_a_summary_is_written_once_and_facts_outlive_it(fake: FakeEngine) -> None:
+    """SummarizationMiddleware beside MemoryMiddleware: as many tokens a turn afterwards as before."""
+    summaries = SummarizationMiddleware(
+        FakeListChatModel(responses=["what was said"]), trigger=("messages", 6), keep=("messages", 2)
+    )
+    made = agent(fake, MemoryMiddleware(), summaries)
+    say(made, TELL)
+    written = []
+    for number in range(9):
+        metadata = say(made, f"Remark {number}.")["messages"][-1].response_metadata
+        written.append(metadata["memory"]["written"])
+    assert sorted(set(written)) == [1, 2]  # the question, and now and then the summary before it
+    assert made.get_state(THREAD).values["memory"].count == 2 * 10 + written.count(2)
+    assert say(made, ASK)["messages"][-1].text == KNOWN
 
 
 def test_a_shared_memory_goes_through_an_agent_that_is_a_node(fake: FakeEngine) -> None:

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from langchain_core.documents import Document
 from langchain_core.language_models import FakeListChatModel
-from langchain_core.messages import HumanMessage, SystemMessage
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.retrievers import BaseRetriever
+from langchain_core.runnables import RunnableLambda
+from langgraph.graph import START, MessagesState, StateGraph
 from pydantic import Field
 
 from agentmem import MemoryState
-from agentmem.errors import TranscriptError, TurnError
-from agentmem_langgraph import ChatDeltaMem, MemoryNode, numbered_facts
+from agentmem.errors import ConfigError, TranscriptError, TurnError
+from agentmem_langgraph import (
+    ChatDeltaMem,
+    MemoryChannel,
+    MemoryMessagesState,
+    MemoryNode,
+    MemoryWarning,
+    numbered_facts,
+)
 from tests.helpers.fake_engine import FakeEngine
 
 HELLO = {"messages": [HumanMessage("Hello!")]}
@@ -34,7 +46,9 @@ class Shelf(BaseRetriever):
 @pytest.fixture
 def shelf() -> Shelf:
     facts = ["The retry limit is 300.", "The api gate is\nblue."]
-    return Shelf(documents=[Document(fact) for fact in facts])
+    return Shelf(
+        documents=[Document(facts[0]), Document(facts[1], id="gate", metadata={"source": "wiki", "score": 0.5})]
+    )
 
 
 def shown(fake: FakeEngine) -> list[tuple[str, str]]:
@@ -76,6 +90,78 @@ def test_bound_models_carry_the_memory_too(fake: FakeEngine, llm: ChatDeltaMem) 
     assert fake.calls[-1]["sampling"].max_tokens == 3
 
 
+@pytest.mark.parametrize(
+    ("chain", "advice"),
+    [
+        (lambda llm: llm | StrOutputParser(), "StrOutputParser.*parse the reply in a node behind it"),
+        (lambda llm: llm.bind(max_tokens=3) | StrOutputParser(), "StrOutputParser"),
+        (lambda llm: llm.with_structured_output({"title": "x", "type": "object", "properties": {}}), "Parser"),
+        (lambda llm: ChatPromptTemplate.from_messages([("user", "{x}")]) | llm, "system='...'"),
+    ],
+    ids=["parser", "bound", "structured", "prompt"],
+)
+def test_a_chain_that_loses_message_or_memory_is_refused_when_the_node_is_made(
+    llm: ChatDeltaMem, fake: FakeEngine, chain: Any, advice: str
+) -> None:
+    with pytest.raises(ConfigError, match=advice):
+        MemoryNode(chain(llm))
+    assert not fake.calls
+
+
+def test_what_is_no_message_does_not_get_into_the_state(llm: ChatDeltaMem) -> None:
+    with pytest.raises(TurnError, match="adds a message to its state; its model gave int"):
+        MemoryNode(llm | RunnableLambda(lambda reply: len(reply.text))).invoke(HELLO)
+
+
+def test_a_reply_may_be_signed_behind_the_model(llm: ChatDeltaMem) -> None:
+    def sign(reply: AIMessage) -> AIMessage:
+        reply.name = "expert"
+        return reply
+
+    node = MemoryNode(llm | RunnableLambda(sign))
+    first = node.invoke(HELLO)
+    history = [*HELLO["messages"], *first["messages"], HumanMessage("Go on.")]
+    second = node.invoke({"messages": history, "memory": first["memory"]})
+    assert first["messages"][0].name == "expert"
+    assert second["memory"]["count"] == 4
+    assert "edits" not in second["messages"][0].response_metadata
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_a_graph_without_a_key_for_the_memory_is_refused(
+    llm: ChatDeltaMem, fake: FakeEngine, is_async: bool
+) -> None:
+    class Misspelt(MessagesState):
+        memmory: Annotated[MemoryState, MemoryChannel]
+
+    for schema in (MessagesState, Misspelt):
+        graph = StateGraph(schema).add_node("agent", MemoryNode(llm)).add_edge(START, "agent").compile()
+        with pytest.raises(ConfigError, match="MemoryMessagesState"):
+            await graph.ainvoke(HELLO) if is_async else graph.invoke(HELLO)
+    assert not fake.calls
+
+
+def test_the_ready_state_holds_messages_and_memory(llm: ChatDeltaMem) -> None:
+    node = MemoryNode(llm)
+    graph = StateGraph(MemoryMessagesState).add_node("agent", node).add_edge(START, "agent").compile()
+    first = graph.invoke(HELLO)
+    assert first["memory"].count == 2
+    stored = json.loads(json.dumps(first["memory"].to_json()))
+    second = graph.invoke({"messages": [*first["messages"], HumanMessage("Go on.")], "memory": stored})
+    assert second["memory"].count == 4
+
+
+def test_a_graph_that_calls_the_model_without_its_memory_is_told_once(llm: ChatDeltaMem) -> None:
+    def agent(state: MessagesState) -> dict[str, Any]:
+        return {"messages": [llm.invoke(state["messages"])]}
+
+    graph = StateGraph(MessagesState).add_node("agent", agent).add_edge(START, "agent").compile()
+    out = graph.invoke(HELLO)
+    with pytest.warns(MemoryWarning, match="without memory="):
+        out = graph.invoke({"messages": [*out["messages"], HumanMessage("Go on.")]})
+    graph.invoke({"messages": [*out["messages"], HumanMessage("Go on.")]})  # a second warning would be an error
+
+
 def test_a_model_that_ignores_the_memory_is_refused() -> None:
     with pytest.raises(TurnError, match="ChatDeltaMem"):
         MemoryNode(FakeListChatModel(responses=["hi"])).invoke(HELLO)
@@ -98,6 +184,10 @@ async def test_facts_are_shown_in_the_leading_system_message(
     assert shelf.asked[-1] == "What is the retry limit?"
     facts = "Facts:\nThe retry limit is 300. [1]\nThe api gate is blue. [2]"
     assert shown(fake)[0] == ("system", f"Be brief.\n\n{facts}")
+    assert update["messages"][0].response_metadata["facts"] == [
+        {"number": 1, "id": None, "source": None, "score": None},
+        {"number": 2, "id": "gate", "source": "wiki", "score": 0.5},
+    ]
     assert update["messages"][0].text == "The retry limit is 300. [1]"
     # Neither stored nor recorded: two human messages and the reply.
     assert [m.type for m in update["messages"]] == ["ai"]

@@ -65,12 +65,42 @@ def test_what_a_graph_adds_later_does_not_count(fake: FakeEngine) -> None:
     assert seen(fake, bare)[0].digest() == seen(fake, dressed)[0].digest()
 
 
-def test_a_long_message_is_not_held_when_nobody_has_it(fake: FakeEngine) -> None:
-    short, long = (weakref.ref(seen(fake, HumanMessage("word " * n))[0]) for n in (10, 100_000))
+def test_what_is_kept_of_messages_is_the_engines_and_goes_with_it(fake: FakeEngine) -> None:
+    held = weakref.ref(seen(fake, HumanMessage("word " * 100_000))[0])
     fake.calls.clear()
     gc.collect()
-    assert short() is not None
-    assert long() is None
+    assert held() is not None
+    assert seen(fake, HumanMessage("word " * 100_000))[0] is held()
+    fake.calls.clear()
+    fake.close()
+    gc.collect()
+    assert held() is None
+
+
+@pytest.mark.parametrize(
+    ("block", "text"),
+    [
+        ({"type": "text", "text": "a"}, "a"),
+        ({"type": "output_text", "text": "a"}, "a"),
+        ({"type": "refusal", "refusal": "I can not."}, "I can not."),
+        ({"type": "function_call", "name": "f", "arguments": "{}"}, ""),
+        ({"type": "redacted_thinking", "data": "x"}, ""),
+        ({"type": "server_tool_call", "name": "f", "args": {}}, ""),
+        ({"type": "non_standard", "value": {"text": "hidden"}}, ""),
+        ({"type": "input_json_delta", "partial_json": "{"}, ""),
+        ({"type": "executable_code", "executable_code": "1 + 1"}, ""),
+        ({"type": "reasoning", "text": "r"}, ""),
+    ],
+)
+def test_of_other_providers_blocks_the_text_counts(fake: FakeEngine, block: dict[str, Any], text: str) -> None:
+    calls = [{"name": "f", "args": {"x": 1}, "id": "1"}]
+    assert seen(fake, AIMessage([block])) == [Message("assistant", text)]
+    (message,) = seen(fake, AIMessage([block], tool_calls=calls))
+    assert (message.content, message.tool_calls[0].name) == (text, "f")
+
+
+def test_no_content_is_no_text(fake: FakeEngine) -> None:
+    assert seen(fake, AIMessage.model_construct(content=None)) == [Message("assistant", "")]
 
 
 @pytest.mark.parametrize(
@@ -79,6 +109,7 @@ def test_a_long_message_is_not_held_when_nobody_has_it(fake: FakeEngine) -> None
         (HumanMessage([{"type": "image_url", "image_url": {"url": "data:"}}]), "image"),
         (HumanMessage([{"type": "audio", "base64": "", "mime_type": "audio/wav"}]), "audio"),
         (ToolMessage([{"type": "image_url", "image_url": {"url": "data:"}}], tool_call_id="1"), "image"),
+        (AIMessage([{"type": "image", "base64": "", "mime_type": "image/png"}]), "image"),
         (FunctionMessage("a", name="f"), "FunctionMessage"),
         (RemoveMessage(id="1"), "RemoveMessage"),
         (ChatMessage(role="critic", content="a"), "critic"),

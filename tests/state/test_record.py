@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import count
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentmem.errors import ConfigError, CorruptStateError, HistoryEditedError, StateMismatchError
 from agentmem.messages import Message, ToolCall
-from agentmem.record import Alignment, ConsumedRecord
+from agentmem.record import Alignment, ConsumedRecord, History
 
 
 def user(text: str) -> Message:
@@ -78,7 +80,7 @@ def test_a_trimmed_history_is_matched_at_the_end_of_the_tail() -> None:
 def test_a_middle_that_was_removed_does_not_make_the_rest_new() -> None:
     history = thread(5)
     kept = [history[0], history[4], history[9], user("next")]
-    assert consumed(history).align(kept) == Alignment(new=[3], consumed=[0, 1, 2])
+    assert consumed(history).align(kept) == Alignment(new=[3], consumed=[0, 1, 2], deletions=7)
 
 
 @pytest.mark.parametrize("summary", [system("what was said"), user("what was said")])
@@ -104,9 +106,10 @@ def test_a_tool_call_edited_by_a_human_is_new() -> None:
     edited = Message("assistant", "", tool_calls=(ToolCall("rm", {"path": "/tmp/old"}, "1"),))
     result = Message("tool", "removed", tool_call_id="1", name="rm")
     record = consumed([ask, call])
-    assert record.align([ask, edited, result]) == Alignment(new=[1, 2], consumed=[0])
-    # The next turn knows both the call as written first and the edited one.
-    record = record.extend([edited, result, reply("done")])
+    assert record.align([ask, edited, result]) == Alignment(new=[1, 2], consumed=[0], deletions=1)
+    # The next turn knows the edited call in its place.
+    record = record.align([ask, edited, result]).record.extend([reply("done")])
+    assert record.count == 5
     assert record.align([ask, edited, result, reply("done"), user("thanks")]).new == [4]
 
 
@@ -167,7 +170,8 @@ def test_a_fork_follows_the_record_of_its_checkpoint() -> None:
 
 def test_a_reply_taken_back_without_a_rewind() -> None:
     history = [user("0"), reply("done"), user("1"), reply("a"), user("2"), reply("done")]
-    assert consumed(history).align([*history[:4], user("2!")]) == Alignment(new=[4], consumed=[0, 1, 2, 3])
+    alignment = consumed(history).align([*history[:4], user("2!")])
+    assert alignment == Alignment(new=[4], consumed=[0, 1, 2, 3], deletions=2)
 
 
 def test_a_history_that_shares_nothing_is_all_new() -> None:
@@ -213,12 +217,14 @@ def test_a_tail_of_exactly_256_is_not_yet_full() -> None:
 def test_the_spelling_of_arguments_does_not_matter_and_everything_else_does() -> None:
     first = Message("assistant", "x", tool_calls=(ToolCall("f", {"a": 1, "b": [2]}, "id"),), name="n")
     record = consumed([first])
-    same = replace(first, tool_calls=(ToolCall("f", {"b": [2], "a": 1}, "id"),))
-    assert record.align([same]).new == []
+    for same in (
+        replace(first, tool_calls=(ToolCall("f", {"b": [2], "a": 1}, "id"),)),
+        replace(first, name="signed afterwards"),
+    ):
+        assert record.align([same]).new == []
     others = [
         replace(first, role="user"),
         replace(first, content="y"),
-        replace(first, name="m"),
         replace(first, tool_call_id="1"),
         replace(first, tool_calls=()),
         replace(first, tool_calls=(ToolCall("g", {"a": 1, "b": [2]}, "id"),)),
@@ -260,7 +266,8 @@ def test_a_branch_longer_than_the_tail_merges_and_is_found_by_the_tail() -> None
 
 def test_a_branch_that_does_not_continue_the_base_is_refused() -> None:
     record = consumed(thread(2))
-    for other in (consumed(thread(1)), consumed([user("x"), *thread(2)])):
+    others = [user(f"other {n}") for n in range(9)]
+    for other in (consumed(thread(1)), consumed(others), consumed(others[:5]).align(others).record):
         with pytest.raises(StateMismatchError, match="same base"):
             record.merge([other])
 
@@ -307,14 +314,13 @@ def test_every_message_is_consumed_or_new_and_never_both(
     alignment = consumed(old).align(history, on_edit=on_edit)  # type: ignore[arg-type]
     assert sorted([*alignment.new, *alignment.consumed]) == list(range(len(history)))
     assert set(alignment.edits) <= set(alignment.new)
-    # What is taken as consumed is a subsequence of what was consumed.
-    remaining = iter(old)
-    assert all(any(m == history[i] for m in remaining) for i in alignment.consumed)
+    # What is taken as consumed was consumed, each as often as it is there.
+    assert not Counter(history[i] for i in alignment.consumed) - Counter(old)
     # A second look, after the new ones were written, finds nothing.
-    if not alignment.edits:
-        record = consumed(old).extend([history[i] for i in alignment.new])
-        if history[: len(old)] == old:
-            assert record.align(history).new == []
+    again = alignment.record.align(history)
+    assert not again.new
+    assert not again.edits
+    assert not again.deletions
 
 
 def test_arguments_that_are_changed_in_place_are_an_edit() -> None:
@@ -335,3 +341,148 @@ def test_histories_of_many_threads_and_lengths_are_told_apart() -> None:
             found = record.align([*messages, user("more")])
             assert found.consumed == list(range(length))
             assert found.new == list(range(length, 41))
+
+
+class Thread:
+    """A thread of distinct messages, what a memory has of it, and how often each text was written."""
+
+    def __init__(self) -> None:
+        self.history: list[Message] = []
+        self.record = ConsumedRecord.empty()
+        self.written: Counter[str] = Counter()
+        self.texts = count()
+        self.turns = [self.snapshot()]
+
+    def snapshot(self) -> tuple[list[Message], ConsumedRecord, Counter[str]]:
+        return list(self.history), self.record, self.written.copy()
+
+    def fresh(self) -> Message:
+        return user(f"text {next(self.texts)}")
+
+    def turn(self) -> Alignment:
+        """A question and its reply. Whoever writes changes nothing but the record."""
+        self.history.append(self.fresh())
+        alignment = self.record.align(self.history)
+        self.written.update(self.history[place].content for place in alignment.new)
+        answer = reply(f"text {next(self.texts)}")
+        self.written[answer.content] += 1
+        self.history.append(answer)
+        self.record = alignment.record.extend([answer])
+        self.turns.append(self.snapshot())
+        return alignment
+
+    def change(self, kind: str, draw: Callable[[int], int]) -> None:
+        """Change the history as a middleware or a person would; `draw(n)` is a number below n."""
+        history = self.history
+        if kind == "fork":
+            kept, self.record, written = self.turns[draw(len(self.turns))]
+            self.history, self.written = list(kept), written.copy()
+        elif kind == "clear":
+            history.clear()
+        elif history and kind == "edit":
+            history[draw(len(history))] = self.fresh()
+        elif history and kind == "delete":
+            del history[draw(len(history))]
+        elif history and kind == "summarise":
+            history[: draw(len(history))] = [self.fresh()]
+        elif history and kind == "trim":
+            del history[: draw(len(history))]
+        elif history and kind == "reorder":
+            history.insert(draw(len(history)), history.pop(draw(len(history))))
+
+
+CHANGES = ("append", "edit", "delete", "summarise", "trim", "clear", "reorder", "fork")
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(CHANGES), max_size=25), st.data())
+def test_every_text_is_written_exactly_once_whatever_is_done_to_a_history(
+    changes: list[str], data: st.DataObject
+) -> None:
+    thread = Thread()
+    for kind in changes:
+        thread.change(kind, lambda n: data.draw(st.integers(0, n - 1)))
+        alignment = thread.turn()
+        assert all(thread.written[message.content] == 1 for message in thread.history)
+        assert set(thread.written.values()) == {1}
+        assert thread.record.count == thread.written.total()
+        # A turn without a change before it has nothing to report, whatever was done to the thread earlier.
+        untouched = Thread.__new__(Thread)
+        untouched.__dict__.update(vars(thread), turns=[], written=thread.written.copy(), history=list(thread.history))
+        later = untouched.turn()
+        assert len(later.new) == 1
+        assert not later.edits
+        assert not later.deletions
+        if kind in ("append", "trim", "clear", "reorder"):
+            assert not alignment.edits
+        if kind == "append":
+            assert not alignment.deletions
+
+
+@pytest.mark.parametrize("kind", ["edit", "summarise"])
+def test_what_was_rewritten_once_is_not_written_at_every_later_turn(kind: str) -> None:
+    """The figures of an untouched thread: two more consumed at every turn."""
+    thread = Thread()
+    for _ in range(3):
+        thread.turn()
+    thread.change(kind, lambda n: 0 if kind == "edit" else n - 2)
+    consumed_after, edits = [], []
+    for _ in range(5):
+        edits.append(thread.turn().edits)
+        consumed_after.append(thread.record.count)
+    assert consumed_after == [9, 11, 13, 15, 17]
+    assert edits == [[0], [], [], [], []]
+
+
+def test_notes_that_share_nothing_with_the_thread_follow_it() -> None:
+    history = thread(3)
+    noted = consumed(history).align([user("a note")]).record
+    assert noted.count == 7
+    assert noted.align([*history, user("next")]).new == [6]
+    assert noted.align([*history, user("a note"), user("next")]).new == [7]
+
+
+def test_a_history_that_says_nothing_changes_nothing() -> None:
+    record = consumed(thread(3))
+    assert record.align([system("be brief")]).record == record
+    assert record.align([]).record == record
+
+
+def test_a_deletion_is_told_from_a_trimmed_head_and_starts_a_rebuild_anew() -> None:
+    history = thread(3)
+    record = consumed(history)
+    trimmed = record.align([*history[2:], user("next")], on_edit="rebuild")
+    assert not trimmed.deletions
+    assert not trimmed.rebuild
+    shorter = [*history[:2], *history[3:], user("next")]
+    assert record.align(shorter) == Alignment(new=[5], consumed=[0, 1, 2, 3, 4], deletions=1)
+    rebuilt = record.align(shorter, on_edit="rebuild")
+    assert rebuilt == Alignment(new=[0, 1, 2, 3, 4, 5], deletions=1, rebuild=True)
+    assert rebuilt.record == consumed(shorter)
+
+
+def test_records_that_covered_names_are_still_read() -> None:
+    history = [user("look"), Message("tool", "found", tool_call_id="1", name="look"), reply("done")]
+    digests = [message.digest(with_name=True)[:8] for message in history]
+    record = ConsumedRecord.empty()._extend(digests)
+    alignment = record.align([*history, user("next")])
+    assert alignment == Alignment(new=[3], consumed=[0, 1, 2])
+    assert alignment.record == consumed([*history, user("next")])
+
+
+def test_a_branch_that_edited_or_trimmed_its_history_merges() -> None:
+    base = thread(3)
+    record = consumed(base)
+    edited = record.align([user("changed"), *base[1:], user("left")]).record
+    trimmed = record.align([*base[4:], user("right")]).record
+    merged = record.merge([edited, trimmed])
+    assert merged.count == 6 + 2 + 1
+    assert merged.align([*base, user("left"), user("right"), user("next")]).new == [8]
+
+
+def test_a_history_is_read_again_where_it_is_new() -> None:
+    history = [*thread(3), Message("assistant", "", (ToolCall("f", {}, "1"),)), user("next")]
+    read = History.read(history)
+    kept = read.unchangeable()
+    assert kept == History.read(history[:6])
+    assert History.read(history, kept) == read

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import dataclasses
 import json
 import math
+import pickle  # noqa: TID251 - other people's code pickles states
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,6 +34,12 @@ def make(seed: int = 0, messages: int = 3) -> MemoryState:
 
 
 STATE = make()
+
+
+def unpickled(content: bytes) -> MemoryState:
+    state: MemoryState = pickle.loads(content)  # noqa: S301 - made by the test itself
+    return state
+
 
 states = st.builds(make, st.integers(0, 1000), st.sampled_from([0, 1, 5, 256, 300]))
 
@@ -84,6 +92,8 @@ def test_repr_is_short_and_shows_no_matrices() -> None:
 def test_a_state_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         STATE.count = 4  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        STATE.shape[0] = 4  # type: ignore[index]
 
 
 @given(states)
@@ -96,10 +106,42 @@ def test_dict_and_bytes_are_identities(state: MemoryState) -> None:
 
 def test_copies_are_equal_values() -> None:
     assert STATE.digest  # cached before copying
-    for twin in (copy.copy(STATE), copy.deepcopy(STATE), dataclasses.replace(STATE)):
+    for twin in (copy.copy(STATE), copy.deepcopy(STATE), dataclasses.replace(STATE), unpickled(pickle.dumps(STATE))):
         assert twin == STATE
         assert twin.to_dict() == STATE.to_dict()
         assert not twin.matrices.flags.writeable
+
+
+def test_a_pickle_is_verified_and_carries_no_digest() -> None:
+    assert STATE.digest.encode() not in pickle.dumps(STATE)
+    altered = pickle.dumps(STATE).replace(b"adapter", b"another")
+    assert unpickled(altered).digest == dataclasses.replace(STATE, adapter_fingerprint="another").digest
+    shortened = pickle.dumps(dataclasses.replace(STATE, count=700)).replace((700).to_bytes(2, "little"), b"\1\0")
+    with pytest.raises(CorruptStateError, match="tail"):
+        unpickled(shortened)
+
+
+def test_the_json_form_comes_back() -> None:
+    plain = STATE.to_json()
+    assert MemoryState.from_dict(json.loads(json.dumps(plain))) == STATE
+    with pytest.raises(CorruptStateError, match="data is bytes, or their base64 text"):
+        MemoryState.from_dict(plain | {"data": "no base64"})
+    with pytest.raises(CorruptStateError, match="altered"):
+        MemoryState.from_dict(plain | {"chain": base64.b64encode(bytes(32)).decode()})
+
+
+def test_what_a_server_makes_of_the_value_comes_back() -> None:
+    """Servers write dataclasses field by field, and bytes as base64 text."""
+    plain = {name: value for name, value in vars(make()).items() if not name.startswith("_")}
+    content = json.dumps(plain, default=lambda value: base64.b64encode(value).decode())
+    assert MemoryState.from_dict(json.loads(content)) == STATE
+
+
+def test_a_value_that_strict_msgpack_took_apart_says_so() -> None:
+    plain = STATE.to_dict()
+    del plain["digest"]
+    with pytest.raises(CorruptStateError, match=r"strict msgpack.*to_dict\(\)"):
+        MemoryState.from_dict(plain)
 
 
 def test_a_replaced_field_gets_a_digest_of_its_own() -> None:
@@ -111,11 +153,11 @@ def test_the_dict_is_no_handle_on_the_state() -> None:
     state = make()
     plain = state.to_dict()
     plain["shape"][0] = 99
-    assert state.shape == SHAPE
+    assert state.shape == tuple(SHAPE)
     given_shape = list(SHAPE)
     state = dataclasses.replace(STATE, shape=given_shape)
     given_shape[0] = 99
-    assert state.shape == SHAPE
+    assert state.shape == tuple(SHAPE)
 
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
@@ -199,7 +241,9 @@ def test_stats_of_known_matrices() -> None:
         ({"data": np.full(96, np.inf, "<f4").tobytes()}, "finite"),
         ({"model_fingerprint": b"model"}, "model_fingerprint is a string"),
         ({"adapter_fingerprint": None}, "adapter_fingerprint is a string"),
-        ({"count": 4}, "4 consumed messages has a tail of 32 bytes; found 24"),
+        ({"count": 4}, "altered"),
+        ({"count": 2}, "2 consumed messages has a tail of at most 16 bytes, 8 for each message; found 24"),
+        ({"tail": STATE.tail[:-1]}, "found 23"),
         ({"count": 3.0}, "count is an integer"),
         ({"chain": b""}, "chain of 32 bytes"),
         ({"digest": STATE.digest.upper()}, "altered"),

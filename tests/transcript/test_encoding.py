@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from agentmem.messages import Message
+from agentmem.messages import Message, MessageCache
 from agentmem.prompt.encode import Encoder, any_of
 from agentmem.prompt.transcript import Transcript
 from tests.helpers.transcript_templates import CHATML, tokenizer
@@ -68,7 +68,7 @@ class Counting:
 @given(st.lists(texts, min_size=1, max_size=3))
 def test_pieces_give_the_ids_of_the_whole(kind: str, given_texts: list[list[str]]) -> None:
     tok = TOKENIZERS[kind]
-    encoder = Encoder(tok, kept=20)
+    encoder = Encoder(tok, MessageCache(4000))
     for parts in [*given_texts, *given_texts]:
         text = "".join(parts)
         ids, starts = encoder.encode(text)
@@ -90,18 +90,20 @@ def test_a_conversation_that_goes_on_is_tokenised_where_it_is_new() -> None:
 
 def test_what_is_kept_is_bounded() -> None:
     tok = Counting(tokenizer(CHATML))
-    encoder = Encoder(tok, kept=30)
+    cache = MessageCache(20_000)
+    encoder = Encoder(tok, cache)
     for n in range(50):
         encoder.encode(f"<|im_start|>number {n}")
+        assert cache.size <= 20_000
     tok.read = 0
     encoder.encode("<|im_start|>number 49")
     assert tok.read == 0
     encoder.encode("<|im_start|>number 0")
     assert tok.read > 0
-    encoder.encode("hello " * 100)  # longer than all that may be kept
+    encoder.encode("hello " * 1000)  # longer than all that may be kept
     tok.read = 0
-    encoder.encode("hello " * 100)
-    assert tok.read == 600
+    encoder.encode("hello " * 1000)
+    assert tok.read == 6000
 
 
 @given(st.sets(st.text("ab\n<", min_size=1, max_size=4)), st.text("ab\n<", max_size=30))

@@ -117,17 +117,17 @@ def test_one_size_per_message() -> None:
         Window().visible([USER, REPLY], [1])
 
 
-def test_pieces_are_cut_at_message_borders() -> None:
-    assert pieces([1000, 1000, 48, 1, 2048, 1]) == [[0, 1, 2], [3], [4], [5]]
-    assert pieces([5000, 10, 10]) == [[0], [1, 2]]
+def test_pieces_are_cut_between_messages() -> None:
+    assert pieces([1000, 1000, 48, 1, 2048, 1], 2048) == [[0, 1, 2], [3], [4], [5]]
+    assert pieces([5000, 10, 10], 2048) == [[0], [1, 2]]
     assert pieces([3, 3, 3], limit=6) == [[0, 1], [2]]
-    assert pieces([0, 0]) == [[0, 1]]
-    assert pieces([]) == []
+    assert pieces([0, 0], 2048) == [[0, 1]]
+    assert pieces([], 2048) == []
 
 
 @given(st.lists(st.integers(0, 3000), max_size=30))
 def test_pieces_hold_every_message_once_in_order(sizes: list[int]) -> None:
-    cut = pieces(sizes)
+    cut = pieces(sizes, 2048)
     assert [i for piece in cut for i in piece] == list(range(len(sizes)))
     assert all(len(piece) == 1 or sum(sizes[i] for i in piece) <= 2048 for piece in cut)
     # No two neighbours would have fitted one piece.

@@ -10,20 +10,33 @@ free for a retry; after a call that succeeded a second one raises, so that nothi
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 
 from agentmem.errors import TurnError
+from agentmem.messages import MessageCache
 from agentmem.state import MemoryState
 
 
+class MemoryWarning(UserWarning):
+    """A memory is used in a way that works, but not as its owner means it."""
+
+
+def warn_once(cache: MessageCache, text: str) -> None:
+    """Warn, once for each engine, whose cache of seen messages this is."""
+    if cache.get(("warned", text)) is None:
+        cache.put(("warned", text), True, 0)
+        warnings.warn(text, MemoryWarning, stacklevel=2)
+
+
 def as_state(value: MemoryState | Mapping[str, Any] | None) -> MemoryState | None:
-    """A memory in any form that a graph holds: the value, its plain dict (verified), or None.
+    """A memory in any form that a graph holds: the value, its plain dict or JSON form (verified), or None.
 
     Raises:
-        CorruptStateError: the dict is not exactly what `MemoryState.to_dict` gave.
+        CorruptStateError: the dict is not exactly what `MemoryState.to_dict` or `to_json` gave.
     """
     return value if value is None or isinstance(value, MemoryState) else MemoryState.from_dict(value)
 
@@ -39,10 +52,10 @@ class MemoryTurn:
     the arguments of a call records that.
 
     Args:
-        state: a MemoryState, its plain dict, or None for an empty memory.
+        state: a MemoryState, its plain dict or JSON form, or None for an empty memory.
 
     Raises:
-        CorruptStateError: the dict is not exactly what `MemoryState.to_dict` gave.
+        CorruptStateError: the dict is not exactly what `MemoryState.to_dict` or `to_json` gave.
     """
 
     __slots__ = ("_lock", "_phase", "_state")

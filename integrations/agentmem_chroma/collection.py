@@ -165,8 +165,7 @@ class DirectoryClaim:
                         for header in self.directory.glob("*/header.bin"):
                             zero_unused(header.parent)
                     # An index that was found damaged and left so is to be found again.
-                    if not self._held.indexes.damaged:
-                        save_fingerprints(self.directory)
+                    save_fingerprints(self.directory, self._held.indexes.doubtful())
                 (self.directory / _OWNER).unlink(missing_ok=True)
                 self._held.lock.release()
 

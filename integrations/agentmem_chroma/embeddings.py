@@ -11,7 +11,7 @@ runs them. The model loads with the first text, not before.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -48,11 +48,11 @@ class Embedder:
                 )
         self._embeddings = embeddings
         self.name = name or _derived_name(embeddings)
-        self.dimension = self._array([embeddings.embed_query("probe")]).shape[1]
+        self.dimension = self._vectors(lambda: [embeddings.embed_query("probe")]).shape[1]
 
     def documents(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Vectors [len(texts), dimension], none of them zero."""
-        vectors = self._checked(self._embeddings.embed_documents(list(texts)), len(texts))
+        vectors = self._checked(lambda: self._embeddings.embed_documents(list(texts)), len(texts))
         lengths = np.linalg.norm(vectors, axis=1)
         if not lengths.all():
             text = texts[int(np.argmin(lengths))]
@@ -64,11 +64,11 @@ class Embedder:
 
     def query(self, text: str) -> NDArray[np.float32]:
         """The query's vector [dimension]."""
-        row: NDArray[np.float32] = self._checked([self._embeddings.embed_query(text)], 1)[0]
+        row: NDArray[np.float32] = self._checked(lambda: [self._embeddings.embed_query(text)], 1)[0]
         return row
 
-    def _checked(self, raw: Sequence[Sequence[float]], count: int) -> NDArray[np.float32]:
-        vectors = self._array(raw)
+    def _checked(self, embed: Callable[[], Sequence[Sequence[float]]], count: int) -> NDArray[np.float32]:
+        vectors = self._vectors(embed)
         if vectors.shape != (count, self.dimension):
             raise FactStoreError(
                 f"embedder {self.name!r} should give {count} vectors of {self.dimension} numbers, gave an "
@@ -76,7 +76,11 @@ class Embedder:
             )
         return vectors
 
-    def _array(self, raw: Sequence[Sequence[float]]) -> NDArray[np.float32]:
+    def _vectors(self, embed: Callable[[], Sequence[Sequence[float]]]) -> NDArray[np.float32]:
+        try:
+            raw = embed()
+        except Exception as error:
+            raise FactStoreError(f"embedder {self.name!r} failed: {type(error).__name__}: {error}") from error
         try:
             vectors = np.asarray(raw, dtype=np.float32)
         except (TypeError, ValueError) as error:

@@ -54,11 +54,16 @@ class IndexReport:
 
     Attributes:
         damaged: collections whose index cannot be used.
-        probed: collections whose index was tried out and works; whether it holds the right vectors is not known yet.
+        probed: collections whose index was tried out and works, and its folder; whether it holds the right vectors is
+            not known yet.
     """
 
     damaged: dict[str, DamagedIndex] = field(default_factory=dict)
-    probed: set[str] = field(default_factory=set)
+    probed: dict[str, Path] = field(default_factory=dict)
+
+    def doubtful(self) -> set[Path]:
+        """The folders of all of them."""
+        return {index.folder for index in self.damaged.values()} | set(self.probed.values())
 
 
 @dataclass(frozen=True)
@@ -82,18 +87,18 @@ def inspect(directory: Path) -> IndexReport:
         elif not missing and trusted.get(segment.folder) != _fingerprint(folder):
             problem = _probe_problem(directory, segment)
             if problem is None:
-                report.probed.add(segment.collection)
+                report.probed[segment.collection] = folder
             else:
                 report.damaged[segment.collection] = DamagedIndex(folder, problem)
     return report
 
 
-def save_fingerprints(directory: Path) -> None:
-    """Record that the index files are whole. Call it when the directory is closed, or after `inspect`."""
+def save_fingerprints(directory: Path, doubtful: set[Path]) -> None:
+    """Record that the index files are whole, but for those of some folders. Call it when the directory is closed."""
     found = {
         folder.name: _fingerprint(folder)
         for folder in directory.iterdir()
-        if folder.is_dir() and all((folder / name).is_file() for name in _FILES)
+        if folder not in doubtful and all((folder / name).is_file() for name in _FILES)
     }
     note = directory / (_FINGERPRINTS + ".new")
     note.write_text(json.dumps(found), encoding="utf-8")

@@ -99,6 +99,7 @@ class FactStore:
         self._name = collection
         self._pid = os.getpid()
         self._closed = False
+        self._opened_here = client is None and "://" not in os.fspath(path or "")
         with ExitStack() as opened:
             damaged = self._open_database(path, client, opened, rebuild)
             self._embedder = Embedder(embeddings, embedder)
@@ -108,7 +109,7 @@ class FactStore:
                     collection,
                     self._embedder,
                     any_embedder=rebuild,
-                    owned=self._claim is not None and client is None,
+                    owned=self._opened_here,
                 )
                 with chroma_errors("opening the collection"):
                     self._batch: int = self._client.get_max_batch_size()
@@ -128,8 +129,9 @@ class FactStore:
         """
         self._claim: DirectoryClaim | None = None
         self._access = Access()
-        if path is not None and "://" in (url := os.fspath(path)):
-            self._client, self._place = open_server(url, opened), url
+        if path is not None and not self._opened_here:
+            self._place = os.fspath(path)
+            self._client = open_server(self._place, opened)
             return False
         directory = embedded_directory(client) if path is None else str(Path(path).expanduser().resolve())
         self._place = directory or "a client"
@@ -343,7 +345,7 @@ class FactStore:
                 self._collection = finish_rebuild(self._client, self._name)
             if self._claim is not None:
                 self._claim.indexes.damaged.pop(self._name, None)
-                self._claim.indexes.probed.discard(self._name)
+                self._claim.indexes.probed.pop(self._name, None)
             self._overwrite_deleted([])
         return len(facts)
 
@@ -471,14 +473,13 @@ class FactStore:
         """
         probed = self._claim is not None and self._name in self._claim.indexes.probed
         # A directory that this process opened by its path was looked at before, in more ways.
-        given = self._claim is None or self._place != str(self._claim.directory)
-        problem = self._vector_problem(compare=probed) if probed or given else None
+        problem = self._vector_problem(compare=probed) if probed or not self._opened_here else None
         if problem is not None and not rebuild:
             raise FactIndexError(f"the index of {self!r} is damaged: {problem}; {REBUILD}")
         if problem is not None:
             self.rebuild_index()
         elif probed and self._claim is not None:
-            self._claim.indexes.probed.discard(self._name)
+            del self._claim.indexes.probed[self._name]
 
     def _vector_problem(self, *, compare: bool) -> str | None:
         """What is wrong with the vectors of the oldest and newest facts; `compare` embeds their texts again."""

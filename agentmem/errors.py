@@ -120,7 +120,7 @@ class FactStoreError(AgentMemError, RuntimeError):
 
 
 class FactIndexError(FactStoreError):
-    """A fact store's search index is lost or damaged; the facts are kept apart, and the index can be built from them."""
+    """A fact store's search index is lost or damaged; the facts are kept apart, and it can be built anew from them."""
 
 
 class StoreOwnedError(FactStoreError):

@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 from agentmem.delta.config import WriteStrategy
 from agentmem.errors import MissingAdapterError
-from agentmem.generation.detokenize import Decoder, StopFinder
+from agentmem.generation.detokenize import Detokenizer, StopFinder
 from agentmem.generation.guided import Constraint
 from agentmem.generation.kv_cache import Prefill, Prompt
-from agentmem.generation.output_parser import Delta, InvalidToolCall, ReplyParser
+from agentmem.generation.output_parser import Delta, InvalidToolCall, OutputParser
 from agentmem.generation.plan import Plan, Request, plan_remember, plan_turn
 from agentmem.generation.sampling import Sampler
 from agentmem.generation.scheduler import Steps
@@ -263,10 +263,10 @@ class _Reply:
         self._emit = emit
         self._late = _strategy(runtime) == "sentence"
         self._segment = _voice(runtime, speaks)
-        self.decoder = Decoder(runtime.tokenizer)
+        self.decoder = Detokenizer(runtime.tokenizer)
         # Ids of calls follow from what was consumed before them, so that they are known when a call begins.
         seed = hashlib.sha256(plan.record.extend(plan.new).chain).digest()
-        self.parser = ReplyParser(
+        self.parser = OutputParser(
             runtime.tags,
             seed,
             "reasoning" if _thinks(runtime, plan) else "text",
@@ -341,7 +341,7 @@ class _Reply:
     def _settle(self, length: int) -> None:
         """Cut the reply to its first ``length`` characters: text, tokens, and the place of the session."""
         decoder = self.decoder
-        kept = decoder.whole(length)
+        kept = decoder.tokens_within(length)
         self._text = decoder.text[:length]
         self._show(length)
         # What a cut leaves of the token that it goes through.
@@ -356,7 +356,7 @@ class _Reply:
     def _show(self, safe: int) -> None:
         """Hand on the tokens whose text can no longer be cut, and forget the places before them."""
         decoder = self.decoder
-        whole = decoder.whole(safe)
+        whole = decoder.tokens_within(safe)
         for index in range(self._shown, whole):
             start = decoder.ends[index - 1] if index else 0
             self._deliver(self.parser.push(decoder.ids[index], decoder.text[start : decoder.ends[index]]))

@@ -206,7 +206,7 @@ def _table(*numbers: str) -> Table:
 
 def _name(thread_id: str) -> Text:
     """A thread's id; what a terminal would take as a command is spelled out."""
-    return Text(printable(thread_id))
+    return Text("".join(one if one.isprintable() else ascii(one)[1:-1] for one in thread_id))
 
 
 def _threads(number: int, shown: int) -> str:

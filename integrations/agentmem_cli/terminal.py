@@ -36,8 +36,10 @@ def error_line(error: BaseException) -> Text:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends the process where an error comes this far: one red line and exit code 3 for an `AgentMemError`; for any other,
-    which is a fault of ours, its traceback and exit code 1."""
+    """Ends the process where an error comes this far.
+
+    An `AgentMemError` is one red line and exit code 3; any other, which is a fault of ours, its traceback and 1.
+    """
     try:
         yield
     except AgentMemError as error:

@@ -21,6 +21,7 @@
     ├── TrainingError              a process that computes part of a training step failed
     ├── StorageError               a database does not hold what was asked for, or holds something foreign
     └── FactStoreError             the fact store cannot be opened or used
+        ├── FactIndexError         its search index is lost or damaged; the facts are not
         └── StoreOwnedError        another process owns the directory
 
 Messages say what was expected, what was found, and what to do. This module imports nothing.
@@ -119,6 +120,10 @@ class StorageError(AgentMemError, RuntimeError):
 
 class FactStoreError(AgentMemError, RuntimeError):
     """A fact store cannot be opened or used as asked."""
+
+
+class FactIndexError(FactStoreError):
+    """A fact store's search index is lost or damaged; the facts are kept apart, and it can be built anew from them."""
 
 
 class StoreOwnedError(FactStoreError):

@@ -1,11 +1,11 @@
-"""Holds a reply to its grammar, token by token, and closes it in time.
+"""Guided decoding: holds a reply to its grammar, token by token, and finishes it within the budget.
 
-``Grammars`` prepares a tokenizer for llguidance once; a ``Constraint`` serves one reply. Before each token it says what
-may come; what must come needs no model to choose it. A token that opens something, and every token near the end of the
-budget, is taken only if the reply could still be finished after it: if not, a short way to the end is followed instead,
-so that whatever the budget, the reply is whole. Ways are found by trying: what closes a string within one, what closes
-objects outside, and now and then anything. Where no way is found from the start (a pattern that ends in certain
-letters, say) nothing is closed in time.
+`Grammars` prepares a tokenizer for llguidance once; a `Constraint` serves one reply. Before each token it says which
+tokens are allowed; a token that is forced needs no model to choose it. A token that opens something, and every token
+near the end of the budget, is taken only if the reply can still be finished after it. If not, a short ending is written
+instead, so that the reply is valid whatever the budget. Endings are found by trying: inside a string what closes it,
+outside what closes objects, and now and then anything. Where no ending is found at the start (for a pattern that
+demands certain last letters, say), the reply is not finished early, and the budget may cut it.
 """
 
 from __future__ import annotations
@@ -24,26 +24,27 @@ from agentmem.errors import ConfigError
 from agentmem.generation.output_parser import Tags
 from agentmem.generation.reply_format import ReplyFormat, lark
 
-# Within so many tokens of the end every token is looked at, and as many more as the way has grown long.
-_ZONE = 200
+# So many tokens before the end of the budget every token is checked, and earlier where the ending is longer.
+_CHECKED_TOKENS = 200
 _MARGIN = 64
-# Tokens that may open what takes long to close.
+# Bytes of tokens that may open something which takes long to close.
 _OPENERS = frozenset(b'{[":,')
-# What brings a value to its end, within a string and outside; then characters that patterns and formats ask for.
-_WITHIN, _OUTSIDE = '"', '}],:1023456789"ntf[{'
-_ASKED = "@.-:/_T Z+0123456789aeE"
-_TRIES = 16
-_LONGEST_WAY = 4096
+# Characters that end a value, inside a string and outside of one, by preference; then those that patterns and formats
+# of strings (dates, addresses) may require.
+_STRING_ENDERS, _VALUE_ENDERS = '"', '}],:1023456789"ntf[{'
+_PATTERN_LETTERS = "@.-:/_T Z+0123456789aeE"
+_ATTEMPTS = 16
+_LONGEST_ENDING, _LONGEST_RETRY = 4096, 400
 
 
-_Bits = np.ndarray[Any, np.dtype[np.bool_]]
+_Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 class Grammars:
     """Makes constraints for one tokenizer."""
 
     def __init__(self, tokenizer: Any, tags: Tags, end_ids: frozenset[int], width: int) -> None:
-        """``width``: how many logits the model gives, which may be more than the tokenizer has tokens."""
+        """`width`: how many logits the model gives (V), which may be more than the tokenizer has tokens."""
         self._tokenizer = tokenizer
         self._tags = tags
         self._end_ids = sorted(end_ids)
@@ -93,7 +94,9 @@ class Grammars:
                     if token not in added
                 }
                 letters = {
-                    one: spelled[one.encode()] for one in {*_WITHIN, *_OUTSIDE, *_ASKED} if one.encode() in spelled
+                    letter: spelled[letter.encode()]
+                    for letter in {*_STRING_ENDERS, *_VALUE_ENDERS, *_PATTERN_LETTERS}
+                    if letter.encode() in spelled
                 }
                 self._vocabulary = _Vocabulary(letters, spelled, added)
                 self._prepared = prepared
@@ -105,7 +108,7 @@ class _Vocabulary:
     """Tokens by what they spell.
 
     Attributes:
-        letters: single characters that close or fill a value.
+        letters: single characters that end or fill a value.
         spelled: all tokens but the added ones, by their bytes.
         added: tokens that the tokenizer's vocabulary was extended by, control tokens among them.
     """
@@ -116,10 +119,10 @@ class _Vocabulary:
 
 
 class Constraint:
-    """One reply's way through its grammar.
+    """The grammar of one reply, and how far the reply has come in it.
 
     Attributes:
-        closing: the rest of the reply is being written by the constraint, to end within the budget.
+        closing: the constraint writes the rest of the reply, so that it ends within the budget.
     """
 
     def __init__(
@@ -139,62 +142,65 @@ class Constraint:
         self._vocabulary = vocabulary
         self._added = np.array([token for token in vocabulary.added if token < width], dtype=np.int64)
         self._left = budget
-        self._place = _Place()
-        way = self._find(matcher, self._place)
-        if way is not None and len(way) > budget:
+        self._place = _JsonPlace()
+        ending = self._find_ending(matcher, self._place)
+        if ending is not None and len(ending) > budget:
             raise ConfigError(
-                f"the shortest reply of this format takes at least {len(way)} tokens; found room for {budget}; "
+                f"the shortest reply of this format takes at least {len(ending)} tokens; found room for {budget}; "
                 "raise max_tokens, or make the window or the prompt smaller"
             )
-        self._way = way or []
-        self._guarded = way is not None
-        self._zone = max(_ZONE, len(self._way) + _MARGIN)
+        self._ending = ending or []
+        self._can_finish = ending is not None
+        self._checked_tokens = max(_CHECKED_TOKENS, len(self._ending) + _MARGIN)
 
     def follow(self) -> int | None:
-        """Commit the token that has to come now, and give it: an end token where the reply has to end (it is not
-        committed); None where there is a choice."""
+        """The token that is forced now, committed; None where there is a choice.
+
+        An end token, which is not committed, where the reply has to end.
+        """
         if self.closing:
             return self._close()
         if self._matcher.is_stopped() and self._matcher.is_accepting():
             return self._end_ids[0]
-        ahead = self._certain(self._matcher)
-        # No look at the end: the way that was found to it before leads through this token.
-        return self._commit(ahead[0]) if ahead and ahead[0] < self._width else None
+        forced = self._forced(self._matcher)
+        # The budget needs no check: the ending that was found before begins with this token.
+        return self._commit(forced[0]) if forced and forced[0] < self._width else None
 
     def mask(self, logits: Tensor) -> Tensor:
-        """Logits [V] with -inf for every token that may not come now. Where ``follow`` gave None."""
-        allowed = _bits(self._matcher, self._width)
+        """Logits [V] with -inf for every token that is not allowed now. To be called where `follow` gave None."""
+        allowed = _allowed(self._matcher, self._width)
         for token in self._added[allowed[self._added]]:
             allowed[token] = self._fits(self._matcher, int(token))
         return logits.masked_fill(~torch.from_numpy(allowed).to(logits.device), -torch.inf)
 
     def take(self, token: int) -> int:
-        """Commit a token that the mask allowed, or another in its place if after it the reply could not end in time.
+        """Commit a token that the mask allowed, or another in its place if the reply could not be finished after it.
 
-        Returns the token to feed, an end token (which is not committed) if the reply ends here.
+        Returns:
+            The token to feed; an end token, which is not committed, if the reply ends here.
         """
         if token in self._end_ids:
             return token
         left, text = self._left - 1, self._bytes(token)
-        if self._guarded and (left < self._zone or _OPENERS & set(text)):
-            after = self._matcher.deep_copy()
-            after.consume_token(token)
-            way = self._find(after, self._place.after(text))
-            if way is not None:
-                self._zone = max(self._zone, len(way) + _MARGIN)
-            if len(way) > left if way is not None else left < self._zone:
-                here = self._find(self._matcher, self._place)
-                if here is not None and len(here) <= self._left:
-                    self._way, self.closing = here, True
+        if self._can_finish and (left < self._checked_tokens or _OPENERS & set(text)):
+            matcher = self._matcher.deep_copy()
+            matcher.consume_token(token)
+            ending = self._find_ending(matcher, self._place.after(text))
+            if ending is not None:
+                self._checked_tokens = max(self._checked_tokens, len(ending) + _MARGIN)
+            if len(ending) > left if ending is not None else left < self._checked_tokens:
+                ending = self._find_ending(self._matcher, self._place)
+                if ending is not None and len(ending) <= self._left:
+                    self._ending, self.closing = ending, True
                     return self._close()
         return self._commit(token)
 
     def _close(self) -> int:
-        return self._commit(self._way.pop(0)) if self._way else self._end_ids[0]
+        return self._commit(self._ending.pop(0)) if self._ending else self._end_ids[0]
 
     def _bytes(self, token: int) -> bytes:
-        found: bytes = self._tokenizer.decode_bytes([token])
-        return found
+        text: bytes = self._tokenizer.decode_bytes([token])
+        return text
 
     def _commit(self, token: int) -> int:
         if not self._matcher.consume_token(token):
@@ -204,22 +210,21 @@ class Constraint:
         return token
 
     def _fits(self, matcher: Any, token: int) -> bool:
-        """Whether the grammar takes a token; an end token it need not take."""
+        """Whether the grammar takes a token; end tokens always fit, since the grammar need not know them."""
         return token in self._end_ids or matcher.deep_copy().try_consume_tokens([token]) == 1
 
-    def _certain(self, matcher: Any) -> list[int]:
-        """What has to come, spelled as the mask would have it: it permits nothing else then.
+    def _forced(self, matcher: Any) -> list[int]:
+        """The tokens that have to come next, spelled as the mask would allow them.
 
-        Text that happens to spell an added token (``"<think>"`` as a value) is not that token, and the grammar refuses
-        it there; it is spelled by ordinary ones, one at a time.
+        Text that happens to spell an added token (`"<think>"` as a value) is not that token, and the grammar refuses
+        it there; it is spelled with ordinary tokens, one at a time.
         """
-        ahead: list[int] = matcher.compute_ff_tokens()
-        odd = next((at for at, token in enumerate(ahead) if token in self._vocabulary.added), None)
-        if odd is None:
-            return ahead
-        fitting: int = matcher.deep_copy().try_consume_tokens(ahead)
+        forced: list[int] = matcher.compute_ff_tokens()
+        if not any(token in self._vocabulary.added for token in forced):
+            return forced
+        fitting: int = matcher.deep_copy().try_consume_tokens(forced)
         if fitting:
-            return ahead[:fitting]
+            return forced[:fitting]
         text = bytes(matcher.compute_ff_bytes())
         for end in range(len(text), 0, -1):
             token = self._vocabulary.spelled.get(text[:end])
@@ -227,58 +232,64 @@ class Constraint:
                 return [token]
         return []
 
-    def _find(self, matcher: Any, place: _Place) -> list[int] | None:
-        """A short way to an end, in tokens without the end token; None where none was found."""
+    def _find_ending(self, matcher: Any, place: _JsonPlace) -> list[int] | None:
+        """A short ending of the reply, in tokens without the end token; None where none was found."""
         best: list[int] | None = None
-        for attempt in range(_TRIES):
-            # The first goes straight for the end; the others stray, further each time, until one arrives.
-            most = _LONGEST_WAY if best is None and attempt == 0 else 400
-            way = self._walk(matcher.deep_copy(), place, Random(attempt), attempt / _TRIES, most)
-            if way is not None and (best is None or len(way) < len(best)):
-                best = way
+        for attempt in range(_ATTEMPTS):
+            # The first attempt goes straight for the end; the others choose at random more often each time.
+            most = _LONGEST_ENDING if best is None and attempt == 0 else _LONGEST_RETRY
+            ending = self._try_ending(matcher.deep_copy(), place, Random(attempt), attempt / _ATTEMPTS, most)
+            if ending is not None and (best is None or len(ending) < len(best)):
+                best = ending
             if best is not None and (attempt == 0 or len(best) < _MARGIN):
                 break
         return best
 
-    def _walk(self, matcher: Any, place: _Place, rng: Random, stray: float, most: int) -> list[int] | None:
-        """One way to an end: forced tokens, then what closes something, then anything."""
-        way: list[int] = []
+    def _try_ending(
+        self, matcher: Any, place: _JsonPlace, rng: Random, randomness: float, most: int
+    ) -> list[int] | None:
+        """One ending of at most `most` tokens: forced tokens, then what ends something, then anything."""
+        ending: list[int] = []
         while not matcher.is_accepting():
-            if len(way) >= most or matcher.is_stopped():
+            if len(ending) >= most or matcher.is_stopped():
                 return None
-            step = self._certain(matcher) or self._step(_bits(matcher, self._width), place, rng, stray)
+            step = self._forced(matcher) or self._choose(_allowed(matcher, self._width), place, rng, randomness)
             if not step or matcher.try_consume_tokens(step) != len(step):
                 return None
             for token in step:
                 place = place.after(self._bytes(token))
-            way += step
-        return way
+            ending += step
+        return ending
 
-    def _step(self, allowed: _Bits, place: _Place, rng: Random, stray: float) -> list[int]:
+    def _choose(self, allowed: _Mask, place: _JsonPlace, rng: Random, randomness: float) -> list[int]:
         allowed[self._end_ids] = False
-        allowed[self._added] = False  # where one has to come it is certain
-        enders = self._some(allowed, _WITHIN if place.quoted else _OUTSIDE)
-        if enders and rng.random() >= stray:
+        allowed[self._added] = False  # where an added token is needed it is forced
+        enders = self._of_letters(allowed, _STRING_ENDERS if place.quoted else _VALUE_ENDERS)
+        if enders and rng.random() >= randomness:
             return enders[:1]
-        asked = self._some(allowed, _ASKED)
-        if asked and rng.random() < 0.7:
-            return [rng.choice(asked)]
+        letters = self._of_letters(allowed, _PATTERN_LETTERS)
+        if letters and rng.random() < 0.7:
+            return [rng.choice(letters)]
         others = np.flatnonzero(allowed)
         return [int(others[rng.randrange(len(others))])] if len(others) else []
 
-    def _some(self, allowed: _Bits, letters: str) -> list[int]:
+    def _of_letters(self, allowed: _Mask, letters: str) -> list[int]:
         ids = (self._vocabulary.letters.get(letter) for letter in letters)
         return [token for token in ids if token is not None and allowed[token]]
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Whether the next character stands within a JSON string."""
+class _JsonPlace:
+    """Whether the next byte stands inside a JSON string.
+
+    Followed byte by byte, since a token may end inside a character, and its text may be no JSON at all (reasoning, the
+    delimiters of calls): a partial JSON parser takes neither.
+    """
 
     quoted: bool = False
     escaped: bool = False
 
-    def after(self, text: bytes) -> _Place:
+    def after(self, text: bytes) -> _JsonPlace:
         """The place behind a piece of text."""
         quoted, escaped = self.quoted, self.escaped
         for byte in text:
@@ -288,10 +299,10 @@ class _Place:
                 escaped = True
             elif byte == 0x22:
                 quoted = not quoted
-        return _Place(quoted, escaped)
+        return _JsonPlace(quoted, escaped)
 
 
-def _bits(matcher: Any, width: int) -> _Bits:
+def _allowed(matcher: Any, width: int) -> _Mask:
     """Which tokens a matcher allows now: [V]."""
     packed = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
     return np.unpackbits(packed, bitorder="little")[:width].astype(bool)

@@ -1,8 +1,8 @@
-"""What a model said, taken apart: text, reasoning and tool calls in the Qwen and Hermes form.
+"""Takes a model's output apart: text, reasoning and tool calls in the form of Qwen and Hermes.
 
-Regions are told apart by token where the tokenizer has their delimiters as tokens, and by their text otherwise. A
-string argument that spells ``</tool_call>`` stays an argument either way: with ordinary tokens it is no delimiter, and
-as text it is one outside of strings only.
+Delimiters are recognised by token where the tokenizer has them as tokens, and by their text otherwise. A string
+argument that spells `</tool_call>` stays an argument either way: spelled with ordinary tokens it is not the delimiter's
+token, and as text it counts only outside of JSON strings.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ Kind = Literal["text", "reasoning", "tool_call"]
 
 _OPEN: dict[str, Kind] = {"<think>": "reasoning", "<tool_call>": "tool_call"}
 _CLOSE = {"reasoning": "</think>", "tool_call": "</tool_call>"}
-# JSON's strings hold no line breaks; so a quote that is never closed hides the end of a call only on its own line.
+# JSON strings hold no line breaks, so a quote that is never closed hides the end of a call on its own line only. A
+# partial JSON parser cannot say whether a text ends inside a string: it drops an unfinished key and an unfinished pair
+# alike.
 _STRING = re.compile(r'"(?:[^"\\\n]|\\.)*"')
 
 
@@ -35,7 +37,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class InvalidToolCall:
-    """A call that is no JSON object with a name and an object of arguments: its text, what is wrong, its id."""
+    """A call that is not a JSON object with a name and an object of arguments: its text, what is wrong, its id."""
 
     text: str
     error: str
@@ -60,7 +62,7 @@ class Tags:
 
 @dataclass(frozen=True)
 class ParsedReply:
-    """A whole reply, taken apart."""
+    """A finished reply, taken apart."""
 
     content: str
     reasoning: str
@@ -68,17 +70,17 @@ class ParsedReply:
     invalid_tool_calls: tuple[InvalidToolCall, ...]
 
 
-class ReplyParser:
-    """Takes a reply's tokens and text as they come, gives deltas, and at the end the whole."""
+class OutputParser:
+    """Takes a reply's tokens and text as they come and gives deltas; at the end, the reply taken apart."""
 
     def __init__(self, tags: Tags, seed: bytes, start: Kind = "text", *, json_text: bool = False) -> None:
         """Begin a reply.
 
         Args:
             tags: the tokenizer's delimiters.
-            seed: what ids of calls follow from, together with their place: ``call_`` and 24 hex digits.
-            start: the region that the prompt left open (reasoning, where the template opens ``<think>``).
-            json_text: text is JSON if there is any; what it spells in strings begins no region.
+            seed: what ids of calls follow from, together with their place: `call_` and 24 hex digits.
+            start: the region that the prompt left open (reasoning, where the template opens `<think>`).
+            json_text: the text, if there is any, is JSON; what its strings spell does not open a region.
         """
         self._tags = tags
         self._json_text = json_text
@@ -92,10 +94,10 @@ class ReplyParser:
         """Add a token and the text that it completed."""
         tag = self._tags.by_token.get(token)
         if tag is not None and self._may_switch(tag):
-            before, _, after = text.partition(tag)
-            deltas = [*self._add(before), *self._flush()]
+            head, _, tail = text.partition(tag)
+            deltas = [*self._add(head), *self._flush()]
             self._switch(tag)
-            return [*deltas, *self._add(after)]
+            return [*deltas, *self._add(tail)]
         return self._add(text)
 
     def finish(self) -> list[Delta]:
@@ -103,7 +105,7 @@ class ReplyParser:
         return self._flush()
 
     def parsed(self) -> ParsedReply:
-        """The whole reply."""
+        """The reply, once it is finished."""
         calls: list[ToolCall] = []
         invalid: list[InvalidToolCall] = []
         for index, text in enumerate(body for kind, body in self._regions if kind == "tool_call"):
@@ -122,18 +124,19 @@ class ReplyParser:
         return tag in _OPEN if self._kind == "text" else tag == _CLOSE[self._kind]
 
     def _switches(self, tag: str, at: int) -> bool:
-        """Whether a delimiter in the held text counts there."""
+        """Whether a delimiter at this place of the held text counts."""
         if not self._may_switch(tag) or self._kind == "reasoning":
             return self._may_switch(tag)
-        before = self._regions[-1][1] + self._held[:at]
+        region = self._regions[-1][1] + self._held[:at]
         if self._kind == "text":
-            return not (self._json_text and before.strip())
-        return '"' not in _STRING.sub("", before).rpartition("\n")[2]
+            return not (self._json_text and region.strip())
+        # Without its finished strings, a quote on the last line opens one in which the delimiter stands.
+        return '"' not in _STRING.sub("", region).rpartition("\n")[2]
 
     def _next(self) -> tuple[int, str] | None:
         """The first delimiter in the held text that counts, and where it is."""
-        found = [(one.start(), tag) for tag in self._tags.by_text for one in re.finditer(re.escape(tag), self._held)]
-        return next(((at, tag) for at, tag in sorted(found) if self._switches(tag, at)), None)
+        places = [(m.start(), tag) for tag in self._tags.by_text for m in re.finditer(re.escape(tag), self._held)]
+        return next(((at, tag) for at, tag in sorted(places) if self._switches(tag, at)), None)
 
     def _switch(self, tag: str) -> None:
         self._kind = _OPEN.get(tag, "text")
@@ -145,8 +148,8 @@ class ReplyParser:
             return self._emit(text)
         self._held += text
         deltas: list[Delta] = []
-        while (found := self._next()) is not None:
-            at, tag = found
+        while (delimiter := self._next()) is not None:
+            at, tag = delimiter
             deltas += self._emit(self._held[:at])
             self._held = self._held[at + len(tag) :]
             self._switch(tag)
@@ -189,4 +192,4 @@ def _call(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON number")
+    raise ValueError(f"{constant} is not a JSON number")

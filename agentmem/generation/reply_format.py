@@ -1,10 +1,10 @@
-"""What a reply is bound to be: JSON of a schema, or calls of tools. As a grammar, and as nothing else.
+"""The format that a reply must have, JSON of a schema or calls of tools, and its grammar.
 
-A ``ReplyFormat`` becomes a grammar in llguidance's Lark form: the delimiters of calls are tokens where the tokenizer
-has them as tokens, the JSON between them follows the schemas. Schemas are closed before (an object whose properties are
+A `ReplyFormat` becomes a grammar in llguidance's Lark form: the delimiters of calls are tokens where the tokenizer
+has them as tokens, the JSON between them follows the schemas. Schemas are closed first (an object whose properties are
 named takes no others, an integer stays within 64 bits), since a grammar permits whatever is not forbidden.
 
-Pure functions: no model, no tokenizer. ``constraint`` walks the grammar while a reply is decoded.
+Pure functions: no model, no tokenizer. `guided` follows the grammar while a reply is decoded.
 """
 
 from __future__ import annotations
@@ -68,27 +68,27 @@ def lark(form: ReplyFormat, tags: Tags, *, thinking: bool) -> str:
     Args:
         form: the format.
         tags: how the tokenizer spells the delimiters of calls and reasoning.
-        thinking: the prompt has opened a region of reasoning, which ends before the reply begins.
+        thinking: the prompt has opened a region of reasoning, which must end before the reply begins.
     """
     delimiters = {tag: f"<[{token}]>" for token, tag in tags.by_token.items()}
     opening, closing, thought = (
         delimiters.get(tag, json.dumps(tag)) for tag in ("<tool_call>", "</tool_call>", "</think>")
     )
     rules = []
-    replies = []
+    alternatives = []
     if form.calls != "none":
         for number, tool in enumerate(form.tools):
             rules.append(f"tool_{number}: %json {json.dumps(_call_schema(tool))}")
         tools = " | ".join(f"tool_{number}" for number in range(len(form.tools)))
         rules.append(f'call: {opening} "\\n" ({tools}) "\\n" {closing}')
         rules.append('calls: call ("\\n" call)*' if form.parallel else "calls: call")
-        replies.append("calls")
+        alternatives.append("calls")
     if form.schema is not None:
         rules.append(f"json: %json {json.dumps({**closed(form.schema), 'x-guidance': _SPELLING})}")
-        replies.append("json")
+        alternatives.append("json")
     elif form.calls == "may":
-        replies = ["TEXT calls?"]
-    start = " | ".join(replies)
+        alternatives = ["TEXT calls?"]
+    start = " | ".join(alternatives)
     if thinking:
         start = f'TEXT {thought} ("\\n\\n")? ({start})'
     # Tokens that the tokenizer keeps for control match no expression, so text holds no delimiter.
@@ -97,33 +97,33 @@ def lark(form: ReplyFormat, tags: Tags, *, thinking: bool) -> str:
 
 def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
     """A schema that permits no more than it names: closed objects, integers of 64 bits; otherwise the same."""
-    found: dict[str, Any] = dict(schema)
+    result: dict[str, Any] = dict(schema)
     for key in _MAPS:
-        if isinstance(found.get(key), Mapping):
-            found[key] = {name: _closed_any(one) for name, one in found[key].items()}
+        if isinstance(result.get(key), Mapping):
+            result[key] = {name: _closed_any(part) for name, part in result[key].items()}
     for key in _LISTS:
-        if isinstance(found.get(key), Sequence) and not isinstance(found[key], str):
-            # What stands in several parts, or beside properties, is open in each of them.
-            open_parts = key == "allOf" or (key != "prefixItems" and "properties" in found)
-            found[key] = [one if open_parts else _closed_any(one) for one in found[key]]
+        if isinstance(result.get(key), Sequence) and not isinstance(result[key], str):
+            # Several schemas for one object: each may name only some of its properties.
+            open_parts = key == "allOf" or (key != "prefixItems" and "properties" in result)
+            result[key] = [part if open_parts else _closed_any(part) for part in result[key]]
     for key in _SINGLE:
-        if key in found:
-            found[key] = _closed_any(found[key])
-    # Beside other schemas for the same object its properties are not all that it may have.
-    if "properties" in found and not found.keys() & {"additionalProperties", "$ref", "allOf", "anyOf", "oneOf"}:
-        found["additionalProperties"] = False
-    kinds = found.get("type")
-    whole = kinds == "integer" or (isinstance(kinds, list) and "integer" in kinds and "number" not in kinds)
-    if whole and not found.keys() & {"const", "enum"}:
+        if key in result:
+            result[key] = _closed_any(result[key])
+    # Beside other schemas for the same object, `properties` are not all that it may have.
+    if "properties" in result and not result.keys() & {"additionalProperties", "$ref", "allOf", "anyOf", "oneOf"}:
+        result["additionalProperties"] = False
+    types = result.get("type")
+    integer = types == "integer" or (isinstance(types, list) and "integer" in types and "number" not in types)
+    if integer and not result.keys() & {"const", "enum"}:
         least, most = (
-            found.get("minimum", found.get("exclusiveMinimum")),
-            found.get("maximum", found.get("exclusiveMaximum")),
+            result.get("minimum", result.get("exclusiveMinimum")),
+            result.get("maximum", result.get("exclusiveMaximum")),
         )
         if least is None and (most is None or most > -_WIDEST):
-            found["minimum"] = -_WIDEST
+            result["minimum"] = -_WIDEST
         if most is None and (least is None or least < _WIDEST):
-            found["maximum"] = _WIDEST
-    return found
+            result["maximum"] = _WIDEST
+    return result
 
 
 def _closed_any(schema: Any) -> Any:
@@ -138,7 +138,7 @@ def _call_schema(tool: Mapping[str, Any]) -> dict[str, Any]:
         "type": "object",
         "properties": {
             "name": {"const": function["name"]},
-            "arguments": _moved(_object(arguments), "#/properties/arguments"),
+            "arguments": _rebased(_objects_only(arguments), "#/properties/arguments"),
         },
         "required": ["name", "arguments"],
         "additionalProperties": False,
@@ -146,8 +146,8 @@ def _call_schema(tool: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _object(schema: dict[str, Any]) -> dict[str, Any]:
-    """A schema of objects, whatever else it would permit."""
+def _objects_only(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema that permits objects alone, whatever else it did."""
     if schema.get("type") == "object":
         return schema
     if not schema.keys() & {"$ref", "allOf", "anyOf", "oneOf"}:
@@ -155,15 +155,15 @@ def _object(schema: dict[str, Any]) -> dict[str, Any]:
     return {"allOf": [schema, {"type": "object"}]}
 
 
-def _moved(schema: Any, to: str) -> Any:
-    """A schema whose references into itself point to where it now stands."""
+def _rebased(schema: Any, to: str) -> Any:
+    """A schema whose references into itself point to its new place in a larger one."""
     if isinstance(schema, Mapping):
         return {
             key: to + value[1:]
             if key == "$ref" and isinstance(value, str) and value.startswith("#")
-            else _moved(value, to)
+            else _rebased(value, to)
             for key, value in schema.items()
         }
     if isinstance(schema, list | tuple):
-        return [_moved(one, to) for one in schema]
+        return [_rebased(part, to) for part in schema]
     return schema

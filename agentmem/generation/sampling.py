@@ -61,18 +61,20 @@ class Sampler:
 
     @property
     def point(self) -> float:
-        """The random number of the next token, at least 0 and below 1; another one when that has been chosen."""
+        """The random number that decides the next token, in [0, 1); it changes only when a token has been chosen."""
         if self._point is None:
             self._point = float(torch.rand((), generator=self._generator, dtype=torch.float64))
         return self._point
 
     def choose(self, logits: Tensor, chosen: int | None = None) -> int:
-        """The next token from logits [V].
+        """The next token from logits [V]; the sampler then advances to the one after it.
 
-        ``chosen``: what ``choose_all`` found in them, where it was asked.
+        Args:
+            logits: of the next token.
+            chosen: the token, where `choose_all` has already chosen it from these logits.
 
         Raises:
-            TurnError: logits that are no numbers.
+            TurnError: the logits are not numbers.
         """
         if chosen is None:
             (chosen,) = choose_all(logits[None], [self])
@@ -83,43 +85,45 @@ class Sampler:
 
 
 def choose_all(logits: Tensor, samplers: Sequence[Sampler | None]) -> list[int | None]:
-    """The next token of every row of logits [n, V] whose sampler is given, with few waits for the device.
+    """The next token of every row of logits [n, V] that has a sampler, waiting for the device as few times as possible.
 
-    None where there is no sampler, or where logits are no numbers. No sampler is a token further yet.
+    None where there is no sampler, or where the logits are not numbers. The samplers do not advance: a token counts as
+    drawn once `Sampler.choose` takes it.
     """
-    # Whose filters are alike: top_k, and whether top_p cuts; None is greedy.
-    alike: dict[tuple[int, bool] | None, dict[int, Sampler]] = {}
+    # Rows with the same filters are sampled together: (top_k, whether top_p cuts), or None for greedy rows.
+    groups: dict[tuple[int, bool] | None, dict[int, Sampler]] = {}
     for row, sampler in enumerate(samplers):
         if sampler is not None:
-            how = sampler.sampling
-            filters = None if how.temperature == 0 else (how.top_k, how.top_p < 1)
-            alike.setdefault(filters, {})[row] = sampler
-    found: list[int | None] = [None] * len(samplers)
-    for filters, rows in alike.items():
-        # Rows side by side without an index, which would have to be brought to the device.
-        part = logits if len(rows) == len(logits) else torch.stack([logits[row] for row in rows])
-        tokens = _likeliest(part) if filters is None else _drawn(part, list(rows.values()), *filters)
-        for row, token in zip(rows, tokens, strict=True):
-            found[row] = None if token < 0 else token
-    return found
+            options = sampler.sampling
+            filters = None if options.temperature == 0 else (options.top_k, options.top_p < 1)
+            groups.setdefault(filters, {})[row] = sampler
+    chosen: list[int | None] = [None] * len(samplers)
+    for filters, group in groups.items():
+        # Stacked, not indexed: an index would first have to be copied to the device.
+        part = logits if len(group) == len(logits) else torch.stack([logits[row] for row in group])  # [n', V]
+        tokens = _argmax(part) if filters is None else _sample(part, list(group.values()), *filters)
+        for row, token in zip(group, tokens, strict=True):
+            chosen[row] = None if token < 0 else token
+    return chosen
 
 
-def _likeliest(logits: Tensor) -> list[int]:
-    """For each row the token with the largest number, the first of several; -1 where that is none."""
-    token = logits.argmax(-1, keepdim=True)
+def _argmax(logits: Tensor) -> list[int]:
+    """For each row the token with the largest logit, the first of equals; -1 where that is not a finite number."""
+    token = logits.argmax(-1, keepdim=True)  # [n, 1]
     tokens: list[int] = torch.where(logits.gather(-1, token).isfinite(), token, -1).flatten().tolist()
     return tokens
 
 
-def _drawn(logits: Tensor, samplers: Sequence[Sampler], top_k: int, cuts: bool) -> list[int]:
-    """For each row the token in whose share of the whole its random number falls; -1 where there is none."""
-    # In float32 many small shares would be lost beside the sum of the others; MPS has no float64.
+def _sample(logits: Tensor, samplers: Sequence[Sampler], top_k: int, cuts: bool) -> list[int]:
+    """For each row the token into whose share of the cumulative probability the row's random number falls; -1 where
+    the logits are not numbers."""
+    # In float32 many small probabilities would be lost in the cumulative sum; MPS has no float64.
     wide = torch.float32 if logits.device.type == "mps" else torch.float64
-    numbers = zip(*((one.sampling.temperature, one.sampling.top_p, one.point) for one in samplers), strict=True)
-    # On CUDA without a wait; elsewhere what is brought might be gone before it was.
-    brought = torch.tensor(list(numbers), dtype=wide).to(logits.device, non_blocking=logits.is_cuda)
-    temperature, top_p, point = brought.unsqueeze(-1).unbind()
-    # Less the largest, which changes nothing of the distribution and cannot overflow.
+    options = zip(*((s.sampling.temperature, s.sampling.top_p, s.point) for s in samplers), strict=True)
+    # One copy for all rows. Only CUDA keeps the source of a non-blocking copy alive until it is done.
+    on_device = torch.tensor(list(options), dtype=wide).to(logits.device, non_blocking=logits.is_cuda)  # [3, n]
+    temperature, top_p, point = on_device.unsqueeze(-1).unbind()  # each [n, 1]
+    # The largest is subtracted: the distribution stays the same, and no exponential overflows.
     scores = logits.float()
     scores = (scores - scores.amax(-1, keepdim=True)).div_(temperature.float())
     order: Tensor | None = None
@@ -127,10 +131,10 @@ def _drawn(logits: Tensor, samplers: Sequence[Sampler], top_k: int, cuts: bool) 
         scores, order = scores.topk(top_k)
     elif cuts:
         scores, order = scores.sort(descending=True, stable=True)
-    mass = scores.softmax(-1).cumsum(-1, dtype=wide)
+    mass = scores.softmax(-1).cumsum(-1, dtype=wide)  # [n, V or top_k]
     last = torch.full_like(point, mass.shape[-1] - 1, dtype=torch.int64)
     if cuts:
-        # A token stays while the tokens before it have not reached top_p; so the first always stays.
+        # A token stays while the tokens before it have not reached top_p; so the first one always stays.
         last = torch.minimum(torch.searchsorted(mass, top_p), last)
     total = mass.gather(1, last)
     token = torch.minimum(torch.searchsorted(mass, point * total, right=True), last)

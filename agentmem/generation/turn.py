@@ -18,10 +18,10 @@ import torch
 
 from agentmem.errors import MissingAdapterError
 from agentmem.generation.batch import DecodeBatch, DecodeRequest
-from agentmem.generation.detokenize import Decoder, StopFinder
+from agentmem.generation.detokenize import Detokenizer, StopFinder
 from agentmem.generation.guided import Constraint, Grammars
 from agentmem.generation.kv_cache import Prefill, PrefillCache, StaleKVCache
-from agentmem.generation.output_parser import Delta, InvalidToolCall, ParsedReply, ReplyParser, Tags
+from agentmem.generation.output_parser import Delta, InvalidToolCall, OutputParser, ParsedReply, Tags
 from agentmem.generation.plan import CatchUp, Plan, Request, plan_remember, plan_turn
 from agentmem.generation.runner import ModelRunner
 from agentmem.generation.sampling import Sampler
@@ -249,9 +249,11 @@ def decode(
     """
     end_ids, segment, budget = context.end_ids, plan.reply_segment, plan.budget
     json_text = plan.form is not None and plan.form.schema is not None
-    parser = ReplyParser(context.tags, plan.call_id_seed, "reasoning" if plan.thinking else "text", json_text=json_text)
-    decoder, stops = Decoder(context.tokenizer), StopFinder(plan.sampling.stop)
-    ids, ends = decoder.ids, decoder.ends
+    parser = OutputParser(
+        context.tags, plan.call_id_seed, "reasoning" if plan.thinking else "text", json_text=json_text
+    )
+    detokenizer, stops = Detokenizer(context.tokenizer), StopFinder(plan.sampling.stop)
+    ids, ends = detokenizer.ids, detokenizer.ends
     sampler = Sampler(plan.sampling)
     start = Snapshot(len(plan.prefill_key.ids), sequence.state, sequence.pending)
     # Where the sequence stood before and between the tokens that may still be cut off, oldest first.
@@ -278,19 +280,19 @@ def decode(
                 token = guide.take(sampler.choose(guide.mask(sequence.logits)))
         # `length`: characters of the text that stay, whatever comes.
         if token in end_ids:
-            ended, length = True, len(decoder.text)
+            ended, length = True, len(detokenizer.text)
         else:
-            decoder.push(token)
-            cut = stops.find(decoder.text)
+            detokenizer.push(token)
+            cut = stops.find(detokenizer.text)
             if cut is not None:
                 ended, length = True, cut
             elif len(ids) >= budget:
-                ended, length, finish_reason = True, len(decoder.text), "length"
+                ended, length, finish_reason = True, len(detokenizer.text), "length"
             else:
-                length = stops.safe(decoder.text)
-        kept = decoder.whole(length)
+                length = stops.safe(detokenizer.text)
+        kept = detokenizer.tokens_within(length)
         for index in range(shown, kept):
-            piece = decoder.text[ends[index - 1] if index else 0 : ends[index]]
+            piece = detokenizer.text[ends[index - 1] if index else 0 : ends[index]]
             for delta in parser.push(ids[index], piece):
                 if emit is not None:
                     emit(delta)
@@ -302,7 +304,7 @@ def decode(
         finish_reason = "length"
 
     # What a cut leaves of the token that it goes through is tokenised anew.
-    text = decoder.text[:length]
+    text = detokenizer.text[:length]
     remainder = text[ends[kept - 1] if kept else 0 :]
     rest = _encode(context, remainder) if remainder else []
     for delta in [*parser.push(-1, remainder), *parser.finish()]:

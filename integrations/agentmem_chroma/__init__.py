@@ -2,7 +2,7 @@
 
 The matrices of agentmem steer; this store states: text that must come back word for word, with its source,
 and that can be deleted. The names below load on first use. Importing this package imports neither chromadb
-nor torch; chromadb is imported when a ``FactStore`` is opened, torch when ``local_embeddings`` embeds its
+nor torch; chromadb is imported when a `FactStore` is opened, torch when `local_embeddings` embeds its
 first text.
 """
 

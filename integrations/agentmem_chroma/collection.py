@@ -1,23 +1,40 @@
-"""Opens Chroma databases and collections, and refuses a collection that would give wrong answers.
+"""Opens Chroma databases and collections for one process, and refuses those that would give wrong answers.
 
-A collection of facts measures cosine distance and records, in its metadata, which embedder its vectors are
-from. Both are set at creation and checked at every opening: Chroma itself keeps an existing collection's
-distance without a word, and takes vectors of any model that has the right length. Chroma's default embedding
-function, which downloads a model, is never used.
+One process owns a directory: Chroma's embedded index is not made for two, of which the second reads stale results and
+both can damage the files. So a directory is held by an exclusive file lock, which the operating system frees however
+its owner ends. Inside one process a directory may be claimed any number of times; the lock goes with the last claim.
+Beside the lock lies a note of who holds it, for the message that a second process gets.
+
+A collection of facts measures cosine distance and records, in its metadata, which embedder its vectors are from. Both
+are set at creation and checked at every opening: Chroma itself keeps an existing collection's distance without a word,
+and takes vectors of any model that has the right length. Chroma's default embedding function, which downloads a model,
+is never used.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import socket
 import threading
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from agentmem.errors import FactStoreError, MissingExtraError
-from agentmem_chroma.embedder import Embedder
+from filelock import FileLock, Timeout
+
+from agentmem.errors import FactIndexError, FactStoreError, MissingExtraError, StoreOwnedError
+from agentmem_chroma.embeddings import Embedder
+from agentmem_chroma.index_files import IndexReport, inspect, save_fingerprints, zero_unused
+
+_LOCK = "agentmem.lock"
+_OWNER = "agentmem.owner.json"
 
 _FORMAT, _NAME, _DIMENSION = "agentmem:format", "agentmem:embedder", "agentmem:dimension"
 _FORMAT_VERSION = 1
+_REBUILT = "-rebuilt"  # behind a collection's name while its index is built anew
 
 # Chroma's defaults (100, 100, 16) find less than half of the nearest four among 20,000 random vectors of 384
 # numbers; these find 96 % of them, at twice the time to insert. Sentence vectors are easier than random ones.
@@ -27,8 +44,169 @@ _INDEX = {"space": "cosine", "ef_construction": 200, "ef_search": 500, "max_neig
 _opening = threading.Lock()
 
 
+class Access:
+    """Who may use a database at the same time: any number of readers beside one writer, or one alone.
+
+    Attributes:
+        writes: held by a writer. Readers go on meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self.writes = threading.RLock()
+        self._condition = threading.Condition()
+        self._readers = 0
+        self._alone = False
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Wait for one that is alone, and keep others from being so."""
+        with self._condition:
+            self._condition.wait_for(lambda: not self._alone)
+            self._readers += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._readers -= 1
+                self._condition.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nobody else reads or writes. Not within `reading`."""
+        with self.writes:
+            with self._condition:
+                self._alone = True
+                self._condition.wait_for(lambda: not self._readers)
+            try:
+                yield
+            finally:
+                with self._condition:
+                    self._alone = False
+                    self._condition.notify_all()
+
+
+class _HeldDirectory:
+    """A directory that this process has locked: what it was opened as, how many claims share it, its indexes' state."""
+
+    def __init__(self, lock: FileLock, opened_as: str, indexes: IndexReport) -> None:
+        self.lock = lock
+        self.opened_as = opened_as
+        self.indexes = indexes
+        self.access = Access()
+        self.claims = 0
+        self.pid = os.getpid()
+        self.deleted = False
+
+
+_held: dict[Path, _HeldDirectory] = {}
+_guard = threading.RLock()
+
+
+class DirectoryClaim:
+    """A share in this process's hold on a directory.
+
+    Args:
+        directory: created where it does not exist.
+        opened_as: the name under which the database is opened; every claim of one process must use the same.
+        open_already: Chroma has it open, so its files must not be looked at.
+
+    Attributes:
+        directory: the directory, absolute, links resolved.
+        access: who may use it now, common to every claim of the process.
+        indexes: what was found wrong before the first claim opened it.
+
+    Raises:
+        StoreOwnedError: another process holds the directory.
+        FactStoreError: the directory cannot be made or locked, was opened under another name, or is held by
+            the process that this one was forked from.
+    """
+
+    def __init__(self, directory: Path, opened_as: str, *, open_already: bool) -> None:
+        self.directory = directory.resolve()
+        with _guard:
+            held = _held.get(self.directory)
+            if held is None:
+                lock = _acquire(self.directory)
+                try:
+                    indexes = IndexReport() if open_already else inspect(self.directory)
+                except BaseException:
+                    lock.release()
+                    raise
+                held = _held[self.directory] = _HeldDirectory(lock, opened_as, indexes)
+            elif held.pid != os.getpid():
+                raise FactStoreError(
+                    f"the fact store in {self.directory} was open in process {held.pid} when it forked "
+                    "this one; start worker processes with the 'spawn' method, or open the store after the "
+                    "fork only"
+                )
+            elif held.opened_as != opened_as:
+                raise FactStoreError(
+                    f"{self.directory} is open in this process as {held.opened_as!r}, now as "
+                    f"{opened_as!r}: two Chroma systems over one directory do not see each other's writes; "
+                    "give both stores the same client, or both the path"
+                )
+            held.claims += 1
+            self._held = held
+            self.access = held.access
+            self.indexes = held.indexes
+
+    def note_deletion(self) -> None:
+        """Text was deleted: what Chroma still writes until the directory is closed is scrubbed then."""
+        self._held.deleted = True
+
+    def release(self) -> None:
+        """Give the share back; the last one frees the directory for other processes. Call it once."""
+        with _guard:
+            self._held.claims -= 1
+            if self._held.claims == 0 and self._held.pid == os.getpid():
+                del _held[self.directory]
+                with suppress(OSError):  # a directory that is gone, or on a full disk, is closed all the same
+                    if self._held.deleted:
+                        for header in self.directory.glob("*/header.bin"):
+                            zero_unused(header.parent)
+                    # An index that was found damaged and left so is to be found again.
+                    save_fingerprints(self.directory, self._held.indexes.doubtful())
+                (self.directory / _OWNER).unlink(missing_ok=True)
+                self._held.lock.release()
+
+
+def _acquire(directory: Path) -> FileLock:
+    # thread_local=False: the store may be closed by another thread than the one that opened it.
+    lock = FileLock(directory / _LOCK, thread_local=False)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise StoreOwnedError(_owned_message(directory)) from error
+    except OSError as error:
+        raise FactStoreError(
+            f"cannot make or lock the fact store's directory {directory}: {error}; give a directory on a "
+            "local disk that this user may write to"
+        ) from error
+    note = directory / (_OWNER + ".new")
+    note.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
+    note.replace(directory / _OWNER)
+    return lock
+
+
+def _owned_message(directory: Path) -> str:
+    try:
+        note = json.loads((directory / _OWNER).read_text(encoding="utf-8"))
+        owner = f"process {note['pid']} on host {note['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        owner = "another process"  # it holds the lock and has not signed yet
+    return (
+        f"the fact store in {directory} belongs to {owner}, and one process owns a directory; close it "
+        f"there, or share it: close it everywhere, run `chroma run --path {directory}`, and open it in "
+        "every process with FactStore('http://HOST:PORT', embeddings=...), or with client=chromadb.HttpClient(...)"
+    )
+
+
+# ---------------------------------------------------------------------- databases
+
+
 def open_database(directory: Path, stack: ExitStack) -> Any:
-    """A Chroma client on ``directory``, closed with ``stack``; clients of one directory share one database.
+    """A Chroma client on `directory`, closed with `stack`; clients of one directory share one database.
 
     Raises:
         FactStoreError: Chroma cannot open what is there.
@@ -46,31 +224,34 @@ def open_database(directory: Path, stack: ExitStack) -> Any:
     return client
 
 
+def open_server(url: str, stack: ExitStack) -> Any:
+    """A client of the Chroma server at `http://HOST:PORT` or `https://HOST:PORT`, closed with `stack`.
+
+    Raises:
+        FactStoreError: another kind of URL, or no server answers there.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.username:
+        raise FactStoreError(
+            f"a fact store is a directory or a Chroma server (http://HOST:PORT), got {url!r}; for tokens, "
+            "headers and paths give a client: FactStore(client=chromadb.HttpClient(...), embeddings=...)"
+        )
+    chromadb = import_chromadb()
+    secure = parts.scheme == "https"
+    try:
+        client = chromadb.HttpClient(host=parts.hostname, port=parts.port or (443 if secure else 8000), ssl=secure)
+    except Exception as error:
+        raise FactStoreError(
+            f"no Chroma server answers at {url}: {error}; start one with `chroma run --path DIR`"
+        ) from error
+    stack.callback(_close, client)
+    return client
+
+
 def embedded_directory(client: Any) -> str | None:
     """Where an embedded client keeps its files, as it was given; None for any other client."""
     settings = client.get_settings()
     return str(settings.persist_directory) if settings.is_persistent else None
-
-
-def open_collection(client: Any, name: str, embedder: Embedder) -> Any:
-    """The collection of that name, made if there is none.
-
-    Raises:
-        FactStoreError: the collection measures another distance, was not made by a FactStore, or holds
-            another embedder's vectors; or the name is not one that Chroma allows.
-    """
-    errors = import_chromadb().errors
-    try:
-        collection = client.get_or_create_collection(
-            name,
-            embedding_function=None,
-            configuration={"hnsw": _INDEX},
-            metadata={_FORMAT: _FORMAT_VERSION, _NAME: embedder.name, _DIMENSION: embedder.dimension},
-        )
-    except (errors.ChromaError, ValueError) as error:
-        raise FactStoreError(f"Chroma cannot open the collection {name!r}: {error}") from error
-    _check(collection, name, embedder)
-    return collection
 
 
 def import_chromadb() -> Any:
@@ -89,7 +270,109 @@ def _close(client: Any) -> None:
         client.close()
 
 
-def _check(collection: Any, name: str, embedder: Embedder) -> None:
+@contextmanager
+def chroma_errors(doing: str) -> Iterator[None]:
+    """Turns what Chroma and its HTTP client raise into errors of ours.
+
+    Raises:
+        FactStoreError: with what was being done, what Chroma said, and what to do.
+        FactIndexError: it was the index.
+    """
+    errors = import_chromadb().errors
+    try:
+        yield
+    except FactStoreError:
+        raise
+    except Exception as error:
+        text = f"Chroma failed while {doing}: {type(error).__name__}: {error}"
+        if isinstance(error, errors.InternalError) and _is_about_the_index(str(error)):
+            raise FactIndexError(f"{text}; {REBUILD}") from error
+        if type(error).__module__.partition(".")[0] == "httpx":
+            raise FactStoreError(f"{text}; see that the server runs and can be reached, and try again") from error
+        raise FactStoreError(f"{text}; see its message; a full disk and rights of files are common causes") from error
+
+
+REBUILD = (
+    "the facts themselves are kept apart from the index and can be used to build it anew: open the store once with "
+    "FactStore(..., rebuild=True)"
+)
+
+
+def _is_about_the_index(text: str) -> bool:
+    return any(word in text.lower() for word in ("hnsw", "index", "error finding id", "segment", "compaction"))
+
+
+# ---------------------------------------------------------------------- collections
+
+
+def open_collection(client: Any, name: str, embedder: Embedder, *, any_embedder: bool, owned: bool) -> Any:
+    """The collection of that name, made if there is none.
+
+    Args:
+        any_embedder: take one with another embedder's vectors, to be rebuilt.
+        owned: no other process uses the database, so a half-made index in it is what a process left that ended.
+
+    Raises:
+        FactStoreError: the collection measures another distance, was not made by a FactStore, or holds
+            another embedder's vectors; the name is not one that Chroma allows; or the server fails.
+    """
+    with chroma_errors(f"opening the collection {name!r}"):
+        collection = _finish_rebuild(client, name) or client.get_or_create_collection(
+            name,
+            embedding_function=None,
+            configuration={"hnsw": _INDEX},
+            metadata=_record(embedder),
+        )
+        if owned:
+            _drop_rebuilt(client, name)
+    _check(collection, name, embedder, any_embedder)
+    return collection
+
+
+def start_rebuild(client: Any, name: str, embedder: Embedder) -> Any:
+    """An empty collection to take the facts of `name`; what an earlier attempt left is deleted."""
+    _drop_rebuilt(client, name)
+    return client.create_collection(
+        name + _REBUILT, embedding_function=None, configuration={"hnsw": _INDEX}, metadata=_record(embedder)
+    )
+
+
+def finish_rebuild(client: Any, name: str) -> Any:
+    """Put the collection that `start_rebuild` made, now filled, in the place of `name`."""
+    # A process that ends between these two is no harm: opening the collection does the second.
+    client.delete_collection(name)
+    return _finish_rebuild(client, name)
+
+
+def is_of(collection: Any, embedder: Embedder) -> bool:
+    """Whether a collection's vectors are this embedder's."""
+    record = collection.metadata or {}
+    return (record.get(_NAME), record.get(_DIMENSION)) == (embedder.name, embedder.dimension)
+
+
+def _drop_rebuilt(client: Any, name: str) -> None:
+    with suppress(import_chromadb().errors.NotFoundError):
+        client.delete_collection(name + _REBUILT)
+
+
+def _finish_rebuild(client: Any, name: str) -> Any:
+    """The rebuilt collection under its name, where the one that it replaces is gone; else None."""
+    missing = import_chromadb().errors.NotFoundError
+    try:
+        client.get_collection(name, embedding_function=None)
+    except missing:
+        with suppress(missing):
+            rebuilt = client.get_collection(name + _REBUILT, embedding_function=None)
+            rebuilt.modify(name=name)
+            return client.get_collection(name, embedding_function=None)
+    return None
+
+
+def _record(embedder: Embedder) -> dict[str, str | int]:
+    return {_FORMAT: _FORMAT_VERSION, _NAME: embedder.name, _DIMENSION: embedder.dimension}
+
+
+def _check(collection: Any, name: str, embedder: Embedder, any_embedder: bool) -> None:
     space = _space(collection)
     if space != "cosine":
         raise FactStoreError(
@@ -103,13 +386,12 @@ def _check(collection: Any, name: str, embedder: Embedder) -> None:
             f"{_FORMAT_VERSION}: it was not made by a FactStore, or by another version; give another "
             "collection name"
         )
-    found = (record.get(_NAME), record.get(_DIMENSION))
-    if found != (embedder.name, embedder.dimension):
+    if not is_of(collection, embedder) and not any_embedder:
         raise FactStoreError(
-            f"collection {name!r} holds vectors of embedder {found[0]!r} with dimension {found[1]}, this "
-            f"one is {embedder.name!r} with dimension {embedder.dimension}, and their vectors do not "
-            "compare; open it with the embedder it was made with (embedder=... gives it the same name), or "
-            "give another collection name"
+            f"collection {name!r} holds vectors of embedder {record.get(_NAME)!r} with dimension "
+            f"{record.get(_DIMENSION)}, this one is {embedder.name!r} with dimension {embedder.dimension}, and their "
+            "vectors do not compare; open it with the embedder it was made with (embedder=... gives it the same "
+            "name), embed every fact anew (rebuild=True), or give another collection name"
         )
 
 

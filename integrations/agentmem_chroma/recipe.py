@@ -21,7 +21,7 @@ _CITATION = re.compile(r"\[([0-9]{1,6}(?:\s*,\s*[0-9]{1,6})*)\]")
 def facts_block(documents: Sequence[Document]) -> str:
     """The documents' texts as numbered facts, or "" for no documents.
 
-    ``"Facts:\\nfirst text [1]\\nsecond text [2]"``. A text takes one line: line breaks inside it become spaces, and the
+    `"Facts:\\nfirst text [1]\\nsecond text [2]"`. A text takes one line: line breaks inside it become spaces, and the
     last number of a line is its own, so that no text can pretend to be another number. Behind the text the number is
     where a reply puts it, so a small model that copies a fact has cited it.
     """
@@ -34,12 +34,12 @@ def facts_block(documents: Sequence[Document]) -> str:
 def cited(reply: str | BaseMessage, documents: Sequence[Document]) -> list[Document]:
     """The documents whose numbers the reply cites, each once, in the order of their first citation.
 
-    ``[2]``, ``[1][3]`` and ``[1, 3]`` cite; numbers in code spans and fenced code do not, and a number that
+    `[2]`, `[1][3]` and `[1, 3]` cite; numbers in code spans and fenced code do not, and a number that
     no document has is passed over.
 
     Args:
         reply: the model's text, or its message.
-        documents: the documents in the order that ``facts_block`` numbered them.
+        documents: the documents in the order that `facts_block` numbered them.
     """
     text = reply if isinstance(reply, str) else reply.text
     numbers = [int(number) for group in _CITATION.findall(_CODE.sub(" ", text)) for number in group.split(",")]

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
-from pydantic import Field
+from pydantic import ConfigDict, Field, model_validator
 
-from agentmem_chroma.facts import ScoredFact
+from agentmem.errors import FactStoreError
+from agentmem_chroma.facts import to_document
 from agentmem_chroma.store import FactStore
+
+# What LangChain's own stores call these.
+_ALIASES = {"thread_id": "thread", "score_threshold": "min_score"}
+_PER_CALL = ("k", "thread", "source", "min_score", "filter")
 
 
 class FactRetriever(BaseRetriever):
     """Finds the facts that are closest to a query.
 
-    ``retriever.invoke(query)`` and ``ainvoke`` give documents, best first; ``invoke(query, k=2)`` overrides
-    ``k`` for one call. A document's id is the fact's id; its metadata is the fact's metadata with ``source``,
-    ``thread``, ``time`` (ISO 8601, UTC) and ``score`` (cosine similarity) laid over it.
+    `retriever.invoke(query)` and `ainvoke` give documents, best first. `k`, `thread`, `source`, `min_score` and
+    `filter` may also be given to one call: `invoke(query, k=2, thread="ops")`. A document's id is the fact's id; its
+    metadata is the fact's metadata with `source`, `thread`, `time` (ISO 8601, UTC) and `score` (cosine similarity) laid
+    over it.
+
+    LangChain's names are understood too: `thread_id`, `score_threshold`, and `search_kwargs` with any of these in it.
+    Options that are not known are refused, since one that is passed over would find everybody's facts.
     """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     store: FactStore
     """Where the facts are. The retriever does not close it."""
@@ -34,41 +48,48 @@ class FactRetriever(BaseRetriever):
     min_score: float | None = None
     """Only facts with at least this cosine similarity."""
 
+    filter: dict[str, Any] | None = None
+    """Only facts whose metadata fits, as `FactStore.search` takes it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_names(cls, options: Any) -> Any:
+        return _renamed(options) if isinstance(options, Mapping) else options
+
     def _get_relevant_documents(
-        self, query: str, *, run_manager: CallbackManagerForRetrieverRun, k: int | None = None
+        self, query: str, *, run_manager: CallbackManagerForRetrieverRun, **options: Any
     ) -> list[Document]:
-        found = self.store.search(
-            query,
-            self.k if k is None else k,
-            source=self.source,
-            thread=self.thread,
-            min_score=self.min_score,
-        )
-        return [_document(hit) for hit in found]
+        hits = self.store.search(query, **self._search_options(options))
+        return [to_document(hit.fact, hit.score) for hit in hits]
 
     async def _aget_relevant_documents(
-        self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, k: int | None = None
+        self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, **options: Any
     ) -> list[Document]:
-        found = await self.store.asearch(
-            query,
-            self.k if k is None else k,
-            source=self.source,
-            thread=self.thread,
-            min_score=self.min_score,
-        )
-        return [_document(hit) for hit in found]
+        hits = await self.store.asearch(query, **self._search_options(options))
+        return [to_document(hit.fact, hit.score) for hit in hits]
+
+    def _search_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        options = _renamed(given)
+        unknown = sorted(options.keys() - set(_PER_CALL))
+        if unknown:
+            raise FactStoreError(
+                f"a retrieval takes {', '.join(_PER_CALL)}; got {', '.join(unknown)}, and without it more facts would "
+                "be found than were meant"
+            )
+        return {name: getattr(self, name) for name in _PER_CALL} | options
 
 
-def _document(hit: ScoredFact) -> Document:
-    fact = hit.fact
-    return Document(
-        id=fact.id,
-        page_content=fact.text,
-        metadata={
-            **fact.metadata,
-            "source": fact.source,
-            "thread": fact.thread,
-            "time": fact.time.isoformat(),
-            "score": hit.score,
-        },
-    )
+def _renamed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options under the names used here, those of `search_kwargs` among them.
+
+    Raises:
+        ValueError: one that is given twice, with different values.
+    """
+    renamed: dict[str, Any] = {}
+    inner = options.get("search_kwargs") or {}
+    for name, value in [*inner.items(), *((n, v) for n, v in options.items() if n != "search_kwargs")]:
+        own = _ALIASES.get(name, name)
+        if own in renamed and renamed[own] != value:
+            raise ValueError(f"{own} is given twice: {renamed[own]!r} and {value!r}")
+        renamed[own] = value
+    return renamed

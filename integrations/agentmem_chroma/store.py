@@ -3,15 +3,18 @@
 A fact is stored once per text, source and thread; adding it again keeps one, with the newer time. Searches
 return cosine similarities in a fixed order. A directory belongs to one process, in which any number of stores
 may share it. Calls from several threads are safe: writes take turns (per directory, or per store on a given
-client), reads run freely. The async twins run the same calls in a worker thread; cancelling one does not stop
-a write under way.
+client), reads run freely but for the moments in which deleted text is overwritten. The async twins run the same
+calls in a worker thread; cancelling one does not stop a write under way.
+
+The facts' texts and the index of their vectors are kept apart: an index that is lost, damaged or of another
+embedder is noticed, and can be built anew from the texts.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import threading
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -19,11 +22,27 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from agentmem.errors import FactStoreError
-from agentmem_chroma.collection import embedded_directory, import_chromadb, open_collection, open_database
-from agentmem_chroma.embedder import Embedder
-from agentmem_chroma.facts import Fact, ScoredFact
-from agentmem_chroma.ownership import Claim
+import numpy as np
+from langchain_core.documents import Document
+
+from agentmem.errors import FactIndexError, FactStoreError
+from agentmem_chroma.collection import (
+    REBUILD,
+    Access,
+    DirectoryClaim,
+    chroma_errors,
+    embedded_directory,
+    finish_rebuild,
+    import_chromadb,
+    is_of,
+    open_collection,
+    open_database,
+    open_server,
+    start_rebuild,
+)
+from agentmem_chroma.embeddings import Embedder
+from agentmem_chroma.facts import Fact, ScoredFact, from_document, matches
+from agentmem_chroma.index_files import overwrite_deleted
 
 if TYPE_CHECKING:
     from langchain_core.embeddings import Embeddings
@@ -32,24 +51,31 @@ _Item = TypeVar("_Item")
 
 # Similarities are float32 sums: the seventh decimal is noise, and equal texts would be ordered by it.
 _SCORE_DECIMALS = 6
+_EMBEDDED_AT_ONCE = 256  # texts, while an index is built anew
+_CHECKED = 16  # facts whose vectors are compared with their texts after a process was killed
+_SAME_VECTOR = 0.99  # cosine; an embedder's own noise stays above it
 
 
 class FactStore:
     """Exact facts that can be searched by meaning, listed, and deleted by id, source or thread.
 
     Args:
-        path: a directory for an embedded database, made where it does not exist. Give this or ``client``.
+        path: a directory for an embedded database, made where it does not exist (`~` is the home directory), or a
+            Chroma server as `http://HOST:PORT`. Give this or `client`.
         embeddings: turns text into vectors, for facts and queries alike. One word is embedded at opening.
-        client: a Chroma client of your own, ``chromadb.HttpClient(...)`` for example; the store does not
+        client: a Chroma client of your own, `chromadb.HttpClient(...)` for example; the store does not
             close it.
-        collection: the collection's name; 3 to 512 of ``a-z A-Z 0-9 . _ -``.
+        collection: the collection's name; 3 to 500 of `a-z A-Z 0-9 . _ -`.
         embedder: a name for the embedder; None derives one from its class and model name. A collection opens
             only with the name and the dimension that it was made with.
+        rebuild: where the index is lost or damaged, or holds another embedder's vectors, build it anew from the
+            facts' texts. Otherwise such a store is refused. Does nothing where all is well.
 
     Raises:
         StoreOwnedError: another process owns the directory.
+        FactIndexError: the index is lost or damaged.
         FactStoreError: neither or both of path and client; a collection of another distance, embedder or
-            program.
+            program; a server that does not answer.
         MissingExtraError: chromadb is not installed.
     """
 
@@ -61,6 +87,7 @@ class FactStore:
         client: Any = None,
         collection: str = "facts",
         embedder: str | None = None,
+        rebuild: bool = False,
     ) -> None:
         if (path is None) == (client is None):
             raise FactStoreError(
@@ -69,27 +96,62 @@ class FactStore:
                 "directory"
             )
         import_chromadb()
-        with ExitStack() as opened:
-            directory = embedded_directory(client) if path is None else str(Path(path).resolve())
-            self._writes = threading.RLock()
-            if directory is not None:
-                claim = Claim(Path(directory), directory)
-                opened.callback(claim.release)
-                self._writes = claim.writes
-                if client is None:
-                    client = open_database(claim.directory, opened)
-            self._embedder = Embedder(embeddings, embedder)
-            self._collection = open_collection(client, collection, self._embedder)
-            self._batch: int = client.get_max_batch_size()
-            self._resources = opened.pop_all()
-        self._where_open = directory or "a client"
         self._name = collection
         self._pid = os.getpid()
         self._closed = False
+        self._opened_here = client is None and "://" not in os.fspath(path or "")
+        with ExitStack() as opened:
+            damaged = self._open_database(path, client, opened, rebuild)
+            self._embedder = Embedder(embeddings, embedder)
+            with self._access.writes:
+                self._collection = open_collection(
+                    self._client,
+                    collection,
+                    self._embedder,
+                    any_embedder=rebuild,
+                    owned=self._opened_here,
+                )
+                with chroma_errors("opening the collection"):
+                    self._batch: int = self._client.get_max_batch_size()
+                if damaged or not is_of(self._collection, self._embedder):
+                    self.rebuild_index()
+                else:
+                    self._check_index(rebuild)
+            self._resources = opened.pop_all()
+
+    def _open_database(
+        self, path: str | os.PathLike[str] | None, client: Any, opened: ExitStack, rebuild: bool
+    ) -> bool:
+        """Set the client, the claim on its directory if it has one, and who may use it.
+
+        Returns:
+            Whether the collection's index was damaged, and has been removed.
+        """
+        self._claim: DirectoryClaim | None = None
+        self._access = Access()
+        if path is not None and not self._opened_here:
+            self._place = os.fspath(path)
+            self._client = open_server(self._place, opened)
+            return False
+        directory = embedded_directory(client) if path is None else str(Path(path).expanduser().resolve())
+        self._place = directory or "a client"
+        damage = None
+        if directory is not None:
+            self._claim = DirectoryClaim(Path(directory), directory, open_already=client is not None)
+            opened.callback(self._claim.release)
+            self._access = self._claim.access
+            damage = self._claim.indexes.damaged.get(self._name)
+            if damage is not None and not rebuild:
+                raise FactIndexError(f"the index of {self!r} is damaged: {damage.problem}; {REBUILD}")
+            if damage is not None:
+                # The directory may be open in this process, this collection is not: whoever opened it was refused.
+                shutil.rmtree(damage.folder, ignore_errors=True)
+        self._client = open_database(self._claim.directory, opened) if client is None and self._claim else client
+        return damage is not None
 
     def add(
         self,
-        facts: str | Fact | Iterable[str | Fact],
+        facts: str | Fact | Document | Iterable[str | Fact | Document],
         *,
         source: str = "",
         thread: str = "",
@@ -102,7 +164,8 @@ class FactStore:
         times, the one given last). Everything is embedded before anything is written.
 
         Args:
-            facts: texts, or ``Fact`` objects, which describe themselves.
+            facts: texts; `Fact` objects, which describe themselves; or LangChain documents, whose metadata may name
+                `source`, `thread` and `time`.
             source: what the texts were taken from.
             thread: the conversation they belong to.
             time: when they were stated, with a time zone; None is now.
@@ -112,23 +175,31 @@ class FactStore:
             FactStoreError: a blank text, a time without a zone, something that JSON cannot hold, or an
                 embedder that returns unusable vectors. Nothing is stored then.
         """
+        if isinstance(facts, Mapping):
+            raise FactStoreError(
+                f"facts are texts, Fact objects or documents, got a mapping with the keys {sorted(map(str, facts))}, "
+                "which would be stored in place of its values; write Fact(text=..., source=..., metadata=...)"
+            )
         stated = datetime.now(UTC) if time is None else time
-        given = [
-            item if isinstance(item, Fact) else Fact(item, source, thread, stated, metadata or {})
-            for item in ([facts] if isinstance(facts, str | Fact) else facts)
-        ]
+        items = [facts] if isinstance(facts, str | Fact | Document) else facts
+        given = []
+        for item in items:
+            if isinstance(item, Document):
+                given.append(from_document(item, source=source, thread=thread, time=stated, metadata=metadata or {}))
+            else:
+                given.append(item if isinstance(item, Fact) else Fact(item, source, thread, stated, metadata or {}))
         newest: dict[str, Fact] = {}
         for fact in given:
             if fact.id not in newest or fact.time >= newest[fact.id].time:
                 newest[fact.id] = fact
-        with self._writes:
+        with self._access.writes:
             self._check_open()
-            known = self._times(newest)
-            fresh = [fact for fact in newest.values() if fact.id not in known]
-            newer = [fact for fact in newest.values() if fact.id in known and fact.time >= known[fact.id]]
+            stored = self._times(newest)
+            fresh = [fact for fact in newest.values() if fact.id not in stored]
+            newer = [fact for fact in newest.values() if fact.id in stored and fact.time >= stored[fact.id]]
             self._insert(fresh)
             for batch in self._batches(newer):
-                self._collection.update(ids=[f.id for f in batch], metadatas=[f.row() for f in batch])
+                self._call("update", ids=[f.id for f in batch], metadatas=[f.row() for f in batch])
         return [fact.id for fact in given]
 
     def search(
@@ -139,8 +210,9 @@ class FactStore:
         source: str | None = None,
         thread: str | None = None,
         min_score: float | None = None,
+        filter: Mapping[str, Any] | None = None,
     ) -> list[ScoredFact]:
-        """The ``k`` facts closest to ``query``, best first; of equal scores the newer first, then by id.
+        """The `k` facts closest to `query`, best first; of equal scores the newer first, then by id.
 
         The index is approximate (HNSW): in large collections a fact that belongs in the result is missed now
         and then. A blank query finds nothing.
@@ -151,6 +223,9 @@ class FactStore:
             source: only facts of this source; None for all, "" for facts of no source.
             thread: only facts of this thread; None for all, "" for facts of no thread.
             min_score: only facts with at least this similarity.
+            filter: only facts that fit: `{"page": 3}`, `{"page": {"$gte": 3}}`, `{"$or": [{...}, {...}]}`. Operators:
+                `$eq $ne $gt $gte $lt $lte $in $nin $and $or`; keys: those of the metadata, `source`, `thread`, `time`.
+                A filter that few facts fit reads many of them.
         """
         self._check_open()
         if k < 1:
@@ -160,37 +235,50 @@ class FactStore:
         vector = self._embedder.query(query)
         where = _where(source, thread)
         wanted = k + 1
-        while True:
-            hits = self._nearest(vector, wanted, where)
-            # A tie that reaches past what was fetched could hide the facts that come first in it.
-            if len(hits) < wanted or hits[k - 1].score > hits[-1].score:
-                break
-            wanted *= 4
+        with self._access.reading():
+            while True:
+                nearest = self._nearest(vector, wanted, where)
+                hits = [hit for hit in nearest if filter is None or matches(hit.fact, filter)]
+                # A tie that reaches past what was fetched could hide the facts that come first in it.
+                if len(nearest) < wanted or (len(hits) >= k and hits[k - 1].score > nearest[-1].score):
+                    break
+                wanted *= 4
         return [hit for hit in hits[:k] if min_score is None or hit.score >= min_score]
 
     def get(self, ids: str | Iterable[str]) -> list[Fact]:
         """The facts with these ids, in the order asked for; ids that are not there are left out."""
         self._check_open()
-        asked = [ids] if isinstance(ids, str) else list(ids)
-        found: dict[str, Fact] = {}
-        for batch in self._batches(list(dict.fromkeys(asked))):
-            rows = self._collection.get(ids=batch, include=["documents", "metadatas"])
-            found.update((fact.id, fact) for fact in _facts(rows))
-        return [found[id] for id in asked if id in found]
+        wanted = [ids] if isinstance(ids, str) else list(ids)
+        by_id: dict[str, Fact] = {}
+        with self._access.reading():
+            for batch in self._batches(list(dict.fromkeys(wanted))):
+                rows = self._call("get", ids=batch, include=["documents", "metadatas"])
+                by_id.update((fact.id, fact) for fact in _facts(rows))
+        return [by_id[id] for id in wanted if id in by_id]
 
-    def facts(self, *, source: str | None = None, thread: str | None = None) -> list[Fact]:
-        """All facts, or those of a source and thread, oldest first; of equal times by id."""
+    def facts(
+        self, *, source: str | None = None, thread: str | None = None, filter: Mapping[str, Any] | None = None
+    ) -> list[Fact]:
+        """All facts, or those of a source and thread that fit a filter (see `search`), oldest first; of equal times
+        by id."""
         self._check_open()
-        rows = self._collection.get(where=_where(source, thread), include=["documents", "metadatas"])
-        return sorted(_facts(rows), key=lambda fact: (fact.time, fact.id))
+        with self._access.reading():
+            rows = self._call("get", where=_where(source, thread), include=["documents", "metadatas"])
+        found = [fact for fact in _facts(rows) if filter is None or matches(fact, filter)]
+        return sorted(found, key=lambda fact: (fact.time, fact.id))
 
-    def count(self, *, source: str | None = None, thread: str | None = None) -> int:
-        """How many facts there are, in all or of a source and thread."""
+    def count(
+        self, *, source: str | None = None, thread: str | None = None, filter: Mapping[str, Any] | None = None
+    ) -> int:
+        """How many facts there are, in all or of a source and thread that fit a filter (see `search`)."""
         self._check_open()
+        if filter is not None:
+            return len(self.facts(source=source, thread=thread, filter=filter))
         where = _where(source, thread)
-        if where is None:
-            return int(self._collection.count())
-        return len(self._collection.get(where=where, include=[])["ids"])
+        with self._access.reading():
+            if where is None:
+                return int(self._call("count"))
+            return len(self._call("get", where=where, include=[])["ids"])
 
     def delete(
         self,
@@ -201,38 +289,76 @@ class FactStore:
     ) -> int:
         """Delete the facts that meet every condition given, and return how many there were.
 
+        In a directory no byte of their texts, sources, threads and metadata is left when the call returns. For that the
+        database file is rewritten, which takes a time proportional to its size: delete many facts in one call.
+        What a server keeps of deleted facts is the server's affair.
+
         Raises:
-            FactStoreError: no condition at all, which would delete everything.
+            FactStoreError: no condition at all, which would delete everything; or the facts are deleted, and what
+                Chroma left of them could not be overwritten.
         """
         if ids is None and source is None and thread is None:
             raise FactStoreError("delete needs ids, a source or a thread; to delete everything, name every id")
         where = _where(source, thread)
-        with self._writes:
+        with self._access.writes:
             self._check_open()
             # Chroma reports ids that were never there as deleted, so what is there is looked up first.
             if ids is None:
-                present: list[str] = self._collection.get(where=where, include=[])["ids"]
+                present: list[str] = self._call("get", where=where, include=[])["ids"]
             else:
-                asked = list(dict.fromkeys([ids] if isinstance(ids, str) else ids))
+                wanted = list(dict.fromkeys([ids] if isinstance(ids, str) else ids))
                 present = [
                     id
-                    for batch in self._batches(asked)
-                    for id in self._collection.get(ids=batch, where=where, include=[])["ids"]
+                    for batch in self._batches(wanted)
+                    for id in self._call("get", ids=batch, where=where, include=[])["ids"]
                 ]
             for batch in self._batches(present):
-                self._collection.delete(ids=batch)
+                self._call("delete", ids=batch)
+            if present:
+                self._overwrite_deleted(present)
         return len(present)
+
+    def rebuild_index(self) -> int:
+        """Build the index anew from the facts' texts, and return how many there are.
+
+        Every text is embedded again. An index never shrinks by itself, whatever is deleted: this makes it as small as
+        the facts that are left. The old index serves until the new one is whole; a process that is killed on the way
+        leaves the one or the other, and no fact is lost.
+
+        Raises:
+            FactStoreError: the embedder or Chroma failed; the old index is still there.
+        """
+        with self._access.alone():
+            self._check_open()
+            rows = self._call("get", include=["documents", "metadatas"])
+            facts = list(_facts(rows))
+            with chroma_errors("building the index anew"):
+                old, self._collection = self._collection, start_rebuild(self._client, self._name, self._embedder)
+                try:
+                    for start in range(0, len(facts), _EMBEDDED_AT_ONCE):
+                        self._insert(facts[start : start + _EMBEDDED_AT_ONCE])
+                    if int(self._call("count")) != len(facts):
+                        raise FactStoreError(f"Chroma did not keep all of {len(facts)} facts; the old index stays")
+                except BaseException:
+                    self._collection = old
+                    raise
+                self._collection = finish_rebuild(self._client, self._name)
+            if self._claim is not None:
+                self._claim.indexes.damaged.pop(self._name, None)
+                self._claim.indexes.probed.pop(self._name, None)
+            self._overwrite_deleted([])
+        return len(facts)
 
     async def aadd(
         self,
-        facts: str | Fact | Iterable[str | Fact],
+        facts: str | Fact | Document | Iterable[str | Fact | Document],
         *,
         source: str = "",
         thread: str = "",
         time: datetime | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> list[str]:
-        """``add`` off the event loop."""
+        """`add` off the event loop."""
         return await asyncio.to_thread(self.add, facts, source=source, thread=thread, time=time, metadata=metadata)
 
     async def asearch(
@@ -243,21 +369,28 @@ class FactStore:
         source: str | None = None,
         thread: str | None = None,
         min_score: float | None = None,
+        filter: Mapping[str, Any] | None = None,
     ) -> list[ScoredFact]:
-        """``search`` off the event loop."""
-        return await asyncio.to_thread(self.search, query, k, source=source, thread=thread, min_score=min_score)
+        """`search` off the event loop."""
+        return await asyncio.to_thread(
+            self.search, query, k, source=source, thread=thread, min_score=min_score, filter=filter
+        )
 
     async def aget(self, ids: str | Iterable[str]) -> list[Fact]:
-        """``get`` off the event loop."""
+        """`get` off the event loop."""
         return await asyncio.to_thread(self.get, ids)
 
-    async def afacts(self, *, source: str | None = None, thread: str | None = None) -> list[Fact]:
-        """``facts`` off the event loop."""
-        return await asyncio.to_thread(self.facts, source=source, thread=thread)
+    async def afacts(
+        self, *, source: str | None = None, thread: str | None = None, filter: Mapping[str, Any] | None = None
+    ) -> list[Fact]:
+        """`facts` off the event loop."""
+        return await asyncio.to_thread(self.facts, source=source, thread=thread, filter=filter)
 
-    async def acount(self, *, source: str | None = None, thread: str | None = None) -> int:
-        """``count`` off the event loop."""
-        return await asyncio.to_thread(self.count, source=source, thread=thread)
+    async def acount(
+        self, *, source: str | None = None, thread: str | None = None, filter: Mapping[str, Any] | None = None
+    ) -> int:
+        """`count` off the event loop."""
+        return await asyncio.to_thread(self.count, source=source, thread=thread, filter=filter)
 
     async def adelete(
         self,
@@ -266,15 +399,19 @@ class FactStore:
         source: str | None = None,
         thread: str | None = None,
     ) -> int:
-        """``delete`` off the event loop."""
+        """`delete` off the event loop."""
         return await asyncio.to_thread(self.delete, ids, source=source, thread=thread)
+
+    async def arebuild_index(self) -> int:
+        """`rebuild_index` off the event loop."""
+        return await asyncio.to_thread(self.rebuild_index)
 
     def close(self) -> None:
         """Close the database and free the directory once its last store closes; a second call does nothing.
 
         Call it when no other call is under way. A client that was given stays open.
         """
-        with self._writes:
+        with self._access.writes:
             if not self._closed:
                 self._closed = True
                 self._resources.close()
@@ -291,7 +428,7 @@ class FactStore:
         self.close()
 
     def __repr__(self) -> str:
-        return f"FactStore({self._where_open!r}, collection={self._name!r})"
+        return f"FactStore({self._place!r}, collection={self._name!r})"
 
     def _check_open(self) -> None:
         if self._closed:
@@ -302,11 +439,82 @@ class FactStore:
                 "does not survive a fork: start workers with the 'spawn' method"
             )
 
+    def _call(self, method: str, **arguments: Any) -> Any:
+        """Call the collection; its errors become ours.
+
+        Raises:
+            FactIndexError, FactStoreError: see `chroma_errors`; or the collection was deleted.
+        """
+        missing = import_chromadb().errors.NotFoundError
+        doing = f"working on {self!r} ({method})"
+        try:
+            with chroma_errors(doing):
+                return getattr(self._collection, method)(**arguments)
+        except FactStoreError as error:
+            if not isinstance(error.__cause__, missing):
+                raise
+        # The index was built anew by another store or process: another collection has this name now.
+        try:
+            with chroma_errors(doing):
+                self._collection = self._client.get_collection(self._name, embedding_function=None)
+                if not is_of(self._collection, self._embedder):
+                    raise FactStoreError(f"{self!r} was made anew with another embedder; open it again with that")
+                return getattr(self._collection, method)(**arguments)
+        except FactStoreError as error:
+            if not isinstance(error.__cause__, missing):
+                raise
+            raise FactStoreError(f"the collection of {self!r} was deleted; a new store makes it again") from error
+
+    def _check_index(self, rebuild: bool) -> None:
+        """Notice an index that can be read and lacks vectors, or holds those of other texts.
+
+        Raises:
+            FactIndexError: it does, and is not to be built anew.
+        """
+        probed = self._claim is not None and self._name in self._claim.indexes.probed
+        # A directory that this process opened by its path was looked at before, in more ways.
+        problem = self._vector_problem(compare=probed) if probed or not self._opened_here else None
+        if problem is not None and not rebuild:
+            raise FactIndexError(f"the index of {self!r} is damaged: {problem}; {REBUILD}")
+        if problem is not None:
+            self.rebuild_index()
+        elif probed and self._claim is not None:
+            del self._claim.indexes.probed[self._name]
+
+    def _vector_problem(self, *, compare: bool) -> str | None:
+        """What is wrong with the vectors of the oldest and newest facts; `compare` embeds their texts again."""
+        try:
+            size = int(self._call("count"))
+            for offset in {0, max(0, size - _CHECKED)} if size else ():
+                rows = self._call("get", limit=_CHECKED, offset=offset, include=["documents", "embeddings"])
+                if compare:
+                    stored = np.asarray(rows["embeddings"], dtype=np.float32)  # [_CHECKED, dimension]
+                    right = self._embedder.documents([text or "" for text in rows["documents"]])
+                    lengths = np.linalg.norm(stored, axis=1) * np.linalg.norm(right, axis=1)
+                    if ((stored * right).sum(axis=1) < _SAME_VECTOR * lengths).any():
+                        return "it holds vectors of other texts"
+        except FactIndexError as error:
+            return str(error.__cause__)
+        return None
+
+    def _overwrite_deleted(self, ids: Sequence[str]) -> None:
+        if self._claim is None:
+            return
+        self._claim.note_deletion()
+        with self._access.alone():
+            try:
+                overwrite_deleted(self._claim.directory, str(self._collection.id), ids)
+            except OSError as error:
+                raise FactStoreError(
+                    f"the facts are deleted from {self!r}, but what Chroma left of them in its files could not be "
+                    f"overwritten: {error}; delete or rebuild_index() again once that is mended"
+                ) from error
+
     def _times(self, ids: Iterable[str]) -> dict[str, datetime]:
         """The stored time of every given fact that is there."""
         times: dict[str, datetime] = {}
         for batch in self._batches(list(ids)):
-            rows = self._collection.get(ids=batch, include=["documents", "metadatas"])
+            rows = self._call("get", ids=batch, include=["documents", "metadatas"])
             times.update((fact.id, fact.time) for fact in _facts(rows))
         return times
 
@@ -316,7 +524,8 @@ class FactStore:
         vectors = self._embedder.documents([fact.text for fact in facts])
         for start in range(0, len(facts), self._batch):
             batch = facts[start : start + self._batch]
-            self._collection.upsert(
+            self._call(
+                "upsert",
                 ids=[fact.id for fact in batch],
                 embeddings=vectors[start : start + self._batch],
                 documents=[fact.text for fact in batch],
@@ -324,7 +533,8 @@ class FactStore:
             )
 
     def _nearest(self, vector: Any, count: int, where: dict[str, Any] | None) -> list[ScoredFact]:
-        rows = self._collection.query(
+        rows = self._call(
+            "query",
             query_embeddings=[vector],
             n_results=count,
             where=where,

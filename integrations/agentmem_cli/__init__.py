@@ -1,4 +1,4 @@
-"""The console command ``agentmem``. Each command's module loads only when that command runs."""
+"""The console command `agentmem`. Each command's module loads only when that command runs."""
 
 from __future__ import annotations
 

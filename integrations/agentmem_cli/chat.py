@@ -1,4 +1,4 @@
-"""``agentmem chat``: the demo's agent at a prompt, its threads in a SQLite file.
+"""`agentmem chat`: the demo's agent at a prompt, its threads in a SQLite file.
 
 A turn is finished or has not been: whatever ends a reply early (Ctrl-C, an error) leaves the thread as it was. An error
 is one red line, and the prompt comes back.
@@ -7,30 +7,28 @@ is one red line, and the prompt comes back.
 from __future__ import annotations
 
 import asyncio
-import re
+import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from langchain_core.messages import AIMessageChunk, AnyMessage, HumanMessage, RemoveMessage
+from langchain_core.messages import AIMessageChunk, AnyMessage, HumanMessage
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.checkpoint.memory import InMemorySaver
-from langgraph.graph.message import REMOVE_ALL_MESSAGES
-from langgraph.types import Overwrite, StateSnapshot
+from langgraph.types import StateSnapshot
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-import agentmem
 from agentmem import Engine, MemoryState, Window
 from agentmem.errors import ConfigError
 from agentmem_chroma import FactRetriever, cited
-from agentmem_cli import saved
-from agentmem_cli.app import error_line
 from agentmem_cli.graph import (
     NODE,
+    Agent,
     AgentState,
     ShownFacts,
     build_agent,
@@ -40,55 +38,64 @@ from agentmem_cli.graph import (
     set_head,
     thread,
 )
+from agentmem_cli.options import Loading, parse_window
+from agentmem_cli.terminal import error_line, printable
 from agentmem_langgraph import ChatDeltaMem
 
 _PROMPT = "> "
 _HELP = (
     ("/memory off", "answer with the base model, beside the thread, for comparison; nothing of it is kept"),
     ("/memory on", "back to the thread as it was"),
+    ("/window", "what a prompt shows; /window 2m: the last two messages, /window 4096: the last tokens"),
     ("/stats", "what the memory holds, in numbers"),
-    ("/save DIR", "write messages and memory into a directory"),
-    ("/load DIR", "replace the thread by what /save wrote there"),
     ("/reset", "delete the thread: messages, memory and history"),
     ("/help", "this list"),
     ("/quit", "leave, as does Ctrl-D; Ctrl-C ends a reply that is under way"),
 )
+_TRY = ("My favorite color is teal.", "What is my favorite color?")
+_HISTORY_LINES = 1000
 
 
-def chat(model: str, adapter: str | None, name: str, db: Path, window: str, facts: Path | None) -> None:
-    """Talk until the input ends.
+@dataclass(frozen=True)
+class Settings:
+    """How replies are made: the window as it was typed (None: the model's usual one), and options of `ChatDeltaMem`."""
+
+    window: str | None = None
+    system: str = ""
+    max_tokens: int = 512
+    temperature: float = 0.0
+
+
+def chat(
+    loading: Loading, name: str, db: str, facts: Path | None, settings: Settings, question: str | None = None
+) -> None:
+    """Answer one question, or talk until the input ends.
 
     Raises:
         ConfigError: the window cannot be read.
+        AgentMemError: what a question met; while talking it is shown, and the talk goes on.
     """
-    shows = parse_window(window)
+    if settings.window is not None:
+        parse_window(settings.window)  # a mistake is told before the model is loaded
     console = Console()
     with ExitStack() as stack:
-        with console.status("loading the model"):
-            engine = stack.enter_context(agentmem.load(model, adapter))
+        with Console(stderr=True).status("loading the model"):
+            engine = stack.enter_context(loading.load())
         saver = stack.enter_context(open_threads(db))
         retriever = retriever_of(stack.enter_context(open_facts(facts))) if facts is not None else None
-        Chat(engine, saver, name, console, window=shows, retriever=retriever).run(read_lines(console))
-
-
-def parse_window(text: str) -> Window:
-    """ "4096", "4096t" or "4096 tokens": the last tokens; "2m" or "2 messages": the last messages.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    found = re.fullmatch(r"(\d+)\s*(t|tokens?|m|messages?)?", text.strip())
-    if found is None:
-        raise ConfigError(f'a window is a number of tokens ("4096") or of messages ("2m"); found {text!r}')
-    number = int(found[1])
-    return Window(messages=number) if (found[2] or "").startswith("m") else Window(tokens=number)
+        talk = Chat(engine, saver, name, console, settings, adapter=loading.adapter, retriever=retriever)
+        if question is None:
+            talk.run(read_lines(console))
+        else:
+            talk.answer(question)
 
 
 def read_lines(console: Console) -> Iterator[str]:
-    """What is typed, line by line, with a history on a terminal; Ctrl-C drops a line, Ctrl-D ends."""
+    """What is typed, line by line; Ctrl-C drops a line, Ctrl-D ends. On a terminal lines can be edited and are kept for
+    the next time."""
     typed = sys.stdin.isatty()
     if typed:
-        import readline  # noqa: F401 - importing it gives input() line editing and a history
+        _keep_history()
     while True:
         try:
             yield input(_PROMPT if typed else "")
@@ -98,15 +105,36 @@ def read_lines(console: Console) -> Iterator[str]:
             return
 
 
+def _keep_history() -> None:
+    """Give `input` line editing and the lines of earlier talks, and save those of this one at its end."""
+    import atexit
+    import readline
+
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    file = Path(state) / "agentmem" / "chat_history"
+    with suppress(OSError):  # no home, or none that can be written: the talk goes on without
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch(mode=0o600)  # what was said is nobody else's
+        readline.read_history_file(file)
+    readline.set_history_length(_HISTORY_LINES)
+
+    def save() -> None:
+        with suppress(OSError):
+            readline.write_history_file(file)
+
+    atexit.register(save)
+
+
 class Chat:
     """One thread at a prompt.
 
     Args:
-        engine: a model with memory; the chat does not close it, nor the saver.
+        engine: a model, with memory or bare; the chat does not close it, nor the saver.
         saver: keeps the thread.
         name: of the thread.
         console: where everything is shown.
-        window: what a prompt shows of the thread.
+        settings: how replies are made.
+        adapter: what the memory was loaded from, as it was given; None: the model's own.
         retriever: finds facts to answer from, if any.
     """
 
@@ -116,27 +144,31 @@ class Chat:
         saver: BaseCheckpointSaver[str],
         name: str,
         console: Console,
+        settings: Settings,
         *,
-        window: Window,
+        adapter: str | None = None,
         retriever: FactRetriever | None = None,
     ) -> None:
         self._engine = engine
         self._saver = saver
         self._name = name
         self._console = console
-        self._agent = build_agent(ChatDeltaMem(engine=engine, window=window), saver, retriever)
-        # What the base model says stands beside the thread, and goes when memory is switched on again.
-        self._bare_llm = ChatDeltaMem(engine=engine, window=window, use_memory=False)
+        self._settings = settings
+        self._adapter = adapter
         self._retriever = retriever
-        self._active, self._active_saver = self._agent, saver
-        self._window = window
+        self._compares = False  # the base model answers, beside the thread
+        if settings.window is not None:
+            window = parse_window(settings.window)
+        else:
+            # nano learned to be told things while it sees the message at hand; and so its memory shows.
+            window = Window(messages=1) if engine.name == "nano" else Window()
+        self._use_window(window)
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": self._help,
             "/stats": self._stats,
             "/reset": self._reset,
-            "/save": self._save,
-            "/load": self._load,
             "/memory": self._memory,
+            "/window": self._show_window,
         }
 
     def run(self, lines: Iterator[str]) -> None:
@@ -147,6 +179,14 @@ class Chat:
                 return
             if line:
                 self._take(line)
+
+    def answer(self, question: str) -> None:
+        """Say one thing in the thread and show the reply alone.
+
+        Raises:
+            Exception: whatever ended the turn; the thread is as it was.
+        """
+        self._say(question, details=False)
 
     # ------------------------------------------------------------------ one line
 
@@ -162,34 +202,36 @@ class Chat:
         except Exception as error:  # noqa: BLE001 - the outermost prompt: whatever it is, the chat goes on
             self._console.print(error_line(error), soft_wrap=True)
 
-    def _say(self, text: str) -> None:
-        before = self._active.get_state(thread(self._name))
+    def _say(self, text: str, *, details: bool = True) -> None:
+        start = self._active.get_state(thread(self._name))
         try:
-            asyncio.run(self._reply(text))
+            asyncio.run(self._reply(text, details))
         except BaseException as error:
-            self._put_back(before)
-            if not isinstance(error, KeyboardInterrupt):
+            self._put_back(start)
+            if not details or not isinstance(error, KeyboardInterrupt):
                 raise
             self._show("\ncancelled; the thread is as it was", "yellow")
 
-    async def _reply(self, text: str) -> None:
-        shown, whole = ShownFacts(), AIMessageChunk(content="")
+    async def _reply(self, text: str, details: bool) -> None:
+        shown, reply = ShownFacts(), AIMessageChunk(content="")
         given: AgentState = {"messages": [HumanMessage(text)]}
         config = thread(self._name, shown)
         async for chunk, _ in self._active.astream(given, config, stream_mode="messages"):
             if isinstance(chunk, AIMessageChunk):
-                thought = str(chunk.additional_kwargs.get("reasoning_content", ""))
-                self._console.print(Text.assemble((thought, "dim"), (chunk.text, "cyan")), end="", soft_wrap=True)
-                whole += chunk
+                thought = printable(str(chunk.additional_kwargs.get("reasoning_content", ""))) if details else ""
+                piece = Text.assemble((thought, "dim"), (printable(chunk.text), "cyan"))
+                self._console.print(piece, end="", soft_wrap=True)
+                reply += chunk
         self._console.print()
-        self._console.print(_footer(whole), soft_wrap=True)
-        for document in cited(whole, shown.documents):
+        if details:
+            self._console.print(_footer(reply), soft_wrap=True)
+        for document in cited(reply, shown.documents):
             number = shown.documents.index(document) + 1
             self._show(f"[{number}] {document.page_content} ({document.metadata['source']})", "dim")
 
-    def _put_back(self, before: StateSnapshot) -> None:
-        if before.config["configurable"].get("checkpoint_id"):
-            set_head(self._active, before)
+    def _put_back(self, start: StateSnapshot) -> None:
+        if start.config["configurable"].get("checkpoint_id"):
+            set_head(self._active, start)
         else:
             self._active_saver.delete_thread(self._name)
 
@@ -202,9 +244,9 @@ class Chat:
         self._console.print(table)
 
     def _stats(self, _: str) -> None:
-        memory = self._kept()[1]
+        memory = self._thread()[1]
         if memory is None:
-            self._show("the memory is empty", "dim")
+            self._show("the memory is empty" if self._engine.has_memory else "this model has no memory", "dim")
             return
         stats = memory.stats()
         self._show(
@@ -223,69 +265,83 @@ class Chat:
         self._use_memory()
         self._show(f"thread {self._name!r} is empty", "dim")
 
-    def _save(self, argument: str) -> None:
-        directory = _directory(argument, "/save")
-        messages, memory = self._kept()
-        if memory is None:
-            raise ConfigError(f"thread {self._name!r} has no memory to save yet; say something first")
-        saved.save(directory, messages, memory)
-        self._show(f"saved {len(messages)} messages and the memory to {directory}", "dim")
-
-    def _load(self, argument: str) -> None:
-        messages, memory = saved.load(_directory(argument, "/load"))
-        memory.require(
-            self._engine.model_fingerprint, self._engine.adapter_fingerprint, self._engine.zero_state().shape
-        )
-        update = {
-            "messages": [RemoveMessage(REMOVE_ALL_MESSAGES), *messages],
-            "memory": Overwrite(memory.to_dict()),
-        }
-        self._agent.update_state(thread(self._name), update, as_node=NODE)
-        self._use_memory()
-        self._show(f"loaded {len(messages)} messages and their memory", "dim")
-
     def _memory(self, argument: str) -> None:
+        if not self._engine.has_memory:
+            raise ConfigError("this model has no memory to switch; start again with --adapter")
         if argument == "off":
-            messages, _ = self._kept()
-            self._active_saver = InMemorySaver()
-            self._active = build_agent(self._bare_llm, self._active_saver, self._retriever)
+            messages, _ = self._thread()
+            self._compare()
             self._active.update_state(thread(self._name), {"messages": messages}, as_node=NODE)
             self._show("memory off: the base model answers, and nothing of it is kept", "yellow")
         elif argument == "on":
             self._use_memory()
             self._show("memory on: back to the thread as it was", "dim")
         elif argument == "":
-            self._show(f"memory is {'on' if self._active is self._agent else 'off'}", "dim")
+            self._show(f"memory is {'off' if self._compares else 'on'}", "dim")
         else:
             raise ConfigError(f"/memory takes on or off; found {argument!r}")
 
+    def _show_window(self, argument: str) -> None:
+        if argument:
+            messages = self._active.get_state(thread(self._name)).values.get("messages", [])
+            self._use_window(parse_window(argument))
+            if self._compares:
+                self._compare()
+                self._active.update_state(thread(self._name), {"messages": messages}, as_node=NODE)
+        self._show(f"a prompt shows the last {self._window_words()}", "dim")
+
     # ------------------------------------------------------------------ the thread
 
+    def _use_window(self, window: Window) -> None:
+        self._window = window
+        self._agent = self._build(self._saver, use_memory=self._engine.has_memory)
+        if not self._compares:
+            self._use_memory()
+
     def _use_memory(self) -> None:
+        self._compares = False
         self._active, self._active_saver = self._agent, self._saver
 
-    def _kept(self) -> tuple[list[AnyMessage], MemoryState | None]:
+    def _compare(self) -> None:
+        """Let the base model answer. What it says stands beside the thread, and goes when memory is on again."""
+        self._compares = True
+        self._active_saver = InMemorySaver()
+        self._active = self._build(self._active_saver, use_memory=False)
+
+    def _build(self, saver: BaseCheckpointSaver[str], *, use_memory: bool) -> Agent:
+        llm = ChatDeltaMem(
+            engine=self._engine,
+            window=self._window,
+            max_tokens=self._settings.max_tokens,
+            temperature=self._settings.temperature,
+            use_memory=use_memory,
+        )
+        return build_agent(llm, saver, self._retriever, self._settings.system)
+
+    def _thread(self) -> tuple[list[AnyMessage], MemoryState | None]:
         values: dict[str, Any] = self._agent.get_state(thread(self._name)).values
         return values.get("messages", []), values.get("memory")
 
     def _greet(self) -> None:
-        messages, _ = self._kept()
-        number, unit = (self._window.messages or self._window.tokens), "message" if self._window.messages else "token"
-        shown = unit if number == 1 else f"{number} {unit}s"
+        messages, _ = self._thread()
+        model = self._engine.model
+        adapter = (self._adapter or "the model's own") if self._engine.has_memory else "none, so no memory"
+        keeps = "; the memory keeps the rest" if self._engine.has_memory else ""
         self._show(
-            f"{self._engine.name}, thread {self._name!r} ({len(messages)} messages so far). A prompt shows the last "
-            f"{shown}; the memory keeps the rest. /help lists the commands.",
+            f"model {self._engine.name} ({str(model.dtype).removeprefix('torch.')} on {model.device}), "
+            f"adapter {adapter}; thread {self._name!r} ({len(messages)} messages so far)\n"
+            f"A prompt shows the last {self._window_words()}{keeps}. /help lists the commands.",
             "dim",
         )
+        if not messages and self._engine.has_memory:
+            self._show(f"Try: {_TRY[0]}\nthen: {_TRY[1]}", "dim")
+
+    def _window_words(self) -> str:
+        number, unit = (self._window.messages, "message") if self._window.messages else (self._window.tokens, "token")
+        return unit if number == 1 else f"{number} {unit}s"
 
     def _show(self, text: str, style: str) -> None:
-        self._console.print(Text(text, style=style), soft_wrap=True)
-
-
-def _directory(argument: str, command: str) -> Path:
-    if not argument:
-        raise ConfigError(f"{command} takes a directory; found none; for example: {command} kept")
-    return Path(argument).expanduser()
+        self._console.print(Text(printable(text), style=style), soft_wrap=True)
 
 
 def _footer(reply: AIMessageChunk) -> Text:

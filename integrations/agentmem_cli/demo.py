@@ -1,17 +1,16 @@
-"""``agentmem demo``: an agent learns in one process and answers from its memory in another.
+"""`agentmem demo`: an agent learns in one process and answers from its memory in another.
 
-This process only starts the two (``agentmem_cli.phases``), waits until each has ended, and judges what they report.
+This process only starts the two (`agentmem_cli.phases`), waits until each has ended, and judges what they report.
 It loads no model, so nothing can pass from one to the other through it.
 """
 
 from __future__ import annotations
 
-import json
+import shlex
 import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -19,27 +18,29 @@ from rich.table import Table
 from rich.text import Text
 
 from agentmem.errors import ConfigError
+from agentmem_cli.options import Loading
 from agentmem_cli.scores import CHANCE, MISSES, NAMES, Report, Setup, read_scores, shortfalls
+from agentmem_cli.terminal import command
 
 _MARKER = ".agentmem-demo"
 
 
-def demo(model: str, adapter: str | None, seed: int, data: Path) -> int:
+def demo(loading: Loading, seed: int, data: Path) -> int:
     """Run it. Returns the exit code: 1 where an arm falls short of its bar, else that of a process that failed.
 
     Raises:
-        ConfigError: ``data`` holds something that no demo put there.
+        ConfigError: `data` holds something that no demo put there.
     """
     console = Console()
     started = time.monotonic()
     prepare(data)
-    setup = Setup(seed, model, adapter, str(data))
+    setup = Setup(seed, loading, str(data))
     console.print(
         Text.assemble(
-            ("agentmem demo", "bold"), f"  model {model}, seed {seed} (every name and value below is drawn from it; ",
-            "--seed draws others)",
+            ("agentmem demo", "bold"),
+            f"  model {loading.model}, seed {seed} (every name and value below is drawn from it; --seed draws others)",
         )
-    )  # fmt: skip
+    )
     for phase, title in (("tell", "1  A process is told things"), ("ask", "2  Another process answers from memory")):
         console.rule(f"[bold]{title}", align="left")
         if code := _run(phase, setup, console):
@@ -76,8 +77,8 @@ def prepare(data: Path) -> None:
 
 def _run(phase: str, setup: Setup, console: Console) -> int:
     """One phase in a process of its own; returns its exit code once it has ended."""
-    command = [sys.executable, "-m", "agentmem_cli.phases", phase, json.dumps(asdict(setup))]
-    with subprocess.Popen(command) as child:
+    program = [sys.executable, "-m", "agentmem_cli.phases", phase, setup.to_json()]
+    with subprocess.Popen(program) as child:
         console.print(Text.assemble((f"process {child.pid}", "bold"), " started"))
         code = child.wait()
     left = "" if code else f". Its context, its model and its caches are gone; what is left is in {setup.data}"
@@ -100,6 +101,5 @@ def _word(right: bool) -> Text:
 
 
 def _chat(setup: Setup) -> str:
-    options = "" if setup.model == "nano" else f" --model {setup.model}"
-    options += "" if setup.adapter is None else f" --adapter {setup.adapter}"
-    return f"agentmem chat --db {setup.threads} --thread demo --window 1m{options}"
+    threads = shlex.quote(str(setup.threads))
+    return f"{command()} chat --db {threads} --thread demo --window 1m{setup.loading.arguments()}"

@@ -1,4 +1,4 @@
-"""``agentmem evaluate``: runs the recall measurement and shows, saves and judges it."""
+"""`agentmem evaluate`: runs the recall measurement and shows, saves and judges it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ def evaluate(
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("recall", total=len(jobs))
         results = run(
-            jobs, Setup(model, adapter, threads=1), processes, lambda done, _: progress.update(task, completed=done)
+            jobs,
+            Setup(model, False if adapter == "none" else adapter, threads=1),
+            processes,
+            lambda done, _: progress.update(task, completed=done),
         )
     results["seed"] = seed
     save(results, out)

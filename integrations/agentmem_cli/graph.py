@@ -1,4 +1,4 @@
-"""The agent that ``demo`` and ``chat`` run: one node with a memory, exact facts, and threads in a SQLite file."""
+"""The agent that `demo` and `chat` run: one node with a memory, exact facts, and threads in a SQLite file."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from langchain_core.documents import Document
 from langchain_core.messages import AnyMessage
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import BaseCheckpointSaver
+from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.message import add_messages
 from langgraph.graph.state import CompiledStateGraph
@@ -40,10 +41,12 @@ class AgentState(TypedDict):
 Agent = CompiledStateGraph[AgentState, None, AgentState, AgentState]
 
 
-def build_agent(llm: ChatDeltaMem, saver: BaseCheckpointSaver[str], retriever: FactRetriever | None = None) -> Agent:
+def build_agent(
+    llm: ChatDeltaMem, saver: BaseCheckpointSaver[str], retriever: FactRetriever | None = None, system: str = ""
+) -> Agent:
     """The graph: one memory node. Retrieved facts are shown to the model, never stored and never written."""
     nano = llm.engine is not None and llm.engine.name == "nano"
-    node = MemoryNode(llm, retriever=retriever, format_facts=facts_block if nano else _facts_to_cite)
+    node = MemoryNode(llm, system=system, retriever=retriever, format_facts=facts_block if nano else _facts_to_cite)
     builder = StateGraph(AgentState)
     builder.add_node(NODE, node, trace_policy=node.trace_policy)
     builder.add_edge(START, NODE)
@@ -51,18 +54,25 @@ def build_agent(llm: ChatDeltaMem, saver: BaseCheckpointSaver[str], retriever: F
     return builder.compile(checkpointer=saver)
 
 
-def open_threads(file: Path) -> SQLAlchemySaver:
-    """The threads in a SQLite file, which is made when first used."""
-    return SQLAlchemySaver.from_url(URL.create("sqlite", database=str(file)))
+def open_threads(db: str | Path) -> SQLAlchemySaver:
+    """The threads in a database: its URL, or the path of a SQLite file, which is made when first used.
+
+    Whoever wrote the database cannot make this process run code: values of other types than messages and plain data
+    stay data.
+    """
+    url = db if isinstance(db, str) and "://" in db else URL.create("sqlite", database=str(db))
+    return SQLAlchemySaver.from_url(url, serde=JsonPlusSerializer(allowed_msgpack_modules=None))
 
 
 def open_facts(directory: Path) -> FactStore:
     """The exact facts in a directory, searched by a sentence model that needs no download.
 
+    An index that a killed process left damaged is built anew.
+
     Raises:
-        StoreOwnedError, FactStoreError: see ``FactStore``.
+        StoreOwnedError, FactStoreError: see `FactStore`.
     """
-    return FactStore(directory, embeddings=local_embeddings())
+    return FactStore(directory, embeddings=local_embeddings(), rebuild=True)
 
 
 def retriever_of(store: FactStore) -> FactRetriever:

@@ -1,13 +1,12 @@
 """The demo's two processes: one is told things and ends, the other opens the thread and asks.
 
-    python -m agentmem_cli.phases tell|ask SETUP          SETUP: a ``Setup`` as JSON
+    python -m agentmem_cli.phases tell|ask SETUP          SETUP: a `Setup` as JSON
 
-Nothing goes from one to the other but the files in ``Setup.data``. ``ask`` leaves its scores in ``scores.json``.
+Nothing goes from one to the other but the files in `Setup.data`. `ask` leaves its scores in `scores.json`.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -20,12 +19,10 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.types import StateSnapshot
 from rich.console import Console
 
-import agentmem
 from agentmem import MemoryState, Window
 from agentmem.nano.recipe.language import Binding, is_correct
 from agentmem_chroma import FactStore, cited
 from agentmem_cli import tables
-from agentmem_cli.app import one_line_errors
 from agentmem_cli.graph import (
     NODE,
     Agent,
@@ -40,6 +37,7 @@ from agentmem_cli.graph import (
 )
 from agentmem_cli.scores import Arm, Score, Setup, write_scores
 from agentmem_cli.script import Script, draw_script
+from agentmem_cli.terminal import hide_library_warnings, one_line_errors
 from agentmem_langgraph import ChatDeltaMem
 
 THREAD, OTHER = "demo", "other"
@@ -51,12 +49,12 @@ _MAX_TOKENS_NANO, _MAX_TOKENS = 48, 1024
 
 
 @dataclass(frozen=True)
-class Bench:
+class Workplace:
     """What a phase works with.
 
     Attributes:
         agent: the graph; its prompt shows retrieved facts and the last message only.
-        llm: the model of ``agent``.
+        llm: the model of `agent`.
         store: the exact facts.
     """
 
@@ -66,69 +64,69 @@ class Bench:
 
 
 @contextmanager
-def opened(setup: Setup, console: Console) -> Iterator[Bench]:
+def opened(setup: Setup, console: Console) -> Iterator[Workplace]:
     """Model, threads and facts, open for one phase."""
     with ExitStack() as stack:
         with console.status("loading the model"):
-            engine = stack.enter_context(agentmem.load(setup.model, setup.adapter))
+            engine = stack.enter_context(setup.loading.load())
         saver = stack.enter_context(open_threads(setup.threads))
         store = stack.enter_context(open_facts(setup.facts))
-        limit = _MAX_TOKENS_NANO if setup.model == "nano" else _MAX_TOKENS
+        limit = _MAX_TOKENS_NANO if setup.loading.model == "nano" else _MAX_TOKENS
         llm = ChatDeltaMem(engine=engine, window=_LAST_MESSAGE, max_tokens=limit)
         retriever = retriever_of(store)
-        yield Bench(build_agent(llm, saver, retriever), llm, store)
+        yield Workplace(build_agent(llm, saver, retriever), llm, store)
 
 
 def tell(setup: Setup, console: Console) -> None:
     """Fill the store, and tell both threads what the script says, turn by turn."""
     script = draw_script(setup.seed)
-    with opened(setup, console) as bench:
+    with opened(setup, console) as work:
         for sourced in script.facts:
-            bench.store.add(sourced.fact.sentence, source=sourced.source)
-        turns = _tell_thread(bench, THREAD, script.said, console)
-        _tell_thread(bench, OTHER, script.other, console)
+            work.store.add(sourced.fact.sentence, source=sourced.source)
+        turns = _tell_thread(work, THREAD, script.said, console)
+        _tell_thread(work, OTHER, script.other, console)
         console.print(tables.told(turns, script.change))
-        console.print(tables.left_behind(_memory(bench.agent, THREAD), len(script.other), len(script.facts)))
+        console.print(tables.left_behind(_memory(work.agent, THREAD), len(script.other), len(script.facts)))
 
 
 def ask(setup: Setup, console: Console) -> None:
     """Ask everything, with the thread's memory and with the two controls; cite a fact; rewind."""
     script = draw_script(setup.seed)
-    with opened(setup, console) as bench:
-        head = bench.agent.get_state(thread(THREAD))
-        memory = _memory(bench.agent, THREAD)
+    with opened(setup, console) as work:
+        head = work.agent.get_state(thread(THREAD))
+        memory = _memory(work.agent, THREAD)
         console.print(tables.opened(os.getpid(), len(head.values["messages"]), memory))
-        foreign = _memory(bench.agent, OTHER)
+        foreign = _memory(work.agent, OTHER)
         arms: dict[Arm, StateSnapshot] = {
             "memory": head,
-            "zeroed": _copy(bench.agent, head, "zeroed", memory.replaced(matrices=np.zeros_like(memory.matrices))),
-            "foreign": _copy(bench.agent, head, "foreign", memory.replaced(matrices=foreign.matrices)),
+            "zeroed": _copy(work.agent, head, "zeroed", memory.replaced(matrices=np.zeros_like(memory.matrices))),
+            "foreign": _copy(work.agent, head, "foreign", memory.replaced(matrices=foreign.matrices)),
         }
         with console.status("asking"):
             replies = {
-                arm: [_say(bench.agent, base.config, question) for question, _ in script.questions]
+                arm: [_say(work.agent, base.config, question) for question, _ in script.questions]
                 for arm, base in arms.items()
             }
         rows = [
-            tables.Row(question, binding, replies["memory"][i], _replayed(bench, head, question))
+            tables.Row(question, binding, replies["memory"][i], _replayed(work, head, question))
             for i, (question, binding) in enumerate(script.questions)
         ]
         console.print(tables.answers(rows))
         console.print(tables.controls(rows, replies["zeroed"], replies["foreign"], script.elsewhere))
-        cites = _exact_fact(bench, head, script, console)
-        rewound = _rewound(bench, head, script, console)
+        cites = _exact_fact(work, head, script, console)
+        rewound = _rewound(work, head, script, console)
         # The branches above must not be where the thread goes on.
-        set_head(bench.agent, head)
+        set_head(work.agent, head)
     held = [binding for _, binding in script.questions]
     write_scores(setup, {arm: _score(said, held) for arm, said in replies.items()}, cites, rewound)
 
 
-def _tell_thread(bench: Bench, name: str, said: tuple[str, ...], console: Console) -> list[tuple[str, AIMessage]]:
+def _tell_thread(work: Workplace, name: str, said: tuple[str, ...], console: Console) -> list[tuple[str, AIMessage]]:
     turns = []
     with console.status("") as status:
         for number, text in enumerate(said, start=1):
             status.update(f"thread {name!r}: turn {number} of {len(said)}")
-            turns.append((text, _say(bench.agent, thread(name), text)))
+            turns.append((text, _say(work.agent, thread(name), text)))
     return turns
 
 
@@ -152,33 +150,33 @@ def _copy(agent: Agent, head: StateSnapshot, name: str, memory: MemoryState) -> 
     return agent.get_state(thread(name))
 
 
-def _replayed(bench: Bench, head: StateSnapshot, question: str) -> int:
+def _replayed(work: Workplace, head: StateSnapshot, question: str) -> int:
     """Tokens of a prompt that replays the whole conversation."""
     messages: list[AnyMessage] = [*head.values["messages"], HumanMessage(question)]
-    return bench.llm.get_num_tokens_from_messages(messages)
+    return work.llm.get_num_tokens_from_messages(messages)
 
 
-def _exact_fact(bench: Bench, head: StateSnapshot, script: Script, console: Console) -> bool:
+def _exact_fact(work: Workplace, head: StateSnapshot, script: Script, console: Console) -> bool:
     shown = ShownFacts()
     config = RunnableConfig(configurable=head.config["configurable"], callbacks=[shown])
     with console.status("asking for an exact fact"):
-        reply = _say(bench.agent, config, script.fact_question)
+        reply = _say(work.agent, config, script.fact_question)
     sources = [document.metadata["source"] for document in cited(reply, shown.documents)]
     right = script.asked.fact.value in reply.text and script.asked.source in sources
     console.print(tables.exact_fact(script.fact_question, shown.documents, reply, sources, right))
     return right
 
 
-def _rewound(bench: Bench, head: StateSnapshot, script: Script, console: Console) -> bool:
+def _rewound(work: Workplace, head: StateSnapshot, script: Script, console: Console) -> bool:
     """The changed fact, asked at the head and at the last finished turn before the change."""
     before = next(
         snapshot
-        for snapshot in bench.agent.get_state_history(thread(THREAD))
+        for snapshot in work.agent.get_state_history(thread(THREAD))
         if not snapshot.next and script.change not in [m.text for m in snapshot.values["messages"]]
     )
     question = next(q for q, binding in script.questions if binding == script.new)
     with console.status("rewinding"):
-        answers = [_say(bench.agent, at.config, question) for at in (before, head)]
+        answers = [_say(work.agent, at.config, question) for at in (before, head)]
     rights = [is_correct(a.text, b) for a, b in zip(answers, (script.old, script.new), strict=True)]
     moments = [tables.Moment(len(s.values["messages"]), str(s.created_at)) for s in (before, head)]
     console.print(tables.rewound(script.change, question, moments, answers, rights))
@@ -192,10 +190,10 @@ def _score(replies: list[AIMessage], held: list[Binding]) -> Score:
 
 def main(phase: str, setup: str) -> None:
     """Run one phase."""
-    given = Setup(**json.loads(setup))
-    {"tell": tell, "ask": ask}[phase](given, Console())
+    {"tell": tell, "ask": ask}[phase](Setup.from_json(setup), Console())
 
 
 if __name__ == "__main__":
+    hide_library_warnings()
     with one_line_errors():
         main(*sys.argv[1:])

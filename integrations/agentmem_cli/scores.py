@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from agentmem_cli.options import Loading
+
 Arm = Literal["memory", "zeroed", "foreign"]
 
 NAMES: dict[Arm, str] = {
@@ -22,12 +24,21 @@ CHANCE = 2  # how many a control may get right
 
 @dataclass(frozen=True)
 class Setup:
-    """One run: the seed, the model, and the directory that everything is kept in."""
+    """One run: the seed, how the model is loaded, and the directory that everything is kept in."""
 
     seed: int
-    model: str
-    adapter: str | None
+    loading: Loading
     data: str
+
+    def to_json(self) -> str:
+        """For another process."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Setup:
+        """What `to_json` wrote."""
+        values = json.loads(text)
+        return cls(values["seed"], Loading(**values["loading"]), values["data"])
 
     @property
     def threads(self) -> Path:
@@ -84,6 +95,6 @@ def write_scores(setup: Setup, arms: Mapping[Arm, Score], cites: bool, rewound: 
 
 
 def read_scores(setup: Setup) -> Report:
-    """The report that ``write_scores`` left."""
+    """The report that `write_scores` left."""
     report: dict[str, Any] = json.loads(setup.scores.read_text())
     return Report({arm: Score(**s) for arm, s in report["arms"].items()}, report["cites"], report["rewound"])

@@ -39,7 +39,7 @@ class Script:
 
     Attributes:
         said: what the user says in the thread, in order, small talk included.
-        change: the one among ``said`` that replaces ``old`` by another value.
+        change: the one among `said` that replaces `old` by another value.
         old: the fact as it was told first.
         new: the same fact as it holds at the end.
         questions: a question about every told fact, and what holds at the end.

@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from agentmem.errors import ConfigError
+from agentmem_cli.terminal import printable
 from agentmem_sql import Compaction, Retention, RetentionReport, SQLAlchemySaver, StorageReport
 from agentmem_sql.presence import check_present
 from agentmem_sql.sizes import Order
@@ -188,7 +189,7 @@ def _swept(found: RetentionReport) -> Table:
         left = "none, thread deleted" if one.deleted else str(one.kept)
         table.add_row(_name(one.thread_id), str(one.removed), left, decimal(one.bytes_freed))
     for thread_id, error in found.failed.items():
-        table.add_row(Text.assemble(_name(thread_id), (f": {error}", "red")), "", "", "")
+        table.add_row(Text.assemble(_name(thread_id), (f": {printable(str(error))}", "red")), "", "", "")
     table.add_section()
     sums = (str(found.removed), str(found.kept), decimal(found.bytes_freed))
     table.add_row(_threads(len(found.threads), len(shown)), *sums, style="bold")

@@ -16,6 +16,7 @@ from rich.text import Text
 from agentmem import MemoryState
 from agentmem.nano.recipe.language import Binding, is_correct
 from agentmem_cli.scores import NAMES
+from agentmem_cli.terminal import printable
 
 _LONGEST = 160  # characters of a reply that a table shows
 
@@ -121,10 +122,12 @@ def exact_fact(
     table = _table("", "fact in the prompt", "source", ("score", "right"))
     for number, document in enumerate(shown, start=1):
         source, score = document.metadata["source"], document.metadata["score"]
-        table.add_row(Text(f"[{number}]"), Text(document.page_content), Text(source), f"{score:.2f}")
+        table.add_row(
+            Text(f"[{number}]"), Text(printable(document.page_content)), Text(printable(source)), f"{score:.2f}"
+        )
     said = Text.assemble(
         ("you    ", "bold"), question, ("\nagent  ", "bold"), _said(reply), "  ", _mark(right),
-        ("\nsource ", "bold"), ", ".join(sources) or "none cited", "\n",
+        ("\nsource ", "bold"), printable(", ".join(sources)) or "none cited", "\n",
     )  # fmt: skip
     return _step(
         Group(table, said),
@@ -175,7 +178,7 @@ def _step(body: RenderableType, said: str | Text) -> RenderableType:
 
 def _said(reply: AIMessage) -> Text:
     """A reply in one line; a long one is cut where it is shown, and judged whole."""
-    return Text(shorten(reply.text, _LONGEST, placeholder=" …"), style="cyan")
+    return Text(shorten(printable(reply.text), _LONGEST, placeholder=" …"), style="cyan")
 
 
 def _mark(right: bool) -> Text:

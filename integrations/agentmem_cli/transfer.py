@@ -52,7 +52,7 @@ def import_threads(
     """
     from rich.console import Console
 
-    from agentmem_cli.app import error_line
+    from agentmem_cli.terminal import error_line
     from agentmem_sql import SQLAlchemySaver, TransferError, copy_threads
 
     console = Console()

@@ -155,12 +155,21 @@ def test_a_forked_child_is_told_to_spawn(tmp_path: Path) -> None:
 
 
 CLIENT = """
-import chromadb
+url = "http://127.0.0.1:" + sys.argv[1]
 for name in ("first", "second"):
-    with chromadb.HttpClient(host="127.0.0.1", port=int(sys.argv[1])) as client:
-        with FactStore(client=client, embeddings=embeddings) as store:
-            print(*store.add(["shared", name]))
-            print(store.count(), store.search("shared", 1)[0].fact.text, store.delete("nope"))
+    with FactStore(url, embeddings=embeddings) as store:
+        print(*store.add(["shared", name]))
+        print(store.count(), store.search("shared", 1)[0].fact.text, store.delete("nope"))
+"""
+
+LOSES_ITS_SERVER = """
+with FactStore("http://127.0.0.1:" + sys.argv[1], embeddings=embeddings) as store:
+    print("ready", flush=True)
+    sys.stdin.readline()
+    try:
+        store.count()
+    except FactStoreError as error:
+        print(error)
 """
 
 
@@ -175,7 +184,12 @@ def test_a_server_is_a_store_as_well(tmp_path: Path) -> None:
             assert server.stdout is not None
             assert any("Connect to Chroma at" in line for line in server.stdout)
             lines = run(CLIENT, port)
+            with running(LOSES_ITS_SERVER, port) as client:
+                server.kill()
+                server.wait()
+                said, _ = client.communicate("\n", timeout=60)
         finally:
             server.kill()
     shared, first, second = (Fact(text).id for text in ("shared", "first", "second"))
     assert lines == [f"{shared} {first}", "2 shared 0", f"{shared} {second}", "3 shared 0"]
+    assert "see that the server runs" in said

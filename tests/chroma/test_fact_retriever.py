@@ -81,6 +81,50 @@ async def test_many_retrievals_at_once(store: FactStore) -> None:
     assert [documents[0].page_content for documents in found] == [f"fact {n}" for n in range(10)]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"thread_id": "t1"},
+        {"search_kwargs": {"thread_id": "t1"}},
+        {"filter": {"thread": "t1"}},
+        {"search_kwargs": {"filter": {"thread": {"$in": ["t1"]}}, "k": 10}},
+    ],
+)
+async def test_names_that_langchain_users_write(store: FactStore, options: dict[str, Any]) -> None:
+    for thread in ("t1", "t2"):
+        store.add(["one", "two"], thread=thread)
+    made = FactRetriever(store=store, **options)
+    called = FactRetriever(store=store)
+    for documents in (made.invoke("one"), called.invoke("one", **options), await called.ainvoke("one", **options)):
+        assert [(d.page_content, d.metadata["thread"]) for d in documents] == [("one", "t1"), ("two", "t1")]
+    assert [d.page_content for d in FactRetriever(store=store, score_threshold=0.99).invoke("two")] == ["two", "two"]
+    assert len(called.invoke("two", k=1)) == len(called.invoke("two", search_kwargs={"k": 1})) == 1
+
+
+@pytest.mark.parametrize("name", ["threads", "user_id", "namespace", "search_type", "fetch_k"])
+def test_what_is_not_known_is_refused(store: FactStore, name: str) -> None:
+    with pytest.raises(ValidationError, match=name):
+        FactRetriever(store=store, **{name: "t1"})
+    with pytest.raises(ValidationError, match=name):
+        FactRetriever(store=store, search_kwargs={name: "t1"})
+    with pytest.raises(FactStoreError, match=name):
+        FactRetriever(store=store).invoke("anything", **{name: "t1"})
+
+
+def test_one_option_under_two_names_is_refused(store: FactStore) -> None:
+    with pytest.raises(ValidationError, match="thread is given twice"):
+        FactRetriever(store=store, thread="a", thread_id="b")
+
+
+def test_documents_go_back_into_a_store(store: FactStore) -> None:
+    fact = Fact("the port is 8080", "ports.md", "t1", metadata={"line": 3})
+    store.add(fact)
+    documents = FactRetriever(store=store).invoke("the port is 8080")
+    store.delete(fact.id)
+    assert store.add(documents) == [fact.id]
+    assert store.facts() == [fact]
+
+
 def test_k_is_at_least_one(store: FactStore) -> None:
     with pytest.raises(ValidationError):
         FactRetriever(store=store, k=0)

@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
+from langchain_core.documents import Document
 
 from agentmem.errors import FactStoreError
 from agentmem_chroma import Fact, FactStore
@@ -99,6 +100,64 @@ def test_what_cannot_be_stored_is_refused_and_nothing_is_stored(
     with pytest.raises(FactStoreError, match=said):
         store.add(facts, **options)
     assert store.count() == 0
+
+
+def test_a_mapping_is_not_its_keys(store: FactStore) -> None:
+    with pytest.raises(FactStoreError, match="Fact\\(text="):
+        store.add({"text": "a fact"})
+    with pytest.raises(FactStoreError, match="string"):
+        store.add([{"text": "a fact"}])  # type: ignore[list-item]
+    assert store.count() == 0
+
+
+def test_documents_are_facts(store: FactStore) -> None:
+    documents = [
+        Document(page_content="one", metadata={"source": "a.md", "page": 3}),
+        Document(page_content="two", metadata={"time": "2026-03-01T12:00:00+00:00", "thread_id": "t"}),
+    ]
+    ids = store.add(documents, source="elsewhere", time=NOON + HOUR, metadata={"kept": True})
+    assert store.get(ids) == [
+        Fact("one", "a.md", "", NOON + HOUR, {"kept": True, "page": 3}),
+        Fact("two", "elsewhere", "t", NOON, {"kept": True}),
+    ]
+    assert store.add(Document(page_content="three")) == [Fact("three").id]
+    with pytest.raises(FactStoreError, match="ISO 8601"):
+        store.add(Document(page_content="four", metadata={"time": "noon"}))
+
+
+@pytest.mark.parametrize(
+    ("filter", "numbers"),
+    [
+        ({"n": 3}, {3}),
+        ({"n": {"$gte": 3, "$lt": 5}}, {3, 4}),
+        ({"kind": "even", "n": {"$gt": 5}}, {6, 8}),
+        ({"$or": [{"n": 1}, {"n": {"$in": [7, 8]}}]}, {1, 7, 8}),
+        ({"$and": [{"kind": "odd"}, {"n": {"$nin": [1, 3]}}]}, {5, 7, 9}),
+        ({"kind": {"$ne": "odd"}}, {0, 2, 4, 6, 8}),
+        ({"source": "s1"}, {1, 4, 7}),
+        ({"n": {"$gt": "text"}}, set()),
+        ({"absent": 1}, set()),
+        ({"absent": {"$ne": 1}}, set(range(10))),
+        ({}, set(range(10))),
+    ],
+)
+def test_filters_over_metadata(store: FactStore, filter: dict[str, Any], numbers: set[int]) -> None:
+    for n in range(10):
+        store.add(f"fact {n}", source=f"s{n % 3}", metadata={"n": n, "kind": "odd" if n % 2 else "even"})
+    assert {hit.fact.metadata["n"] for hit in store.search("fact", 10, filter=filter)} == numbers
+    assert {fact.metadata["n"] for fact in store.facts(filter=filter)} == numbers
+    assert store.count(filter=filter) == len(numbers)
+    if numbers:
+        assert len(store.search("fact", 1, filter=filter)) == 1
+
+
+@pytest.mark.parametrize(
+    "filter", [{"$not": 1}, {"n": {"$like": "x"}}, {"$or": {}}, {"$or": []}, {"n": {"$in": "text"}}, "n = 3"]
+)
+def test_filters_that_are_none(store: FactStore, filter: Any) -> None:
+    store.add("a fact")
+    with pytest.raises(FactStoreError, match="filter"):
+        store.search("fact", filter=filter)
 
 
 def test_adding_nothing_is_fine(store: FactStore) -> None:

@@ -107,6 +107,53 @@ def test_a_path_that_is_no_directory_is_refused(tmp_path: Path, open_store: Open
         open_store(path=tmp_path / "file")
 
 
+def test_home_is_expanded(tmp_path: Path, open_store: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with open_store(path="~/kept/facts") as store:
+        store.add("a fact")
+    assert (tmp_path / "kept" / "facts" / "chroma.sqlite3").is_file()
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "sqlite:///facts", "https://user:word@host", "http://host/path"])
+def test_a_url_is_a_server_or_refused(
+    tmp_path: Path, open_store: Open, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FactStoreError, match="server"):
+        open_store(path=url)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_collection_that_was_made_anew_is_found(tmp_path: Path, open_store: Open) -> None:
+    with chromadb.PersistentClient(str(tmp_path / "db")) as client:
+        store, other = open_store(client=client), open_store(client=client)
+        store.add("a fact")
+        assert other.rebuild_index() == 1
+        assert store.search("a fact", 1)[0].score == 1.0
+        client.delete_collection("facts")
+        with pytest.raises(FactStoreError, match="was deleted"):
+            store.count()
+        store.close()
+        other.close()
+
+
+@pytest.mark.parametrize("call", ["count", "facts", "add", "search", "delete"])
+def test_what_chroma_raises_is_typed(open_store: Open, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    store = open_store()
+    store.add("a fact")
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise chromadb.errors.InternalError("database is locked")
+
+    for method in ("count", "get", "query", "upsert", "update", "delete"):
+        monkeypatch.setattr(type(store._collection), method, fails)
+    argument = {"add": ("x",), "search": ("x",), "delete": ("x",)}.get(call, ())
+    with pytest.raises(FactStoreError, match="database is locked"):
+        getattr(store, call)(*argument)
+
+
 def test_a_missing_chromadb_names_the_extra(open_store: Open, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "chromadb", None)
     with pytest.raises(MissingExtraError, match=r"pip install '\.\[chroma\]'"):

@@ -1,9 +1,8 @@
-"""The chat keeps threads in its file, compares with the base model, saves, loads, resets, and loses nothing."""
+"""The chat keeps threads in its file, compares with the base model, changes its window, resets, and loses nothing."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import signal
 from collections.abc import AsyncIterator, Iterator
@@ -16,8 +15,9 @@ from langchain_core.embeddings import DeterministicFakeEmbedding
 from agentmem import Delta, Window
 from agentmem.errors import ConfigError
 from agentmem_chroma import FactRetriever, FactStore
-from agentmem_cli.chat import parse_window
+from agentmem_cli.chat import Settings
 from agentmem_cli.graph import build_agent, open_threads, thread
+from agentmem_cli.options import parse_window
 from agentmem_langgraph import ChatDeltaMem
 from tests.helpers.cli_talk import IdealEngine, Talk
 
@@ -61,7 +61,7 @@ def test_blank_lines_say_nothing(talk: Talk) -> None:
 
 def test_help_names_every_command(talk: Talk) -> None:
     shown = talk("/help")
-    for command in ("/reset", "/stats", "/save DIR", "/load DIR", "/memory on", "/memory off", "/quit"):
+    for command in ("/reset", "/stats", "/window", "/memory on", "/memory off", "/quit"):
         assert command in shown
 
 
@@ -103,100 +103,76 @@ def test_memory_takes_on_or_off(talk: Talk) -> None:
     assert "ConfigError: /memory takes on or off; found 'maybe'" in talk("/memory maybe")
 
 
-def test_save_and_load(talk: Talk, tmp_path: Path) -> None:
-    saved = tmp_path / "kept" / "session"
-    talk(TOLD, f"/save {saved}", "Actually, my favorite color is now red.")
-    assert {file.name for file in saved.iterdir()} == {"memory.state", "messages.json"}
-    before = len(messages(talk))
-    shown = talk(f"/load {saved}", ASKED)
-    assert KNOWN in shown
-    assert before == 4
+def test_the_window_is_changed_inside(talk: Talk) -> None:
+    shown = talk(TOLD, "/window", "/window 4m", ASKED, "/memory off", "Hello!", "/window 4096", "Hello!", "/memory on")
+    windows = [call["window"] for call in talk.engine.calls]
+    assert windows == [Window(messages=1), *[Window(messages=4)] * 2, Window(tokens=4096)]
+    for said in ("the last message\n", "the last 4 messages", "the last 4096 tokens"):
+        assert said in shown
+    # What the base model was told is still there when its window changes.
+    assert [len(call["messages"]) for call in talk.engine.calls] == [1, 3, 5, 7]
     assert messages(talk)[0::2] == [TOLD, ASKED]
-    talk.thread = "new"
-    assert KNOWN in talk(f"/load {saved}", ASKED)
+    assert "ConfigError" in talk("/window wide")
 
 
-def test_load_ends_the_comparison(talk: Talk, tmp_path: Path) -> None:
-    talk(TOLD, f"/save {tmp_path}")
-    assert KNOWN in talk("/memory off", f"/load {tmp_path}", ASKED)
+@pytest.mark.parametrize(("name", "window"), [("nano", Window(messages=1)), ("other", Window(tokens=4096))])
+def test_the_usual_window(talk: Talk, name: str, window: Window) -> None:
+    talk.settings = Settings()
+    talk.engine.name = name
+    talk(TOLD)
+    assert talk.engine.calls[0]["window"] == window
 
 
-def test_nothing_to_save(talk: Talk, tmp_path: Path) -> None:
-    assert "ConfigError" in talk(f"/save {tmp_path / 'kept'}")
-    assert not (tmp_path / "kept").exists()
+def test_the_greeting_says_what_runs_and_what_to_try(talk: Talk) -> None:
+    shown = talk()
+    for said in ("model fake (float32 on cpu)", "adapter the model's own", "the last message;", f"Try: {TOLD}", ASKED):
+        assert said in shown
+    assert "Try:" not in talk(TOLD, "/quit").partition(">")[2]
+    assert "Try:" not in talk()
 
 
-@pytest.mark.parametrize("command", ["/save", "/load"])
-def test_a_directory_is_needed(talk: Talk, command: str) -> None:
-    assert f"ConfigError: {command} takes a directory" in talk(TOLD, command)
+def test_settings_reach_the_model(talk: Talk) -> None:
+    talk.settings = Settings("1m", "Be brief.", 7, 0.5)
+    talk(TOLD)
+    (call,) = talk.engine.calls
+    assert (call["sampling"].max_tokens, call["sampling"].temperature) == (7, 0.5)
+    assert [m.content for m in call["messages"]] == ["Be brief.", TOLD]
+    assert messages(talk)[0] == TOLD
 
 
-def _truncated(kept: Path) -> None:
-    file = kept / "memory.state"
-    file.write_bytes(file.read_bytes()[:-1])
+def test_one_question(talk: Talk) -> None:
+    talk(TOLD)
+    assert talk.answer(ASKED) == f"{KNOWN}\n"
+    assert messages(talk)[0::2] == [TOLD, ASKED]
+    talk.engine.failures = 1
+    with pytest.raises(RuntimeError):
+        talk.answer(ASKED)
+    assert messages(talk)[0::2] == [TOLD, ASKED]
 
 
-def _no_json(kept: Path) -> None:
-    (kept / "messages.json").write_text("hello")
+def test_a_bare_model(talk: Talk) -> None:
+    talk.engine.has_memory = False
+    talk.settings = Settings("2m")
+    shown = talk(TOLD, "/stats", "/memory off")
+    for said in ("adapter none, so no memory", "this model has no memory", "ConfigError"):
+        assert said in shown
+    assert "Try:" not in shown
+    assert talk.engine.calls[0]["memory"] is False
+    assert messages(talk)[0] == TOLD
 
 
-def _no_messages(kept: Path) -> None:
-    content = json.loads((kept / "messages.json").read_text())
-    (kept / "messages.json").write_text(json.dumps(content | {"messages": [{"type": "os.system", "data": {}}]}))
+ESCAPES = "\x1b[2J\x1b]52;c;aGVsbG8=\x07\x9b31m\u202e"
 
 
-def _newer(kept: Path) -> None:
-    content = json.loads((kept / "messages.json").read_text())
-    (kept / "messages.json").write_text(json.dumps(content | {"version": 2}))
-
-
-def _of_two_sessions(kept: Path) -> None:
-    content = json.loads((kept / "messages.json").read_text())
-    (kept / "messages.json").write_text(json.dumps(content | {"memory": "0" * 64}))
-
-
-def _memory_missing(kept: Path) -> None:
-    (kept / "memory.state").unlink()
-
-
-def _messages_missing(kept: Path) -> None:
-    (kept / "messages.json").unlink()
-
-
-@pytest.mark.parametrize(
-    ("harm", "named"),
-    [
-        (_truncated, "CorruptStateError"),
-        (_no_json, "CorruptStateError"),
-        (_no_messages, "CorruptStateError"),
-        (_newer, "CorruptStateError"),
-        (_of_two_sessions, "CorruptStateError"),
-        (_memory_missing, "FileNotFoundError"),
-        (_messages_missing, "FileNotFoundError"),
-    ],
-)
-def test_a_bad_load_is_one_line_and_loses_nothing(talk: Talk, tmp_path: Path, harm: Any, named: str) -> None:
-    kept = tmp_path / "kept"
-    talk("My favorite color is red.", f"/save {kept}", "/reset", TOLD)
-    before = messages(talk)
-    harm(kept)
-    shown = talk(f"/load {kept}")
-    assert len([line for line in shown.splitlines() if named in line]) == 1
-    assert len(shown.strip().splitlines()) == 2  # the greeting and the error
-    assert messages(talk) == before
-    assert KNOWN in talk(ASKED)
-
-
-def test_another_adapters_state_is_refused(talk: Talk, tmp_path: Path) -> None:
-    talk(TOLD, f"/save {tmp_path}")
-
-    class Foreign(IdealEngine):
-        adapter_fingerprint = "another adapter"
-
-    shown = Talk(tmp_path / "other.db", Foreign())(f"/load {tmp_path}")
-    assert "StateMismatchError" in shown
-    assert "another adapter" in shown
-    assert Talk(tmp_path / "other.db", Foreign())("/stats").count("the memory is empty") == 1
+def test_no_control_sequence_reaches_the_terminal(talk: Talk, tmp_path: Path) -> None:
+    talk.thread = f"evil{ESCAPES}"
+    talk.engine.scripted.append([Delta(f"said {ESCAPES}"), Delta(" and a fact [1]")])
+    with FactStore(tmp_path / "facts", embeddings=DeterministicFakeEmbedding(size=8)) as store:
+        store.add(f"A fact {ESCAPES} ends.", source=f"file{ESCAPES}")
+        talk.retriever = FactRetriever(store=store, k=1)
+        shown = talk("Hello!", f"/unknown{ESCAPES}", f"/memory {ESCAPES}")
+    assert shown.count("\\x1b]52;") == 6
+    assert not set(shown) & set(ESCAPES) - set("[2J]52;c;aGVsbG8=31m")
 
 
 def test_a_failed_turn_leaves_the_thread(talk: Talk) -> None:

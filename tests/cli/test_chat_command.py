@@ -40,21 +40,20 @@ def test_a_thread_outlives_its_process(tiny_model: Path, tmp_path: Path) -> None
     assert _stats(second)[1].startswith("4 messages consumed")
 
 
-def test_save_and_load_between_files(tiny_model: Path, tmp_path: Path) -> None:
-    kept = tmp_path / "kept"
-    first = chat(f"hello\n/stats\n/save {kept}\n", "--model", tiny_model, "--db", tmp_path / "a.db")
-    second = chat(f"/load {kept}\n/stats\n", "--model", tiny_model, "--db", tmp_path / "b.db")
-    assert "loaded 2 messages" in second
-    assert _stats(first) == _stats(second)
+def test_one_question_is_answered_alone(tiny_model: Path, tmp_path: Path) -> None:
+    options = ("--model", tiny_model, "--db", tmp_path / "threads.db", "--max-tokens", 3)
+    first = chat("", "hello", *options)
+    assert "messages so far" not in first
+    assert "/help" not in first
+    assert "(2 messages so far)" in chat("", *options)
 
 
-def test_the_state_of_another_adapter_is_refused(tiny_model: Path, other_adapter: Path, tmp_path: Path) -> None:
-    kept = tmp_path / "kept"
-    chat(f"hello\n/save {kept}\n", "--model", tiny_model, "--db", tmp_path / "a.db")
-    options = ("--model", tiny_model, "--adapter", other_adapter, "--db", tmp_path / "b.db")
-    shown = chat(f"hello\n/stats\n/load {kept}\n/stats\n", *options)
-    assert "StateMismatchError" in shown
-    assert _stats(shown)[0] == _stats(shown)[1]
+def test_a_database_by_its_url_and_a_bare_model(tiny_model: Path, tmp_path: Path) -> None:
+    options = ("--model", tiny_model, "--adapter", "none", "--device", "cpu", "--dtype", "bfloat16")
+    shown = chat("hello\n/stats\n", *options, "--db", f"sqlite:///{tmp_path / 'threads.db'}")
+    assert "(bfloat16 on cpu), adapter none" in shown
+    assert "this model has no memory" in shown
+    assert "(2 messages so far)" in chat("", *options, "--db", tmp_path / "threads.db")
 
 
 def test_the_thread_of_another_adapter_is_refused(tiny_model: Path, other_adapter: Path, tmp_path: Path) -> None:

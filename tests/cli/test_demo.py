@@ -99,6 +99,26 @@ def test_two_processes_that_end(phases: Callable[..., None], tmp_path: Path) -> 
     assert str(os.getpid()) not in started
 
 
+def test_the_last_line_is_a_command_that_the_user_can_run(
+    phases: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phases()
+    program = Path(sys.executable).parent / "bin" / "agentmem"
+    program.parent.mkdir()
+    program.touch(mode=0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bin/agentmem", "demo"])
+
+    def last_line(*options: str) -> list[str]:
+        return shlex.split(run("--data", "my data", *options)[1].splitlines()[-1])
+
+    chat = ["chat", "--db", "my data/threads.db", "--thread", "demo", "--window", "1m"]
+    assert last_line("--dtype", "bfloat16") == ["bin/agentmem", *chat, "--dtype", "bfloat16"]
+    monkeypatch.setenv("PATH", str(program.parent))
+    monkeypatch.setattr(sys, "argv", [str(program), "demo"])
+    assert last_line() == ["agentmem", *chat]
+
+
 def test_every_run_starts_from_nothing(phases: Callable[..., None], tmp_path: Path) -> None:
     phases()
     data = tmp_path / "data"

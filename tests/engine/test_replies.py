@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from agentmem.generation.detokenize import Decoder, StopFinder
-from agentmem.generation.output_parser import ReplyParser, Tags
+from agentmem.generation.detokenize import Detokenizer, StopFinder
+from agentmem.generation.output_parser import OutputParser, Tags
 
 CALL = '<tool_call>\n{"name": "run", "arguments": {"cmd": "pytest -q", "n": 3}}\n</tool_call>'
 
@@ -16,7 +16,7 @@ TEXT_TAGS = Tags({}, ("<think>", "</think>", "<tool_call>", "</tool_call>"))
 
 
 def parse(tokenizer: Any, text: str, start: Any = "text") -> Any:
-    parser, decoder = ReplyParser(Tags.of(tokenizer), b"seed", start), Decoder(tokenizer)
+    parser, decoder = OutputParser(Tags.of(tokenizer), b"seed", start), Detokenizer(tokenizer)
     deltas = []
     for token in tokenizer.encode(text, add_special_tokens=False):
         deltas += parser.push(token, decoder.push(token))
@@ -99,26 +99,26 @@ def test_plain_text_is_untouched(tagged: Any) -> None:
 
 
 @pytest.mark.parametrize("text", ["héllo — 你好 😀 fin", "plain", "ends in 😀"])
-def test_a_decoder_gives_whole_characters(tokenizer: Any, text: str) -> None:
-    decoder = Decoder(tokenizer)
+def test_a_detokenizer_gives_whole_characters(tokenizer: Any, text: str) -> None:
+    decoder = Detokenizer(tokenizer)
     pieces = [decoder.push(token) for token in tokenizer.encode(text, add_special_tokens=False)]
     assert "".join(pieces) == decoder.text == text
     assert "\ufffd" not in decoder.text
-    assert decoder.whole(len(text)) == len(decoder.ids)
+    assert decoder.tokens_within(len(text)) == len(decoder.ids)
 
 
 def test_half_a_character_is_not_kept(tokenizer: Any) -> None:
     ids = tokenizer.encode("ok 😀", add_special_tokens=False)[:-1]
-    decoder = Decoder(tokenizer)
+    decoder = Detokenizer(tokenizer)
     for token in ids:
         decoder.push(token)
     assert decoder.text == "ok "
-    assert tokenizer.decode(ids[: decoder.whole(len(decoder.text))]) == "ok "
+    assert tokenizer.decode(ids[: decoder.tokens_within(len(decoder.text))]) == "ok "
 
 
 def test_bytes_that_never_make_a_character_are_shown_in_the_end(tokenizer: Any) -> None:
     byte = tokenizer.encode("é", add_special_tokens=False)[0]
-    decoder = Decoder(tokenizer)
+    decoder = Detokenizer(tokenizer)
     for _ in range(30):
         decoder.push(byte)
     assert "\ufffd" in decoder.text
@@ -146,7 +146,7 @@ def test_an_argument_may_spell_a_delimiter(spelled: str, ascii_only: bool) -> No
     body = json.dumps({"name": "run", "arguments": {"a": spelled, spelled: [spelled, 1]}}, ensure_ascii=ascii_only)
     text = f"Look:\n<tool_call>\n{body}\n</tool_call>\n<tool_call>\n{body}\n</tool_call>"
     for size in (1, 3, 1000):
-        parser = ReplyParser(TEXT_TAGS, b"seed")
+        parser = OutputParser(TEXT_TAGS, b"seed")
         deltas = [
             delta for at in range(0, len(text), size) for delta in parser.push(0, text[at : at + size])
         ] + parser.finish()
@@ -169,7 +169,7 @@ def test_a_quote_that_is_never_closed_does_not_hide_the_next_call(tagged: Any) -
 def test_json_text_may_spell_a_delimiter(spelled: str) -> None:
     text = json.dumps({"a": spelled})
     for size in (1, 4, 1000):
-        parser = ReplyParser(TEXT_TAGS, b"seed", json_text=True)
+        parser = OutputParser(TEXT_TAGS, b"seed", json_text=True)
         deltas = [delta for at in range(0, len(text), size) for delta in parser.push(0, text[at : at + size])]
         deltas += parser.finish()
         assert parser.parsed().content == text == "".join(delta.text for delta in deltas)

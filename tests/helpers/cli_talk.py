@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from rich.console import Console
 
-from agentmem import Window
-from agentmem_cli.chat import Chat
+from agentmem_cli.chat import Chat, Settings
 from agentmem_cli.graph import open_threads
 from tests.helpers.fake_engine import FakeEngine
 
@@ -20,6 +20,7 @@ class IdealEngine(FakeEngine):
 
     model_fingerprint = "model"
     adapter_fingerprint = "adapter"
+    model = SimpleNamespace(dtype="torch.float32", device="cpu")
 
 
 class Talk:
@@ -28,6 +29,7 @@ class Talk:
     def __init__(self, db: Path, engine: Any = None, thread: str = "main", retriever: Any = None) -> None:
         self.db, self.engine, self.thread = db, engine or IdealEngine(), thread
         self.retriever = retriever
+        self.settings = Settings(window="1m")
         self.writes: list[str] = []
 
     def __call__(self, *lines: str) -> str:
@@ -36,11 +38,17 @@ class Talk:
 
     def through(self, lines: Iterable[str]) -> str:
         """As a call, with lines that are made while the chat goes on."""
+        return self._record(lambda chat: chat.run(iter(lines)))
+
+    def answer(self, question: str) -> str:
+        """One question; returns what was shown."""
+        return self._record(lambda chat: chat.answer(question))
+
+    def _record(self, do: Callable[[Chat], None]) -> str:
         shown = _Recorder()
         console = Console(file=shown, width=200)
         with open_threads(self.db) as saver:
-            options = {"window": Window(messages=1), "retriever": self.retriever}
-            Chat(self.engine, saver, self.thread, console, **options).run(iter(lines))
+            do(Chat(self.engine, saver, self.thread, console, self.settings, retriever=self.retriever))
         self.writes = shown.writes
         return shown.getvalue()
 

@@ -1,0 +1,247 @@
+"""What Chroma keeps in a directory: a damaged index is noticed, deleted text is overwritten.
+
+A directory holds `chroma.sqlite3` (texts, metadata, and a queue of the latest writes) and, for each collection, a
+folder of five files (the HNSW index), which Chroma rewrites in place after every thousand writes. So a process that is
+killed at that moment leaves a mixture of old and new files, and Chroma reads it without a check: calls then raise,
+crash or never return. The texts are safe in SQLite, from which `FactStore` builds the index anew.
+
+- `inspect` finds such damage before Chroma opens the directory. Files that are as they were when the directory was
+  last closed are trusted; others are tried out in a process of its own, which may hang or crash.
+- `overwrite_deleted` removes what Chroma leaves of deleted facts: the queue's copy, freed pages of SQLite, and memory
+  of the process that was written into unused parts of the index files.
+
+Run as a program (`probe` and `scrub`) this module imports nothing of agentmem. Scrubbing needs a process of its own as
+well: Chroma carries a second SQLite, and two of them in one process do not see each other's locks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sqlite3
+import struct
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_DATABASE = "chroma.sqlite3"
+_FILES = ("header.bin", "data_level0.bin", "length.bin", "link_lists.bin", "index_metadata.pickle")
+_FINGERPRINTS = "agentmem.index.json"
+
+# hnswlib's header: a version, then the offset of level 0, how many vectors there is room for, how many there are, and
+# the bytes of each.
+_HEADER = struct.Struct("<iQQQQ")
+_PAGE = 500
+_PROBE_SECONDS = 60  # and as many more as there are times 5 MB of index
+
+
+@dataclass(frozen=True)
+class DamagedIndex:
+    """An index that is lost or broken: its folder, and what is wrong with it."""
+
+    folder: Path
+    problem: str
+
+
+@dataclass
+class IndexReport:
+    """What `inspect` found.
+
+    Attributes:
+        damaged: collections whose index cannot be used.
+        probed: collections whose index was tried out and works, and its folder; whether it holds the right vectors is
+            not known yet.
+    """
+
+    damaged: dict[str, DamagedIndex] = field(default_factory=dict)
+    probed: dict[str, Path] = field(default_factory=dict)
+
+    def doubtful(self) -> set[Path]:
+        """The folders of all of them."""
+        return {index.folder for index in self.damaged.values()} | set(self.probed.values())
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """The index of one collection: its folder's name, and whether Chroma has saved it."""
+
+    folder: str
+    collection: str
+    saved: bool
+
+
+def inspect(directory: Path) -> IndexReport:
+    """Look at every index of a directory that no process has open."""
+    report = IndexReport()
+    trusted = _read_fingerprints(directory)
+    for segment in _segments(directory):
+        folder = directory / segment.folder
+        missing = [name for name in _FILES if not (folder / name).is_file()]
+        if segment.saved and missing:
+            report.damaged[segment.collection] = DamagedIndex(folder, f"{', '.join(missing)} missing in {folder}")
+        elif not missing and trusted.get(segment.folder) != _fingerprint(folder):
+            problem = _probe_problem(directory, segment)
+            if problem is None:
+                report.probed[segment.collection] = folder
+            else:
+                report.damaged[segment.collection] = DamagedIndex(folder, problem)
+    return report
+
+
+def save_fingerprints(directory: Path, doubtful: set[Path]) -> None:
+    """Record that the index files are whole, but for those of some folders. Call it when the directory is closed."""
+    found = {
+        folder.name: _fingerprint(folder)
+        for folder in directory.iterdir()
+        if folder not in doubtful and all((folder / name).is_file() for name in _FILES)
+    }
+    note = directory / (_FINGERPRINTS + ".new")
+    note.write_text(json.dumps(found), encoding="utf-8")
+    note.replace(directory / _FINGERPRINTS)
+
+
+def overwrite_deleted(directory: Path, collection_id: str, ids: Sequence[str]) -> None:
+    """Leave nothing of deleted facts in the files, and no folder of a deleted collection.
+
+    Rewrites the database, which takes a time proportional to its size. Nothing may read or write meanwhile.
+
+    Raises:
+        OSError: the process that does it failed; the message says why.
+    """
+    work = {"directory": str(directory), "collection": collection_id, "ids": list(ids)}
+    command = [sys.executable, "-I", "-S", __file__, "scrub"]
+    done = subprocess.run(command, input=json.dumps(work), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OSError(done.stderr.strip().rpartition("\n")[2] or f"exit code {done.returncode}")
+
+
+def zero_unused(folder: Path) -> None:
+    """Zero what stands in index files behind the last vector: Chroma writes whatever memory held there."""
+    with suppress(FileNotFoundError):
+        head = (folder / "header.bin").read_bytes()
+        if len(head) < _HEADER.size:
+            return
+        _, _, capacity, count, size = _HEADER.unpack_from(head)
+        for name, each in (("data_level0.bin", size), ("length.bin", 4)):
+            file = folder / name
+            # Another layout than the one described above is left alone.
+            if count <= capacity and file.stat().st_size == capacity * each:
+                with file.open("r+b") as stream:
+                    stream.seek(count * each)
+                    stream.write(bytes((capacity - count) * each))
+
+
+# ---------------------------------------------------------------------- finding damage
+
+
+def _segments(directory: Path) -> list[_Segment]:
+    """The indexes that the database speaks of; none where it cannot be read (opening it will say why)."""
+    file = directory / _DATABASE
+    if not file.is_file():
+        return []
+    query = """
+        SELECT segments.id, collections.name, max_seq_id.seq_id IS NOT NULL
+        FROM segments JOIN collections ON collections.id = segments.collection
+        LEFT JOIN max_seq_id ON max_seq_id.segment_id = segments.id
+        WHERE segments.scope = 'VECTOR'"""
+    try:
+        with closing(sqlite3.connect(file, timeout=30)) as connection:
+            return [_Segment(id, name, bool(saved)) for id, name, saved in connection.execute(query)]
+    except sqlite3.Error:
+        return []
+
+
+def _fingerprint(folder: Path) -> list[list[int]]:
+    stats = [(folder / name).stat() for name in _FILES]
+    return [[stat.st_size, stat.st_mtime_ns] for stat in stats]
+
+
+def _read_fingerprints(directory: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((directory / _FINGERPRINTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _probe_problem(directory: Path, segment: _Segment) -> str | None:
+    """What is wrong with an index, by using it in a process of its own; None if it works."""
+    size = sum((directory / segment.folder / name).stat().st_size for name in _FILES)
+    command = [sys.executable, "-P", __file__, "probe", str(directory), segment.collection]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_PROBE_SECONDS + size / 5e6,
+            env=environment,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as expired:
+        return f"reading it did not end within {expired.timeout:.0f} s"
+    lines = done.stdout.split()
+    # What fails before the index is read is not the index: the opening that follows reports it.
+    if lines[-1:] == ["works"] or "opened" not in lines:
+        return None
+    said = " ".join(done.stderr.split("\n")[-3:]).strip()
+    return f"reading it failed with exit code {done.returncode}: {said[-300:]}"
+
+
+def _probe(directory: str, name: str) -> None:
+    """Read every vector of a collection, and find some of them again."""
+    import chromadb
+
+    client = chromadb.PersistentClient(directory)
+    print("opened", flush=True)
+    collection = client.get_collection(name, embedding_function=None)
+    count = collection.count()
+    tried = right = 0
+    for offset in range(0, count, _PAGE):
+        vectors = collection.get(limit=_PAGE, offset=offset, include=["embeddings"])["embeddings"]
+        hit = collection.query(query_embeddings=[vectors[0]], n_results=1, include=["distances"])
+        tried += 1
+        right += bool(hit["distances"][0]) and hit["distances"][0][0] < 1e-3
+    # The index is approximate: now and then a vector is missed that is there.
+    if right * 2 < tried:
+        raise ValueError(f"of {tried} vectors the index found {right}")
+    print("works", flush=True)
+
+
+# ---------------------------------------------------------------------- overwriting
+
+
+def _scrub(directory: Path, collection_id: str, ids: Iterable[str]) -> None:
+    with closing(sqlite3.connect(directory / _DATABASE, timeout=60, isolation_level=None)) as connection:
+        connection.execute("PRAGMA secure_delete = ON")
+        connection.execute("BEGIN IMMEDIATE")
+        # The entry that says "deleted" (3) stays: an index that was saved before it still has to be told.
+        connection.executemany(
+            "DELETE FROM embeddings_queue WHERE id = ? AND topic LIKE ? AND operation <> 3",
+            [(id, f"%{collection_id}") for id in ids],
+        )
+        connection.execute("COMMIT")
+        with suppress(sqlite3.OperationalError):  # a SQLite without full text search: three-letter pieces stay there
+            connection.execute("INSERT INTO embedding_fulltext_search(embedding_fulltext_search) VALUES ('rebuild')")
+        connection.execute("VACUUM")
+        live = {folder for (folder,) in connection.execute("SELECT id FROM segments")}
+    for folder in directory.iterdir():
+        if folder.is_dir() and (folder / "header.bin").is_file():
+            if folder.name in live:
+                zero_unused(folder)
+            else:
+                shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "probe":
+        _probe(*sys.argv[2:])
+    else:
+        work = json.load(sys.stdin)
+        _scrub(Path(work["directory"]), work["collection"], work["ids"])

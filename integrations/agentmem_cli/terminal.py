@@ -1,0 +1,72 @@
+"""What reaches the terminal: errors as one line each, and no text that a terminal would take as a command.
+
+Replies, facts, names of threads and messages of errors come from elsewhere; an escape sequence in them could move the
+cursor, change the clipboard or rewrite what was printed. So control characters are shown, not sent.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from agentmem.errors import AgentMemError
+
+# Control characters but line feed and tab, and those that turn the direction of writing.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """A text whose control characters are spelled out: ESC becomes `\\x1b`."""
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def error_line(error: BaseException) -> Text:
+    """An error as one red line."""
+    return Text.assemble((type(error).__name__, "bold red"), (f": {printable(' '.join(str(error).split()))}", "red"))
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the process where an error comes this far.
+
+    An `AgentMemError` is one red line and exit code 3; any other, which is a fault of ours, its traceback and 1.
+    """
+    try:
+        yield
+    except AgentMemError as error:
+        Console(stderr=True).print(error_line(error), soft_wrap=True)
+        sys.exit(3)
+    except Exception:  # noqa: BLE001 - shown in full
+        sys.stderr.write(printable(traceback.format_exc()))
+        sys.exit(1)
+
+
+def hide_library_warnings() -> None:
+    """Keep what libraries say to programmers out of replies; `python -W` and PYTHONWARNINGS still bring it back."""
+    if not sys.warnoptions:
+        for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
+            warnings.simplefilter("ignore", category)
+
+
+def command() -> str:
+    """How the user can call this command from where they are: its name if the shell finds it, else its path."""
+    program = Path(sys.argv[0])
+    if program.name != "agentmem":
+        program = Path(sys.executable).with_name("agentmem")
+    known = shutil.which("agentmem")
+    # Links are not followed: those in a bin folder may all lead to one interpreter.
+    if known is not None and Path(known).absolute() == program.absolute():
+        return "agentmem"
+    try:
+        return str(program.absolute().relative_to(Path.cwd()))
+    except ValueError:
+        return str(program.absolute())

@@ -1,0 +1,253 @@
+"""An index that is lost, damaged or of another embedder: noticed when the store opens, built anew from the texts."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import chromadb
+import numpy as np
+import pytest
+from langchain_core.embeddings import DeterministicFakeEmbedding, Embeddings
+
+from agentmem.errors import FactIndexError, FactStoreError
+from agentmem_chroma import Fact, FactStore
+
+Open = Callable[..., FactStore]
+MANY = 1200  # Chroma saves an index after a thousand writes
+
+
+class Hashed(Embeddings):
+    """Vectors that depend on the text alone, made quickly."""
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        return [np.random.default_rng(list(text.encode())).normal(size=8).tolist() for text in texts]
+
+    def embed_query(self, text: str) -> list[float]:
+        return self.embed_documents([text])[0]
+
+
+def fill(store: FactStore, start: int = 0, count: int = MANY) -> None:
+    for first in range(start, start + count, 300):
+        store.add([f"fact {n}" for n in range(first, first + 300)], source="many")
+
+
+def folder(directory: Path) -> Path:
+    (header,) = directory.glob("*/header.bin")
+    return header.parent
+
+
+def check_whole(store: FactStore, count: int = MANY) -> None:
+    """Everything is there, and the index finds it."""
+    assert store.count() == len(store.facts()) == count
+    for n in (0, count // 2, count - 1):
+        hit = store.search(f"fact {n}", 1)[0]
+        assert (hit.fact.text, hit.score) == (f"fact {n}", 1.0)
+
+
+@pytest.fixture
+def embeddings() -> Embeddings:
+    return Hashed()
+
+
+@pytest.fixture
+def filled(tmp_path: Path, open_store: Open) -> Path:
+    """A closed directory whose index has been saved."""
+    with open_store() as store:
+        fill(store)
+    assert (folder(tmp_path / "facts") / "index_metadata.pickle").is_file()
+    return tmp_path / "facts"
+
+
+def lose_folder(directory: Path) -> None:
+    shutil.rmtree(folder(directory))
+
+
+def lose_one_file(directory: Path) -> None:
+    (folder(directory) / "data_level0.bin").unlink()
+
+
+def cut(directory: Path) -> None:
+    file = folder(directory) / "index_metadata.pickle"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def garble_header(directory: Path) -> None:
+    (folder(directory) / "header.bin").write_bytes(os.urandom(100))
+
+
+def other_vectors(directory: Path) -> None:
+    """Sound in itself, and of other texts: as where an old file stands among new ones."""
+    file = folder(directory) / "data_level0.bin"
+    data = np.frombuffer(file.read_bytes(), dtype=np.uint8).copy()
+    size = int.from_bytes((folder(directory) / "header.bin").read_bytes()[28:36], "little")
+    rows = data[: MANY // 2 * size].reshape(-1, size)
+    vectors = slice(-8 - 8 * 4, -8)  # before the label
+    rows[:, vectors] = rows[::-1, vectors]
+    file.write_bytes(data.tobytes())
+
+
+@pytest.mark.parametrize("damage", [lose_folder, lose_one_file, cut, garble_header, other_vectors])
+def test_a_damaged_index_is_noticed_and_built_anew(
+    filled: Path, open_store: Open, damage: Callable[[Path], None]
+) -> None:
+    damage(filled)
+    for _ in range(2):  # and again, until something is done
+        with pytest.raises(FactIndexError, match="rebuild=True"):
+            open_store()
+    with open_store(rebuild=True) as store:
+        check_whole(store)
+        store.add("one more")
+    with open_store() as store:
+        assert store.count() == MANY + 1
+        assert store.search("one more", 1)[0].score == 1.0
+    assert len(list(filled.glob("*/header.bin"))) == 1
+
+
+def test_files_of_two_moments_are_noticed_or_harmless(tmp_path: Path, filled: Path, open_store: Open) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(folder(filled), old)
+    with open_store() as store:
+        fill(store, MANY)
+    new = tmp_path / "new"
+    shutil.copytree(filled, new)
+    for name in ("data_level0.bin", "index_metadata.pickle", "link_lists.bin"):
+        shutil.rmtree(filled)
+        shutil.copytree(new, filled)
+        shutil.copy2(old / name, folder(filled) / name)
+        with open_store(rebuild=True) as store:
+            check_whole(store, 2 * MANY)
+
+
+def test_a_given_client_is_looked_at_too(filled: Path, open_store: Open) -> None:
+    lose_folder(filled)
+    with chromadb.PersistentClient(str(filled)) as client:
+        with pytest.raises(FactIndexError, match="rebuild=True"):
+            open_store(client=client)
+        with open_store(client=client, rebuild=True) as store:
+            check_whole(store)
+
+
+def test_an_index_that_was_never_saved_needs_none(tmp_path: Path, open_store: Open) -> None:
+    with open_store() as store:
+        store.add(["one", "two"])
+    lose_folder(tmp_path / "facts")
+    with open_store() as store:
+        assert [hit.score for hit in store.search("one", 1)] == [1.0]
+
+
+def test_rebuilding_shrinks_what_is_left(filled: Path, open_store: Open) -> None:
+    def size() -> int:
+        return sum(file.stat().st_size for file in filled.rglob("*") if file.is_file())
+
+    before = size()
+    with open_store() as store:
+        assert store.delete(source="many") == MANY
+        other = open_store()  # shares the directory, and holds the old collection
+        store.add("what is left", time=None)
+        assert store.rebuild_index() == 1
+        assert other.search("left", 1)[0].fact.text == "what is left"
+        assert other.count() == 1
+        other.close()
+    assert size() < before / 3
+    assert open_store().search("what is left", 1)[0].score == 1.0
+
+
+class Wider(DeterministicFakeEmbedding):
+    """Another embedder, of another dimension."""
+
+
+@pytest.mark.parametrize("other", [Wider(size=32), Wider(size=8)])
+def test_a_store_goes_on_with_another_embedder(open_store: Open, other: Embeddings) -> None:
+    facts = [Fact(f"fact {n}", "s", metadata={"n": n}) for n in range(5)]
+    with open_store() as store:
+        store.add(facts)
+    with pytest.raises(FactStoreError, match="rebuild=True"):
+        open_store(embeddings=other)
+    with open_store(embeddings=other, rebuild=True) as store:
+        assert sorted(store.facts(), key=lambda fact: fact.text) == facts
+        assert store.search("fact 3", 1)[0].score == 1.0
+    assert open_store(embeddings=other).count() == 5
+
+
+class Failing(Hashed):
+    """Embeds so many texts, then no more."""
+
+    left = 100
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        self.left -= 1
+        if self.left == 0:
+            raise ConnectionError("the embedding service is gone")
+        return super().embed_documents(texts)
+
+
+def test_a_rebuilding_that_fails_leaves_the_old_index(filled: Path, open_store: Open) -> None:
+    with open_store(embeddings=(failing := Failing()), embedder="Hashed") as store:
+        failing.left = 3
+        with pytest.raises(FactStoreError, match="embedding service"):
+            store.rebuild_index()
+        check_whole(store)
+    with open_store() as store:
+        check_whole(store)
+    names = [collection.name for collection in chromadb.PersistentClient(str(filled)).list_collections()]
+    assert names == ["facts"]
+
+
+def test_a_rebuilding_that_is_killed_between_its_last_steps(tmp_path: Path, open_store: Open) -> None:
+    with open_store() as store:
+        store.add(["one", "two"])
+    with chromadb.PersistentClient(str(tmp_path / "facts")) as client:
+        client.get_collection("facts", embedding_function=None).modify(name="facts-rebuilt")
+    assert open_store().count() == 2
+
+
+WRITE = """
+import sys
+from tests.chroma.test_fact_index import Hashed
+from agentmem_chroma import FactStore
+with FactStore(sys.argv[1], embeddings=Hashed(), rebuild=True) as store:
+    start = store.count()
+    print("ready", start, flush=True)
+    for first in range(start, start + 100_000, 250):
+        store.add([f"fact {n}" for n in range(first, first + 250)])
+        print(first + 250, flush=True)
+"""
+
+
+def kill_at_random(directory: Path, kills: int, seed: int) -> int:
+    """Kill a process that adds facts, so many times; returns how many facts it had acknowledged."""
+    rng = random.Random(seed)
+    acknowledged = 0
+    for _ in range(kills):
+        command = [sys.executable, "-c", WRITE, str(directory)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            first = process.stdout.readline().split()
+            assert first[:1] == ["ready"], process.stderr.read()
+            assert int(first[1]) >= acknowledged
+            time.sleep(rng.uniform(0.05, 0.8))
+            os.kill(process.pid, signal.SIGKILL)
+            lines = process.stdout.read().splitlines(keepends=True)
+            acknowledged = max([acknowledged, *(int(line) for line in lines if line.endswith("\n"))])
+    return acknowledged
+
+
+@pytest.mark.parametrize("kills", [10, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+def test_no_acknowledged_fact_is_lost_by_kills(tmp_path: Path, open_store: Open, kills: int) -> None:
+    acknowledged = kill_at_random(tmp_path / "facts", kills, seed=kills)
+    with open_store(rebuild=True) as store:
+        there = {fact.text for fact in store.facts()}
+        assert {f"fact {n}" for n in range(acknowledged)} <= there
+        rng: Any = random.Random(0)
+        for n in rng.sample(range(acknowledged), min(acknowledged, 200)):
+            assert store.search(f"fact {n}", 1)[0].score == pytest.approx(1.0, abs=1e-5)

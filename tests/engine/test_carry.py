@@ -13,7 +13,7 @@ from agentmem import Message, Sampling, Window
 from agentmem.errors import ConfigError
 from agentmem.generation.turn import Turn
 
-pytestmark = pytest.mark.usefixtures("steps")
+pytestmark = pytest.mark.usefixtures("backend")
 
 REPLY = Sampling(max_tokens=12)
 SYSTEM = Message("system", "You are brief.")

@@ -1,11 +1,11 @@
 """How fast the forms of the recurrence are on this CPU, and whether the chooser picks the right one.
 
     python benchmarks/scan.py                      the table, a picture, and the bars (exit code 1 if one is missed)
-    python benchmarks/scan.py --grid               rows x length x rank: the ground for ``block_length``'s thresholds
+    python benchmarks/scan.py --grid               rows x length x rank: the ground for `block_length`'s thresholds
     AGENTMEM_TRITON=1 python benchmarks/scan.py    on a GPU: the Triton scan too, forward and with its gradients
 
 One thread, and the time that thread spent computing: what other processes take does not count. Every cell's forms run
-in turn, ``--repeats`` rounds, so that a machine that slows down slows all of them alike; a figure is the least time of
+in turn, `--repeats` rounds, so that a machine that slows down slows all of them alike; a figure is the least time of
 the rounds, a ratio the median over the rounds of one form's time by another's. On a GPU the clock on the wall counts,
 until the device is done; no bar is for that.
 """
@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import Tensor
 
 from agentmem import kernels
-from agentmem.kernels.recurrence import block_length, scan, scan_blocked, scan_loop, scan_reference
+from agentmem.kernels.recurrence import ScanArgs, block_length, scan, scan_blocked, scan_loop, scan_reference
 
 Form = Callable[..., tuple[Tensor, Tensor]]
 
@@ -58,11 +58,11 @@ class Cell:
         return min(self.times[form])
 
     def gain(self, form: str, over: str) -> float:
-        """How many times as fast ``form`` is as ``over``."""
+        """How many times as fast `form` is as `over`."""
         return statistics.median(b / a for a, b in zip(self.times[form], self.times[over], strict=True))
 
 
-def inputs(rows: int, length: int, rank: int, device: torch.device = CPU) -> tuple[Tensor, ...]:
+def inputs(rows: int, length: int, rank: int, device: torch.device = CPU) -> ScanArgs:
     """A scan's arguments, float32: unit queries and keys, gates as an adapter starts with."""
     generator = torch.Generator().manual_seed(rank)
 
@@ -73,7 +73,7 @@ def inputs(rows: int, length: int, rank: int, device: torch.device = CPU) -> tup
     q, k = (torch.nn.functional.normalize(normal(*size), dim=-1) for _ in range(2))
     beta = torch.sigmoid(normal(*size) - 1.5)
     found = normal(rows, 1, rank, rank), q, k, normal(*size), 1 - beta, beta, beta
-    return tuple(one.to(device) for one in found)
+    return ScanArgs(*(x.to(device) for x in found))
 
 
 @torch.no_grad()
@@ -88,7 +88,7 @@ def measure(
         for name, form in forms.items():
             start = _now(device)
             for _ in range(calls):
-                form(*arguments)
+                form(arguments)
             if not warm_up:
                 times[name].append((_now(device) - start) / calls)
     return Cell(rows, length, rank, times)
@@ -105,9 +105,9 @@ def with_gradients(form: Form) -> Form:
     """The form, and the gradients of all its arguments."""
 
     @torch.enable_grad()
-    def both(*arguments: Tensor) -> tuple[Tensor, Tensor]:
-        given = [one.detach().requires_grad_() for one in arguments]
-        y, last = form(*given)
+    def both(arguments: ScanArgs) -> tuple[Tensor, Tensor]:
+        given = ScanArgs(*(x.detach().requires_grad_() for x in arguments))
+        y, last = form(given)
         torch.autograd.grad(y.sum() + last.sum(), given)
         return y, last
 
@@ -115,7 +115,7 @@ def with_gradients(form: Form) -> Form:
 
 
 def blocked(chunk: int) -> Form:
-    return lambda *arguments: scan_blocked(*arguments, chunk=chunk)
+    return lambda arguments: scan_blocked(arguments, chunk=chunk)
 
 
 def table_cell(length: int, rank: int, repeats: int) -> Cell:
@@ -152,7 +152,7 @@ def report(cells: Sequence[Cell]) -> Table:
 
 
 def kernel_cell(length: int, rank: int, repeats: int, device: torch.device) -> Cell:
-    """``kernels.scan`` beside the forms in plain torch, on one row and on one device."""
+    """`kernels.scan` beside the forms in plain torch, on one row and on one device."""
     chunk = block_length(1, length, rank) or 16
     forms: dict[str, Form] = {
         "plain": scan_reference,
@@ -196,7 +196,7 @@ def missed(cells: Sequence[Cell]) -> list[str]:
 
 
 def grid(console: Console, ranks: Sequence[int], lengths: Sequence[int], repeats: int) -> None:
-    """Tight loop against blocks for several rows: where ``block_length`` should change its mind."""
+    """Tight loop against blocks for several rows: where `block_length` should change its mind."""
     table = Table(title="Blocks : tight loop (how many times as fast); * what the chooser takes")
     for name in ("rank", "rows", "tokens", "tight ms", *(f"blocks of {c}" for c in CHUNKS)):
         table.add_column(name, justify="right")

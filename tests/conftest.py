@@ -1,6 +1,6 @@
 """Ground rules of all tests: offline, one thread, reproducible, and nothing skipped that CI should have.
 
-- A missing service or extra is met with ``needs``: it skips with the reason on your machine and fails where
+- A missing service or extra is met with `needs`: it skips with the reason on your machine and fails where
   CI=true, so that CI cannot turn green by skipping. Only a missing GPU skips everywhere.
 - torch is not imported here: a test that checks what is imported without it must be able to.
 """
@@ -16,6 +16,9 @@ from importlib.util import find_spec
 import pytest
 from hypothesis import settings
 
+# Sums keep their order with one thread. `make test-numeric` runs the numeric tests with others.
+THREADS = int(os.environ.get("AGENTMEM_TEST_THREADS", "1"))
+
 # Set before torch or a hub client is imported, and inherited by the processes that tests start.
 os.environ.update(
     {
@@ -24,7 +27,7 @@ os.environ.update(
         "TOKENIZERS_PARALLELISM": "false",
         "ANONYMIZED_TELEMETRY": "False",
         "LANGSMITH_TRACING": "false",
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": str(THREADS),
     }
 )
 
@@ -51,19 +54,25 @@ def _needs(present: object, reason: str) -> None:
 
 @pytest.fixture(scope="session")
 def needs() -> Needs:
-    """``needs(present, reason)``: go on where ``present`` is true, else skip, or fail where CI=true."""
+    """`needs(present, reason)`: go on where `present` is true, else skip, or fail where CI=true."""
     return _needs
 
 
-@pytest.fixture(scope="module", params=["plain", "compiled"])
-def steps(request: pytest.FixtureRequest, needs: Needs) -> Iterator[str]:
-    """What single tokens are computed with on a CPU: torch's operations, or calls that numba compiled."""
-    kind: str = request.param
-    if kind == "compiled":
+# The interpreter of Triton has to be on before triton is imported, and a GPU is asked for: `kernels/test_backends.py`
+# starts processes of their own for both, in which this is the only backend.
+ON_TRITON = os.environ.get("TRITON_INTERPRET") == "1" or os.environ.get("AGENTMEM_TRITON") == "1"
+BACKENDS = ["triton"] if ON_TRITON else ["torch", "numba"]
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request: pytest.FixtureRequest, needs: Needs) -> Iterator[str]:
+    """What the memory is computed with: torch's operations, calls that numba compiled, or Triton's kernels."""
+    name: str = request.param
+    if name == "numba":
         needs(find_spec("numba"), "numba, which is part of the dependency group `dev`")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AGENTMEM_NUMBA", "1" if kind == "compiled" else "0")
-        yield kind
+        patch.setenv("AGENTMEM_NUMBA", "1" if name == "numba" else "0")
+        yield name
 
 
 def _has_cuda() -> bool:
@@ -73,7 +82,7 @@ def _has_cuda() -> bool:
 
 
 def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
-    """Skip ``gpu`` tests where there is no CUDA device; torch is asked only if there is such a test."""
+    """Skip `gpu` tests where there is no CUDA device; torch is asked only if there is such a test."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not _has_cuda():
         for item in marked:
@@ -88,7 +97,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Hold torch to one thread once it is imported: tests run side by side, and sums keep their order."""
+    """Hold torch to its threads once it is imported: tests run side by side, and sums keep their order."""
     torch = sys.modules.get("torch")
     if torch is not None and hasattr(torch, "set_num_threads"):
-        torch.set_num_threads(1)
+        torch.set_num_threads(THREADS)

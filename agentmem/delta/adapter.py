@@ -2,9 +2,9 @@
 
     <dir>/delta_mem_config.json      MemoryConfig, in both
     <dir>/adapter.safetensors        ours
-    <dir>/delta_mem_adapter.pt       the authors', read by torch's restricted loader (``weights_only=True``)
+    <dir>/delta_mem_adapter.pt       the authors', read by torch's restricted loader (`weights_only=True`)
 
-Tensors are named ``model.layers.N.self_attn.<param>`` with the parameters of ``steering.LayerMemory``,
+Tensors are named `model.layers.N.self_attn.<param>` with the parameters of `layer.LayerMemory`,
 whatever the model calls its own modules. Everything is checked before anything is used.
 """
 
@@ -114,7 +114,7 @@ def save_adapter(
     """Write an adapter directory; weights and json are each replaced whole, the weights first.
 
     Raises:
-        AdapterError: the authors' format beside an ``adapter.safetensors``, which loading would take instead.
+        AdapterError: the authors' format beside an `adapter.safetensors`, which loading would take instead.
         OSError: the directory cannot be written.
     """
     directory = Path(directory)

@@ -1,24 +1,25 @@
 """Finds where a model can be steered, by structure and not by class name.
 
-An attention layer is a module with ``o_proj`` and either ``q_proj``, ``k_proj``, ``v_proj`` or a packed
-``qkv_proj`` whose output is the plain concatenation q, k, v. ``q_proj``'s input must be the hidden state and
-its output as wide as ``o_proj``'s input. Anything else is refused with ``UnsupportedModelError``, which names
-what was seen: a model that is steered in the wrong place would answer, only worse.
+An attention layer is a module with `o_proj` and either `q_proj`, `k_proj`, `v_proj` or a packed `qkv_proj` whose output
+is the plain concatenation q, k, v. The input of `q_proj` must be the hidden state, and its output as wide as the input
+of `o_proj`. Anything else is refused with `UnsupportedModelError`, which names what was seen: a model that is steered
+in the wrong place would still answer, only worse.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from agentmem.delta.config import DELTA_HEADS, DeltaHead, MemoryConfig
 from agentmem.errors import AdapterError, ConfigError, UnsupportedModelError
 
-# What other families call their projections; named in the refusal so that the reader sees what was found.
-_KNOWN_OTHERS = {
+# What other families call their projections; named in the refusal so that the reader sees what the model has.
+_OTHER_FAMILIES = {
     "c_attn": "a packed Conv1D projection (GPT-2 style)",
     "query_key_value": "a packed projection interleaved by head (Falcon and GPT-NeoX style)",
     "Wqkv": "a packed projection (MPT style)",
@@ -33,7 +34,7 @@ class AttentionSite:
 
     Attributes:
         layer: its number in depth order, as adapter files count it.
-        hidden: D, the width of the hidden state.
+        hidden: D, the hidden size.
         widths: output width of the four projections.
         targets: for each of q, k, v, o the module whose output is corrected, and the first column of that
             projection in the output (not 0 only where q, k, v share one packed product).
@@ -51,6 +52,44 @@ class AttentionSite:
         module, start = self.targets[head]
         weight: Tensor = module.get_parameter("weight")
         return weight[start : start + self.widths[head]]
+
+
+class ProjectionSite(NamedTuple):
+    """A projection of a layer with memory, and what is corrected in its output.
+
+    Attributes:
+        module: the projection.
+        number: its own among all sites of the model.
+        layer: its index among the layers with memory.
+        heads: what is corrected in its output, each with the first column of it.
+        is_output: it is the layer's output projection; the input of the others is the hidden state.
+    """
+
+    module: nn.Module
+    number: int
+    layer: int
+    heads: tuple[tuple[DeltaHead, int], ...]
+    is_output: bool
+
+
+def projection_sites(sites: Iterable[AttentionSite], heads: Sequence[DeltaHead]) -> list[ProjectionSite]:
+    """Where a model is read and corrected if these heads are, layer by layer.
+
+    The first of a layer sees the hidden state first, so the layer's memory is read there, whether or not its own output
+    is corrected.
+    """
+    projections: list[ProjectionSite] = []
+    for layer, site in enumerate(sites):
+        output = site.targets["o"][0]
+        by_module: dict[nn.Module, list[tuple[DeltaHead, int]]] = {site.first: []}
+        for head in heads:
+            module, start = site.targets[head]
+            by_module.setdefault(module, []).append((head, start))
+        by_module.setdefault(output, [])
+        for module, corrected in by_module.items():
+            number = len(projections)
+            projections.append(ProjectionSite(module, number, layer, tuple(corrected), module is output))
+    return projections
 
 
 def find_sites(model: nn.Module) -> list[AttentionSite]:
@@ -83,8 +122,8 @@ def find_sites(model: nn.Module) -> list[AttentionSite]:
         sites[site.layer] = site
     if not sites:
         seen = sorted(
-            f"{child}: {_KNOWN_OTHERS[child]}"
-            for child in {n for m in root.modules() for n, _ in m.named_children()} & _KNOWN_OTHERS.keys()
+            f"{child}: {_OTHER_FAMILIES[child]}"
+            for child in {n for m in root.modules() for n, _ in m.named_children()} & _OTHER_FAMILIES.keys()
         )
         raise UnsupportedModelError(
             f"{name} has no attention layer with o_proj and q_proj or qkv_proj; "
@@ -109,7 +148,7 @@ def targeted(sites: list[AttentionSite], config: MemoryConfig) -> list[Attention
 
 def need_weights(model: Any) -> None:
     """Refuse a model some of whose weights lie on no device: accelerate fetches them only when a layer runs."""
-    absent = next((name for name, one in model.named_parameters() if one.is_meta), None)
+    absent = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
     if absent is not None:
         raise ConfigError(
             f"the weights of this model must lie on a device, found {absent} offloaded; "
@@ -121,7 +160,7 @@ def _site(
     where: str, layer: int, children: dict[str, nn.Module], hidden: int | None, head_dim: int | None
 ) -> AttentionSite:
     if "kv_a_proj_with_mqa" in children:
-        raise UnsupportedModelError(f"{where} is {_KNOWN_OTHERS['kv_a_proj_with_mqa']}, which cannot be steered")
+        raise UnsupportedModelError(f"{where} is {_OTHER_FAMILIES['kv_a_proj_with_mqa']}, which cannot be steered")
     q_width, o_width = _features(children["o_proj"], where + ".o_proj")
     targets: dict[DeltaHead, tuple[nn.Module, int]] = {"o": (children["o_proj"], 0)}
     if "qkv_proj" in children:
@@ -160,10 +199,10 @@ def _site(
 def _features(module: nn.Module, where: str) -> tuple[int, int]:
     """(in, out) of a linear-like module; wrapped and quantised ones keep these attributes."""
     base = getattr(module, "base_layer", module)
-    found = getattr(base, "in_features", None), getattr(base, "out_features", None)
-    if not isinstance(found[0], int) or not isinstance(found[1], int):
+    inputs, outputs = getattr(base, "in_features", None), getattr(base, "out_features", None)
+    if not isinstance(inputs, int) or not isinstance(outputs, int):
         raise UnsupportedModelError(f"{where} is a {type(module).__name__}, not a linear projection")
-    return found[0], found[1]
+    return inputs, outputs
 
 
 def _outline(root: nn.Module) -> str:

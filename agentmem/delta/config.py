@@ -1,8 +1,8 @@
-"""What a delta-mem adapter is: one frozen dataclass that reads and writes ``delta_mem_config.json``.
+"""What a delta-mem adapter is: one frozen dataclass that reads and writes `delta_mem_config.json`.
 
 Field names are the authors' where their json has them, so that a config reads the same in code and on disk.
 The json also carries switches of experiments that its authors have archived; those must stand at the value
-that turns them off, otherwise ``ConfigError`` names the switch: silently ignoring one would load a different
+that turns them off, otherwise `ConfigError` names the switch: silently ignoring one would load a different
 mechanism.
 """
 
@@ -80,15 +80,15 @@ class MemoryConfig:
         write_strategy: what one write is made from: a token, a message's mean or a sentence's mean.
         normalize_qk: tanh and L2 norm on memory queries and keys (both or neither).
         couple_lambda: retention is 1 - beta; otherwise it has weights of its own.
-        state_update_mode: how retention, erasure and writing follow from the gates (``steering.gates``).
+        state_update_mode: how retention, erasure and writing follow from the gates (`layer.gates`).
         rankwise_gates: one gate for each state row; otherwise one for each state head.
         delta_heads: which projections are corrected.
         target_layers: layers that carry memory; empty means all.
         delta_o_rmsnorm: RMSNorm on the correction of o, after all scaling.
         trainable_delta_scale: a trained factor sigmoid(raw) * delta_scale_max on alpha / rank, for each layer
-            or for each head (``delta_scale_granularity``).
+            or for each head (`delta_scale_granularity`).
         beta_bias_init, lambda_bias_init, output_init, base_slice_ref_width, online_gain, delta_scale_init:
-            how fresh weights start (``LayerMemory.reset_parameters``); without effect on loaded ones.
+            how fresh weights start (`LayerMemory.reset_parameters`); without effect on loaded ones.
 
     Whole numbers given for fractions become fractions and lists become tuples, so that equal configs are
     equal on disk too.
@@ -161,7 +161,7 @@ class MemoryConfig:
         return replace(self, **changes)
 
     def to_json(self) -> dict[str, Any]:
-        """The authors' json object; ``lambda_bias_init``, which theirs lacks, only where it is not 4."""
+        """The authors' json object; `lambda_bias_init`, which theirs lacks, only where it is not 4."""
         body: dict[str, Any] = {**_ARCHIVED_OFF, **_ARCHIVED_IDLE, **asdict(self)}
         body["memory_write_granularity"] = _GRANULARITY_OUT[body.pop("write_strategy")]
         body["delta_heads"] = list(self.delta_heads)
@@ -198,7 +198,7 @@ class MemoryConfig:
 
     @classmethod
     def load(cls, directory: str | Path) -> MemoryConfig:
-        """Read ``delta_mem_config.json`` from an adapter directory."""
+        """Read `delta_mem_config.json` from an adapter directory."""
         path = Path(directory) / CONFIG_FILE
         try:
             body = json.loads(path.read_text("utf-8"))
@@ -212,7 +212,7 @@ class MemoryConfig:
 
 
 def _of_kind(name: str, value: Any, default: Any) -> Any:
-    """Check a value against the kind of its field's default; see ``MemoryConfig`` for what is converted."""
+    """Check a value against the kind of its field's default; see `MemoryConfig` for what is converted."""
     kind = type(default)
     if kind is tuple and isinstance(value, list):
         return tuple(value)

@@ -1,18 +1,18 @@
 """One layer's memory: its projections, the gates, the corrections. Parameters only, never a session.
 
-Names, shapes and equations follow arXiv 2605.12357 (eq. 4-12) and the authors' file format; D is the width of
-the hidden state, r the rank, H the state heads, W the width of a corrected projection:
+Names, shapes and equations follow arXiv 2605.12357 (eq. 4-12) and the authors' file format; D is the hidden size, r the
+rank, H the state heads, W the width of a corrected projection:
 
     memory_{q,k,v}_proj [H r, D]   beta_proj, lambda_proj [H r or H, D]   beta_bias, lambda_bias [H r or H]
     delta_{q,k,v,o}_proj [W, H r]  delta_scale_raw [1 or 4]               delta_o_rmsnorm_weight [D]
 
-Projections run in the parameters' dtype; from tanh to the read everything is float32; a correction is cast
-once, when it is added.
+Projections run in the parameters' dtype; from tanh to the read everything is float32; a correction is cast once, when
+it is added.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from agentmem.delta.config import DELTA_HEADS, DeltaHead, MemoryConfig
 from agentmem.errors import ConfigError
-
-NORM_EPS = 1e-6
+from agentmem.kernels.recurrence import NORM_EPS
 
 
 class Gates(NamedTuple):
@@ -33,41 +32,40 @@ class Gates(NamedTuple):
     write: Tensor
 
 
-class Projected(NamedTuple):
-    """Memory query, key and value, each [B, T, H, r] float32, and the gates."""
+class TokenTerms(NamedTuple):
+    """What tokens contribute to a scan, each [B, T, H, r] float32; in the order of `ScanArgs`, behind the state."""
 
     q: Tensor
     k: Tensor
     v: Tensor
-    gates: Gates
+    keep: Tensor
+    erase: Tensor
+    write: Tensor
 
 
-class Parts(NamedTuple):
-    """Products with the packed weight, taken apart.
+class Products(NamedTuple):
+    """Products with the packed weight, as views of its parts."""
 
-    Attributes:
-        q, k, v: [..., H, r].
-        beta, lam: [..., H, r], or [..., H, 1] where a head has one gate; ``lam`` None where the config has none.
-    """
-
-    q: Tensor
+    q: Tensor  # [..., H, r], as k and v
     k: Tensor
     v: Tensor
-    beta: Tensor
-    lam: Tensor | None
+    beta: Tensor  # [..., H, r], or [..., H, 1] where a head has one gate
+    lam: Tensor | None  # as beta; None where the config has none
 
 
 class LayerMemory(nn.Module):
     """The memory parameters of one attention layer.
 
-    ``idle`` names the parameters that the config gives no effect: files may hold or lack them, and they need
-    no gradient. ``asked``: H r, how many of a token's products are its query.
-
     Args:
         config: the mechanism.
-        hidden: D, the width of the hidden state that feeds q_proj.
+        hidden: D, the hidden size: the width of what feeds q_proj.
         widths: output width of each projection; all four are kept, since the authors' files hold the weights
             of inactive heads too.
+
+    Attributes:
+        idle: names of the parameters to which the config gives no effect: files may hold or lack them, and they need no
+            gradient.
+        query_width: H r, how many of a token's products are its query.
     """
 
     memory_q_proj: nn.Parameter
@@ -106,7 +104,8 @@ class LayerMemory(nn.Module):
         if config.state_update_mode == "no_lambda" and not config.couple_lambda:
             idle += ["lambda_proj", "lambda_bias"]
         self.idle = frozenset(idle)
-        self.asked = size
+        self.query_width = size
+        self._fixed_scale = config.scale
         for name in idle:
             self.get_parameter(name).requires_grad_(False)
         self._packed: tuple[list[int], Tensor] | None = None
@@ -115,12 +114,14 @@ class LayerMemory(nn.Module):
     def reset_parameters(
         self, base: dict[DeltaHead, Tensor] | None = None, generator: torch.Generator | None = None
     ) -> None:
-        """Fresh weights: projections normal with std 1/sqrt(D), gates at their bias, outputs by
-        ``output_init``.
+        """Fresh weights: projections normal with std 1/sqrt(D), gates at their bias, outputs by `output_init`.
 
-        ``zero`` outputs leave the model as it is until training moves them. ``base_slice_fixed`` starts each
-        at the first H r columns of the projection it corrects, scaled to a root mean square of online_gain /
+        `zero` outputs leave the model as it is until training moves them. `base_slice_fixed` starts each output at the
+        first H r columns of the projection it corrects, scaled to a root mean square of online_gain /
         sqrt(base_slice_ref_width); the paper names this start without defining it, so this reading is ours.
+
+        Raises:
+            ConfigError: `output_init` is another, or a projection is too narrow for its slice.
         """
         config = self.config
         with torch.no_grad():
@@ -160,84 +161,82 @@ class LayerMemory(nn.Module):
         target: float = config.online_gain / config.base_slice_ref_width**0.5
         return piece * (target / piece.pow(2).mean().sqrt().clamp_min(1e-12))
 
-    def project(self, hidden: Tensor, mask: Tensor | None = None) -> Projected:
-        """Everything one token contributes.
+    def terms(self, hidden: Tensor, mask: Tensor | None = None) -> TokenTerms:
+        """Everything that tokens contribute.
 
         Args:
             hidden: [B, T, D], any float dtype.
             mask: [B, T] bool, False where a token must not write (keep 1, erase and write 0); None = all
                 write.
         """
-        return self.project_from(self.products(hidden), mask)
+        return self.terms_from(self.products(hidden), mask)
 
     def products(self, hidden: Tensor) -> Tensor:
         """Products [..., 3 H r + gates] with the packed weight, in the weights' dtype, from [..., D]."""
         weight = self.packed_weight()
         return F.linear(hidden.to(weight.dtype), weight)
 
-    def told(self, products: Tensor) -> Tensor:
+    def write_features(self, products: Tensor) -> Tensor:
         """The part of products with the packed weight that writes are made of, a view [..., 2 H r + gates]."""
-        return products[..., self.asked :]
+        return products[..., self.query_width :]
 
-    def project_from(self, products: Tensor, mask: Tensor | None = None) -> Projected:
+    def terms_from(self, products: Tensor, mask: Tensor | None = None) -> TokenTerms:
         """What tokens contribute, from their products with the packed weight, [B, T, 3 H r + gates]."""
         parts = self.split(products.float())
         lambda_bias: Tensor | None = getattr(self, "lambda_bias", None)
-        lam = None if lambda_bias is None else self.gate(lambda_bias.float())
-        k, v, made = self.written(parts, self.gate(self.beta_bias.float()), lam, mask)
-        return Projected(self.unit(parts.q), k, v, made)
+        lam = None if lambda_bias is None else self.by_head(lambda_bias.float())
+        k, v, gates = self.write_terms(parts, self.by_head(self.beta_bias.float()), lam, mask)
+        return TokenTerms(self.unit(parts.q), k, v, *gates)
 
-    def split(self, products: Tensor) -> Parts:
+    def split(self, products: Tensor) -> Products:
         """Views of products with the packed weight, [..., 3 H r + gates]."""
         size, width = self.config.rank * self.config.num_state_heads, self.beta_bias.shape[0]
-        q, k, v = (products[..., at * size : (at + 1) * size] for at in range(3))
+        q, k, v = (products[..., at * size : (at + 1) * size] for at in range(3))  # each [..., H r]
         shape = (*q.shape[:-1], self.config.num_state_heads, self.config.rank)
-        beta = self.gate(products[..., 3 * size : 3 * size + width])
-        lam = None if self.config.couple_lambda else self.gate(products[..., 3 * size + width :])
-        return Parts(q.view(shape), k.view(shape), v.view(shape), beta, lam)
+        beta = self.by_head(products[..., 3 * size : 3 * size + width])
+        lam = None if self.config.couple_lambda else self.by_head(products[..., 3 * size + width :])
+        return Products(q.view(shape), k.view(shape), v.view(shape), beta, lam)
 
-    def written(
-        self, parts: Parts, beta_bias: Tensor, lambda_bias: Tensor | None, mask: Tensor | None = None
+    def write_terms(
+        self, parts: Products, beta_bias: Tensor, lambda_bias: Tensor | None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Gates]:
         """What tokens write: key, value and gates, each [..., B, T, H, r] float32.
 
-        Of this layer, or of all layers side by side, with all their biases in shapes that stand beside the ``parts``.
+        Of this layer, or of all layers at once, where biases of all of them broadcast against the `parts`.
         """
         k = self.unit(parts.k)
-        beta = torch.sigmoid(parts.beta + beta_bias)
+        beta = torch.sigmoid(parts.beta + beta_bias)  # [..., H, r or 1]
         lam = 1.0 - beta if parts.lam is None or lambda_bias is None else torch.sigmoid(parts.lam + lambda_bias)
         return k, parts.v, gates(self.config, beta.expand(k.shape), lam.expand(k.shape), mask)
 
     def query(self, hidden: Tensor) -> Tensor:
         """The memory query alone, [B, T, H, r] float32: all that a pass that writes nothing needs."""
         config = self.config
-        q = F.linear(hidden.to(self.memory_q_proj.dtype), self.memory_q_proj).float()
-        q = q.view(*q.shape[:-1], config.num_state_heads, config.rank)
-        return self.unit(q)
+        q = F.linear(hidden.to(self.memory_q_proj.dtype), self.memory_q_proj).float()  # [B, T, H r]
+        return self.unit(q.view(*q.shape[:-1], config.num_state_heads, config.rank))
 
     def unit(self, x: Tensor) -> Tensor:
-        """Queries or keys as the rule takes them."""
-        return _unit(x) if self.config.normalize_qk else x
+        """Queries or keys as the rule takes them: tanh, then unit length along the last dimension."""
+        return F.normalize(torch.tanh(x), dim=-1, eps=NORM_EPS) if self.config.normalize_qk else x
 
     def correction(self, head: DeltaHead, read: Tensor) -> Tensor:
         """What is added to a projection's output: [B, T, W] from the read [B, T, H, r] float32."""
         config = self.config
         weight = self.get_parameter(f"delta_{head}_proj")
-        # Scaled while it is still float32 and r wide, so that only the product is rounded to the weights'
-        # dtype.
+        # Scaled while it is still float32 and r wide, so that only the product is rounded to the weights' dtype.
         read = read * config.scale
         if config.trainable_delta_scale:
             index = DELTA_HEADS.index(head) if config.delta_scale_granularity == "head" else 0
             read = read * (torch.sigmoid(self.delta_scale_raw[index].float()) * config.delta_scale_max)
-        delta = F.linear(read.flatten(-2).to(weight.dtype), weight)
+        delta = F.linear(read.flatten(-2).to(weight.dtype), weight)  # [B, T, H r] -> [B, T, W]
         if head == "o" and config.delta_o_rmsnorm:
             x = delta.float()
             x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + config.delta_o_rmsnorm_eps)
             delta = x * self.delta_o_rmsnorm_weight.float()
         return delta
 
-    def corrected(self, head: DeltaHead, read: Tensor, output: Tensor, start: int) -> Tensor:
-        """A projection's output [B, T, ...] with the correction added to the columns from ``start`` on.
+    def correct(self, head: DeltaHead, read: Tensor, output: Tensor, start: int) -> Tensor:
+        """A projection's output [B, T, ...] with the correction added to the columns from `start` on.
 
         Without gradients the output is changed in place, by the product itself.
         """
@@ -250,7 +249,7 @@ class LayerMemory(nn.Module):
             delta = self.correction(head, read).to(output.dtype)
             rest = output.shape[-1] - start - width
             return output + (F.pad(delta, (start, rest)) if start or rest else delta)
-        rows = output.view(-1, output.shape[-1])
+        rows = output.view(-1, output.shape[-1])  # [B T, columns]
         if rows.shape[1] != width:
             rows = rows[:, start : start + width]
         rows.addmm_(read.reshape(rows.shape[0], -1).to(weight.dtype), weight.t(), alpha=self.scale(head))
@@ -263,23 +262,23 @@ class LayerMemory(nn.Module):
         return weight
 
     def scale(self, head: DeltaHead) -> float:
-        """What a correction is multiplied by."""
+        """The number that a correction is multiplied by."""
         config = self.config
         if not config.trainable_delta_scale:
-            return config.scale
+            return self._fixed_scale
         raw = self.delta_scale_raw
         stamp = id(raw), raw.data_ptr(), 0 if raw.is_inference() else raw._version
         if self._scales is None or self._scales[0] != stamp or (raw.requires_grad and torch.is_grad_enabled()):
             learned = (torch.sigmoid(raw.float()) * config.delta_scale_max).tolist()
-            self._scales = (stamp, [config.scale * one for one in learned])
+            self._scales = (stamp, [config.scale * factor for factor in learned])
         return self._scales[1][DELTA_HEADS.index(head) if config.delta_scale_granularity == "head" else 0]
 
-    def gate(self, x: Tensor) -> Tensor:
+    def by_head(self, x: Tensor) -> Tensor:
         """A gate's numbers with its heads apart: [..., H r] -> [..., H, r], [..., H] -> [..., H, 1]."""
         return x.view(*x.shape[:-1], self.config.num_state_heads, -1)
 
     def packed_weight(self) -> Tensor:
-        """All projections of the hidden state stacked, so that one product makes them.
+        """All projections of the hidden state one below the other, [3 H r + gates, D], so that one product makes them.
 
         Where no gradient is wanted, the parameters become views of it: so it has whatever is written into them, and it
         is made anew when one of them has been replaced or moved.
@@ -287,9 +286,10 @@ class LayerMemory(nn.Module):
         parts = self.packed_parts()
         if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
             return torch.cat(parts)
-        if self._packed is None or self._packed[0] != addresses(parts):
-            packed = joined(parts)
-            self._packed = addresses(parts), packed
+        # While what lies at an address is alive, a tensor at the same address is a view of it.
+        if self._packed is None or self._packed[0] != [part.data_ptr() for part in parts]:
+            packed = pack(parts)
+            self._packed = [part.data_ptr() for part in parts], packed
         return self._packed[1]
 
     def packed_parts(self) -> list[Tensor]:
@@ -298,28 +298,18 @@ class LayerMemory(nn.Module):
         return parts if self.config.couple_lambda else [*parts, self.lambda_proj]
 
 
-def joined(tensors: Sequence[Tensor]) -> Tensor:
+def pack(tensors: Sequence[Tensor]) -> Tensor:
     """Tensors one below the other in memory of their own, of which each then is a view.
 
     Those made in inference mode cannot become views: they are copied, and what is written into them later is not seen.
     """
     # What is made in inference mode could not be changed outside of it.
     with torch.inference_mode(False), torch.no_grad():
-        whole = torch.cat([one.detach() for one in tensors])
+        packed = torch.cat([tensor.detach() for tensor in tensors])
         if not any(map(Tensor.is_inference, tensors)):
-            for one, rows in zip(tensors, torch.split(whole, [len(one) for one in tensors]), strict=True):
-                one.data = rows
-    return whole
-
-
-def addresses(tensors: Iterable[Tensor]) -> list[int]:
-    """Where tensors lie. While what lies there is alive, a tensor at the same place is a view of it."""
-    return list(map(Tensor.data_ptr, tensors))
-
-
-def _unit(x: Tensor) -> Tensor:
-    """tanh, then unit length along the last dimension."""
-    return F.normalize(torch.tanh(x), dim=-1, eps=NORM_EPS)
+            for tensor, rows in zip(tensors, torch.split(packed, [len(x) for x in tensors]), strict=True):
+                tensor.data = rows
+    return packed
 
 
 def gates(config: MemoryConfig, beta: Tensor, lam: Tensor, mask: Tensor | None) -> Gates:
@@ -336,5 +326,5 @@ def gates(config: MemoryConfig, beta: Tensor, lam: Tensor, mask: Tensor | None) 
         made = Gates(torch.ones_like(beta), beta, beta)
     if mask is None:
         return made
-    on = mask[..., None, None]
+    on = mask[..., None, None]  # [B, T, 1, 1]
     return Gates(torch.where(on, made.keep, 1.0), torch.where(on, made.erase, 0.0), torch.where(on, made.write, 0.0))

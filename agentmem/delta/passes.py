@@ -1,12 +1,12 @@
-"""What happens in the layers during one steered call: who reads what, and what is written when.
+"""What happens in the layers during one steered call of many tokens: who reads what, and what is written when.
 
-A pass hands every layer its read, in the order in which the model asks for it, and returns the state at its
-end. ``TokenPass``: token t reads the state that token t - 1 left. ``SegmentPass``: every token reads the state from
-before the pass, and at its end each segment writes once, from the mean of its hidden states, in ascending order. What
-gathers by segment are sums of the tokens' products with the weights that write: the mean's products are their mean, and
-for rank 8 they are 32 numbers a segment and layer, where a hidden state is thousands. Sums may travel from call to call
-as ``Pending``, so that one pass can be cut anywhere.
-``stepping.StepPass`` and ``stepping.GatherPass`` are the same for one token a row.
+A `ForwardContext` runs the model's projections: it hands every layer its read, in the order in which the model asks for
+it, and returns the state at its end. `TokenPass`: token t reads the state that token t - 1 left. `SegmentPass`: every
+token reads the state from before the pass, and at its end each segment writes once, from the mean of its hidden states,
+in ascending order. What is gathered by segment are sums of the tokens' products with the weights that write: the mean's
+products are the mean of the products, and for rank 8 they are 32 numbers a segment and layer, where a hidden state is
+thousands. Sums may travel from call to call as `Pending`, so that one pass can be cut anywhere.
+`decode` does the same for one token a row.
 """
 
 from __future__ import annotations
@@ -14,28 +14,30 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from agentmem import kernels
-from agentmem.delta.config import DeltaHead
+from agentmem.delta.attach import ProjectionSite
 from agentmem.delta.layer import LayerMemory
 from agentmem.errors import TurnError
-from agentmem.kernels import recurrence
+from agentmem.kernels import ScanArgs
+
+Forward = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
 class Pending:
-    """An open pass: sums over the tokens seen so far. Opaque to callers.
+    """An open pass: sums over the tokens read so far. Opaque to callers.
 
     Attributes:
         ids: ascending, the S segments seen in any row.
         counts: [B, S] float32, tokens of each.
-        sums: for each layer [B, S, 2 H r + gates] float32, the sum of what their tokens tell (``LayerMemory.told``);
-            one tensor [L, B, S, 2 H r + gates] after a step.
+        sums: for each layer [B, S, 2 H r + gates] float32, the sum of its tokens' `LayerMemory.write_features`; one
+            tensor [L, B, S, 2 H r + gates] after a decode step.
     """
 
     ids: tuple[int, ...]
@@ -43,81 +45,63 @@ class Pending:
     sums: Tensor | tuple[Tensor, ...]
 
 
-class Place(NamedTuple):
-    """A projection of a steered layer.
+class ForwardContext(ABC):
+    """One steered call over all layers.
 
     Attributes:
-        number: its own among all of the model.
-        layer: its index among the layers with memory.
-        heads: what is corrected in its output, each with the first column of it.
-        last: it is the layer's output; the others are given the hidden state.
+        memory: of all layers.
+        state: [B, L, H, r, r] float32, what the layers read.
     """
-
-    number: int
-    layer: int
-    heads: tuple[tuple[DeltaHead, int], ...]
-    last: bool
-
-
-Through = Callable[[Place, Tensor, Tensor], Tensor]
-"""The output of a projection, corrected by what its layer reads: of the place, its input [B, T, D], its output.
-
-The first place of a layer to run has the layer read the state for its hidden states, which are its input.
-"""
-
-
-class Pass(ABC):
-    """One steered call over all layers. ``state`` is [B, L, H, r, r] float32."""
 
     def __init__(self, memory: Sequence[LayerMemory], state: Tensor) -> None:
         self.memory = memory
         self.state = state
+        self._reads: dict[int, Tensor] = {}
+        self._layers_read = 0
 
-    @property
+    def begin(self) -> None:  # noqa: B027 - most contexts have nothing to do then
+        """Called once, before the model runs."""
+
+    def forward(
+        self, site: ProjectionSite, projection: Forward, hidden: Tensor, *inputs: Any, **options: Any
+    ) -> Tensor:
+        """The forward of a projection while the call runs: its output, corrected by what its layer reads.
+
+        The first projection of a layer to run has the layer read the state for its hidden states, which are its input.
+
+        Args:
+            site: the projection.
+            projection: its own forward.
+            hidden: [B, T, D], or the attention's result where the projection is the layer's output.
+            inputs, options: whatever else the projection takes.
+        """
+        output = projection(hidden, *inputs, **options)
+        layer = site.layer
+        if not site.is_output and layer not in self._reads:
+            self._layers_read += 1
+            self._reads[layer] = self.read(layer, hidden)  # [B, T, H, r]
+        if layer not in self._reads:  # no projection of its hidden states ran; the call ends with an error
+            return output
+        read = self._reads.pop(layer) if site.is_output else self._reads[layer]
+        for head, start in site.heads:
+            output = self.memory[layer].correct(head, read, output, start)
+        return output
+
     @abstractmethod
-    def through(self) -> Through:
-        """What the model's seams call while the pass runs."""
+    def read(self, layer: int, hidden: Tensor) -> Tensor:
+        """What the tokens [B, T, D] read in a layer, [B, T, H, r]."""
 
     @abstractmethod
     def end(self, close: bool) -> tuple[Tensor, Pending | None]:
-        """The state after the pass and, where it stays open, its sums."""
+        """The state after the call and, where its pass stays open, the sums.
+
+        Raises:
+            TurnError: layers have not read.
+        """
 
 
-class LayerPass(Pass):
-    """A pass whose layers are corrected one product after another."""
-
-    def __init__(self, memory: Sequence[LayerMemory], state: Tensor) -> None:
-        super().__init__(memory, state)
-        self._reads: dict[int, Tensor] = {}
-        self._seen = 0
-
-    @property
-    def through(self) -> Through:
-        return self._through
-
-    def _through(self, place: Place, given: Tensor, output: Tensor) -> Tensor:
-        index = place.layer
-        if not place.last and index not in self._reads:
-            self._seen += 1
-            self._reads[index] = self._visit(index, given)
-        if index not in self._reads:  # the layer was never asked; the pass ends with an error
-            return output
-        read = self._reads.pop(index) if place.last else self._reads[index]
-        for head, start in place.heads:
-            output = self.memory[index].corrected(head, read, output, start)
-        return output
-
-    def _read(self, index: int, q: Tensor) -> Tensor:
-        """Read the state from before the pass with every token's query."""
-        return torch.einsum("bhij,bthj->bthi", self.state[:, index].to(q.device), q)
-
-    @abstractmethod
-    def _visit(self, index: int, hidden: Tensor) -> Tensor:
-        """The read [B, T, H, r] of a layer."""
-
-
-class TokenPass(LayerPass):
-    """Every token writes (where ``mask`` [B, T] allows; None = everywhere), unless ``writing`` is off."""
+class TokenPass(ForwardContext):
+    """Every token writes (where `mask` [B, T] allows; None = everywhere), unless `writing` is off."""
 
     def __init__(self, memory: Sequence[LayerMemory], state: Tensor, mask: Tensor | None, writing: bool) -> None:
         super().__init__(memory, state)
@@ -125,161 +109,151 @@ class TokenPass(LayerPass):
         self._writing = writing
         self._written: dict[int, Tensor] = {}
 
-    def _visit(self, index: int, hidden: Tensor) -> Tensor:
+    def read(self, layer: int, hidden: Tensor) -> Tensor:
         if not self._writing:
-            return self._read(index, self.memory[index].query(hidden))
+            return read_state(self.state, layer, self.memory[layer].query(hidden))
         mask = self._mask.to(hidden.device) if self._mask is not None else None
-        q, k, v, (keep, erase, write) = self.memory[index].project(hidden, mask)
-        y, self._written[index] = scan(self.state[:, index].to(q.device), q, k, v, keep, erase, write)
-        return y
+        terms = self.memory[layer].terms(hidden, mask)
+        args = ScanArgs(self.state[:, layer].to(terms.q.device), *terms)
+        reads, self._written[layer] = kernels.scan(args)  # [B, T, H, r], [B, H, r, r]
+        return reads
 
     def end(self, close: bool) -> tuple[Tensor, Pending | None]:
-        need_all(self._seen, self.memory)
-        return _stack(self.state, self._written), None
+        if self._layers_read != len(self.memory):
+            raise skipped_layers(self._layers_read, len(self.memory))
+        return _with_layers(self.state, self._written), None
 
 
-def scan(
-    state: Tensor, q: Tensor, k: Tensor, v: Tensor, keep: Tensor, erase: Tensor, write: Tensor
-) -> tuple[Tensor, Tensor]:
-    """``recurrence.scan``, by what is quickest on the device."""
-    given = state, q, k, v, keep, erase, write
-    if kernels.runs_triton(state.device):
-        return kernels.scan(*given)
-    learns = torch.is_grad_enabled() and any(one.requires_grad for one in given)
-    if learns or not kernels.runs_numba(*given):
-        return recurrence.scan(*given)
-    from agentmem.kernels import numba_scan
-
-    return numba_scan.scan(*given)
-
-
-class SegmentPass(LayerPass):
-    """Gathers by segment what tokens tell.
+class SegmentPass(ForwardContext):
+    """Gathers by segment what tokens write.
 
     Args:
         memory, state: of all layers.
         segments: [B, T] int64, each token's segment, -1 where it is not written; None = only read.
-        before: what the calls before gathered in the same pass.
+        pending: what earlier calls gathered in the same pass.
     """
 
     def __init__(
-        self, memory: Sequence[LayerMemory], state: Tensor, segments: Tensor | None, before: Pending | None
+        self, memory: Sequence[LayerMemory], state: Tensor, segments: Tensor | None, pending: Pending | None
     ) -> None:
         super().__init__(memory, state)
-        self._before = before
+        self._pending = pending
         self._ids: tuple[int, ...] = ()
         self._segments: Tensor | None = None
         self._sums: dict[int, Tensor] = {}
         if segments is not None:
-            seen = torch.unique(segments.contiguous())
-            self._ids = joined_ids(seen[seen >= 0].tolist(), before)
-            self._known = torch.tensor(self._ids, dtype=torch.int64, device=segments.device)
+            ids = torch.unique(segments.contiguous())
+            self._ids = joined_ids(ids[ids >= 0].tolist(), pending)
+            self._columns = torch.tensor(self._ids, dtype=torch.int64, device=segments.device)
             self._segments = segments if self._ids else None
 
-    def _visit(self, index: int, hidden: Tensor) -> Tensor:
-        module = self.memory[index]
+    def read(self, layer: int, hidden: Tensor) -> Tensor:
+        module = self.memory[layer]
         if self._segments is None:
-            return self._read(index, module.query(hidden))
-        products = module.products(hidden).float()
-        self._sums[index] = torch.einsum("bts,btp->bsp", self._member(hidden.device), module.told(products))
-        return self._read(index, module.unit(module.split(products).q))
+            return read_state(self.state, layer, module.query(hidden))
+        products = module.products(hidden).float()  # [B, T, 3 H r + gates]
+        features = module.write_features(products)
+        self._sums[layer] = torch.einsum("bts,btp->bsp", self._members(hidden.device), features)
+        return read_state(self.state, layer, module.unit(module.split(products).q))
 
-    def _member(self, device: torch.device) -> Tensor:
-        """Which token is of which segment, [B, T, S].
+    def _members(self, device: torch.device) -> Tensor:
+        """Which token belongs to which segment, [B, T, S].
 
-        Of tokens times segments, so made anew where it is used: held through the model it would count in its peak.
+        Tokens times segments are many, so it is made anew where it is used: held while the model runs it would count in
+        the peak of memory.
         """
         assert self._segments is not None
-        return (self._segments.to(device)[..., None] == self._known.to(device)).float()
+        return (self._segments.to(device)[..., None] == self._columns.to(device)).float()
 
     def end(self, close: bool) -> tuple[Tensor, Pending | None]:
-        need_all(self._seen, self.memory)
-        return ended(self.memory, self.state, self._total(), close)
+        if self._layers_read != len(self.memory):
+            raise skipped_layers(self._layers_read, len(self.memory))
+        return closed(self.memory, self.state, self._total(), close)
 
     def _total(self) -> Pending | None:
-        """Sums of this call and the calls before it; None where no segment was ever seen."""
-        before = self._before
+        """Sums of this call and of earlier ones; None where there was no segment yet."""
+        pending = self._pending
         if self._segments is None:
-            return before
-        counts = self._member(self._segments.device).sum(1)
-        sums = tuple(self._sums[index] for index in range(len(self.memory)))
-        if before is not None:
-            place = torch.tensor([self._ids.index(one) for one in before.ids])
-            counts = _add_at(counts, before.counts, place)
-            sums = tuple(_add_at(new, old, place) for new, old in zip(sums, before.sums, strict=True))
+            return pending
+        counts = self._members(self._segments.device).sum(1)  # [B, S]
+        sums = tuple(self._sums[layer] for layer in range(len(self.memory)))
+        if pending is not None:
+            columns = torch.tensor([self._ids.index(segment) for segment in pending.ids])
+            counts = _add_columns(counts, pending.counts, columns)
+            sums = tuple(_add_columns(new, old, columns) for new, old in zip(sums, pending.sums, strict=True))
         return Pending(self._ids, counts, sums)
 
 
-def need_all(seen: int, memory: Sequence[LayerMemory]) -> None:
-    """Refuse a pass in which layers did not read: its logits are not steered, and it would write half a token.
-
-    Raises:
-        TurnError: naming both numbers.
-    """
-    if seen != len(memory):
-        raise TurnError(
-            f"the model ran {seen} of its {len(memory)} steered layers; nothing was written. If another library took "
-            "the forward of its projections away (accelerate's remove_hook_from_module does), attach the memory again"
-        )
+def read_state(state: Tensor, layer: int, query: Tensor) -> Tensor:
+    """Every token's read of the state [B, L, H, r, r] from before the call, by its query: both [B, T, H, r]."""
+    return torch.einsum("bhij,bthj->bthi", state[:, layer].to(query.device), query)
 
 
-def joined_ids(seen: Sequence[int], before: Pending | None) -> tuple[int, ...]:
-    """The segments of a call and of the calls before it, ascending."""
-    return tuple(sorted({*seen, *before.ids} if before is not None else seen))
+def skipped_layers(layers_read: int, layers: int) -> TurnError:
+    """The error of a call in which layers did not read: its logits are not steered, and it would write half a token."""
+    return TurnError(
+        f"the model ran {layers_read} of its {layers} steered layers; nothing was written. It skips layers, or calls "
+        "other modules than it had when memory was attached: attach the memory again after such changes"
+    )
+
+
+def joined_ids(ids: Sequence[int], pending: Pending | None) -> tuple[int, ...]:
+    """The segments of a call and of earlier calls of its pass, ascending."""
+    return tuple(sorted({*ids, *pending.ids} if pending is not None else ids))
 
 
 def side_by_side(rows: Sequence[Pending | None]) -> Pending | None:
     """The open passes of several calls of one row each as that of one call of all rows; None where none is open."""
-    known = [one for one in rows if one is not None]
-    if not known:
+    opened = [pending for pending in rows if pending is not None]
+    if not opened:
         return None
-    ids = tuple(sorted({own for one in known for own in one.ids}))
-    counts = known[0].counts.new_zeros(len(rows), len(ids))
-    sums = [part.new_zeros(len(rows), len(ids), part.shape[-1]) for part in known[0].sums]
-    for row, one in enumerate(rows):
-        if one is not None:
-            place = torch.tensor([ids.index(own) for own in one.ids])
-            counts[row, place.to(counts.device)] = one.counts[0]
-            for whole, part in zip(sums, one.sums, strict=True):
-                whole[row, place.to(whole.device)] = part[0]
+    ids = tuple(sorted({segment for pending in opened for segment in pending.ids}))
+    counts = opened[0].counts.new_zeros(len(rows), len(ids))
+    sums = [part.new_zeros(len(rows), len(ids), part.shape[-1]) for part in opened[0].sums]
+    for row, pending in enumerate(rows):
+        if pending is not None:
+            columns = torch.tensor([ids.index(segment) for segment in pending.ids])
+            counts[row, columns.to(counts.device)] = pending.counts[0]
+            for joined, part in zip(sums, pending.sums, strict=True):
+                joined[row, columns.to(joined.device)] = part[0]
     return Pending(ids, counts, tuple(sums))
 
 
 def row_of(pending: Pending, row: int, ids: tuple[int, ...]) -> Pending:
-    """What the open pass of several rows has of one, of its own segments alone."""
-    columns: Any = slice(None) if ids == pending.ids else [pending.ids.index(own) for own in ids]
-    part = slice(row, row + 1)
+    """What the open pass of several rows has of one row, of that row's own segments alone."""
+    columns: Any = slice(None) if ids == pending.ids else [pending.ids.index(segment) for segment in ids]
+    rows = slice(row, row + 1)
     sums = pending.sums
     if isinstance(sums, Tensor):
-        return Pending(ids, pending.counts[part, columns], sums[:, part, columns])
-    return Pending(ids, pending.counts[part, columns], tuple(one[part, columns] for one in sums))
+        return Pending(ids, pending.counts[rows, columns], sums[:, rows, columns])
+    return Pending(ids, pending.counts[rows, columns], tuple(part[rows, columns] for part in sums))
 
 
-def ended(
-    memory: Sequence[LayerMemory], state: Tensor, total: Pending | None, close: bool
+def closed(
+    memory: Sequence[LayerMemory], state: Tensor, pending: Pending | None, close: bool
 ) -> tuple[Tensor, Pending | None]:
-    """What a pass that gathers returns at its end: where it closes, each segment writes once."""
-    if total is None or not close:
-        return state, total
+    """What a call that gathers returns at its end: where its pass closes, each segment writes once."""
+    if pending is None or not close:
+        return state, pending
     written = {}
-    for index, module in enumerate(memory):
-        sums = total.sums[index]
-        counts = total.counts.to(sums.device)
-        mean = sums / counts.clamp_min(1.0).unsqueeze(-1)
-        # A segment asks nothing: its query is zeros.
-        mean = F.pad(mean, (module.asked, 0))
-        q, k, v, (keep, erase, write) = module.project_from(mean, counts > 0)
-        _, written[index] = scan(state[:, index].to(q.device), q, k, v, keep, erase, write)
-    return _stack(state, written), None
+    for layer, module in enumerate(memory):
+        sums = pending.sums[layer]
+        counts = pending.counts.to(sums.device)
+        mean = sums / counts.clamp_min(1.0).unsqueeze(-1)  # [B, S, 2 H r + gates]
+        # A segment reads nothing: its query is zeros.
+        mean = F.pad(mean, (module.query_width, 0))  # [B, S, 3 H r + gates]
+        terms = module.terms_from(mean, counts > 0)
+        _, written[layer] = kernels.scan(ScanArgs(state[:, layer].to(terms.q.device), *terms))
+    return _with_layers(state, written), None
 
 
-def _add_at(new: Tensor, old: Tensor, place: Tensor) -> Tensor:
-    """``new`` plus ``old``'s columns (dim 1) at ``place``."""
-    return new.index_add(1, place.to(new.device), old.to(new.device))
+def _add_columns(new: Tensor, old: Tensor, columns: Tensor) -> Tensor:
+    """`new` [B, S, ...] with the columns of `old` added at `columns`."""
+    return new.index_add(1, columns.to(new.device), old.to(new.device))
 
 
-def _stack(state: Tensor, written: dict[int, Tensor]) -> Tensor:
-    """The whole state with the written layers in place."""
+def _with_layers(state: Tensor, written: dict[int, Tensor]) -> Tensor:
+    """The state [B, L, H, r, r] with the written layers [B, H, r, r] in their places."""
     if not written:
         return state
     layers = [written[i].to(state.device) if i in written else state[:, i] for i in range(state.shape[1])]

@@ -1,6 +1,7 @@
 """What numba compiles functions of addresses with: numbers at an address, and the compiler's settings.
 
-Functions that take addresses are called in a microsecond; with tensors or arrays a call would be several times as dear.
+Functions that take addresses are called in a microsecond; with tensors or arrays a call would take several times as
+long.
 The first import of what is compiled takes a second or two; later ones, of other processes too, find the code in numba's
 cache (beside the module, or the user's cache directory where that cannot be written).
 """
@@ -39,8 +40,8 @@ floats, numbers, octets = map(_pointer, (types.float32, types.int64, types.uint8
 def compiled(signature: Any, function: Any, *, nogil: bool = False) -> Any:
     """A function compiled for one signature; its code is kept for other processes where there is a place for it.
 
-    ``nogil``: other threads run meanwhile. What is given is what it is called by directly: numba's dispatcher, which
-    looks at the types of arguments first, takes longer than a layer's read.
+    `nogil`: other threads run meanwhile. Returns the compiled entry point itself: numba's dispatcher, which looks at
+    the types of arguments first, takes longer than a layer's read.
     """
     try:
         made = njit(signature, fastmath=_FAST, error_model="numpy", nogil=nogil, cache=True)(function)

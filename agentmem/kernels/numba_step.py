@@ -1,9 +1,9 @@
 """One token a row on a CPU, float32, compiled by numba: a layer's read with a correction, and all layers' writes.
 
-Beside weights that are read once a token an operation costs what it takes to fetch its code, so a layer has two calls
-here: one where the hidden state is projected, one where the layer's output is. ``steer`` and ``write`` take addresses,
-for a call with tensors would be several times as dear: who calls them keeps what lies there alive, contiguous, and of
-the sizes that the table says. A table is an int64 array, of the numbers named below.
+Beside weights that are read once a token, an operation costs what it takes to fetch its code, so a layer has two calls
+here: one where the hidden state is projected and one where the layer's output is. `steer` and `write` take addresses,
+since a call with tensors would take several times as long: the caller keeps what lies there alive, contiguous, and of
+the sizes that the table says. A table is an int64 array of the numbers named below.
 """
 
 from __future__ import annotations
@@ -15,22 +15,23 @@ import numpy as np
 from numba import types
 
 from agentmem.kernels.numba_jit import address, compiled, floats, inlined, numbers, octets
+from agentmem.kernels.recurrence import NORM_EPS
 
 __all__ = ["STEER", "WRITE", "steer", "write"]
 
 STEER = ("weight", "rows", "hidden", "batch", "heads", "rank", "normalize", "layer", "layers",
          "products", "reads", "output_weight", "width", "start")  # fmt: skip
-"""What a table of ``steer`` says, in this order.
+"""What a table of `steer` holds, in this order.
 
 Addresses: of the packed weight [rows, hidden], of where its products [batch, rows] and the reads [batch, heads rank]
-go, and of an output weight [width, heads rank], whose correction is added to the columns from ``start`` on; ``width``
+go, and of an output weight [width, heads rank], whose correction is added to the columns from `start` on; `width`
 0: none is.
 """
 WRITE = ("products", "rows", "batch", "heads", "rank", "normalize", "layers", "beta", "lam", "gates", "mode")
-"""What a table of ``write`` says: ``products`` [layers, batch, rows] as ``steer`` left them, the biases [layers, gates]
+"""What a table of `write` holds: `products` [layers, batch, rows] as `steer` left them, the biases [layers, gates]
 of beta and of lambda (0: lambda is 1 - beta), and the number of the update mode."""
 
-_EPS = np.float32(1e-6)  # as steering.NORM_EPS
+_EPS = np.float32(NORM_EPS)
 
 
 def _project(x: Any, weight: Any, products: Any, batch: int, rows: int, hidden: int) -> None:
@@ -40,11 +41,11 @@ def _project(x: Any, weight: Any, products: Any, batch: int, rows: int, hidden: 
         for b in range(batch):
             s0 = s1 = s2 = s3 = np.float32(0)
             for j in range(hidden):
-                one = x[b * hidden + j]
-                s0 += one * weight[w + j]
-                s1 += one * weight[w + hidden + j]
-                s2 += one * weight[w + 2 * hidden + j]
-                s3 += one * weight[w + 3 * hidden + j]
+                xj = x[b * hidden + j]
+                s0 += xj * weight[w + j]
+                s1 += xj * weight[w + hidden + j]
+                s2 += xj * weight[w + 2 * hidden + j]
+                s3 += xj * weight[w + 3 * hidden + j]
             p = b * rows + four
             products[p], products[p + 1], products[p + 2], products[p + 3] = s0, s1, s2, s3
     for row in range(rows - rows % 4, rows):
@@ -55,8 +56,8 @@ def _project(x: Any, weight: Any, products: Any, batch: int, rows: int, hidden: 
             products[b * rows + row] = s0
 
 
-def _turn(x: Any, at: int, rank: int) -> np.float32:
-    """tanh of the numbers from ``at`` on, in place; gives what makes them of length 1."""
+def _tanh(x: Any, at: int, rank: int) -> np.float32:
+    """tanh of the numbers from `at` on, in place; returns the factor that makes them a unit vector."""
     square = np.float32(0)
     for j in range(at, at + rank):
         x[j] = math.tanh(x[j])
@@ -79,23 +80,23 @@ def _steer(table: int, state: int, hidden: int, output: int, stride: int, scale:
         for b in range(batch):
             for h in range(heads):
                 q = b * rows + h * rank
-                factor = _turn(products, q, rank) if t[6] != 0 else np.float32(1)
+                factor = _tanh(products, q, rank) if t[6] != 0 else np.float32(1)
                 s = ((b * t[8] + t[7]) * heads + h) * rank * rank
                 for i in range(rank):
-                    found = np.float32(0)
+                    read = np.float32(0)
                     for j in range(rank):
-                        found += states[s + i * rank + j] * products[q + j]
-                    reads[b * size + h * rank + i] = found * factor
+                        read += states[s + i * rank + j] * products[q + j]
+                    reads[b * size + h * rank + i] = read * factor
     width = t[12]
     if width != 0:
         out, weight = floats(output), floats(t[11])
         for b in range(batch):
             o, r = b * stride + t[13], b * size
             for i in range(width):
-                found = np.float32(0)
+                correction = np.float32(0)
                 for j in range(size):
-                    found += weight[i * size + j] * reads[r + j]
-                out[o + i] += scale * found
+                    correction += weight[i * size + j] * reads[r + j]
+                out[o + i] += scale * correction
 
 
 def _write(table: int, state: int, after: int, mask: int) -> None:
@@ -113,7 +114,7 @@ def _write(table: int, state: int, after: int, mask: int) -> None:
             for h in range(heads):
                 p = (layer * batch + b) * rows + h * rank
                 k, v, s = p + size, p + 2 * size, first + h * rank * rank
-                factor = _turn(products, k, rank) if t[5] != 0 else np.float32(1)
+                factor = _tanh(products, k, rank) if t[5] != 0 else np.float32(1)
                 for i in range(rank):
                     gate = h * rank + i if gates == size else h
                     at = (layer * batch + b) * rows + 3 * size + gate
@@ -124,18 +125,18 @@ def _write(table: int, state: int, after: int, mask: int) -> None:
                     erase = keep * beta if mode == 1 else beta
                     if mode == 2:
                         keep = np.float32(1)
-                    seen = np.float32(0)
+                    predicted = np.float32(0)
                     for j in range(rank):
-                        seen += states[s + i * rank + j] * products[k + j]
-                    told = (beta * products[v + i] - erase * seen * factor) * factor
+                        predicted += states[s + i * rank + j] * products[k + j]
+                    u = (beta * products[v + i] - erase * predicted * factor) * factor
                     for j in range(rank):
                         n = s + i * rank + j
-                        result[n] = keep * states[n] + told * products[k + j]
+                        result[n] = keep * states[n] + u * products[k + j]
 
 
-_project, _turn, _sigmoid = map(inlined, (_project, _turn, _sigmoid))
+_project, _tanh, _sigmoid = map(inlined, (_project, _tanh, _sigmoid))
 steer = compiled(types.void(address, address, address, address, types.intp, types.float32), _steer)
-"""Read a layer's state for its hidden states, where ``hidden`` is not 0, and correct an output with what was read.
+"""Read a layer's state for its hidden states, where `hidden` is not 0, and correct an output with what was read.
 
 Args: table; state [batch, layers, heads, rank, rank]; hidden [batch, hidden] or 0; output [batch, stride], changed;
 stride; what the correction is multiplied by.

@@ -3,51 +3,68 @@
     y_t      = S_{t-1} q_t
     S_t[i,:] = keep_i S_{t-1}[i,:] - erase_i (S_{t-1}[i,:] . k_t) k_t + write_i v_i k_t
 
-Every form takes ``(state, q, k, v, keep, erase, write)`` with state ``[B, H, r, r]`` and the rest ``[B, T, H,
-r]``, all float32 (the engine's) or all float64, and returns ``(y [B, T, H, r], state [B, H, r, r])``.
-All are differentiable and none changes its arguments. A token that must not write has erase = write = 0 and
-keep = 1.
+Every form takes `ScanArgs` and returns `(reads [B, T, H, r], state [B, H, r, r])`. All are differentiable and none
+changes its arguments.
 
-``scan`` picks the quickest form for a shape; ``scan_reference`` is the definition that the others are tested
-against. The blocked form is the chunk-wise one of delta-rule networks (Yang et al., arXiv 2406.06484), here with gates
-of their own for every row of S: rows evolve independently, so what a chunk's tokens write is the solution of a
-triangular system for each row, and one matrix product carries the state to the next chunk.
+`scan` picks the quickest form for a shape; `scan_reference` is the definition that the others are tested against. The
+blocked form is the chunk-wise one of delta-rule networks (Yang et al., arXiv 2406.06484), here with gates of their own
+for every row of S: rows evolve independently, so what a chunk's tokens write is the solution of a triangular system for
+each row, and one matrix product carries the state to the next chunk.
 """
 
 from __future__ import annotations
 
+from typing import Literal, NamedTuple
+
 import torch
 from torch import Tensor
 
-__all__ = ["scan", "scan_blocked", "scan_loop", "scan_reference", "write_once"]
+__all__ = ["MODES", "NORM_EPS", "Mode", "ScanArgs", "scan", "scan_blocked", "scan_loop", "scan_reference", "write_once"]
+
+NORM_EPS = 1e-6
+"""The shortest length that a query or key is divided by when it is made a unit vector."""
+
+Mode = Literal["standard", "lambda_outside", "no_lambda"]
+MODES: dict[Mode, int] = {"standard": 0, "lambda_outside": 1, "no_lambda": 2}
+"""The number by which compiled kernels know each update mode."""
 
 
-def scan(
-    state: Tensor, q: Tensor, k: Tensor, v: Tensor, keep: Tensor, erase: Tensor, write: Tensor
-) -> tuple[Tensor, Tensor]:
+class ScanArgs(NamedTuple):
+    """What a scan takes, all float32 (the engine's) or all float64.
+
+    A token that must not write has keep 1, erase 0 and write 0.
+    """
+
+    state: Tensor  # [B, H, r, r]
+    q: Tensor  # [B, T, H, r], as all that follow
+    k: Tensor
+    v: Tensor
+    keep: Tensor
+    erase: Tensor
+    write: Tensor
+
+
+def scan(args: ScanArgs) -> tuple[Tensor, Tensor]:
     """Run the rule over T tokens in the form that is quickest for this shape (see the module)."""
-    batch, length, heads, rank = q.shape
+    batch, length, heads, rank = args.q.shape
     chunk = block_length(batch * heads, length, rank)
-    if chunk == 0:
-        return scan_loop(state, q, k, v, keep, erase, write)
-    return scan_blocked(state, q, k, v, keep, erase, write, chunk=chunk)
+    return scan_loop(args) if chunk == 0 else scan_blocked(args, chunk=chunk)
 
 
 def block_length(rows: int, length: int, rank: int) -> int:
     """Chunk length for the blocked form, or 0 where the tight loop is as quick or quicker.
 
-    ``rows`` is batch x heads. The loop costs per step whatever the rows; blocks cost per token and rows x rank x chunk.
-    Thresholds from ``benchmarks/scan.py --grid``.
+    `rows` is batch x heads. The loop costs per step whatever the rows; blocks cost per token and rows x rank x chunk.
+    Thresholds from `benchmarks/scan.py --grid`.
     """
     size = rows * rank
     chunk = 32 if size <= 8 else 16 if size < 128 else 8
     return chunk if size < 512 and length >= max(32, 2 * chunk) else 0
 
 
-def scan_reference(
-    state: Tensor, q: Tensor, k: Tensor, v: Tensor, keep: Tensor, erase: Tensor, write: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The definition, token by token, as it is written in the module's contract."""
+def scan_reference(args: ScanArgs) -> tuple[Tensor, Tensor]:
+    """The definition, token by token, as the module's docstring states it."""
+    state, q, k, v, keep, erase, write = args
     reads = []
     for t in range(q.shape[1]):
         reads.append(torch.einsum("bhij,bhj->bhi", state, q[:, t]))
@@ -60,25 +77,24 @@ def scan_reference(
     return torch.stack(reads, dim=1) if reads else torch.zeros_like(q), state
 
 
-def scan_loop(
-    state: Tensor, q: Tensor, k: Tensor, v: Tensor, keep: Tensor, erase: Tensor, write: Tensor
-) -> tuple[Tensor, Tensor]:
+def scan_loop(args: ScanArgs) -> tuple[Tensor, Tensor]:
     """The definition with four operations a step: read and prediction in one product, one fused update."""
+    state, q, k, v, keep, erase, write = args
     batch, length, heads, rank = q.shape
     if length == 0:
         return torch.zeros_like(q), state
 
     def rows(x: Tensor) -> Tensor:
-        return x.transpose(0, 1).reshape(length, batch * heads, rank)
+        return x.transpose(0, 1).reshape(length, batch * heads, rank)  # [T, M, r], M = B H
 
-    s = state.reshape(batch * heads, rank, rank)
+    s = state.reshape(batch * heads, rank, rank)  # [M, r, r]
     y, s = _steps(s, rows(q), rows(k), rows(keep), rows(erase), rows(write * v))
     return y.reshape(length, batch, heads, rank).transpose(0, 1), s.reshape(state.shape)
 
 
 def write_once(s: Tensor, k: Tensor, v: Tensor, keep: Tensor, erase: Tensor, write: Tensor) -> Tensor:
     """The rule's second line for one token: s [M, r, r], the rest [M, r]; the new s."""
-    predicted = torch.bmm(s, k.unsqueeze(-1)).squeeze(-1)
+    predicted = torch.bmm(s, k.unsqueeze(-1)).squeeze(-1)  # [M, r]
     u = torch.addcmul(write * v, erase, predicted, value=-1)
     return torch.addcmul(u.unsqueeze(-1) * k.unsqueeze(-2), keep.unsqueeze(-1), s)
 
@@ -101,25 +117,16 @@ def _steps(s: Tensor, q: Tensor, k: Tensor, keep: Tensor, erase: Tensor, value: 
     return torch.stack(reads), s
 
 
-def scan_blocked(
-    state: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keep: Tensor,
-    erase: Tensor,
-    write: Tensor,
-    *,
-    chunk: int = 16,
-) -> tuple[Tensor, Tensor]:
-    """Chunks of ``chunk`` tokens, each solved at once for what its tokens write, one after another.
+def scan_blocked(args: ScanArgs, *, chunk: int = 16) -> tuple[Tensor, Tensor]:
+    """Chunks of `chunk` tokens one after another, each solved at once for what its tokens write.
 
     The tail is padded with tokens that do nothing (keep 1, erase and write 0).
     """
+    state, q, k, v, keep, erase, write = args
     batch, length, heads, rank = q.shape
     count = -(-length // chunk)
     if count <= 1:
-        return scan_loop(state, q, k, v, keep, erase, write)
+        return scan_loop(args)
     tail = count * chunk - length
     rows = batch * heads
 
@@ -138,12 +145,12 @@ def scan_blocked(
     kept = _kept(by_row(blocks(keep, 1.0)))
     from_start, between = kept[..., :chunk, 0], kept[..., :chunk, 1:]
     to_end, from_write = kept[..., chunk, :1], kept[..., chunk, 1:]
-    meets = torch.cat((keys, queries), dim=-2) @ by_row(keys)
-    # u_t = write_t v_t - erase_t (S_{t-1} . k_t), where S_{t-1} holds the u of the tokens before: a unit triangle.
-    triangle = (between * meets[:, :, None, :chunk]) * erased.unsqueeze(-1)
+    dots = torch.cat((keys, queries), dim=-2) @ by_row(keys)  # [count, B*H, 2 chunk, chunk]
+    # u_t = write_t v_t - erase_t (S_{t-1} . k_t), and S_{t-1} holds the u of earlier tokens: a unit triangular system.
+    triangle = (between * dots[:, :, None, :chunk]) * erased.unsqueeze(-1)
     s = state.reshape(rows, rank, rank)
     starts, written_rows = [], []
-    for system, told, seen, k_c, k_t, late, whole in zip(
+    for system, values, forgets, k_c, k_t, late, decay in zip(
         triangle.reshape(count, rows * rank, chunk, chunk).unbind(0),
         written.unbind(0),
         (-erased * from_start).unbind(0),
@@ -154,21 +161,21 @@ def scan_blocked(
         strict=True,
     ):
         starts.append(s)
-        told = torch.addcmul(told, seen, torch.bmm(s, k_t)).reshape(rows * rank, chunk, 1)
-        u = torch.linalg.solve_triangular(system, told, upper=False, unitriangular=True).view(rows, rank, chunk)
+        values = torch.addcmul(values, forgets, torch.bmm(s, k_t)).reshape(rows * rank, chunk, 1)
+        u = torch.linalg.solve_triangular(system, values, upper=False, unitriangular=True).view(rows, rank, chunk)
         written_rows.append(u)
-        s = torch.baddbmm(whole * s, u * late, k_c)
-    reads = (between * meets[:, :, None, chunk:]) @ torch.stack(written_rows).unsqueeze(-1)
+        s = torch.baddbmm(decay * s, u * late, k_c)  # [B*H, r, r]
+    reads = (between * dots[:, :, None, chunk:]) @ torch.stack(written_rows).unsqueeze(-1)
     y = torch.addcmul(reads.squeeze(-1), from_start, torch.stack(starts) @ by_row(queries))
     y = y.reshape(count, batch, heads, rank, chunk).permute(1, 0, 4, 2, 3)
     return y.reshape(batch, count * chunk, heads, rank)[:, :length], s.reshape(state.shape)
 
 
 def _kept(keep: Tensor) -> Tensor:
-    """What is left, just before token t of a chunk, of its start (column 0) and of what token j wrote (column j + 1).
+    """What is left just before token t of a chunk: of the chunk's start (column 0), of token j's write (column j + 1).
 
-    Takes keep [..., C] and returns [..., C + 1, C + 1], 0 where token j has not written yet; the last line is the
-    chunk's end. Built by products, not as a difference of logarithms: a gate may be 0.
+    Takes keep [..., C] and returns [..., C + 1, C + 1], 0 where token j has not written yet; the last row is the
+    chunk's end. Built from products, not as a difference of logarithms: a gate may be 0.
     """
     length = keep.shape[-1]
     first = torch.eye(length + 1, dtype=keep.dtype, device=keep.device).unbind(0)

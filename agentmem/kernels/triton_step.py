@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from agentmem.kernels.ops import MODES
+from agentmem.kernels.recurrence import MODES, NORM_EPS, Mode
 
-# The eps of steering.NORM_EPS; a kernel takes globals only as constexpr.
-EPS = tl.constexpr(1e-6)
+# A kernel takes globals only as constexpr.
+EPS = tl.constexpr(NORM_EPS)
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def _sigmoid(x):
 # Not a kernel of its own for layer 1, and for those that 16 divides.
 @triton.jit(do_not_specialize=["layer"])
 def _step(
-    products,  # [B, 3 H r + gates], rows ``stride`` apart
+    products,  # [B, 3 H r + gates], rows `stride` apart
     pool,  # [slots, L, H, r, r] float32
     slots,  # [B] int32 or int64
     mask,  # [B] uint8, or anything where not MASKED
@@ -116,9 +116,9 @@ def step(
     lambda_bias: Tensor | None,
     mask: Tensor | None,
     normalize: bool,
-    mode: str,
+    mode: Mode,
 ) -> Tensor:
-    """As ``agentmem.kernels.step``, of arguments that were checked; slots, biases and mask lie dense."""
+    """As `agentmem.kernels.step`, of arguments that were checked; slots, biases and mask lie dense."""
     batch = products.shape[0]
     _, layers, heads, rank, _ = pool.shape
     reads = products.new_empty(batch, heads * rank)

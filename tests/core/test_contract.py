@@ -9,7 +9,8 @@ import torch
 
 from agentmem import MemoryConfig, SteeredModel
 from agentmem.errors import AdapterError, ConfigError, SegmentsRequiredError, StateMismatchError, TurnError
-from tests.helpers.core_models import random_ids, random_state, steer, tiny
+from tests.helpers.core_models import TERMS, random_ids, random_state, steer, tiny
+from tests.helpers.numeric import assert_close
 
 STRATEGIES = ("token", "message", "sentence")
 
@@ -102,7 +103,7 @@ def test_tokens_that_do_not_write(model: Any, strategy: str, coupled: bool) -> N
     out = steered(ids, state, segments=segments, write=write)
     assert torch.equal(out.state[0], state[0])
     alone = steered(ids[1:], state[1:], segments=segments[1:])
-    torch.testing.assert_close(out.state[1], alone.state[0], atol=1e-5, rtol=1e-5)
+    assert_close(out.state[1], alone.state[0], TERMS)
     steered.detach()
 
 
@@ -123,7 +124,7 @@ def test_a_finished_row_never_writes_again(model: Any, coupled: bool) -> None:
         assert all(torch.equal(later[row], history[end - 1][row]) for later in history[end - 1 :])
         assert all(not torch.equal(history[i][row], history[i + 1][row]) for i in range(end - 1))
         alone = steered(ids[row : row + 1, :end], random_state(steered, 3)[row : row + 1])
-        torch.testing.assert_close(state[row], alone.state[0], atol=1e-5, rtol=1e-5)
+        assert_close(state[row], alone.state[0], TERMS)
     steered.detach()
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from agentmem.kernels.recurrence import scan_reference
-from tests.helpers.core_models import random_ids, random_state, steer, tiny
+from agentmem.kernels.recurrence import ScanArgs, scan_reference
+from tests.helpers.core_models import TERMS, random_ids, random_state, steer, tiny
+from tests.helpers.numeric import assert_close, tolerance
 
 GRADIENT_CASES: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -76,7 +77,8 @@ def test_gradients_do_not_depend_on_cuts() -> None:
         if one is None:
             assert many is None, "the query takes no part in the state"
         else:
-            torch.testing.assert_close(one, many, atol=1e-5, rtol=1e-4)
+            # The gradient's sums are as long as those of the call, once more.
+            assert_close(many, one, 2 * TERMS)
 
 
 def _layer_zero(model: Any, ids: Tensor) -> Tensor:
@@ -102,13 +104,12 @@ def test_state_stays_float32_in_a_bfloat16_model(memory_dtype: torch.dtype) -> N
     ids = random_ids(1, 500)
     hidden = _layer_zero(model, ids)
     assert hidden.dtype == torch.bfloat16
-    q, k, v, gates = steered.memory[0].project(hidden)
-    inputs = [x.double() for x in (q, k, v, *gates)]
-    _, exact = scan_reference(torch.zeros(1, 1, 8, 8, dtype=torch.float64), *inputs)
+    inputs = [x.double() for x in steered.memory[0].terms(hidden)]
+    _, exact = scan_reference(ScanArgs(torch.zeros(1, 1, 8, 8, dtype=torch.float64), *inputs))
 
     state, coarse = steered.zeros(), torch.zeros(1, 1, 8, 8, dtype=torch.bfloat16)
     for t in range(500):
-        _, coarse = scan_reference(coarse, *(x[:, t : t + 1].bfloat16() for x in inputs))
+        _, coarse = scan_reference(ScanArgs(coarse, *(x[:, t : t + 1].bfloat16() for x in inputs)))
     for start in range(0, 500, 20):
         out = steered(ids[:, start : start + 20], state, cache=None, logits_to_keep=-1)
         state = out.state
@@ -117,7 +118,8 @@ def test_state_stays_float32_in_a_bfloat16_model(memory_dtype: torch.dtype) -> N
     def error(found: Tensor) -> float:
         return ((found.double() - exact).norm() / exact.norm()).item()
 
-    assert error(state[:, 0]) < 1e-5
+    # A sum of 500 writes, of products with 32 numbers and reads of 8 before each.
+    assert error(state[:, 0]) < tolerance(torch.float32, 500 + 32 + 8)
     assert error(coarse) > 1e-3
 
 

@@ -79,7 +79,7 @@ def at_once(engine: Engine, count: int, states: list[MemoryState | None] | None 
         return list(pool.map(lambda n: engine.turn(ask(n), given[n], **options(n)), range(count)))
 
 
-@pytest.mark.usefixtures("steps")
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("strategy", ["token", "message", "sentence"])
 def test_each_session_is_as_it_is_alone(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, strategy: str

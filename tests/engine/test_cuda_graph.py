@@ -15,7 +15,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from agentmem import Engine, Message, Sampling, Turn
-from agentmem.delta import model as steered
 from agentmem.generation import batch
 from agentmem.generation.batch_cache import BatchedKVCache
 from agentmem.generation.cuda_graph import CannotCapture, CapturedDecode, GraphCapturer
@@ -35,7 +34,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
     monkeypatch.setattr(batch, "uses_graphs", lambda device: True)
     # The pass of devices with kernels; the operators' plain form stands in for these.
-    monkeypatch.setattr(steered, "runs_triton", lambda device: True)
+    monkeypatch.setattr("agentmem.kernels.runs_triton", lambda device: True)
     monkeypatch.setattr(CapturedDecode, "run", run)
     return seen
 

@@ -12,7 +12,7 @@ import torch
 from agentmem import Message, Sampling, Turn, Window
 from agentmem.errors import ConfigError
 
-pytestmark = pytest.mark.usefixtures("steps")
+pytestmark = pytest.mark.usefixtures("backend")
 
 REPLY = Sampling(max_tokens=12)
 SYSTEM = Message("system", "You are brief.")

@@ -34,6 +34,12 @@ from agentmem import MemoryConfig, SteeredModel
 GOLDEN = Path(__file__).parents[1] / "golden"
 VOCABULARY = 61
 
+TERMS = 1000
+"""Numbers that are summed one after another on the way through a tiny model. In each of three layers about 330: 32 of
+the hidden size in two norms, in products with the projections and the memory and in the MLP, 48 of the MLP, 64 of the
+heads' outputs, 16 in norms and scores of a head, some 20 tokens that are attended to, and ranks of 8 in the read and
+both corrections."""
+
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-KERNELS = [str(HERE / name) for name in ("test_step.py", "test_scan.py")]
+KERNELS = [str(HERE / name) for name in ("test_step.py", "test_scan.py", "triton_operators.py")]
 # What the engine computes with them.
-MECHANISM = str(HERE / "mechanism.py")
+MECHANISM = str(HERE.parent / "core" / "test_mechanism.py")
+EQUIVALENCE = str(HERE.parent / "core" / "test_equivalence.py") + "::test_cut_padded_batched_or_alone"
 
 
 def run(*arguments: str, **environment: str) -> None:
@@ -31,18 +32,21 @@ def triton(needs: Callable[[object, str], None]) -> None:
 
 
 def test_triton_in_the_interpreter() -> None:
-    run(*KERNELS, MECHANISM, TRITON_INTERPRET="1")
+    equivalence = f"{EQUIVALENCE}[triton-sentence-1-coupled-sdpa-dynamic]"
+    run(*KERNELS, MECHANISM, equivalence, TRITON_INTERPRET="1")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_all_shapes_in_the_interpreter() -> None:
+    equivalence = [f"{EQUIVALENCE}[triton-{name}-4-uncoupled-sdpa-static]" for name in ("token", "message")]
     run("-m", "slow", *KERNELS, MECHANISM, TRITON_INTERPRET="1")
+    run(*equivalence, TRITON_INTERPRET="1")
 
 
 @pytest.mark.gpu
 def test_triton_on_a_gpu() -> None:
-    run(*KERNELS, MECHANISM, AGENTMEM_KERNELS_ON="cuda", AGENTMEM_TRITON="1")
+    run(*KERNELS, MECHANISM, EQUIVALENCE, AGENTMEM_KERNELS_ON="cuda", AGENTMEM_TRITON="1")
 
 
 @pytest.mark.gpu

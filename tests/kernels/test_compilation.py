@@ -18,12 +18,12 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from agentmem.kernels import triton_scan, triton_scan_backward, triton_step
+from agentmem.kernels import triton_scan, triton_step
 
 capability, rank, thorough = map(int, sys.argv[1:])
-types = {"slots": "*i64", "mask": "*u8", "borders": "*i64"}
-types |= dict.fromkeys(("layer", "layers", "stride", "length"), "i32")
-shape = triton_scan.Shape(batch=2, heads=2, rank=rank, length=300, chunk=64, tokens=600)
+types = {"slots": "*i64", "mask": "*u8"}
+types |= dict.fromkeys(("layer", "layers", "stride", "length", "chunks"), "i32")
+shape = triton_scan.Shape(batch=2, heads=2, rank=rank, length=300, chunk=64)
 
 
 def made(function, warps, **constants):
@@ -40,16 +40,14 @@ for mode in range(3) if thorough else (1,):
 for on in (True, False) if thorough else (True,):
     rows, _, constants = shape.kernel(256, 3)
     warps = constants.pop("num_warps")
-    common = dict(RAGGED=on, MASKED=on, CHAINED=on)
-    for reverse in (True, False):
-        made(triton_scan._compose, warps, **constants, **common, ROWS=rows, REVERSE=reverse)
-        made(triton_scan._boundary, warps, **constants, **common, ROWS=rows, REVERSE=reverse)
+    made(triton_scan._compose, warps, **constants, ROWS=rows, CHUNK=64, REVERSE=on)
+    made(triton_scan._boundary, warps, **constants, ROWS=rows, REVERSE=on)
     rows, _, constants = shape.kernel(1024, 2)
     warps = constants.pop("num_warps")
-    made(triton_scan._outputs, warps, **constants, **common, ROWS=rows, READS=on, FINE=0 if on else 8)
-    _, _, constants = shape.kernel(shape.padded**2, 2)
-    warps = constants.pop("num_warps")
-    made(triton_scan_backward._gradients, warps, **constants, **common, FINE=8)
+    made(triton_scan._outputs, warps, **constants, ROWS=rows, CHUNK=64, READS=on, FINE=0 if on else 8)
+_, _, constants = shape.kernel(shape.padded**2, 2)
+warps = constants.pop("num_warps")
+made(triton_scan._gradients, warps, **constants, CHUNK=64, FINE=8)
 """
 
 

@@ -15,7 +15,8 @@ from transformers import StaticCache
 from agentmem import SteeredModel
 from agentmem.errors import SegmentsRequiredError, StateMismatchError, TurnError
 from agentmem.generation.batch_cache import BatchedKVCache
-from tests.helpers.core_models import random_ids, random_state, steer, tiny
+from tests.helpers.core_models import TERMS, random_ids, random_state, steer, tiny
+from tests.helpers.numeric import assert_close
 
 PROMPT, ROOM, LAYERS = 6, 16, 2
 # Of a pool of five; rows 0 and 1 begin in slots 1 and 3.
@@ -68,7 +69,7 @@ def traced(steered: SteeredModel, backend: str) -> tuple[Callable[..., Tensor], 
 
 
 def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+    assert_close(found, expected, TERMS)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What torch is told about the operations: schemas, shapes, gradients, and one graph whatever the sessions."""
+"""What torch is told about the operations: schemas and shapes, and one graph whatever the sessions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from agentmem import kernels
-from tests.helpers.kernel_cases import scan_inputs
+from tests.helpers.numeric import assert_close
 from tests.kernels.test_step import arguments
 
 # What tracing makes of them is seen below, in graphs.
@@ -42,16 +42,6 @@ def test_step_is_as_it_was_declared(device: str, masked: bool) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
-@pytest.mark.parametrize("ragged", [True, False])
-def test_scan_is_as_it_was_declared(device: str, ragged: bool) -> None:
-    inputs = scan_inputs(3, 1 if ragged else 2, 7, 1, 4, 2, "smooth")
-    leaves = [x.to(device).requires_grad_() for x in inputs]
-    borders = torch.tensor([0, 3, 7], device=device) if ragged else None
-    mask = torch.ones(inputs[1].shape[:2], dtype=torch.bool, device=device)
-    torch.library.opcheck(torch.ops.agentmem.scan.default, (*leaves, mask, borders, 7, 4), test_utils=CHECKS)
-
-
-@pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_project_is_as_it_was_declared(device: str, dtype: torch.dtype) -> None:
     parts = [torch.randn(rows, 5, device=device, dtype=dtype) for rows in (4, 4, 1)]
@@ -68,11 +58,11 @@ def test_project_is_one_product_wherever_the_weights_lie(packed: str) -> None:
     if packed == "swapped":
         parts = [parts[1], parts[0], parts[2]]
     elif packed == "apart":
-        parts = [one.clone() for one in parts]
+        parts = [part.clone() for part in parts]
     elif packed == "cut":
-        parts, hidden = [one[:, :3] for one in parts], hidden[:, :3]
-    expected = torch.cat([hidden @ one.T for one in parts], dim=1)
-    torch.testing.assert_close(kernels.project(hidden, parts), expected)
+        parts, hidden = [part[:, :3] for part in parts], hidden[:, :3]
+    expected = torch.cat([hidden @ part.T for part in parts], dim=1)
+    assert_close(kernels.project(hidden, parts), expected, 5)
 
 
 def test_project_copies_no_weights_that_are_packed() -> None:
@@ -120,25 +110,7 @@ def test_other_sessions_are_no_other_graph(device: str) -> None:
     for slots in ([0, 1], [4, 2], [-1, 5], [-1, -1], [3, 0]):
         hidden = torch.randn(2, 16, device=device)
         at = torch.tensor(slots, device=device)
-        torch.testing.assert_close(step(hidden, at), eager(hidden, at))
-        torch.testing.assert_close(traced.pool, eager.pool)
+        # Two layers of products of 16 and 8 numbers, and reads of 4.
+        assert_close(step(hidden, at), eager(hidden, at), 2 * (16 + 8 + 4))
+        assert_close(traced.pool, eager.pool, 2 * (16 + 8 + 4))
     assert graphs == [2], "one graph that holds both layers' steps"
-
-
-@pytest.mark.parametrize("device", ["cpu", CUDA])
-def test_other_borders_are_no_other_graph_and_gradients_pass(device: str) -> None:
-    def ragged(state: Tensor, *rest: Tensor) -> Tensor:
-        y, last = kernels.scan(state, *rest[:-1], cu_seqlens=rest[-1], chunk=4)
-        return (y.sin().sum() + last.cos().sum())[None]
-
-    traced, graphs = compiled(ragged)
-    for borders in ([0, 3, 9], [0, 9, 9], [1, 2, 4]):
-        inputs = [x.to(device) for x in scan_inputs(9, 1, 9, 1, 4, 2, "smooth")]
-        cu = torch.tensor(borders, device=device)
-        found, expected = (
-            torch.autograd.grad(form(*leaves, cu).sum(), leaves)
-            for form, leaves in ((one, [x.clone().requires_grad_() for x in inputs]) for one in (traced, ragged))
-        )
-        for one, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(one, other)
-    assert graphs == [1]

@@ -56,11 +56,17 @@ def run(given: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
     return reads.cpu(), placed[1].cpu()
 
 
+def terms(given: dict[str, Any], tokens: int = 1) -> int:
+    """The length of a query or key and the product with it sum rank numbers each; every token writes two terms."""
+    rank: int = given["pool"].shape[-1]
+    return 2 * rank + 12 + 2 * tokens  # and what tanh, the sigmoid and the gates round
+
+
 def check(given: dict[str, Any], device: torch.device) -> None:
     reads, pool = run(given, device)
     expected = defined_step(**given)
-    close(reads, expected[0], 2e-6, "reads", given["products"].dtype)
-    close(pool, expected[1], 2e-6, "pool")
+    close(reads, expected[0], terms(given), "reads", given["products"].dtype)
+    close(pool, expected[1], terms(given), "pool")
     written = given["slots"][given["slots"] >= 0 if given["mask"] is None else (given["slots"] >= 0) & given["mask"]]
     touched = torch.zeros(pool.shape[:2], dtype=torch.bool)
     touched[written, given["layer"]] = True
@@ -137,10 +143,10 @@ def test_products_cut_from_a_wider_tensor(seed: int, device: torch.device) -> No
     given["products"] = wide.to(device)[:, 1 : 1 + given["products"].shape[1]]
     reads, _ = run(given, device)
     given["products"] = given["products"].cpu()
-    close(reads, defined_step(**given)[0], 2e-6, "reads")
+    close(reads, defined_step(**given)[0], terms(given), "reads")
 
 
-def test_arguments_need_not_lie_dense(seed: int, device: torch.device) -> None:
+def test_arguments_need_not_be_contiguous(seed: int, device: torch.device) -> None:
     """A column of what was decided for many tokens, a part of wider parameters."""
     given = {**arguments(seed, 4, 2, 8, coupled=False), "mask": torch.tensor([True, False, False, True])}
     reads, pool = run(given, device)
@@ -166,8 +172,8 @@ def test_steps_add_up(seed: int, device: torch.device) -> None:
         token = {**arguments(seed + number, 3, 1, 8, coupled=False), "layer": 1}
         reads, found = run({**token, "pool": found}, device)
         want, expected = defined_step(**{**token, "pool": expected})
-        close(reads, want, 5e-6, f"reads of step {number}")
-    close(found, expected, 5e-6, "pool")
+        close(reads, want, terms(given, 12), f"reads of step {number}")
+    close(found, expected, terms(given, 12), "pool")
 
 
 def test_what_does_not_fit_is_refused(device: torch.device) -> None:

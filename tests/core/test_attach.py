@@ -86,8 +86,8 @@ def test_two_memories_of_one_model_come_off_in_any_order() -> None:
         with torch.no_grad():
             alone = steer(tiny(), seed=4)(ids, state).logits
             assert torch.equal(both[1](ids, state).logits, alone)
-        for one in order:
-            both[one].detach()
+        for number in order:
+            both[number].detach()
         assert torch.equal(answer(model), bare)
         assert not any("forward" in vars(module) for module in model.modules())
 
@@ -119,11 +119,24 @@ def test_a_steered_model_says_how_it_is_copied() -> None:
         copy.deepcopy(steered)
 
 
+def test_between_calls_nothing_is_on_the_model_and_during_one_only_on_its_projections() -> None:
+    model = tiny()
+    steered, patched = steer(model, delta_heads=("v", "o")), []
+    model.get_decoder().norm.register_forward_hook(
+        lambda *_: patched.extend(name for name, module in model.named_modules() if "forward" in vars(module))
+    )
+    with torch.no_grad():
+        steered(random_ids(1, 3))
+    assert patched == [f"model.layers.{n}.self_attn.{p}_proj" for n in range(3) for p in ("q", "v", "o")]
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 @pytest.mark.parametrize("write_strategy", ["token", "sentence"])
 @pytest.mark.parametrize("length", [1, 4])
-def test_memory_that_another_library_took_away_is_noticed(write_strategy: str, length: int, steps: str) -> None:
+def test_a_layer_that_does_not_read_is_noticed(write_strategy: str, length: int, backend: str) -> None:
+    """As where layers are left out, or a layer was put in another's place."""
     steered = steer(tiny(), write_strategy=write_strategy)
-    del steered.model.get_decoder().layers[1].self_attn.q_proj.forward
+    steered.model.get_decoder().layers[1].forward = lambda hidden, *_, **__: hidden
     ids, segments = random_ids(1, length), torch.zeros(1, length, dtype=torch.int64)
     for write in (True, False):
         with torch.no_grad(), pytest.raises(TurnError, match="ran 2 of its 3 steered layers; nothing was written"):

@@ -1,0 +1,34 @@
+"""How far two computations of the same numbers may lie apart."""
+
+from __future__ import annotations
+
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+
+def tolerance(dtype: torch.dtype, terms: int) -> float:
+    """The largest relative difference of two computations that sum `terms` numbers, each in an order of its own.
+
+    Bits are equal only where the very same call runs on the same shapes. Another batch size, another cut or another
+    instruction set sums in another order, and every addition and product rounds with a relative error of at most
+    u = eps / 2, to either side. Such errors add up like a random walk (Higham and Mary, A New Approach to Probabilistic
+    Rounding Error Analysis, 2019): where they are spread evenly over [-u, u], whose standard deviation is u / sqrt(3),
+    a sum of n terms is off by sqrt(n / 3) u of their size, and by more than 3 sqrt(n) u, five deviations, once in
+    millions of numbers. Two computations differ by twice as much at most: 2 * 3 sqrt(n) eps / 2.
+
+    Args:
+        dtype: what the sums are computed in.
+        terms: the length of the sums; of sums that feed one another, their lengths together.
+    """
+    return 3 * sqrt(terms) * torch.finfo(dtype).eps
+
+
+def assert_close(found: Tensor, expected: Tensor, terms: int, *, growth: float = 1.0) -> None:
+    """Equal in shape and dtype, and within the `tolerance` of sums of `terms`, relative to each number or to 1.
+
+    `growth`: how many times larger an error may have become where a computation amplifies what it is given.
+    """
+    bound = growth * tolerance(expected.dtype, terms)
+    torch.testing.assert_close(found, expected, atol=bound, rtol=bound)

@@ -138,13 +138,6 @@ async def test_delta_history_conforms(either: Saver, subtests: pytest.Subtests) 
             await case(either, config(case.__name__, ns="sub:1"))
 
 
-async def test_delta_history_conforms_by_asyncpg(new_url: NewUrl, subtests: pytest.Subtests) -> None:
-    async with SQLAlchemySaver.from_url(new_url("postgresql+asyncpg")) as saver:
-        for case in CASES:
-            with subtests.test(case=case.__name__):
-                await case(saver, config(case.__name__))
-
-
 def default_walk(saver: SQLAlchemySaver, at: RunnableConfig, channels: list[str]) -> Mapping[str, DeltaChannelHistory]:
     """What LangGraph's base class answers: slowly, by ``get_tuple``."""
     return BaseCheckpointSaver.get_delta_channel_history(saver, config=at, channels=channels)

@@ -455,8 +455,8 @@ def test_a_damaged_thread_stays_and_the_others_go_on(
     assert swept_saver.retain(Retention(idle=DAY), now=clock.now + 9 * DAY).threads_deleted == 1
 
 
-async def test_a_task_can_do_it_all(async_url: str, look: Sql) -> None:
-    async with SQLAlchemySaver.from_url(async_url) as saver:
+async def test_a_task_can_do_it_all(database_url: str, look: Sql) -> None:
+    async with SQLAlchemySaver.from_url(database_url) as saver:
         for name in ("a", "b"):
             chain(saver, 4, thread=name)
         before = await saver.astorage_report(orphans=True)
@@ -469,7 +469,7 @@ async def test_a_task_can_do_it_all(async_url: str, look: Sql) -> None:
         assert before.bytes - after.bytes == done.bytes_freed > 0
         compaction = await saver.acompact()
         assert (await saver.astorage_report()).database_bytes == compaction.after
-    assert look(async_url, "SELECT count(*) FROM agentmem_checkpoints") == [(5,)]
+    assert look(database_url, "SELECT count(*) FROM agentmem_checkpoints") == [(5,)]
 
 
 @pytest.mark.parametrize("key", [None, secrets.token_bytes(32)], ids=["without hmac", "with hmac"])

@@ -5,42 +5,56 @@ content out of a thread holds that lock alone and counts the epoch up. Under one
 what the cache says is there need not be looked for or sent again. Content is inserted sorted by digest, so that
 two writers of one thread never wait for each other crosswise; the rows that refer to it come last.
 
-For a thread in the cache the lock costs no statement of its own: the row that is inserted is selected from the
-thread's row of that number and epoch, with the lock. If nothing is inserted so (the epoch is another, the thread
-is gone, or the row is there already), everything is rolled back and done the slow way.
-
-Replacing a row may leave content that nothing refers to. That is seen only in the middle of the transaction,
-which then starts again with the lock taken alone, and ends with a sweep.
+How a write goes about it is its `WriteMode`. If it turns out to be the wrong one, everything is rolled back, and the
+call is packed again and written in the next mode.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from enum import Enum, auto
 from secrets import randbelow
 from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, Table, bindparam, cast, delete, insert, select
 from sqlalchemy.exc import IntegrityError
 
-from agentmem_sql.cache import Thread
-from agentmem_sql.codec import Row, seal_checkpoint
-from agentmem_sql.dialects import add_rows, insert_missing
-from agentmem_sql.keys import encode_text, thread_key
-from agentmem_sql.onestatement import MOST_CONTENT, MOST_ROWS, insert_all
-from agentmem_sql.prepared import Prepared, kept
-from agentmem_sql.sweeping import Sweeper
-from agentmem_sql.tables import Tables
-from agentmem_sql.vault import Vault
+from agentmem_sql.mark_sweep import Sweeper
+from agentmem_sql.message_cache import CachedThread
+from agentmem_sql.protection import Protection
+from agentmem_sql.rows import Row, replaces, seal_checkpoint
+from agentmem_sql.schema import Tables, encode_text, thread_key
+from agentmem_sql.statements import MOST_CONTENT, MOST_ROWS, Prepared, add_rows, insert_all, insert_missing, kept
 
 _MYSQL_DUPLICATE = 1062
 
 
-class StaleCacheError(Exception):
-    """The thread is not what the cache says; nothing was written, and the call is to be packed again."""
+class WriteMode(Enum):
+    """How a write is done."""
+
+    INSERT = auto()
+    """The rows are new and the cache knows the thread: they are inserted out of the thread's row of that number and
+    epoch, which costs no statement of its own. If nothing is inserted so (the epoch is another, the thread is gone, or
+    a row is there already), the next mode is CHECK."""
+
+    CHECK = auto()
+    """The thread's row is locked (shared), and rows of the same keys are looked for first. Where one would be replaced
+    and so leave content that nothing refers to, the next mode is EXCLUSIVE."""
+
+    EXCLUSIVE = auto()
+    """The thread's row is locked by this transaction alone; rows are replaced, and the thread is swept at the end."""
 
 
-class NeedsLockError(Exception):
-    """Rows are replaced, so the work needs the thread for itself; nothing was written."""
+class WriteConflict(Exception):
+    """Nothing was written.
+
+    Attributes:
+        mode: the next one to try; CHECK says that the cache was wrong.
+    """
+
+    def __init__(self, mode: WriteMode) -> None:
+        super().__init__(mode)
+        self.mode = mode
 
 
 class Locked(NamedTuple):
@@ -50,35 +64,38 @@ class Locked(NamedTuple):
     epoch: int
 
 
-class New(NamedTuple):
+class Write(NamedTuple):
     """What a call stores.
 
-    ``known`` is what it was packed with, ``trusting`` whether it relied on that, ``looking`` whether to look for
-    rows of the same key first, since inserting without looking has failed.
+    Attributes:
+        thread: the thread's id.
+        rows: without the thread's number.
+        contents: digest -> (kind, body).
+        known: what it was packed with.
+        relies_on_cache: whether something was left out because `known` says that it is there.
+        mode: how it is done.
     """
 
     thread: str
+    rows: Sequence[Row]
     contents: Mapping[bytes, tuple[int, bytes]]
-    known: Thread
-    trusting: bool
-    looking: bool
+    known: CachedThread
+    relies_on_cache: bool
+    mode: WriteMode
 
     @property
-    def is_known(self) -> bool:
-        """Whether the cache knows the thread, so that what is new can be inserted without looking."""
-        return self.known.number is not None and not self.looking
-
-    def fits(self, rows: Sequence[Row]) -> bool:
+    def is_one_statement(self) -> bool:
         """Whether rows and content go into one statement, where the database can do that."""
-        return self.is_known and len(self.contents) <= MOST_CONTENT and 0 < len(rows) <= MOST_ROWS
+        small = len(self.contents) <= MOST_CONTENT and 0 < len(self.rows) <= MOST_ROWS
+        return self.mode is WriteMode.INSERT and small
 
 
 class Writer:
     """Writes the tables of one database."""
 
-    def __init__(self, tables: Tables, vault: Vault, sweeper: Sweeper) -> None:
+    def __init__(self, tables: Tables, protection: Protection, sweeper: Sweeper) -> None:
         self._tables = tables
-        self._vault = vault
+        self._protection = protection
         self._sweeper = sweeper
         threads, checkpoints, writes = tables.threads, tables.checkpoints, tables.writes
         find = select(threads.c.number, threads.c.epoch).where(threads.c.key == bindparam("key"))
@@ -90,69 +107,69 @@ class Writer:
             writes.c.checkpoint == bindparam("checkpoint"),
             writes.c.task == bindparam("task"),
         )
-        self._before = select(checkpoints.c.content, checkpoints.c.parent, checkpoints.c.history).where(
+        self._stored = select(checkpoints.c.content, checkpoints.c.parent, checkpoints.c.history).where(
             checkpoints.c.thread == bindparam("thread"),
             checkpoints.c.ns == bindparam("ns"),
             checkpoints.c.id == bindparam("id"),
         )
 
-    def put_checkpoint(self, connection: Connection, new: New, row: Row, *, alone: bool) -> Locked:
+    def put_checkpoint(self, connection: Connection, write: Write) -> Locked:
         """Store a checkpoint; one of the same id is replaced, but keeps what its pruned ancestors left it.
 
         Raises:
-            StaleCacheError: the cache was wrong.
-            NeedsLockError: there is one of the same id with other content; call again with ``alone``.
+            WriteConflict: the write is to be done in another mode.
         """
-        checkpoints = self._tables.checkpoints
-        _check_known(new)
-        if new.is_known and not alone:
-            return self._add_known(connection, new, checkpoints, [row])
-        thread = self._begin(connection, new, alone=alone)
-        self.add_content(connection, thread.number, new.contents)
+        checkpoints, (row,) = self._tables.checkpoints, write.rows
+        if write.mode is WriteMode.INSERT:
+            return self._insert(connection, write, checkpoints)
+        thread = self._begin(connection, write)
+        self.add_content(connection, thread.number, write.contents)
         row = {"thread": thread.number, **row}
         if insert_new(connection, checkpoints, row):
             return thread
-        before = self._row_before(connection, row, row["id"])
-        assert before is not None
-        orphans = before.content != row["content"]
-        if orphans and not alone:
-            raise NeedsLockError
-        named = row["parent"]
-        relinked = before.parent is not None and named not in (None, before.parent)
-        pruned = relinked and self._row_before(connection, row, named) is None
-        if pruned or before.history is not None:
-            row = {**row, "parent": before.parent, "history": before.history}
-            row = {**row, "seal": seal_checkpoint(self._vault, new.thread, row)}
+        stored = self._stored_row(connection, row, row["id"])
+        assert stored is not None
+        orphans = stored.content != row["content"]
+        if orphans and write.mode is not WriteMode.EXCLUSIVE:
+            raise WriteConflict(WriteMode.EXCLUSIVE)
+        parent = row["parent"]
+        relinked = stored.parent is not None and parent not in (None, stored.parent)
+        pruned = relinked and self._stored_row(connection, row, parent) is None
+        if pruned or stored.history is not None:
+            row = {**row, "parent": stored.parent, "history": stored.history}
+            row = {**row, "seal": seal_checkpoint(self._protection, write.thread, row)}
         add_rows(connection, checkpoints, [row], replace=True)
         return self.sweep(connection, thread) if orphans else thread
 
-    def put_writes(
-        self, connection: Connection, new: New, rows: Sequence[Row], *, replace: bool, alone: bool
-    ) -> Locked | None:
+    def put_writes(self, connection: Connection, write: Write) -> Locked | None:
         """Store pending writes; the checkpoint they belong to may arrive later. None if all were there before.
 
         Raises:
-            StaleCacheError: the cache was wrong.
-            NeedsLockError: other content is replaced; call again with ``alone``.
+            WriteConflict: the write is to be done in another mode.
         """
-        _check_known(new)
-        if new.is_known and rows and not replace:
-            return self._add_known(connection, new, self._tables.writes, rows)
-        thread = self._begin(connection, new, alone=alone)
-        numbered = [{"thread": thread.number, **row} for row in rows]
-        before = self._written(connection, numbered)
+        if write.mode is WriteMode.INSERT:
+            return self._insert(connection, write, self._tables.writes)
+        thread = self._begin(connection, write)
+        rows = [{"thread": thread.number, **row} for row in write.rows]
+        stored = self._stored_writes(connection, rows)
+        replaced: set[bytes] = set()
+        replace = replaces(rows)
         if replace:
-            orphans = any(before.get(row["idx"], row["digest"]) != row["digest"] for row in numbered)
+            new_digests = {row["idx"]: row["digest"] for row in rows}
+            replaced = {digest for idx, digest in stored.items() if new_digests.get(idx, digest) != digest}
+            orphans = bool(replaced)
         else:
-            left_out = [row for row in numbered if row["idx"] in before]
-            numbered = [row for row in numbered if row["idx"] not in before]
-            if not numbered:
+            new = [row for row in rows if row["idx"] not in stored]
+            if not new:
                 return None
-            orphans = bool(left_out)  # content for them came along
-        if orphans and not alone:
-            raise NeedsLockError
-        self.add_content(connection, thread.number, new.contents)
-        add_rows(connection, self._tables.writes, numbered, replace=replace)
+            orphans = len(new) < len(rows)  # content for the others came along
+            rows = new
+        if orphans and write.mode is not WriteMode.EXCLUSIVE:
+            raise WriteConflict(WriteMode.EXCLUSIVE)
+        self.add_content(connection, thread.number, write.contents)
+        add_rows(connection, self._tables.writes, rows, replace=replace)
+        if replaced and not self._sweeper.free_replaced(connection, thread.number, replaced):
+            return thread
         return self.sweep(connection, thread) if orphans else thread
 
     def delete_thread(self, connection: Connection, thread_id: str) -> None:
@@ -191,57 +208,54 @@ class Writer:
             insert_content(connection.dialect.name, self._tables.blobs).run_all(connection, rows)
 
     def _content_rows(self, contents: Mapping[bytes, tuple[int, bytes]]) -> list[Row]:
-        close = self._vault.close
+        encrypt = self._protection.encrypt
         return [
-            {"digest": digest, "kind": kind, "body": close(body)} for digest, (kind, body) in sorted(contents.items())
+            {"digest": digest, "kind": kind, "body": encrypt(body)} for digest, (kind, body) in sorted(contents.items())
         ]
 
-    def _add_known(self, connection: Connection, new: New, table: Table, rows: Sequence[Row]) -> Locked:
+    def _insert(self, connection: Connection, write: Write, table: Table) -> Locked:
         """Store new rows and their content if the thread is what the cache says."""
-        number, epoch = new.known.number, new.known.epoch
+        number, epoch = write.known.number, write.known.epoch
         assert number is not None
+        if write.known.void:  # the server that answers now may never have had what the cache says
+            raise WriteConflict(WriteMode.CHECK)
         dialect, tables = connection.dialect.name, self._tables
         try:
-            if dialect == "postgresql" and new.fits(rows):
-                content = self._content_rows(new.contents)
-                inserted = insert_all(connection, table, (tables.threads, tables.blobs), (number, epoch), content, rows)
+            if dialect == "postgresql" and write.is_one_statement:
+                content = self._content_rows(write.contents)
+                parents = tables.threads, tables.blobs
+                inserted = insert_all(connection, table, parents, (number, epoch), content, write.rows)
             else:
-                self.add_content(connection, number, new.contents)
-                numbered = [{"of": number, "in_epoch": epoch, **row} for row in rows]
-                inserted = insert_locked(dialect, table, tables.threads).run_all(connection, numbered, counted=True)
+                self.add_content(connection, number, write.contents)
+                rows = [{"of": number, "in_epoch": epoch, **row} for row in write.rows]
+                inserted = insert_locked(dialect, table, tables.threads).run_all(connection, rows)
         except IntegrityError as error:
-            raise StaleCacheError from error
-        if inserted != len(rows):
-            raise StaleCacheError
+            raise WriteConflict(WriteMode.CHECK) from error
+        if inserted != len(write.rows):
+            raise WriteConflict(WriteMode.CHECK)
         return Locked(number, epoch)
 
-    def _begin(self, connection: Connection, new: New, *, alone: bool) -> Locked:
-        thread = self.open_thread(connection, new.thread, alone=alone)
-        if new.trusting and (thread.number, thread.epoch) != (new.known.number, new.known.epoch):
-            raise StaleCacheError
+    def _begin(self, connection: Connection, write: Write) -> Locked:
+        if write.known.void:
+            raise WriteConflict(WriteMode.CHECK)
+        thread = self.open_thread(connection, write.thread, alone=write.mode is WriteMode.EXCLUSIVE)
+        if write.relies_on_cache and (thread.number, thread.epoch) != (write.known.number, write.known.epoch):
+            raise WriteConflict(WriteMode.CHECK)
         return thread
 
-    def _row_before(self, connection: Connection, row: Row, checkpoint_id: bytes) -> Any:
-        """What is stored of a checkpoint of the namespace of ``row``; None if there is none."""
+    def _stored_row(self, connection: Connection, row: Row, checkpoint_id: bytes) -> Any:
+        """What is stored of a checkpoint of the namespace of `row`; None if there is none."""
         keys = {"thread": row["thread"], "ns": row["ns"], "id": checkpoint_id}
-        return connection.execute(self._before, keys).one_or_none()
+        return connection.execute(self._stored, keys).one_or_none()
 
-    def _written(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> dict[int, bytes]:
+    def _stored_writes(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> dict[int, bytes]:
         """The content of what the task has written already, by index."""
-        if not rows:
-            return {}
         keys = {name: rows[0][name] for name in ("thread", "ns", "checkpoint", "task")}
         return {row.idx: row.digest for row in connection.execute(self._of_task, keys)}
 
     def _locked(self, connection: Connection, statement: Any, thread_id: str) -> Locked | None:
         row = connection.execute(statement, {"key": thread_key(thread_id)}).one_or_none()
         return None if row is None else Locked(row.number, row.epoch)
-
-
-def _check_known(new: New) -> None:
-    """Refuse what was packed before a connection was lost: the server that answers now may never have had it."""
-    if new.known.void:
-        raise StaleCacheError
 
 
 def insert_new(connection: Connection, table: Table, row: Row) -> bool:
@@ -266,7 +280,7 @@ def insert_content(dialect: str, blobs: Table) -> Prepared:
 
 
 def insert_locked(dialect: str, table: Table, threads: Table) -> Prepared:
-    """INSERT of a row for the thread of number ``of`` if its epoch is ``in_epoch``, whose row is locked (shared)."""
+    """INSERT of a row for the thread of number `of` if its epoch is `in_epoch`, whose row is locked (shared)."""
     return kept(table, ("locked", dialect), lambda: _insert_locked(dialect, table, threads))
 
 

@@ -1,4 +1,4 @@
-"""``agentmem storage import``: copies threads out of another checkpointer's database.
+"""`agentmem storage import`: copies threads out of another checkpointer's database.
 
 The parameters are here, and everything else is imported when the command runs: the command tree imports this.
 """

@@ -16,16 +16,14 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtraError(error.name or "sqlalchemy", "sql") from error
 
-from agentmem_sql.compaction import Compaction
-from agentmem_sql.memories import MemoryStep
+from agentmem_sql.memory_history import MemoryStep
+from agentmem_sql.report import StorageReport, ThreadSize
 from agentmem_sql.retention import Retention, RetentionReport, ThreadRetention
 from agentmem_sql.saver import SQLAlchemySaver
-from agentmem_sql.sizes import StorageReport, ThreadSize
 from agentmem_sql.tables import metadata
 from agentmem_sql.transfer import ThreadTransfer, TransferError, TransferReport, acopy_threads, copy_threads
 
 __all__ = [
-    "Compaction",
     "MemoryStep",
     "Retention",
     "RetentionReport",

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping
 from threading import Lock
 
 from agentmem_sql import forks
+from agentmem_sql.list_tree import Node
 from agentmem_sql.recall import Recalled, Run
-from agentmem_sql.trees import Node
 
 # What a channel held at a checkpoint: its version there, and its content; no content: the channel was empty.
 Held = tuple[str | int | float, bytes | None]

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from hashlib import sha256
 from operator import itemgetter
 from typing import Any, NamedTuple, cast
 
@@ -27,6 +28,7 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 
 from agentmem.errors import StorageError
 from agentmem_sql.cache import Body, Held_by
+from agentmem_sql.ids import check_id
 from agentmem_sql.keys import (
     DIGEST_BYTES,
     decode_text,
@@ -60,6 +62,7 @@ class Address(NamedTuple):
 
         Raises:
             StorageError: it names no thread.
+            ConfigError: its thread id or checkpoint id is none, for example None.
         """
         found = config.get("configurable", {})
         if "thread_id" not in found:
@@ -68,7 +71,8 @@ class Address(NamedTuple):
                 "pass {'configurable': {'thread_id': '...'}} to the graph or the checkpointer"
             )
         ns, checkpoint_id = str(found.get("checkpoint_ns", "")), found.get("checkpoint_id")
-        return cls(str(found["thread_id"]), ns, checkpoint_id or None)
+        named = check_id(checkpoint_id, "checkpoint id") if checkpoint_id else None
+        return cls(check_id(found["thread_id"]), ns, named)
 
     def config(self, checkpoint_id: str) -> RunnableConfig:
         """The config of a checkpoint in this namespace."""
@@ -196,11 +200,19 @@ def encode_writes(
             "idx": index,
             "path": path,
             "channel": encode_text(channel),
-            "digest": packer.pack(value),
+            # What may be replaced has content of its own, so that it can be freed without a look at the whole thread.
+            "digest": packer.pack_own(value, _place(ns, checkpoint, task, index))
+            if channel in WRITES_IDX_MAP
+            else packer.pack(value),
         }
         row["seal"] = seal_write(vault, address.thread, row)
         rows.append(row)
     return rows
+
+
+def _place(ns: bytes, checkpoint: bytes, task: bytes, index: int) -> bytes:
+    """A digest of the key of a pending write, of 32 bytes."""
+    return sha256(b"%d %d %d " % (index, len(ns), len(checkpoint)) + ns + checkpoint + task).digest()
 
 
 def replaces(writes: Sequence[tuple[str, Any]]) -> bool:

@@ -1,15 +1,18 @@
 """Looking into threads without running them: what a thread's memory was, checkpoint by checkpoint.
 
-No model is loaded and no graph is built; see ``memories`` for what is read.
+No model is loaded and no graph is built; see `memory_history` for what is read.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 from agentmem_sql.codec import Address
 from agentmem_sql.driven import Driven
-from agentmem_sql.memories import MemoryStep, Walk
+from agentmem_sql.ids import check_id
+from agentmem_sql.memory_history import MemoryStep, memory_history
 
 
 class Inspection(Driven):
@@ -32,7 +35,7 @@ class Inspection(Driven):
         come from are not on the way; name a checkpoint of theirs to see them.
 
         A thread that is not there has no steps. One that is pruned meanwhile gives those that are left. Reads
-        page by page and holds one page at a time; ``newest_first`` begins at once, without following the
+        page by page and holds one page at a time; `newest_first` begins at once, without following the
         thread to its first checkpoint.
 
         Args:
@@ -40,7 +43,7 @@ class Inspection(Driven):
             checkpoint_ns: of a subgraph.
             checkpoint_id: where the way ends, instead of the newest checkpoint.
             channel: where the memory is kept. None finds every channel whose latest value is a memory as
-                ``MemoryState.to_dict`` writes it, and leaves out what else such a channel held.
+                `MemoryState.to_dict` writes it, and leaves out what else such a channel held.
             newest_first: turn the order round.
 
         Raises:
@@ -48,10 +51,8 @@ class Inspection(Driven):
                 checkpoint).
             CorruptStateError: what a checkpoint holds is no memory, or not one that this version reads.
         """
-        address = Address(str(thread_id), checkpoint_ns, checkpoint_id)
-        walk = Walk(self._store, self._serde, address, channel, newest_first=newest_first)
-        while not walk.finished:
-            yield from walk.steps(self._database.run(walk.next_page))
+        address = Address(check_id(thread_id), checkpoint_ns, checkpoint_id)
+        return memory_history(self._database, self._store, self._serde, address, channel, newest_first=newest_first)
 
     async def amemory_history(
         self,
@@ -62,9 +63,8 @@ class Inspection(Driven):
         channel: str | None = None,
         newest_first: bool = False,
     ) -> AsyncIterator[MemoryStep]:
-        """``memory_history`` for a task."""
-        address = Address(str(thread_id), checkpoint_ns, checkpoint_id)
-        walk = Walk(self._store, self._serde, address, channel, newest_first=newest_first)
-        while not walk.finished:
-            for step in walk.steps(await self._database.arun(walk.next_page)):
-                yield step
+        """`memory_history` for a task."""
+        options: dict[str, Any] = {"checkpoint_ns": checkpoint_ns, "checkpoint_id": checkpoint_id, "channel": channel}
+        steps = self.memory_history(thread_id, newest_first=newest_first, **options)
+        while (step := await asyncio.to_thread(next, steps, None)) is not None:
+            yield step

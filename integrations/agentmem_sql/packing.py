@@ -16,11 +16,11 @@ from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
 from langgraph.checkpoint.serde.types import _DeltaSnapshot
 
 from agentmem.errors import StorageError
-from agentmem_sql import trees
+from agentmem_sql import list_tree as trees
 from agentmem_sql.cache import Body, Thread
+from agentmem_sql.list_tree import FANOUT, INLINE, LEAVES, LIST, NODE, PART, PART_BYTES, RUN, SPLIT, VALUE, Inline, Node
 from agentmem_sql.recall import Recalled, Run, recall, recognise
 from agentmem_sql.shapes import Shapes
-from agentmem_sql.trees import FANOUT, INLINE, LEAVES, LIST, NODE, PART, PART_BYTES, RUN, SPLIT, VALUE, Inline, Node
 from agentmem_sql.vault import Vault
 
 _NUMBERS = frozenset({int, float, bool, type(None)})
@@ -89,10 +89,25 @@ class Packer:
             return self._list(_DeltaSnapshot(items), items, trees.SNAPSHOT)
         return self._add(VALUE, dump(self._serde, value))
 
+    def pack_own(self, value: Any, place: bytes) -> bytes:
+        """The digest of content that only the pending write at this place refers to (32 bytes; see `own_body`).
+
+        It is always sent: a writer that replaces it frees it without counting the epoch up, so what is known of the
+        thread does not tell whether it is still there.
+        """
+        body = trees.own_body(place, dump(self._serde, value))
+        if len(body) > PART_BYTES:
+            return self.pack(value)
+        digest = self._vault.digest(trees.OWN, body)
+        self.new[digest] = trees.OWN, body
+        return digest
+
     def remember(self, known: Thread) -> None:
         """Tell the cache what was stored; to be called after the commit."""
         added: list[tuple[bytes, Body]] = [
-            (digest, body if kind in LEAVES else trees.parse(kind, body)) for digest, (kind, body) in self.new.items()
+            (digest, body if kind in LEAVES else trees.parse(kind, body))
+            for digest, (kind, body) in self.new.items()
+            if kind != trees.OWN
         ]
         known.add_all(added + [(one.digest, one) for one in self._recalled])
         for run in self._runs:
@@ -257,7 +272,7 @@ class Unpacker:
         return items
 
     def _value(self, digest: bytes, body: bytes) -> Any:
-        value = load(self._serde, body)
+        value = load(self._serde, trees.value_of(body))
         snapshot = recall(value, digest, whole=True)
         if snapshot is not None and self._shapes is not None:
             self._shapes.learn(body, value, snapshot)

@@ -22,9 +22,9 @@ from agentmem.errors import StorageError
 from agentmem_sql.cache import Body, Cache, Thread
 from agentmem_sql.codec import Address, StoredCheckpoint, damaged, decode_row, decode_write, matches
 from agentmem_sql.keys import decode_text, encode_text, exact_key, open_key, thread_key
+from agentmem_sql.list_tree import LEAVES, Node, parse
 from agentmem_sql.prepared import Prepared, PreparedLookup, Rows
 from agentmem_sql.tables import Tables
-from agentmem_sql.trees import LEAVES, Node, parse
 from agentmem_sql.vault import Vault
 
 T = TypeVar("T")
@@ -121,9 +121,10 @@ class Reader:
                 stored.contents = self.collect(connection, known, stored.roots)
                 return found
             except Missing:
-                if before == (known.epoch, stored.id):
+                # Under one epoch only what a pending write held may go, when it is replaced: its row names another.
+                if before == (known.epoch, stored.id, stored.roots):
                     break
-                before = known.epoch, stored.id
+                before = known.epoch, stored.id, stored.roots
         else:
             raise StorageError(
                 f"thread {address.thread[:80]!r} was pruned {_ATTEMPTS} times while it was being read; try again"
@@ -237,10 +238,7 @@ class Reader:
         stored, known = found
         try:
             stored.contents = self.collect(connection, known, stored.roots)
-        except Missing:
-            again = self._rows(connection, stored.address)
-            if again and again[0][1] == known.epoch:
-                raise damaged(stored.address.thread, stored.id, "a stored value") from None
+        except Missing:  # taken out or replaced meanwhile, or damaged: `find` tells
             return False
         return True
 

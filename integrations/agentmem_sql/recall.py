@@ -24,7 +24,7 @@ import ormsgpack
 from langchain_core.messages import BaseMessage
 from pydantic import BaseModel
 
-from agentmem_sql.trees import FANOUT, LINK
+from agentmem_sql.list_tree import FANOUT, LINK
 
 _CLASSES_OF = "langchain_core.messages."
 # What is not exactly a string, a number, bytes, a list or a dictionary is an error, and its message not recalled.

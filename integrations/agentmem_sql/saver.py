@@ -5,6 +5,7 @@ LangGraph's methods are here; what there is beyond them is in ``inspection`` and
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from functools import partial
 from secrets import randbelow
@@ -246,11 +247,11 @@ class SQLAlchemySaver(Inspection, Maintenance):
 
     def delete_thread(self, thread_id: str) -> None:
         """Remove everything of a thread, content included, in one transaction."""
-        self._run(self._store.delete_thread(str(thread_id)))
+        self._store.delete_thread(self._database, thread_id)
 
     async def adelete_thread(self, thread_id: str) -> None:
         """``delete_thread`` for a task."""
-        await self._arun(self._store.delete_thread(str(thread_id)))
+        await asyncio.to_thread(self._store.delete_thread, self._database, thread_id)
 
     def delete_for_runs(self, run_ids: Sequence[str]) -> None:
         """Remove the checkpoints whose metadata name one of these runs, on all threads.
@@ -258,11 +259,11 @@ class SQLAlchemySaver(Inspection, Maintenance):
         Later checkpoints stay as they are: their parent is then the nearest one that is left, and what their
         delta channels need of the runs' writes is kept.
         """
-        self._run(self._store.delete_for_runs(self._serde, run_ids))
+        self._store.delete_for_runs(self._database, self._serde, run_ids)
 
     async def adelete_for_runs(self, run_ids: Sequence[str]) -> None:
         """``delete_for_runs`` for a task."""
-        await self._arun(self._store.delete_for_runs(self._serde, run_ids))
+        await asyncio.to_thread(self._store.delete_for_runs, self._database, self._serde, run_ids)
 
     def copy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
         """Copy all checkpoints, pending writes and content of a thread, with their ids, to another.
@@ -270,11 +271,11 @@ class SQLAlchemySaver(Inspection, Maintenance):
         What the other thread has under the same ids is replaced, the rest of it stays. A source that is not
         there is no error.
         """
-        self._run(self._store.copy_thread(str(source_thread_id), str(target_thread_id)))
+        self._store.copy_thread(self._database, source_thread_id, target_thread_id)
 
     async def acopy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
         """``copy_thread`` for a task."""
-        await self._arun(self._store.copy_thread(str(source_thread_id), str(target_thread_id)))
+        await asyncio.to_thread(self._store.copy_thread, self._database, source_thread_id, target_thread_id)
 
     def prune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
         """Thin out threads: ``keep_latest`` leaves the newest checkpoint of each namespace, ``delete`` nothing.
@@ -285,11 +286,11 @@ class SQLAlchemySaver(Inspection, Maintenance):
         Raises:
             ConfigError: another strategy.
         """
-        self._run(self._store.prune(self._serde, thread_ids, strategy))
+        self._store.prune(self._database, self._serde, thread_ids, strategy)
 
     async def aprune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
         """``prune`` for a task."""
-        await self._arun(self._store.prune(self._serde, thread_ids, strategy))
+        await asyncio.to_thread(self._store.prune, self._database, self._serde, thread_ids, strategy)
 
     def get_next_version(self, current: str | int | float | None, channel: None) -> Any:
         """The version after ``current``: a number that sorts as text, and a random part.

@@ -27,14 +27,14 @@ from sqlalchemy import Connection
 from agentmem.errors import ConfigError, StorageError
 from agentmem_sql.cache import Body, Cache, Held_by, Thread
 from agentmem_sql.codec import Address, encode_checkpoint, encode_writes, replaces, to_tuple
-from agentmem_sql.copying import Copier
-from agentmem_sql.deltas import Walker
-from agentmem_sql.keys import decode_text
+from agentmem_sql.database import Database
+from agentmem_sql.delta_channels import AncestorReader
+from agentmem_sql.ids import check_id, check_ids
+from agentmem_sql.mark_sweep import Sweeper
 from agentmem_sql.packing import Packer, Unpacker
-from agentmem_sql.pruning import Choose, Pruner, Taken, all_but_newest
+from agentmem_sql.prune import Copier, Pruner, all_but_newest
 from agentmem_sql.reading import Found, Reader
 from agentmem_sql.shapes import Shapes, reads_as_written
-from agentmem_sql.sweeping import Sweeper
 from agentmem_sql.tables import Tables
 from agentmem_sql.vault import Vault
 from agentmem_sql.writing import NeedsLockError, New, StaleCacheError, Writer
@@ -67,10 +67,10 @@ class Store:
         # A clone of the saver has another serializer, which may read the same bytes as something else.
         self._shapes: WeakKeyDictionary[SerializerProtocol, Shapes] = WeakKeyDictionary()
         self.reader = Reader(tables, vault, self.cache)
-        self.walker = Walker(self.reader, vault)
+        self.ancestors = AncestorReader(self.reader, vault)
         self.sweeper = Sweeper(tables, vault)
         self.writer = Writer(tables, vault, self.sweeper)
-        self.pruner = Pruner(tables, vault, self.writer, self.walker, self.sweeper)
+        self.pruner = Pruner(tables, vault, self.cache, self.writer, self.ancestors, self.sweeper)
         self.copier = Copier(tables, vault, self.writer, self.pruner)
         self._keyed = not vault.encrypts
 
@@ -191,7 +191,7 @@ class Store:
         """Seed and writes of delta channels."""
         if not channels:
             return {}
-        read = partial(self.walker.read, address=Address.of(config), channels=list(dict.fromkeys(channels)))
+        read = partial(self.ancestors.read, address=Address.of(config), channels=list(dict.fromkeys(channels)))
         found = yield Job(read)
         if found is None:
             return {name: DeltaChannelHistory(writes=[]) for name in channels}
@@ -206,43 +206,31 @@ class Store:
 
     # Taking out and copying.
 
-    def delete_thread(self, thread_id: str) -> Steps[None]:
+    def delete_thread(self, database: Database, thread_id: str) -> None:
         """Remove everything of a thread."""
-        yield Job(partial(self.writer.delete_thread, thread_id=thread_id), write=True)
+        thread_id = check_id(thread_id)
+        database.run(partial(self.writer.delete_thread, thread_id=thread_id), write=True)
         self.cache.drop(thread_id)
 
-    def delete_for_runs(self, serde: SerializerProtocol, run_ids: Collection[str]) -> Steps[None]:
+    def delete_for_runs(self, database: Database, serde: SerializerProtocol, run_ids: Collection[str]) -> None:
         """Remove the checkpoints of runs."""
-        wanted = set(run_ids)
-        if not wanted:
-            return
-        found = yield Job(partial(self.pruner.threads_of_runs, serde=serde, run_ids=wanted))
-        for name, keys in found.items():
-            yield from self.remove(serde, decode_text(name), keys.intersection)
+        if wanted := check_ids(run_ids, "run id"):
+            self.pruner.delete_runs(database, serde, wanted)
 
-    def prune(self, serde: SerializerProtocol, thread_ids: Sequence[str], strategy: str) -> Steps[None]:
+    def prune(self, database: Database, serde: SerializerProtocol, thread_ids: Sequence[str], strategy: str) -> None:
         """Keep the newest checkpoint of each namespace, or nothing; each thread in a transaction of its own."""
         if strategy not in ("keep_latest", "delete"):
             raise ConfigError(f"expected the strategy 'keep_latest' or 'delete', found {strategy!r}")
-        for thread_id in dict.fromkeys(map(str, thread_ids)):
+        for thread_id in check_ids(thread_ids):
             if strategy == "delete":
-                yield from self.delete_thread(thread_id)
+                self.delete_thread(database, thread_id)
             else:
-                yield from self.remove(serde, thread_id, all_but_newest)
+                self.pruner.remove(database, serde, thread_id, all_but_newest)
 
-    def remove(
-        self, serde: SerializerProtocol, thread_id: str, choose: Choose, *, dry_run: bool = False
-    ) -> Steps[Taken]:
-        """Take out the checkpoints of a thread that ``choose`` names, or only say what that comes to."""
-        work = self.pruner.preview if dry_run else self.pruner.take
-        taken: Taken = yield Job(partial(work, serde=serde, thread_id=thread_id, choose=choose), write=not dry_run)
-        if taken.deleted and not dry_run:
-            self.cache.drop(thread_id)
-        return taken
-
-    def copy_thread(self, source_id: str, target_id: str) -> Steps[None]:
+    def copy_thread(self, database: Database, source_id: str, target_id: str) -> None:
         """Copy a thread."""
-        yield Job(partial(self.copier.copy, source_id=source_id, target_id=target_id), write=True)
+        source_id, target_id = check_id(source_id), check_id(target_id)
+        database.run(partial(self.copier.copy, source_id=source_id, target_id=target_id), write=True)
 
 
 def _nothing(_connection: Connection) -> None:

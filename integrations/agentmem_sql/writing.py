@@ -26,9 +26,9 @@ from agentmem_sql.cache import Thread
 from agentmem_sql.codec import Row, seal_checkpoint
 from agentmem_sql.dialects import add_rows, insert_missing
 from agentmem_sql.keys import encode_text, thread_key
+from agentmem_sql.mark_sweep import Sweeper
 from agentmem_sql.onestatement import MOST_CONTENT, MOST_ROWS, insert_all
 from agentmem_sql.prepared import Prepared, kept
-from agentmem_sql.sweeping import Sweeper
 from agentmem_sql.tables import Tables
 from agentmem_sql.vault import Vault
 
@@ -141,8 +141,11 @@ class Writer:
         thread = self._begin(connection, new, alone=alone)
         numbered = [{"thread": thread.number, **row} for row in rows]
         before = self._written(connection, numbered)
+        replaced: set[bytes] = set()
         if replace:
-            orphans = any(before.get(row["idx"], row["digest"]) != row["digest"] for row in numbered)
+            new_digests = {row["idx"]: row["digest"] for row in numbered}
+            replaced = {digest for idx, digest in before.items() if new_digests.get(idx, digest) != digest}
+            orphans = bool(replaced)
         else:
             left_out = [row for row in numbered if row["idx"] in before]
             numbered = [row for row in numbered if row["idx"] not in before]
@@ -153,6 +156,8 @@ class Writer:
             raise NeedsLockError
         self.add_content(connection, thread.number, new.contents)
         add_rows(connection, self._tables.writes, numbered, replace=replace)
+        if replaced and not self._sweeper.free_replaced(connection, thread.number, replaced):
+            return thread
         return self.sweep(connection, thread) if orphans else thread
 
     def delete_thread(self, connection: Connection, thread_id: str) -> None:

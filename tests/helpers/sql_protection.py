@@ -19,7 +19,7 @@ from sqlalchemy import StaticPool, create_engine
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.codec import pack_content, seal_checkpoint, unpack_content
-from agentmem_sql.trees import VALUE
+from agentmem_sql.list_tree import VALUE
 from agentmem_sql.vault import Vault
 from tests.helpers.sql_cases import checkpoint, config, memory, put
 from tests.helpers.sql_values import spelled

@@ -16,7 +16,7 @@ from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
-from agentmem_sql.trees import VALUE
+from agentmem_sql.list_tree import VALUE
 from agentmem_sql.vault import Vault
 from tests.helpers.sql_cases import checkpoint, config, finish, memory, put, start_child
 from tests.helpers.sql_graphs import chat_graph, say

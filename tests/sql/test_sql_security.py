@@ -14,7 +14,7 @@ from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.codec import pack_content, seal_checkpoint
-from agentmem_sql.trees import VALUE
+from agentmem_sql.list_tree import VALUE
 from tests.helpers.sql_cases import checkpoint, config, put
 from tests.helpers.sql_protection import PROTECTION, aes
 

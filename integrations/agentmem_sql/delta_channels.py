@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 
 from sqlalchemy import Connection, Integer, and_, bindparam, cast, literal, select
 
+from agentmem_sql.list_tree import HISTORY, History, read_history
 from agentmem_sql.message_cache import Body, CachedThread
+from agentmem_sql.protection import Protection
+from agentmem_sql.reader import Missing, Reader, chunks
 from agentmem_sql.rows import Address, Row, StoredWrite, check_seal, damaged, decode_write, unpack_content
 from agentmem_sql.schema import decode_text, encode_text, open_key
-from agentmem_sql.list_tree import HISTORY, History, read_history
-from agentmem_sql.reader import Missing, Reader, chunks
-from agentmem_sql.protection import Protection
 
 _ANCESTORS = 100  # in one statement
 

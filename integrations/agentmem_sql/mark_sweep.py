@@ -16,11 +16,11 @@ from typing import NamedTuple
 from sqlalchemy import BindParameter, Connection, bindparam, delete, func, select, update
 
 from agentmem.errors import StorageError
-from agentmem_sql.rows import unpack_content
 from agentmem_sql.list_tree import LEAVES, OWN, parse
-from agentmem_sql.reader import chunks
-from agentmem_sql.schema import Tables
 from agentmem_sql.protection import Protection
+from agentmem_sql.reader import chunks
+from agentmem_sql.rows import unpack_content
+from agentmem_sql.schema import Tables
 
 
 class Content(NamedTuple):

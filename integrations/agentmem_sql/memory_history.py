@@ -21,13 +21,13 @@ from sqlalchemy import Connection, bindparam, select
 
 from agentmem.errors import CorruptStateError, StateMismatchError, StorageError
 from agentmem.state import MemoryState
-from agentmem_sql.message_cache import Body, CachedThread
-from agentmem_sql.rows import Address, StoredCheckpoint, damaged, decode_row
-from agentmem_sql.database import Database
-from agentmem_sql.schema import open_key
-from agentmem_sql.list_tree import LIST
 from agentmem_sql.content import Unpacker
+from agentmem_sql.database import Database
+from agentmem_sql.list_tree import LIST
+from agentmem_sql.message_cache import Body, CachedThread
 from agentmem_sql.reader import Missing
+from agentmem_sql.rows import Address, StoredCheckpoint, damaged, decode_row
+from agentmem_sql.schema import open_key
 from agentmem_sql.store import Store
 
 # Channels of LangGraph's own; what they hold is never a memory.

@@ -201,9 +201,9 @@ def _shared(value: T) -> T:
 
 
 # Decoding by template. A serializer revives a message by importing its class and calling it, and pydantic looks at
-# every field: for a thread of a thousand messages that is most of the time that reading takes. The class of a message and the
-# types of its fields are its template. The first of a template goes through the serializer. If that changes nothing,
-# the others whose lists and dictionaries are empty are made from their fields as they stand.
+# every field: for a thread of a thousand messages that is most of the time that reading takes. The class of a message
+# and the types of its fields are its template. The first message of a template goes through the serializer. If that
+# changes nothing, the others whose lists and dictionaries are empty are made from their fields as they stand.
 
 _Template = tuple[Any, ...]
 

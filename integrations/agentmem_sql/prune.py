@@ -20,7 +20,14 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 from sqlalchemy import BindParameter, Connection, bindparam, delete, select, update
 
 from agentmem.errors import StorageError
+from agentmem_sql.database import Database
+from agentmem_sql.delta_channels import Ancestor, AncestorReader, add_write, fold
+from agentmem_sql.list_tree import HISTORY, History, history_body, parse
+from agentmem_sql.mark_sweep import Content, Sweeper, referred, unreachable
 from agentmem_sql.message_cache import ThreadCache
+from agentmem_sql.protection import Protection
+from agentmem_sql.reader import Missing, chunks
+from agentmem_sql.report import row_bytes, thread_bytes
 from agentmem_sql.rows import (
     Row,
     StoredCheckpoint,
@@ -32,16 +39,8 @@ from agentmem_sql.rows import (
     seal_write,
     unpack_content,
 )
-from agentmem_sql.database import Database
-from agentmem_sql.delta_channels import Ancestor, AncestorReader, add_write, fold
+from agentmem_sql.schema import Tables, decode_text, thread_key
 from agentmem_sql.statements import add_rows, insert_missing
-from agentmem_sql.schema import decode_text, thread_key
-from agentmem_sql.list_tree import HISTORY, History, history_body, parse
-from agentmem_sql.mark_sweep import Content, Sweeper, referred, unreachable
-from agentmem_sql.reader import Missing, chunks
-from agentmem_sql.report import row_bytes, thread_bytes
-from agentmem_sql.schema import Tables
-from agentmem_sql.protection import Protection
 from agentmem_sql.writer import Locked, Writer
 
 Key = tuple[bytes, bytes]  # a checkpoint's namespace and id
@@ -114,7 +113,13 @@ class Pruner:
     """Removes checkpoints in the tables of one database."""
 
     def __init__(
-        self, tables: Tables, protection: Protection, cache: ThreadCache, writer: Writer, ancestors: AncestorReader, sweeper: Sweeper
+        self,
+        tables: Tables,
+        protection: Protection,
+        cache: ThreadCache,
+        writer: Writer,
+        ancestors: AncestorReader,
+        sweeper: Sweeper,
     ) -> None:
         self._protection = protection
         self._cache = cache

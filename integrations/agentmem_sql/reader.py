@@ -120,7 +120,7 @@ class Reader:
                 stored.contents = self.collect(connection, known, stored.roots)
                 return found
             except Missing:
-                # Under one epoch only the content of a pending write may go, when it is replaced; its row names another.
+                # Under one epoch only what a pending write held may go, when it is replaced: its row names another.
                 if before == (known.epoch, stored.id, stored.roots):
                     break
                 before = known.epoch, stored.id, stored.roots

@@ -19,16 +19,15 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 from sqlalchemy import ColumnElement, Connection, case, exists, func, null, or_, select
 
 from agentmem.errors import ConfigError
-from agentmem_sql.rows import Row
+from agentmem_sql.content import load
 from agentmem_sql.database import Database
 from agentmem_sql.ids import check_ids
-from agentmem_sql.schema import decode_text, encode_text, thread_key
-from agentmem_sql.content import load
+from agentmem_sql.protection import Protection
 from agentmem_sql.prune import Key, Taken, UnreadableThreadError
 from agentmem_sql.reader import chunks
+from agentmem_sql.rows import Row
+from agentmem_sql.schema import Tables, decode_text, encode_text, thread_key
 from agentmem_sql.store import Store
-from agentmem_sql.schema import Tables
-from agentmem_sql.protection import Protection
 
 _PAGE = 500
 

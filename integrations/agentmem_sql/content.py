@@ -8,9 +8,10 @@ between content and the database (see `protection`), so that equal values are on
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from langchain_core.messages import BaseMessage
 from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
 from langgraph.checkpoint.serde.types import _DeltaSnapshot
@@ -25,6 +26,7 @@ from agentmem_sql.list_tree import (
     LIST,
     NODE,
     OWN,
+    OWN_MARK,
     PART,
     PART_BYTES,
     RUN,
@@ -46,10 +48,8 @@ from agentmem_sql.message_cache import (
     DecodeTemplates,
     MessageSnapshot,
     copy_messages,
-    match_stored,
-    still_equal,
+    match_or_snapshot,
     take_snapshot,
-    take_snapshots,
 )
 from agentmem_sql.protection import Protection
 
@@ -105,46 +105,54 @@ class Packer:
     """Packs the values of one call; equal content once.
 
     Attributes:
+        known: what is known of the thread.
         new: content that the thread does not have, as far as is known: digest -> (kind, body).
         relies_on_cache: whether something was left out because `known` says that the thread has it.
+        snapshots: messages of this call that may be remembered when they are stored.
     """
 
     def __init__(
         self, serde: SerializerProtocol, protection: Protection, known: CachedThread, *, relies_on_cache: bool = False
     ) -> None:
+        self.known = known
         self.new: dict[bytes, tuple[int, bytes]] = {}
         self.relies_on_cache = relies_on_cache
+        self.snapshots: list[tuple[Any, MessageSnapshot]] = []
         self._serde = serde
         self._digests = protection.digests
-        self.known = known
-        self._snapshots: list[MessageSnapshot] = []
 
-    def pack(self, values: Iterable[Value]) -> list[bytes]:
+    def pack(self, values: Sequence[Value]) -> list[bytes]:
         """The digests of the contents of values.
 
         Raises:
             StorageError: the serializer would pickle a value; names the channel.
             TypeError: the serializer does not know a value; names the channel.
         """
-        digests: list[bytes] = []
-        plain: list[tuple[int, bytes]] = []  # positions, and bodies that are digested together
-        for channel, value, place in values:
+        digests = [b""] * len(values)
+        items = _Items()
+        lists: list[tuple[int, int, list[bytes]]] = []  # positions, what the lists are of, and their entries
+        for position, (channel, value, place) in enumerate(values):
             try:
                 if place is not None:
-                    digests.append(self._own(place, value))
-                # Of a copy: a node that runs meanwhile may change the list.
-                elif type(value) is list and (items := value.copy()):
-                    digests.append(self._list(items, items, ITEMS))
-                elif type(value) is _DeltaSnapshot and type(value.value) is list and (items := value.value.copy()):
-                    digests.append(self._list(_DeltaSnapshot(items), items, SNAPSHOT))
+                    digests[position] = self._own(place, value)
+                elif type(value) is list and value:
+                    # Of a copy: a node that runs meanwhile may change the list.
+                    lists.append((position, *self._entries(value.copy(), ITEMS, items)))
+                elif type(value) is _DeltaSnapshot and type(value.value) is list and value.value:
+                    lists.append((position, *self._entries(value.value.copy(), SNAPSHOT, items)))
                 else:
-                    plain.append((len(digests), dump(self._serde, value)))
-                    digests.append(b"")
+                    items.add(dump(self._serde, value), digests, position)
             except (StorageError, TypeError) as error:
                 kind = StorageError if isinstance(error, StorageError) else TypeError
                 raise kind(f"the value of channel {channel!r} cannot be stored: {error}") from error
-        for (position, _), digest in zip(plain, self._add_values([body for _, body in plain]), strict=True):
-            digests[position] = digest
+        for (entries, at, prefix), digest in zip(items.places, self._add_values(items.bodies), strict=True):
+            entries[at] = prefix + digest
+        for message, snapshot, entries, at in items.snapshots:
+            snapshot.link = entries[at]
+            snapshot.digest = snapshot.link[len(LINK) :]
+            self.snapshots.append((message, snapshot))
+        for position, of, entries in lists:
+            digests[position] = self._list(of, entries)
         return digests
 
     def dump(self, value: Any, what: str) -> bytes:
@@ -160,14 +168,16 @@ class Packer:
             kind = StorageError if isinstance(error, StorageError) else TypeError
             raise kind(f"the {what} cannot be stored: {error}") from error
 
-    def remember(self, known: CachedThread) -> None:
-        """Tell the cache what was stored; to be called after the commit."""
-        contents: list[tuple[bytes, Body]] = [
-            (digest, body if kind in LEAVES else parse(kind, body))
-            for digest, (kind, body) in self.new.items()
-            if kind != OWN  # may be freed at any time
-        ]
-        known.add(contents + [(snapshot.digest, snapshot) for snapshot in self._snapshots])
+    def stored(self) -> list[tuple[bytes, Body]]:
+        """What may be remembered of `new` after the commit. The content of a write's own may be freed at any time."""
+        leaves: list[tuple[bytes, Body]] = []
+        inner: list[tuple[bytes, int, bytes]] = []
+        for digest, (kind, body) in self.new.items():
+            if kind not in LEAVES:
+                inner.append((digest, kind, body))
+            elif kind != OWN:
+                leaves.append((digest, body))
+        return leaves + [(digest, parse(kind, body)) for digest, kind, body in inner]
 
     def _own(self, place: bytes, value: Any) -> bytes:
         """Content that only the pending write at this place refers to.
@@ -182,16 +192,30 @@ class Packer:
         self.new[digest] = OWN, body
         return digest
 
-    def _list(self, value: Any, items: list[Any], of: int) -> bytes:
-        """`value` is the list, or what holds it."""
-        if type(items[0]) in _NUMBERS and all(type(item) in _NUMBERS for item in items):
-            if len(items) <= RUN:
-                return self._add_values([dump(self._serde, value)])[0]
-            of += RUNS
-            runs = [dump(self._serde, items[at : at + RUN]) for at in range(0, len(items), RUN)]
-            entries = [LINK + digest for digest in self._add_values(runs)]
-        else:
-            entries = self._entries(items)
+    def _entries(self, values: list[Any], of: int, items: _Items) -> tuple[int, list[bytes]]:
+        """What a list is of, and how its lowest level refers to each item; places of digests are left to `items`."""
+        if type(values[0]) in _NUMBERS and all(type(value) in _NUMBERS for value in values):
+            entries = [b""] * len(range(0, len(values), RUN))
+            for at in range(len(entries)):
+                items.add(dump(self._serde, values[at * RUN : at * RUN + RUN]), entries, at, LINK)
+            return of + RUNS, entries
+        matches, new = match_or_snapshot(values, self.known.messages)
+        entries = [b"" if match is None else match.link for match in matches]
+        if len(new) < len(values):
+            self.relies_on_cache = True
+        for at, snapshot in new.items():
+            value = values[at]
+            # In a list the serializer makes no difference between bytes and bytearrays.
+            body = dump(self._serde, bytes(value) if type(value) is bytearray else value)
+            if len(body) <= INLINE:
+                entries[at] = bytes((len(body),)) + body
+                continue
+            items.add(body, entries, at, LINK)
+            if snapshot is not None:
+                items.snapshots.append((value, snapshot, entries, at))
+        return of, entries
+
+    def _list(self, of: int, entries: list[bytes]) -> bytes:
         levels = []  # what is left over of each level, lowest first
         while len(entries) >= FANOUT:
             full = len(entries) - len(entries) % FANOUT
@@ -201,38 +225,9 @@ class Packer:
         levels.append(entries)
         return self._add(LIST, [list_body(of, levels[::-1])])[0]
 
-    def _entries(self, items: Sequence[Any]) -> list[bytes]:
-        """How the lowest level refers to each item."""
-        stored = match_stored(items, self.known.messages)
-        entries = [b"" if match is None else match.link for match in stored]
-        new = [at for at, match in enumerate(stored) if match is None]
-        if len(new) < len(items):
-            self.relies_on_cache = True
-        if not new:
-            return entries
-        new_items = [items[at] for at in new]
-        # A node that runs meanwhile may change a message: it is remembered if it was the same all the time.
-        snapshots = take_snapshots(new_items)
-        # In a list the serializer makes no difference between bytes and bytearrays.
-        bodies = [dump(self._serde, bytes(item) if type(item) is bytearray else item) for item in new_items]
-        long = [number for number, body in enumerate(bodies) if len(body) > INLINE]
-        digests = dict(zip(long, self._add_values([bodies[number] for number in long]), strict=True))
-        equal = still_equal(new_items, snapshots)
-        for number, at in enumerate(new):
-            digest = digests.get(number)
-            if digest is None:
-                entries[at] = bytes((len(bodies[number]),)) + bodies[number]
-                continue
-            entries[at] = LINK + digest
-            snapshot = snapshots[number]
-            if snapshot is not None and equal[number]:
-                snapshot.digest, snapshot.link = digest, entries[at]
-                self._snapshots.append(snapshot)
-        return entries
-
     def _add_values(self, bodies: Sequence[bytes]) -> list[bytes]:
         """The digests of serialised values; one that is too large for a row is stored in parts."""
-        if not any(len(body) > PART_BYTES for body in bodies):
+        if max(map(len, bodies), default=0) <= PART_BYTES:
             return self._add(VALUE, bodies)
         digests: list[bytes] = []
         for body in bodies:
@@ -253,6 +248,26 @@ class Packer:
         return digests
 
 
+class _Items:
+    """Serialised values that are digested together, and where their digests go.
+
+    Attributes:
+        bodies: the values.
+        places: for each a list, the position in it, and what stands before the digest there.
+        snapshots: of the messages among them: the message, its snapshot, and the place of its digest.
+    """
+
+    def __init__(self) -> None:
+        self.bodies: list[bytes] = []
+        self.places: list[tuple[list[bytes], int, bytes]] = []
+        self.snapshots: list[tuple[Any, MessageSnapshot, list[bytes], int]] = []
+
+    def add(self, body: bytes, entries: list[bytes], at: int, prefix: bytes = b"") -> None:
+        """Add a value whose digest goes to a position of a list."""
+        self.bodies.append(body)
+        self.places.append((entries, at, prefix))
+
+
 class Unpacker:
     """Unpacks values out of content that was fetched; every value anew, so that no two results share one."""
 
@@ -267,72 +282,91 @@ class Unpacker:
         self._serde = serde
         self._templates = templates
         self._contents = contents
-        self.known = known
+        self._known = known
+        self._read: list[tuple[bytes, Body]] = []
+        self._decoded: list[MessageSnapshot] = []
 
     def unpack(self, digest: bytes) -> Any:
         """The value of content."""
+        return self.unpack_all([digest])[0]
+
+    def unpack_all(self, digests: Sequence[bytes]) -> list[Any]:
+        """The values of contents; tells the cache what was read."""
+        values = [self._value(digest) for digest in digests]
+        if self._decoded:
+            self._known.add_messages(self._decoded)
+        if self._read:
+            self._known.add(self._read)
+        self._read, self._decoded = [], []
+        return values
+
+    def _value(self, digest: bytes) -> Any:
         body = self._contents[digest]
         if isinstance(body, MessageSnapshot):
             return body.copy()
         if isinstance(body, bytes):
-            return self._value(digest, body)
+            return self._load(digest, body)
         if body.kind == SPLIT:
             return load(self._serde, b"".join([self._part(part) for part in body.entries]))
         items = self._list(body)
         return _DeltaSnapshot(items) if body.of in (SNAPSHOT, SNAPSHOT_RUNS) else items
 
-    def _list(self, body: Node) -> list[Any]:
+    def _list(self, node: Node) -> list[Any]:
         entries: list[bytes] = []
         start = 0
-        for count in body.counts:
+        for count in node.counts:
             entries = [below for digest in entries for below in self._node(digest).entries]
-            entries += body.entries[start : start + count]
+            entries += node.entries[start : start + count]
             start += count
-        if body.of in (RUNS, SNAPSHOT_RUNS):
-            return [number for digest in entries for number in self.unpack(digest)]
-        bodies: list[Body] = [entry if type(entry) is Inline else self._contents[entry] for entry in entries]
-        items: list[Any] = [None] * len(bodies)
-        snapshots = [(at, body) for at, body in enumerate(bodies) if isinstance(body, MessageSnapshot)]
-        for (at, _), message in zip(snapshots, copy_messages([body for _, body in snapshots]), strict=True):
+        if node.of in (RUNS, SNAPSHOT_RUNS):
+            return [number for digest in entries for number in self._value(digest)]
+        items: list[Any] = [None] * len(entries)
+        snapshots: list[MessageSnapshot] = []  # and their positions
+        stored_at: list[int] = []
+        others: list[int] = []  # positions of what is not known as a message, with bodies and digests
+        values: list[tuple[bytes, bytes]] = []
+        for at, entry in enumerate(entries):
+            body: Body = entry if type(entry) is Inline else self._contents[entry]
+            if type(body) is MessageSnapshot:
+                snapshots.append(body)
+                stored_at.append(at)
+            else:
+                others.append(at)
+                values.append((body if isinstance(body, bytes) else b"", entry))
+        for at, message in zip(stored_at, copy_messages(snapshots), strict=True):
             items[at] = message
-        others = [at for at, body in enumerate(bodies) if type(body) is not MessageSnapshot]
-        values = [
-            (body if isinstance(body, bytes) else b"", entries[at])
-            for at, body in enumerate(bodies)
-            if type(body) is not MessageSnapshot
-        ]
         done = 0
         while done < len(others):
             # As many as there are templates for; the next one goes through the serializer, and may make a template.
             decoded = [] if self._templates is None else self._templates.fast_decode(values, done)
-            for at, (message, _) in zip(others[done:], decoded, strict=False):
+            for at, (message, snapshot) in zip(others[done:], decoded, strict=False):
                 items[at] = message
-            self.known.add_messages([snapshot for _, snapshot in decoded])
+                self._decoded.append(snapshot)
             done += len(decoded)
             if done < len(others):
                 at = others[done]
                 inline = entries[at] if type(entries[at]) is Inline else None
-                items[at] = self.unpack(entries[at]) if inline is None else load(self._serde, inline)
+                items[at] = self._value(entries[at]) if inline is None else load(self._serde, inline)
                 done += 1
         return items
 
-    def _value(self, digest: bytes, body: bytes) -> Any:
-        value = load(self._serde, value_of(body))
-        snapshot = take_snapshot(value, digest, whole=True)
+    def _load(self, digest: bytes, body: bytes) -> Any:
+        value = load(self._serde, value_of(body) if body.startswith(OWN_MARK) else body)
+        snapshot = take_snapshot(value, digest, whole=True) if isinstance(value, BaseMessage) else None
         if snapshot is not None and self._templates is not None:
             self._templates.learn(body, value, snapshot)
-        self.known.add([(digest, body if snapshot is None else snapshot)])
+        self._read.append((digest, body if snapshot is None else snapshot))
         return value
 
     def _node(self, digest: bytes) -> Node:
-        found = self._contents[digest]
-        assert isinstance(found, Node)
-        return found
+        node = self._contents[digest]
+        assert isinstance(node, Node)
+        return node
 
     def _part(self, digest: bytes) -> bytes:
-        found = self._contents[digest]
-        assert isinstance(found, bytes)
-        return found
+        part = self._contents[digest]
+        assert isinstance(part, bytes)
+        return part
 
 
 def _refuse_pickle(tag: str) -> None:

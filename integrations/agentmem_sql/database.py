@@ -387,9 +387,13 @@ class _Transactions:
         """Do work in one transaction on a connection of `writer` that has none open."""
         try:
             if self._sqlite:
-                _begin_immediate(connection)
+                driver: Any = connection.connection.driver_connection
+                if driver.in_transaction:
+                    _execute(connection, driver, "ROLLBACK")
+                _execute(connection, driver, "BEGIN IMMEDIATE")
                 result = work(connection)
-                _commit(connection)
+                if driver.in_transaction:  # unless the work ended it
+                    _commit(connection, driver)
                 return result
             with connection.begin():
                 if self._before_write is not None:
@@ -486,11 +490,16 @@ def _begin_immediate(connection: Connection) -> None:
     change(connection, "BEGIN IMMEDIATE", ())
 
 
-def _commit(connection: Connection) -> None:
-    """End SQLite's transaction, unless the work did."""
-    driver: Any = connection.connection.driver_connection
-    if driver.in_transaction:
-        change(connection, "COMMIT", ())
+def _commit(connection: Connection, driver: Any) -> None:
+    _execute(connection, driver, "COMMIT")
+
+
+def _execute(connection: Connection, driver: Any, statement: str) -> None:
+    """Begin or end a transaction of SQLite's; errors are wrapped as SQLAlchemy does it."""
+    try:
+        driver.execute(statement)
+    except sqlite3.Error as error:
+        connection._handle_dbapi_exception(error, statement, None, None, None)
 
 
 def _set_autocommit(connection: Connection, mode: bool) -> None:

@@ -158,11 +158,6 @@ def take_snapshot(message: object, digest: bytes, *, whole: bool) -> MessageSnap
     return MessageSnapshot(digest, name, kind, fields, _shared(tuple(empty)), assigned, whole, size, LINK + digest)
 
 
-def take_snapshots(messages: Iterable[object]) -> list[MessageSnapshot | None]:
-    """The snapshots of messages that are yet to be stored; None for each item that is none to be remembered."""
-    return [take_snapshot(message, b"", whole=False) for message in messages]
-
-
 def match_stored(items: Iterable[Any], stored: Mapping[str, MessageSnapshot]) -> list[MessageSnapshot | None]:
     """For each item of a list the stored message that it equals, or None."""
     matches: list[MessageSnapshot | None] = []
@@ -183,12 +178,16 @@ def match_stored(items: Iterable[Any], stored: Mapping[str, MessageSnapshot]) ->
     return matches
 
 
-def still_equal(items: Sequence[Any], snapshots: Sequence[MessageSnapshot | None]) -> list[bool]:
-    """For each item whether it is as its snapshot says."""
-    return [
-        snapshot is not None and match_stored([item], {snapshot.id: snapshot})[0] is snapshot
-        for item, snapshot in zip(items, snapshots, strict=True)
-    ]
+def match_or_snapshot(
+    items: Sequence[Any], stored: Mapping[str, MessageSnapshot]
+) -> tuple[list[MessageSnapshot | None], dict[int, MessageSnapshot | None]]:
+    """For each item the stored message that it equals, or None; and, by position, the snapshots of those that are new.
+
+    The snapshot of an item that is no message to be remembered is None.
+    """
+    matches = match_stored(items, stored)
+    new = {at: take_snapshot(items[at], b"", whole=False) for at, match in enumerate(matches) if match is None}
+    return matches, new
 
 
 @lru_cache(maxsize=256)
@@ -300,21 +299,17 @@ class CachedThread:
         self.size = 0
         self._values: OrderedDict[bytes, bytes] = OrderedDict()
         self._value_bytes = 0
-        self._heads: OrderedDict[tuple[str, str], ChannelHeads] = OrderedDict()
+        self.heads: OrderedDict[tuple[str, str], ChannelHeads] = OrderedDict()  # by namespace and checkpoint
         self._channels = 0  # of all heads
         self._lock = Lock()
-
-    def channels_at(self, ns: str, checkpoint_id: str) -> ChannelHeads | None:
-        """The channels of a checkpoint, if known."""
-        return self._heads.get((ns, checkpoint_id))
 
     def remember_channels(self, ns: str, checkpoint_id: str, channels: ChannelHeads) -> None:
         """Remember the channels of a checkpoint."""
         with self._lock:
-            self._channels += len(channels) - len(self._heads.pop((ns, checkpoint_id), ()))
-            self._heads[ns, checkpoint_id] = channels
-            if len(self._heads) > _CHECKPOINTS:
-                self._channels -= len(self._heads.popitem(last=False)[1])
+            self._channels += len(channels) - len(self.heads.pop((ns, checkpoint_id), ()))
+            self.heads[ns, checkpoint_id] = channels
+            if len(self.heads) > _CHECKPOINTS:
+                self._channels -= len(self.heads.popitem(last=False)[1])
 
     def body(self, digest: bytes) -> Body | None:
         """Content, if known: a message that can be copied, a node, or a value's bytes."""
@@ -323,10 +318,35 @@ class CachedThread:
             return self._values.get(digest)
         return body
 
-    def bodies_of(self, digests: Iterable[bytes]) -> dict[bytes, Body]:
-        """`body` for each of the digests that is known."""
-        bodies = {digest: self.body(digest) for digest in digests}
-        return {digest: body for digest, body in bodies.items() if body is not None}
+    def collect(self, roots: Iterable[bytes]) -> tuple[dict[bytes, Body], set[bytes]]:
+        """Content and what it refers to, as far as it is known; and the digests of what is not."""
+        contents: dict[bytes, Body] = {}
+        missing: set[bytes] = set()
+        pending = list(roots)
+        bodies, values = self.bodies, self._values
+        while pending:
+            digest = pending.pop()
+            if digest in contents or digest in missing:
+                continue
+            body: Body | None = bodies.get(digest)
+            if body is None or (type(body) is MessageSnapshot and not body.whole):
+                body = values.get(digest)
+            if body is None:
+                missing.add(digest)
+                continue
+            contents[digest] = body
+            if type(body) is Node:
+                pending += [entry for entry in body.entries if type(entry) is bytes]  # not what is inline
+        return contents, missing
+
+    def add_new(self, contents: Iterable[tuple[bytes, Body]], snapshots: Iterable[tuple[Any, MessageSnapshot]]) -> None:
+        """`add` what was stored, and messages that are still as their snapshots say.
+
+        A node that ran meanwhile may have changed a message while it was serialised.
+        """
+        self.add(contents)
+        same = [snapshot for message, snapshot in snapshots if match_stored([message], {snapshot.id: snapshot})[0]]
+        self.add([(snapshot.digest, snapshot) for snapshot in same])
 
     def add(self, contents: Iterable[tuple[bytes, Body]]) -> None:
         """Remember content that the thread has."""

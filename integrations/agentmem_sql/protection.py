@@ -86,9 +86,16 @@ class Protection:
         """What checkpoints of a run are found by; runs may share one, so what is found is compared."""
         return self.digest(_RUN, encode_text(run_id))[:RUN_BYTES]
 
-    def row_mac(self, fields: Iterable[bytes | None]) -> bytes:
-        """One digest over several columns, each with its length: no byte can move from one to another."""
-        joined = b"".join([b"-" if data is None else _length(len(data)) + data for data in fields])
+    def row_mac(self, fields: Iterable[object]) -> bytes:
+        """One digest over several columns, each with its length: no byte can move from one to another.
+
+        Numbers count as their digits; what is neither that, bytes nor None is what a damaged file gives.
+        """
+        columns = [
+            data if data is None or type(data) is bytes else b"%d" % data if type(data) is int else repr(data).encode()
+            for data in fields
+        ]
+        joined = b"".join([b"-" if data is None else _length(len(data)) + data for data in columns])
         return sha256(joined).digest() if self._key is None else hmac.digest(self._key, joined, "sha256")
 
     def encrypt(self, plain: bytes) -> bytes:

@@ -22,7 +22,7 @@ from agentmem.errors import StorageError
 from agentmem_sql.list_tree import LEAVES, Node, parse
 from agentmem_sql.message_cache import Body, CachedThread, ThreadCache
 from agentmem_sql.protection import Protection
-from agentmem_sql.rows import Address, StoredCheckpoint, damaged, decode_row, decode_write, matches
+from agentmem_sql.rows import Address, StoredCheckpoint, damaged, decode_row, decode_write, decode_writes, matches
 from agentmem_sql.schema import Tables, decode_text, encode_text, exact_key, open_key, thread_key
 from agentmem_sql.statements import Prepared, PreparedLookup, Rows
 
@@ -117,13 +117,13 @@ class Reader:
                 return None
             try:
                 stored, known = found
-                stored.contents = self.collect(connection, known, stored.roots)
+                stored.contents = self.collect(connection, known, _roots(stored))
                 return found
             except Missing:
                 # Under one epoch only what a pending write held may go, when it is replaced: its row names another.
-                if before == (known.epoch, stored.id, stored.roots):
+                if before == (known.epoch, stored.id, _roots(stored)):
                     break
-                before = known.epoch, stored.id, stored.roots
+                before = known.epoch, stored.id, _roots(stored)
         else:
             raise StorageError(
                 f"thread {address.thread[:80]!r} was pruned {_ATTEMPTS} times while it was being read; try again"
@@ -147,12 +147,12 @@ class Reader:
         number, epoch, *values = rows[0]
         own = dict(zip(self._own, values, strict=False), ns=ns)
         stored = decode_row(self._protection, serde, address.thread, own)
-        for row in rows:
-            pending = dict(zip(_PENDING, row[width:], strict=True), ns=ns, checkpoint=own["id"])
-            if pending["task"] is not None:
-                stored.writes.append(decode_write(self._protection, address.thread, pending))
+        same = {"ns": ns, "checkpoint": own["id"]}
+        pending = [dict(zip(_PENDING, row[width:], strict=True), **same) for row in rows if row[width] is not None]
+        stored.writes += decode_writes(self._protection, address.thread, pending)
+        heads = stored.heads
         known = self._cache.at(address.thread, number, epoch)
-        known.remember_channels(address.ns, stored.id, stored.heads)
+        known.remember_channels(address.ns, stored.id, heads)
         return Found(stored, known)
 
     def _rows(self, connection: Connection, address: Address) -> Rows:
@@ -168,18 +168,17 @@ class Reader:
         Raises:
             Missing: some of it is not there, or is not what was stored.
         """
-        contents: dict[bytes, Body] = {}
-        wanted = set(roots)
-        while wanted:
-            level = known.bodies_of(wanted)
-            if len(level) < len(wanted):
-                level.update(self._fetch(connection, known, sorted(wanted - level.keys())))
-            if len(level) < len(wanted):
+        contents, missing = known.collect(roots)
+        while missing:
+            fetched = self._fetch(connection, known, sorted(missing))
+            if len(fetched) < len(missing):
                 raise Missing
-            contents.update(level)
-            nodes = [body for body in level.values() if type(body) is Node]
-            entries = [entry for node in nodes for entry in node.entries if type(entry) is bytes]  # not what is inline
-            wanted = {digest for digest in entries if digest not in contents}
+            contents.update(fetched)
+            nodes = [body for body in fetched.values() if type(body) is Node]
+            entries = {entry for node in nodes for entry in node.entries if type(entry) is bytes}  # not what is inline
+            below, missing = known.collect(entries - contents.keys())
+            contents.update(below)
+            missing -= contents.keys()
         return contents
 
     def _fetch(self, connection: Connection, known: CachedThread, digests: Sequence[bytes]) -> dict[bytes, Body]:
@@ -229,7 +228,7 @@ class Reader:
     def _fill(self, connection: Connection, found: Found) -> bool:
         stored, known = found
         try:
-            stored.contents = self.collect(connection, known, stored.roots)
+            stored.contents = self.collect(connection, known, _roots(stored))
         except Missing:  # taken out or replaced meanwhile, or damaged: `find` tells
             return False
         return True
@@ -239,6 +238,11 @@ class Reader:
         thread = decode_text(row["name"])
         stored = decode_row(self._protection, serde, thread, row)
         return Found(stored, self._cache.at(thread, row["number"], row["epoch"]))
+
+
+def _roots(stored: StoredCheckpoint) -> set[bytes]:
+    """The content that a checkpoint and its pending writes name."""
+    return {*stored.digests.values(), *[write.digest for write in stored.writes]}
 
 
 class Listing:

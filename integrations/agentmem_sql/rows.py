@@ -29,7 +29,7 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 from agentmem.errors import StorageError
 from agentmem_sql.content import Packer, Unpacker, Value, load
 from agentmem_sql.ids import check_id
-from agentmem_sql.message_cache import Body, ChannelHeads
+from agentmem_sql.message_cache import Body, CachedThread, ChannelHeads, DecodeTemplates
 from agentmem_sql.protection import Protection
 from agentmem_sql.schema import (
     DIGEST_BYTES,
@@ -71,13 +71,11 @@ class Address(NamedTuple):
                 "pass {'configurable': {'thread_id': '...'}} to the graph or the checkpointer"
             )
         thread, checkpoint_id = configurable["thread_id"], configurable.get("checkpoint_id")
-        return cls(
-            check_id(thread),
-            str(configurable.get("checkpoint_ns") or ""),
-            checkpoint_id
-            if type(checkpoint_id) is str or not checkpoint_id
-            else check_id(checkpoint_id, "checkpoint id"),
-        )
+        if type(thread) is not str:
+            thread = check_id(thread)
+        if checkpoint_id and type(checkpoint_id) is not str:
+            checkpoint_id = check_id(checkpoint_id, "checkpoint id")
+        return cls(thread, str(configurable.get("checkpoint_ns") or ""), checkpoint_id or None)
 
     def config(self, checkpoint_id: str) -> RunnableConfig:
         """The config of a checkpoint in this namespace."""
@@ -122,11 +120,6 @@ class StoredCheckpoint:
     contents: Mapping[bytes, Body] = field(default_factory=dict)  # everything that the two refer to
 
     @property
-    def roots(self) -> set[bytes]:
-        """The content that the checkpoint and its pending writes name."""
-        return {*self.digests.values(), *(write.digest for write in self.writes)}
-
-    @property
     def heads(self) -> ChannelHeads:
         """What each channel held."""
         versions: ChannelVersions = self.body["channel_versions"]
@@ -162,7 +155,9 @@ def encode_checkpoint(
         heads[value.channel] = heads[value.channel][0], digest
     own: dict[str, Any] = {**checkpoint}
     del own["channel_values"], own["id"]
+    # In this order each neighbour is asked once: the serializer, the keys, the cipher.
     metadata_body, own_body = packer.dump(metadata, "metadata"), packer.dump(own, "checkpoint")
+    content = pack_content({name: digest for name, (_, digest) in heads.items() if digest is not None})
     ns = open_key(address.ns)
     row: dict[str, Any] = {
         "ns": ns,
@@ -170,16 +165,13 @@ def encode_checkpoint(
         "ns_name": encode_text(address.ns) if is_hashed(ns) else None,
         "parent": None if address.id is None else exact_key(address.id, "checkpoint id"),
         "created": time.time_ns() // 1_000_000,
-        "run": None,
-        "metadata": None,
-        "body": None,
-        "content": pack_content({name: digest for name, (_, digest) in heads.items() if digest is not None}),
+        "content": content,
         "history": None,
     }
     run = metadata.get("run_id")
     row["run"] = protection.run_key(run) if isinstance(run, str) else None
     row["metadata"], row["body"] = protection.encrypt(metadata_body), protection.encrypt(own_body)
-    row["seal"] = seal_checkpoint(protection, address.thread, row)
+    row["seal"] = protection.row_mac((thread_key(address.thread), *_of_checkpoint(row)))
     return row, heads
 
 
@@ -190,7 +182,7 @@ def encode_writes(
     writes: Sequence[tuple[str, Any]],
     task_id: str,
     task_path: str,
-) -> list[Row]:
+) -> Sequence[Row]:
     """The rows of the pending writes of a task; values go to the packer.
 
     Raises:
@@ -200,7 +192,9 @@ def encode_writes(
     if address.id is None:
         raise StorageError("expected a config with the checkpoint id to store writes under, found none")
     ns, checkpoint = open_key(address.ns), exact_key(address.id, "checkpoint id")
-    task, path = exact_key(check_id(task_id, "task id"), "task id"), encode_text(task_path)
+    if type(task_id) is not str:
+        task_id = check_id(task_id, "task id")
+    task, path = exact_key(task_id, "task id"), encode_text(task_path)
     by_index = {
         WRITES_IDX_MAP.get(channel, position): (channel, value) for position, (channel, value) in enumerate(writes)
     }
@@ -209,19 +203,13 @@ def encode_writes(
         Value(channel, value, _place(ns, checkpoint, task, index) if channel in WRITES_IDX_MAP else None)
         for index, (channel, value) in by_index.items()
     ]
-    rows: list[Row] = []
-    for index, value, digest in zip(by_index, values, packer.pack(values), strict=True):
-        row: dict[str, Any] = {
-            "ns": ns,
-            "checkpoint": checkpoint,
-            "task": task,
-            "idx": index,
-            "path": path,
-            "channel": encode_text(value.channel),
-            "digest": digest,
-        }
-        row["seal"] = seal_write(protection, address.thread, row)
-        rows.append(row)
+    same = {"ns": ns, "checkpoint": checkpoint, "task": task, "path": path}
+    rows: list[dict[str, Any]] = [
+        {**same, "idx": index, "channel": _channel_bytes(value.channel), "digest": digest}
+        for index, value, digest in zip(by_index, values, packer.pack(values), strict=True)
+    ]
+    for row in rows:
+        row["seal"] = protection.row_mac((thread_key(address.thread), *_of_write(row)))
     return rows
 
 
@@ -241,16 +229,19 @@ def decode_row(protection: Protection, serde: SerializerProtocol, thread: str, r
     Raises:
         StorageError: the row was changed or damaged since it was written.
     """
-    check_seal(protection, thread, row)
+    if protection.row_mac((thread_key(thread), *_of_checkpoint(row))) != row["seal"]:
+        raise damaged(thread, decode_text(row["id"]), "the checkpoint's row")
+    metadata, body = protection.decrypt(row["metadata"]), protection.decrypt(row["body"])
     checkpoint_id = decode_text(row["id"])
     ns = decode_text(row["ns"] if row["ns_name"] is None else row["ns_name"])
+    parent = None if row["parent"] is None else decode_text(row["parent"])
     return StoredCheckpoint(
         Address(thread, ns, checkpoint_id),
         checkpoint_id,
-        None if row["parent"] is None else decode_text(row["parent"]),
+        parent,
         row["created"],
-        load(serde, protection.decrypt(row["metadata"])),
-        load(serde, protection.decrypt(row["body"])),
+        load(serde, metadata),
+        load(serde, body),
         unpack_content(row["content"]),
         row["history"],
     )
@@ -262,29 +253,50 @@ def decode_write(protection: Protection, thread: str, row: Row) -> StoredWrite:
     Raises:
         StorageError: the row was changed or damaged since it was written.
     """
-    if seal_write(protection, thread, row) != row["seal"]:
-        raise damaged(thread, decode_text(row["checkpoint"]), "a pending write")
-    return StoredWrite(
-        decode_text(row["path"]), decode_text(row["task"]), row["idx"], decode_text(row["channel"]), row["digest"]
-    )
+    return decode_writes(protection, thread, [row])[0]
 
 
-def to_tuple(unpacker: Unpacker, stored: StoredCheckpoint) -> CheckpointTuple:
-    """What LangGraph gets."""
-    values = {name: unpacker.unpack(digest) for name, digest in stored.digests.items()}
-    ordered = sorted(stored.writes, key=lambda write: write.order)
+def decode_writes(protection: Protection, thread: str, rows: Sequence[Row]) -> list[StoredWrite]:
+    """Rows of the writes table.
+
+    Raises:
+        StorageError: a row was changed or damaged since it was written.
+    """
+    key = thread_key(thread)
+    for row in rows:
+        if protection.row_mac((key, *_of_write(row))) != row["seal"]:
+            raise damaged(thread, decode_text(row["checkpoint"]), "a pending write")
+    return [
+        StoredWrite(
+            decode_text(row["path"]), decode_text(row["task"]), row["idx"], _channel_name(row["channel"]), row["digest"]
+        )
+        for row in rows
+    ]
+
+
+def to_tuple(
+    stored: StoredCheckpoint, serde: SerializerProtocol, known: CachedThread, templates: DecodeTemplates | None
+) -> CheckpointTuple:
+    """What LangGraph gets; `templates` as for an `Unpacker`."""
+    config, parent = stored.address.config(stored.id), stored.parent
+    parent_config = None if parent is None else stored.address.config(parent)
+    writes = sorted(stored.writes, key=lambda write: write.order) if len(stored.writes) > 1 else stored.writes
+    digests = [*stored.digests.values(), *[write.digest for write in writes]]
+    values = Unpacker(serde, stored.contents, known, templates).unpack_all(digests)
+    channel_values = dict(zip(stored.digests, values, strict=False))
+    pending = zip(writes, values[len(channel_values) :], strict=True)
     return CheckpointTuple(
-        config=stored.address.config(stored.id),
-        checkpoint=cast(Checkpoint, {**stored.body, "id": stored.id, "channel_values": values}),
+        config=config,
+        checkpoint=cast(Checkpoint, {**stored.body, "id": stored.id, "channel_values": channel_values}),
         metadata=stored.metadata,
-        parent_config=None if stored.parent is None else stored.address.config(stored.parent),
-        pending_writes=[(write.task, write.channel, unpacker.unpack(write.digest)) for write in ordered],
+        parent_config=parent_config,
+        pending_writes=[(write.task, write.channel, value) for write, value in pending],
     )
 
 
 def seal_checkpoint(protection: Protection, thread: str, row: Row) -> bytes:
     """The seal of a checkpoint's row."""
-    return protection.row_mac([thread_key(thread), *_sealed(_of_checkpoint(row))])
+    return protection.row_mac((thread_key(thread), *_of_checkpoint(row)))
 
 
 def check_seal(protection: Protection, thread: str, row: Row) -> None:
@@ -299,7 +311,7 @@ def check_seal(protection: Protection, thread: str, row: Row) -> None:
 
 def seal_write(protection: Protection, thread: str, row: Row) -> bytes:
     """The seal of a pending write's row."""
-    return protection.row_mac([thread_key(thread), *_sealed(_of_write(row))])
+    return protection.row_mac((thread_key(thread), *_of_write(row)))
 
 
 def pack_content(digests: Mapping[str, bytes]) -> bytes:
@@ -313,16 +325,20 @@ def _packed_name(channel: str) -> bytes:
     return _LENGTH.pack(len(name)) + name
 
 
+# The names of channels are few, and come again with every checkpoint.
+_channel_bytes, _channel_name = lru_cache(maxsize=1024)(encode_text), lru_cache(maxsize=1024)(decode_text)
+
+
 def unpack_content(packed: bytes) -> dict[str, bytes]:
     """The inverse of `pack_content`."""
-    found: dict[str, bytes] = {}
+    digests: dict[str, bytes] = {}
     at = 0
     while at < len(packed):
         start = at + _LENGTH.size
         end = start + _LENGTH.unpack_from(packed, at)[0]
         at = end + DIGEST_BYTES
-        found[decode_text(packed[start:end])] = packed[end:at]
-    return found
+        digests[_channel_name(packed[start:end])] = packed[end:at]
+    return digests
 
 
 def matches(metadata: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
@@ -347,11 +363,3 @@ def _same(left: Any, right: Any) -> bool:
     if isinstance(left, list | tuple) and isinstance(right, list | tuple):
         return len(left) == len(right) and all(map(_same, left, right))
     return isinstance(left, bool) == isinstance(right, bool) and bool(left == right)
-
-
-def _sealed(values: tuple[Any, ...]) -> list[bytes | None]:
-    return [value if value is None or type(value) is bytes else _spelled(value) for value in values]
-
-
-def _spelled(value: object) -> bytes:
-    return b"%d" % value if isinstance(value, int) else repr(value).encode()  # what a damaged file gives

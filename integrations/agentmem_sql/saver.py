@@ -160,10 +160,14 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         tables, protection = Tables(prefix=table_prefix, schema=schema), Protection(self.serde, hmac_key)
         self._store = Store(engine, tables=tables, protection=protection, cache_bytes=cache_bytes, **options)
         self._threads = _Threads()
+        self._plain: tuple[Any, SerializerProtocol] = self.serde, plain_serde(self.serde)
 
     @property
     def _serde(self) -> SerializerProtocol:
-        return plain_serde(self.serde)
+        """The serializer that makes plain bytes; worked out again when somebody sets another one."""
+        if self._plain[0] is not self.serde:
+            self._plain = self.serde, plain_serde(self.serde)
+        return self._plain[1]
 
     # Opening and closing. Clones made by `with_allowlist` share the database, and close it for each other.
 

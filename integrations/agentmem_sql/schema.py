@@ -165,9 +165,11 @@ def thread_key(thread_id: str) -> bytes:
     return sha256(encode_text(thread_id)).digest()
 
 
+@lru_cache(maxsize=1024)
 def open_key(text: str) -> bytes:
     """A key of at most `KEY_BYTES` for any text: the text, or its tagged digest where it is longer."""
-    return _fit(encode_text(text))
+    data = encode_text(text)
+    return data if len(data) <= KEY_BYTES else _HASHED + sha256(data).digest()
 
 
 def is_hashed(key: bytes) -> bool:
@@ -188,7 +190,3 @@ def exact_key(text: str, what: str) -> bytes:
             "LangGraph's own ids have 36 characters, use a shorter one"
         )
     return data
-
-
-def _fit(data: bytes) -> bytes:
-    return data if len(data) <= KEY_BYTES else _HASHED + sha256(data).digest()

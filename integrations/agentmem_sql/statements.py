@@ -34,7 +34,7 @@ from sqlalchemy import (
     values,
 )
 from sqlalchemy.dialects import mysql, postgresql, sqlite
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -48,6 +48,7 @@ DIRECT = "agentmem_direct"
 
 _LIST = "agentmem_list"
 _CURSOR = "agentmem_cursor"
+_MYSQL_DUPLICATE = 1062
 _MARKS = {"qmark": "?", "format": "%s"}
 
 T = TypeVar("T")
@@ -318,6 +319,46 @@ def check_mysql(connection: Connection) -> None:
             "writes of READ COMMITTED transactions; set binlog_format to ROW or MIXED (SET GLOBAL binlog_format = "
             "'ROW'), or switch the binary log off"
         )
+
+
+def insert_new(connection: Connection, table: Table, row: Mapping[str, Any]) -> bool:
+    """Insert a row unless there is one with its key; says whether it was inserted."""
+    if connection.dialect.name not in ("mysql", "mariadb"):
+        # psycopg tells the number of rows of an INSERT only if asked to.
+        statement = insert_missing(connection.dialect.name, table).execution_options(preserve_rowcount=True)
+        return connection.execute(statement, row).rowcount == 1
+    try:
+        connection.execute(insert(table), row)
+    except IntegrityError as error:
+        # There the count of ON DUPLICATE KEY is the same for both cases; and a failed statement fails alone.
+        if error.orig is not None and error.orig.args[:1] == (_MYSQL_DUPLICATE,):
+            return False
+        raise
+    return True
+
+
+def insert_content(dialect: str, blobs: Table) -> Prepared:
+    """INSERT of content, unless it is there."""
+    return kept(blobs, ("content", dialect), lambda: Prepared(insert_missing(dialect, blobs)))
+
+
+def insert_locked(dialect: str, table: Table, threads: Table) -> Prepared:
+    """INSERT of a row for the thread of number `of` if its epoch is `in_epoch`, whose row is locked (shared)."""
+    return kept(table, ("locked", dialect), lambda: _insert_locked(dialect, table, threads))
+
+
+def _insert_locked(dialect: str, table: Table, threads: Table) -> Prepared:
+    columns = [column for column in table.columns if column.name != "thread"]
+    values: list[ColumnElement[Any]] = [bindparam(column.name, type_=column.type) for column in columns]
+    if dialect == "postgresql":  # there a parameter that is only selected would be text
+        values = [cast(value, value.type) for value in values]
+    thread = (
+        select(threads.c.number, *values)
+        .where(threads.c.number == bindparam("of"), threads.c.epoch == bindparam("in_epoch"))
+        .with_for_update(read=True, key_share=True)
+    )
+    names = ["thread", *(column.name for column in columns)]
+    return Prepared(insert(table).from_select(names, thread))
 
 
 # PostgreSQL's write in one statement: content, the lock on the thread's row and the rows that refer to the content

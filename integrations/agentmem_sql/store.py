@@ -22,6 +22,7 @@ from langgraph.checkpoint.base import (
     get_checkpoint_metadata,
 )
 from langgraph.checkpoint.serde.base import SerializerProtocol
+from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from sqlalchemy import Connection
 
 from agentmem.errors import ConfigError, StorageError
@@ -30,7 +31,6 @@ from agentmem_sql.database import Database
 from agentmem_sql.delta_channels import AncestorReader
 from agentmem_sql.mark_sweep import Sweeper
 from agentmem_sql.message_cache import (
-    Body,
     CachedThread,
     ChannelHeads,
     DecodeTemplates,
@@ -42,6 +42,7 @@ from agentmem_sql.prune import Copier, Pruner, all_but_newest
 from agentmem_sql.reader import Found, Listing, Reader
 from agentmem_sql.rows import Address, Row, encode_checkpoint, encode_writes, to_tuple
 from agentmem_sql.schema import Tables
+from agentmem_sql.statements import MOST_CONTENT, MOST_ROWS
 from agentmem_sql.writer import Locked, Write, WriteConflict, WriteMode, Writer
 
 _ATTEMPTS = 8
@@ -97,23 +98,27 @@ class Store:
         new_versions: ChannelVersions,
     ) -> RunnableConfig:
         """Store a checkpoint and the channels in `new_versions`; gives its config."""
-        address = Address.of(config)
         merged = get_checkpoint_metadata(config, metadata)
         heads: ChannelHeads = {}
 
-        def encode(known: CachedThread, relying: bool) -> tuple[Packer, list[Row]]:
+        def encode(address: Address, known: CachedThread, relying: bool) -> tuple[Packer, Sequence[Row]]:
             nonlocal heads
             parents: ChannelHeads = {}
-            if relying:
-                known, parents = self._parents(serde, address, known)
+            if relying and address.id is not None:
+                at_parent = known.heads.get((address.ns, address.id))
+                if at_parent is None:
+                    known, parents = self._parents(serde, address, known)
+                else:
+                    parents = at_parent
             packer = Packer(serde, self.protection, known, relies_on_cache=bool(parents))
             row, heads = encode_checkpoint(packer, self.protection, address, checkpoint, merged, new_versions, parents)
             return packer, [row]
 
-        packer, _, locked = self._write(address, encode, self.writer.put_checkpoint, WriteMode.INSERT)
+        address, packer, _, locked = self._write(config, encode, self.writer.put_checkpoint, WriteMode.INSERT)
         assert locked is not None
+        stored = packer.stored()
         known = self.cache.at(address.thread, *locked)
-        packer.remember(known)
+        known.add_new(stored, packer.snapshots)
         known.remember_channels(address.ns, checkpoint["id"], heads)
         return address.config(checkpoint["id"])
 
@@ -128,27 +133,27 @@ class Store:
         """Store what a task wrote."""
         if not writes:
             return
-        address = Address.of(config)
 
-        def encode(known: CachedThread, _relying: bool) -> tuple[Packer, list[Row]]:
+        def encode(address: Address, known: CachedThread, _relying: bool) -> tuple[Packer, Sequence[Row]]:
             packer = Packer(serde, self.protection, known)
             return packer, encode_writes(packer, self.protection, address, writes, task_id, task_path)
 
         # Writes to special channels replace what the task had there, so that is looked for first.
         special = all(channel in WRITES_IDX_MAP for channel, _ in writes)
         first = WriteMode.CHECK if special else WriteMode.INSERT
-        packer, mode, locked = self._write(address, encode, self.writer.put_writes, first)
+        address, packer, mode, locked = self._write(config, encode, self.writer.put_writes, first)
         # Of an exclusive write, what was left out came along as well, and was swept away again.
         if locked is not None and mode is not WriteMode.EXCLUSIVE:
-            packer.remember(self.cache.at(address.thread, *locked))
+            stored = packer.stored()
+            self.cache.at(address.thread, *locked).add_new(stored, packer.snapshots)
 
     def _write(
         self,
-        address: Address,
-        encode: Callable[[CachedThread, bool], tuple[Packer, list[Row]]],
+        config: RunnableConfig,
+        encode: Callable[[Address, CachedThread, bool], tuple[Packer, Sequence[Row]]],
         put: Callable[..., Locked | None],
         mode: WriteMode,
-    ) -> tuple[Packer, WriteMode, Locked | None]:
+    ) -> tuple[Address, Packer, WriteMode, Locked | None]:
         """Pack and write, again if it must be in another mode; gives the last packer and mode, and the thread.
 
         Raises:
@@ -157,21 +162,25 @@ class Store:
         if not self._keyed:  # what digests are keyed with is kept in an encrypted database
             self.database.run(_nothing)
             self._keyed = True
+        address = Address.of(config)
         for attempt in range(_ATTEMPTS):
             relying = attempt < _RELYING
-            packer, rows = encode(self.cache.get(address.thread) if relying else CachedThread(), relying)
+            known = self.cache.get(address.thread) if relying else CachedThread()
+            packer, rows = encode(address, known, relying)
             if mode is WriteMode.INSERT and packer.known.number is None:
                 mode = WriteMode.CHECK
-            write = Write(address.thread, rows, packer.new, packer.known, packer.relies_on_cache, mode)
+            small = len(packer.new) <= MOST_CONTENT and len(rows) <= MOST_ROWS
+            in_one = small and mode is WriteMode.INSERT
+            write = Write(address.thread, rows, packer.new, packer.known, packer.relies_on_cache, mode, in_one)
             try:
-                locked = self.database.run(partial(put, write=write), write=True, autocommit=write.is_one_statement)
+                locked = self.database.run(partial(put, write=write), write=True, autocommit=in_one)
             except WriteConflict as conflict:
                 if conflict.mode is WriteMode.CHECK:
                     self.cache.drop(address.thread)
                 if mode is not WriteMode.EXCLUSIVE:
                     mode = conflict.mode
             else:
-                return packer, mode, locked
+                return address, packer, mode, locked
         raise StorageError(
             f"thread {address.thread[:80]!r} was changed by others {_ATTEMPTS} times while something was being stored "
             "in it; nothing was stored, try again"
@@ -180,15 +189,9 @@ class Store:
     def _parents(
         self, serde: SerializerProtocol, address: Address, known: CachedThread
     ) -> tuple[CachedThread, ChannelHeads]:
-        """What is known of a thread, and what the channels of the parent hold."""
-        if address.id is None:
-            return known, {}
-        heads = known.channels_at(address.ns, address.id)
-        if heads is None:
-            stored = self.database.run(partial(self.reader.row, serde=serde, address=address))
-            if stored is not None:
-                return stored.known, stored.checkpoint.heads
-        return known, heads or {}
+        """What is known of a thread, and what the channels of the parent hold; nothing if it is not there."""
+        stored = self.database.run(partial(self.reader.row, serde=serde, address=address))
+        return (known, {}) if stored is None else (stored.known, stored.checkpoint.heads)
 
     # Reading.
 
@@ -212,15 +215,16 @@ class Store:
                 yield self._tuple(serde, stored)
 
     def _tuple(self, serde: SerializerProtocol, stored: Found) -> CheckpointTuple:
-        return to_tuple(self._unpacker(serde, stored.checkpoint.contents, stored.known), stored.checkpoint)
+        return to_tuple(stored.checkpoint, serde, stored.known, self._templates_of(serde))
 
-    def _unpacker(self, serde: SerializerProtocol, contents: Mapping[bytes, Body], known: CachedThread) -> Unpacker:
-        if not reads_as_written(serde):
-            return Unpacker(serde, contents, known)
+    def _templates_of(self, serde: SerializerProtocol) -> DecodeTemplates | None:
+        """What messages may be decoded by without the serializer; None where it may do something of the caller's."""
+        if type(serde) is not JsonPlusSerializer:
+            return None
         templates = self._templates.get(serde)
-        if templates is None:
+        if templates is None and reads_as_written(serde):
             templates = self._templates.setdefault(serde, DecodeTemplates())
-        return Unpacker(serde, contents, known, templates)
+        return templates
 
     def delta_history(
         self, serde: SerializerProtocol, config: RunnableConfig, channels: Sequence[str]
@@ -233,13 +237,14 @@ class Store:
         if stored is None:
             return {name: DeltaChannelHistory(writes=[]) for name in channels}
         histories, contents, known = stored
-        unpack = self._unpacker(serde, contents, known).unpack
+        unpacker = Unpacker(serde, contents, known, self._templates_of(serde))
         result: dict[str, DeltaChannelHistory] = {}
         for name, history in histories.items():
-            writes = [(task, name, unpack(digest)) for task, digest in history.writes]
+            values = unpacker.unpack_all([digest for _, digest in history.writes])
+            writes = [(task, name, value) for (task, _), value in zip(history.writes, values, strict=True)]
             result[name] = DeltaChannelHistory(writes=writes)
             if history.seed is not None:
-                result[name]["seed"] = unpack(history.seed)
+                result[name]["seed"] = unpacker.unpack(history.seed)
         return result
 
     # Taking out and copying.

@@ -16,7 +16,7 @@ from enum import Enum, auto
 from secrets import randbelow
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Table, bindparam, cast, delete, insert, select
+from sqlalchemy import Connection, Table, bindparam, delete, select
 from sqlalchemy.exc import IntegrityError
 
 from agentmem_sql.mark_sweep import Sweeper
@@ -24,9 +24,7 @@ from agentmem_sql.message_cache import CachedThread
 from agentmem_sql.protection import Protection
 from agentmem_sql.rows import Row, replaces, seal_checkpoint
 from agentmem_sql.schema import Tables, encode_text, thread_key
-from agentmem_sql.statements import MOST_CONTENT, MOST_ROWS, Prepared, add_rows, insert_all, insert_missing, kept
-
-_MYSQL_DUPLICATE = 1062
+from agentmem_sql.statements import add_rows, insert_all, insert_content, insert_locked, insert_new
 
 
 class WriteMode(Enum):
@@ -74,6 +72,7 @@ class Write(NamedTuple):
         known: what it was packed with.
         relies_on_cache: whether something was left out because `known` says that it is there.
         mode: how it is done.
+        in_one: whether rows and content go into one statement, where the database can do that.
     """
 
     thread: str
@@ -82,12 +81,7 @@ class Write(NamedTuple):
     known: CachedThread
     relies_on_cache: bool
     mode: WriteMode
-
-    @property
-    def is_one_statement(self) -> bool:
-        """Whether rows and content go into one statement, where the database can do that."""
-        small = len(self.contents) <= MOST_CONTENT and 0 < len(self.rows) <= MOST_ROWS
-        return self.mode is WriteMode.INSERT and small
+    in_one: bool
 
 
 class Writer:
@@ -204,13 +198,14 @@ class Writer:
     def add_content(self, connection: Connection, thread: int, contents: Mapping[bytes, tuple[int, bytes]]) -> None:
         """Store content; what is there already is left alone."""
         if contents:
-            rows = [{"thread": thread, **row} for row in self._content_rows(contents)]
+            rows = self._content_rows(contents, thread=thread)
             insert_content(connection.dialect.name, self._tables.blobs).run_all(connection, rows)
 
-    def _content_rows(self, contents: Mapping[bytes, tuple[int, bytes]]) -> list[Row]:
+    def _content_rows(self, contents: Mapping[bytes, tuple[int, bytes]], **same: int) -> list[Row]:
         encrypt = self._protection.encrypt
         return [
-            {"digest": digest, "kind": kind, "body": encrypt(body)} for digest, (kind, body) in sorted(contents.items())
+            {**same, "digest": digest, "kind": kind, "body": encrypt(body)}
+            for digest, (kind, body) in sorted(contents.items())
         ]
 
     def _insert(self, connection: Connection, write: Write, table: Table) -> Locked:
@@ -221,13 +216,13 @@ class Writer:
             raise WriteConflict(WriteMode.CHECK)
         dialect, tables = connection.dialect.name, self._tables
         try:
-            if dialect == "postgresql" and write.is_one_statement:
+            if dialect == "postgresql" and write.in_one:
                 content = self._content_rows(write.contents)
                 parents = tables.threads, tables.blobs
                 inserted = insert_all(connection, table, parents, (number, epoch), content, write.rows)
             else:
-                self.add_content(connection, number, write.contents)
                 rows = [{"of": number, "in_epoch": epoch, **row} for row in write.rows]
+                self.add_content(connection, number, write.contents)
                 inserted = insert_locked(dialect, table, tables.threads).run_all(connection, rows)
         except IntegrityError as error:
             raise WriteConflict(WriteMode.CHECK) from error
@@ -256,43 +251,3 @@ class Writer:
     def _locked(self, connection: Connection, statement: Any, thread_id: str) -> Locked | None:
         row = connection.execute(statement, {"key": thread_key(thread_id)}).one_or_none()
         return None if row is None else Locked(row.number, row.epoch)
-
-
-def insert_new(connection: Connection, table: Table, row: Row) -> bool:
-    """Insert a row unless there is one with its key; says whether it was inserted."""
-    if connection.dialect.name not in ("mysql", "mariadb"):
-        # psycopg tells the number of rows of an INSERT only if asked to.
-        statement = insert_missing(connection.dialect.name, table).execution_options(preserve_rowcount=True)
-        return connection.execute(statement, row).rowcount == 1
-    try:
-        connection.execute(insert(table), row)
-    except IntegrityError as error:
-        # There the count of ON DUPLICATE KEY is the same for both cases; and a failed statement fails alone.
-        if error.orig is not None and error.orig.args[:1] == (_MYSQL_DUPLICATE,):
-            return False
-        raise
-    return True
-
-
-def insert_content(dialect: str, blobs: Table) -> Prepared:
-    """INSERT of content, unless it is there."""
-    return kept(blobs, ("content", dialect), lambda: Prepared(insert_missing(dialect, blobs)))
-
-
-def insert_locked(dialect: str, table: Table, threads: Table) -> Prepared:
-    """INSERT of a row for the thread of number `of` if its epoch is `in_epoch`, whose row is locked (shared)."""
-    return kept(table, ("locked", dialect), lambda: _insert_locked(dialect, table, threads))
-
-
-def _insert_locked(dialect: str, table: Table, threads: Table) -> Prepared:
-    columns = [column for column in table.columns if column.name != "thread"]
-    values: list[ColumnElement[Any]] = [bindparam(column.name, type_=column.type) for column in columns]
-    if dialect == "postgresql":  # there a parameter that is only selected would be text
-        values = [cast(value, value.type) for value in values]
-    thread = (
-        select(threads.c.number, *values)
-        .where(threads.c.number == bindparam("of"), threads.c.epoch == bindparam("in_epoch"))
-        .with_for_update(read=True, key_share=True)
-    )
-    names = ["thread", *(column.name for column in columns)]
-    return Prepared(insert(table).from_select(names, thread))

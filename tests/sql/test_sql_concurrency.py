@@ -223,7 +223,7 @@ async def test_cancelled_tasks_store_all_or_nothing_and_block_nobody(url: str, s
 
         event.listen(Engine, "before_cursor_execute", cancel)
         try:
-            for at_statement in range(1, 7):  # a first put takes six
+            for at_statement in range(1, 6):  # a first put takes five
                 statements = 0
                 busy, behind = put_task(f"busy {at_statement}"), put_task(f"behind {at_statement}")
                 results = await asyncio.gather(busy, behind, return_exceptions=True)

@@ -71,9 +71,7 @@ _ADVICE: Iterable[_Advice] = (
         "check the user name and password in the URL, and that this user may connect from this host",
     ),
     _Advice(
-        "3D000 1049",
-        ('database "',),
-        "create the database first (CREATE DATABASE ...), or correct its name in the URL",
+        "3D000 1049", ('database "',), "create the database first (CREATE DATABASE ...), or correct its name in the URL"
     ),
     _Advice(
         "55P03 1205",

@@ -243,11 +243,7 @@ def sweep(
 
 def _result(thread_id: str, taken: Taken) -> ThreadRetention:
     return ThreadRetention(
-        thread_id=thread_id,
-        removed=taken.removed,
-        kept=taken.kept,
-        deleted=taken.deleted,
-        bytes_freed=taken.bytes,
+        thread_id=thread_id, removed=taken.removed, kept=taken.kept, deleted=taken.deleted, bytes_freed=taken.bytes
     )
 
 

@@ -30,13 +30,7 @@ from agentmem_sql.content import Packer, Unpacker
 from agentmem_sql.database import Database
 from agentmem_sql.delta_channels import AncestorReader
 from agentmem_sql.mark_sweep import Sweeper
-from agentmem_sql.message_cache import (
-    CachedThread,
-    ChannelHeads,
-    DecodeTemplates,
-    ThreadCache,
-    reads_as_written,
-)
+from agentmem_sql.message_cache import CachedThread, ChannelHeads, DecodeTemplates, ThreadCache, reads_as_written
 from agentmem_sql.protection import Protection
 from agentmem_sql.prune import Copier, Pruner, all_but_newest
 from agentmem_sql.reader import Found, Listing, Reader

@@ -79,6 +79,12 @@ _ADVICE: Iterable[_Advice] = (
         "another transaction held a row for longer than this one waits; find out which, or raise lock_timeout "
         "(PostgreSQL) or innodb_lock_wait_timeout (MySQL)",
     ),
+    _Advice(
+        "42P05 26000",
+        ("prepared statement",),
+        "a pooler between here and the server (PgBouncer) mixes up prepared statements: switch them off with "
+        "engine_options={'connect_args': {'prepare_threshold': None}}, or pool by session",
+    ),
     _Advice("57014 1969 3024", (), "the statement took longer than the server's statement timeout allows"),
     _Advice("40001 40P01 1213 1020", (), "the transaction lost against another one several times; try again"),
     _Advice("57P03", ("starting up", "shutting down"), "the server is starting or stopping; try again"),

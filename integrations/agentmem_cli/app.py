@@ -172,7 +172,6 @@ def storage_report(
     url: Url,
     limit: Annotated[int, typer.Option(min=0, help="Show this many threads; 0 shows all.")] = 20,
     order: Annotated[Literal["bytes", "checkpoints", "idle"], typer.Option(help="What comes first.")] = "bytes",
-    orphans: Annotated[bool, typer.Option("--orphans", help="Look for content that nothing refers to; slow.")] = False,
     as_json: AsJson = False,
     prefix: Prefix = "agentmem_",
     schema: Schema = None,
@@ -183,7 +182,7 @@ def storage_report(
     _require(langgraph="sql", sqlalchemy="sql")
     from agentmem_cli.storage import Place, report
 
-    report(Place(url, prefix, schema, encrypted, hmac_key_file), limit, order, orphans, as_json)
+    report(Place(url, prefix, schema, encrypted, hmac_key_file), limit, order, as_json)
 
 
 @storage.command("prune")
@@ -194,7 +193,6 @@ def storage_prune(
     idle: Annotated[str | None, typer.Option(help="Threads not written for longer are deleted: 90d.")] = None,
     thread: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
-    vacuum: Annotated[bool, typer.Option("--vacuum", help="Then give the space back: SQLite files shrink.")] = False,
     as_json: AsJson = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     prefix: Prefix = "agentmem_",
@@ -212,7 +210,7 @@ def storage_prune(
 
     place = Place(url, prefix, schema, encrypted, hmac_key_file)
     stays = policy(keep, max_age, idle)
-    raise typer.Exit(prune(place, stays, thread, dry_run=dry_run, vacuum=vacuum, as_json=as_json, yes=yes))
+    raise typer.Exit(prune(place, stays, thread, dry_run=dry_run, as_json=as_json, yes=yes))
 
 
 storage.command("import")(import_threads)

@@ -1,4 +1,4 @@
-"""``agentmem storage``: what the threads in a database take, and taking out what a policy does not let stay."""
+"""`agentmem storage`: what the threads in a database take, and taking out what a policy does not let stay."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ from rich.text import Text
 
 from agentmem.errors import ConfigError
 from agentmem_cli.terminal import printable
-from agentmem_sql import Compaction, Retention, RetentionReport, SQLAlchemySaver, StorageReport
-from agentmem_sql.presence import check_present
-from agentmem_sql.sizes import Order
+from agentmem_sql import Retention, RetentionReport, SQLAlchemySaver, StorageReport
+from agentmem_sql.report import Order
 
 _KEY = "LANGGRAPH_AES_KEY"
 _UNITS = {
@@ -58,16 +57,15 @@ class Place:
         url = self.url if "://" in self.url else f"sqlite:///{self.url}"
         serde = encrypting() if self.encrypted else JsonPlusSerializer()
         key = None if self.hmac_key_file is None else _read_key(self.hmac_key_file)
-        check_present(url, schema=self.schema, table_prefix=self.prefix)
         return SQLAlchemySaver.from_url(
-            url, serde=serde, schema=self.schema, table_prefix=self.prefix, hmac_key=key, cache_bytes=0
+            url, serde=serde, schema=self.schema, table_prefix=self.prefix, hmac_key=key, cache_bytes=0, must_exist=True
         )
 
 
-def report(place: Place, limit: int, order: Order, orphans: bool, as_json: bool) -> None:
+def report(place: Place, limit: int, order: Order, as_json: bool) -> None:
     """Show what the threads of a database take."""
     with place.open() as saver, Console(stderr=True).status("measuring"):
-        found = saver.storage_report(limit=limit or None, order=order, orphans=orphans)
+        found = saver.storage_report(limit=limit or None, order=order)
     if as_json:
         _print_json(found.to_dict())
     else:
@@ -75,9 +73,7 @@ def report(place: Place, limit: int, order: Order, orphans: bool, as_json: bool)
         Console().print(_database(found), highlight=False)
 
 
-def prune(
-    place: Place, stays: Retention, threads: list[str] | None, *, dry_run: bool, vacuum: bool, as_json: bool, yes: bool
-) -> int:
+def prune(place: Place, stays: Retention, threads: list[str] | None, *, dry_run: bool, as_json: bool, yes: bool) -> int:
     """Show what a policy does not let stay, ask, and take it out. Returns the exit code: 1 where threads failed."""
     if not (dry_run or yes) and (as_json or not sys.stdin.isatty()):
         raise typer.BadParameter("nobody can be asked here: pass --yes to delete, or --dry-run to see what would go")
@@ -86,13 +82,10 @@ def prune(
         done = None if dry_run or yes else _ask(saver, stays, threads, console)
         if done is None:
             done = _sweep(saver, stays, threads, dry_run=dry_run)
-        compaction = saver.compact() if vacuum and not dry_run else None
     if as_json:
-        _print_json({**done.to_dict(), "compaction": None if compaction is None else _compacted(compaction)})
+        _print_json(done.to_dict())
     else:
         console.print(_swept(done))
-        if compaction is not None:
-            console.print(f"database: {decimal(compaction.before)}, now {decimal(compaction.after)}", highlight=False)
     return 1 if done.failed else 0
 
 
@@ -101,7 +94,7 @@ def _ask(
 ) -> RetentionReport | None:
     """Show what would go and ask; the answer is None for go on, and a report where there is nothing to do."""
     planned = _sweep(saver, stays, threads, dry_run=True)
-    if not planned.removed:
+    if not planned.threads:
         return planned
     console.print(_swept(planned))
     typer.confirm(f"Remove {_count(planned.removed, 'checkpoint')}?", abort=True)
@@ -155,10 +148,6 @@ def _print_json(found: dict[str, Any]) -> None:
     typer.echo(json.dumps(found, indent=2))
 
 
-def _compacted(compaction: Compaction) -> dict[str, int]:
-    return {**compaction._asdict(), "freed": compaction.freed}
-
-
 def _sizes(found: StorageReport) -> Table:
     table = _table("checkpoints", "writes", "content", "rows", "last stored, UTC")
     for one in found.threads:
@@ -176,9 +165,6 @@ def _database(found: StorageReport) -> str:
     said = f"database: {decimal(found.database_bytes)}"
     if found.free_bytes is not None:
         said += f", of which {decimal(found.free_bytes)} free"
-    if found.orphan_blobs is not None and found.orphan_bytes is not None:
-        orphans = f"{_count(found.orphan_blobs, 'piece')} of content ({decimal(found.orphan_bytes)})"
-        said += f"\nnothing refers to: {orphans}"
     return said
 
 

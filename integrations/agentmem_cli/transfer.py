@@ -1,4 +1,4 @@
-"""``agentmem storage import``: copies threads out of another checkpointer's database.
+"""`agentmem storage import`: copies threads out of another checkpointer's database.
 
 The parameters are here, and everything else is imported when the command runs: the command tree imports this.
 """
@@ -85,8 +85,7 @@ def import_threads(
 def _open(source: str, serde: SerializerProtocol) -> Iterator[BaseCheckpointSaver[Any]]:
     """The checkpointer whose tables are in a database; LangGraph's, where it holds both."""
     from agentmem_sql import SQLAlchemySaver
-    from agentmem_sql.drivers import parse
-    from agentmem_sql.presence import check_present
+    from agentmem_sql.engines import parse
 
     url = parse(_url(source))
     backend = url.get_backend_name()
@@ -101,8 +100,7 @@ def _open(source: str, serde: SerializerProtocol) -> Iterator[BaseCheckpointSave
             saver.serde = serde
             yield saver
     else:
-        check_present(url)
-        with SQLAlchemySaver.from_url(url, serde=serde) as ours:
+        with SQLAlchemySaver.from_url(url, serde=serde, must_exist=True) as ours:
             yield ours
 
 

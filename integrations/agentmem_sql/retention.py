@@ -1,7 +1,7 @@
-"""What stays of a thread, and for how long: policies, which threads they concern, and the sweep over them.
+"""What stays of a thread, and for how long: policies, the threads they concern, and the sweep over them.
 
-A thread is found by one statement that looks for something to do; most have nothing, and are not locked. What goes
-is decided when the thread is held, on what it has then. Each thread is a transaction of its own, so a sweep that is
+One statement finds the threads in which there is something to do; most have nothing, and are not locked. What goes is
+decided when the thread is locked, on what it has then. Each thread is a transaction of its own, so a sweep that is
 broken off has done whole threads, and the next one goes on with the others.
 """
 
@@ -13,19 +13,21 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
+from uuid import UUID
 
 from langgraph.checkpoint.serde.base import SerializerProtocol
-from sqlalchemy import ColumnElement, Connection, exists, func, or_, select
+from sqlalchemy import ColumnElement, Connection, case, exists, func, null, or_, select
 
 from agentmem.errors import ConfigError
-from agentmem_sql.codec import Row
-from agentmem_sql.keys import decode_text, encode_text, thread_key
-from agentmem_sql.packing import load
-from agentmem_sql.pruning import Key, Taken, UnreadableThreadError
-from agentmem_sql.reading import chunks
-from agentmem_sql.steps import Job, Steps, Store
-from agentmem_sql.tables import Tables
-from agentmem_sql.vault import Vault
+from agentmem_sql.content import load
+from agentmem_sql.database import Database
+from agentmem_sql.ids import check_ids
+from agentmem_sql.protection import Protection
+from agentmem_sql.prune import Key, Taken, UnreadableThreadError
+from agentmem_sql.reader import chunks
+from agentmem_sql.rows import Row
+from agentmem_sql.schema import Tables, decode_text, encode_text, thread_key
+from agentmem_sql.store import Store
 
 _PAGE = 500
 
@@ -38,7 +40,8 @@ class Retention:
         max_checkpoints: this many of each namespace of a thread stay, the newest (the main graph is a namespace, and
             so is every subgraph).
         max_age: a checkpoint that was stored longer ago goes, but the newest of each namespace stays.
-        idle: a thread whose last checkpoint was stored longer ago is deleted, with everything it has.
+        idle: a thread whose last checkpoint was stored longer ago is deleted, with everything it has. One that has no
+            checkpoint, only writes that wait for one, is as old as the id of that checkpoint says.
 
     A checkpoint of a subgraph's call goes with the checkpoint of the main graph that called it.
 
@@ -104,27 +107,27 @@ class RetentionReport:
     @property
     def removed(self) -> int:
         """Checkpoints that went."""
-        return sum(one.removed for one in self.threads)
+        return sum(thread.removed for thread in self.threads)
 
     @property
     def threads_deleted(self) -> int:
-        """Threads that went whole."""
-        return sum(one.deleted for one in self.threads)
+        """Threads that went with everything they had."""
+        return sum(thread.deleted for thread in self.threads)
 
     @property
     def bytes_freed(self) -> int:
-        """That content and rows take less, without what the database adds; see ``Maintenance.compact``."""
-        return sum(one.bytes_freed for one in self.threads)
+        """That content and rows take less, without what the database adds."""
+        return sum(thread.bytes_freed for thread in self.threads)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         sums = {name: getattr(self, name) for name in ("removed", "threads_deleted", "bytes_freed")}
-        return {**asdict(self), **sums, "threads": [asdict(one) for one in self.threads]}
+        return {**asdict(self), **sums, "threads": [asdict(thread) for thread in self.threads]}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """A policy at a moment; times as in the column ``created``, and what is below one is too old."""
+    """A policy at a moment; times as in the column `created`, and what is below one is too old."""
 
     count: int | None
     oldest: int | None
@@ -135,16 +138,16 @@ class Limits:
         """The limits of a policy.
 
         Raises:
-            ConfigError: ``now`` has no time zone.
+            ConfigError: `now` has no time zone.
         """
         if now is not None and now.tzinfo is None:
             raise ConfigError(f"expected `now` with a time zone, found {now!r}; use datetime.now(UTC)")
         at = datetime.now(UTC) if now is None else now
-        return cls(policy.max_checkpoints, _before(at, policy.max_age), _before(at, policy.idle))
+        return cls(policy.max_checkpoints, _earlier(at, policy.max_age), _earlier(at, policy.idle))
 
 
-def _before(now: datetime, span: timedelta | None) -> int | None:
-    """In milliseconds since 1970. Not as a datetime, which has no room for ``timedelta.max``."""
+def _earlier(now: datetime, span: timedelta | None) -> int | None:
+    """In milliseconds since 1970. Not as a datetime, which has no room for `timedelta.max`."""
     epoch = datetime.fromtimestamp(0, UTC)
     return None if span is None else (now - epoch) // timedelta(milliseconds=1) - span // timedelta(milliseconds=1)
 
@@ -154,14 +157,16 @@ class Chooser:
     """Decides what goes of a thread."""
 
     limits: Limits
-    vault: Vault
+    protection: Protection
     serde: SerializerProtocol
 
-    def choose(self, rows: Mapping[Key, Row]) -> Collection[Key] | None:
+    def choose(self, rows: Mapping[Key, Row], awaited: Collection[Key]) -> Collection[Key] | None:
         """Of all checkpoints of a thread, those that go; None where the whole thread does."""
         alive = self.limits.alive
-        if alive is not None and rows and max(row["created"] for row in rows.values()) < alive:
-            return None
+        if alive is not None:
+            times = [row["created"] for row in rows.values()] or [_made_at(name) for _, name in awaited]
+            if max(times, default=0) < alive:
+                return None
         namespaces: defaultdict[bytes, list[bytes]] = defaultdict(list)
         for ns, checkpoint_id in sorted(rows, reverse=True):
             namespaces[ns].append(checkpoint_id)
@@ -189,12 +194,13 @@ class Chooser:
         ns = decode_text(row["ns"] if row["ns_name"] is None else row["ns_name"])
         if ":" not in ns.rpartition("|")[2]:  # where the graph keeps a subgraph's thread, its name stands alone
             return None
-        metadata: Mapping[str, Any] = load(self.serde, self.vault.open(row["metadata"]))
+        metadata: Mapping[str, Any] = load(self.serde, self.protection.decrypt(row["metadata"]))
         caller = (metadata.get("parents") or {}).get("")
         return (b"", encode_text(caller)) if isinstance(caller, str) else None
 
 
 def sweep(
+    database: Database,
     store: Store,
     serde: SerializerProtocol,
     policy: Retention,
@@ -202,73 +208,81 @@ def sweep(
     thread_ids: Sequence[str] | None,
     dry_run: bool,
     now: datetime | None,
-) -> Steps[RetentionReport]:
+) -> RetentionReport:
     """Apply a policy to threads, or only say what that comes to.
 
     Raises:
-        ConfigError: ``thread_ids`` is one string, or ``now`` has no time zone.
+        ConfigError: `thread_ids` is one string or holds something that is no id, or `now` has no time zone.
     """
-    if isinstance(thread_ids, str):
-        raise ConfigError(f"expected a sequence of thread ids, found the string {thread_ids!r}; pass [{thread_ids!r}]")
     limits = Limits.of(policy, now)
-    choose = Chooser(limits, store.vault, serde).choose
-    done: list[ThreadRetention] = []
+    choose = Chooser(limits, store.protection, serde).choose
+    tables = database.tables
+    keys = None if thread_ids is None else [thread_key(thread_id) for thread_id in check_ids(thread_ids)]
+    scopes: list[Sequence[bytes] | None] = [None] if keys is None else list(chunks(keys))
+    results: list[ThreadRetention] = []
     failed: dict[str, str] = {}
-    tables = store.reader.tables
-    wanted = None if thread_ids is None else list(dict.fromkeys(map(str, thread_ids)))
-    scopes: list[Sequence[bytes] | None] = (
-        [None] if wanted is None else list(chunks([thread_key(name) for name in wanted]))
-    )
-    for keys in scopes:
+    for scope in scopes:
         after: int | None = 0
         while after is not None:
-            page, after = yield Job(partial(_page, tables=tables, limits=limits, keys=keys, after=after))
+            page, after = database.run(partial(_page, tables=tables, limits=limits, keys=scope, after=after))
             for thread_id in page:
                 try:
-                    taken = yield from store.remove(serde, thread_id, choose, dry_run=dry_run)
+                    taken = store.pruner.remove(database, serde, thread_id, choose, dry_run=dry_run)
                 except UnreadableThreadError as error:
                     failed[thread_id] = str(error)
                 else:
-                    done += _results(thread_id, taken)
-    threads_kept = kept = 0
-    for keys in scopes:
-        counts = yield Job(partial(_count, tables=tables, keys=keys))
-        threads_kept, kept = threads_kept + counts[0], kept + counts[1]
+                    if taken.removed or taken.deleted:  # else it was written or swept since it was found
+                        results.append(_result(thread_id, taken))
+    counts = [database.run(partial(_count, tables=tables, keys=scope)) for scope in scopes]
+    threads_kept, kept = sum(threads for threads, _ in counts), sum(checkpoints for _, checkpoints in counts)
     if dry_run:
-        kept -= sum(one.removed for one in done)
-        threads_kept -= sum(one.deleted for one in done)
-    sums = {"kept": kept, "threads_kept": threads_kept}
-    return RetentionReport(dry_run=dry_run, threads=tuple(done), failed=failed, **sums)
+        kept -= sum(result.removed for result in results)
+        threads_kept -= sum(result.deleted for result in results)
+    return RetentionReport(dry_run=dry_run, threads=tuple(results), failed=failed, kept=kept, threads_kept=threads_kept)
 
 
-def _results(thread_id: str, taken: Taken) -> list[ThreadRetention]:
-    """One, or none where nothing went: the thread was written or swept since it was found."""
-    if not taken.removed:
-        return []
-    return [
-        ThreadRetention(
-            thread_id=thread_id,
-            removed=taken.removed,
-            kept=taken.kept,
-            deleted=taken.deleted,
-            bytes_freed=taken.bytes,
-        )
-    ]
+def _result(thread_id: str, taken: Taken) -> ThreadRetention:
+    return ThreadRetention(
+        thread_id=thread_id, removed=taken.removed, kept=taken.kept, deleted=taken.deleted, bytes_freed=taken.bytes
+    )
+
+
+def _made_at(checkpoint_id: bytes) -> int:
+    """When a checkpoint was made, in milliseconds since 1970, as LangGraph's ids say (UUIDs of version 6, or 7).
+
+    0 for an id that says nothing: writes that wait for such a checkpoint hold no thread back.
+    """
+    try:
+        bits = UUID(checkpoint_id.decode()).int
+    except ValueError:
+        return 0
+    version = bits >> 76 & 0xF
+    if version == 6:  # 100 ns since 15 October 1582, the highest bits first, around the version
+        ticks = bits >> 96 << 28 | (bits >> 80 & 0xFFFF) << 12 | bits >> 64 & 0xFFF
+        return (ticks - 0x01B21DD213814000) // 10_000
+    return bits >> 80 if version == 7 else 0
 
 
 def _page(
     connection: Connection, tables: Tables, limits: Limits, keys: Sequence[bytes] | None, after: int
 ) -> tuple[list[str], int | None]:
     """Some of the threads that have something to do, and the number to go on after (None: done)."""
-    threads = tables.threads
+    threads, checkpoints, writes = tables.threads, tables.checkpoints, tables.writes
+    stored = exists().where(checkpoints.c.thread == threads.c.number)
+    # Not `max`, which PostgreSQL has for no bytes. LangGraph's ids sort by time.
+    waiting = select(writes.c.checkpoint).where(writes.c.thread == threads.c.number)
+    newest = waiting.order_by(writes.c.checkpoint.desc()).limit(1).correlate(threads).scalar_subquery()
+    awaited = case((~stored, newest), else_=null())
     query = (
-        select(threads.c.number, threads.c.name)
+        select(threads.c.number, threads.c.name, stored.label("stored"), awaited.label("awaited"))
         .where(threads.c.number > after, or_(*_conditions(tables, limits)))
         .order_by(threads.c.number)
         .limit(_PAGE)
     )
-    found = connection.execute(query if keys is None else query.where(threads.c.key.in_(keys))).all()
-    return [decode_text(row.name) for row in found], found[-1].number if len(found) == _PAGE else None
+    rows = connection.execute(query if keys is None else query.where(threads.c.key.in_(keys))).all()
+    # Writes that wait for a checkpoint may be those of a run that has just begun.
+    due = [row for row in rows if row.stored or _made_at(row.awaited or b"") < (limits.alive or 0)]
+    return [decode_text(row.name) for row in due], rows[-1].number if len(rows) == _PAGE else None
 
 
 def _conditions(tables: Tables, limits: Limits) -> Iterator[ColumnElement[bool]]:
@@ -278,7 +292,7 @@ def _conditions(tables: Tables, limits: Limits) -> Iterator[ColumnElement[bool]]
     here = checkpoints.c.thread == threads.c.number
     if limits.alive is not None:
         newest = select(func.max(checkpoints.c.created)).where(here).correlate(threads).scalar_subquery()
-        yield newest < limits.alive
+        yield func.coalesce(newest, 0) < limits.alive  # 0: no checkpoint, see `_page`
     if limits.oldest is not None:
         same = (newer.c.thread == checkpoints.c.thread) & (newer.c.ns == checkpoints.c.ns)
         has_newer = exists().where(same, newer.c.id > checkpoints.c.id)
@@ -292,10 +306,10 @@ def _conditions(tables: Tables, limits: Limits) -> Iterator[ColumnElement[bool]]
 def _count(connection: Connection, tables: Tables, keys: Sequence[bytes] | None) -> tuple[int, int]:
     """How many threads there are, and how many checkpoints they have."""
     threads, checkpoints = tables.threads, tables.checkpoints
-    each = select(func.count()).select_from(threads)
-    all_of_them = select(func.count()).select_from(checkpoints)
+    thread_count = select(func.count()).select_from(threads)
+    checkpoint_count = select(func.count()).select_from(checkpoints)
     if keys is not None:
-        each = each.where(threads.c.key.in_(keys))
-        all_of_them = all_of_them.join(threads, threads.c.number == checkpoints.c.thread)
-        all_of_them = all_of_them.where(threads.c.key.in_(keys))
-    return connection.execute(each).scalar_one(), connection.execute(all_of_them).scalar_one()
+        chosen = threads.c.key.in_(keys)
+        thread_count = thread_count.where(chosen)
+        checkpoint_count = checkpoint_count.join(threads, threads.c.number == checkpoints.c.thread).where(chosen)
+    return connection.execute(thread_count).scalar_one(), connection.execute(checkpoint_count).scalar_one()

@@ -1,34 +1,43 @@
-"""Copying threads from any LangGraph checkpointer into a ``SQLAlchemySaver``, exactly and again and again.
+"""Copying threads from any LangGraph checkpointer into a `SQLAlchemySaver`, through LangGraph's public interface.
 
-A thread is copied checkpoint by checkpoint, parents first, and of each its pending writes before the checkpoint
-itself. So a copy that is interrupted leaves threads as they were at an earlier time, and the next one goes on from
-there. One checkpoint is held at a time.
+A thread is copied checkpoint by checkpoint, parents first, and of each its pending writes before the checkpoint itself.
+So a copy that is interrupted leaves threads as they were at an earlier time, and the next one goes on from there. One
+checkpoint is held at a time.
 
-Nothing that the target has is changed. Where it holds checkpoints of a thread that the source does not have, the
-two have parted, and a thread that has news on both sides is a failure.
+Nothing that the target has is changed. Where it holds checkpoints or writes of a thread that the source does not have,
+the two have parted, and a thread that has news on both sides is a failure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import asyncio
+import copy
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from itertools import pairwise
+from typing import Any
 
+import ormsgpack
 from langchain_core.runnables import RunnableConfig
-from langgraph.checkpoint.base import WRITES_IDX_MAP, BaseCheckpointSaver, CheckpointTuple
-from sqlalchemy import Connection
+from langgraph.checkpoint.base import WRITES_IDX_MAP, BaseCheckpointSaver, CheckpointTuple, PendingWrite
+from langgraph.checkpoint.serde.base import SerializerProtocol
+from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
+from langgraph.checkpoint.serde.jsonplus import EXT_DELTA_SNAPSHOT, JsonPlusSerializer
+from langgraph.checkpoint.serde.types import _DeltaSnapshot
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from agentmem.errors import ConfigError, StorageError
-from agentmem_sql.cache import Thread
-from agentmem_sql.driving import adrive, drive
-from agentmem_sql.packing import Packer
-from agentmem_sql.pending import Slot, calls, paths, slots
+from agentmem_sql.content import plain_serde
+from agentmem_sql.ids import check_ids
 from agentmem_sql.saver import SQLAlchemySaver
-from agentmem_sql.sources import Ask, Asking, Entry, Key, OfOurs, Source, job, source_of, stored
 
-T = TypeVar("T")
+Saver = BaseCheckpointSaver[Any]
+Key = tuple[str, str]  # a checkpoint's namespace and id
+Parents = dict[Key, str | None]  # of checkpoints: the id of each one's parent
+Slot = tuple[str, int]  # of a pending write: its task, and the index of a special channel or the rank among the others
 
 _NAMED = 3  # failures that an error message names
 
@@ -78,14 +87,14 @@ class TransferReport:
     skipped: int = 0
     failures: list[ThreadTransfer] = field(default_factory=list)
 
-    def add(self, one: ThreadTransfer) -> None:
+    def add(self, thread: ThreadTransfer) -> None:
         """Count a thread in."""
         self.threads += 1
-        self.checkpoints += one.checkpoints
-        self.writes += one.writes
-        self.skipped += one.skipped
-        if one.error is not None:
-            self.failures.append(one)
+        self.checkpoints += thread.checkpoints
+        self.writes += thread.writes
+        self.skipped += thread.skipped
+        if thread.error is not None:
+            self.failures.append(thread)
 
 
 class TransferError(StorageError):
@@ -97,7 +106,7 @@ class TransferError(StorageError):
 
     def __init__(self, report: TransferReport) -> None:
         failed = report.failures
-        named = "; ".join(str(one.error) for one in failed[:_NAMED])
+        named = "; ".join(str(thread.error) for thread in failed[:_NAMED])
         more = f"; and {len(failed) - _NAMED} more" if len(failed) > _NAMED else ""
         super().__init__(f"{len(failed)} of {report.threads} threads were not copied, the others were: {named}{more}")
         self.report = report
@@ -129,13 +138,18 @@ def copy_threads(
         What was copied, if all of it was.
 
     Raises:
-        TransferError: some threads could not be copied (its ``report`` says why): they went on in both places or
+        TransferError: some threads could not be copied (its `report` says why): they went on in both places or
             are two different ones, they hold a value that is damaged or that the target does not store, or
             the source does not have them. All others were copied.
         StorageError: the target cannot be written. Errors of the source's driver come through as they are.
-        ConfigError: the source works inside an event loop only.
+        ConfigError: the source works inside an event loop only, or `thread_ids` is one string or holds no ids.
     """
-    return drive(_copy(source, target, thread_ids, on_thread), _now)
+    if type(source).get_tuple is BaseCheckpointSaver.get_tuple:
+        raise _needs_loop(source)
+    try:
+        return _copy(source, target, thread_ids, on_thread, threading.Event())
+    except asyncio.InvalidStateError as error:  # so LangGraph's asynchronous checkpointers answer within their loop
+        raise _needs_loop(source) from error
 
 
 async def acopy_threads(
@@ -145,41 +159,83 @@ async def acopy_threads(
     thread_ids: Sequence[str] | None = None,
     on_thread: OnThread | None = None,
 ) -> TransferReport:
-    """``copy_threads`` for a task, from any checkpointer: one without asynchronous methods is read in a thread."""
-    return await adrive(_copy(source, target, thread_ids, on_thread), _soon)
+    """`copy_threads` for a task, from any checkpointer. It works, and calls `on_thread`, in another thread.
+
+    A task that is cancelled ends when the checkpoint that is being copied is stored.
+    """
+    stopped = threading.Event()
+    if type(source).get_tuple is BaseCheckpointSaver.get_tuple:
+        source = _FromThread(source, asyncio.get_running_loop())
+    copying = asyncio.ensure_future(asyncio.to_thread(_copy, source, target, thread_ids, on_thread, stopped))
+    try:
+        return await asyncio.shield(copying)
+    except asyncio.CancelledError:
+        stopped.set()
+        await asyncio.wait({copying})
+        copying.exception()  # seen: the caller asked for the cancellation and gets that
+        raise
 
 
-def _now(asked: Ask[Any] | OfOurs[Any]) -> Any:
-    return asked.now() if isinstance(asked, Ask) else asked.saver._run(asked.steps)
+def _needs_loop(source: Saver) -> ConfigError:
+    return ConfigError(
+        f"copy_threads was given a {type(source).__name__}, which works inside an event loop only; "
+        "await acopy_threads(...) instead"
+    )
 
 
-async def _soon(asked: Ask[Any] | OfOurs[Any]) -> Any:
-    return await (asked.soon() if isinstance(asked, Ask) else asked.saver._arun(asked.steps))
+class _FromThread(BaseCheckpointSaver[Any]):
+    """A checkpointer that has asynchronous methods only, for a thread beside its event loop."""
+
+    def __init__(self, saver: Saver, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(serde=saver.serde)
+        self._saver = saver
+        self._loop = loop
+
+    def get_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
+        return asyncio.run_coroutine_threadsafe(self._saver.aget_tuple(config), self._loop).result()
+
+    def list(self, config: RunnableConfig | None, **options: Any) -> Iterator[CheckpointTuple]:
+        listing = aiter(self._saver.alist(config, **options))
+
+        async def following() -> CheckpointTuple | None:
+            return await anext(listing, None)
+
+        while (stored := asyncio.run_coroutine_threadsafe(following(), self._loop).result()) is not None:
+            yield stored
+
+
+class _Stopped(Exception):
+    """The task that copies was cancelled."""
 
 
 def _copy(
-    saver: BaseCheckpointSaver[Any],
+    source: Saver,
     target: SQLAlchemySaver,
     thread_ids: Sequence[str] | None,
     on_thread: OnThread | None,
-) -> Asking[TransferReport]:
-    source = source_of(saver, target.serde)
+    stopped: threading.Event,
+) -> TransferReport:
+    target.setup()  # a target that cannot be opened is no failure of a thread
+    source = _verbatim(source, target.serde)
+    if thread_ids is None:  # a thread stands under the id that the source has, which need not be a string
+        listing: Iterable[tuple[Any, Parents]] = _parents(source, None).items()
+    else:
+        chosen = check_ids(thread_ids)
+        listing = ((thread, _parents(source, _at(thread)).get(thread, {})) for thread in chosen)
     report = TransferReport()
-    yield OfOurs(target, job(_nothing))  # a target that cannot be opened is no failure of a thread
-    chosen = (yield from source.threads()) if thread_ids is None else dict.fromkeys(map(str, thread_ids))
-    for thread in chosen:
-        copying = _Copying(source, target, thread)
+    for thread, parents in listing:
+        copying = _Copying(source, target, thread, stopped)
         error: StorageError | None = None
         try:
-            yield from copying.run()
+            copying.run(parents)
         except _OF_A_THREAD as caught:
             if isinstance(caught, ConfigError) or isinstance(caught.__cause__, _OF_ALL):
                 raise
             error = copying.failure(caught)
-        done = ThreadTransfer(thread, copying.checkpoints, copying.writes, error)
-        report.add(done)
+        result = ThreadTransfer(str(thread), copying.checkpoints, copying.writes, error)
+        report.add(result)
         if on_thread is not None:
-            on_thread(done)
+            on_thread(result)
     if report.failures:
         raise TransferError(report)
     return report
@@ -188,33 +244,56 @@ def _copy(
 class _Copying:
     """One thread on its way."""
 
-    def __init__(self, source: Source, target: SQLAlchemySaver, thread: str) -> None:
+    def __init__(self, source: Saver, target: SQLAlchemySaver, thread: Any, stopped: threading.Event) -> None:
         self.checkpoints = 0
         self.writes = 0
         self._source = source
         self._target = target
+        self._target_verbatim = _verbatim(target, target.serde)
         self._thread = thread
-        self._at: Key | None = None
+        self._name = str(thread)
+        self._stopped = stopped
+        self._key: Key | None = None  # of the checkpoint that is being copied
 
     def failure(self, error: Exception) -> StorageError:
         """The error as one of ours, naming the thread and checkpoint."""
-        where = f"thread {self._thread[:80]!r}"
-        if self._at is not None:
-            where += f" at checkpoint {self._at[1]!r}" + (f" in namespace {self._at[0]!r}" if self._at[0] else "")
+        where = f"thread {self._name[:80]!r}"
+        if self._key is not None:
+            where += f" at checkpoint {self._key[1]!r}" + (f" in namespace {self._key[0]!r}" if self._key[0] else "")
         said = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
-        found = StorageError(f"{where}: {said}")
-        found.__cause__ = error
-        return found
+        failure = StorageError(f"{where}: {said}")
+        failure.__cause__ = error
+        return failure
 
-    def run(self) -> Asking[None]:
-        """Copy what the target lacks."""
-        here: Mapping[Key, Entry] = yield OfOurs(self._target, stored(self._target, self._thread))
-        there = yield from self._source.index(self._thread)
+    def run(self, there: Parents) -> None:
+        """Copy what the target lacks of the checkpoints `there` in the source."""
         if not there:
             raise StorageError("expected the thread in the source, found none; leave it out of thread_ids")
+        here = _parents(self._target_verbatim, _at(self._name)).get(self._name, {})
         new = [key for key in _parents_first(there) if key not in here]
-        grown = [key for key in here.keys() & there.keys() if _slots(there[key]) - _slots(here[key])]
-        parted = [key for key in here if key not in there or _slots(here[key]) - _slots(there[key])]
+        grown: dict[Key, set[Slot]] = {}
+        parted = [key for key in here if key not in there]
+        # Only under a checkpoint that had no child yet can anything have been written since the last copy.
+        followed = {(ns, parent) for (ns, _), parent in here.items()}
+        for key in (key for key in here if key in there and key not in followed):
+            self._key = key
+            ours = self._written(self._target_verbatim.get_tuple(_at(self._name, key)))
+            theirs = self._written(self._read(key))
+            missing = theirs.keys() - ours.keys()
+            changed = {slot for slot in ours.keys() & theirs.keys() if ours[slot] != theirs[slot]}
+            # What a task raised (an interrupt, an error) and was answered is replaced in the course of a run, in the
+            # source as in the target; where the source went on, it is replaced here.
+            if changed and not ((new or missing) and all(index < 0 for _, index in changed)):
+                raise StorageError(
+                    f"expected what task {min(changed)[0]!r} wrote in the source, found something else in the target, "
+                    "where the run was continued; keep one of the two: delete the thread in the target and copy "
+                    "again, or leave it out of thread_ids"
+                )
+            if missing | changed:
+                grown[key] = missing | changed
+            if ours.keys() - theirs.keys():
+                parted.append(key)
+        self._key = None
         if parted and (new or grown):
             raise StorageError(
                 "expected a thread that went on in the source alone, found checkpoints or writes in the target "
@@ -222,99 +301,151 @@ class _Copying:
                 "way round; keep one of the two: delete the thread in the target and copy again, or leave it out "
                 "of thread_ids"
             )
-        yield from self._compare(here, there, replaceable=bool(new or grown))
-        for key in grown:
-            yield from self._add_writes(key, there[key], known=_slots(here[key]))
-        for key in new:
-            yield from self._add(key, there[key])
-        self._at = None
+        for key in [*grown, *new]:
+            self._key = key
+            read = self._read(key)
+            if read is None:  # it was taken out since the thread was listed
+                continue
+            if key in grown:
+                self._put_writes(read, grown[key])
+            else:
+                self._put(read)
 
-    def _compare(self, here: Mapping[Key, Entry], there: Mapping[Key, Entry], *, replaceable: bool) -> Asking[None]:
-        """See to the writes of checkpoints that both have and that the last copy may have met in the middle of a run.
+    def _read(self, key: Key) -> CheckpointTuple | None:
+        if self._stopped.is_set():
+            raise _Stopped
+        return self._source.get_tuple(_at(self._thread, key))
 
-        What a task raised (an interrupt, an error) and was answered is replaced in the course of a run, in the source
-        as in the target; where the source went on, it is replaced here.
-        """
-        parents = {(ns, entry.parent) for (ns, _), entry in here.items()}
-        for key in [key for key in here if key not in parents and key in there and here[key].writes]:
-            self._at = key
-            found = yield from self._source.read(self._thread, key)
-            pending = [] if found is None else found.pending_writes or []
-            known = {write.slot: write for write in here[key].writes}
-            packer = Packer(self._target._serde, self._target._store.vault, Thread())
-            places = zip(slots(pending), pending, strict=True)
-            others = [(slot, w) for slot, w in places if slot in known and packer.pack(w[2]) != known[slot].digest]
-            fixed = [slot.task for slot, (_, channel, _) in others if channel not in WRITES_IDX_MAP or not replaceable]
-            if fixed:
-                raise StorageError(
-                    f"expected what task {fixed[0]!r} wrote in the source, found something else in the target, where "
-                    "the run was continued; keep one of the two: delete the thread in the target and copy again, or "
-                    "leave it out of thread_ids"
-                )
-            for slot, (task, channel, value) in others:
-                yield self._put_writes(key, [(channel, value)], task, known[slot].path or "")
-                self.writes += 1
+    def _written(self, stored: CheckpointTuple | None) -> dict[Slot, Any]:
+        """The pending writes of a checkpoint by their slots, serialised so that they can be compared."""
+        pending = [] if stored is None else stored.pending_writes or []
+        dump = plain_serde(self._target_verbatim.serde).dumps_typed
+        return {slot: (write[1], dump(write[2])) for slot, write in zip(_slots(pending), pending, strict=True)}
 
-    def _add(self, key: Key, entry: Entry) -> Asking[None]:
+    def _put(self, read: CheckpointTuple) -> None:
         """Copy a checkpoint, its writes first: if it is there, so are they."""
-        found = yield from self._add_writes(key, entry, known=set())
-        if found is None:
-            return
-        checkpoint = found.checkpoint
-        unversioned = checkpoint["channel_values"].keys() - checkpoint["channel_versions"].keys()
+        checkpoint, values = read.checkpoint, read.checkpoint["channel_values"]
+        unversioned = values.keys() - checkpoint["channel_versions"].keys()
         if unversioned:
             raise StorageError(
                 f"expected a version for every channel that has a value, found none for {sorted(unversioned)}; "
                 "the checkpoint was not made by LangGraph"
             )
-        at: dict[str, Any] = {"thread_id": self._thread, "checkpoint_ns": key[0]}
-        if found.parent_config is not None:
-            at["checkpoint_id"] = found.parent_config["configurable"]["checkpoint_id"]
-        config: RunnableConfig = {"configurable": at}
+        self._put_writes(read, set(_slots(read.pending_writes or [])))
+        to = _at(self._name, (_key(read)[0], _parent(read) or ""))
         # Every channel counts as new: what the parent holds at the same version need not be what this one holds.
-        versions = dict(checkpoint["channel_versions"])
-        store, serde = self._target._store, self._target._serde
-        yield OfOurs(self._target, store.put(serde, config, checkpoint, found.metadata, versions))
+        self._target.put(to, checkpoint, read.metadata, dict(checkpoint["channel_versions"]))
         self.checkpoints += 1
 
-    def _add_writes(self, key: Key, entry: Entry, *, known: set[Slot]) -> Asking[CheckpointTuple | None]:
-        """Copy the writes of a checkpoint that are not ``known``; gives the checkpoint."""
-        self._at = key
-        found = yield from self._source.read(self._thread, key)
-        if found is None:  # it was taken out since the thread was listed
-            return None
-        pending = found.pending_writes or []
-        places = slots(pending)
-        for call in calls(pending, paths(pending, entry.writes)):
-            if not call.slots <= known:
-                yield self._put_writes(key, call.writes, call.task, call.path)
-        self.writes += len(set(places) - known)
-        return found
-
-    def _put_writes(self, key: Key, writes: Sequence[tuple[str, Any]], task: str, path: str) -> OfOurs[None]:
-        at = {"thread_id": self._thread, "checkpoint_ns": key[0], "checkpoint_id": key[1]}
-        store, serde = self._target._store, self._target._serde
-        return OfOurs(self._target, store.put_writes(serde, {"configurable": at}, writes, task, path))
+    def _put_writes(self, read: CheckpointTuple, missing: set[Slot]) -> None:
+        """Copy those pending writes of a checkpoint that are `missing`."""
+        to = _at(self._name, _key(read))
+        for task, path, writes, slots in _calls(read.pending_writes or []):
+            if slots & missing:
+                self._target.put_writes(to, writes, task, path)
+        self.writes += len(missing)
 
 
-def _parents_first(entries: Mapping[Key, Entry]) -> list[Key]:
+def _at(thread: Any, key: Key | None = None) -> RunnableConfig:
+    if key is None:
+        return {"configurable": {"thread_id": thread}}
+    return {"configurable": {"thread_id": thread, "checkpoint_ns": key[0], "checkpoint_id": key[1]}}
+
+
+def _key(stored: CheckpointTuple) -> Key:
+    at = stored.config["configurable"]
+    return at.get("checkpoint_ns", ""), at["checkpoint_id"]
+
+
+def _parent(stored: CheckpointTuple) -> str | None:
+    return None if stored.parent_config is None else stored.parent_config["configurable"]["checkpoint_id"]
+
+
+def _parents(saver: Saver, config: RunnableConfig | None) -> dict[Any, Parents]:
+    """The checkpoints of a thread, or of all, by thread."""
+    threads: defaultdict[Any, Parents] = defaultdict(dict)
+    for stored in saver.list(config):
+        threads[stored.config["configurable"]["thread_id"]][_key(stored)] = _parent(stored)
+    return threads
+
+
+def _parents_first(parents: Parents) -> list[Key]:
     """Checkpoints by id, but none before its parent: ids made by different processes may be out of order."""
     done: set[Key] = set()
     ordered: list[Key] = []
-    for ns, checkpoint in sorted(entries, key=lambda key: (key[1], key[0])):
+    for ns, checkpoint in sorted(parents, key=lambda key: (key[1], key[0])):
         chain: list[Key] = []
         at: str | None = checkpoint
-        while at is not None and (ns, at) in entries and (ns, at) not in done:
+        while at is not None and (ns, at) in parents and (ns, at) not in done:
             done.add((ns, at))
             chain.append((ns, at))
-            at = entries[ns, at].parent
+            at = parents[ns, at]
         ordered += reversed(chain)
     return ordered
 
 
-def _slots(entry: Entry) -> set[Slot]:
-    return {write.slot for write in entry.writes}
+# Pending writes. LangGraph orders those of a checkpoint by the path of their task, the task and an index; its interface
+# tells neither path nor index.
 
 
-def _nothing(_connection: Connection) -> None:
-    """The work of opening a database."""
+def _slots(pending: Sequence[PendingWrite]) -> list[Slot]:
+    """Where writes lie, given in order."""
+    ranks: defaultdict[str, int] = defaultdict(int)
+    slots: list[Slot] = []
+    for task, channel, _ in pending:
+        if channel in WRITES_IDX_MAP:
+            slots.append((task, WRITES_IDX_MAP[channel]))
+        else:
+            slots.append((task, ranks[task]))
+            ranks[task] += 1
+    return slots
+
+
+def _calls(pending: Sequence[PendingWrite]) -> Iterator[tuple[str, str, list[tuple[str, Any]], set[Slot]]]:
+    """The calls of `put_writes` that store writes in their order: task, path, writes, and the slots they are for.
+
+    Paths are made up that give the same order: as few as that takes, beginning with the empty one. A checkpointer makes
+    a write's index from its position in the call and leaves those alone that are there, so a task's later writes come
+    with all that are before them.
+    """
+    slots, step = _slots(pending), 0
+    paths = [""] * bool(pending)
+    for before, after in pairwise(slots):
+        step += after < before
+        paths.append(f"{step:08}" if step else "")
+    groups: dict[tuple[str, str, bool], list[int]] = {}
+    for number, (task, channel, _) in enumerate(pending):
+        groups.setdefault((task, paths[number], channel in WRITES_IDX_MAP), []).append(number)
+    others: defaultdict[str, list[int]] = defaultdict(list)
+    for (task, path, special), members in groups.items():
+        if not special:
+            others[task] += members
+        numbers = members if special else others[task]
+        yield task, path, [pending[number][1:] for number in numbers], {slots[number] for number in members}
+
+
+def _verbatim(saver: Saver, serde: SerializerProtocol) -> Saver:
+    """A clone that deserialises values to plain data only, if `serde` would store them the same.
+
+    Then no class of the application is imported or called, and nothing is lost of a value whose class is not at hand,
+    or not on an allowlist.
+    """
+    inner = plain_serde(saver.serde)
+    if type(inner) is not JsonPlusSerializer or type(plain_serde(serde)) is not JsonPlusSerializer:
+        return saver
+    keeping: SerializerProtocol = JsonPlusSerializer(
+        pickle_fallback=inner.pickle_fallback,
+        allowed_json_modules=inner._allowed_json_modules,
+        __unpack_ext_hook__=_keep,
+    )
+    if isinstance(saver.serde, EncryptedSerializer):
+        keeping = EncryptedSerializer(saver.serde.cipher, keeping)
+    clone = copy.copy(saver)
+    clone.serde = keeping
+    return clone
+
+
+def _keep(code: int, data: bytes) -> Any:
+    if code == EXT_DELTA_SNAPSHOT:  # the list in it is stored as a list, whose items are shared
+        return _DeltaSnapshot(ormsgpack.unpackb(data, ext_hook=_keep, option=ormsgpack.OPT_NON_STR_KEYS))
+    return ormsgpack.Ext(code, data)

@@ -1,6 +1,6 @@
 """The history of delta channels: LangGraph's cases for the capability, and what they leave out.
 
-The eight cases of the conformance suite for ``delta_channel_history`` are in its repository but not in the package,
+The eight cases of the conformance suite for `delta_channel_history` are in its repository but not in the package,
 so they are written anew here.
 """
 
@@ -31,7 +31,7 @@ Saver = BaseCheckpointSaver[str]
 
 
 async def child(saver: Saver, parent: RunnableConfig, **values: Any) -> RunnableConfig:
-    """Store a child of a checkpoint, which holds ``values``; writes go to ``d`` and ``e``."""
+    """Store a child of a checkpoint, which holds `values`; writes go to `d` and `e`."""
     one = made(values, "d e")
     return await saver.aput(parent, one, {}, one["channel_versions"])
 
@@ -138,15 +138,8 @@ async def test_delta_history_conforms(either: Saver, subtests: pytest.Subtests) 
             await case(either, config(case.__name__, ns="sub:1"))
 
 
-async def test_delta_history_conforms_by_asyncpg(new_url: NewUrl, subtests: pytest.Subtests) -> None:
-    async with SQLAlchemySaver.from_url(new_url("postgresql+asyncpg")) as saver:
-        for case in CASES:
-            with subtests.test(case=case.__name__):
-                await case(saver, config(case.__name__))
-
-
 def default_walk(saver: SQLAlchemySaver, at: RunnableConfig, channels: list[str]) -> Mapping[str, DeltaChannelHistory]:
-    """What LangGraph's base class answers: slowly, by ``get_tuple``."""
+    """What LangGraph's base class answers: slowly, by `get_tuple`."""
     return BaseCheckpointSaver.get_delta_channel_history(saver, config=at, channels=channels)
 
 
@@ -248,7 +241,7 @@ def test_what_is_not_there_has_no_history(swept_saver: SQLAlchemySaver) -> None:
 
 
 def test_a_checkpoint_that_is_its_own_parent_ends_the_walk(swept_saver: SQLAlchemySaver) -> None:
-    """Such are stored by whoever copies checkpoints with ``put(found.config, found.checkpoint, ...)``."""
+    """Such are stored by whoever copies checkpoints with `put(found.config, found.checkpoint, ...)`."""
     one = made({}, "d")
     first = swept_saver.put(config(checkpoint_id=one["id"]), one, {}, {})
     write(swept_saver, first, "first")

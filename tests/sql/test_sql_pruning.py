@@ -98,7 +98,7 @@ def nearest(before: Tuples, key: tuple[str, str], gone: set[Any]) -> str | None:
 
 
 def assert_taken_out(saver: SQLAlchemySaver, before: Tuples, gone: set[Any], left: Any) -> None:
-    """Only ``gone`` is gone, and what is left holds what it held; ``left`` are the histories from before."""
+    """Only `gone` is gone, and what is left holds what it held; `left` are the histories from before."""
     after = tuples(saver)
     assert after.keys() == before.keys() - gone
     for key, one in after.items():

@@ -12,18 +12,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import pytest
 from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
-from sqlalchemy import Connection, Engine, NullPool, create_engine, event, text
+from sqlalchemy import Engine, NullPool, create_engine, event, text
 from typer.testing import CliRunner
 
-from agentmem.errors import ConfigError, StorageError
+from agentmem.errors import ConfigError
 from agentmem_cli.app import app
-from agentmem_sql import Retention, RetentionReport, SQLAlchemySaver
-from agentmem_sql.presence import check_present
+from agentmem_sql import Retention, SQLAlchemySaver
 from tests.helpers.sql_cases import config, put
 from tests.helpers.sql_chains import grow, history, id_of, ids, made, write
 
@@ -431,7 +429,7 @@ def test_many_threads() -> None:
         report = saver.retain(Retention(max_checkpoints=1))
         assert [one.thread_id for one in report.threads] == [str(number) for number in range(520) if number % 260]
         assert (report.kept, report.threads_kept) == (520, 520)
-        assert saver.storage_report(orphans=True, limit=3).orphan_blobs == 0
+        assert len(saver.storage_report(limit=3).threads) == 3
         named = saver.retain(Retention(max_checkpoints=1), thread_ids=[str(number) for number in range(1200)])
         assert (named.threads, named.threads_kept) == ((), 520)
 
@@ -455,21 +453,18 @@ def test_a_damaged_thread_stays_and_the_others_go_on(
     assert swept_saver.retain(Retention(idle=DAY), now=clock.now + 9 * DAY).threads_deleted == 1
 
 
-async def test_a_task_can_do_it_all(async_url: str, look: Sql) -> None:
-    async with SQLAlchemySaver.from_url(async_url) as saver:
-        for name in ("a", "b"):
-            chain(saver, 4, thread=name)
-        before = await saver.astorage_report(orphans=True)
-        assert (before.checkpoints, before.orphan_blobs) == (8, 0)
-        planned = await saver.aretain(Retention(max_checkpoints=1), thread_ids=["a"], dry_run=True)
-        done = await saver.aretain(Retention(max_checkpoints=1), thread_ids=["a"])
-        assert planned.threads == done.threads
-        assert [len(left(saver, name)) for name in ("a", "b")] == [1, 4]
-        after = await saver.astorage_report()
-        assert before.bytes - after.bytes == done.bytes_freed > 0
-        compaction = await saver.acompact()
-        assert (await saver.astorage_report()).database_bytes == compaction.after
-    assert look(async_url, "SELECT count(*) FROM agentmem_checkpoints") == [(5,)]
+async def test_a_task_can_do_it_all(swept_saver: SQLAlchemySaver) -> None:
+    for name in ("a", "b"):
+        chain(swept_saver, 4, thread=name)
+    before = await swept_saver.astorage_report()
+    assert before.checkpoints == 8
+    planned = await swept_saver.aretain(Retention(max_checkpoints=1), thread_ids=["a"], dry_run=True)
+    done = await swept_saver.aretain(Retention(max_checkpoints=1), thread_ids=["a"])
+    assert planned.threads == done.threads
+    assert [len(left(swept_saver, name)) for name in ("a", "b")] == [1, 4]
+    after = await swept_saver.astorage_report(order="checkpoints", limit=1)
+    assert after.threads[0].thread_id == "b"
+    assert before.bytes - after.bytes == done.bytes_freed > 0
 
 
 @pytest.mark.parametrize("key", [None, secrets.token_bytes(32)], ids=["without hmac", "with hmac"])
@@ -485,7 +480,6 @@ def test_protected_databases(url: str, look: Sql, key: bytes | None, clock: Cloc
         assert 1 < len(namespaces(saver)) < before, (
             "calls went with their callers, whose names are in encrypted metadata"
         )
-        assert saver.storage_report(orphans=True).orphan_blobs == 0
 
 
 @pytest.mark.parametrize(
@@ -539,7 +533,6 @@ def test_report_tells_what_threads_take(swept_saver: SQLAlchemySaver, clock: Clo
     assert report.content_bytes == int(shared_ask("SELECT SUM(LENGTH(body)) FROM agentmem_blobs")[0][0])
     assert report.bytes == bytes_of(shared_ask) == sum(one.bytes for one in report.threads)
     assert report.database_bytes > report.bytes / 2
-    assert report.orphan_blobs is None
     first = swept_saver.storage_report(limit=1)
     assert first.threads == (large,)
     assert (first.thread_count, first.bytes) == (3, report.bytes)
@@ -551,97 +544,9 @@ def test_report_tells_what_threads_take(swept_saver: SQLAlchemySaver, clock: Clo
 
 
 def test_report_on_a_database_without_threads(swept_saver: SQLAlchemySaver) -> None:
-    report = swept_saver.storage_report(orphans=True)
-    assert (report.threads, report.thread_count, report.bytes, report.orphan_bytes) == ((), 0, 0, 0)
+    report = swept_saver.storage_report()
+    assert (report.threads, report.thread_count, report.bytes) == ((), 0, 0)
     assert report.database_bytes > 0
-
-
-def test_report_finds_content_that_nothing_refers_to(swept_saver: SQLAlchemySaver, shared_ask: Sql) -> None:
-    for name in ("a", "b"):
-        chain(swept_saver, 2, thread=name)
-    [(number,)] = shared_ask("SELECT number FROM agentmem_threads WHERE name = :name", name=b"b")
-    insert = "INSERT INTO agentmem_blobs (thread, digest, kind, body) VALUES (:number, :digest, 0, :body)"
-    shared_ask(insert, number=number, digest=b"d" * 32, body=b"lost" * 10)
-    report = swept_saver.storage_report(orphans=True)
-    assert (report.orphan_blobs, report.orphan_bytes) == (1, 40)
-    size = bytes_of(shared_ask)
-    planned = swept_saver.retain(Retention(max_checkpoints=1), dry_run=True)
-    done = swept_saver.retain(Retention(max_checkpoints=1))
-    assert planned.threads == done.threads
-    assert done.bytes_freed == size - bytes_of(shared_ask), "a sweep frees it as well"
-    assert swept_saver.storage_report(orphans=True).orphan_blobs == 0
-
-
-# Getting the space back.
-
-
-def emptied(saver: SQLAlchemySaver) -> RetentionReport:
-    for number in range(4):
-        put(saver, config(f"thread {number}"), {"x": secrets.token_bytes(200_000)})
-    return saver.retain(Retention(idle=DAY), now=datetime.now(UTC) + 2 * DAY)
-
-
-def test_compacting_gives_the_space_back(swept_saver: SQLAlchemySaver, shared_url: str) -> None:
-    assert emptied(swept_saver).bytes_freed > 800_000
-    before = swept_saver.storage_report()
-    done = swept_saver.compact()
-    after = swept_saver.storage_report()
-    assert done == (before.database_bytes, after.database_bytes)
-    assert done.freed == done.before - done.after
-    if "sqlite" in shared_url:
-        assert done.freed > 700_000
-        assert before.free_bytes is not None
-        assert before.free_bytes > 700_000
-        assert after.free_bytes == 0
-    else:  # MySQL measures its tables now and then, and PostgreSQL keeps the space
-        emptied(swept_saver)
-        swept_saver.compact()
-        assert swept_saver.storage_report().database_bytes < 2_000_000, "later rows take the space"
-
-
-def test_a_sqlite_file_shrinks_on_the_disk(url: str, path: Path) -> None:
-    with SQLAlchemySaver.from_url(url) as saver:
-        emptied(saver)
-        put(saver, config(), {"x": "kept"})
-    assert path.stat().st_size > 800_000
-    with SQLAlchemySaver.from_url(url) as saver:
-        size = saver.compact().after
-        assert path.stat().st_size == size < 100_000
-        found = saver.get_tuple(config())
-        assert found is not None
-        assert found.checkpoint["channel_values"] == {"x": "kept"}
-
-
-def test_writers_of_this_process_wait_while_a_file_is_compacted(saver: SQLAlchemySaver) -> None:
-    emptied(saver)
-    with ThreadPoolExecutor() as pool:
-        compacting = [pool.submit(saver.compact) for _ in range(5)]
-        stored = chain(saver, 30)
-    assert all(one.result().after > 0 for one in compacting)
-    assert left(saver) == stored
-
-
-def test_compacting_in_memory() -> None:
-    with SQLAlchemySaver.from_url("sqlite:///:memory:") as saver:
-        emptied(saver)
-        assert saver.compact().freed > 700_000
-        assert len(chain(saver, 2)) == len(left(saver))
-
-
-@pytest.mark.parametrize("backend", ["sqlite", "postgresql"])
-def test_compacting_on_an_engine_of_the_callers(new_url: Callable[[str], str], backend: str) -> None:
-    """Whose listener has a say in every transaction; and it goes on as it was."""
-    engine = create_engine(new_url(backend))
-    begun: list[Connection] = []
-    event.listen(engine, "begin", begun.append)
-    with SQLAlchemySaver(engine) as saver:
-        emptied(saver)
-        saver.compact()
-        begun.clear()
-        chain(saver, 2)
-        assert len(left(saver)) == 2
-        assert begun
-    engine.dispose()
 
 
 def test_schema_and_odd_prefix(postgresql_url: str, look: Sql) -> None:
@@ -650,9 +555,5 @@ def test_schema_and_odd_prefix(postgresql_url: str, look: Sql) -> None:
         chain(saver, 3)
         assert saver.storage_report().database_bytes > 0
         assert saver.retain(Retention(max_checkpoints=1)).removed == 2
-        assert saver.compact().after > 0
-    check_present(postgresql_url, schema="Odd one", table_prefix='my "own"_')
-    with pytest.raises(StorageError, match="no such table"):
-        check_present(postgresql_url, table_prefix='my "own"_')
     command = ["storage", "report", postgresql_url, "--schema", "Odd one", "--prefix", 'my "own"_', "--json"]
     assert json.loads(CliRunner().invoke(app, command).stdout)["checkpoints"] == 1

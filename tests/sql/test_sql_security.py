@@ -11,10 +11,10 @@ from langchain_core.messages import HumanMessage
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 
-from agentmem.errors import StorageError
+from agentmem.errors import ConfigError, StorageError
 from agentmem_sql import SQLAlchemySaver
-from agentmem_sql.codec import pack_content, seal_checkpoint
-from agentmem_sql.trees import VALUE
+from agentmem_sql.list_tree import VALUE
+from agentmem_sql.rows import pack_content, seal_checkpoint
 from tests.helpers.sql_cases import checkpoint, config, put
 from tests.helpers.sql_protection import PROTECTION, aes
 
@@ -101,19 +101,26 @@ def test_ids_are_data_on_every_database(any_saver: SQLAlchemySaver) -> None:
     assert left == (set(PAYLOADS) - gone) | {"' copy"}
 
 
-@pytest.mark.parametrize("prefix", ['odd "name"; -- %s :x ', "Ünïcode `tick` ? "])
+@pytest.mark.parametrize("prefix", ['odd "name"; -- %s :x ', "Ünïcode `tick` ? ", "%s", "%(x)s_"])
 def test_odd_table_prefixes_are_quoted(database_url: str, prefix: str) -> None:
     with SQLAlchemySaver.from_url(database_url, table_prefix=prefix) as saver:
         at = put(saver, put(saver, config(), {"x": [1, "two"]}), {"x": [1, "two", 3]}, run_id="r")
         saver.put_writes(at, [("x", 1)], "task")
         saver.prune(["t"])
         saver.copy_thread("t", "copy")
+        assert saver.storage_report().checkpoints > 0
         saver.delete_for_runs(["r"])
         assert list(saver.list(None)) == []
     with SQLAlchemySaver.from_url(database_url, table_prefix=prefix) as again:
         put(again, config(), {"x": 1})
     with SQLAlchemySaver.from_url(database_url) as other:
         assert other.get_tuple(config()) is None
+
+
+@pytest.mark.parametrize("prefix", ["x" * 60, "a\0b", None])
+def test_table_prefixes_that_no_name_has_are_refused(url: str, prefix: Any) -> None:
+    with pytest.raises(ConfigError, match="table_prefix"):
+        SQLAlchemySaver.from_url(url, table_prefix=prefix)
 
 
 # Pickles.
@@ -158,25 +165,25 @@ def test_a_pickle_that_someone_stored_is_not_read(url: str, protection: str, cap
     options = {**PROTECTION[protection], "serde": serde}
     with SQLAlchemySaver.from_url(url, **options) as saver:
         at = put(saver, config(), {"x": ["item", "y" * 100]})
-        vault = saver._store.vault
+        protection = saver._store.protection
         body = b"pickle\0" + pickled
 
         def plant(connection: Any) -> None:
             rows = connection.exec_driver_sql("SELECT thread, content FROM agentmem_checkpoints").all()
             ((thread, _),) = rows
-            digest = vault.digest(VALUE, body)
+            digest = protection.digest(VALUE, body)
             connection.exec_driver_sql(
                 "INSERT INTO agentmem_blobs (thread, digest, kind, body) VALUES (?, ?, ?, ?)",
-                (thread, digest, VALUE, vault.close(body)),
+                (thread, digest, VALUE, protection.encrypt(body)),
             )
             row = dict(connection.exec_driver_sql("SELECT * FROM agentmem_checkpoints").mappings().one())
             row["content"] = pack_content({"x": digest})
             connection.exec_driver_sql(
                 "UPDATE agentmem_checkpoints SET content = ?, seal = ?",
-                (row["content"], seal_checkpoint(vault, "t", row)),
+                (row["content"], seal_checkpoint(protection, "t", row)),
             )
 
-        saver._database.run(plant, write=True)
+        saver._store.database.run(plant, write=True)
         with pytest.raises(StorageError, match="pickle"):
             saver.get_tuple(at)
         with pytest.raises(StorageError, match="pickle"):

@@ -1,18 +1,21 @@
-"""Content: values as bodies that are stored once each, lists of them as trees.
+"""Lists as content-addressed trees: each distinct value is stored once under its digest, and lists refer to items.
+
+The kinds of content:
 
     VALUE     a serialised value: the serializer's type tag, a zero byte, its bytes
     LIST      a list: what it is of (see below), and the entries that are in no node, level by level
     NODE      16 entries of a level
     SPLIT     the digests of the parts of a body that is too large for one row
     PART      such a part
-    HISTORY   what pruned ancestors wrote to delta channels (see ``deltas``)
+    HISTORY   what pruned ancestors wrote to delta channels (see `delta_channels`)
+    OWN       the value of one pending write that may be replaced, and nothing else's (see `own_body`)
 
-The entries of the lowest level are digests of items, or the items themselves where those are hardly longer. As
-soon as 16 entries of a level are together they become a NODE, whose digest is an entry of the level above; what
-is left over of each level, fewer than 16, is in the LIST. So nodes are always full and never change, two lists
-that begin alike share all nodes that cover what is alike, and a list that grows by one item stores that item and
-a LIST of some 600 bytes, hardly more when it is long. Long lists of numbers are cut into runs of 256 numbers,
-each a VALUE. A snapshot of a delta channel that holds a list is stored as that list.
+An entry of the lowest level is the digest of an item, or the item itself where that is hardly longer. As soon as a
+level has 16 entries they become a NODE, whose digest is an entry of the level above. What is left over of each level,
+fewer than 16 entries, stands in the LIST. So nodes are always full and never change, two lists that begin alike share
+the nodes of their common beginning, and a list that grows by one item stores that item and a LIST of some 600 bytes,
+hardly more when it is long. Long lists of numbers are cut into runs of 256 numbers, each a VALUE. A snapshot of a delta
+channel that holds a list is stored as that list.
 
 Pure functions: no database, no serializer settings.
 """
@@ -26,10 +29,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from agentmem.errors import StorageError
-from agentmem_sql.keys import DIGEST_BYTES
+from agentmem_sql.schema import DIGEST_BYTES
 
-VALUE, LIST, NODE, SPLIT, PART, HISTORY = range(6)
-LEAVES = frozenset({VALUE, PART})  # kinds that refer to nothing
+VALUE, LIST, NODE, SPLIT, PART, HISTORY, OWN = range(7)
+LEAVES = frozenset({VALUE, PART, OWN})  # kinds that refer to nothing
 
 # What a LIST is of.
 ITEMS, RUNS, SNAPSHOT, SNAPSHOT_RUNS = range(4)  # each with its runs next to it
@@ -41,6 +44,8 @@ INLINE = 48  # bytes of an item that costs less in its leaf than in a row of its
 PART_BYTES = 4 * 2**20
 
 _HEAD = struct.Struct(">BB")  # what it is of, number of levels; then each level's number of entries, highest first
+# No serializer's type tag begins with this byte, so the body of an OWN is told from that of a VALUE.
+OWN_MARK = b"\xff"
 LINK = b"\0"  # before a digest; before an item stands its length, 1 to INLINE
 _LINK_BYTES = len(LINK) + DIGEST_BYTES
 
@@ -52,7 +57,7 @@ class Inline(bytes):
 
 
 class Node(NamedTuple):
-    """Parsed content that refers to other content: by digests, or in the lowest level by ``Inline`` items.
+    """Parsed content that refers to other content: by digests, or in the lowest level by `Inline` items.
 
     Attributes:
         kind: LIST, NODE, SPLIT or HISTORY.
@@ -73,7 +78,7 @@ class Node(NamedTuple):
 
 
 def inline(body: bytes) -> bytes:
-    """How a leaf holds an item of 1 to ``INLINE`` bytes."""
+    """How a leaf holds an item of 1 to `INLINE` bytes."""
     return bytes((len(body),)) + body
 
 
@@ -86,6 +91,20 @@ def list_body(of: int, levels: Sequence[Sequence[bytes]]) -> bytes:
     """The body of a LIST; the highest level stands first."""
     counts = bytes([len(level) for level in levels])
     return _HEAD.pack(of, len(counts)) + counts + b"".join([entry for level in levels for entry in level])
+
+
+def own_body(place: bytes, value: bytes) -> bytes:
+    """The body of an OWN: the 32-byte digest of the place of the write, and the serialised value.
+
+    The place makes the digest of the content this write's own. So when the write is replaced, its old content is free:
+    nothing else in the thread can refer to it, and nobody has to look.
+    """
+    return OWN_MARK + place + value
+
+
+def value_of(body: bytes) -> bytes:
+    """The serialised value in the body of a VALUE or an OWN."""
+    return body[1 + DIGEST_BYTES :] if body.startswith(OWN_MARK) else body
 
 
 def parse(kind: int, body: bytes) -> Node:
@@ -103,21 +122,21 @@ def parse(kind: int, body: bytes) -> Node:
     if kind == SPLIT:
         return Node(kind, tuple(body[at : at + DIGEST_BYTES] for at in range(0, len(body), DIGEST_BYTES)))
     if kind == HISTORY:
-        return Node(kind, tuple(digest for one in read_history(body).values() for digest in one.digests))
-    raise StorageError(f"expected content of a kind up to {HISTORY}, found {kind}: a newer version wrote it; upgrade")
+        return Node(kind, tuple(digest for history in read_history(body).values() for digest in history.digests))
+    raise StorageError(f"expected content of a kind up to {OWN}, found {kind}: a newer version wrote it; upgrade")
 
 
 def _entries(body: bytes, start: int) -> tuple[bytes, ...]:
     if (len(body) - start) % _LINK_BYTES == 0 and not any(body[start::_LINK_BYTES]):  # nothing but links
         return tuple([body[at : at + DIGEST_BYTES] for at in range(start + 1, len(body), _LINK_BYTES)])
-    found: list[bytes] = []
+    entries: list[bytes] = []
     while start < len(body):
         length = body[start]
         end = start + 1 + (length or DIGEST_BYTES)
         piece = body[start + 1 : end]
-        found.append(Inline(piece) if length else piece)
+        entries.append(Inline(piece) if length else piece)
         start = end
-    return tuple(found)
+    return tuple(entries)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,14 +163,14 @@ class History:
 def history_body(channels: Mapping[str, History]) -> bytes:
     """The body of a HISTORY."""
     plain = {
-        name: [one.seed and one.seed.hex(), [[task, digest.hex()] for task, digest in one.writes]]
-        for name, one in channels.items()
+        name: [history.seed and history.seed.hex(), [[task, digest.hex()] for task, digest in history.writes]]
+        for name, history in channels.items()
     }
     return json.dumps(plain).encode()
 
 
 def read_history(body: bytes) -> dict[str, History]:
-    """The inverse of ``history_body``."""
+    """The inverse of `history_body`."""
     plain: dict[str, Any] = json.loads(body)
     return {
         name: History(seed and bytes.fromhex(seed), [(task, bytes.fromhex(digest)) for task, digest in writes])

@@ -1,12 +1,12 @@
 """Delta channels: values that checkpoints do not hold, but that follow from what was written before.
 
-LangGraph stores such a channel's value now and then (the seed) and asks for the writes since, along the parents
-of a checkpoint. The parents' rows come in one recursive statement for a hundred of them, the writes in another,
-and content as always. The writes come with the thread's epoch: if it has changed since the first row was read,
+LangGraph stores such a channel's value now and then (the seed) and asks for the writes since then, along the parents
+of a checkpoint. One recursive statement reads the rows of up to a hundred parents, another reads the writes, and
+content is read as always. The writes come with the thread's epoch: if it has changed since the first row was read,
 something was taken out in between, and everything is read again.
 
-When ancestors are pruned, what they wrote since the last seed is kept with their nearest survivor, as its
-HISTORY: in order, seed and writes by reference. So a pruned thread means what it meant before.
+When ancestors are pruned, what they wrote since the last seed is kept with their nearest survivor, as its HISTORY: the
+seed and the writes in their order, by reference. So a pruned thread means what it meant before.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 
 from sqlalchemy import Connection, Integer, and_, bindparam, cast, literal, select
 
-from agentmem_sql.cache import Body, Thread
-from agentmem_sql.codec import Address, Row, StoredWrite, check_seal, damaged, decode_write, unpack_content
-from agentmem_sql.keys import decode_text, encode_text, open_key
-from agentmem_sql.reading import Missing, Reader, chunks
-from agentmem_sql.trees import HISTORY, History, read_history
-from agentmem_sql.vault import Vault
+from agentmem_sql.list_tree import HISTORY, History, read_history
+from agentmem_sql.message_cache import Body, CachedThread
+from agentmem_sql.protection import Protection
+from agentmem_sql.reader import Missing, Reader, chunks
+from agentmem_sql.rows import Address, Row, StoredWrite, check_seal, damaged, decode_write, unpack_content
+from agentmem_sql.schema import decode_text, encode_text, open_key
 
 _ANCESTORS = 100  # in one statement
 
@@ -37,11 +37,11 @@ class Ancestor:
     writes: list[StoredWrite] = field(default_factory=list)
 
 
-class Walker:
+class AncestorReader:
     """Reads the ancestors of checkpoints."""
 
-    def __init__(self, reader: Reader, vault: Vault) -> None:
-        self._vault = vault
+    def __init__(self, reader: Reader, protection: Protection) -> None:
+        self._protection = protection
         self._reader = reader
         threads, blobs = reader.tables.threads, reader.tables.blobs
         checkpoints, writes = reader.tables.checkpoints, reader.tables.writes
@@ -70,7 +70,7 @@ class Walker:
 
     def read(
         self, connection: Connection, address: Address, channels: Sequence[str]
-    ) -> tuple[dict[str, History], dict[bytes, Body], Thread] | None:
+    ) -> tuple[dict[str, History], dict[bytes, Body], CachedThread] | None:
         """For each channel the nearest seed among a checkpoint's ancestors and the writes since; and the content.
 
         None if there is no such checkpoint.
@@ -83,7 +83,7 @@ class Walker:
             known, start = located
             try:
                 histories = self._histories(connection, address, known, start, channels)
-                wanted = {digest for one in histories.values() for digest in one.digests}
+                wanted = {digest for history in histories.values() for digest in history.digests}
                 return histories, self._reader.collect(connection, known, wanted), known
             except Missing:
                 if before == (known.epoch, start):
@@ -92,7 +92,7 @@ class Walker:
         return None
 
     def _histories(
-        self, connection: Connection, address: Address, known: Thread, start: bytes, channels: Sequence[str]
+        self, connection: Connection, address: Address, known: CachedThread, start: bytes, channels: Sequence[str]
     ) -> dict[str, History]:
         assert known.number is not None
         ns = open_key(address.ns)
@@ -111,8 +111,8 @@ class Walker:
         stored = connection.execute(self._history, {"thread": thread, "digest": digest}).one_or_none()
         if stored is None or stored.kind != HISTORY:
             raise Missing
-        body = self._vault.open(stored.body)
-        if self._vault.digest(HISTORY, body) != digest:
+        body = self._protection.decrypt(stored.body)
+        if self._protection.digest(HISTORY, body) != digest:
             raise Missing
         return read_history(body)
 
@@ -124,33 +124,33 @@ class Walker:
         Raises:
             Missing: the checkpoint is not there, or something that was left with one of them.
         """
-        found: dict[bytes, Ancestor] = {}
+        ancestors: dict[bytes, Ancestor] = {}
         missing = set(channels)
         following: bytes | None = start
         while following is not None and missing:
             rows = connection.execute(self.chain, {"thread": thread, "ns": ns, "id": following}).mappings().all()
             following = rows[-1]["parent"] if len(rows) == _ANCESTORS else None
             for row in rows:
-                if row["id"] in found:  # a checkpoint that was stored as its own ancestor
-                    return list(found.values())
-                check_seal(self._vault, thread_id, {**row, "ns": ns})
+                if row["id"] in ancestors:  # a checkpoint that was stored as its own ancestor
+                    return list(ancestors.values())
+                check_seal(self._protection, thread_id, {**row, "ns": ns})
                 left = self.left(connection, thread, row["history"])
-                one = Ancestor(row["id"], row["parent"], unpack_content(row["content"]), left)
-                if found:  # what the checkpoint itself holds is not asked for
-                    missing -= one.digests.keys()
-                missing -= {name for name, history in one.left.items() if history.seed is not None}
-                found[one.id] = one
+                ancestor = Ancestor(row["id"], row["parent"], unpack_content(row["content"]), left)
+                if ancestors:  # what the checkpoint itself holds is not asked for
+                    missing -= ancestor.digests.keys()
+                missing -= {name for name, history in left.items() if history.seed is not None}
+                ancestors[ancestor.id] = ancestor
                 if not missing:
                     break
-        if not found:
+        if not ancestors:
             raise Missing
-        return list(found.values())
+        return list(ancestors.values())
 
     def _add_writes(
         self,
         connection: Connection,
         thread_id: str,
-        known: Thread,
+        known: CachedThread,
         ns: bytes,
         ancestors: Iterable[Ancestor],
         channels: Sequence[str],
@@ -160,7 +160,7 @@ class Walker:
         Raises:
             Missing: something was taken out of the thread since it was found.
         """
-        by_id = {one.id: one for one in ancestors}
+        by_id = {ancestor.id: ancestor for ancestor in ancestors}
         keys = {"thread": known.number, "ns": ns, "channels": [encode_text(name) for name in channels]}
         for part in chunks(list(by_id)):
             rows = connection.execute(self._pending, {**keys, "ids": part}).mappings().all()
@@ -168,35 +168,36 @@ class Walker:
                 raise Missing
             for row in rows:
                 if row["checkpoint"] is not None:
-                    add_write(self._vault, thread_id, by_id, row)
+                    add_write(self._protection, thread_id, by_id, row)
 
 
-def add_write(vault: Vault, thread_id: str, ancestors: Mapping[bytes, Ancestor], row: Row) -> None:
+def add_write(protection: Protection, thread_id: str, ancestors: Mapping[bytes, Ancestor], row: Row) -> None:
     """Give an ancestor a pending write that was read for it.
 
     Raises:
         StorageError: the write was changed or damaged since it was stored.
     """
-    one = ancestors.get(row["checkpoint"])
-    if one is None:  # the index that found the row says something else than the row
+    ancestor = ancestors.get(row["checkpoint"])
+    if ancestor is None:  # the index that found the row says something else than the row
         raise damaged(thread_id, decode_text(row["checkpoint"]), "a pending write")
-    one.writes.append(decode_write(vault, thread_id, row))
+    ancestor.writes.append(decode_write(protection, thread_id, row))
 
 
 def fold(ancestors: Sequence[Ancestor], channels: Iterable[str]) -> dict[str, History]:
     """The seed and writes of each channel, along a checkpoint and its ancestors (the checkpoint stands first)."""
-    return {name: _fold_one(ancestors, name) for name in channels}
+    return {name: _fold_channel(ancestors, name) for name in channels}
 
 
-def _fold_one(ancestors: Sequence[Ancestor], channel: str) -> History:
+def _fold_channel(ancestors: Sequence[Ancestor], channel: str) -> History:
     newest_first: list[tuple[str, bytes]] = []
-    for number, one in enumerate(ancestors):
-        if number:
-            own = sorted((write for write in one.writes if write.channel == channel), key=lambda write: write.order)
+    for distance, ancestor in enumerate(ancestors):
+        if distance:  # the checkpoint's own value and pending writes do not count
+            own = [write for write in ancestor.writes if write.channel == channel]
+            own.sort(key=lambda write: write.order)
             newest_first += [(write.task, write.digest) for write in reversed(own)]
-            if channel in one.digests:
-                return History(one.digests[channel], newest_first[::-1])
-        left = one.left.get(channel)
+            if channel in ancestor.digests:
+                return History(ancestor.digests[channel], newest_first[::-1])
+        left = ancestor.left.get(channel)
         if left is not None:
             newest_first += reversed(left.writes)
             if left.seed is not None:

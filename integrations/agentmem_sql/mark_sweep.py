@@ -1,8 +1,8 @@
-"""Freeing content that nothing refers to.
+"""Freeing content that nothing refers to, by mark and sweep over one thread.
 
 Content refers to content (a list to its nodes, those to items), so what is alive is found by marking: from the
 checkpoints and pending writes of the thread down. Only one thread is looked at, in a transaction that holds its
-row alone (see ``writing``), and its epoch is counted up so that no process trusts what it knew.
+row alone (see `writing`), and its epoch is counted up so that no process trusts what it knew.
 
 Whoever only wants to know what would be freed needs no lock, if content is read before what refers to it: the
 two are committed together, so while the epoch is the same nothing that was read can have lost its referrer.
@@ -16,11 +16,11 @@ from typing import NamedTuple
 from sqlalchemy import BindParameter, Connection, bindparam, delete, func, select, update
 
 from agentmem.errors import StorageError
-from agentmem_sql.codec import unpack_content
-from agentmem_sql.reading import chunks
-from agentmem_sql.tables import Tables
-from agentmem_sql.trees import LEAVES, parse
-from agentmem_sql.vault import Vault
+from agentmem_sql.list_tree import LEAVES, OWN, parse
+from agentmem_sql.protection import Protection
+from agentmem_sql.reader import chunks
+from agentmem_sql.rows import unpack_content
+from agentmem_sql.schema import Tables
 
 
 class Content(NamedTuple):
@@ -33,46 +33,54 @@ class Content(NamedTuple):
 class Sweeper:
     """Marks and sweeps the content of single threads."""
 
-    def __init__(self, tables: Tables, vault: Vault) -> None:
-        self._vault = vault
-        self._tables = tables
+    def __init__(self, tables: Tables, protection: Protection) -> None:
+        self._protection = protection
         threads, checkpoints, writes, blobs = tables.threads, tables.checkpoints, tables.writes, tables.blobs
         thread: BindParameter[int] = bindparam("of")
-        some = blobs.c.digest.in_(bindparam("d", expanding=True))
+        chosen = (blobs.c.thread == thread) & blobs.c.digest.in_(bindparam("digests", expanding=True))
         self._count_up = update(threads).where(threads.c.number == thread).values(epoch=threads.c.epoch + 1)
-        self._named = select(checkpoints.c.content, checkpoints.c.history).where(checkpoints.c.thread == thread)
+        self._referring = select(checkpoints.c.content, checkpoints.c.history).where(checkpoints.c.thread == thread)
         self._written = select(writes.c.digest).where(writes.c.thread == thread).distinct()
         self._inner = select(blobs.c.digest, blobs.c.kind, blobs.c.body).where(
             blobs.c.thread == thread, blobs.c.kind.not_in(LEAVES)
         )
         self._all = select(blobs.c.digest).where(blobs.c.thread == thread)
-        self._free = delete(blobs).where(blobs.c.thread == thread, some)
-        self._weigh = select(func.sum(func.length(blobs.c.body))).where(blobs.c.thread == thread, some)
+        self._own = select(blobs.c.digest).where(chosen, blobs.c.kind == OWN)
+        self._free = delete(blobs).where(chosen)
+        self._weigh = select(func.sum(func.length(blobs.c.body))).where(chosen)
 
-    def sweep(self, connection: Connection, thread: int) -> int:
-        """Delete the content of a thread that nothing refers to; gives the number of rows.
+    def free_replaced(self, connection: Connection, thread: int, replaced: Collection[bytes]) -> bool:
+        """Free what pending writes held that were replaced; says whether the whole thread had to be swept for it.
+
+        Content of a write's own (see `list_tree.own_body`) is deleted at once: nobody else refers to it and no process
+        relies on its being there, so the epoch stays. Databases that older versions wrote hold other content as well,
+        and so do values that are too large for one row.
+        """
+        own = set(connection.execute(self._own, {"of": thread, "digests": sorted(replaced)}).scalars())
+        if own != set(replaced):
+            self.sweep(connection, thread)
+            return True
+        connection.execute(self._free, {"of": thread, "digests": sorted(own)})
+        return False
+
+    def sweep(self, connection: Connection, thread: int) -> None:
+        """Delete the content of a thread that nothing refers to.
 
         Raises:
             StorageError: content cannot be read; nothing is deleted then.
         """
-        dead = self.unreferenced(connection, thread)
-        self.free(connection, thread, dead)
-        return len(dead)
+        content = self.content(connection, thread)
+        of = {"of": thread}
+        roots: set[bytes] = set(connection.execute(self._written, of).scalars())
+        for packed, history in connection.execute(self._referring, of):
+            roots.update(referred(packed, history))
+        self.free(connection, thread, unreachable(content, roots))
 
     def free(self, connection: Connection, thread: int, dead: Collection[bytes]) -> None:
         """Delete content that nothing refers to, and count the thread's epoch up."""
         for part in chunks(sorted(dead)):
-            connection.execute(self._free, {"of": thread, "d": part})
+            connection.execute(self._free, {"of": thread, "digests": part})
         connection.execute(self._count_up, {"of": thread})
-
-    def unreferenced(self, connection: Connection, thread: int) -> set[bytes]:
-        """The digests of content that nothing refers to."""
-        content = self.content(connection, thread)
-        of = {"of": thread}
-        roots: set[bytes] = set(connection.execute(self._written, of).scalars())
-        for packed, history in connection.execute(self._named, of):
-            roots.update(named(packed, history))
-        return unreachable(content, roots)
 
     def content(self, connection: Connection, thread: int) -> Content:
         """What a thread has, whether anything refers to it or not.
@@ -86,8 +94,8 @@ class Sweeper:
         return Content(digests, links)
 
     def _links(self, digest: bytes, kind: int, stored: bytes) -> frozenset[bytes]:
-        body = self._vault.open(stored)
-        if self._vault.digest(kind, body) != digest:  # what it referred to would be taken for dead
+        body = self._protection.decrypt(stored)
+        if self._protection.digest(kind, body) != digest:  # what it referred to would be taken for dead
             raise StorageError(
                 "a stored list of the thread is not what was stored (its digest differs), so what it refers to is "
                 "unknown and nothing was taken out; restore the database from a backup, or delete the thread"
@@ -96,12 +104,12 @@ class Sweeper:
 
     def weigh(self, connection: Connection, thread: int, digests: Collection[bytes]) -> int:
         """The bytes that content takes as it is stored, without what the database adds."""
-        parts = (connection.execute(self._weigh, {"of": thread, "d": part}) for part in chunks(sorted(digests)))
-        return sum(int(found.scalar_one() or 0) for found in parts)
+        parts = (connection.execute(self._weigh, {"of": thread, "digests": part}) for part in chunks(sorted(digests)))
+        return sum(int(size.scalar_one() or 0) for size in parts)
 
 
-def named(packed: bytes, history: bytes | None) -> Iterable[bytes]:
-    """The content that a checkpoint's row names, out of its columns ``content`` and ``history``."""
+def referred(packed: bytes, history: bytes | None) -> Iterable[bytes]:
+    """The content that a checkpoint's row names, out of its columns `content` and `history`."""
     yield from unpack_content(packed).values()
     if history is not None:
         yield history

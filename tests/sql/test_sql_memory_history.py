@@ -113,8 +113,8 @@ def test_the_order_can_be_turned_round(saver: SQLAlchemySaver) -> None:
     assert list(saver.memory_history("t", newest_first=True)) == steps[::-1]
 
 
-async def test_tasks_read_the_same(async_url: str) -> None:
-    async with SQLAlchemySaver.from_url(async_url) as saver:
+async def test_tasks_read_the_same(database_url: str) -> None:
+    async with SQLAlchemySaver.from_url(database_url) as saver:
         graph = memory_graph(saver)
         for text in ("one", "two"):
             await graph.ainvoke(say(text), config())

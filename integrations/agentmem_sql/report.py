@@ -1,12 +1,12 @@
 """How many bytes threads and databases take.
 
-Of content the bodies are counted, of rows the columns that hold bytes: what a database adds to both (keys, indexes,
+Of content the bodies are counted, of rows the columns that hold bytes. What a database adds to both (keys, indexes,
 page headers, free space) differs from one to the other, and is in the size that the database itself tells.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import reduce
@@ -28,12 +28,9 @@ from sqlalchemy import (
 )
 
 from agentmem.errors import ConfigError
-from agentmem_sql.keys import decode_text
-from agentmem_sql.sweeping import Sweeper
-from agentmem_sql.tables import Tables
+from agentmem_sql.schema import Tables, decode_text
 
 Order = Literal["bytes", "checkpoints", "idle"]
-_PAGE = 100  # threads looked at in one go
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +64,18 @@ class ThreadSize:
         """Content and rows."""
         return self.content_bytes + self.row_bytes
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; times are ISO 8601."""
+        times = {name: time and time.isoformat() for name, time in (("oldest", self.oldest), ("newest", self.newest))}
+        return {**asdict(self), "bytes": self.bytes, **times}
+
 
 @dataclass(frozen=True, kw_only=True)
 class StorageReport:
     """What the threads of a database take.
 
     Attributes:
-        threads: those that were asked for; the sums are over all threads.
+        threads: as many as `limit` allows; the sums are over all threads.
         thread_count: how many threads there are.
         checkpoints: of all threads.
         pending_writes: of all threads.
@@ -83,8 +85,6 @@ class StorageReport:
         database_bytes: what the database says it takes: on SQLite the file, else these tables with their indexes.
             MySQL says what it found when it last looked, which may be a while ago.
         free_bytes: of these, what is free for new rows; None where the database does not tell (PostgreSQL).
-        orphan_blobs: content that nothing refers to, which there should be none of; None if it was not looked for.
-        orphan_bytes: of it.
     """
 
     threads: tuple[ThreadSize, ...]
@@ -96,8 +96,6 @@ class StorageReport:
     row_bytes: int
     database_bytes: int
     free_bytes: int | None
-    orphan_blobs: int | None = None
-    orphan_bytes: int | None = None
 
     @property
     def bytes(self) -> int:
@@ -106,42 +104,7 @@ class StorageReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; times are ISO 8601."""
-        threads = [{**asdict(one), "bytes": one.bytes, **_times(one)} for one in self.threads]
-        return {**asdict(self), "bytes": self.bytes, "threads": threads}
-
-
-class DatabaseSize(NamedTuple):
-    """What a database says it takes, in bytes."""
-
-    total: int
-    free: int | None
-
-
-def row_bytes(table: Table) -> ColumnElement[int]:
-    """The bytes of a row's columns."""
-    held = (column for column in table.columns if isinstance(column.type, LargeBinary))
-    return reduce(add, (func.coalesce(func.length(column), 0) for column in held))
-
-
-def thread_bytes(tables: Tables, thread: BindParameter[int]) -> Select[int]:
-    """The bytes of everything that a thread has, its own row included."""
-    content = _sum(func.length(tables.blobs.c.body), tables.blobs, thread)
-    rows = (_sum(row_bytes(table), table, thread) for table in (tables.checkpoints, tables.writes))
-    whole = reduce(add, (row_bytes(tables.threads), content, *rows))
-    return select(whole).where(tables.threads.c.number == thread)
-
-
-def _sum(of: ColumnElement[int], table: Table, thread: BindParameter[int]) -> ColumnElement[int]:
-    return func.coalesce(select(func.sum(of)).where(table.c.thread == thread).scalar_subquery(), 0)
-
-
-def storage_report(connection: Connection, tables: Tables, limit: int | None, order: Order) -> StorageReport:
-    """Two or three statements, whatever the number of threads; without orphans."""
-    rows = connection.execute(_statement(tables, order).limit(limit)).mappings().all()
-    size = database_size(connection, tables)
-    sums = {name: int(rows[0][f"all_{name}"]) if rows else 0 for name in _SUMMED}
-    threads = tuple(_thread(row) for row in rows)
-    return StorageReport(threads=threads, **sums, database_bytes=size.total, free_bytes=size.free)
+        return {**asdict(self), "bytes": self.bytes, "threads": [thread.to_dict() for thread in self.threads]}
 
 
 def check_arguments(limit: int | None, order: str) -> None:
@@ -159,9 +122,35 @@ def check_arguments(limit: int | None, order: str) -> None:
 _SUMMED = ("thread_count", "checkpoints", "pending_writes", "blobs", "content_bytes", "row_bytes")
 
 
+def storage_report(connection: Connection, tables: Tables, limit: int | None, order: Order) -> StorageReport:
+    """Two or three statements, whatever the number of threads."""
+    rows = connection.execute(_statement(tables, order).limit(limit)).mappings().all()
+    size = _database_size(connection, tables)
+    sums = {name: int(rows[0][f"all_{name}"]) if rows else 0 for name in _SUMMED}
+    threads = tuple(_thread_size(row) for row in rows)
+    return StorageReport(threads=threads, **sums, database_bytes=size.total, free_bytes=size.free)
+
+
+def row_bytes(table: Table) -> ColumnElement[int]:
+    """The bytes of a row's columns."""
+    binary = (column for column in table.columns if isinstance(column.type, LargeBinary))
+    return reduce(add, (func.coalesce(func.length(column), 0) for column in binary))
+
+
+def thread_bytes(tables: Tables, thread: BindParameter[int]) -> Select[int]:
+    """The bytes of everything that a thread has, its own row included."""
+
+    def of_thread(size: ColumnElement[int], table: Table) -> ColumnElement[int]:
+        return func.coalesce(select(func.sum(size)).where(table.c.thread == thread).scalar_subquery(), 0)
+
+    content = of_thread(func.length(tables.blobs.c.body), tables.blobs)
+    rows = (of_thread(row_bytes(table), table) for table in (tables.checkpoints, tables.writes))
+    return select(reduce(add, (row_bytes(tables.threads), content, *rows))).where(tables.threads.c.number == thread)
+
+
 def _statement(tables: Tables, order: Order) -> Select[Any]:
     threads, checkpoints, writes, blobs = tables.threads, tables.checkpoints, tables.writes, tables.blobs
-    held = _by_thread(
+    stored = _by_thread(
         checkpoints,
         func.count().label("checkpoints"),
         func.count(checkpoints.c.ns.distinct()).label("namespaces"),
@@ -172,30 +161,31 @@ def _statement(tables: Tables, order: Order) -> Select[Any]:
     pending = _by_thread(writes, func.count().label("writes"), func.sum(row_bytes(writes)).label("bytes"))
     content = _by_thread(blobs, func.count().label("blobs"), func.sum(func.length(blobs.c.body)).label("bytes"))
     counted: dict[str, ColumnElement[Any]] = {
-        "checkpoints": func.coalesce(held.c.checkpoints, 0),
+        "checkpoints": func.coalesce(stored.c.checkpoints, 0),
         "pending_writes": func.coalesce(pending.c.writes, 0),
         "blobs": func.coalesce(content.c.blobs, 0),
         "content_bytes": func.coalesce(content.c.bytes, 0),
-        "row_bytes": row_bytes(threads) + func.coalesce(held.c.bytes, 0) + func.coalesce(pending.c.bytes, 0),
+        "row_bytes": row_bytes(threads) + func.coalesce(stored.c.bytes, 0) + func.coalesce(pending.c.bytes, 0),
     }
+    # Over all threads, though the statement gives only some of them: window functions count before the limit.
     sums = [func.sum(column).over().label(f"all_{name}") for name, column in counted.items()]
     first = {
         "bytes": (counted["content_bytes"] + counted["row_bytes"]).desc(),
         "checkpoints": counted["checkpoints"].desc(),
-        "idle": func.coalesce(held.c.newest, 0),
+        "idle": func.coalesce(stored.c.newest, 0),
     }
     return (
         select(
             threads.c.name,
-            func.coalesce(held.c.namespaces, 0).label("namespaces"),
-            held.c.oldest,
-            held.c.newest,
+            func.coalesce(stored.c.namespaces, 0).label("namespaces"),
+            stored.c.oldest,
+            stored.c.newest,
             *(column.label(name) for name, column in counted.items()),
             func.count().over().label("all_thread_count"),
             *sums,
         )
         .select_from(threads)
-        .outerjoin(held, held.c.thread == threads.c.number)
+        .outerjoin(stored, stored.c.thread == threads.c.number)
         .outerjoin(pending, pending.c.thread == threads.c.number)
         .outerjoin(content, content.c.thread == threads.c.number)
         .order_by(first[order], threads.c.number)
@@ -206,67 +196,45 @@ def _by_thread(table: Table, *columns: ColumnElement[Any]) -> Subquery:
     return select(table.c.thread, *columns).group_by(table.c.thread).subquery()
 
 
-def _thread(row: Mapping[Any, Any]) -> ThreadSize:
+def _thread_size(row: Mapping[Any, Any]) -> ThreadSize:
     counts = ("checkpoints", "namespaces", "pending_writes", "blobs", "content_bytes", "row_bytes")
     return ThreadSize(
         thread_id=decode_text(row["name"]),
-        oldest=moment(row["oldest"]),
-        newest=moment(row["newest"]),
+        oldest=_time(row["oldest"]),
+        newest=_time(row["newest"]),
         **{name: int(row[name]) for name in counts},
     )
 
 
-def moment(milliseconds: int | None) -> datetime | None:
-    """A column ``created`` as a time."""
+def _time(milliseconds: int | None) -> datetime | None:
+    """A column `created` as a time."""
     return None if milliseconds is None else datetime.fromtimestamp(milliseconds / 1000, UTC)
 
 
-def _times(one: ThreadSize) -> dict[str, str | None]:
-    times = {"oldest": one.oldest, "newest": one.newest}
-    return {name: None if time is None else time.isoformat() for name, time in times.items()}
+class _DatabaseSize(NamedTuple):
+    total: int
+    free: int | None
 
 
-def orphans(connection: Connection, tables: Tables, sweeper: Sweeper, after: int) -> tuple[int, int, int | None]:
-    """Content that nothing refers to, of some threads: pieces, bytes, and the number to go on after (None: done)."""
-    threads = tables.threads
-    found = select(threads.c.number, threads.c.epoch).where(threads.c.number > bindparam("after"))
-    page = connection.execute(found.order_by(threads.c.number).limit(_PAGE), {"after": after}).all()
-    again = select(threads.c.epoch).where(threads.c.number == bindparam("of"))
-    blobs = size = 0
-    for number, epoch in page:
-        dead = sweeper.unreferenced(connection, number)
-        weight = sweeper.weigh(connection, number, dead)
-        # In a thread that was swept meanwhile nothing is left that nothing refers to.
-        if dead and connection.execute(again, {"of": number}).scalar_one_or_none() == epoch:
-            blobs, size = blobs + len(dead), size + weight
-    return blobs, size, page[-1].number if len(page) == _PAGE else None
-
-
-def database_size(connection: Connection, tables: Tables) -> DatabaseSize:
+def _database_size(connection: Connection, tables: Tables) -> _DatabaseSize:
     """What the database says that it takes (SQLite), or that these tables take."""
     if connection.dialect.name == "sqlite":
         pages, size, free = (
             connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
             for name in ("page_count", "page_size", "freelist_count")
         )
-        return DatabaseSize(pages * size, free * size)
-    if connection.dialect.name == "postgresql":
-        measure = text("SELECT pg_total_relation_size(CAST(:name AS regclass))")
-        sizes = (connection.execute(measure, {"name": name}).scalar_one() for name in names(connection, tables))
-        return DatabaseSize(sum(sizes), None)
+        return _DatabaseSize(pages * size, free * size)
     schema = connection.schema_for_object(tables.threads)
+    every = tables.metadata.sorted_tables
+    if connection.dialect.name == "postgresql":
+        measure = text(
+            "SELECT pg_total_relation_size(CAST(concat_ws('.', quote_ident(:schema), quote_ident(:name)) AS regclass))"
+        )
+        sizes = (connection.execute(measure, {"schema": schema, "name": table.name}).scalar_one() for table in every)
+        return _DatabaseSize(sum(sizes), None)
     measure = text(
         "SELECT SUM(data_length + index_length + data_free), SUM(data_free) FROM information_schema.tables "
         "WHERE table_schema = COALESCE(:schema, DATABASE()) AND table_name IN :names"
     ).bindparams(bindparam("names", expanding=True))
-    known = [table.name for table in tables.metadata.sorted_tables]
-    total, free = connection.execute(measure, {"schema": schema, "names": known}).one()
-    return DatabaseSize(int(total or 0), int(free or 0))
-
-
-def names(connection: Connection, tables: Tables) -> Iterator[str]:
-    """The tables as statements name them, quoted."""
-    preparer = connection.dialect.identifier_preparer
-    for table in tables.metadata.sorted_tables:
-        schema, name = connection.schema_for_object(table), preparer.quote(table.name)
-        yield name if schema is None else f"{preparer.quote_schema(schema)}.{name}"
+    total, free = connection.execute(measure, {"schema": schema, "names": [table.name for table in every]}).one()
+    return _DatabaseSize(int(total or 0), int(free or 0))

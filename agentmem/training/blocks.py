@@ -1,4 +1,4 @@
-"""Attention that keeps the turns of a row apart at the cost of each turn alone.
+"""Attention in which the turns of a row do not see each other, at the cost of computing each turn by itself.
 
 A row of several turns under a dense mask costs the square of its length. Here the tokens of every block are laid out
 as a row of their own, attended to causally, and put back. It is an attention function of transformers

@@ -91,7 +91,7 @@ def fit(
     Args:
         parameters: what is trained; names must be unique.
         loss_of: the scalar loss of a step, counted from 0, and one of its `PARTS` parts, with its graph; the losses
-            of a step's parts add up to the step's.
+            of the parts add up to that of the step.
         plan: steps and rates.
         processes: how many compute the parts, at most `PARTS`, of one thread each; the bits are those of one process
             with one thread.
@@ -99,7 +99,7 @@ def fit(
         on_step: called after every step with the number of steps done and the log.
 
     Raises:
-        ConfigError: the checkpoint is of other parameters, or of a run that was planned otherwise; no process.
+        ConfigError: the checkpoint holds other parameters or belongs to a run with another plan; or `processes` is 0.
         FloatingPointError: the loss is not finite; the last checkpoint is intact.
         TrainingError: a process failed; the last checkpoint is intact.
     """

@@ -30,7 +30,7 @@ class EpisodeEncoder:
     def row(self, pieces: Sequence[TextPiece]) -> _Row:
         """Ids of the whole text and what each counts: 1 in replies, 0 in the system turn, `REST_WEIGHT` elsewhere.
 
-        Tools and facts are drawn at random; to predict them would only take strength from learning to read them.
+        Tools and facts are drawn at random: learning to predict them would only compete with learning to read them.
         """
         ids: list[int] = []
         weights: list[float] = []
@@ -46,9 +46,9 @@ class BaseBatches:
     """Conversations for the base model, in a curriculum.
 
     The first `COPY_STEPS` batches are runs of random tokens, repeated over and over, until looking up what followed
-    is learned; until 40 % of the steps every fourth batch still is, then every twelfth. Half of the runs are of few
-    different tokens, as names of other scripts are byte by byte: what followed depends on more than one token before.
-    Until 30 % of the steps conversations are chats alone; then tools, facts and long ones join.
+    is learned. Up to 40 % of the steps every fourth batch is one of these, later every twelfth. Half of the runs use
+    few different tokens, so that what follows depends on more than the last one, as in names of other scripts, which
+    are read byte by byte. Up to 30 % of the steps all conversations are chats; then tools, facts and long ones join.
 
     Args:
         tokenizer: nano's.

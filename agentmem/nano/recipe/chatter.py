@@ -59,7 +59,7 @@ _REPLY_NAMING = (
 
 
 def chatter(rng: Random) -> tuple[str, str]:
-    """A sentence of no kind that nano knows, and a short reply to it."""
+    """A sentence outside nano's language, and a short reply to it."""
     form = rng.choice(_SAID)
     a, b = rng.sample(_NOUNS, 2)
     g, h = rng.sample(GOODS, 2)

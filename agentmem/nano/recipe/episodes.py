@@ -70,7 +70,7 @@ def _episode(system: Message | None, turns: Sequence[Turn], tools: Tools = ()) -
 
 
 def chat_episode(rng: Random, *, bindings: int, fillers: int, asks: int) -> Episode:
-    """Telling, changing and asking with small talk in between, all of it visible; some asks find nothing told."""
+    """Telling, changing and asking with small talk in between, all of it visible; some questions have no answer."""
     talk = Talk(rng)
     system = _system(rng)
     steps = ["tell"] * bindings + ["filler"] * fillers + ["ask"] * asks + ["change"] * rng.choice((0, 0, 1, 2))

@@ -1,4 +1,4 @@
-"""What is said to have one of the offered tools called, mostly without naming it, and the call that answers it.
+"""Requests that need one of the offered tools, mostly without naming it, and the call that answers each.
 
 Lookups are asked in ordinary words, functions as `f(3)`; creators are given a name in quotes, and what else is to be
 known about it; commands are short ("Run the tests."). A command that needs what was told earlier is answered with
@@ -168,7 +168,7 @@ def _ask_function(rng: Random, offer: Offer) -> ToolRequest:
 
 
 def _description(rng: Random) -> str:
-    """One to four words, some of which are no known ones."""
+    """One to four words, some of them invented."""
     kind, firm, word = rng.choice(KINDS), rng.choice(FIRMS), invented_word(rng)
     strange = rng.choice((word, word.capitalize()))
     return rng.choice((a(f"{kind} {firm}"), a(f"{kind} {rng.choice(WORDS)} {firm}"), f"{rng.choice(GOODS)} {firm}",

@@ -7,7 +7,7 @@ SHELL := /bin/sh
 .DELETE_ON_ERROR:
 # One venv: two targets must not install into it at the same time.
 .NOTPARALLEL:
-.PHONY: help demo coding-assistant analysis-agent hybrid-rag docs pictures test lint format clean
+.PHONY: help demo coding-assistant analysis-agent hybrid-rag docs pictures test test-numeric lint format clean
 
 # Some images tell Python to keep no bytecode. Setup compiles nothing beforehand (below), so every process would then compile
 # torch and transformers anew: five seconds each, half of the time of the demo and a third of the tests'.
@@ -79,6 +79,19 @@ pictures: .venv/.installed-docs  ## draw the pictures of the pages from docs/res
 # Files in the order of their names: in that of their counts, those with a few long tests would come last, side by side.
 test: lint  ## lint, then all tests but the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# Tests that compare numbers, with the instructions and threads that other machines have; `make test` runs them with this
+# machine's and one thread. QUICK=1 leaves out the engine and training: each of the three runs then takes about 40 seconds
+# on two idle cores, else about two minutes.
+NUMERIC := $(addprefix tests/,core/test_recurrence.py core/test_equivalence.py core/test_decode.py core/test_mechanism.py \
+	core/test_contract.py core/test_attach.py core/test_training_and_precision.py kernels/test_step.py kernels/test_scan.py \
+	kernels/test_numba.py) $(if $(QUICK),,$(addprefix tests/,kernels/test_fullgraph.py engine/test_turns.py \
+	engine/test_batching.py engine/test_carry.py training/test_training.py langgraph/test_memory_graphs.py))
+NUMERIC_RUN = OMP_NUM_THREADS=$$AGENTMEM_TEST_THREADS $(BIN)/python -m pytest -q -n 2 --dist loadfile $(NUMERIC) $(ARGS)
+test-numeric: .venv/.installed-dev  ## numeric tests with other instruction sets and threads; QUICK=1 for fewer
+	export ATEN_CPU_CAPABILITY=default AGENTMEM_TEST_THREADS=2; $(NUMERIC_RUN)
+	export ATEN_CPU_CAPABILITY=avx2 AGENTMEM_TEST_THREADS=1; $(NUMERIC_RUN)
+	export AGENTMEM_TEST_THREADS=2; $(NUMERIC_RUN)
 
 lint: .venv/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff check

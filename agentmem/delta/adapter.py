@@ -76,25 +76,25 @@ def load_adapter(directory: str | Path) -> Adapter:
     path = ours if ours.exists() else theirs
     if not path.exists():
         raise AdapterError(f"{directory} holds neither {SAFETENSORS_FILE} nor {AUTHORS_FILE}")
-    found: Any
+    tensors: Any
     base: str | None = None
     try:
         if path == ours:
-            found = load_file(path)
+            tensors = load_file(path)
             with safe_open(path, framework="pt") as file:
                 base = (file.metadata() or {}).get(_BASE)
         else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the restricted unpickler meets damaged bytes with errors of any kind
         raise AdapterError(f"the adapter weights in {path} cannot be read: {error}") from error
-    return Adapter(config, _checked(path, found), base)
+    return Adapter(config, _checked(path, tensors), base)
 
 
-def _checked(path: Path, found: Any) -> dict[str, Tensor]:
+def _checked(path: Path, tensors: Any) -> dict[str, Tensor]:
     """Only plain floating-point tensors in memory, under the names that adapters use."""
-    if not isinstance(found, dict):
-        raise AdapterError(f"{path} must hold a dict of tensors; found {type(found).__name__}")
-    for name, tensor in found.items():
+    if not isinstance(tensors, dict):
+        raise AdapterError(f"{path} must hold a dict of tensors; found {type(tensors).__name__}")
+    for name, tensor in tensors.items():
         if not (isinstance(name, str) and _KEY.fullmatch(name) and isinstance(tensor, Tensor)):
             raise AdapterError(
                 f"{path}: entry {name!r} ({type(tensor).__name__}) is not a tensor named "
@@ -105,7 +105,7 @@ def _checked(path: Path, found: Any) -> dict[str, Tensor]:
                 f"{path}: {name} must hold plain floating-point numbers; found {tensor.dtype}, "
                 f"{tensor.layout}, on {tensor.device.type}"
             )
-    return found
+    return tensors
 
 
 def save_adapter(
@@ -147,21 +147,21 @@ def fill(memory: Sequence[LayerMemory], layers: Sequence[int], adapter: Adapter)
     Raises:
         AdapterError: missing, foreign, misshaped or non-finite tensors; nothing is copied then.
     """
-    wanted: dict[str, nn.Parameter] = {}
+    parameters: dict[str, nn.Parameter] = {}
     optional: set[str] = set()
     for layer, module in zip(layers, memory, strict=True):
         for name, parameter in module.named_parameters():
             key = f"model.layers.{layer}.self_attn.{name}"
-            wanted[key] = parameter
+            parameters[key] = parameter
             if name in module.idle:
                 optional.add(key)
-    missing = sorted(wanted.keys() - adapter.tensors.keys() - optional)
+    missing = sorted(parameters.keys() - adapter.tensors.keys() - optional)
     if missing:
-        raise AdapterError(_tell("the adapter lacks", missing, "the config and this model need them"))
-    foreign = sorted(k for k in adapter.tensors.keys() - wanted.keys() if not _idle(k, adapter.config))
+        raise AdapterError(_listed("the adapter lacks", missing, "the config and this model need them"))
+    foreign = sorted(k for k in adapter.tensors.keys() - parameters.keys() if not _idle(k, adapter.config))
     if foreign:
-        raise AdapterError(_tell("the adapter holds", foreign, "this model or the config has no place for them"))
-    fitting = {key: parameter for key, parameter in wanted.items() if key in adapter.tensors}
+        raise AdapterError(_listed("the adapter holds", foreign, "this model or the config has no place for them"))
+    fitting = {key: parameter for key, parameter in parameters.items() if key in adapter.tensors}
     for key, parameter in fitting.items():
         tensor = adapter.tensors[key]
         # One number is one number: with or without a dimension of its own.
@@ -193,15 +193,18 @@ def _idle(key: str, config: MemoryConfig) -> bool:
     return unused and key.rsplit(".", 1)[-1] in ("lambda_proj", "lambda_bias")
 
 
-def _tell(what: str, names: list[str], why: str) -> str:
+def _listed(what: str, names: list[str], why: str) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{what} {', '.join(names[:3])}{more}; {why}"
 
 
 def need_base(adapter: Adapter | None, model: Any) -> None:
     """Refuse an adapter that says it was made for another model: it would fit by shape, and steer at random."""
-    if adapter is not None and adapter.base is not None and adapter.base != (found := model_fingerprint(model)):
+    if adapter is None or adapter.base is None:
+        return
+    fingerprint = model_fingerprint(model)
+    if adapter.base != fingerprint:
         raise AdapterError(
-            f"the adapter was made for the model of fingerprint {adapter.base}, this model's is {found}; "
+            f"the adapter was made for the model of fingerprint {adapter.base}, this model's is {fingerprint}; "
             "load the model that it was trained on, or an adapter that was trained for this one"
         )

@@ -29,7 +29,7 @@ _GRANULARITY: dict[str, WriteStrategy] = {
     "message_mean": "message",
     "sentence_mean": "sentence",
 }
-_GRANULARITY_OUT = {ours: theirs for theirs, ours in _GRANULARITY.items()}
+_GRANULARITY_OUT = {strategy: name for name, strategy in _GRANULARITY.items()}
 
 # Archived switches of the json and the one value of each that leaves the mechanism as it is.
 _ARCHIVED_OFF: dict[str, Any] = {
@@ -177,11 +177,11 @@ class MemoryConfig:
         Raises:
             ConfigError: an unknown key, an archived option that is switched on, or a value of the wrong kind.
         """
-        ours = {field.name for field in fields(cls)} - {"write_strategy"}
-        known = ours | _ARCHIVED_OFF.keys() | _ARCHIVED_IDLE.keys()
-        unknown = sorted(body.keys() - known - {"memory_write_granularity"})
+        names = {field.name for field in fields(cls)} - {"write_strategy"}
+        options = names | _ARCHIVED_OFF.keys() | _ARCHIVED_IDLE.keys()
+        unknown = sorted(body.keys() - options - {"memory_write_granularity"})
         if unknown:
-            raise ConfigError(f"unknown memory option {unknown[0]!r}; known options: {', '.join(sorted(known))}")
+            raise ConfigError(f"unknown memory option {unknown[0]!r}; known options: {', '.join(sorted(options))}")
         for key, off in _ARCHIVED_OFF.items():
             if key in body and body[key] != off:
                 raise ConfigError(
@@ -193,7 +193,7 @@ class MemoryConfig:
             raise ConfigError(
                 f"memory_write_granularity must be one of {', '.join(_GRANULARITY)}; found {granularity!r}"
             )
-        values = {name: value for name, value in body.items() if name in ours}
+        values = {name: value for name, value in body.items() if name in names}
         return cls(write_strategy=_GRANULARITY[granularity], **values)
 
     @classmethod

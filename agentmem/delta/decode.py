@@ -28,11 +28,13 @@ from agentmem.kernels.recurrence import NORM_EPS, write_once
 class PackedWeights:
     """What steps need of all layers, without gradients.
 
-    The parameters become views of what is kept here, so that it has whatever is written into them; one that was
-    replaced or moved is noticed by its address (`are_current`).
+    The parameters become views of what is kept here, so that it has whatever is written into them. One that is replaced
+    or moved later has another address than it had when all were packed.
 
     Attributes:
         memory: of all layers.
+        parameters_of: those that steps need, of a layer's `_parameters`.
+        addresses: where those of all layers lay when they were packed.
         device: where all of it lies; None where that is several devices: then nothing is packed.
         packed: for each layer the packed weight [3 H r + gates, D].
         outputs: for each layer the output weights [W, H r] of the heads that are corrected, in the config's order.
@@ -45,8 +47,8 @@ class PackedWeights:
         config = memory[0].config
         names = ["memory_q_proj", "memory_k_proj", "memory_v_proj", "beta_proj", "beta_bias"]
         names += [] if config.couple_lambda else ["lambda_proj", "lambda_bias"]
-        self._parameters = itemgetter(*names, *(f"delta_{head}_proj" for head in config.delta_heads))
-        devices = {parameter.device for module in memory for parameter in self._parameters(module._parameters)}
+        self.parameters_of = itemgetter(*names, *(f"delta_{head}_proj" for head in config.delta_heads))
+        devices = {parameter.device for module in memory for parameter in self.parameters_of(module._parameters)}
         self.device = devices.pop() if len(devices) == 1 else None
         self.uses_triton = self.device is not None and kernels.runs_triton(self.device)
         self.lambda_bias: Tensor | None = None
@@ -58,18 +60,10 @@ class PackedWeights:
                 self.lambda_bias = pack([module.lambda_bias for module in memory]).view(shape)
             # Held, so that nothing else comes to lie at an address that was noted.
             self.outputs = [[m.output_weight(head).detach() for head in config.delta_heads] for m in memory]
-        # Some parameters have become views of what was packed.
-        self._addresses = self._addresses_now()
-
-    def are_current(self) -> bool:
-        """Whether all parameters still lie where they were packed."""
-        return self._addresses_now() == self._addresses
-
-    def _addresses_now(self) -> list[int]:
-        addresses: list[int] = []
-        for module in self.memory:
-            addresses += map(Tensor.data_ptr, self._parameters(module._parameters))
-        return addresses
+        # Taken last, since parameters have become views of what was packed.
+        self.addresses: list[int] = []
+        for module in memory:
+            self.addresses += map(Tensor.data_ptr, self.parameters_of(module._parameters))
 
     def suit_numba(self) -> bool:
         """Whether steps may run compiled by numba."""

@@ -357,9 +357,14 @@ class SteeredModel:
 
     def _packed(self, device: torch.device) -> PackedWeights | None:
         """The weights as decode steps need them; None where layers lie elsewhere than their states on `device`."""
-        if self._weights is None or not self._weights.are_current():
-            self._weights, self._steps = PackedWeights(self._memory), {}
-        return self._weights if self._weights.device == device else None
+        weights, addresses = self._weights, list[int]()
+        if weights is not None:
+            for module in self._memory:
+                addresses += map(Tensor.data_ptr, weights.parameters_of(module._parameters))
+        if weights is None or addresses != weights.addresses:
+            weights = self._weights = PackedWeights(self._memory)
+            self._steps = {}
+        return weights if weights.device == device else None
 
     def _step(
         self,

@@ -65,7 +65,7 @@ def _run(
     cuts: Sequence[int] = (),
     cache: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    """One pass, cut at ``cuts``; logits [B, T, V] and the state after it."""
+    """One pass, cut at `cuts`; logits [B, T, V] and the state after it."""
     length = ids.shape[1]
     edges = [0, *(c for c in cuts if c < length), length]
     logits, pending, given, last = [], None, state.clone(), state

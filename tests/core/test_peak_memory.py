@@ -1,4 +1,4 @@
-"""A steered prefill holds hardly more than a bare one: its tensors are counted, as ``benchmarks/overhead.py`` does."""
+"""A steered prefill holds hardly more than a bare one: its tensors are counted, as `benchmarks/overhead.py` does."""
 
 from __future__ import annotations
 

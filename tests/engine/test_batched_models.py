@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from agentmem import Engine, MemoryConfig, Message, Sampling, SteeredModel, Turn
+from tests.helpers.numeric import assert_states_close
 
 SESSIONS = 6
 LLAMA3 = {
@@ -117,7 +118,7 @@ def assert_same(found: Turn, solo: Turn) -> None:
     assert found.token_ids == solo.token_ids
     assert found.state is not None
     assert solo.state is not None
-    np.testing.assert_allclose(found.state.matrices, solo.state.matrices, atol=1e-5)
+    assert_states_close(found.state, solo.state)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from agentmem import Engine, MemoryState, Message, ReplyFormat, Sampling, Turn, Window
 from agentmem.errors import ConfigError, TurnCancelledError, TurnTimeoutError
 from agentmem.generation.batch_cache import BatchedKVCache
+from tests.helpers.numeric import assert_states_close
 
 MakeEngine = Callable[..., Engine]
 LISTED = ReplyFormat(schema={"type": "array", "items": {"type": "integer"}, "minItems": 4, "maxItems": 9})
@@ -68,7 +68,7 @@ def assert_same(found: Turn, alone: Turn) -> None:
         alone.finish_reason,
     )
     if alone.state is not None and found.state is not None:
-        np.testing.assert_allclose(found.state.matrices, alone.state.matrices, atol=1e-5)
+        assert_states_close(found.state, alone.state)
         assert found.state.record == alone.state.record
     assert (found.state is None) == (alone.state is None)
 

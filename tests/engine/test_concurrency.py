@@ -8,11 +8,11 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import pytest
 
 from agentmem import Engine, MemoryState, Message, Sampling, Turn
 from agentmem.errors import EngineClosedError, TurnCancelledError
+from tests.helpers.numeric import assert_states_close
 
 LONG = Sampling(max_tokens=400)
 SHORT = Sampling(max_tokens=10)
@@ -51,7 +51,7 @@ def test_sessions_beside_each_other_equal_their_solo_runs(make_engine: Any, max_
     for name in names:
         assert [t.token_ids for t in together[name]] == [t.token_ids for t in alone[name]]
         for beside, solo in zip(together[name], alone[name], strict=True):
-            np.testing.assert_allclose(beside.state.matrices, solo.state.matrices, atol=1e-5)
+            assert_states_close(beside.state, solo.state)
             assert beside.state.record == solo.state.record
             assert max_batch > 1 or beside.state == solo.state
 
@@ -151,7 +151,7 @@ async def test_async_turns_run_beside_each_other_and_never_block_the_loop(make_e
     pulse.cancel()
     for beside, solo in zip(together, alone, strict=True):
         assert beside.token_ids == solo.token_ids
-        np.testing.assert_allclose(beside.state.matrices, solo.state.matrices, atol=1e-5)
+        assert_states_close(beside.state, solo.state)
     assert beats > 3
 
 

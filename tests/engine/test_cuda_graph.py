@@ -9,7 +9,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +17,7 @@ from agentmem import Engine, Message, Sampling, Turn
 from agentmem.generation import batch
 from agentmem.generation.batch_cache import BatchedKVCache
 from agentmem.generation.cuda_graph import CannotCapture, CapturedDecode, GraphCapturer
+from tests.helpers.numeric import assert_states_close
 
 MakeEngine = Callable[..., Engine]
 
@@ -52,7 +52,7 @@ def assert_same(found: Turn, alone: Turn) -> None:
     )  # fmt: skip
     assert (found.state is None) == (alone.state is None)
     if found.state is not None and alone.state is not None:
-        np.testing.assert_allclose(found.state.matrices, alone.state.matrices, atol=1e-5)
+        assert_states_close(found.state, alone.state)
 
 
 def caches(engine: Engine) -> list[BatchedKVCache]:

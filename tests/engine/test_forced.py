@@ -6,13 +6,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import pytest
 
 from agentmem import Engine, Message, ReplyFormat, Sampling, Turn
 from agentmem.generation import turn as turns
 from agentmem.generation.guided import Constraint
 from agentmem.generation.runner import ModelRunner
+from tests.helpers.numeric import assert_states_close
 
 MakeEngine = Callable[..., Engine]
 ASK = [Message("user", "Hello there, how are you?")]
@@ -65,7 +65,7 @@ def assert_same(found: Turn, expected: Turn) -> None:
         expected.written,
     )
     if found.state is not None and expected.state is not None:
-        np.testing.assert_allclose(found.state.matrices, expected.state.matrices, atol=1e-5)
+        assert_states_close(found.state, expected.state)
         assert found.state.record == expected.state.record
     assert (found.state is None) == (expected.state is None)
 
@@ -143,4 +143,4 @@ def test_in_company_each_is_as_it_is_alone(make_engine: MakeEngine) -> None:
             assert found.token_ids == solo.token_ids
             assert found.state is not None
             assert solo.state is not None
-            np.testing.assert_allclose(found.state.matrices, solo.state.matrices, atol=1e-5)
+            assert_states_close(found.state, solo.state)

@@ -19,6 +19,7 @@ from agentmem.errors import (
 )
 from agentmem.generation.plan import DEFAULTS
 from agentmem.prompt.transcript import Transcript, sentence_numbers
+from tests.helpers.numeric import assert_close, assert_states_close
 
 STRATEGIES = ("token", "message", "sentence")
 
@@ -86,7 +87,8 @@ def test_state_equals_feeding_the_returned_reply_by_hand(
     reply = engine.tokenizer.decode(turn.token_ids)
     assert reply.startswith(turn.message.content)
     assert turn.state is not None
-    np.testing.assert_allclose(turn.state.matrices, by_hand(engine, messages, turn.token_ids, reply), atol=1e-5, rtol=0)
+    expected = by_hand(engine, messages, turn.token_ids, reply)
+    assert_close(torch.tensor(turn.state.matrices), torch.as_tensor(expected), 1000)
     engine.close()
 
 
@@ -163,7 +165,7 @@ def test_context_only_passes_are_cut_at_message_borders_of_a_constant_size(make_
     state = None
     for piece in _pieces(engine, long):
         state = engine.remember(piece, state).state
-    np.testing.assert_allclose(remembered.state.matrices, state.matrices, atol=1e-6)
+    assert_states_close(remembered.state, state)
     assert remembered.state.record == state.record
     assert remembered.written == engine.count_tokens(long)
 
@@ -188,7 +190,7 @@ def test_write_policy(make_engine: Any) -> None:
     only = engine.turn(history, start, write="input", sampling=Sampling(max_tokens=6), window=Window(messages=1))
     full = engine.turn(history, start, write="all", sampling=Sampling(max_tokens=6), window=Window(messages=1))
     assert only.state.record.count == start.record.count + 2
-    np.testing.assert_allclose(only.state.matrices, engine.remember(history, start).state.matrices, atol=1e-5, rtol=0)
+    assert_states_close(only.state, engine.remember(history, start).state)
     assert np.abs(only.state.matrices - full.state.matrices).max() > 1e-4
 
 

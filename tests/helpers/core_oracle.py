@@ -17,7 +17,7 @@ from agentmem import MemoryConfig
 
 
 class Oracle:
-    """Steers ``model`` by the tensors of an adapter file; ``states`` [B, L, H, r, r] float64 after a forward pass."""
+    """Steers `model` by the tensors of an adapter file; `states` [B, L, H, r, r] float64 after a forward pass."""
 
     def __init__(self, model: Any, config: MemoryConfig, tensors: dict[str, Tensor], state: Tensor) -> None:
         self.config = config

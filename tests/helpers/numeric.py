@@ -7,6 +7,8 @@ from math import sqrt
 import torch
 from torch import Tensor
 
+from agentmem import MemoryState
+
 
 def tolerance(dtype: torch.dtype, terms: int) -> float:
     """The largest relative difference of two computations that sum `terms` numbers, each in an order of its own.
@@ -32,3 +34,10 @@ def assert_close(found: Tensor, expected: Tensor, terms: int, *, growth: float =
     """
     bound = growth * tolerance(expected.dtype, terms)
     torch.testing.assert_close(found, expected, atol=bound, rtol=bound)
+
+
+def assert_states_close(found: MemoryState | None, expected: MemoryState | None) -> None:
+    """Memories of tiny models that were computed by other batches, cuts or caches, to about a thousand summed terms."""
+    assert found is not None
+    assert expected is not None
+    assert_close(torch.tensor(found.matrices), torch.tensor(expected.matrices), 1000)

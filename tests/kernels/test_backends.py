@@ -1,4 +1,4 @@
-"""These tests, and the mechanism, on the other backends: each in a process of its own (``conftest`` says why)."""
+"""These tests, and the mechanism, on the other backends: each in a process of its own (`conftest` says why)."""
 
 from __future__ import annotations
 

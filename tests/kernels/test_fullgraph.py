@@ -1,4 +1,4 @@
-"""A steered model decodes as one graph: ``SteeredModel.step`` compiled, on a pool of states."""
+"""A steered model decodes as one graph: `SteeredModel.step` compiled, on a pool of states."""
 
 from __future__ import annotations
 

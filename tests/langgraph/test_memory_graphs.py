@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import numpy as np
 import pytest
 from langchain_core.caches import InMemoryCache
 from langchain_core.globals import set_llm_cache
@@ -23,6 +22,7 @@ from typing_extensions import TypedDict
 
 from agentmem import MemoryState, Window
 from agentmem_langgraph import MemoryChannel, MemoryNode
+from tests.helpers.numeric import assert_states_close
 from tests.helpers.worlds import World
 
 # The limit ends the test of a model that calls tools for ever.
@@ -282,7 +282,7 @@ def test_a_fan_out_gives_the_same_memory_every_time(w: World) -> None:
         graph.invoke({"messages": [], "topics": [w.tell(n) for n in (1, 2, 3)]}, THREAD)
         memories.append(memory_of(graph))
     # Branches decode in one pass, and which of them are together in it is a matter of time.
-    np.testing.assert_allclose(memories[0].matrices, memories[1].matrices, atol=1e-5)
+    assert_states_close(memories[0], memories[1])
     assert memories[0].record == memories[1].record
 
 

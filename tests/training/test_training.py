@@ -19,6 +19,8 @@ from agentmem.nano.recipe.model import tie_twins
 from agentmem.training.adapter import MemoryBatch, PassBatch, Row, memory_batch, memory_loss, run_pass, train_adapter
 from agentmem.training.loop import PARTS, TrainingPlan
 from agentmem.training.pretrain import LMBatch, pad_batch, pretrain
+from tests.helpers.core_models import TERMS
+from tests.helpers.numeric import assert_close
 
 VOCABULARY = 40
 
@@ -111,7 +113,7 @@ def test_the_parts_of_a_step_add_up_to_it() -> None:
     batch = replace(batch, of=batch.of.flip(0))
     whole = memory_loss(steered, batch, write_weight=0.5)
     parts = sum(memory_loss(steered, batch, write_weight=0.5, part=part) for part in range(PARTS))
-    torch.testing.assert_close(parts, whole)
+    assert_close(parts, whole, TERMS)
 
 
 def test_a_worker_that_fails_says_what_happened_and_leaves_the_checkpoint(tmp_path: Path) -> None:
@@ -260,7 +262,7 @@ def test_blocks_see_only_themselves_and_a_turn_apart_equals_a_turn_alone() -> No
         _, state = run_pass(steered, batch, None)
         first = steered(torch.tensor([[5, 6, 7]]))
         second = steered(torch.tensor([[9, 8, 5]]), first.state, write=torch.tensor([[False, True, True]]))
-    assert torch.allclose(state[:1], second.state, atol=1e-5)
+    assert_close(state[:1], second.state, TERMS)
 
 
 def test_only_weighted_replies_count() -> None:

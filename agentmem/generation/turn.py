@@ -22,7 +22,7 @@ from agentmem.generation.detokenize import Decoder, StopFinder
 from agentmem.generation.guided import Constraint, Grammars
 from agentmem.generation.kv_cache import Prefill, PrefillCache, StaleKVCache
 from agentmem.generation.output_parser import Delta, InvalidToolCall, ParsedReply, ReplyParser, Tags
-from agentmem.generation.plan import CatchUp, Plan, Request, plan_remember, plan_turn
+from agentmem.generation.plan import CatchUp, Plan, Request, Truncation, plan_remember, plan_turn
 from agentmem.generation.runner import ModelRunner
 from agentmem.generation.sampling import Sampler
 from agentmem.generation.scheduler import Steps
@@ -68,6 +68,8 @@ class Turn:
         written, read: tokens written into the memory, and shown without being written.
         edits: indices of messages that were new before consumed ones (`on_edit="write"`).
         token_ids: the reply's tokens as the model was fed them, without the generation prompt and the closing tokens.
+        truncation: what of the last message, or of tool results that belong to it, the model's context had no room for;
+            None: nothing. It was written all the same.
     """
 
     message: Message
@@ -80,6 +82,7 @@ class Turn:
     read: int
     edits: tuple[int, ...]
     token_ids: tuple[int, ...]
+    truncation: Truncation | None = None
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,7 @@ def catch_up(context: TurnContext, plan: CatchUp) -> Steps[Sequence]:
     # Without the model's config every layer keeps all its KV, sliding ones too, so that it can be cut back.
     sequence = Sequence(None if plan.start is None else context.runner.load_state(plan.start), DynamicCache())
     for chunk in plan.catch_up_chunks:
-        yield from _feed(context, sequence, chunk.ids, chunk.segments)
+        yield from _feed(context, sequence, chunk.ids, chunk.segments, close=chunk.closes)
         sequence.cache = DynamicCache()  # the next one begins at position 0 again
     return sequence
 
@@ -359,6 +362,7 @@ def finish(
         read=plan.read,
         edits=plan.edits,
         token_ids=tuple(reply.ids),
+        truncation=plan.truncation,
     )
 
 

@@ -165,7 +165,10 @@ def invalid_calls(turn: Turn) -> list[InvalidCall]:
 
 
 def response_metadata(turn: Turn, model_name: str) -> dict[str, Any]:
-    """model_name, finish_reason, memory (new digest, tokens written and read); edits and carried tokens if any."""
+    """model_name, finish_reason, memory (new digest, tokens written and read).
+
+    Edits, carried tokens and what the prompt left out of a message (`truncation`) where there are any.
+    """
     metadata: dict[str, Any] = {
         "model_name": model_name,
         "finish_reason": turn.finish_reason,
@@ -179,6 +182,9 @@ def response_metadata(turn: Turn, model_name: str) -> dict[str, Any]:
         metadata["carried"] = turn.usage.carried_tokens
     if turn.edits:
         metadata["edits"] = list(turn.edits)
+    if turn.truncation is not None:
+        cut = turn.truncation
+        metadata["truncation"] = {"rule": cut.rule, "messages": list(cut.messages), "tokens": cut.tokens}
     return metadata
 
 

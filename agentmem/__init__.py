@@ -27,6 +27,7 @@ _HOMES = {
     "SteeredModel": "agentmem.delta.model",
     "SteeredOutput": "agentmem.delta.model",
     "ToolCall": "agentmem.messages",
+    "Truncation": "agentmem.generation.plan",
     "Turn": "agentmem.generation.turn",
     "TurnOptions": "agentmem.generation.plan",
     "TurnStream": "agentmem.engine",
@@ -54,6 +55,7 @@ __all__ = [
     "SteeredModel",
     "SteeredOutput",
     "ToolCall",
+    "Truncation",
     "Turn",
     "TurnOptions",
     "TurnStream",
@@ -72,7 +74,7 @@ if TYPE_CHECKING:
     from agentmem.delta.model import SteeredModel, SteeredOutput
     from agentmem.engine import AsyncTurnStream, Engine, TurnStream
     from agentmem.generation.output_parser import Delta, InvalidToolCall
-    from agentmem.generation.plan import TurnOptions
+    from agentmem.generation.plan import Truncation, TurnOptions
     from agentmem.generation.reply_format import ReplyFormat
     from agentmem.generation.sampling import Sampling
     from agentmem.generation.turn import Remembered, Turn, Usage
@@ -85,7 +87,8 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+        value = globals()[name] = getattr(import_module(_HOMES[name]), name)  # found without this the next time
+        return value
     raise AttributeError(f"module 'agentmem' has no attribute {name!r}")
 
 

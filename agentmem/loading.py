@@ -185,13 +185,13 @@ def _bars(shown: bool) -> Iterator[None]:
     """Show the progress bars of transformers and of the hub, or hide them, for the time of a load."""
     from transformers.utils import logging
 
-    before = logging.is_progress_bar_enabled()
+    enabled = logging.is_progress_bar_enabled()
     switches = {True: logging.enable_progress_bar, False: logging.disable_progress_bar}
     switches[shown]()
     try:
         yield
     finally:
-        switches[before]()
+        switches[enabled]()
 
 
 def _adapter_directory(model: str, adapter: str | Path | None, revision: str | None) -> Path:

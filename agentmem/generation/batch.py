@@ -153,7 +153,7 @@ class DecodeBatch:
         sequence.row = kv.add_row(sequence.cache, length)
         return kv
 
-    def _left(self, request: DecodeRequest) -> bool:
+    def _leave_or_fail(self, request: DecodeRequest) -> bool:
         """Let a sequence leave its row, if it has one; a failure is its own. Says whether it can go on."""
         if request.sequence.row is None:
             return True
@@ -167,7 +167,7 @@ class DecodeBatch:
 
     def _retire(self, kv: BatchedKVCache) -> None:
         """Give up a cache without rows; where graphs were captured for it, it may stay for those who come next."""
-        idle = [one for caches in self._caches.values() for one in caches if not one.rows]
+        idle = [other for caches in self._caches.values() for other in caches if not other.rows]
         if kv in self._captured and self._may_stay(idle):
             return
         self._captured.pop(kv, None)
@@ -184,7 +184,7 @@ class DecodeBatch:
     # ------------------------------------------------------------------ passes, and those that fail
 
     def _run_alone(self, request: DecodeRequest) -> None:
-        if not self._left(request):
+        if not self._leave_or_fail(request):
             return
         sequence = request.sequence
         try:
@@ -199,7 +199,7 @@ class DecodeBatch:
             row = request.sequence.row
             # One that has outgrown its row takes a larger one. A position is kept free: a pass writes behind the last
             # token of every row, also of those that sit it out.
-            if row is not None and row.length + 1 >= row.kv.capacity and not self._left(request):
+            if row is not None and row.length + 1 >= row.kv.capacity and not self._leave_or_fail(request):
                 continue
             try:
                 kv = self._join(request.sequence)
@@ -243,7 +243,7 @@ class DecodeBatch:
             return
         half = len(requests) // 2
         self._shrink(half)
-        others = [request for request in requests[half:] if self._left(request)]
+        others = [request for request in requests[half:] if self._leave_or_fail(request)]
         self._run_pass(kv, requests[:half])
         self._run_together(others)
 
@@ -270,8 +270,8 @@ class DecodeBatch:
         states: Tensor | None = None
         row_states: list[Tensor] = []
         if requests[0].sequence.state is not None:
-            states, row_states = kv.states([None if one is None else one.sequence.state for one in by_row])
-        writes = [one is not None and one.segment >= 0 for one in by_row]
+            states, row_states = kv.states([None if request is None else request.sequence.state for request in by_row])
+        writes = [request is not None and request.segment >= 0 for request in by_row]
         if self.uses_graphs:
             logits, new_states = self._replay(kv, by_row, writes, states)
         else:
@@ -280,14 +280,14 @@ class DecodeBatch:
             # Those who write get theirs; the others have the very ones that they had.
             if any(writes) and not self._runner.writes_at_close:
                 for row, state in enumerate(torch.split(new_states, 1)):
-                    one = by_row[row]
-                    if writes[row] and one is not None:
-                        one.sequence.state = row_states[row] = state
+                    entry = by_row[row]
+                    if writes[row] and entry is not None:
+                        entry.sequence.state = row_states[row] = state
             kv.keep_states(new_states, row_states)
-        tokens = _next_tokens(logits, [None if one is None else one.sequence.sampler for one in by_row])
-        for row, (one, row_logits) in enumerate(zip(by_row, logits.unbind(), strict=True)):
-            if one is not None:
-                one.sequence.logits, one.sequence.next_token = row_logits, tokens[row]
+        tokens = _next_tokens(logits, [None if request is None else request.sequence.sampler for request in by_row])
+        for row, (entry, row_logits) in enumerate(zip(by_row, logits.unbind(), strict=True)):
+            if entry is not None:
+                entry.sequence.logits, entry.sequence.next_token = row_logits, tokens[row]
                 kv.rows[row].length += 1
 
     def _forward_rows(
@@ -299,7 +299,7 @@ class DecodeBatch:
     ) -> tuple[Tensor, Tensor | None]:
         """The pass over the rows as they are: logits [rows, V] and states [rows, L, H, r, r]; sums are moved on."""
         cache, positions, allowed = kv.view()
-        ids = [[0 if one is None else one.token] for one in by_row]
+        ids = [[0 if request is None else request.token] for request in by_row]
         tokens = torch.tensor(ids, device=self._runner.device)  # [rows, 1]
         forward = partial(self._runner.forward, tokens, states, cache, position_ids=positions, attention_bias=allowed)
         if states is None or not self._runner.writes_at_close:
@@ -307,18 +307,18 @@ class DecodeBatch:
             out = forward(write=write)
         else:
             # Adapters that write by message or sentence: states stay, open sums are moved on.
-            own: list[Pending | None] = [None if one is None else one.sequence.pending for one in by_row]
-            sums, row_sums = kv.sums(own, [one is None for one in by_row])
-            segments = [-1 if one is None else one.segment for one in by_row]
+            own: list[Pending | None] = [None if request is None else request.sequence.pending for request in by_row]
+            sums, row_sums = kv.sums(own, [request is None for request in by_row])
+            segments = [-1 if request is None else request.segment for request in by_row]
             numbers = torch.tensor(segments, device=tokens.device)[:, None]
             out = forward(segments=numbers, pending=sums, close=False)
             # Where this fails half-way, the pass is done again, so nobody is given anything before all is there.
             moved: list[tuple[int, Sequence, Pending]] = []
-            for row, (one, segment) in enumerate(zip(by_row, segments, strict=True)):
-                if one is not None and segment >= 0:
+            for row, (request, segment) in enumerate(zip(by_row, segments, strict=True)):
+                if request is not None and segment >= 0:
                     assert out.pending is not None
-                    ids_ = joined_ids([segment], one.sequence.pending)
-                    moved.append((row, one.sequence, row_of(out.pending, row, ids_)))
+                    seen = joined_ids([segment], request.sequence.pending)
+                    moved.append((row, request.sequence, row_of(out.pending, row, seen)))
             for row, sequence, pending in moved:
                 sequence.pending = row_sums[row] = pending
             kv.keep_sums(out.pending, row_sums)
@@ -339,7 +339,7 @@ class DecodeBatch:
             step = partial(decode_step, self._runner, kv, width)
             like = None if states is None else states[:1]
             captured = CapturedDecode(step, rows, like, self._runner.device, self._capturer)
-        tokens = [0 if one is None else one.token for one in by_row]
+        tokens = [0 if request is None else request.token for request in by_row]
         out = captured.run(tokens, [row.length for row in kv.rows], writes, states)
         self._captured.setdefault(kv, {})[size] = captured  # only now: one that cannot be captured is not kept
         return out
@@ -393,6 +393,6 @@ def _can_share(runner: ModelRunner) -> bool:
     windowed = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
     implementation = runner.model.config._attn_implementation
     rotary = getattr(config, "rope_parameters", None) or {}
-    types = {str(one.get("rope_type")) for one in (rotary, *rotary.values()) if isinstance(one, dict)}
+    types = {str(options.get("rope_type")) for options in (rotary, *rotary.values()) if isinstance(options, dict)}
     unmasked = kinds == {"full_attention"} and not windowed and not types & {"longrope", "dynamic"}
     return unmasked and implementation in ("sdpa", "eager")

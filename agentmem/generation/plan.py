@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any, Final, Literal, TypedDict, get_args, overload
 
 from agentmem.delta.config import WriteStrategy
@@ -23,7 +23,7 @@ from agentmem.generation.reply_format import ReplyFormat
 from agentmem.generation.sampling import Sampling
 from agentmem.messages import Message
 from agentmem.prompt.transcript import Rendered, Transcript
-from agentmem.prompt.window import Window, pieces
+from agentmem.prompt.window import Window, pieces, tool_groups
 from agentmem.record import ConsumedRecord, OnEdit
 from agentmem.state import MemoryState
 
@@ -32,6 +32,7 @@ KVReuse = Literal["exact", "carry"]
 
 PIECE_TOKENS = 2048
 """Longest context-only pass, where messages are no longer. A constant: a result must not depend on the machine."""
+_LEAST_SHOWN = 16  # tokens of a message that is cut
 _SIZED_AT_ONCE = 8  # messages
 _CLOSING_ROOM = 8  # tokens that stay free for those that close the reply
 
@@ -116,10 +117,29 @@ class Request:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens that go through the model together, with the segment of each (-1 = not written)."""
+    """Tokens that go through the model together, with the segment of each (-1 = not written).
+
+    `closes`: whether the pass ends with them, for adapters that write at its end; a message may take several chunks.
+    """
 
     ids: list[int]
     segments: list[int]
+    closes: bool = True
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """What the model's context has no room for of the messages that every prompt shows.
+
+    Attributes:
+        messages: their indices.
+        tokens: how many tokens of them are not shown.
+        rule: "middle": of each the first and the last tokens are shown, as many of both; the longest are cut first.
+    """
+
+    messages: tuple[int, ...]
+    tokens: int
+    rule: Literal["middle"] = "middle"
 
 
 @dataclass(frozen=True)
@@ -151,6 +171,7 @@ class Plan(CatchUp):
         strategy: how memory is written; "token" without memory.
         prompt: the shown messages; those already consumed have segment -1.
         read: tokens of these that are only read; 0 without memory.
+        truncation: what of these the prompt leaves out; None: nothing.
         generation_prompt: the tokens that open the reply.
         read_only_prefix_len: prompt tokens before the first one that writes; they are read in a call of their own.
         writes_reply: whether the reply is written.
@@ -169,6 +190,7 @@ class Plan(CatchUp):
     strategy: WriteStrategy
     prompt: Chunk
     read: int
+    truncation: Truncation | None
     generation_prompt: list[int]
     read_only_prefix_len: int
     writes_reply: bool
@@ -212,24 +234,41 @@ def plan_turn(
 
     sampling, tools = options["sampling"], options["tools"]
     overhead = transcript.overhead(tools=tools, add_generation_prompt=True)
-    window = options["window"].clip(limit - min(sampling.max_tokens, limit // 2))
+    room = limit - min(sampling.max_tokens, limit // 2)
+    window, sizes = options["window"].clip(room), _Sizes(messages, transcript)
     system = [i for i in alignment.silent if messages[i].role == "system"]
-    shown = window.visible(messages, _Sizes(messages, transcript), overhead, system)
+    most: int | None = None
+    try:
+        shown = window.visible(messages, sizes, overhead, system)
+    except WindowError:
+        # What a wider window could show is for the caller to decide. What none could show is cut to this one.
+        shown = sorted([*system, *next(tool_groups(messages), [])])
+        if window.tokens is None or overhead + sum(sizes[i] for i in shown) <= room:
+            raise
+        most = _most_of_each(shown, system, sizes, window.tokens - overhead)
+        if most is None:
+            raise
     rendered = transcript.render(
         [messages[i] for i in shown], tools=tools, add_generation_prompt=True, sentences=strategy == "sentence"
     )
+    truncation = None
+    if most is not None:
+        rendered, truncation = _cut_middles(rendered, shown, system, most)
+    # What is not shown, or not as it is, is written before the prompt, and with it what stands before that.
+    written_before = max(truncation.messages, default=-1) if truncation is not None else -1
+    written_here = {i for i in new.intersection(shown) if i > written_before}
     end = len(rendered.input_ids) - rendered.owner.count(len(shown))
     prompt = Chunk(
         rendered.input_ids[:end],
         [
-            segment if owner >= 0 and shown[owner] in new else -1
+            segment if owner >= 0 and shown[owner] in written_here else -1
             for owner, segment in zip(rendered.owner[:end], _segments(rendered, strategy)[:end], strict=True)
         ],
     )
     generation_prompt = rendered.input_ids[end:]
     read_only = next((place for place, segment in enumerate(prompt.segments) if segment >= 0), end)
 
-    chunks = _catch_up_chunks(messages, sorted(new.difference(shown)), transcript, strategy, limit)
+    chunks = _catch_up_chunks(messages, sorted(new - written_here), transcript, strategy, limit)
     writes_reply = state is not None and options["write"] == "all"
     # Sentences are known only when the reply is complete; until then a sentence adapter only reads.
     reply_segment = 0 if writes_reply and strategy != "sentence" else -1
@@ -244,6 +283,7 @@ def plan_turn(
         strategy=strategy,
         prompt=prompt,
         read=0 if state is None else len(prompt.ids) - _count_written([prompt]),
+        truncation=truncation,
         generation_prompt=generation_prompt,
         read_only_prefix_len=read_only,
         writes_reply=writes_reply,
@@ -318,7 +358,10 @@ class _Sizes(Sequence[int]):
 def _catch_up_chunks(
     messages: Sequence[Message], unseen: Sequence[int], transcript: Transcript, strategy: WriteStrategy, limit: int
 ) -> list[Chunk]:
-    """New messages that no prompt will show, as they stand in the history, cut at message borders.
+    """New messages that no prompt will show, as they stand in the history, cut between messages.
+
+    One that is longer than the model's context is cut within; where adapters write at the end of a pass, its chunks
+    are one pass all the same.
 
     What templates write for a message depends on its turn, on what comes after, and on whether its turn is the first
     (which may take in the system messages). So the turn before theirs is rendered too, and nothing older.
@@ -336,15 +379,49 @@ def _catch_up_chunks(
         if owner in places:
             places[owner].append(place)
     chunks = []
-    for group in pieces([len(places[numbers[i]]) for i in unseen], limit=PIECE_TOKENS):
+    most = min(PIECE_TOKENS, limit)
+    for group in pieces([len(places[numbers[i]]) for i in unseen], limit=most):
         taken = [place for n in group for place in places[numbers[unseen[n]]]]
-        if len(taken) > limit:
-            raise WindowError(
-                f"message {unseen[group[0]]} has {len(taken)} tokens, more than the {limit} that the model reads; "
-                "split it"
-            )
-        chunks.append(Chunk([rendered.input_ids[p] for p in taken], [segments[p] for p in taken]))
+        step = most if len(taken) > limit else len(taken)
+        for begin in range(0, len(taken), step):
+            part = taken[begin : begin + step]
+            closes = begin + step >= len(taken)
+            chunks.append(Chunk([rendered.input_ids[p] for p in part], [segments[p] for p in part], closes))
     return chunks
+
+
+def _most_of_each(shown: Sequence[int], system: Sequence[int], sizes: Sequence[int], room: int) -> int | None:
+    """The most tokens that each shown message may have so that all fit, system messages as they are; None: too few."""
+    left = room - sum(sizes[i] for i in system)
+    others = sorted(sizes[i] for i in shown if i not in set(system))
+    for place, size in enumerate(others):
+        most = left // (len(others) - place)
+        if size > most:  # this one and all that are longer
+            return most if most >= _LEAST_SHOWN else None
+        left -= size
+    return None
+
+
+def _cut_middles(
+    rendered: Rendered, shown: Sequence[int], system: Sequence[int], most: int
+) -> tuple[Rendered, Truncation | None]:
+    """Leave out tokens in the middle of each message, but system messages, that has more than `most`."""
+    long = {n for n, size in enumerate(rendered.sizes()) if size > most and shown[n] not in set(system)}
+    places: list[int] = []
+    for owner, run in groupby(range(len(rendered.owner)), key=rendered.owner.__getitem__):
+        of_message = list(run)
+        if owner in long and len(of_message) > most:
+            of_message = [*of_message[: most - most // 2], *of_message[-(most // 2) :]]
+        places += of_message
+    if len(places) == len(rendered.owner):
+        return rendered, None
+    cut = replace(
+        rendered,
+        input_ids=[rendered.input_ids[place] for place in places],
+        owner=[rendered.owner[place] for place in places],
+        sentences=None if rendered.sentences is None else [rendered.sentences[place] for place in places],
+    )
+    return cut, Truncation(tuple(shown[n] for n in sorted(long)), len(rendered.owner) - len(places))
 
 
 def _segments(rendered: Rendered, strategy: WriteStrategy) -> list[int]:

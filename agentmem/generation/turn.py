@@ -22,7 +22,7 @@ from agentmem.generation.detokenize import Detokenizer, StopFinder
 from agentmem.generation.guided import Constraint, Grammars
 from agentmem.generation.kv_cache import Prefill, PrefillCache, StaleKVCache
 from agentmem.generation.output_parser import Delta, InvalidToolCall, OutputParser, ParsedReply, Tags
-from agentmem.generation.plan import CatchUp, Plan, Request, plan_remember, plan_turn
+from agentmem.generation.plan import CatchUp, Plan, Request, Truncation, plan_remember, plan_turn
 from agentmem.generation.runner import ModelRunner
 from agentmem.generation.sampling import Sampler
 from agentmem.generation.scheduler import Steps
@@ -68,6 +68,8 @@ class Turn:
         edits: indices of messages that were new before consumed ones (`on_edit="write"`).
         token_ids: the reply's tokens as the model was fed them, without the generation prompt and the closing tokens.
         deletions: how many consumed messages the history lacked after one that it had.
+        truncation: what of the last message, or of tool results that belong to it, the model's context had no room for;
+            None: nothing. It was written all the same.
     """
 
     message: Message
@@ -81,6 +83,7 @@ class Turn:
     edits: tuple[int, ...]
     token_ids: tuple[int, ...]
     deletions: int = 0
+    truncation: Truncation | None = None
 
 
 @dataclass(frozen=True)
@@ -209,7 +212,7 @@ def catch_up(context: TurnContext, plan: CatchUp) -> Steps[Sequence]:
     # Without the model's config every layer keeps all its KV, sliding ones too, so that it can be cut back.
     sequence = Sequence(None if plan.start is None else context.runner.load_state(plan.start), DynamicCache())
     for chunk in plan.catch_up_chunks:
-        yield from _feed(context, sequence, chunk.ids, chunk.segments)
+        yield from _feed(context, sequence, chunk.ids, chunk.segments, close=chunk.closes)
         sequence.cache = DynamicCache()  # the next one begins at position 0 again
     return sequence
 
@@ -364,6 +367,7 @@ def finish(
         edits=plan.edits,
         deletions=plan.deletions,
         token_ids=tuple(reply.ids),
+        truncation=plan.truncation,
     )
 
 

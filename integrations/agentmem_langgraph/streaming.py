@@ -62,7 +62,8 @@ def invalid_calls(turn: Turn) -> list[InvalidCall]:
 def response_metadata(turn: Turn, model_name: str) -> dict[str, Any]:
     """model_name, finish_reason, memory (new digest, tokens written and read).
 
-    Where there are any: edits, deletions, and tokens of KV that was carried over from an earlier turn.
+    Where there are any: edits, deletions, tokens of KV that was carried over from an earlier turn, and what the prompt
+    left out of a message (`truncation`).
     """
     metadata: dict[str, Any] = {
         "model_name": model_name,
@@ -79,6 +80,9 @@ def response_metadata(turn: Turn, model_name: str) -> dict[str, Any]:
         metadata["edits"] = list(turn.edits)
     if turn.deletions:
         metadata["deletions"] = turn.deletions
+    if turn.truncation is not None:
+        cut = turn.truncation
+        metadata["truncation"] = {"rule": cut.rule, "messages": list(cut.messages), "tokens": cut.tokens}
     return metadata
 
 

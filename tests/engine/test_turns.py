@@ -292,6 +292,49 @@ def test_a_window_too_small_for_the_last_message_is_refused(make_engine: Any) ->
         engine.turn([user("hello there " * 50)], window=Window(tokens=20))
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("window", [Window(), Window(tokens=100), Window(messages=1)])
+def test_a_message_longer_than_the_context_is_written_in_pieces(
+    make_engine: Any, strategy: str, window: Window
+) -> None:
+    engine = make_engine(write_strategy=strategy, limit=256)
+    long = user("First of all. " + "hello there, how are you today? " * 90 + "What is it?")
+    size = engine.count_tokens([long])
+    assert size > 2 * 256
+    sampling = Sampling(max_tokens=8)
+    turn = engine.turn([user("Hi."), Message("assistant", "Yes?"), long], window=window, sampling=sampling)
+    assert turn.truncation is not None
+    assert (turn.truncation.rule, turn.truncation.messages) == ("middle", (2,))
+    most = min(window.tokens or 256, 256)
+    assert most - 40 < turn.usage.input_tokens <= most
+    assert turn.usage.input_tokens + turn.truncation.tokens >= size
+    # The memory has it as if it had been written without being shown, and with it what stood before it.
+    before = engine.remember([user("Hi."), Message("assistant", "Yes?"), long])
+    assert before.written >= (size if strategy != "sentence" else size - 10)
+    history = [user("Hi."), Message("assistant", "Yes?"), long]
+    reads = engine.turn(history, window=window, sampling=sampling, write="input")
+    np.testing.assert_array_equal(reads.state.matrices, before.state.matrices)
+    assert turn.state.record.count == 4
+    # Later turns go on.
+    after = engine.turn([*history, turn.message, user("And?")], turn.state, window=window, sampling=sampling)
+    assert after.truncation is None
+    assert after.edits == ()
+
+
+def test_a_message_in_pieces_is_one_segment_all_the_same(make_engine: Any) -> None:
+    """As many writes as messages: where the pieces were segments of their own, the state would be another."""
+    long = user("hello there, how are you today? " * 60)
+    small, large = (make_engine(write_strategy="message", limit=limit) for limit in (256, 4096))
+    states = [torch.tensor(engine.remember([long]).state.matrices) for engine in (small, large)]
+    # Pieces are read without the KV of those before, so hidden states differ, and so does their mean, a little.
+    assert float((states[0] - states[1]).norm()) < 0.3 * float(states[1].norm())
+
+
+def test_a_window_that_could_be_wider_is_no_reason_to_cut(make_engine: Any) -> None:
+    with pytest.raises(WindowError, match="widen the window"):
+        make_engine(limit=2048).turn([user("hello there " * 200)], window=Window(tokens=100))
+
+
 def test_a_reply_stops_at_the_end_of_the_context(make_engine: Any) -> None:
     engine = make_engine(limit=64)
     turn = engine.turn([user("How are you?")], sampling=Sampling(max_tokens=500))

@@ -7,11 +7,8 @@ asks the same two about what the suite does not look at.
 from __future__ import annotations
 
 import importlib
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,15 +37,6 @@ def vcr() -> None:
     """Nothing is recorded: there is no traffic."""
 
 
-@pytest.fixture(scope="session", autouse=True)
-def another(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A copy of nano, for the tests that name another model in a call."""
-    with tempfile.TemporaryDirectory() as folder:
-        Flags.copy = Path(folder) / "another-nano"
-        shutil.copytree(NANO, Flags.copy)
-        yield
-
-
 @cache
 def engine() -> agentmem.Engine:
     return agentmem.load("nano")
@@ -66,8 +54,6 @@ def pipeline() -> Any:
 
 class Flags(ChatModelIntegrationTests):
     """What both have to show; tools, tool choice and structured output are on by default where a class has them."""
-
-    copy = Path()
 
     @property
     def has_tool_calling(self) -> bool:
@@ -104,8 +90,8 @@ class Flags(ChatModelIntegrationTests):
         return total
 
     @property
-    def model_override_value(self) -> str:
-        return str(self.copy)
+    def supports_model_override(self) -> bool:
+        return False  # another model is another ChatDeltaMem
 
 
 class Trip(BaseModel):

@@ -54,7 +54,7 @@ addopts = -p no:benchmark -p no:codspeed -p no:recording -p no:cacheprovider
 """
 INTRODUCTION = """\
 `ChatModelIntegrationTests` of langchain-tests on the weights of nano, with the same flags for each: tool calling, tool
-choice, structured output, JSON mode, usage metadata with cache reads, another model named in a call. The suite tests
+choice, structured output, JSON mode, usage metadata with cache reads. The suite tests
 plumbing; some of its tests also ask for skill, of which nano has little. Where the model lacks skill both fail. What is
 skipped is what a text model has not (images, audio, PDF), and recorded traffic."""
 

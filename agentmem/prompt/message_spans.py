@@ -230,9 +230,9 @@ class MessageSpans:
         end = self.end(request.messages[last])
         if end and gap.startswith(end):
             return len(end)
-        before = self._template.render(request.conversation, request.tools).text
-        after = self._template.render(request.conversation, request.tools, True).text
-        return _agreement(before, after) - (len(after) - len(gap))
+        closed = self._template.render(request.conversation, request.tools).text
+        opened = self._template.render(request.conversation, request.tools, True).text
+        return _agreement(closed, opened) - (len(opened) - len(gap))
 
     # Learning from small conversations
 
@@ -277,8 +277,9 @@ class MessageSpans:
         small, head = self._small([_USER], tools), self.head("user")
         if small is None or head is None:
             return ""
-        before = small[0][: small[1][0].first]
-        return before[: len(before) - len(head)] if before.endswith(head) else ""
+        text, places = small
+        start = text[: places[0].first]
+        return start.removesuffix(head) if start.endswith(head) else ""
 
     # Beginnings
 

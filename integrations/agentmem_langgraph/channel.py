@@ -93,7 +93,7 @@ class MemoryChannel(BaseChannel[MemoryState, Update, dict[str, Any]]):
         """
         if not values:
             return False
-        before = self._state
+        base = self._state
         replacing = [value for value in values if value is None or isinstance(value, Overwrite)]
         if len(replacing) > 1:
             raise InvalidUpdateError(
@@ -105,8 +105,8 @@ class MemoryChannel(BaseChannel[MemoryState, Update, dict[str, Any]]):
             self._state = as_state(value.value if isinstance(value, Overwrite) else None)
         else:
             states = [v if isinstance(v, MemoryState) else MemoryState.from_dict(v) for v in values]
-            self._state = merge_from_nothing(states) if before is None else merge_states(before, states)
-        return self._state != before
+            self._state = merge_from_nothing(states) if base is None else merge_states(base, states)
+        return self._state != base
 
 
 class MemoryMessagesState(MessagesState):

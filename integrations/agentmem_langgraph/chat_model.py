@@ -71,8 +71,8 @@ class _Call:
     """One call as the engine takes it."""
 
     turn: MemoryTurn
-    given: list[BaseMessage]
-    messages: list[Message]
+    history: Sequence[BaseMessage]  # as the caller gave it
+    messages: list[Message]  # as the engine takes it
     options: dict[str, Any]
 
     def reply(self, result: Turn, engine: Engine) -> AIMessage:
@@ -83,11 +83,10 @@ class _Call:
         """The result, edits counted among the caller's messages."""
         if not result.edits:
             return result
-        added = len(self.messages) - len(self.given)  # a system message that shows a schema
-        edits = tuple(index - added for index in result.edits)
-        for index in edits:
-            earlier = _cache_of(engine).get(("shown", self.given[index].id))
-            text = self.messages[index + added].content
+        added = len(self.messages) - len(self.history)  # a system message that shows a schema
+        for index in result.edits:
+            earlier = _cache_of(engine).get(_place_of(self.history, self.messages, index - added, index))
+            text = self.messages[index].content
             if earlier is not None and earlier != text and text in earlier:
                 warn_once(
                     _cache_of(engine),
@@ -95,7 +94,7 @@ class _Call:
                     "Show what belongs to one call only with agentmem_langgraph.with_context, which is never written "
                     "(docs/langgraph.md, 'Context for one call').",
                 )
-        return replace(result, edits=edits)
+        return replace(result, edits=tuple(index - added for index in result.edits))
 
 
 class ChatDeltaMem(BaseChatModel):
@@ -156,9 +155,9 @@ class ChatDeltaMem(BaseChatModel):
         """Options as other models take them: None for what is not given, one stop string; and which are misspelt."""
         if not isinstance(options, dict):
             return options
-        known = [*cls.model_fields, *(str(field.alias) for field in cls.model_fields.values() if field.alias)]
-        if unknown := [name for name in options if name not in known]:
-            raise ConfigError(_unknown_options(unknown, known))
+        names = [*cls.model_fields, *(str(field.alias) for field in cls.model_fields.values() if field.alias)]
+        if unknown := [name for name in options if name not in names]:
+            raise ConfigError(_unknown_options(unknown, names))
         options = {
             name: value
             for name, value in options.items()
@@ -445,8 +444,9 @@ class ChatDeltaMem(BaseChatModel):
                 shown = with_schema_shown(history, response_format)
         if memory is None and self.use_memory and options["write"] != "off":
             _warn_of_lost_memory(messages, cache, run_manager)
-        elif messages and messages[-1].id is not None and history[-1].role == "user":
-            cache.put(("shown", messages[-1].id), history[-1].content, len(history[-1].content))
+        elif messages and history[-1].role == "user":
+            last = len(messages) - 1
+            cache.put(_place_of(messages, history, last, last), history[-1].content, len(history[-1].content))
         return _Call(self._carrier(memory), messages, shown, options)
 
     def _carrier(self, memory: Any) -> MemoryTurn:
@@ -479,10 +479,18 @@ def _cache_of(engine: Any) -> MessageCache:
     return MessageCache() if cache is None else cache
 
 
-def _unknown_options(unknown: Sequence[str], known: Sequence[str]) -> str:
-    close = {name: _OTHER_NAMES.get(name) or next(iter(get_close_matches(name, known, 1)), None) for name in unknown}
+def _place_of(
+    history: Sequence[BaseMessage], messages: Sequence[Message], number: int, index: int
+) -> tuple[str, str | bytes]:
+    """What finds the text that a message of a thread had before: its id, else the message that it follows."""
+    identity = history[number].id
+    return "shown", identity if identity is not None else messages[index - 1].digest() if index else b""
+
+
+def _unknown_options(unknown: Sequence[str], names: Sequence[str]) -> str:
+    close = {name: _OTHER_NAMES.get(name) or next(iter(get_close_matches(name, names, 1)), None) for name in unknown}
     meant = [f"{name} is {right} here" for name, right in close.items() if right is not None]
-    return f"options are {', '.join(known)}; found {', '.join(unknown)}{'; ' * bool(meant)}{'; '.join(meant)}"
+    return f"options are {', '.join(names)}; found {', '.join(unknown)}{'; ' * bool(meant)}{'; '.join(meant)}"
 
 
 def _warn_of_lost_memory(messages: Sequence[BaseMessage], cache: MessageCache, run_manager: Any) -> None:

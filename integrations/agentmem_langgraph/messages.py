@@ -65,8 +65,8 @@ def to_engine(messages: Sequence[BaseMessage], cache: MessageCache | None = None
             keys.append((role, text, "", fields["name"] or "", True))
     kept = [None] * len(keys) if cache is None else cache.get_all(keys)
     return [
-        _converted(message, key, cache) if known is None or vars(message).get("tool_calls") else known
-        for known, message, key in zip(kept, messages, keys, strict=True)
+        _converted(message, key, cache) if equal is None or vars(message).get("tool_calls") else equal
+        for equal, message, key in zip(kept, messages, keys, strict=True)
     ]
 
 

@@ -20,7 +20,7 @@ from agentmem.state import MemoryState
 from agentmem_langgraph.channel import MemoryChannel
 from agentmem_langgraph.chat_model import ChatDeltaMem
 from agentmem_langgraph.memory_turn import MemoryTurn
-from agentmem_langgraph.node import memory_update
+from agentmem_langgraph.node import ends_of, memory_update
 from agentmem_langgraph.tracing import MATRIX_FREE
 
 
@@ -88,6 +88,6 @@ def _with_memory(
 ) -> ExtendedModelResponse[Any]:
     if isinstance(response, AIMessage):  # what middleware that answers itself may give
         response = ModelResponse(result=[response])
-    if not turn.used and isinstance(request.model, ChatDeltaMem):
+    if not turn.used and isinstance(ends_of(request.model)[0], ChatDeltaMem):
         return ExtendedModelResponse(response)
     return ExtendedModelResponse(response, Command(update=memory_update(turn, "memory")))

@@ -100,7 +100,8 @@ class MemoryNode(Runnable[Any, dict[str, Any]]):
     def _turn(self, state: Any, config: RunnableConfig | None) -> MemoryTurn:
         memory = _read(state, self.memory_key)
         channels = _channels(config)
-        if memory is None and channels is not None and self.memory_key not in channels:
+        has_key = self.memory_key in state if isinstance(state, Mapping) else hasattr(state, self.memory_key)
+        if not has_key and channels is not None and self.memory_key not in channels:
             raise ConfigError(
                 f"the graph's state has no key {self.memory_key!r}, so every turn would start from an empty memory; "
                 f"found {', '.join(sorted(channels))}; add `{self.memory_key}: Annotated[MemoryState, MemoryChannel]` "
@@ -142,17 +143,7 @@ def _require_memory_model(llm: Any) -> None:
     Raises:
         ConfigError, TurnError: saying what to write instead.
     """
-    first: Any = llm
-    last: Any = llm
-    while True:
-        if isinstance(first, RunnableSequence):
-            first, last = first.steps[0], first.steps[-1]
-        elif isinstance(first, RunnableBinding):
-            first = first.bound
-        elif isinstance(first, RunnableWithFallbacks):
-            first = first.runnable
-        else:
-            break
+    first, last = ends_of(llm)
     if isinstance(first, BasePromptTemplate):
         raise ConfigError(
             "MemoryNode takes a ChatDeltaMem; found a chain that begins with a prompt, which does not pass the memory "
@@ -169,6 +160,21 @@ def _require_memory_model(llm: Any) -> None:
             "which makes something else of it (with_structured_output does, too); write MemoryNode(llm) and parse the "
             "reply in a node behind it"
         )
+
+
+def ends_of(llm: Any) -> tuple[Any, Any]:
+    """What is called first in a model, chain or binding, and what the result comes from."""
+    first: Any = llm
+    last: Any = llm
+    while True:
+        if isinstance(first, RunnableSequence):
+            first, last = first.steps[0], first.steps[-1]
+        elif isinstance(first, RunnableBinding):
+            first = first.bound
+        elif isinstance(first, RunnableWithFallbacks):
+            first = first.runnable
+        else:
+            return first, last
 
 
 def _channels(config: RunnableConfig | None) -> Sequence[str] | None:

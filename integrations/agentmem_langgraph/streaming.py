@@ -48,15 +48,15 @@ def invalid_calls(turn: Turn) -> list[InvalidCall]:
 
     The mark is no JSON. Without it LangChain would complete the cut-off call of a stream to a valid one.
     """
-    found = []
+    invalid = []
     for call in turn.invalid_tool_calls:
         text = CallText(call.id, 0)
         text.push(call.text)
         args = f"{_NOT_JSON}{call.text}" if text.name is None else f"{text.arguments}{text.mark}"
-        found.append(
+        invalid.append(
             InvalidCall(name=text.name, args=args, id=call.id or None, error=call.error, type="invalid_tool_call")
         )
-    return found
+    return invalid
 
 
 def response_metadata(turn: Turn, model_name: str) -> dict[str, Any]:
@@ -182,14 +182,14 @@ class CallText:
     Attributes:
         name: the tool's; None while unknown.
         arguments: the JSON of the arguments so far.
-        whole: the arguments are complete.
+        complete: whether the arguments are complete.
     """
 
     def __init__(self, call: str, index: int) -> None:
         """`call`: its id; `index`: its place among the calls of the reply."""
         self.name: str | None = None
         self.arguments = ""
-        self.whole = False
+        self.complete = False
         self._call = call
         self._index = index
         self._head = ""
@@ -202,14 +202,14 @@ class CallText:
             more = self._take(text)
             return self._chunk(args=more) if more else None
         self._head += text
-        found = _HEAD.match(self._head)
-        if found is None:
+        match = _HEAD.match(self._head)
+        if match is None:
             return None
         try:
-            self.name = json.loads(found[1])
+            self.name = json.loads(match[1])
         except ValueError:  # a control character, or half an escape
             return None
-        return self._chunk(name=self.name, args=self._take(self._head[found.end() :]), call=self._call)
+        return self._chunk(name=self.name, args=self._take(self._head[match.end() :]), call=self._call)
 
     @property
     def mark(self) -> str:
@@ -227,7 +227,7 @@ class CallText:
     def _take(self, text: str) -> str:
         """The part of a text that belongs to the arguments."""
         for at, letter in enumerate(text):
-            if self.whole:
+            if self.complete:
                 text = text[:at]
                 break
             if self._quoted:
@@ -239,7 +239,7 @@ class CallText:
                 self._open += "}" if letter == "{" else "]"
             elif letter in "}]":
                 self._open = self._open[:-1]
-                self.whole = not self._open
+                self.complete = not self._open
         self.arguments += text
         return text
 

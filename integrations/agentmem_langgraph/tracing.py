@@ -26,7 +26,7 @@ def without_matrices(value: Any) -> Any:
     if isinstance(value, MemoryState):
         return {"digest": value.digest, "count": value.count}
     if isinstance(value, Mapping):
-        if isinstance(value.get("data"), bytes) and "digest" in value:
+        if {"shape", "data", "digest"} <= value.keys():  # a plain dict, or the JSON form
             return {"digest": value["digest"], "count": value.get("count")}
         return {key: without_matrices(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -347,10 +347,13 @@ def test_messages_are_trimmed_by_the_models_own_count(llm: ChatDeltaMem) -> None
     assert llm.get_num_tokens_from_messages([]) == 0
 
 
-def test_context_put_around_a_question_for_one_call_is_said(llm: ChatDeltaMem, fake: FakeEngine) -> None:
-    question = HumanMessage(TELL, id="1")
+@pytest.mark.parametrize("shown_id", ["1", None])
+def test_context_put_around_a_question_for_one_call_is_said(
+    llm: ChatDeltaMem, fake: FakeEngine, shown_id: str | None
+) -> None:
+    question = HumanMessage(TELL, id=shown_id)
     turn = MemoryTurn()
-    reply = llm.invoke([HumanMessage(f"It is noon.\n\n{TELL}", id="1")], memory=turn)
+    reply = llm.invoke([HumanMessage(f"It is noon.\n\n{TELL}", id=shown_id)], memory=turn)
     with pytest.warns(MemoryWarning, match="with_context"):
         again = llm.invoke([question, reply, HumanMessage(ASK, id="2")], memory=MemoryTurn(turn.state))
     assert again.response_metadata["edits"] == [0]

@@ -6,8 +6,9 @@ import base64
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pytest
 from langchain_core.messages import AnyMessage, HumanMessage
@@ -16,13 +17,15 @@ from langchain_core.tracers.base import BaseTracer
 from langchain_core.tracers.schemas import Run
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
+from langgraph.func import entrypoint
 from langgraph.graph import START, StateGraph
 from langgraph.graph.message import add_messages
 from langsmith._internal._serde import dumps_json
 from typing_extensions import TypedDict
 
 from agentmem import MemoryState
-from agentmem_langgraph import MemoryChannel, MemoryNode, MemoryTurn, without_matrices
+from agentmem.errors import CorruptStateError
+from agentmem_langgraph import ChatDeltaMem, MemoryChannel, MemoryNode, MemoryTurn, without_matrices
 from tests.helpers.fake_engine import FakeEngine
 from tests.helpers.worlds import World, world
 
@@ -117,6 +120,38 @@ async def test_events_of_the_model_hold_no_matrices(w: World) -> None:
     assert turn.state is not None
     assert not any(matrices_in(dumps_json(event), turn.state) for event in events)
     assert events[-1]["event"] == "on_chat_model_end"
+
+
+def test_an_entrypoint_that_saves_the_value_under_strict_msgpack_is_told_what_to_save(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    saver = InMemorySaver(serde=JsonPlusSerializer(allowed_msgpack_modules=[]))
+    llm, thread = ChatDeltaMem(engine=FakeEngine()), {"configurable": {"thread_id": "1"}}
+
+    def chat(save: Callable[[MemoryState], Any]) -> Any:
+        @entrypoint(checkpointer=saver)
+        def turn(text: str, *, previous: Any = None) -> Any:
+            memory = MemoryTurn(previous)
+            reply = llm.invoke([HumanMessage(text)], memory=memory)
+            assert memory.state is not None
+            return entrypoint.final(value=reply.text, save=save(memory.state))
+
+        return turn
+
+    for save in (MemoryState.to_dict, MemoryState.to_json):
+        thread["configurable"]["thread_id"] = save.__name__
+        chat(save).invoke("My name is Anna.", thread)
+        assert chat(save).invoke("What is my name?", thread) == "Your name is Anna."
+    thread["configurable"]["thread_id"] = "value"
+    value = chat(lambda state: state)
+    value.invoke("My name is Anna.", thread)
+    with pytest.raises(CorruptStateError, match=r"strict msgpack.*state\.to_dict\(\)"):
+        value.invoke("What is my name?", thread)
+
+
+def test_the_json_form_is_found_in_traces_too(w: World) -> None:
+    state = w.engine.zero_state()
+    assert without_matrices({"memory": state.to_json()}) == {"memory": {"digest": state.digest, "count": 0}}
 
 
 def test_memories_are_found_wherever_they_are(w: World) -> None:

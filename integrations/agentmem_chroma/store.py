@@ -503,7 +503,7 @@ class FactStore:
         self._claim.note_deletion()
         with self._access.alone():
             try:
-                overwrite_deleted(self._claim.directory, str(self._collection.id), ids)
+                overwrite_deleted(self._claim.directory, str(self._collection.id), ids, owned=self._opened_here)
             except OSError as error:
                 raise FactStoreError(
                     f"the facts are deleted from {self!r}, but what Chroma left of them in its files could not be "

@@ -19,7 +19,7 @@ _RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Share:
-    """Right answers out of ``questions``, with a 95 % interval."""
+    """Right answers out of `questions`, with a 95 % interval."""
 
     right: int
     questions: int

@@ -1,4 +1,4 @@
-"""``agentmem storage``: what it shows, what it takes out, what it asks before, and what it never does."""
+"""`agentmem storage`: what it shows, what it takes out, what it asks before, and what it never does."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_wrong_usage_removes_nothing(file: Path, options: tuple[str, ...], said:
 
 
 def answer(path: Path, text: str, *options: str) -> tuple[int, str]:
-    """Run ``prune --keep 1`` as a process on a terminal, and answer it."""
+    """Run `prune --keep 1` as a process on a terminal, and answer it."""
     ours, theirs = pty.openpty()
     command = [sys.executable, "-c", "from agentmem_cli import main; main()", "storage", "prune", str(path)]
     running = subprocess.Popen(

@@ -1,8 +1,8 @@
 """Confidence intervals for shares of right answers.
 
-Questions of one conversation share a memory and are not independent, so intervals come from resampling whole
-conversations; where every answer is right or wrong, which leaves nothing to resample, from Wilson's formula with the
-conversations as the sample.
+Questions of one conversation share a memory and are not independent, so conversations are resampled as units. Where
+all answers are right, or all wrong, nothing varies between samples; the interval then comes from Wilson's formula with
+the conversations as the sample. (scipy has both, in as many lines, and is not among the dependencies.)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Share:
-    """Right answers out of ``questions``, with a 95 % interval."""
+    """Right answers out of `questions`, with a 95 % interval."""
 
     right: int
     questions: int
@@ -38,17 +38,17 @@ def share(conversations: Sequence[tuple[int, int]], seed: int = 0) -> Share:
     Raises:
         ValueError: no conversation, or one without questions.
     """
-    if not conversations or any(asked < 1 for _, asked in conversations):
+    if not conversations or any(questions < 1 for _, questions in conversations):
         raise ValueError("a share needs conversations with at least one question each")
     counts = np.array(conversations, dtype=np.int64)
-    right, asked = (int(total) for total in counts.sum(axis=0))
-    if right in (0, asked):
+    right, questions = (int(total) for total in counts.sum(axis=0))
+    if right in (0, questions):
         low, high = _wilson(len(counts) if right else 0, len(counts))
-        return Share(right, asked, low, high)
+        return Share(right, questions, low, high)
     rng = np.random.default_rng(seed)
-    drawn = counts[rng.integers(0, len(counts), (_RESAMPLES, len(counts)))].sum(axis=1)
-    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])
-    return Share(right, asked, float(low), float(high))
+    samples = counts[rng.integers(0, len(counts), (_RESAMPLES, len(counts)))].sum(axis=1)  # [_RESAMPLES, 2]
+    low, high = np.quantile(samples[:, 0] / samples[:, 1], [0.025, 0.975])
+    return Share(right, questions, float(low), float(high))
 
 
 def _wilson(right: int, n: int) -> tuple[float, float]:

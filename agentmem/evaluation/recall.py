@@ -1,7 +1,7 @@
-"""Recall: bindings are told in a conversation, small talk follows, then each is asked back.
+"""Recall: bindings are stated in a conversation, small talk follows, then each is asked for.
 
-Everything runs through ``Engine.turn`` with writes on, as an agent would. While a conversation is told, the window
-shows only the message at hand, so that what is recalled has been written, never re-read. Each question is a branch of
+Everything runs through `Engine.turn` with writes on, as an agent would. While a conversation runs, the window
+shows only its last message, so that what is recalled has been written, never re-read. Each question is a branch of
 the state at the end of the conversation. Arms:
 
     whole     the bare model with the whole conversation in the prompt
@@ -34,14 +34,14 @@ MEMORY_ARMS: tuple[Arm, ...] = ("zeroed", "foreign", "memory")
 BINDINGS = (1, 2, 4, 6, 8)
 FILLERS = (0, 4, 16, 64)
 
-_ONLY_THIS = Window(messages=1)
+_LAST_MESSAGE = Window(messages=1)
 _REPLY = Sampling(max_tokens=32)
 _QUESTIONS = 8  # at least this many of a conversation, in different words where bindings are fewer
 
 
 @dataclass(frozen=True)
 class Cell:
-    """How many bindings are told and how many small-talk messages of the user follow."""
+    """How many bindings are stated, and how many small-talk messages of the user follow."""
 
     bindings: int
     fillers: int
@@ -54,43 +54,43 @@ class Cell:
         return 0.90 if self.fillers == 16 and self.bindings <= 4 else None
 
     def conversations(self, questions: int) -> int:
-        """How many conversations give at least ``questions`` questions."""
+        """How many conversations give at least `questions` questions."""
         return -(-questions // (self.bindings * self._phrasings))
 
     @property
     def _phrasings(self) -> int:
         return -(-_QUESTIONS // self.bindings)
 
-    def questions(self, rng: Random, told: list[Binding]) -> list[tuple[Binding, str]]:
+    def questions(self, rng: Random, bindings: list[Binding]) -> list[tuple[Binding, str]]:
         """Every binding asked in each of a few ways."""
-        return [(b, ask(rng, b.attribute)) for b in told for _ in range(self._phrasings)]
+        return [(b, ask(rng, b.attribute)) for b in bindings for _ in range(self._phrasings)]
 
 
 CELLS = tuple(Cell(b, f) for f in FILLERS for b in BINDINGS)
 
 
 @dataclass(frozen=True)
-class Told:
-    """A conversation after its telling: history, the bindings in it, and the state it left."""
+class Conversation:
+    """A finished conversation: its history, the bindings stated in it, and the state it left."""
 
     history: list[Message]
     bindings: list[Binding]
     state: MemoryState
 
 
-def converse(engine: Engine, cell: Cell, rng: Random) -> Told:
-    """Tell the bindings, then small talk, one engine turn after the other; the replies are the model's own."""
+def converse(engine: Engine, cell: Cell, rng: Random) -> Conversation:
+    """State the bindings, then make small talk, one engine turn after the other; the replies are the model's own."""
     bindings = draw_bindings(rng, cell.bindings)
-    said = [tell(rng, b)[0] for b in bindings] + [filler(rng)[0] for _ in range(cell.fillers)]
+    texts = [tell(rng, b)[0] for b in bindings] + [filler(rng)[0] for _ in range(cell.fillers)]
     history: list[Message] = []
     state = engine.zero_state()
-    for text in said:
+    for text in texts:
         history.append(Message("user", text))
-        turn = engine.turn(history, state, window=_ONLY_THIS, sampling=_REPLY)
+        turn = engine.turn(history, state, window=_LAST_MESSAGE, sampling=_REPLY)
         assert turn.state is not None
         history.append(turn.message)
         state = turn.state
-    return Told(history, bindings, state)
+    return Conversation(history, bindings, state)
 
 
 def measure(
@@ -99,51 +99,59 @@ def measure(
     conversations: int,
     seed: int,
     arms: dict[Arm, int],
-    blank: dict[tuple[Arm, str], str] | None = None,
+    memoryless: dict[tuple[Arm, str], str] | None = None,
 ) -> Iterator[dict[Arm, tuple[int, int]]]:
     """Run conversations of one cell; yields (right, questions) of each arm, conversation by conversation.
 
     Args:
         arms: how many of the conversations each arm takes part in, the first ones.
         seed: conversations are drawn from (seed, cell, number).
-        blank: answers of the arms that know nothing of any conversation, by question. Decoding is greedy, so one
-            question has one answer there: it is asked once and counted as often as it comes. Filled here.
+        memoryless: answers of the arms without a memory of the conversation, by question; filled here. Decoding is
+            greedy, so a question has one answer there: it is asked once and counted as often as it comes.
     """
-    blank = {} if blank is None else blank
-    # The memory of the conversation before is the foreign one; the first takes that of one more conversation.
-    other = converse(engine, cell, _rng(seed, cell, -1)).state
+    memoryless = {} if memoryless is None else memoryless
+    # The foreign memory is that of the previous conversation; the first takes that of an extra one.
+    other_state = converse(engine, cell, _rng(seed, cell, -1)).state
     for number in range(conversations):
         rng = _rng(seed, cell, number)
-        told = converse(engine, cell, rng)
-        asked = cell.questions(rng, told.bindings)
+        conversation = converse(engine, cell, rng)
+        questions = cell.questions(rng, conversation.bindings)
         counts: dict[Arm, tuple[int, int]] = {}
         for arm in ARMS:
             if number < arms.get(arm, 0):
-                right = sum(is_correct(_answer(engine, arm, told, other, text, blank), b) for b, text in asked)
-                counts[arm] = (right, len(asked))
-        other = told.state
+                right = sum(
+                    is_correct(_answer(engine, arm, conversation, other_state, text, memoryless), b)
+                    for b, text in questions
+                )
+                counts[arm] = (right, len(questions))
+        other_state = conversation.state
         yield counts
 
 
 def _answer(
-    engine: Engine, arm: Arm, told: Told, other: MemoryState, question: str, blank: dict[tuple[Arm, str], str]
+    engine: Engine,
+    arm: Arm,
+    conversation: Conversation,
+    other_state: MemoryState,
+    question: str,
+    memoryless: dict[tuple[Arm, str], str],
 ) -> str:
-    history = [*told.history, Message("user", question)]
+    history = [*conversation.history, Message("user", question)]
     if arm == "whole":
         return engine.turn(history, window=Window(tokens=None), sampling=_REPLY, memory=False).message.content
     if arm in ("window", "zeroed"):
-        if (arm, question) not in blank:
-            blank[arm, question] = _knowing_nothing(engine, arm, told, history)
-        return blank[arm, question]
-    state = told.state.replaced(matrices=other.matrices) if arm == "foreign" else told.state
-    return engine.turn(history, state, window=_ONLY_THIS, sampling=_REPLY).message.content
+        if (arm, question) not in memoryless:
+            memoryless[arm, question] = _memoryless_answer(engine, arm, conversation, history)
+        return memoryless[arm, question]
+    state = conversation.state.replaced(matrices=other_state.matrices) if arm == "foreign" else conversation.state
+    return engine.turn(history, state, window=_LAST_MESSAGE, sampling=_REPLY).message.content
 
 
-def _knowing_nothing(engine: Engine, arm: Arm, told: Told, history: list[Message]) -> str:
+def _memoryless_answer(engine: Engine, arm: Arm, conversation: Conversation, history: list[Message]) -> str:
     if arm == "window":
-        return engine.turn(history, window=_ONLY_THIS, sampling=_REPLY, memory=False).message.content
-    empty = told.state.replaced(matrices=np.zeros_like(told.state.matrices))
-    return engine.turn(history, empty, window=_ONLY_THIS, sampling=_REPLY).message.content
+        return engine.turn(history, window=_LAST_MESSAGE, sampling=_REPLY, memory=False).message.content
+    empty = conversation.state.replaced(matrices=np.zeros_like(conversation.state.matrices))
+    return engine.turn(history, empty, window=_LAST_MESSAGE, sampling=_REPLY).message.content
 
 
 def _rng(seed: int, cell: Cell, number: int) -> Random:

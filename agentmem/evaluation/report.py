@@ -49,10 +49,12 @@ def markdown(results: dict[str, Any]) -> str:
     lines.append("| arm | " + " | ".join(f"{f} messages between" for f in fillers) + " | questions |")
     lines.append("|---" * (len(fillers) + 2) + "|")
     for arm in ARMS:
-        found = list(shares(results, arm))
-        if found:
-            pooled = [_pooled([s for c, s in found if c.fillers == f]) for f in fillers]
-            lines.append(f"| {_NAMES[arm]} | " + " | ".join(pooled) + f" | {sum(s.questions for _, s in found):,} |")
+        cells_of_arm = list(shares(results, arm))
+        if cells_of_arm:
+            pooled = [_pooled([s for c, s in cells_of_arm if c.fillers == f]) for f in fillers]
+            lines.append(
+                f"| {_NAMES[arm]} | " + " | ".join(pooled) + f" | {sum(s.questions for _, s in cells_of_arm):,} |"
+            )
     lines += ["", f"Measured in {results['seconds'] / 60:.0f} minutes ({results['machine']})."]
     return "\n".join(lines)
 
@@ -70,15 +72,15 @@ def details(results: dict[str, Any]) -> str:
     by_cell = {arm: {(c.bindings, c.fillers): s for c, s in shares(results, arm)} for arm in ARMS}
     for row in results["cells"]:
         key = (row["bindings"], row["fillers"])
-        found = [by_cell[arm].get(key) for arm in ARMS]
-        cells = [f"{s.value:.3f} ({s.low:.3f}-{s.high:.3f}; {s.questions:,})" if s else "" for s in found]
+        row_shares = [by_cell[arm].get(key) for arm in ARMS]
+        cells = [f"{s.value:.3f} ({s.low:.3f}-{s.high:.3f}; {s.questions:,})" if s else "" for s in row_shares]
         lines.append(f"| {key[0]} | {key[1]} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def _pooled(parts: list[Share]) -> str:
-    asked = sum(s.questions for s in parts)
-    return f"{sum(s.right for s in parts) / asked:.3f}" if asked else ""
+    questions = sum(s.questions for s in parts)
+    return f"{sum(s.right for s in parts) / questions:.3f}" if questions else ""
 
 
 def put_into(page: Path, table: str) -> None:

@@ -40,23 +40,23 @@ class Setup:
 
 
 def plan(questions: int, elsewhere: int, seed: int, cells: Sequence[Cell] = CELLS, part: int = 25) -> list[Job]:
-    """Jobs for ``questions`` questions of each memory arm in cells with a bar, ``elsewhere`` in all others.
+    """Jobs for `questions` questions of each memory arm in cells with a bar, `elsewhere` in all others.
 
-    The arms without memory take ``elsewhere`` questions everywhere. Long jobs come first.
+    The arms without memory take `elsewhere` questions everywhere. Long jobs come first.
     """
     jobs = []
     for cell in cells:
-        wanted = cell.conversations(questions if cell.bar is not None else elsewhere)
+        needed = cell.conversations(questions if cell.bar is not None else elsewhere)
         few = cell.conversations(elsewhere)
-        for start in range(0, wanted, part):
-            size = min(part, wanted - start)
+        for start in range(0, needed, part):
+            size = min(part, needed - start)
             arms: dict[Arm, int] = {arm: size if arm in MEMORY_ARMS else max(0, min(size, few - start)) for arm in ARMS}
             jobs.append(Job(cell, size, arms, seed * 100_000 + start))
     return sorted(jobs, key=lambda job: -job.conversations * (job.cell.bindings + job.cell.fillers))
 
 
 def run(jobs: Sequence[Job], setup: Setup, processes: int, done: Done) -> dict[str, Any]:
-    """Run all jobs; ``done(finished, total)`` is called as they end. Returns the results as plain data."""
+    """Run all jobs; `done(finished, total)` is called as they end. Returns the results as plain data."""
     started = time.monotonic()
     counts: dict[tuple[Cell, Arm], list[tuple[int, int]]] = defaultdict(list)
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_start, initargs=(setup,)) as pool:
@@ -98,7 +98,7 @@ def _ordered(jobs: Sequence[Job]) -> list[Job]:
 
 
 _engine: Any = None
-_blank: dict[tuple[Arm, str], str] = {}
+_memoryless: dict[tuple[Arm, str], str] = {}
 
 
 def _start(setup: Setup) -> None:
@@ -113,4 +113,4 @@ def _start(setup: Setup) -> None:
 
 
 def _work(job: Job) -> list[dict[Arm, tuple[int, int]]]:
-    return list(measure(_engine, job.cell, job.conversations, job.seed, job.arms, _blank))
+    return list(measure(_engine, job.cell, job.conversations, job.seed, job.arms, _memoryless))

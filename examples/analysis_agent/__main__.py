@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from analysis_agent.data import write_sales
-from analysis_agent.phrases import SESSIONS, Told
+from analysis_agent.phrases import SESSIONS, Terms
 from analysis_agent.session import Outcome, Setup
 
 _MARKER = ".analysis-agent"
@@ -48,7 +48,7 @@ def main() -> int:
     outcomes.append(_run(2, setup))
     print("\nSession three with the memory off")
     without = _run(2, control)
-    truths = true_totals(Path(setup.data) / "sales.csv", Told())
+    truths = true_totals(Path(setup.data) / "sales.csv", Terms())
     good = [kept(outcome, truth) for outcome, truth in zip(outcomes, truths, strict=True)]
     print()
     for number, (outcome, truth) in enumerate(zip(outcomes, truths, strict=True), start=2):
@@ -73,11 +73,11 @@ def prepare(data: Path) -> None:
     (data / _MARKER).touch()
 
 
-def true_totals(table: Path, told: Told) -> tuple[int, int]:
+def true_totals(table: Path, terms: Terms) -> tuple[int, int]:
     """What the sessions' questions should be answered with: counted here, without the agent's tools."""
     with table.open(newline="", encoding="utf-8") as file:
         rows = [
-            row for row in csv.DictReader(file) if row["branch"] != told.branch and row["currency"] == told.currency
+            row for row in csv.DictReader(file) if row["branch"] != terms.branch and row["currency"] == terms.currency
         ]
     year = [row for row in rows if "2024-10-01" <= row["day"] < "2025-10-01"]
     return sum(int(row["amount"]) for row in rows), sum(int(row["amount"]) for row in year)

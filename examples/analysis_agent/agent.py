@@ -55,7 +55,7 @@ def build_agent(
     *,
     nano: bool,
 ) -> Agent:
-    """The graph; ``saver`` keeps its threads."""
+    """The graph; `saver` keeps its threads."""
     system = NANO_SYSTEM if nano else SYSTEM
     answer = MemoryNode(llm, system=system, retriever=facts)
 

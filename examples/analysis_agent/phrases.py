@@ -21,8 +21,8 @@ SYSTEM = (
 
 
 @dataclass(frozen=True)
-class Told:
-    """The definitions; ``currency`` replaces ``old_currency``."""
+class Terms:
+    """The definitions; `currency` replaces `old_currency`."""
 
     branch: str = "demo desk"
     old_currency: str = "net dollar"
@@ -39,24 +39,24 @@ class Request:
     arguments: dict[str, str]
 
 
-def definitions(told: Told) -> tuple[str, ...]:
+def definitions(terms: Terms) -> tuple[str, ...]:
     """What the analyst says in session one."""
     return (
         "Hello!",
-        f"The branch is {told.branch}.",
-        f"The currency is {told.old_currency}.",
-        f"The release month is {told.release_month}.",
-        f"Actually, the currency is now {told.currency}.",
+        f"The branch is {terms.branch}.",
+        f"The currency is {terms.old_currency}.",
+        f"The release month is {terms.release_month}.",
+        f"Actually, the currency is now {terms.currency}.",
         "Thanks!",
     )
 
 
-def requests(told: Told) -> dict[str, Request]:
+def requests(terms: Terms) -> dict[str, Request]:
     """The requests, by the name of what they bring."""
     return {
-        "rows": Request("Prepare the rows.", "prepare_rows", {"branch": told.branch}),
-        "sums": Request("Measure the sums.", "measure_sums", {"currency": told.currency}),
-        "year": Request("Render the tables.", "render_tables", {"release_month": told.release_month}),
+        "rows": Request("Prepare the rows.", "prepare_rows", {"branch": terms.branch}),
+        "sums": Request("Measure the sums.", "measure_sums", {"currency": terms.currency}),
+        "year": Request("Render the tables.", "render_tables", {"release_month": terms.release_month}),
         "plot": Request('Call plot_sums with chart_type "bar chart".', "plot_sums", {"chart_type": "bar chart"}),
     }
 

@@ -2,7 +2,7 @@
 
     python -m analysis_agent.session NUMBER SETUP          NUMBER: 0 tells, 1 and 2 work; SETUP: a `Setup` as JSON
 
-Nothing goes from one to the next but the files in ``Setup.data``. A working session leaves its outcome there as JSON.
+Nothing goes from one to the next but the files in `Setup.data`. A working session leaves its outcome there as JSON.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Setup:
     """What all sessions are given.
 
     Attributes:
-        data: a folder with ``sales.csv``, for the database, the facts and the plot.
+        data: a folder with `sales.csv`, for the database, the facts and the plot.
         memory: False: the same, with the model's memory off.
     """
 
@@ -92,7 +92,7 @@ def opened(setup: Setup) -> Iterator[Agent]:
 def tell(setup: Setup) -> None:
     """Session one: the definitions."""
     with opened(setup) as agent:
-        for text in phrases.definitions(phrases.Told()):
+        for text in phrases.definitions(phrases.Terms()):
             _say(agent, [HumanMessage(text)], _thread())
 
 
@@ -102,7 +102,7 @@ def work(setup: Setup, number: int) -> Outcome:
     Each request is a branch of the thread from where the definitions ended: what it calls and what comes back leaves no
     trace in the memory of the next one, and does not crowd out the definitions.
     """
-    outcome, requests = Outcome(), phrases.requests(phrases.Told())
+    outcome, requests = Outcome(), phrases.requests(phrases.Terms())
     cleared = RemoveMessage(id=REMOVE_ALL_MESSAGES)
     with opened(setup) as agent:
         head = agent.get_state(_thread())

@@ -104,7 +104,7 @@ class Analysis:
 
 
 def draw(chart_type: str, names: list[str], values: list[float], folder: Path) -> Path:
-    """Write the plot of the values as ``sums.png``."""
+    """Write the plot of the values as `sums.png`."""
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.add_subplot()
     if chart_type == "pie chart":

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from coding_assistant.measure import measure
-from coding_assistant.phrases import Told
+from coding_assistant.phrases import Settings
 from coding_assistant.session import Outcome, Setup
 
 _MARKER = ".coding-assistant"
@@ -73,7 +73,7 @@ def prepare(data: Path) -> None:
 
 def kept(outcome: Outcome) -> bool:
     """Whether everything that was told held in session two."""
-    proposed = outcome.proposed not in ("", Told().branch)
+    proposed = outcome.proposed not in ("", Settings().branch)
     return all(outcome.right.values()) and proposed and outcome.renamed and outcome.tests.startswith("5 passed")
 
 

@@ -47,7 +47,7 @@ def system_prompt(model: str) -> str:
 def build_agent(
     llm: ChatDeltaMem, tools: Sequence[BaseTool], saver: BaseCheckpointSaver[str] | None, *, model: str
 ) -> Agent:
-    """The agent; ``saver`` keeps its threads."""
+    """The agent; `saver` keeps its threads."""
     approval = HumanInTheLoopMiddleware(
         {name: {"allowed_decisions": ["approve", "reject"]} for name in CHANGING},
         description_prefix="The assistant wants to change files",

@@ -30,9 +30,9 @@ def measure(model: str, adapter: str | None, draws: int, seed: int = 0) -> str:
     with TemporaryDirectory() as folder:
         tools = Tools(Workspace(Path(folder))).all()
         for i in range(draws):
-            told = phrases.Told.draw(Random(f"{seed} {i}"))
-            memory = _told(llm, told)
-            for request in phrases.remembering(told):
+            settings = phrases.Settings.draw(Random(f"{seed} {i}"))
+            memory = _memory_of(llm, settings)
+            for request in phrases.remembering(settings):
                 for on in (True, False):
                     called = _called(llm, model, tools, request.text, memory if on else None)
                     correct = called == (request.tool, request.arguments)
@@ -44,11 +44,11 @@ def measure(model: str, adapter: str | None, draws: int, seed: int = 0) -> str:
     return "\n".join([*lines, f"{draws} draws of the values, 95 % intervals"])
 
 
-def _told(llm: ChatDeltaMem, told: phrases.Told) -> MemoryState | None:
+def _memory_of(llm: ChatDeltaMem, settings: phrases.Settings) -> MemoryState | None:
     """The memory after session one."""
     messages: list[Any] = []
     memory: MemoryState | None = None
-    for text in phrases.session_one(told):
+    for text in phrases.session_one(settings):
         messages.append(HumanMessage(text))
         turn = MemoryTurn(memory)
         messages.append(llm.invoke(messages, memory=turn))

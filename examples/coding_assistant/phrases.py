@@ -22,8 +22,8 @@ SYSTEM = (
 
 
 @dataclass(frozen=True)
-class Told:
-    """What the developer tells in session one; ``style`` replaces ``old_style``."""
+class Settings:
+    """What the developer tells in session one; `style` replaces `old_style`."""
 
     test_command: str = "make test"
     branch: str = "round rule"
@@ -31,7 +31,7 @@ class Told:
     style: str = "snake case"
 
     @classmethod
-    def draw(cls, rng: Random) -> Told:
+    def draw(cls, rng: Random) -> Settings:
         """Other values, of two words each."""
         words = rng.sample(WORDS, 8)
         return cls(*(f"{a} {b}" for a, b in zip(words[::2], words[1::2], strict=True)))
@@ -39,31 +39,31 @@ class Told:
 
 @dataclass(frozen=True)
 class Request:
-    """What the developer asks for, and the call that is right: ``arguments`` of None means any."""
+    """What the developer asks for, and the call that is right: `arguments` of None means any."""
 
     text: str
     tool: str
     arguments: dict[str, str] | None
 
 
-def session_one(told: Told) -> tuple[str, ...]:
+def session_one(settings: Settings) -> tuple[str, ...]:
     """What the developer says in session one."""
     return (
         SMALL_TALK[0],
-        f"The test command is {told.test_command}.",
-        f"The code style is {told.old_style}.",
-        f"The branch is {told.branch}.",
-        f"Actually, the code style is now {told.style}.",
+        f"The test command is {settings.test_command}.",
+        f"The code style is {settings.old_style}.",
+        f"The branch is {settings.branch}.",
+        f"Actually, the code style is now {settings.style}.",
         SMALL_TALK[1],
     )
 
 
-def remembering(told: Told) -> tuple[Request, Request, Request]:
+def remembering(settings: Settings) -> tuple[Request, Request, Request]:
     """The requests that leave out what was told: run the tests, find another fix, rename."""
     return (
-        Request("Run the tests.", "run_tests", {"test_command": told.test_command}),
-        Request("Prepare the fix.", "prepare_fix", {"branch": told.branch}),
-        Request("Format the names.", "format_names", {"code_style": told.style}),
+        Request("Run the tests.", "run_tests", {"test_command": settings.test_command}),
+        Request("Prepare the fix.", "prepare_fix", {"branch": settings.branch}),
+        Request("Format the names.", "format_names", {"code_style": settings.style}),
     )
 
 

@@ -51,7 +51,7 @@ def words_of(command: str) -> list[str]:
 
 
 def run(command: str, folder: Path, *, seconds: float = 30.0, detail: int = 0) -> str:
-    """One line about how the tests went and, where ``detail`` is more than 0, so many characters of the output's end.
+    """One line about how the tests went and, where `detail` is more than 0, so many characters of the output's end.
 
     Raises:
         ToolException: see `words_of`; or the tests took too long, and were ended with all that they had started.

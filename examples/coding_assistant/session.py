@@ -2,7 +2,7 @@
 
     python -m coding_assistant.session tell|work SETUP          SETUP: a `Setup` as JSON
 
-Nothing goes from one to the other but the database in ``Setup.data``. ``work`` leaves its outcome in ``outcome.json``.
+Nothing goes from one to the other but the database in `Setup.data`. `work` leaves its outcome in `outcome.json`.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def opened(setup: Setup) -> Iterator[Bench]:
 def tell(setup: Setup) -> None:
     """Session one."""
     with opened(setup) as bench:
-        for text in phrases.session_one(phrases.Told()):
+        for text in phrases.session_one(phrases.Settings()):
             _say(bench, [HumanMessage(text)], bench.thread)
 
 
@@ -116,8 +116,8 @@ def work(setup: Setup) -> Outcome:
     Each request is a branch of the thread from where session one ended: what it calls and what comes back leaves no
     trace in the memory of the next one, and does not crowd out what was told.
     """
-    told, outcome = phrases.Told(), Outcome()
-    run, fix, rename = phrases.remembering(told)
+    settings, outcome = phrases.Settings(), Outcome()
+    run, fix, rename = phrases.remembering(settings)
     with opened(setup) as bench:
         head = bench.agent.get_state(bench.thread)
         before: list[AnyMessage] = head.values["messages"]

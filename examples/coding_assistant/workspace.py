@@ -32,7 +32,7 @@ class Workspace:
 
     @classmethod
     def copy_of(cls, repository: Path, target: Path) -> Workspace:
-        """A fresh copy of a repository, in place of what is at ``target``."""
+        """A fresh copy of a repository, in place of what is at `target`."""
         if target.exists():
             shutil.rmtree(target)
         shutil.copytree(repository, target, ignore=shutil.ignore_patterns(*_HIDDEN))
@@ -95,10 +95,10 @@ class Workspace:
         return text
 
     def replaced(self, name: str, old: str, new: str) -> str:
-        """The text of a file with the only occurrence of ``old`` replaced; nothing is written.
+        """The text of a file with the only occurrence of `old` replaced; nothing is written.
 
         Raises:
-            ToolException: see `read`; or ``old`` is not there exactly once.
+            ToolException: see `read`; or `old` is not there exactly once.
         """
         text = self.read(name)
         if (found := text.count(old) if old else 0) != 1:

@@ -56,7 +56,7 @@ def chat_model(model: str, adapter: str | None) -> ChatDeltaMem:
 
 
 def chat(llm: ChatDeltaMem, retriever: BaseRetriever | None = None) -> Chat:
-    """A graph of one memory node; ``retriever`` finds the facts that its prompts show."""
+    """A graph of one memory node; `retriever` finds the facts that its prompts show."""
     # nano has learned to cite; other models are told to.
     system = "" if llm.model == "nano" else CITE
     node = MemoryNode(llm, retriever=retriever, system=system)

@@ -1,6 +1,6 @@
 """Generated conversations, each with one question, in five kinds. Values are drawn anew for each: pairs of nouns.
 
-nano knows the nouns and was not trained on their pairs, but for the few that chance put together. With ``pools`` values
+nano knows the nouns and was not trained on their pairs, but for the few that chance put together. With `pools` values
 are those that it was trained on.
 
 - telling: a setting is told among others and small talk, and asked for;
@@ -62,7 +62,7 @@ class Task:
 
 
 def draw(kind: str, rng: Random, *, pools: bool = False) -> Task:
-    """A task of a kind of ``KINDS``."""
+    """A task of a kind of `KINDS`."""
     return _MAKERS[kind](rng, pools)
 
 

@@ -88,14 +88,23 @@ class Access:
 class _HeldDirectory:
     """A directory that this process has locked: what it was opened as, how many claims share it, its indexes' state."""
 
-    def __init__(self, lock: FileLock, opened_as: str, indexes: IndexReport) -> None:
+    def __init__(self, lock: FileLock, opened_as: str, indexes: IndexReport, open_already: bool) -> None:
         self.lock = lock
         self.opened_as = opened_as
         self.indexes = indexes
+        self.open_already = open_already
         self.access = Access()
         self.claims = 0
         self.pid = os.getpid()
         self.deleted = False
+
+    def leave_sound(self, directory: Path) -> None:
+        """Overwrite what Chroma has written of deleted text since, and note which index files are whole."""
+        if self.deleted:
+            for header in directory.glob("*/header.bin"):
+                zero_unused(header.parent)
+        # An index that was found damaged and left so is to be found again.
+        save_fingerprints(directory, self.indexes.doubtful())
 
 
 _held: dict[Path, _HeldDirectory] = {}
@@ -132,7 +141,7 @@ class DirectoryClaim:
                 except BaseException:
                     lock.release()
                     raise
-                held = _held[self.directory] = _HeldDirectory(lock, opened_as, indexes)
+                held = _held[self.directory] = _HeldDirectory(lock, opened_as, indexes, open_already)
             elif held.pid != os.getpid():
                 raise FactStoreError(
                     f"the fact store in {self.directory} was open in process {held.pid} when it forked "
@@ -151,7 +160,7 @@ class DirectoryClaim:
             self.indexes = held.indexes
 
     def note_deletion(self) -> None:
-        """Text was deleted: what Chroma still writes until the directory is closed is scrubbed then."""
+        """Text was deleted: what Chroma writes of it until the directory is closed is overwritten then."""
         self._held.deleted = True
 
     def release(self) -> None:
@@ -160,12 +169,9 @@ class DirectoryClaim:
             self._held.claims -= 1
             if self._held.claims == 0 and self._held.pid == os.getpid():
                 del _held[self.directory]
-                with suppress(OSError):  # a directory that is gone, or on a full disk, is closed all the same
-                    if self._held.deleted:
-                        for header in self.directory.glob("*/header.bin"):
-                            zero_unused(header.parent)
-                    # An index that was found damaged and left so is to be found again.
-                    save_fingerprints(self.directory, self._held.indexes.doubtful())
+                if not self._held.open_already:  # else its client goes on, and may write
+                    with suppress(OSError):  # a directory that is gone, or on a full disk, is closed all the same
+                        self._held.leave_sound(self.directory)
                 (self.directory / _OWNER).unlink(missing_ok=True)
                 self._held.lock.release()
 

@@ -105,15 +105,16 @@ def save_fingerprints(directory: Path, doubtful: set[Path]) -> None:
     note.replace(directory / _FINGERPRINTS)
 
 
-def overwrite_deleted(directory: Path, collection_id: str, ids: Sequence[str]) -> None:
-    """Leave nothing of deleted facts in the files, and no folder of a deleted collection.
+def overwrite_deleted(directory: Path, collection_id: str, ids: Sequence[str], *, owned: bool) -> None:
+    """Leave nothing of deleted facts in the files.
 
-    Rewrites the database, which takes a time proportional to its size. Nothing may read or write meanwhile.
+    Rewrites the database, which takes a time proportional to its size. Nothing may use the collection meanwhile; where
+    the whole directory is `owned`, nothing may use any, and folders that belong to none are removed.
 
     Raises:
         OSError: the process that does it failed; the message says why.
     """
-    work = {"directory": str(directory), "collection": collection_id, "ids": list(ids)}
+    work = {"directory": str(directory), "collection": collection_id, "ids": list(ids), "owned": owned}
     command = [sys.executable, "-I", "-S", __file__, "scrub"]
     done = subprocess.run(command, input=json.dumps(work), capture_output=True, text=True, check=False)
     if done.returncode:
@@ -217,7 +218,7 @@ def _probe(directory: str, name: str) -> None:
 # ---------------------------------------------------------------------- overwriting
 
 
-def _scrub(directory: Path, collection_id: str, ids: Iterable[str]) -> None:
+def _scrub(directory: Path, collection_id: str, ids: Iterable[str], owned: bool) -> None:
     with closing(sqlite3.connect(directory / _DATABASE, timeout=60, isolation_level=None)) as connection:
         connection.execute("PRAGMA secure_delete = ON")
         connection.execute("BEGIN IMMEDIATE")
@@ -230,13 +231,13 @@ def _scrub(directory: Path, collection_id: str, ids: Iterable[str]) -> None:
         with suppress(sqlite3.OperationalError):  # a SQLite without full text search: three-letter pieces stay there
             connection.execute("INSERT INTO embedding_fulltext_search(embedding_fulltext_search) VALUES ('rebuild')")
         connection.execute("VACUUM")
-        live = {folder for (folder,) in connection.execute("SELECT id FROM segments")}
-    for folder in directory.iterdir():
-        if folder.is_dir() and (folder / "header.bin").is_file():
-            if folder.name in live:
-                zero_unused(folder)
-            else:
-                shutil.rmtree(folder)
+        owners = dict(connection.execute("SELECT id, collection FROM segments").fetchall())
+    for folder in [header.parent for header in directory.glob("*/header.bin")]:
+        owner = owners.get(folder.name)
+        if owner is None and owned:
+            shutil.rmtree(folder)
+        elif owned or owner == collection_id:
+            zero_unused(folder)
 
 
 if __name__ == "__main__":
@@ -244,4 +245,4 @@ if __name__ == "__main__":
         _probe(*sys.argv[2:])
     else:
         work = json.load(sys.stdin)
-        _scrub(Path(work["directory"]), work["collection"], work["ids"])
+        _scrub(Path(work["directory"]), work["collection"], work["ids"], work["owned"])

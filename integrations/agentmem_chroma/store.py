@@ -314,16 +314,18 @@ class FactStore:
                 ]
             for batch in self._batches(present):
                 self._call("delete", ids=batch)
-            if present:
+            if present and self._opened_here and not self._call("count"):
+                self.rebuild_index()  # nothing to embed, and the old index's room is free
+            elif present:
                 self._overwrite_deleted(present)
         return len(present)
 
     def rebuild_index(self) -> int:
         """Build the index anew from the facts' texts, and return how many there are.
 
-        Every text is embedded again. An index never shrinks by itself, whatever is deleted: this makes it as small as
-        the facts that are left. The old index serves until the new one is whole; a process that is killed on the way
-        leaves the one or the other, and no fact is lost.
+        Every text is embedded again. An index does not shrink with what is deleted (but for the last fact): this makes
+        it as small as the facts that are left. The old index serves until the new one is whole; a process that is
+        killed on the way leaves the one or the other, and no fact is lost.
 
         Raises:
             FactStoreError: the embedder or Chroma failed; the old index is still there.
@@ -503,7 +505,7 @@ class FactStore:
         self._claim.note_deletion()
         with self._access.alone():
             try:
-                overwrite_deleted(self._claim.directory, str(self._collection.id), ids)
+                overwrite_deleted(self._claim.directory, str(self._collection.id), ids, owned=self._opened_here)
             except OSError as error:
                 raise FactStoreError(
                     f"the facts are deleted from {self!r}, but what Chroma left of them in its files could not be "

@@ -121,6 +121,7 @@ def _keep_history() -> None:
     def save() -> None:
         with suppress(OSError):
             readline.write_history_file(file)
+            file.chmod(0o600)
 
     atexit.register(save)
 

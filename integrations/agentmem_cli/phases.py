@@ -85,7 +85,7 @@ def tell(setup: Setup, console: Console) -> None:
             work.store.add(sourced.fact.sentence, source=sourced.source)
         turns = _tell_thread(work, THREAD, script.said, console)
         _tell_thread(work, OTHER, script.other, console)
-        console.print(tables.told(turns, script.change))
+        console.print(tables.conversation(turns, script.change))
         console.print(tables.left_behind(_memory(work.agent, THREAD), len(script.other), len(script.facts)))
 
 
@@ -162,23 +162,23 @@ def _exact_fact(work: Workplace, head: StateSnapshot, script: Script, console: C
     with console.status("asking for an exact fact"):
         reply = _say(work.agent, config, script.fact_question)
     sources = [document.metadata["source"] for document in cited(reply, shown.documents)]
-    right = script.asked.fact.value in reply.text and script.asked.source in sources
+    right = script.asked_fact.fact.value in reply.text and script.asked_fact.source in sources
     console.print(tables.exact_fact(script.fact_question, shown.documents, reply, sources, right))
     return right
 
 
 def _rewound(work: Workplace, head: StateSnapshot, script: Script, console: Console) -> bool:
     """The changed fact, asked at the head and at the last finished turn before the change."""
-    before = next(
+    earlier = next(
         snapshot
         for snapshot in work.agent.get_state_history(thread(THREAD))
         if not snapshot.next and script.change not in [m.text for m in snapshot.values["messages"]]
     )
     question = next(q for q, binding in script.questions if binding == script.new)
     with console.status("rewinding"):
-        answers = [_say(work.agent, at.config, question) for at in (before, head)]
+        answers = [_say(work.agent, at.config, question) for at in (earlier, head)]
     rights = [is_correct(a.text, b) for a, b in zip(answers, (script.old, script.new), strict=True)]
-    moments = [tables.Moment(len(s.values["messages"]), str(s.created_at)) for s in (before, head)]
+    moments = [tables.Moment(len(s.values["messages"]), str(s.created_at)) for s in (earlier, head)]
     console.print(tables.rewound(script.change, question, moments, answers, rights))
     return all(rights)
 

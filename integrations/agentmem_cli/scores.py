@@ -61,10 +61,10 @@ class Score:
     """How many of the questions were answered right."""
 
     right: int
-    asked: int
+    questions: int
 
     def __str__(self) -> str:
-        return f"{self.right} of {self.asked}"
+        return f"{self.right} of {self.questions}"
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,13 @@ class Report:
 def shortfalls(arms: Mapping[Arm, Score]) -> list[str]:
     """Where the demo falls short of its promise; empty when it holds."""
     memory = arms["memory"]
-    found = []
-    if memory.asked - memory.right > MISSES:
-        found.append(f"{NAMES['memory']}: {memory} right, at most {MISSES} miss allowed")
+    problems = []
+    if memory.questions - memory.right > MISSES:
+        problems.append(f"{NAMES['memory']}: {memory} right, at most {MISSES} miss allowed")
     for arm in ("zeroed", "foreign"):
         if arms[arm].right > CHANCE:
-            found.append(f"{NAMES[arm]}: {arms[arm]} right, at most {CHANCE} by chance allowed")
-    return found
+            problems.append(f"{NAMES[arm]}: {arms[arm]} right, at most {CHANCE} by chance allowed")
+    return problems
 
 
 def write_scores(setup: Setup, arms: Mapping[Arm, Score], cites: bool, rewound: bool) -> None:

@@ -46,7 +46,7 @@ class Script:
         other: what the user says in the other thread.
         elsewhere: what was told there, by attribute.
         facts: what the fact store is filled with.
-        asked: the exact fact that is asked for.
+        asked_fact: the exact fact that is asked for.
         fact_question: the question for it.
     """
 
@@ -58,26 +58,26 @@ class Script:
     other: tuple[str, ...]
     elsewhere: dict[str, Binding]
     facts: tuple[SourcedFact, ...]
-    asked: SourcedFact
+    asked_fact: SourcedFact
     fact_question: str
 
 
 def draw_script(seed: int) -> Script:
     """The run that follows from a seed."""
     rng = Random(f"demo {seed}")
-    told = [b for owner in ("user", "project") for b in draw_bindings(rng, OF_EACH_KIND, attributes=_owned(owner))]
-    rng.shuffle(told)
-    old = rng.choice(told[:-1])
+    bindings = [b for owner in ("user", "project") for b in draw_bindings(rng, OF_EACH_KIND, attributes=_owned(owner))]
+    rng.shuffle(bindings)
+    old = rng.choice(bindings[:-1])
     new = redraw(rng, old)
-    steps = [(b, tell(rng, b)[0]) for b in told] + [(None, filler(rng)[0]) for _ in range(SMALL_TALK)]
+    steps = [(b, tell(rng, b)[0]) for b in bindings] + [(None, filler(rng)[0]) for _ in range(SMALL_TALK)]
     rng.shuffle(steps)
     correction = change(rng, new)[0]
     after = next(i for i, (binding, _) in enumerate(steps) if binding == old) + 1
     steps.insert(rng.randint(after, len(steps)), (new, correction))
-    holds = [new if b == old else b for b in told]
-    elsewhere = [_another(rng, b, {old, new}) for b in told]
-    facts = _facts(rng, {b.value for b in [*told, new, *elsewhere]})
-    asked = rng.choice(facts)
+    holds = [new if b == old else b for b in bindings]
+    elsewhere = [_another(rng, b, {old, new}) for b in bindings]
+    facts = _facts(rng, {b.value for b in [*bindings, new, *elsewhere]})
+    asked_fact = rng.choice(facts)
     return Script(
         said=tuple(text for _, text in steps),
         change=correction,
@@ -87,8 +87,8 @@ def draw_script(seed: int) -> Script:
         other=tuple(tell(rng, b)[0] for b in elsewhere),
         elsewhere={b.attribute: b for b in elsewhere},
         facts=facts,
-        asked=asked,
-        fact_question=f"What is the {asked.fact.subject}?",
+        asked_fact=asked_fact,
+        fact_question=f"What is the {asked_fact.fact.subject}?",
     )
 
 
@@ -103,7 +103,7 @@ def _another(rng: Random, binding: Binding, taken: set[Binding]) -> Binding:
     return drawn
 
 
-def _facts(rng: Random, told: set[str]) -> tuple[SourcedFact, ...]:
-    free = [number for number in map(str, range(100, 1000)) if number not in told]
+def _facts(rng: Random, taken: set[str]) -> tuple[SourcedFact, ...]:
+    free = [number for number in map(str, range(100, 1000)) if number not in taken]
     values = rng.sample(free, len(_SOURCES))
     return tuple(SourcedFact(Fact(s, v), source) for (s, source), v in zip(_SOURCES.items(), values, strict=True))

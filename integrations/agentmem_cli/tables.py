@@ -39,7 +39,7 @@ class Moment:
     time: str
 
 
-def told(turns: Sequence[tuple[str, AIMessage]], change: str) -> RenderableType:
+def conversation(turns: Sequence[tuple[str, AIMessage]], change: str) -> RenderableType:
     """The turns of the thread; the one that changes a fact is marked."""
     table = _table("you", "agent", ("prompt\ntokens", "right"))
     for said, reply in turns:

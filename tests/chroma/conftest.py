@@ -14,7 +14,7 @@ from agentmem_chroma import FactStore, local_embeddings
 
 
 class TableEmbeddings(Embeddings):
-    """Vectors from a table; a text that is not in it gets the vector of ``default``."""
+    """Vectors from a table; a text that is not in it gets the vector of `default`."""
 
     def __init__(self, table: dict[str, list[float]], default: list[float]) -> None:
         self.table = table

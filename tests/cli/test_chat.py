@@ -206,7 +206,7 @@ class _Interrupting:
 
 @pytest.fixture
 def foreground() -> Iterator[None]:
-    """Ctrl-C as in a foreground process: a shell tells what it starts with ``&`` to ignore it."""
+    """Ctrl-C as in a foreground process: a shell tells what it starts with `&` to ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

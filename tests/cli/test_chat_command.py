@@ -1,4 +1,4 @@
-"""``agentmem chat`` as a command, on tiny models in directories: the loader, the real engine, real processes."""
+"""`agentmem chat` as a command, on tiny models in directories: the loader, the real engine, real processes."""
 
 from __future__ import annotations
 

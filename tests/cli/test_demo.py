@@ -52,7 +52,7 @@ def phases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
     def install(memory: int = 8, zeroed: int = 0, foreign: int = 0, fails: str = "") -> None:
         arms = {"memory": memory, "zeroed": zeroed, "foreign": foreign}
         report = {
-            "arms": {arm: {"right": n, "asked": 8} for arm, n in arms.items()},
+            "arms": {arm: {"right": n, "questions": 8} for arm, n in arms.items()},
             "cites": True,
             "rewound": True,
         }
@@ -166,8 +166,8 @@ def test_script(seed: int) -> None:
     for sourced in script.facts:
         assert not any(b.value in named_values(sourced.fact.sentence, b.attribute) for b in held)
         assert not any(sourced.fact.subject in question for question, _ in script.questions)
-    assert script.asked in script.facts
-    assert script.asked.fact.subject in script.fact_question
+    assert script.asked_fact in script.facts
+    assert script.asked_fact.fact.subject in script.fact_question
 
 
 @pytest.mark.timeout(900)
@@ -182,7 +182,7 @@ def test_demo_with_nano(tmp_path: Path, needs: Callable[[object, str], None]) ->
     )
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "data" / "scores.json").read_text())
-    assert report["arms"]["memory"]["right"] >= report["arms"]["memory"]["asked"] - 1
+    assert report["arms"]["memory"]["right"] >= report["arms"]["memory"]["questions"] - 1
     assert report["cites"]
     assert report["rewound"]
     assert done.stderr == ""

@@ -14,7 +14,7 @@ from analysis_agent import phrases as analysis
 from coding_assistant import phrases as coding
 from hybrid_rag.parts import TOLD
 
-VALUES = sorted({*astuple(coding.Told()), *astuple(analysis.Told()), *TOLD, "whole rule", "bar chart"})
+VALUES = sorted({*astuple(coding.Settings()), *astuple(analysis.Terms()), *TOLD, "whole rule", "bar chart"})
 QUESTIONS = ("ask", "remembered", "offer", "fact", "unknown", "tool")
 
 

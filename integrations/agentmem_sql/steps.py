@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import (
+    WRITES_IDX_MAP,
     ChannelVersions,
     Checkpoint,
     CheckpointMetadata,
@@ -145,7 +146,8 @@ class Store:
         yield from self._key()
         address = Address.of(config)
         put, replace, alone = self.writer.put_writes, replaces(writes), False
-        looking = False
+        # A task that was resumed writes its results together with the answers, which are there already.
+        looking = any(channel in WRITES_IDX_MAP for channel, _ in writes)
         for attempt in range(_ATTEMPTS):
             known = self.cache.get(address.thread) if attempt < _TRUSTING else Thread()
             packer = Packer(serde, self.vault, known)

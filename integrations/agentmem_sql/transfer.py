@@ -14,7 +14,7 @@ import asyncio
 import copy
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -217,17 +217,14 @@ def _copy(
 ) -> TransferReport:
     target.setup()  # a target that cannot be opened is no failure of a thread
     source = _verbatim(source, target.serde)
-    if thread_ids is None:  # a thread stands under the id that the source has, which need not be a string
-        listing: Iterable[tuple[Any, Parents]] = _parents(source, None).items()
-    else:
-        chosen = check_ids(thread_ids)
-        listing = ((thread, _parents(source, _at(thread)).get(thread, {})) for thread in chosen)
+    chosen = None if thread_ids is None else check_ids(thread_ids)
+    threads: Mapping[Any, Parents | None] = _all_parents(source) if chosen is None else dict.fromkeys(chosen)
     report = TransferReport()
-    for thread, parents in listing:
+    for thread, parents in threads.items():
         copying = _Copying(source, target, thread, stopped)
         error: StorageError | None = None
         try:
-            copying.run(parents)
+            copying.run(parents or _parents(source, _at(thread)).get(thread, {}))
         except _OF_A_THREAD as caught:
             if isinstance(caught, ConfigError) or isinstance(caught.__cause__, _OF_ALL):
                 raise
@@ -309,6 +306,8 @@ class _Copying:
             if key in grown:
                 self._put_writes(read, grown[key])
             else:
+                if (key[0], there[key]) not in there:
+                    self._refuse_pruned(read)
                 self._put(read)
 
     def _read(self, key: Key) -> CheckpointTuple | None:
@@ -321,6 +320,19 @@ class _Copying:
         pending = [] if stored is None else stored.pending_writes or []
         dump = plain_serde(self._target_verbatim.serde).dumps_typed
         return {slot: (write[1], dump(write[2])) for slot, write in zip(_slots(pending), pending, strict=True)}
+
+    def _refuse_pruned(self, read: CheckpointTuple) -> None:
+        """Refuse a checkpoint that keeps for its delta channels what pruned ancestors wrote: it would be lost."""
+        counted: Any = read.metadata.get("counters_since_delta_snapshot") or {}
+        empty = [name for name in counted if name not in read.checkpoint["channel_values"]]
+        if isinstance(self._source, SQLAlchemySaver) and empty:
+            histories = self._source.get_delta_channel_history(config=read.config, channels=empty)
+            if any(history["writes"] or "seed" in history for history in histories.values()):
+                raise StorageError(
+                    f"expected a thread whose delta channels {empty} follow from its checkpoints, found one whose "
+                    "earlier checkpoints were pruned, and LangGraph's interface has no place for what they left; "
+                    "copy it before it is pruned, or after the graph has stored the channels' next snapshot"
+                )
 
     def _put(self, read: CheckpointTuple) -> None:
         """Copy a checkpoint, its writes first: if it is there, so are they."""
@@ -367,6 +379,17 @@ def _parents(saver: Saver, config: RunnableConfig | None) -> dict[Any, Parents]:
     for stored in saver.list(config):
         threads[stored.config["configurable"]["thread_id"]][_key(stored)] = _parent(stored)
     return threads
+
+
+def _all_parents(source: Saver) -> dict[Any, Parents]:
+    """The checkpoints of all threads. A thread stands under the id that the source has, which need not be a string."""
+    try:
+        return _parents(source, None)
+    except _OF_A_THREAD as error:
+        raise StorageError(
+            f"expected a source that can be listed, found a damaged one ({type(error).__name__}: {error}); name the "
+            "threads to copy in thread_ids: damaged ones are then reported and the others copied"
+        ) from error
 
 
 def _parents_first(parents: Parents) -> list[Key]:

@@ -26,7 +26,8 @@ from agentmem_sql.cache import Thread
 from agentmem_sql.codec import Row, seal_checkpoint
 from agentmem_sql.dialects import add_rows, insert_missing
 from agentmem_sql.keys import encode_text, thread_key
-from agentmem_sql.mark_sweep import Sweeper
+from agentmem_sql.list_tree import OWN
+from agentmem_sql.mark_sweep import Sweeper, referred_contents
 from agentmem_sql.onestatement import MOST_CONTENT, MOST_ROWS, insert_all
 from agentmem_sql.prepared import Prepared, kept
 from agentmem_sql.tables import Tables
@@ -129,7 +130,10 @@ class Writer:
     def put_writes(
         self, connection: Connection, new: New, rows: Sequence[Row], *, replace: bool, alone: bool
     ) -> Locked | None:
-        """Store pending writes; the checkpoint they belong to may arrive later. None if all were there before.
+        """Store pending writes; the checkpoint they belong to may arrive later.
+
+        None if content was left out that came along for writes that are there already: the cache must not take it for
+        stored.
 
         Raises:
             StaleCacheError: the cache was wrong.
@@ -141,24 +145,22 @@ class Writer:
         thread = self._begin(connection, new, alone=alone)
         numbered = [{"thread": thread.number, **row} for row in rows]
         before = self._written(connection, numbered)
-        replaced: set[bytes] = set()
-        if replace:
-            new_digests = {row["idx"]: row["digest"] for row in numbered}
-            replaced = {digest for idx, digest in before.items() if new_digests.get(idx, digest) != digest}
-            orphans = bool(replaced)
-        else:
-            left_out = [row for row in numbered if row["idx"] in before]
+        if not replace:
             numbered = [row for row in numbered if row["idx"] not in before]
-            if not numbered:
-                return None
-            orphans = bool(left_out)  # content for them came along
-        if orphans and not alone:
+            contents = referred_contents(new.contents, (row["digest"] for row in numbered))
+            self.add_content(connection, thread.number, contents)
+            add_rows(connection, self._tables.writes, numbered, replace=False)
+            left_out = new.contents.keys() - contents.keys()
+            return None if any(new.contents[digest][0] != OWN for digest in left_out) else thread
+        digests = {row["idx"]: row["digest"] for row in numbered}
+        replaced = {digest for idx, digest in before.items() if digests.get(idx, digest) != digest}
+        if replaced and not alone:
             raise NeedsLockError
         self.add_content(connection, thread.number, new.contents)
-        add_rows(connection, self._tables.writes, numbered, replace=replace)
-        if replaced and not self._sweeper.free_replaced(connection, thread.number, replaced):
-            return thread
-        return self.sweep(connection, thread) if orphans else thread
+        add_rows(connection, self._tables.writes, numbered, replace=True)
+        if replaced and self._sweeper.free_replaced(connection, thread.number, replaced):
+            return Locked(thread.number, thread.epoch + 1)
+        return thread
 
     def delete_thread(self, connection: Connection, thread_id: str) -> None:
         """Remove every row of a thread; one that is not there is no error."""

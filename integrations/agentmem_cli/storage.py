@@ -23,7 +23,6 @@ from rich.text import Text
 
 from agentmem.errors import ConfigError
 from agentmem_sql import Retention, RetentionReport, SQLAlchemySaver, StorageReport
-from agentmem_sql.presence import check_present
 from agentmem_sql.report import Order
 
 _KEY = "LANGGRAPH_AES_KEY"
@@ -68,11 +67,14 @@ class Place:
             StorageError: there is no such database, or it keeps no threads.
             ConfigError: a key cannot be read.
         """
-        serde, key = self.serde, None if self.hmac_key_file is None else _read_key(self.hmac_key_file)
-        if not make:
-            check_present(self.full_url, schema=self.schema, table_prefix=self.prefix)
         return SQLAlchemySaver.from_url(
-            self.full_url, serde=serde, schema=self.schema, table_prefix=self.prefix, hmac_key=key, cache_bytes=0
+            self.full_url,
+            serde=self.serde,
+            schema=self.schema,
+            table_prefix=self.prefix,
+            hmac_key=None if self.hmac_key_file is None else _read_key(self.hmac_key_file),
+            cache_bytes=0,
+            must_exist=not make,
         )
 
 

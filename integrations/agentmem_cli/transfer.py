@@ -99,7 +99,7 @@ def import_threads(
 @contextmanager
 def _open(place: Place) -> Iterator[BaseCheckpointSaver[Any]]:
     """The checkpointer whose tables are in a database; LangGraph's, where it holds both."""
-    from agentmem_sql.drivers import parse
+    from agentmem_sql.engines import parse
 
     url = parse(place.full_url)
     backend = url.get_backend_name()

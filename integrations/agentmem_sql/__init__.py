@@ -1,7 +1,7 @@
 """agentmem_sql: LangGraph threads in a SQL database.
 
-``SQLAlchemySaver`` is a LangGraph checkpointer, synchronous and asynchronous in one class, on SQLite, PostgreSQL,
-MySQL and MariaDB. It needs the extra ``sql`` and imports no torch. See docs/checkpointer.md.
+`SQLAlchemySaver` is a LangGraph checkpointer, synchronous and asynchronous in one class, on SQLite, PostgreSQL,
+MySQL and MariaDB. It needs the extra `sql` and imports no torch. See docs/checkpointer.md.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from importlib import import_module
 from agentmem.errors import MissingExtraError
 
 try:
-    for needed in ("sqlalchemy", "greenlet", "langgraph.checkpoint.base"):
+    for needed in ("sqlalchemy", "langgraph.checkpoint.base"):
         import_module(needed)
 except ModuleNotFoundError as error:
     raise MissingExtraError(error.name or "sqlalchemy", "sql") from error
@@ -20,7 +20,7 @@ from agentmem_sql.memory_history import MemoryStep
 from agentmem_sql.report import StorageReport, ThreadSize
 from agentmem_sql.retention import Retention, RetentionReport, ThreadRetention
 from agentmem_sql.saver import SQLAlchemySaver
-from agentmem_sql.tables import metadata
+from agentmem_sql.schema import metadata
 from agentmem_sql.transfer import ThreadTransfer, TransferError, TransferReport, acopy_threads, copy_threads
 
 __all__ = [

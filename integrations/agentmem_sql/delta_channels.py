@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 
 from sqlalchemy import Connection, Integer, and_, bindparam, cast, literal, select
 
-from agentmem_sql.cache import Body, Thread
-from agentmem_sql.codec import Address, Row, StoredWrite, check_seal, damaged, decode_write, unpack_content
-from agentmem_sql.keys import decode_text, encode_text, open_key
 from agentmem_sql.list_tree import HISTORY, History, read_history
-from agentmem_sql.reading import Missing, Reader, chunks
-from agentmem_sql.vault import Vault
+from agentmem_sql.message_cache import Body, CachedThread
+from agentmem_sql.protection import Protection
+from agentmem_sql.reader import Missing, Reader, chunks
+from agentmem_sql.rows import Address, Row, StoredWrite, check_seal, damaged, decode_write, unpack_content
+from agentmem_sql.schema import decode_text, encode_text, open_key
 
 _ANCESTORS = 100  # in one statement
 
@@ -40,8 +40,8 @@ class Ancestor:
 class AncestorReader:
     """Reads the ancestors of checkpoints."""
 
-    def __init__(self, reader: Reader, vault: Vault) -> None:
-        self._vault = vault
+    def __init__(self, reader: Reader, protection: Protection) -> None:
+        self._protection = protection
         self._reader = reader
         threads, blobs = reader.tables.threads, reader.tables.blobs
         checkpoints, writes = reader.tables.checkpoints, reader.tables.writes
@@ -70,7 +70,7 @@ class AncestorReader:
 
     def read(
         self, connection: Connection, address: Address, channels: Sequence[str]
-    ) -> tuple[dict[str, History], dict[bytes, Body], Thread] | None:
+    ) -> tuple[dict[str, History], dict[bytes, Body], CachedThread] | None:
         """For each channel the nearest seed among a checkpoint's ancestors and the writes since; and the content.
 
         None if there is no such checkpoint.
@@ -92,7 +92,7 @@ class AncestorReader:
         return None
 
     def _histories(
-        self, connection: Connection, address: Address, known: Thread, start: bytes, channels: Sequence[str]
+        self, connection: Connection, address: Address, known: CachedThread, start: bytes, channels: Sequence[str]
     ) -> dict[str, History]:
         assert known.number is not None
         ns = open_key(address.ns)
@@ -111,8 +111,8 @@ class AncestorReader:
         stored = connection.execute(self._history, {"thread": thread, "digest": digest}).one_or_none()
         if stored is None or stored.kind != HISTORY:
             raise Missing
-        body = self._vault.open(stored.body)
-        if self._vault.digest(HISTORY, body) != digest:
+        body = self._protection.decrypt(stored.body)
+        if self._protection.digest(HISTORY, body) != digest:
             raise Missing
         return read_history(body)
 
@@ -133,7 +133,7 @@ class AncestorReader:
             for row in rows:
                 if row["id"] in ancestors:  # a checkpoint that was stored as its own ancestor
                     return list(ancestors.values())
-                check_seal(self._vault, thread_id, {**row, "ns": ns})
+                check_seal(self._protection, thread_id, {**row, "ns": ns})
                 left = self.left(connection, thread, row["history"])
                 ancestor = Ancestor(row["id"], row["parent"], unpack_content(row["content"]), left)
                 if ancestors:  # what the checkpoint itself holds is not asked for
@@ -150,7 +150,7 @@ class AncestorReader:
         self,
         connection: Connection,
         thread_id: str,
-        known: Thread,
+        known: CachedThread,
         ns: bytes,
         ancestors: Iterable[Ancestor],
         channels: Sequence[str],
@@ -168,10 +168,10 @@ class AncestorReader:
                 raise Missing
             for row in rows:
                 if row["checkpoint"] is not None:
-                    add_write(self._vault, thread_id, by_id, row)
+                    add_write(self._protection, thread_id, by_id, row)
 
 
-def add_write(vault: Vault, thread_id: str, ancestors: Mapping[bytes, Ancestor], row: Row) -> None:
+def add_write(protection: Protection, thread_id: str, ancestors: Mapping[bytes, Ancestor], row: Row) -> None:
     """Give an ancestor a pending write that was read for it.
 
     Raises:
@@ -180,7 +180,7 @@ def add_write(vault: Vault, thread_id: str, ancestors: Mapping[bytes, Ancestor],
     ancestor = ancestors.get(row["checkpoint"])
     if ancestor is None:  # the index that found the row says something else than the row
         raise damaged(thread_id, decode_text(row["checkpoint"]), "a pending write")
-    ancestor.writes.append(decode_write(vault, thread_id, row))
+    ancestor.writes.append(decode_write(protection, thread_id, row))
 
 
 def fold(ancestors: Sequence[Ancestor], channels: Iterable[str]) -> dict[str, History]:

@@ -1,34 +1,28 @@
-"""The engines behind a saver: one synchronous, and one asynchronous for every event loop.
+"""From a URL, or an engine of the caller's, to the one synchronous engine that a saver works with.
 
-Both come from one URL, or from the one engine that was given. An engine that was given keeps its pool, settings
-and listeners and is never disposed of; the driver of the other mode gets an engine of ours from the same URL, with
-the same execution options. Engines are made when first needed, and so is a missing driver found out. A process that
-is forked makes its own (see ``forks``).
+A URL may name its driver or leave it to us (`postgresql://`). One that names an asynchronous driver is served by the
+synchronous one of the same database, and what is said in that driver's words is translated, or refused by name:
+tasks are served by threads, which is as quick for one task and quicker for many. An `AsyncEngine` is taken for its
+URL and options in the same way.
 """
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from asyncio import AbstractEventLoop
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, TypeVar
-from weakref import ref
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from sqlalchemy import URL, Engine, ExceptionContext, create_engine, event
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from sqlalchemy.pool import NullPool, Pool
+from sqlalchemy import URL, Engine, ExceptionContext, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError
+from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, QueuePool, StaticPool
 
 from agentmem.errors import MissingExtraError, StorageError
-from agentmem_sql import forks
-from agentmem_sql.drivers import Drivers
-from agentmem_sql.idle import Idle
-from agentmem_sql.loops import LoopEngines
-from agentmem_sql.prepared import DIRECT
-from agentmem_sql.transactions import Transactions, given, own
+from agentmem_sql.statements import DIRECT
 
-E = TypeVar("E", Engine, AsyncEngine)
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
 # How long a writer waits for the lock of a SQLite file that another process holds, in seconds.
 BUSY_TIMEOUT = 30
@@ -43,184 +37,233 @@ SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
 _FIXED = ("isolation_level", "skip_autocommit_rollback")
 
 
-class Engines:
-    """Transactions on the engine that a caller needs. Thread-safe."""
+@dataclass(frozen=True)
+class _Backend:
+    """A kind of database: the driver that serves it, those whose place it takes, and the extra that installs it."""
 
-    def __init__(
-        self,
-        drivers: Drivers,
-        engine: Engine | AsyncEngine | None,
-        *,
-        synchronous: str,
-        options: Mapping[str, Any] | None,
-    ) -> None:
-        """Make no engine yet.
+    driver: str
+    asynchronous: tuple[str, ...]
+    extra: str
 
-        Args:
-            engine: the caller's, or None where ``drivers`` has it all.
-            synchronous: how SQLite's files are synchronised, one of ``SYNCHRONOUS``.
-            options: more arguments for ``create_engine``, which win over those chosen here.
 
-        Raises:
-            StorageError: ``synchronous`` is none of those, or ``options`` holds one that cannot be chosen.
-        """
-        if synchronous.upper() not in SYNCHRONOUS:
-            raise StorageError(
-                f"expected `synchronous` to be one of {', '.join(SYNCHRONOUS)} (what SQLite knows), "
-                f"found {synchronous!r}"
-            )
-        fixed = [name for name in _FIXED if name in (options or {})]
-        if fixed:
-            raise StorageError(
-                f"expected engine_options without {fixed[0]!r}, which is not free: writes are READ COMMITTED "
-                "transactions and reads have none; leave it out"
-            )
-        self._drivers = drivers
-        self._given = engine
-        self._synchronous = synchronous.upper()
-        self._options = dict(options or {})
-        self._inherited = {} if engine is None else dict(engine.get_execution_options())
-        self._inherited.pop("isolation_level", None)
-        self._making = threading.Lock()
-        self._own: Engine | None = None
-        # Who sets the pool up has reasons to see every connection come and go.
-        set_up = any("pool" in name or name == "max_overflow" for name in self._options)
-        self._idle = None if set_up else Idle()
-        self._sync = given(engine) if isinstance(engine, Engine) else None
-        self._loops: LoopEngines | _GivenLoop = (
-            _GivenLoop(engine) if isinstance(engine, AsyncEngine) else LoopEngines(self._make_async)
+_MYSQL = _Backend("pymysql", ("asyncmy", "aiomysql"), "mysql")
+_BACKENDS = {
+    "sqlite": _Backend("pysqlite", ("aiosqlite",), "sql"),
+    "postgresql": _Backend("psycopg", ("asyncpg", "psycopg_async"), "postgres"),
+    "mysql": _MYSQL,
+    "mariadb": _MYSQL,
+}
+
+# Hosting services still spell it so.
+_SPELLINGS = {"postgres": "postgresql"}
+
+_INSTEAD = {
+    "psycopg2": "use psycopg (version 3)",
+    "pg8000": "use psycopg",
+    "mysqldb": "use pymysql, which needs no compiler",
+}
+
+# Options of asynchronous drivers that the synchronous one has no counterpart for, and what to write instead.
+_WITHOUT_COUNTERPART = {
+    "aiosqlite": {"iter_chunk_size": "leave it out", "loop": "leave it out", "async_fallback": "leave it out"},
+    "asyncpg": {
+        "direct_tls": "write sslnegotiation=direct",
+        "loop": "leave it out",
+        "async_fallback": "leave it out",
+        "connection_class": "leave it out",
+        "record_class": "leave it out",
+        "max_cached_statement_lifetime": "leave it out",
+        "max_cacheable_statement_size": "leave it out",
+        "prepared_statement_name_func": "behind PgBouncer write connect_args={'prepare_threshold': None}",
+    },
+    "asyncmy": {"loop": "leave it out", "echo": "leave it out", "cursor_cls": "leave it out"},
+    "aiomysql": {
+        "loop": "leave it out",
+        "echo": "write engine_options={'echo': True}",
+        "auth_plugin": "write connect_args={'auth_plugin_map': ...}",
+        "minsize": "write engine_options={'pool_size': ...}",
+        "maxsize": "write engine_options={'pool_size': ...}",
+        "pool_recycle": "write engine_options={'pool_recycle': ...}",
+    },
+}
+_SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a database is and how it is connected to, in the words of its synchronous driver.
+
+    Attributes:
+        url: with the driver's name.
+        options: for `create_engine`.
+        engine: the caller's own, if it is synchronous; it keeps its settings and is never disposed of.
+        execution_options: of the caller's asynchronous engine, which ours inherits.
+    """
+
+    url: URL
+    options: Mapping[str, Any]
+    engine: Engine | None = None
+    execution_options: Mapping[str, Any] | None = None
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether it is a SQLite database without a file."""
+        return is_memory(self.url)
+
+
+def source_of(given: Engine | AsyncEngine | URL | str, options: Mapping[str, Any] | None = None) -> Source:
+    """Read a URL or an engine.
+
+    Args:
+        given: the database.
+        options: arguments for `create_engine`, which may hold `connect_args` in the words of the driver that the URL
+            names.
+
+    Raises:
+        StorageError: the URL cannot be read, names a database or driver that cannot be used, or an option of an
+            asynchronous driver that the synchronous one has no counterpart for; or an asynchronous engine has its
+            database in memory, or connections that the caller makes.
+    """
+    if isinstance(given, Engine):
+        return Source(_with_driver(parse(given.url)), {}, given)
+    if isinstance(given, URL | str):
+        url = parse(given)
+        url, chosen = _translated(url, dict(options or {}))
+        return Source(url, chosen)
+    url = parse(given.url)
+    if is_memory(url):
+        raise StorageError(
+            "the AsyncEngine given to SQLAlchemySaver holds its database in memory, which no other connection sees; "
+            "use a file, a synchronous engine with poolclass=StaticPool, or "
+            "SQLAlchemySaver.from_url('sqlite:///:memory:')"
         )
-        database = drivers.sync.database
-        self._file = Path(database).resolve() if drivers.backend.name == "sqlite" and database else None
-        self._foreign: Pool | None = None  # the given engine's, with connections of the process that was forked
-        forks.watch(self)
+    url, chosen = _translated(url, _options_of(given))
+    inherited = dict(given.get_execution_options())
+    inherited.pop("isolation_level", None)  # reads and writes have theirs
+    return Source(url, chosen, None, inherited)
 
-    def sync(self) -> Transactions:
-        """Transactions for a thread.
 
-        Raises:
-            MissingExtraError: the synchronous driver is not installed.
-            StorageError: this process was forked and cannot use what it inherited.
-        """
-        self._check_fork()
-        if self._sync is None:
-            with self._making:
-                if self._sync is None:
-                    self._own = self._make_sync()
-                    self._sync = own(self._own, self._idle)
-        return self._sync
+def parse(url: URL | str) -> URL:
+    """The URL of a database that can be used here, as SQLAlchemy writes it.
 
-    async def asynchronous(self) -> Transactions:
-        """Transactions for a task, to be run in a greenlet.
+    Raises:
+        StorageError: it cannot be read, or names a database or a driver that this version does not speak.
+    """
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError) as error:  # ValueError: a port that is no number
+        raise StorageError(
+            "expected a database URL such as 'sqlite:///threads.db' (three slashes, then the path) or "
+            f"'postgresql://user@host/database', found one that cannot be read: {error}"
+        ) from error
+    name, _, driver = parsed.drivername.partition("+")
+    name = _SPELLINGS.get(name, name)
+    backend = _BACKENDS.get(name)
+    if backend is None or driver not in ("", backend.driver, *backend.asynchronous):
+        usable = "sqlite, postgresql, mysql or mariadb" if backend is None else f"{name} or {name}+{backend.driver}"
+        raise StorageError(
+            f"expected a URL that begins with {usable}, found {parsed.drivername!r}, which this version cannot use"
+            + (f": {_INSTEAD[driver]}" if driver in _INSTEAD else "")
+        )
+    if name == "sqlite" and parsed.host:
+        raise StorageError(
+            f"expected three slashes before the path of a SQLite file, found {safe_url(parsed)!r}, where "
+            f"{parsed.host!r} stands for a server; write 'sqlite:///{parsed.host}{parsed.database or ''}' "
+            "(four slashes for an absolute path)"
+        )
+    return parsed.set(drivername=f"{name}+{driver}" if driver else name)
 
-        Raises:
-            MissingExtraError: the asynchronous driver is not installed.
-            StorageError: the engine that was given belongs to another event loop, or as ``sync``.
-        """
-        self._check_fork()
-        return await self._loops.current()
 
-    def forked(self) -> None:
-        """Give up the engines of the process that this one was forked from."""
-        self._making = threading.Lock()
-        if self._own is not None:
-            forks.leave(self._own, idle=self._idle)
-            self._own = self._sync = None
-            self._idle = None if self._idle is None else Idle()
-        self._loops.forked()
-        if self._given is not None and forks.holds_connections(self._given.pool):
-            self._foreign = self._given.pool
+def safe_url(url: URL) -> str:
+    """A URL without what may be secret: a password, and options, which may hold one as well."""
+    return url.set(query={}).render_as_string(hide_password=True)
 
-    def _check_fork(self) -> None:
-        forks.check(self._file)
-        if self._foreign is not None and self._given is not None:
-            if self._given.pool is self._foreign:
-                raise StorageError(
-                    "this process was forked, and the engine given to SQLAlchemySaver holds connections of the process "
-                    "that it was forked from; call engine.dispose(close=False) once in the forked process, before "
-                    "anything uses the engine there"
-                )
-            self._foreign = None
 
-    def close(self) -> None:
-        """Dispose of the engines made here; from anywhere."""
-        self._loops.close()
-        if self._idle is not None:
-            self._idle.close()
-        if self._own is not None:
-            self._own.dispose()
+def is_memory(url: URL) -> bool:
+    """Whether a URL names a SQLite database without a file."""
+    name = url.database or ""
+    return url.get_backend_name() == "sqlite" and (
+        name in ("", ":memory:")
+        or name.startswith("file::memory:")
+        or url.query.get("mode") == "memory"
+        or url.query.get("vfs") == "memdb"
+    )
 
-    async def aclose(self) -> None:
-        """``close`` for a task."""
-        await self._loops.aclose()
-        if self._idle is not None:
-            await asyncio.to_thread(self._idle.close)
-        if self._own is not None:
-            await asyncio.to_thread(self._own.dispose)
 
-    def _make_sync(self) -> Engine:
-        engine = self._make(create_engine, self._drivers.sync)
-        self._settle(engine)
-        return engine
+def make_engine(source: Source, synchronous: str) -> Engine:
+    """The engine of a source that is not one already; `synchronous` is how SQLite's files are synchronised.
 
-    def _make_async(self) -> AsyncEngine:
-        engine = self._make(create_async_engine, self._drivers.asynchronous)
-        self._settle(engine.sync_engine)
-        return engine
+    Raises:
+        MissingExtraError: the driver is not installed.
+    """
+    url = source.url
+    backend = url.get_backend_name()
+    try:
+        engine = create_engine(url, **_arguments(url, source.options))
+    except ImportError as error:  # not only ModuleNotFoundError: psycopg without its library says this
+        raise MissingExtraError(error.name or url.get_driver_name(), _BACKENDS[backend].extra) from error
+    # Who asked for a log of statements gets all of them.
+    direct = {DIRECT: not source.options.get("echo")}
+    engine.update_execution_options(**direct, **(source.execution_options or {}))
+    if backend == "sqlite":
 
-    def _make(self, create: Callable[..., E], url: URL) -> E:
-        if self._given is not None and not (url.host or url.database or url.query):
-            raise StorageError(
-                "the URL of the engine given to SQLAlchemySaver does not say where the database is (it may have a "
-                "`creator`), so no engine can be made for the other mode (synchronous or asynchronous); pass a full "
-                "URL to create_engine, or call the engine's own mode"
-            )
-        try:
-            return create(url, **self._arguments(url))
-        except ImportError as error:  # not only ModuleNotFoundError: psycopg without its library says this
-            package = error.name or url.get_driver_name()
-            raise MissingExtraError(package, self._drivers.backend.extra) from error
+        def synchronise(connection: Any, _record: object) -> None:
+            cursor = connection.cursor()
+            cursor.execute(f"PRAGMA synchronous={synchronous}")
+            cursor.close()
 
-    def _settle(self, engine: Engine) -> None:
-        # Who asked for a log of statements gets all of them.
-        engine.update_execution_options(**{DIRECT: not self._options.get("echo"), **self._inherited})
-        if self._drivers.backend.name == "sqlite":
-            event.listen(engine, "connect", self._tune_sqlite)
-            event.listen(engine, "handle_error", _keep_connection)
-        elif self._drivers.backend.name == "mysql":
-            event.listen(engine, "connect", _tune_mysql)
+        event.listen(engine, "connect", synchronise)
+        event.listen(engine, "handle_error", _keep_connection)
+    elif backend in ("mysql", "mariadb"):
+        event.listen(engine, "connect", _tune_mysql)
+    return engine
 
-    def _arguments(self, url: URL) -> dict[str, Any]:
-        chosen: dict[str, Any] = {"hide_parameters": True, "skip_autocommit_rollback": True}
-        if not {"pool", "poolclass"} & self._options.keys():
-            chosen |= {"pool_size": POOL_SIZE, "max_overflow": 0}
-        match self._drivers.backend.name:
-            case "sqlite":
-                chosen["connect_args"] = {"isolation_level": None}
-                chosen["pool_reset_on_return"] = None  # `transactions` ends what it begins, and nobody else begins any
-                if "timeout" not in url.query:
-                    chosen["connect_args"]["timeout"] = BUSY_TIMEOUT
-            case "postgresql":
-                chosen["isolation_level"] = "READ COMMITTED"
-                if url.get_driver_name() == "psycopg":
-                    chosen["use_native_hstore"] = False  # or the first connection asks for it
-                    # The statements of the hot paths are few and fixed: planned once, when first used.
-                    if "prepare_threshold" not in url.query:
-                        chosen["connect_args"] = {"prepare_threshold": 0}
-            case _:
-                chosen["isolation_level"] = "READ COMMITTED"
-        if "connect_args" in self._options:
-            chosen["connect_args"] = chosen.get("connect_args", {}) | self._options["connect_args"]
-        return chosen | {name: value for name, value in self._options.items() if name != "connect_args"}
 
-    def _tune_sqlite(self, connection: Any, _record: object) -> None:
-        cursor = connection.cursor()
-        cursor.execute(f"PRAGMA synchronous={self._synchronous}")
-        cursor.close()
+def check_options(options: Mapping[str, Any] | None, synchronous: str) -> str:
+    """How SQLite's files are synchronised, as SQLite writes it.
+
+    Raises:
+        StorageError: it is nothing that SQLite knows, or `options` holds one that cannot be chosen.
+    """
+    if synchronous.upper() not in SYNCHRONOUS:
+        raise StorageError(
+            f"expected `synchronous` to be one of {', '.join(SYNCHRONOUS)} (what SQLite knows), found {synchronous!r}"
+        )
+    fixed = [name for name in _FIXED if name in (options or {})]
+    if fixed:
+        raise StorageError(
+            f"expected engine_options without {fixed[0]!r}, which is not free: writes are READ COMMITTED "
+            "transactions and reads have none; leave it out"
+        )
+    return synchronous.upper()
+
+
+def _arguments(url: URL, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `create_engine`: ours, and over them the caller's."""
+    chosen: dict[str, Any] = {"hide_parameters": True, "skip_autocommit_rollback": True}
+    if not {"pool", "poolclass"} & options.keys():
+        chosen |= {"pool_size": POOL_SIZE, "max_overflow": 0}
+    match url.get_backend_name():
+        case "sqlite":
+            chosen["connect_args"] = {"isolation_level": None}
+            chosen["pool_reset_on_return"] = None  # a work ends what it begins, and nobody else begins any
+            if "timeout" not in url.query:
+                chosen["connect_args"]["timeout"] = BUSY_TIMEOUT
+        case "postgresql":
+            chosen["isolation_level"] = "READ COMMITTED"
+            chosen["use_native_hstore"] = False  # or the first connection asks for it
+            # The statements of the hot paths are few and fixed: planned once, when first used.
+            if "prepare_threshold" not in url.query:
+                chosen["connect_args"] = {"prepare_threshold": 0}
+        case _:
+            chosen["isolation_level"] = "READ COMMITTED"
+    if "connect_args" in options:
+        chosen["connect_args"] = chosen.get("connect_args", {}) | options["connect_args"]
+    return chosen | {name: value for name, value in options.items() if name != "connect_args"}
 
 
 def _keep_connection(context: ExceptionContext) -> None:
-    """Keep the connection to a file when its user is interrupted or cancelled, so that it can be rolled back.
+    """Keep the connection to a file when its user is interrupted, so that it can be rolled back.
 
     SQLAlchemy would close it, and SQLite takes back nothing of a closed connection while something still refers to
     one of its cursors: the traceback of the interruption does, and the file would stay locked.
@@ -237,42 +280,102 @@ def _tune_mysql(connection: Any, _record: object) -> None:
     cursor.close()
 
 
-class _GivenLoop:
-    """An asynchronous engine of the caller's, which serves the event loop that its connections belong to.
+# What asynchronous drivers and engines say, in the words of the synchronous ones.
 
-    aiosqlite's serve every loop, and so does an engine whose pool keeps none (``NullPool``). When the owner has
-    disposed of the engine, another loop may take it over.
-    """
 
-    def __init__(self, engine: AsyncEngine) -> None:
-        self._engine = engine
-        self._transactions = given(engine.sync_engine)
-        self._bound = engine.driver != "aiosqlite" and not isinstance(engine.pool, NullPool)
-        self._owner: tuple[ref[AbstractEventLoop], object] | None = None
+def _with_driver(url: URL) -> URL:
+    name = url.drivername.partition("+")[0]
+    if _BACKENDS[name] is _MYSQL and "charset" not in url.query:
+        url = url.update_query_dict({"charset": "utf8mb4"})
+    return url.set(drivername=f"{name}+{_BACKENDS[name].driver}")
 
-    async def current(self) -> Transactions:
-        """Transactions on the engine, if the running loop may use it.
 
-        Raises:
-            StorageError: another loop used it before.
-        """
-        if self._bound:
-            loop, pool = asyncio.get_running_loop(), self._engine.pool
-            if self._owner is None or self._owner[1] is not pool:
-                self._owner = (ref(loop), pool)
-            elif self._owner[0]() is not loop:
-                raise StorageError(
-                    "the AsyncEngine given to SQLAlchemySaver holds connections of another event loop, and its driver "
-                    f"{self._engine.driver} cannot use them in this one; pass the URL instead of an engine, create the "
-                    "engine with poolclass=NullPool, or await engine.dispose() at the end of each loop"
-                )
-        return self._transactions
+def _translated(url: URL, options: dict[str, Any]) -> tuple[URL, dict[str, Any]]:
+    """A URL that names its synchronous driver, and options for `create_engine` that go with it."""
+    if "async_creator" in options:
+        _refuse("async_creator", "write `creator`, a function that makes a synchronous connection")
+    if isinstance(pool := options.get("poolclass"), type) and issubclass(pool, AsyncAdaptedQueuePool):
+        options["poolclass"] = QueuePool
+    driver = url.drivername.partition("+")[2]
+    if driver not in _WITHOUT_COUNTERPART:
+        return _with_driver(url), options
+    query: dict[str, Any] = {}
+    translated: list[dict[str, Any]] = []
+    for name, value in url.query.items():
+        option = _option(driver, name, value)
+        if option == {name: value}:
+            query[name] = value
+        else:
+            translated.append(option)
+    translated += [_option(driver, name, value) for name, value in options.get("connect_args", {}).items()]
+    connect_args = {name: value for option in translated for name, value in option.items()}
+    if settings := [option["options"] for option in translated if "options" in option]:
+        connect_args["options"] = " ".join(settings)
+    if connect_args:
+        options["connect_args"] = connect_args
+    return _with_driver(url.set(query=query)), options
 
-    def forked(self) -> None:
-        """The engine is not ours to give up."""
 
-    def close(self) -> None:
-        """The engine is not ours to close."""
+def _option(driver: str, name: str, value: Any) -> dict[str, Any]:
+    """An option of an asynchronous driver as the synchronous one takes it."""
+    if name in _WITHOUT_COUNTERPART[driver]:
+        _refuse(name, _WITHOUT_COUNTERPART[driver][name], driver)
+    if driver != "asyncpg":  # sqlite3 and PyMySQL call everything else as aiosqlite and asyncmy do
+        return {name: value}
+    match name:
+        case "ssl":
+            if value not in _SSL_MODES:
+                _refuse(name, f"write sslmode=, one of {', '.join(_SSL_MODES)}, and sslrootcert=, sslcert=", driver)
+            return {"sslmode": value}
+        case "database":
+            return {"dbname": value}
+        case "timeout":
+            return {"connect_timeout": math.ceil(float(value))}
+        case "command_timeout":
+            return {"options": f"-c statement_timeout={math.ceil(1000 * float(value))}"}
+        case "server_settings":
+            settings = [f"-c {setting}={_escaped(str(text))}" for setting, text in value.items()]
+            return {"options": " ".join(settings)}
+        case "statement_cache_size" | "prepared_statement_cache_size":
+            if int(value) != 0:
+                _refuse(name, "leave it out: psycopg keeps the statements that it prepared", driver)
+            return {"prepare_threshold": None}
+        case _:
+            return {name: value}
 
-    async def aclose(self) -> None:
-        """The engine is not ours to close."""
+
+def _escaped(text: str) -> str:
+    """A value inside libpq's `options`."""
+    return text.replace("\\", "\\\\").replace(" ", "\\ ")
+
+
+def _refuse(name: str, instead: str, driver: str = "") -> NoReturn:
+    of = f" of {driver}" if driver else ""
+    raise StorageError(
+        f"expected options of a synchronous driver, found {name!r}{of}, which has no counterpart there; {instead}"
+    )
+
+
+def _options_of(engine: AsyncEngine) -> dict[str, Any]:
+    """What an asynchronous engine was made with, as far as a synchronous one can be made so."""
+    pool: Any = engine.pool
+    options: dict[str, Any] = {"echo": engine.echo} if engine.echo else {}
+    if isinstance(pool, NullPool | StaticPool):
+        options["poolclass"] = type(pool)
+    elif isinstance(pool, QueuePool):
+        options |= {"pool_size": pool.size(), "max_overflow": pool._max_overflow, "pool_timeout": pool._timeout}
+    options |= {"pool_recycle": pool._recycle, "pool_pre_ping": pool._pre_ping}
+    creator: Any = pool._creator
+    if getattr(creator, "__module__", None) != create_engine.__module__:
+        raise StorageError(
+            "the AsyncEngine given to SQLAlchemySaver makes its connections by a function of yours (`async_creator` "
+            "or `creator`), which cannot make synchronous ones; pass a full URL, or a synchronous engine with a "
+            "`creator`"
+        )
+    # SQLAlchemy keeps `connect_args` nowhere but among what its own creator closes over.
+    arguments: Mapping[str, Any] = inspect.getclosurevars(creator).nonlocals.get("cparams", {})
+    of_url = engine.dialect.create_connect_args(engine.url)[1]
+    connect_args = {name: value for name, value in arguments.items() if name not in of_url or of_url[name] != value}
+    if connect_args:
+        options["connect_args"] = connect_args
+    return options

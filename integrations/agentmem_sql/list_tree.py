@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from agentmem.errors import StorageError
-from agentmem_sql.keys import DIGEST_BYTES
+from agentmem_sql.schema import DIGEST_BYTES
 
 VALUE, LIST, NODE, SPLIT, PART, HISTORY, OWN = range(7)
 LEAVES = frozenset({VALUE, PART, OWN})  # kinds that refer to nothing
@@ -45,7 +45,7 @@ PART_BYTES = 4 * 2**20
 
 _HEAD = struct.Struct(">BB")  # what it is of, number of levels; then each level's number of entries, highest first
 # No serializer's type tag begins with this byte, so the body of an OWN is told from that of a VALUE.
-_OWN_MARK = b"\xff"
+OWN_MARK = b"\xff"
 LINK = b"\0"  # before a digest; before an item stands its length, 1 to INLINE
 _LINK_BYTES = len(LINK) + DIGEST_BYTES
 
@@ -99,12 +99,12 @@ def own_body(place: bytes, value: bytes) -> bytes:
     The place makes the digest of the content this write's own. So when the write is replaced, its old content is free:
     nothing else in the thread can refer to it, and nobody has to look.
     """
-    return _OWN_MARK + place + value
+    return OWN_MARK + place + value
 
 
 def value_of(body: bytes) -> bytes:
     """The serialised value in the body of a VALUE or an OWN."""
-    return body[1 + DIGEST_BYTES :] if body.startswith(_OWN_MARK) else body
+    return body[1 + DIGEST_BYTES :] if body.startswith(OWN_MARK) else body
 
 
 def parse(kind: int, body: bytes) -> Node:

@@ -16,11 +16,11 @@ from typing import NamedTuple
 from sqlalchemy import BindParameter, Connection, bindparam, delete, func, select, update
 
 from agentmem.errors import StorageError
-from agentmem_sql.codec import unpack_content
 from agentmem_sql.list_tree import LEAVES, OWN, parse
-from agentmem_sql.reading import chunks
-from agentmem_sql.tables import Tables
-from agentmem_sql.vault import Vault
+from agentmem_sql.protection import Protection
+from agentmem_sql.reader import chunks
+from agentmem_sql.rows import unpack_content
+from agentmem_sql.schema import Tables
 
 
 class Content(NamedTuple):
@@ -33,8 +33,8 @@ class Content(NamedTuple):
 class Sweeper:
     """Marks and sweeps the content of single threads."""
 
-    def __init__(self, tables: Tables, vault: Vault) -> None:
-        self._vault = vault
+    def __init__(self, tables: Tables, protection: Protection) -> None:
+        self._protection = protection
         threads, checkpoints, writes, blobs = tables.threads, tables.checkpoints, tables.writes, tables.blobs
         thread: BindParameter[int] = bindparam("of")
         chosen = (blobs.c.thread == thread) & blobs.c.digest.in_(bindparam("digests", expanding=True))
@@ -94,8 +94,8 @@ class Sweeper:
         return Content(digests, links)
 
     def _links(self, digest: bytes, kind: int, stored: bytes) -> frozenset[bytes]:
-        body = self._vault.open(stored)
-        if self._vault.digest(kind, body) != digest:  # what it referred to would be taken for dead
+        body = self._protection.decrypt(stored)
+        if self._protection.digest(kind, body) != digest:  # what it referred to would be taken for dead
             raise StorageError(
                 "a stored list of the thread is not what was stored (its digest differs), so what it refers to is "
                 "unknown and nothing was taken out; restore the database from a backup, or delete the thread"

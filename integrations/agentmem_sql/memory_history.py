@@ -21,14 +21,14 @@ from sqlalchemy import Connection, bindparam, select
 
 from agentmem.errors import CorruptStateError, StateMismatchError, StorageError
 from agentmem.state import MemoryState
-from agentmem_sql.cache import Body, Thread
-from agentmem_sql.codec import Address, StoredCheckpoint, damaged, decode_row
+from agentmem_sql.content import Unpacker
 from agentmem_sql.database import Database
-from agentmem_sql.keys import open_key
 from agentmem_sql.list_tree import LIST
-from agentmem_sql.packing import Unpacker
-from agentmem_sql.reading import Missing
-from agentmem_sql.steps import Store
+from agentmem_sql.message_cache import Body, CachedThread
+from agentmem_sql.reader import Missing
+from agentmem_sql.rows import Address, StoredCheckpoint, damaged, decode_row
+from agentmem_sql.schema import open_key
+from agentmem_sql.store import Store
 
 # Channels of LangGraph's own; what they hold is never a memory.
 _RESERVED = ("__", "branch:")
@@ -146,7 +146,7 @@ class _Walk:
         self._serde = serde
         self._address = address
         self._named: str | None = None
-        self._thread = Thread()  # its number and epoch, no content
+        self._thread = CachedThread()  # its number and epoch, no content
         blobs = store.reader.tables.blobs
         # Lists are no memories, and may be long: only their kind is read.
         self._lists = select(blobs.c.digest).where(
@@ -184,7 +184,7 @@ class _Walk:
                     f"{self._address.thread[:80]!r}, found none; leave checkpoint_id out for the newest"
                 )
             return
-        self._thread = Thread(located[0].number, located[0].epoch)
+        self._thread = CachedThread(located[0].number, located[0].epoch)
         following: bytes | None = located[1]
         seen: set[str] = set()
         while following is not None:
@@ -192,7 +192,7 @@ class _Walk:
             following = rows[-1]["parent"] if rows else None
             page: list[StoredCheckpoint] = []
             for row in rows:
-                stored = decode_row(self._store.vault, self._serde, self._address.thread, row)
+                stored = decode_row(self._store.protection, self._serde, self._address.thread, row)
                 if stored.id in seen:  # it was stored again below one of its own descendants
                     following = None
                     break
@@ -232,7 +232,7 @@ class _Walk:
         return lists, self.collect(connection, {digest: places[digest] for digest in places.keys() - lists})
 
     def _unpack(self, digest: bytes, contents: Contents) -> Any:
-        return Unpacker(self._serde, contents, Thread()).unpack(digest)
+        return Unpacker(self._serde, contents, CachedThread()).unpack(digest)
 
     def collect(self, connection: Connection, wanted: Mapping[bytes, tuple[str, str]]) -> Contents:
         """The content of values, given with their channels and checkpoints; without those taken out meanwhile.
@@ -242,7 +242,7 @@ class _Walk:
         """
         thread, ns = self._address.thread, self._address.ns
         # Not the saver's own: nothing is remembered of what is read.
-        unknown = Thread(self._thread.number, self._thread.epoch)
+        unknown = CachedThread(self._thread.number, self._thread.epoch)
         try:
             return self._store.reader.collect(connection, unknown, wanted)
         except (Missing, StorageError):

@@ -1,6 +1,6 @@
 """Which version of the tables a database has, and how it gets to the one that this code uses.
 
-Migrations are numbered and each is recorded in ``schema_versions``, in the transaction that does it: one that
+Migrations are numbered and each is recorded in `schema_versions`, in the transaction that does it: one that
 fails leaves the database where the one before it ended, and is taken up again by the next caller. Several
 processes may start on one database together: the first takes a lock, the others find the work done.
 
@@ -21,9 +21,9 @@ from sqlalchemy import BigInteger, Connection, func, literal, select
 from sqlalchemy.exc import DBAPIError
 
 from agentmem.errors import StorageError
-from agentmem_sql import faults
-from agentmem_sql.dialects import add_rows
-from agentmem_sql.tables import Tables
+from agentmem_sql import db_errors
+from agentmem_sql.schema import Tables
+from agentmem_sql.statements import add_rows
 
 T = TypeVar("T")
 
@@ -32,14 +32,14 @@ _LOCK_TIMEOUT = 300
 
 
 class Transact(Protocol):
-    """``transact(connection, work)`` does work in one transaction; SQLite's holds the write lock from the start."""
+    """`transact(connection, work)` does work in one transaction; SQLite's holds the write lock from the start."""
 
     def __call__(self, connection: Connection, work: Callable[[Connection], T], /) -> T: ...
 
 
 @dataclass(frozen=True)
 class Migration:
-    """One step: ``upgrade(connection, tables)`` brings tables of the number before it to ``number``."""
+    """One step: `upgrade(connection, tables)` brings tables of the number before it to `number`."""
 
     number: int
     description: str
@@ -76,7 +76,7 @@ def migrate(
         transact: how.
 
     Raises:
-        StorageError: as ``is_current``, or another process kept the lock for too long.
+        StorageError: as `is_current`, or another process kept the lock for too long.
     """
     step = partial(_step, tables=tables, migrations=migrations)
     while alone(connection, tables, transact, step):
@@ -118,7 +118,7 @@ def _version(connection: Connection, tables: Tables, migrations: Sequence[Migrat
     try:
         version: int | None = connection.execute(select(func.max(versions.c.version))).scalar()
     except DBAPIError as error:
-        if faults.is_missing_table(error):
+        if db_errors.is_missing_table(error):
             return None
         raise
     if version is not None and version < migrations[0].number:

@@ -20,8 +20,15 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 from sqlalchemy import BindParameter, Connection, bindparam, delete, select, update
 
 from agentmem.errors import StorageError
-from agentmem_sql.cache import Cache
-from agentmem_sql.codec import (
+from agentmem_sql.database import Database
+from agentmem_sql.delta_channels import Ancestor, AncestorReader, add_write, fold
+from agentmem_sql.list_tree import HISTORY, History, history_body, parse
+from agentmem_sql.mark_sweep import Content, Sweeper, referred, unreachable
+from agentmem_sql.message_cache import ThreadCache
+from agentmem_sql.protection import Protection
+from agentmem_sql.reader import Missing, chunks
+from agentmem_sql.report import row_bytes, thread_bytes
+from agentmem_sql.rows import (
     Row,
     StoredCheckpoint,
     check_seal,
@@ -32,17 +39,9 @@ from agentmem_sql.codec import (
     seal_write,
     unpack_content,
 )
-from agentmem_sql.database import Database
-from agentmem_sql.delta_channels import Ancestor, AncestorReader, add_write, fold
-from agentmem_sql.dialects import add_rows, insert_missing
-from agentmem_sql.keys import decode_text, thread_key
-from agentmem_sql.list_tree import HISTORY, History, history_body, parse
-from agentmem_sql.mark_sweep import Content, Sweeper, referred, unreachable
-from agentmem_sql.reading import Missing, chunks
-from agentmem_sql.report import row_bytes, thread_bytes
-from agentmem_sql.tables import Tables
-from agentmem_sql.vault import Vault
-from agentmem_sql.writing import Locked, Writer
+from agentmem_sql.schema import Tables, decode_text, thread_key
+from agentmem_sql.statements import add_rows, insert_missing
+from agentmem_sql.writer import Locked, Writer
 
 Key = tuple[bytes, bytes]  # a checkpoint's namespace and id
 # Given all checkpoints of a thread, and the keys of those that pending writes wait for: the checkpoints that go, or
@@ -114,9 +113,15 @@ class Pruner:
     """Removes checkpoints in the tables of one database."""
 
     def __init__(
-        self, tables: Tables, vault: Vault, cache: Cache, writer: Writer, ancestors: AncestorReader, sweeper: Sweeper
+        self,
+        tables: Tables,
+        protection: Protection,
+        cache: ThreadCache,
+        writer: Writer,
+        ancestors: AncestorReader,
+        sweeper: Sweeper,
     ) -> None:
-        self._vault = vault
+        self._protection = protection
         self._cache = cache
         self._writer = writer
         self._ancestors = ancestors
@@ -192,7 +197,7 @@ class Pruner:
         """
         rows = connection.execute(self._rows, {"of": thread.number}).mappings().all()
         for row in rows:
-            check_seal(self._vault, thread_id, row)
+            check_seal(self._protection, thread_id, row)
         return {(row["ns"], row["id"]): row for row in rows}
 
     def _threads_of_runs(
@@ -200,9 +205,9 @@ class Pruner:
     ) -> dict[bytes, set[Key]]:
         """The checkpoints of runs, by thread name."""
         threads: defaultdict[bytes, set[Key]] = defaultdict(set)
-        for part in chunks(sorted({self._vault.run_key(run) for run in run_ids})):
+        for part in chunks(sorted({self._protection.run_key(run) for run in run_ids})):
             for row in connection.execute(self._of_run, {"runs": part}).mappings():
-                stored = decode_row(self._vault, serde, decode_text(row["name"]), row)
+                stored = decode_row(self._protection, serde, decode_text(row["name"]), row)
                 if stored.metadata.get("run_id") in run_ids:  # the column has only the beginning of a digest
                     threads[row["name"]].add((row["ns"], row["id"]))
         return threads
@@ -267,7 +272,7 @@ class Pruner:
             raise UnreadableThreadError(str(error)) from error
         new = {digest: body for digest, (_, body) in removal.added.items() if digest not in content.digests}
         freed = self._sweeper.weigh(connection, number, removal.dead)
-        freed += removal.row_bytes - sum(len(self._vault.close(body)) for body in new.values())
+        freed += removal.row_bytes - sum(len(self._protection.encrypt(body)) for body in new.values())
         return Taken(len(victims), kept, False, freed), removal
 
     def _removal(self, pruned: _Pruned, content: Content, rows: Mapping[Key, Row], victims: set[Key]) -> Removal:
@@ -321,14 +326,14 @@ class Pruner:
         if (ns, parent) not in rows:
             parent = None
         histories: dict[str, History] = {}
-        if deltas := _deltas(decode_row(self._vault, pruned.serde, pruned.thread_id, row)):
+        if deltas := _deltas(decode_row(self._protection, pruned.serde, pruned.thread_id, row)):
             ancestors = [self._ancestor(pruned, passed) for passed in chain]
             self._add_writes(pruned, ns, ancestors[1:])
             folded = fold(ancestors, deltas)
             histories = {name: history for name, history in folded.items() if history.writes or history.seed}
         body = history_body(histories) if histories else None
-        new = {**row, "parent": parent, "history": None if body is None else self._vault.digest(HISTORY, body)}
-        return {**new, "seal": seal_checkpoint(self._vault, pruned.thread_id, new)}, body
+        new = {**row, "parent": parent, "history": None if body is None else self._protection.digest(HISTORY, body)}
+        return {**new, "seal": seal_checkpoint(self._protection, pruned.thread_id, new)}, body
 
     def _ancestor(self, pruned: _Pruned, row: Row) -> Ancestor:
         try:
@@ -342,15 +347,15 @@ class Pruner:
         for part in chunks(list(by_id)):
             keys = {"of": pruned.number, "in_ns": ns, "ids": part}
             for row in pruned.connection.execute(self._pending, keys).mappings():
-                add_write(self._vault, pruned.thread_id, by_id, row)
+                add_write(self._protection, pruned.thread_id, by_id, row)
 
 
 class Copier:
     """Copies threads within the tables of one database."""
 
-    def __init__(self, tables: Tables, vault: Vault, writer: Writer, pruner: Pruner) -> None:
+    def __init__(self, tables: Tables, protection: Protection, writer: Writer, pruner: Pruner) -> None:
         self._tables = tables
-        self._vault = vault
+        self._protection = protection
         self._writer = writer
         self._pruner = pruner
         writes, blobs = tables.writes, tables.blobs
@@ -376,19 +381,19 @@ class Copier:
             return
         source = self._writer.open_thread(connection, source_id, alone=True)
         target = self._writer.open_thread(connection, target_id, alone=True)
-        tables, vault = self._tables, self._vault
+        tables, protection = self._tables, self._protection
         into = insert_missing(connection.dialect.name, tables.blobs)
         copying = into.from_select(["thread", "digest", "kind", "body"], self._contents)
         connection.execute(copying, {"of": source.number, "to": target.number})
         checkpoints: list[Row] = []
         for row in self._pruner.rows(connection, source_id, source).values():
             new = {**row, "thread": target.number}
-            checkpoints.append({**new, "seal": seal_checkpoint(vault, target_id, new)})
+            checkpoints.append({**new, "seal": seal_checkpoint(protection, target_id, new)})
         writes: list[Row] = []
         for row in connection.execute(self._writes, {"of": source.number}).mappings().all():
-            decode_write(vault, source_id, row)  # refuses one that was changed
+            decode_write(protection, source_id, row)  # refuses one that was changed
             new = {**row, "thread": target.number}
-            writes.append({**new, "seal": seal_write(vault, target_id, new)})
+            writes.append({**new, "seal": seal_write(protection, target_id, new)})
         for table, rows in ((tables.checkpoints, checkpoints), (tables.writes, writes)):
             for part in chunks(rows):
                 add_rows(connection, table, part, replace=True)

@@ -28,8 +28,7 @@ from sqlalchemy import (
 )
 
 from agentmem.errors import ConfigError
-from agentmem_sql.keys import decode_text
-from agentmem_sql.tables import Tables
+from agentmem_sql.schema import Tables, decode_text
 
 Order = Literal["bytes", "checkpoints", "idle"]
 

@@ -19,16 +19,15 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 from sqlalchemy import ColumnElement, Connection, case, exists, func, null, or_, select
 
 from agentmem.errors import ConfigError
-from agentmem_sql.codec import Row
+from agentmem_sql.content import load
 from agentmem_sql.database import Database
 from agentmem_sql.ids import check_ids
-from agentmem_sql.keys import decode_text, encode_text, thread_key
-from agentmem_sql.packing import load
+from agentmem_sql.protection import Protection
 from agentmem_sql.prune import Key, Taken, UnreadableThreadError
-from agentmem_sql.reading import chunks
-from agentmem_sql.steps import Store
-from agentmem_sql.tables import Tables
-from agentmem_sql.vault import Vault
+from agentmem_sql.reader import chunks
+from agentmem_sql.rows import Row
+from agentmem_sql.schema import Tables, decode_text, encode_text, thread_key
+from agentmem_sql.store import Store
 
 _PAGE = 500
 
@@ -158,7 +157,7 @@ class Chooser:
     """Decides what goes of a thread."""
 
     limits: Limits
-    vault: Vault
+    protection: Protection
     serde: SerializerProtocol
 
     def choose(self, rows: Mapping[Key, Row], awaited: Collection[Key]) -> Collection[Key] | None:
@@ -195,7 +194,7 @@ class Chooser:
         ns = decode_text(row["ns"] if row["ns_name"] is None else row["ns_name"])
         if ":" not in ns.rpartition("|")[2]:  # where the graph keeps a subgraph's thread, its name stands alone
             return None
-        metadata: Mapping[str, Any] = load(self.serde, self.vault.open(row["metadata"]))
+        metadata: Mapping[str, Any] = load(self.serde, self.protection.decrypt(row["metadata"]))
         caller = (metadata.get("parents") or {}).get("")
         return (b"", encode_text(caller)) if isinstance(caller, str) else None
 
@@ -216,7 +215,7 @@ def sweep(
         ConfigError: `thread_ids` is one string or holds something that is no id, or `now` has no time zone.
     """
     limits = Limits.of(policy, now)
-    choose = Chooser(limits, store.vault, serde).choose
+    choose = Chooser(limits, store.protection, serde).choose
     tables = database.tables
     keys = None if thread_ids is None else [thread_key(thread_id) for thread_id in check_ids(thread_ids)]
     scopes: list[Sequence[bytes] | None] = [None] if keys is None else list(chunks(keys))

@@ -1,15 +1,22 @@
-"""``SQLAlchemySaver``: LangGraph's checkpointer interface, synchronous and asynchronous, in one class.
+"""`SQLAlchemySaver`: LangGraph's checkpointer interface, synchronous and asynchronous, in one class.
 
-LangGraph's methods are here; what there is beyond them is in ``inspection`` and ``maintenance``.
+Every asynchronous method is the synchronous one in a thread.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+import os
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from contextvars import copy_context
+from datetime import datetime
 from functools import partial
 from secrets import randbelow
-from typing import Any
+from threading import Lock
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import (
@@ -21,33 +28,48 @@ from langgraph.checkpoint.base import (
     DeltaChannelHistory,
 )
 from langgraph.checkpoint.serde.base import SerializerProtocol
-from sqlalchemy import URL, Engine
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy import URL, Connection, Engine
 
-from agentmem_sql.database import Database
-from agentmem_sql.inspection import Inspection
-from agentmem_sql.maintenance import Maintenance
-from agentmem_sql.reading import Listing
-from agentmem_sql.steps import Store
-from agentmem_sql.tables import DEFAULT_PREFIX, Tables
-from agentmem_sql.vault import Vault
+from agentmem_sql.content import plain_serde
+from agentmem_sql.ids import check_id, check_ids
+from agentmem_sql.memory_history import MemoryStep, memory_history
+from agentmem_sql.protection import Protection
+from agentmem_sql.report import Order, StorageReport, check_arguments, storage_report
+from agentmem_sql.retention import Retention, RetentionReport, sweep
+from agentmem_sql.rows import Address
+from agentmem_sql.schema import DEFAULT_PREFIX, Tables
+from agentmem_sql.store import Store
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
 CACHE_BYTES = 64 * 2**20
 
+# Threads that do the work of tasks, of one saver and its clones.
+THREADS = 16
 
-class SQLAlchemySaver(Inspection, Maintenance):
+T = TypeVar("T")
+_END: Any = object()
+
+
+class SQLAlchemySaver(BaseCheckpointSaver[str]):
     """Keeps the threads of LangGraph graphs in a SQL database.
 
         with SQLAlchemySaver.from_url("sqlite:///threads.db") as saver:
             graph = builder.compile(checkpointer=saver)
 
-    The same object serves ``graph.invoke`` and ``graph.ainvoke``, any number of threads and event loops, and
+    The same object serves `graph.invoke` and `graph.ainvoke`, any number of threads and event loops, and
     several processes on one database: SQLite, PostgreSQL, MySQL or MariaDB. Tables are made when first used.
     Content is stored once per thread however many checkpoints and pending writes hold it, lists by their items,
     and is compared with its digest when it is read.
 
-    Every method raises ``StorageError`` where the database cannot be opened, refuses, is of a newer schema,
-    or holds something else than was stored.
+    Every method `aput`, `aget_tuple` and so on is its namesake in one of the saver's own threads. A task that is
+    cancelled while it waits for a free thread does nothing. One that is cancelled later ends when its call has, so
+    that nothing of it is under way any more: the call is done whole.
+
+    Every method raises `StorageError` where the database cannot be opened, refuses, is of a newer schema,
+    or holds something else than was stored, and `ConfigError` where an id is none, such as None, or one string
+    stands for several ids.
     """
 
     def __init__(
@@ -62,18 +84,23 @@ class SQLAlchemySaver(Inspection, Maintenance):
     ) -> None:
         """Use an engine of yours, with its pool and settings; closing the saver leaves it open.
 
-        For the other mode (asynchronous for an ``Engine``, synchronous for an ``AsyncEngine``) the saver
-        makes an engine of its own from the same URL.
+        An `AsyncEngine` is taken for its URL and options: the saver makes an engine of its own with them, for the
+        synchronous driver of the same database. Listeners are not taken along.
 
         Args:
             engine: of SQLAlchemy.
-            serde: as for every LangGraph checkpointer; an ``EncryptedSerializer`` encrypts everything but
+            serde: as for every LangGraph checkpointer; an `EncryptedSerializer` encrypts everything but
                 names and ids: of threads, namespaces, channels, checkpoints and tasks.
             schema: of the tables; None is the connection's own.
             table_prefix: what the names of the tables begin with.
             hmac_key: at least 16 secret bytes; digests are then signatures, and nobody without the key can
                 change what is stored unnoticed.
             cache_bytes: how much of the threads that were last used this process keeps in memory, roughly.
+
+        Raises:
+            StorageError: the engine cannot be used: its driver is another one, or it is asynchronous and has its
+                database in memory, connections that you make, or an option without a counterpart.
+            ConfigError: `hmac_key` or `table_prefix` cannot be used.
         """
         super().__init__(serde=serde)
         self._open(engine, schema, table_prefix, hmac_key, cache_bytes)
@@ -90,30 +117,34 @@ class SQLAlchemySaver(Inspection, Maintenance):
         cache_bytes: int = CACHE_BYTES,
         synchronous: str = "FULL",
         engine_options: Mapping[str, Any] | None = None,
-    ) -> SQLAlchemySaver:
+        must_exist: bool = False,
+    ) -> Self:
         """A saver for a database URL.
 
-        For example ``sqlite:///threads.db``, ``sqlite:///:memory:``, ``postgresql://user@host/database``,
-        ``mysql://user@host/database``. The URL names the database; the saver takes a driver for each mode.
-        Nothing is opened yet. SQLite files are kept with a write-ahead log.
+        For example `sqlite:///threads.db`, `sqlite:///:memory:`, `postgresql://user@host/database`,
+        `mysql://user@host/database`. One that names an asynchronous driver (aiosqlite, asyncpg, asyncmy, aiomysql)
+        is served by the synchronous driver of the same database: pysqlite, psycopg, PyMySQL. Nothing is opened yet.
+        SQLite files are kept with a write-ahead log.
 
         Args:
             url: where.
-            serde: see ``SQLAlchemySaver``, as are the others that are not named here.
+            serde: see `SQLAlchemySaver`, as are the others that are not named here.
             schema: of the tables.
             table_prefix: of the tables.
             hmac_key: signs what is stored.
             cache_bytes: of memory.
             synchronous: of SQLite: FULL keeps what was acknowledged through a power cut, NORMAL may lose the
                 last checkpoints then, but never leaves a half-written one.
-            engine_options: further arguments for ``create_engine`` and ``create_async_engine``.
+            engine_options: further arguments for `create_engine`.
+            must_exist: make neither a file nor tables; the first call raises `StorageError` where there are none.
 
         Raises:
-            StorageError: the URL cannot be read, or names a database or driver that cannot be used.
+            StorageError: the URL cannot be read, or names a database, a driver or an option that cannot be used.
+            ConfigError: `hmac_key` or `table_prefix` cannot be used.
         """
         saver = cls.__new__(cls)
         BaseCheckpointSaver.__init__(saver, serde=serde)
-        options = {"synchronous": synchronous, "engine_options": engine_options}
+        options = {"synchronous": synchronous, "engine_options": engine_options, "must_exist": must_exist}
         saver._open(url, schema, table_prefix, hmac_key, cache_bytes, **options)
         return saver
 
@@ -126,14 +157,62 @@ class SQLAlchemySaver(Inspection, Maintenance):
         cache_bytes: int,
         **options: Any,
     ) -> None:
-        tables = Tables(prefix=table_prefix, schema=schema)
-        vault = Vault(self.serde, hmac_key)
-        self._store = Store(tables, vault, cache_bytes)
-        settle, is_settled = partial(vault.settle, tables=tables), partial(vault.is_settled, tables=tables)
-        lost = self._store.cache.lost
-        self._database = Database(
-            engine, tables=tables, prepare=settle, is_prepared=is_settled, on_lost=lost, **options
-        )
+        tables, protection = Tables(prefix=table_prefix, schema=schema), Protection(self.serde, hmac_key)
+        self._store = Store(engine, tables=tables, protection=protection, cache_bytes=cache_bytes, **options)
+        self._threads = _Threads()
+        self._plain: tuple[Any, SerializerProtocol] = self.serde, plain_serde(self.serde)
+
+    @property
+    def _serde(self) -> SerializerProtocol:
+        """The serializer that makes plain bytes; worked out again when somebody sets another one."""
+        if self._plain[0] is not self.serde:
+            self._plain = self.serde, plain_serde(self.serde)
+        return self._plain[1]
+
+    # Opening and closing. Clones made by `with_allowlist` share the database, and close it for each other.
+
+    def setup(self) -> None:
+        """Make the tables now instead of on first use."""
+        self._store.database.run(_nothing)
+
+    async def asetup(self) -> None:
+        """`setup` for a task."""
+        await self._in_thread(self.setup)
+
+    def close(self) -> None:
+        """Close every connection; later calls raise. Works in and outside an event loop."""
+        self._store.database.close()
+        self._threads.close()
+
+    async def aclose(self) -> None:
+        """`close` for a task."""
+        await asyncio.to_thread(self.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def _in_thread(self, call: Callable[..., T], *arguments: Any, **named: Any) -> T:
+        """Call something in one of the saver's threads, with the context variables of this task."""
+        self._store.database.check_open()
+        return await _ended(self._threads.submit(partial(copy_context().run, partial(call, *arguments, **named))))
+
+    async def _each(self, items: Iterator[T]) -> AsyncIterator[T]:
+        """What an iterator gives, each item made in one of the saver's threads."""
+        while (item := await self._in_thread(next, items, _END)) is not _END:
+            yield item
 
     # Writing.
 
@@ -144,11 +223,11 @@ class SQLAlchemySaver(Inspection, Maintenance):
         metadata: CheckpointMetadata,
         new_versions: ChannelVersions,
     ) -> RunnableConfig:
-        """Store a checkpoint and the values of the channels in ``new_versions``; return its config.
+        """Store a checkpoint and the values of the channels in `new_versions`; return its config.
 
-        The parent is the checkpoint that ``config`` names. A checkpoint of the same id is replaced.
+        The parent is the checkpoint that `config` names. A checkpoint of the same id is replaced.
         """
-        return self._run(self._store.put(self._serde, config, checkpoint, metadata, new_versions))
+        return self._store.put(self._serde, config, checkpoint, metadata, new_versions)
 
     async def aput(
         self,
@@ -157,34 +236,34 @@ class SQLAlchemySaver(Inspection, Maintenance):
         metadata: CheckpointMetadata,
         new_versions: ChannelVersions,
     ) -> RunnableConfig:
-        """``put`` for a task."""
-        return await self._arun(self._store.put(self._serde, config, checkpoint, metadata, new_versions))
+        """`put` for a task."""
+        return await self._in_thread(self.put, config, checkpoint, metadata, new_versions)
 
     def put_writes(
         self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str = ""
     ) -> None:
-        """Store what a task wrote, under the checkpoint that ``config`` names.
+        """Store what a task wrote, under the checkpoint that `config` names.
 
         Repeating it changes nothing, unless every write is to a special channel (error, interrupt, resume,
         scheduled): those replace what the task had there.
         """
-        self._run(self._store.put_writes(self._serde, config, writes, task_id, task_path))
+        self._store.put_writes(self._serde, config, writes, task_id, task_path)
 
     async def aput_writes(
         self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str = ""
     ) -> None:
-        """``put_writes`` for a task."""
-        await self._arun(self._store.put_writes(self._serde, config, writes, task_id, task_path))
+        """`put_writes` for a task."""
+        await self._in_thread(self.put_writes, config, writes, task_id, task_path)
 
     # Reading.
 
     def get_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
-        """The checkpoint that ``config`` names, or its namespace's newest; None where there is none."""
-        return self._run(self._store.get_tuple(self._serde, config))
+        """The checkpoint that `config` names, or its namespace's newest; None where there is none."""
+        return self._store.get_tuple(self._serde, config)
 
     async def aget_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
-        """``get_tuple`` for a task."""
-        return await self._arun(self._store.get_tuple(self._serde, config))
+        """`get_tuple` for a task."""
+        return await self._in_thread(self.get_tuple, config)
 
     def list(
         self,
@@ -205,11 +284,7 @@ class SQLAlchemySaver(Inspection, Maintenance):
             before: only checkpoints with an id below this config's.
             limit: at most so many, counted after the filter.
         """
-        serde = self._serde
-        listing = Listing(self._store.reader, serde, config, filter=filter, before=before, limit=limit)
-        while not listing.finished:
-            for found in self._database.run(listing.next_page):
-                yield self._store.unpack(serde, found)
+        return self._store.list(self._serde, config, filter, before, limit)
 
     async def alist(
         self,
@@ -219,39 +294,36 @@ class SQLAlchemySaver(Inspection, Maintenance):
         before: RunnableConfig | None = None,
         limit: int | None = None,
     ) -> AsyncIterator[CheckpointTuple]:
-        """``list`` for a task."""
-        serde = self._serde
-        listing = Listing(self._store.reader, serde, config, filter=filter, before=before, limit=limit)
-        while not listing.finished:
-            for found in await self._database.arun(listing.next_page):
-                yield self._store.unpack(serde, found)
+        """`list` for a task."""
+        async for checkpoint in self._each(self.list(config, filter=filter, before=before, limit=limit)):
+            yield checkpoint
 
     def get_delta_channel_history(
         self, *, config: RunnableConfig, channels: Sequence[str]
     ) -> Mapping[str, DeltaChannelHistory]:
         """What the delta channels of a checkpoint are rebuilt from: nearest stored value, and the writes since.
 
-        Along the parents of the checkpoint that ``config`` names, whose own pending writes do not count. A
-        channel without a stored value has no ``seed``. Pruning does not change the answer for channels that the
+        Along the parents of the checkpoint that `config` names, whose own pending writes do not count. A
+        channel without a stored value has no `seed`. Pruning does not change the answer for channels that the
         checkpoint itself does not hold, and LangGraph asks for no others.
         """
-        return self._run(self._store.delta_history(self._serde, config, channels))
+        return self._store.delta_history(self._serde, config, channels)
 
     async def aget_delta_channel_history(
         self, *, config: RunnableConfig, channels: Sequence[str]
     ) -> Mapping[str, DeltaChannelHistory]:
-        """``get_delta_channel_history`` for a task."""
-        return await self._arun(self._store.delta_history(self._serde, config, channels))
+        """`get_delta_channel_history` for a task."""
+        return await self._in_thread(self.get_delta_channel_history, config=config, channels=channels)
 
     # Taking out and copying.
 
     def delete_thread(self, thread_id: str) -> None:
         """Remove everything of a thread, content included, in one transaction."""
-        self._store.delete_thread(self._database, thread_id)
+        self._store.delete_thread(check_id(thread_id))
 
     async def adelete_thread(self, thread_id: str) -> None:
-        """``delete_thread`` for a task."""
-        await asyncio.to_thread(self._store.delete_thread, self._database, thread_id)
+        """`delete_thread` for a task."""
+        await self._in_thread(self.delete_thread, thread_id)
 
     def delete_for_runs(self, run_ids: Sequence[str]) -> None:
         """Remove the checkpoints whose metadata name one of these runs, on all threads.
@@ -259,11 +331,11 @@ class SQLAlchemySaver(Inspection, Maintenance):
         Later checkpoints stay as they are: their parent is then the nearest one that is left, and what their
         delta channels need of the runs' writes is kept.
         """
-        self._store.delete_for_runs(self._database, self._serde, run_ids)
+        self._store.delete_for_runs(self._serde, check_ids(run_ids, "run id"))
 
     async def adelete_for_runs(self, run_ids: Sequence[str]) -> None:
-        """``delete_for_runs`` for a task."""
-        await asyncio.to_thread(self._store.delete_for_runs, self._database, self._serde, run_ids)
+        """`delete_for_runs` for a task."""
+        await self._in_thread(self.delete_for_runs, run_ids)
 
     def copy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
         """Copy all checkpoints, pending writes and content of a thread, with their ids, to another.
@@ -271,14 +343,14 @@ class SQLAlchemySaver(Inspection, Maintenance):
         What the other thread has under the same ids is replaced, the rest of it stays. A source that is not
         there is no error.
         """
-        self._store.copy_thread(self._database, source_thread_id, target_thread_id)
+        self._store.copy_thread(check_id(source_thread_id), check_id(target_thread_id))
 
     async def acopy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
-        """``copy_thread`` for a task."""
-        await asyncio.to_thread(self._store.copy_thread, self._database, source_thread_id, target_thread_id)
+        """`copy_thread` for a task."""
+        await self._in_thread(self.copy_thread, source_thread_id, target_thread_id)
 
     def prune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
-        """Thin out threads: ``keep_latest`` leaves the newest checkpoint of each namespace, ``delete`` nothing.
+        """Thin out threads: `keep_latest` leaves the newest checkpoint of each namespace, `delete` nothing.
 
         Each thread in a transaction of its own. The state of what is left does not change, delta channels
         included; a run that goes on meanwhile is waited for, or waits.
@@ -286,20 +358,180 @@ class SQLAlchemySaver(Inspection, Maintenance):
         Raises:
             ConfigError: another strategy.
         """
-        self._store.prune(self._database, self._serde, thread_ids, strategy)
+        self._store.prune(self._serde, check_ids(thread_ids), strategy)
 
     async def aprune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
-        """``prune`` for a task."""
-        await asyncio.to_thread(self._store.prune, self._database, self._serde, thread_ids, strategy)
+        """`prune` for a task."""
+        await self._in_thread(self.prune, thread_ids, strategy=strategy)
+
+    # Looking into threads, and keeping the database small.
+
+    def memory_history(
+        self,
+        thread_id: str,
+        *,
+        checkpoint_ns: str = "",
+        checkpoint_id: str | None = None,
+        channel: str | None = None,
+        newest_first: bool = False,
+    ) -> Iterator[MemoryStep]:
+        """The memories that led to the thread's newest checkpoint, oldest first.
+
+        There is one step for every checkpoint in which a channel holds a memory other than in the checkpoint
+        before it (its parent). A checkpoint that leaves the memory as it was gives none, nor does one that
+        empties it; the memory after that counts from nothing. Branches that the newest checkpoint does not
+        come from are not on the way; name a checkpoint of theirs to see them.
+
+        A thread that is not there has no steps. One that is pruned meanwhile gives those that are left. Reads
+        page by page and holds one page at a time; `newest_first` begins at once, without following the
+        thread to its first checkpoint.
+
+        Args:
+            thread_id: whose memory.
+            checkpoint_ns: of a subgraph.
+            checkpoint_id: where the way ends, instead of the newest checkpoint.
+            channel: where the memory is kept. None finds every channel whose latest value is a memory as
+                `MemoryState.to_dict` writes it, and leaves out what else such a channel held.
+            newest_first: turn the order round.
+
+        Raises:
+            StorageError: there is no such checkpoint, or stored bytes were changed or damaged (names the
+                checkpoint).
+            CorruptStateError: what a checkpoint holds is no memory, or not one that this version reads.
+        """
+        database, address = self._store.database, Address(check_id(thread_id), checkpoint_ns, checkpoint_id)
+        return memory_history(database, self._store, self._serde, address, channel, newest_first=newest_first)
+
+    async def amemory_history(
+        self,
+        thread_id: str,
+        *,
+        checkpoint_ns: str = "",
+        checkpoint_id: str | None = None,
+        channel: str | None = None,
+        newest_first: bool = False,
+    ) -> AsyncIterator[MemoryStep]:
+        """`memory_history` for a task."""
+        steps = self.memory_history(
+            thread_id,
+            checkpoint_ns=checkpoint_ns,
+            checkpoint_id=checkpoint_id,
+            channel=channel,
+            newest_first=newest_first,
+        )
+        async for step in self._each(steps):
+            yield step
+
+    def retain(
+        self,
+        policy: Retention,
+        *,
+        thread_ids: Sequence[str] | None = None,
+        dry_run: bool = False,
+        now: datetime | None = None,
+    ) -> RetentionReport:
+        """Take out what a policy does not let stay.
+
+        Each thread is a transaction of its own: broken off, a sweep has done whole threads. One that has nothing to
+        do is not locked. A run that goes on meanwhile is waited for, or waits; the state of what stays does not
+        change, delta channels and pending writes included.
+
+        Args:
+            policy: what stays.
+            thread_ids: the threads to look at; None for all. One that is not there is no error.
+            dry_run: only tell what would go. Nothing is changed or locked; the figures are those of a real run, if
+                nothing is written in between.
+            now: the time that ages are counted from, with a time zone; None for the clock's.
+
+        Raises:
+            ConfigError: `thread_ids` is one string or holds something that is no id, or `now` has no time zone.
+            StorageError: the database refused. A thread that holds something else than was stored stays as it is,
+                is named in the report, and the others go on.
+        """
+        store, serde = self._store, self._serde
+        return sweep(store.database, store, serde, policy, thread_ids=thread_ids, dry_run=dry_run, now=now)
+
+    async def aretain(
+        self,
+        policy: Retention,
+        *,
+        thread_ids: Sequence[str] | None = None,
+        dry_run: bool = False,
+        now: datetime | None = None,
+    ) -> RetentionReport:
+        """`retain` for a task."""
+        return await self._in_thread(self.retain, policy, thread_ids=thread_ids, dry_run=dry_run, now=now)
+
+    def storage_report(self, *, limit: int | None = None, order: Order = "bytes") -> StorageReport:
+        """What the threads take, in a few statements that read every row's lengths but no content.
+
+        Args:
+            limit: tell of that many threads only; the sums are over all.
+            order: `bytes` the largest first, `checkpoints` those with most first, `idle` those first that were
+                not written for longest.
+
+        Raises:
+            ConfigError: a limit below 1, or another order.
+        """
+        check_arguments(limit, order)
+        database = self._store.database
+        return database.run(partial(storage_report, tables=database.tables, limit=limit, order=order))
+
+    async def astorage_report(self, *, limit: int | None = None, order: Order = "bytes") -> StorageReport:
+        """`storage_report` for a task."""
+        return await self._in_thread(self.storage_report, limit=limit, order=order)
 
     def get_next_version(self, current: str | int | float | None, channel: None) -> Any:
-        """The version after ``current``: a number that sorts as text, and a random part.
+        """The version after `current`: a number that sorts as text, and a random part.
 
         Two branches that leave one checkpoint so never give different values the same version. The random
-        part ignores ``random.seed``, which a graph may call. A thread that came from a checkpointer with whole
+        part ignores `random.seed`, which a graph may call. A thread that came from a checkpointer with whole
         numbers as versions keeps to whole numbers, since LangGraph compares all versions of a checkpoint.
         """
         if isinstance(current, int):
             return current + 1
         number = int(current.split(".")[0]) if isinstance(current, str) else int(current or 0)
         return f"{number + 1:032}.{randbelow(10**16):016}"
+
+
+class _Threads:
+    """The threads of a saver and its clones, started when first needed; a process that was forked starts its own."""
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._process = os.getpid()
+        self._lock = Lock()
+
+    def submit(self, call: Callable[[], T]) -> Future[T]:
+        """Have a thread call something."""
+        if self._process != os.getpid():
+            self._lock = Lock()
+            self._pool, self._process = None, os.getpid()
+        with self._lock:
+            self._pool = self._pool or ThreadPoolExecutor(THREADS, "agentmem-sql")
+            return self._pool.submit(call)
+
+    def close(self) -> None:
+        """Let every thread end when it has nothing to do."""
+        if self._pool is not None and self._process == os.getpid():
+            self._pool.shutdown(wait=False)
+
+
+async def _ended(future: Future[T]) -> T:
+    """The result of a call in a thread; a cancellation is passed on when the call has ended, or at once if it has
+    not begun."""
+    waiting = asyncio.wrap_future(future)
+    try:
+        return await asyncio.shield(waiting)
+    except asyncio.CancelledError:
+        if not future.cancel():
+            while not waiting.done():
+                with suppress(asyncio.CancelledError):  # another one
+                    await asyncio.wait({waiting})
+            if not waiting.cancelled():
+                waiting.exception()  # seen; the caller asked for the cancellation and gets that
+        raise
+
+
+def _nothing(_connection: Connection) -> None:
+    """The work of a call that only wants the tables."""

@@ -30,8 +30,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from agentmem.errors import ConfigError, StorageError
+from agentmem_sql.content import plain_serde
 from agentmem_sql.ids import check_ids
-from agentmem_sql.packing import plain_serde
 from agentmem_sql.saver import SQLAlchemySaver
 
 Saver = BaseCheckpointSaver[Any]

@@ -1,17 +1,23 @@
-"""Shared by the SQL tests: checkpoints made by hand, and child processes."""
+"""Shared by the SQL tests: checkpoints made by hand, small works on one table, and child processes."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import Checkpoint, empty_checkpoint
+from sqlalchemy import Connection, insert, select, update
 
-TABLES = ("threads", "blobs", "checkpoints", "channels", "writes")
+from agentmem_sql.schema import Tables
+
+TABLES = Tables()
+SERVERS = ("postgresql", "mysql")
+BACKENDS = ("sqlite", *SERVERS)
 
 
 def config(thread: str = "t", ns: str = "", checkpoint_id: str | None = None) -> RunnableConfig:
@@ -38,6 +44,33 @@ def put(saver: Any, to: RunnableConfig, values: dict[str, Any] | None = None, **
 def memory(fill: int, size: int = 9216) -> dict[str, Any]:
     """The shape of a memory state as graphs carry it: a plain dict around bytes."""
     return {"v": 1, "dtype": "float32", "shape": [36, 1, 8, 8], "matrices": bytes([fill % 256]) * size}
+
+
+async def aput(saver: Any, thread: str, **values: Any) -> Any:
+    made = checkpoint(values, saver.get_next_version(None, None))
+    return await saver.aput(config(thread), made, {}, made["channel_versions"])
+
+
+def add(name: bytes, value: bytes = b"") -> Callable[[Connection], None]:
+    def work(connection: Connection) -> None:
+        connection.execute(insert(TABLES.settings), [{"name": name, "value": value}])
+
+    return work
+
+
+def change(name: bytes, value: bytes) -> Callable[[Connection], None]:
+    def work(connection: Connection) -> None:
+        connection.execute(update(TABLES.settings).where(TABLES.settings.c.name == name).values(value=value))
+
+    return work
+
+
+def names(connection: Connection) -> list[bytes]:
+    return sorted(connection.execute(select(TABLES.settings.c.name)).scalars())
+
+
+def value(connection: Connection, name: bytes) -> bytes:
+    return connection.execute(select(TABLES.settings.c.value).where(TABLES.settings.c.name == name)).scalar_one()
 
 
 def start_child(*arguments: str, code: str | None = None, **environment: str) -> subprocess.Popen[str]:

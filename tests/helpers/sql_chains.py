@@ -13,8 +13,8 @@ from langgraph.checkpoint.base import Checkpoint
 from sqlalchemy import Connection, create_engine, text
 
 from agentmem_sql import SQLAlchemySaver
-from agentmem_sql.codec import unpack_content
 from agentmem_sql.list_tree import LEAVES, parse
+from agentmem_sql.rows import unpack_content
 from tests.helpers.sql_cases import checkpoint, config
 
 Sql = Callable[..., list[Any]]

@@ -1,9 +1,9 @@
 """Processes that write until they are killed, for the fault tests.
 
 Run as a script, this is a template: everything is imported, nothing is open. It reads commands, a JSON list a
-line, and answers each with a line. ``["start", work, report, ...]`` forks a process that does the work and writes
-what it has to say into the file ``report``, line by line, past all buffers, so that it is there whenever the process
-is killed; the answer is its number. ``["wait", number]`` waits for its end, and answers with its exit status (the
+line, and answers each with a line. `["start", work, report, ...]` forks a process that does the work and writes
+what it has to say into the file `report`, line by line, past all buffers, so that it is there whenever the process
+is killed; the answer is its number. `["wait", number]` waits for its end, and answers with its exit status (the
 negative number of the signal that killed it).
 """
 
@@ -27,10 +27,9 @@ from langgraph.checkpoint.base import WRITES_IDX_MAP
 from sqlalchemy import Engine, event
 
 from agentmem_sql import SQLAlchemySaver
-from tests.helpers.sql_cases import checkpoint, config, memory, put
-from tests.helpers.sql_forks import WORKS as FORKS
+from tests.helpers.sql_cases import aput, checkpoint, config, memory, put
 
-for driver in ("aiosqlite", "psycopg", "asyncpg", "pymysql", "asyncmy"):
+for driver in ("psycopg", "pymysql"):
     with suppress(ModuleNotFoundError):
         import_module(driver)
 
@@ -91,9 +90,9 @@ class Async(Sync):
 
 
 def grow(say: Say, url: str, mode: str, die_at: int = 0) -> None:
-    """Go on with the thread ``t`` for ever; says what is stored when it is, and before it prunes.
+    """Go on with the thread `t` for ever; says what is stored when it is, and before it prunes.
 
-    With ``die_at`` it kills itself before the statement, or commit, of that number.
+    With `die_at` it kills itself before the statement, or commit, of that number.
     """
     numbers = count(1)
 
@@ -123,7 +122,7 @@ def grow(say: Say, url: str, mode: str, die_at: int = 0) -> None:
 
 
 def write(say: Say, url: str, thread: str, stop: str) -> None:
-    """Store checkpoints in a thread until there is a file ``stop``; says of each how many seconds it took."""
+    """Store checkpoints in a thread until there is a file `stop`; says of each how many seconds it took."""
     with SQLAlchemySaver.from_url(url) as saver:
         while not os.path.exists(stop):
             begin = time.monotonic()
@@ -140,11 +139,34 @@ def write_both(_: Say, url: str, own: str, number: int) -> None:
                 saver.put_writes(at, [("n", step), ("shared", b"same" * 500)], "task", "path")
 
 
-WORKS: dict[str, Callable[..., None]] = {"grow": grow, "write": write, "write_both": write_both, **FORKS}
+def forked(_: Say, url: str) -> None:
+    """Fork with a saver open that was used in both modes; both processes use and close it, the other one first."""
+    saver = SQLAlchemySaver.from_url(url)
+    put(saver, config("parent"), {"x": 1})
+    asyncio.run(aput(saver, "parent", x=1))
+    number = os.fork()
+    if number:
+        assert wait(number) == 0
+        put(saver, config("parent"), {"x": 2})
+        asyncio.run(aput(saver, "parent", x=2))
+        saver.close()
+        return
+    status = 1
+    try:
+        asyncio.run(aput(saver, "child", x=1))
+        for x in (2, 3):
+            put(saver, config("child"), {"x": x})
+        saver.close()
+        status = 0
+    finally:
+        os._exit(status)
+
+
+WORKS: dict[str, Callable[..., None]] = {"grow": grow, "write": write, "write_both": write_both, "forked": forked}
 
 
 def start(work: str, report: str, *arguments: Any) -> int:
-    """Fork a process that does ``work`` and ends; gives its number."""
+    """Fork a process that does `work` and ends; gives its number."""
     number = os.fork()
     if number:
         return number

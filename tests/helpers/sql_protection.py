@@ -18,9 +18,9 @@ from sqlalchemy import StaticPool, create_engine
 
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
-from agentmem_sql.codec import pack_content, seal_checkpoint, unpack_content
 from agentmem_sql.list_tree import VALUE
-from agentmem_sql.vault import Vault
+from agentmem_sql.protection import Protection
+from agentmem_sql.rows import pack_content, seal_checkpoint, unpack_content
 from tests.helpers.sql_cases import checkpoint, config, memory, put
 from tests.helpers.sql_values import spelled
 
@@ -135,7 +135,7 @@ def make_filled(path: Path, protection: str) -> Filled:
     """A database with some of everything."""
     options = PROTECTION[protection]
     with (
-        patch("agentmem_sql.packing.PART_BYTES", 8000),  # of a value in several rows, too
+        patch("agentmem_sql.content.PART_BYTES", 8000),  # of a value in several rows, too
         SQLAlchemySaver.from_url(f"sqlite:///{path}", synchronous="OFF", **options) as saver,
     ):
         asked = fill(saver)
@@ -193,7 +193,7 @@ LONG = f"{of('t')} AND length(ns) > 0"
 WRITE = f"{of('t')} AND task = CAST('task b' AS BLOB)"
 
 
-def forge(connection: sqlite3.Connection, vault: Vault, *, alone: bool = False) -> None:
+def forge(connection: sqlite3.Connection, protection: Protection, *, alone: bool = False) -> None:
     """Put another value in place of `x` in the newest checkpoint of thread `t`, all digests and seals made anew.
 
     ``alone``: and take out all other values.
@@ -202,10 +202,10 @@ def forge(connection: sqlite3.Connection, vault: Vault, *, alone: bool = False) 
     row = dict(connection.execute(f"SELECT * FROM agentmem_checkpoints WHERE {NEWEST}").fetchone())
     connection.row_factory = None
     body = b"bytes\0forged"
-    digest = vault.digest(VALUE, body)
-    blob = (row["thread"], digest, VALUE, vault.close(body))
+    digest = protection.digest(VALUE, body)
+    blob = (row["thread"], digest, VALUE, protection.encrypt(body))
     connection.execute("INSERT INTO agentmem_blobs (thread, digest, kind, body) VALUES (?, ?, ?, ?)", blob)
     others = {} if alone else unpack_content(row["content"])
     row["content"] = pack_content({**others, "x": digest})
-    seal = seal_checkpoint(vault, "t", row)
+    seal = seal_checkpoint(protection, "t", row)
     update("checkpoints", NEWEST, content=row["content"], seal=seal)(connection)

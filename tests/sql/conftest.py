@@ -1,10 +1,9 @@
 """Fixtures for the SQL checkpointer: a database of its own for every test, savers on it, and plain SQL.
 
-Without more, a test runs on a SQLite file (``url``, ``path``, ``saver``, ``sql``). One that asks for
-``database_url`` (or ``any_saver``, ``ask``) runs on SQLite, PostgreSQL and MariaDB, each time in a database that
-is empty and its own; one that asks for ``async_url`` runs with every asynchronous driver. ``new_url`` makes a
-database when called, ``look`` asks one something behind the saver's back. Servers are named by
-AGENTMEM_TEST_POSTGRES and AGENTMEM_TEST_MYSQL.
+Without more, a test runs on a SQLite file (`url`, `path`, `saver`, `sql`). One that asks for
+`database_url` (or `any_saver`, `ask`) runs on SQLite, PostgreSQL and MariaDB, each time in a database that
+is empty and its own. `new_url` makes a database when called, `look` asks one something behind the saver's back.
+Servers are named by AGENTMEM_TEST_POSTGRES and AGENTMEM_TEST_MYSQL.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ from agentmem_sql import SQLAlchemySaver
 from tests.helpers.sql_chains import empty, plain_sql, shared_database, unaccounted
 
 BACKENDS = ("sqlite", "postgresql", "mysql")
-ASYNC_DRIVERS = ("sqlite+aiosqlite", "postgresql+psycopg", "postgresql+asyncpg", "mysql+asyncmy")
 
 # The sync driver is named, since these URLs are also used to look behind the saver's back.
 SERVERS = {
@@ -110,9 +108,9 @@ def servers(needs: Needs) -> Iterator[Callable[[str], Connection]]:
 
 @pytest.fixture
 def new_url(tmp_path: Path, servers: Callable[[str], Connection]) -> Iterator[NewUrl]:
-    """``new_url("postgresql")`` makes an empty database and gives its URL; it is dropped after the test.
+    """`new_url("postgresql")` makes an empty database and gives its URL; it is dropped after the test.
 
-    ``new_url("postgresql+asyncpg")`` gives the URL with that driver.
+    `new_url("postgresql+asyncpg")` gives the URL with that driver's name.
     """
     made: list[tuple[str, str]] = []
 
@@ -150,12 +148,6 @@ def database_url(request: pytest.FixtureRequest, new_url: NewUrl) -> str:
     return new_url(request.param)
 
 
-@pytest.fixture(params=ASYNC_DRIVERS)
-def async_url(request: pytest.FixtureRequest, new_url: NewUrl) -> str:
-    """An empty database, by each of the asynchronous drivers."""
-    return new_url(request.param)
-
-
 @pytest.fixture
 def postgresql_url(new_url: NewUrl) -> str:
     return new_url("postgresql")
@@ -175,9 +167,9 @@ def any_saver(database_url: str) -> Iterator[SQLAlchemySaver]:
 
 @pytest.fixture
 def look() -> Sql:
-    """``look(url, statement, **parameters)`` runs one statement behind the saver's back; gives the rows.
+    """`look(url, statement, **parameters)` runs one statement behind the saver's back; gives the rows.
 
-    Parameters are written ``:name``.
+    Parameters are written `:name`.
     """
 
     def run(url: str, statement: str, **parameters: object) -> list[Any]:
@@ -193,7 +185,7 @@ def look() -> Sql:
 
 @pytest.fixture
 def ask(look: Sql, database_url: str) -> Sql:
-    """``look`` on ``database_url``: ``ask(statement, **parameters)``."""
+    """`look` on `database_url`: `ask(statement, **parameters)`."""
     return partial(look, database_url)
 
 
@@ -211,14 +203,14 @@ def shared_url(
 
 @pytest.fixture(scope="module")
 def shared_ask(shared_url: str) -> Iterator[Sql]:
-    """``ask`` on ``shared_url``, by one connection."""
+    """`ask` on `shared_url`, by one connection."""
     with plain_sql(shared_url) as run:
         yield run
 
 
 @pytest.fixture
 def swept_saver(shared_url: str, shared_ask: Sql) -> Iterator[SQLAlchemySaver]:
-    """A saver on ``shared_url``; at the end no content may be missing and none left over."""
+    """A saver on `shared_url`; at the end no content may be missing and none left over."""
     with SQLAlchemySaver.from_url(shared_url) as saver:
         saver.setup()
         yield saver

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import pytest
+from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from sqlalchemy import Engine, event
 
-from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
+from agentmem_sql.saver import THREADS
 from tests.helpers.sql_cases import checkpoint, config, put
 from tests.helpers.sql_chains import unaccounted
 from tests.helpers.sql_graphs import chat_graph, say
@@ -149,38 +153,67 @@ async def test_synchronous_calls_work_in_a_running_loop(saver: SQLAlchemySaver) 
 
 
 @pytest.mark.parametrize("url_of", ["sqlite:///{path}", "sqlite:///:memory:"])
-async def test_a_call_that_would_wait_for_its_own_loop_is_refused(url_of: str, path: Any) -> None:
+async def test_a_blocking_call_in_a_loop_whose_tasks_write(url_of: str, path: Any) -> None:
+    """The tasks' calls go on in their threads while the loop waits for its own."""
     async with SQLAlchemySaver.from_url(url_of.format(path=path)) as saver:
-        await saver.asetup()
-        blocking = saver if "memory" in url_of else SQLAlchemySaver.from_url(url_of.format(path=path))
         made = checkpoint({"x": 1})
-        busy = asyncio.create_task(saver.aput(config("a"), made, {}, made["channel_versions"]))
-        refused = 0
-        while not busy.done():
-            try:
-                blocking.put(config("b"), made, {}, made["channel_versions"])
-            except StorageError as error:
-                assert "aput" in str(error)  # noqa: PT017  (how often it is refused depends on the driver's thread)
-                refused += 1
+        busy = [asyncio.create_task(saver.aput(config(f"a{n}"), made, {}, made["channel_versions"])) for n in range(20)]
+        while not all(task.done() for task in busy):
+            saver.put(config("b"), made, {}, made["channel_versions"])
             await asyncio.sleep(0)
-        await busy
-        assert refused > 0
-        blocking.put(config("b"), made, {}, made["channel_versions"])
-        assert {one.config["configurable"]["thread_id"] async for one in saver.alist(None)} == {"a", "b"}
-        blocking.close()
+        assert {one.config["configurable"]["thread_id"] async for one in saver.alist(None)} == {
+            "b",
+            *(f"a{n}" for n in range(20)),
+        }
+
+
+async def test_tasks_do_not_block_their_loop(url: str, path: Path) -> None:
+    """While another process holds the file's lock, a writing task waits and the loop goes on."""
+    async with SQLAlchemySaver.from_url(url) as saver:
+        await saver.asetup()
+        ticks = 0
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            made = checkpoint({"x": 1})
+            writing = asyncio.create_task(saver.aput(config(), made, {}, made["channel_versions"]))
+            ends = time.monotonic() + 0.2
+            while time.monotonic() < ends:
+                await asyncio.sleep(0.005)
+                ticks += 1
+            assert not writing.done()
+            other.execute("COMMIT")
+        await writing
+        assert ticks > 10
+
+
+async def test_calls_of_tasks_see_their_context_variables(url: str) -> None:
+    class Telling(JsonPlusSerializer):
+        def dumps_typed(self, obj: Any) -> tuple[str, bytes]:
+            seen.append(tenant.get())
+            return super().dumps_typed(obj)
+
+    seen: list[str] = []
+    tenant: ContextVar[str] = ContextVar("tenant", default="nobody")
+    async with SQLAlchemySaver.from_url(url, serde=Telling()) as saver:
+        tenant.set("me")
+        made = checkpoint({"x": 1})
+        await saver.aput(config(), made, {}, made["channel_versions"])
+    assert set(seen) == {"me"}
 
 
 async def test_cancelled_tasks_store_all_or_nothing_and_block_nobody(url: str, sql: Sql) -> None:
-    """A put is cancelled at each of its statements in turn, and so is one that waits behind it."""
+    """A put is cancelled at each of its statements in turn: it ends when its call has, which is done whole."""
     made = checkpoint({"x": b"x" * 20_000})
     statements = 0
+    loop = asyncio.get_running_loop()
 
     def cancel(*_: object) -> None:
         nonlocal statements
         statements += 1
         if statements == at_statement:
-            busy.cancel()
-            waiting.cancel()
+            cancelled = threading.Event()
+            loop.call_soon_threadsafe(lambda: (busy.cancel(), cancelled.set()))
+            cancelled.wait()
 
     async with SQLAlchemySaver.from_url(url) as saver:
         await saver.asetup()
@@ -190,17 +223,50 @@ async def test_cancelled_tasks_store_all_or_nothing_and_block_nobody(url: str, s
 
         event.listen(Engine, "before_cursor_execute", cancel)
         try:
-            for at_statement in range(1, 7):  # a first put takes six
+            for at_statement in range(1, 6):  # a first put takes five
                 statements = 0
-                busy, waiting = put_task(f"busy {at_statement}"), put_task(f"waiting {at_statement}")
-                behind = put_task(f"behind {at_statement}")
-                # The results are kept until the next put is through: an exception may hold a driver's cursor.
-                results = await asyncio.gather(busy, waiting, behind, return_exceptions=True)
-                assert [type(result) for result in results] == [asyncio.CancelledError] * 2 + [dict]
+                busy, behind = put_task(f"busy {at_statement}"), put_task(f"behind {at_statement}")
+                results = await asyncio.gather(busy, behind, return_exceptions=True)
+                assert [type(result) for result in results] == [asyncio.CancelledError, dict]
+                assert await saver.aget_tuple(config(f"busy {at_statement}")) is not None
         finally:
             event.remove(Engine, "before_cursor_execute", cancel)
-        async for found in saver.alist(None):
-            assert found.checkpoint["channel_values"] == {"x": b"x" * 20_000}
     assert unaccounted(sql) == (set(), set())
-    assert sql("SELECT count(*) FROM agentmem_threads") == sql("SELECT count(*) FROM agentmem_checkpoints")
+
+
+async def test_a_task_that_is_cancelled_before_a_thread_is_free_does_nothing(url: str, sql: Sql) -> None:
+    made = checkpoint({"x": 1})
+    go_on = threading.Event()
+
+    def hold(*_: object) -> None:
+        go_on.wait(10)
+
+    async with SQLAlchemySaver.from_url(url) as saver:
+        await saver.asetup()
+
+        def put_task(name: str) -> asyncio.Task[Any]:
+            return asyncio.create_task(saver.aput(config(name), made, {}, made["channel_versions"]))
+
+        event.listen(Engine, "before_cursor_execute", hold)
+        try:
+            busy = [put_task(f"busy {number}") for number in range(THREADS)]
+            waiting = put_task("waiting")
+            await asyncio.sleep(0.05)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            go_on.set()
+            await asyncio.gather(*busy)
+        finally:
+            event.remove(Engine, "before_cursor_execute", hold)
+    assert sql("SELECT count(*) FROM agentmem_threads") == [(THREADS,)]
     assert sql("SELECT count(*) FROM agentmem_threads WHERE instr(name, 'waiting')") == [(0,)]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_forked_process_and_its_parent_go_on_with_one_saver(database_url: str, processes: Template) -> None:
+    """As servers with worker processes do it; one closes while the other goes on, and nothing is lost."""
+    assert processes.start("forked", database_url).wait() == 0
+    with SQLAlchemySaver.from_url(database_url) as saver:
+        stored = Counter(one.config["configurable"]["thread_id"] for one in saver.list(None))
+    assert stored == {"parent": 4, "child": 3}

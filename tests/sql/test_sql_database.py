@@ -1,8 +1,7 @@
-"""Transactions: what a write and a read are, on each database and driver; pools, retries, and inserts."""
+"""Transactions: what a write and a read are, on each database; pools, retries, and inserts."""
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,15 +10,13 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, NullPool, create_engine, make_url, text
 from sqlalchemy.dialects import mysql, postgresql, sqlite
-from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.schema import CreateTable
 
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.database import Database
-from agentmem_sql.dialects import add_rows, insert_missing, upsert
-from tests.helpers.sql_cases import config, put
-from tests.helpers.sql_works import BACKENDS, SERVERS, TABLES, add, both, change, names, value
+from agentmem_sql.statements import add_rows, insert_missing, upsert
+from tests.helpers.sql_cases import BACKENDS, SERVERS, TABLES, add, change, config, names, put, value
 
 Sql = Callable[..., list[Any]]
 NewUrl = Callable[[str], str]
@@ -42,10 +39,8 @@ def test_a_write_is_stored_whole_or_not_at_all(database: Database) -> None:
     for _ in range(2):  # the connection that went back to the pool is fit for use
         with pytest.raises(LookupError, match="mine"):
             database.run(fail, write=True)
-        with pytest.raises(LookupError, match="mine"):
-            asyncio.run(database.arun(fail, write=True))
     database.run(add(b"kept"), write=True)
-    assert both(database, names) == [[b"kept"]] * 2
+    assert database.run(names) == [b"kept"]
 
 
 def test_a_statement_that_fails_stores_nothing(database: Database) -> None:
@@ -56,25 +51,22 @@ def test_a_statement_that_fails_stores_nothing(database: Database) -> None:
     for _ in range(2):
         with pytest.raises(StorageError, match=r"(?i)unique|duplicate"):
             database.run(twice, write=True)
-        with pytest.raises(StorageError, match=r"(?i)unique|duplicate"):
-            asyncio.run(database.arun(twice, write=True))
-    assert both(database, names) == [[], []]
+    assert database.run(names) == []
 
 
-@pytest.mark.parametrize("given", [False, True])
-@pytest.mark.parametrize("driver", ["postgresql+psycopg", "postgresql+asyncpg", "mysql+pymysql", "mysql+asyncmy"])
+@pytest.mark.parametrize("own_engine", [False, True])
+@pytest.mark.parametrize("backend", SERVERS)
 def test_statements_of_a_write_see_what_was_committed_before_each(
-    new_url: NewUrl, look: Sql, driver: str, given: bool
+    new_url: NewUrl, look: Sql, backend: str, own_engine: bool
 ) -> None:
     """READ COMMITTED, whatever the engine says: what a lock was waited for is seen once it is granted."""
-    url = make_url(new_url(driver))
-    if driver.startswith("postgresql"):
+    url = make_url(new_url(backend))
+    if backend == "postgresql":
         look(url, f"ALTER DATABASE {url.database} SET default_transaction_isolation = 'repeatable read'")
     other = Database(url, tables=TABLES)
     other.run(add(b"n", b"before"), write=True)
-    make: Any = create_async_engine if driver.endswith(("asyncpg", "asyncmy")) else create_engine
-    engine = make(url, isolation_level="REPEATABLE READ") if given else None
-    database = Database(engine or url, tables=TABLES)
+    engine = create_engine(url, isolation_level="REPEATABLE READ")
+    database = Database(engine if own_engine else url, tables=TABLES)
 
     def work(connection: Connection) -> list[bytes]:
         seen = [value(connection, b"n")]
@@ -82,20 +74,10 @@ def test_statements_of_a_write_see_what_was_committed_before_each(
             thread.submit(other.run, change(b"n", b"after"), write=True).result()
         return [*seen, value(connection, b"n")]
 
-    async def run() -> list[bytes]:
-        found = await database.arun(work, write=True)
-        if engine is not None:
-            await engine.dispose()
-        return found
-
-    assert (asyncio.run(run()) if make is create_async_engine else database.run(work, write=True)) == [
-        b"before",
-        b"after",
-    ]
+    assert database.run(work, write=True) == [b"before", b"after"]
     database.close()
     other.close()
-    if engine is not None and make is create_engine:
-        engine.dispose()
+    engine.dispose()
 
 
 def test_a_read_is_one_statement(mysql_url: str) -> None:
@@ -107,27 +89,19 @@ def test_a_read_is_one_statement(mysql_url: str) -> None:
     database = Database(mysql_url, tables=TABLES, engine_options={"pool_size": 1})
     first = database.run(questions)
     assert [database.run(questions) for _ in range(3)] == [first + 1, first + 2, first + 3]
-
-    async def tasks() -> list[int]:
-        return [await database.arun(questions) for _ in range(3)]
-
-    start, *rest = asyncio.run(tasks())
-    assert rest == [start + 1, start + 2]
     database.close()
 
 
-@pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
-def test_a_read_holds_no_transaction(postgresql_url: str, driver: str) -> None:
-    url = make_url(postgresql_url).set(drivername=f"postgresql+{driver}")
-    database = Database(url, tables=TABLES)
+def test_a_read_holds_no_transaction(postgresql_url: str) -> None:
+    database = Database(postgresql_url, tables=TABLES)
 
     def transaction(connection: Connection) -> bool:
         statement = "SELECT pg_current_xact_id_if_assigned() IS NULL, now() FROM pg_sleep(0.001)"
         return bool(connection.exec_driver_sql(statement).one()[1] == connection.exec_driver_sql(statement).one()[1])
 
     for _ in range(2):  # a write in between leaves no mode behind
-        assert both(database, transaction) == [False, False]
-        assert both(database, transaction, write=True) == [True, True]
+        assert not database.run(transaction)
+        assert database.run(transaction, write=True)
     database.close()
 
 
@@ -150,33 +124,6 @@ def test_sixteen_threads_are_inside_at_once(new_url: NewUrl, backend: str) -> No
         list(threads.map(run, range(16)))
     assert len(database.run(names)) == (0 if backend == "sqlite" else 16)
     database.close()
-
-
-@pytest.mark.parametrize(
-    ("driver", "wait"),
-    [
-        ("postgresql+psycopg", "SELECT pg_sleep(0.2)"),
-        ("postgresql+asyncpg", "SELECT pg_sleep(0.2)"),
-        ("mysql+asyncmy", "SELECT sleep(0.2)"),
-    ],
-)
-async def test_sixteen_tasks_are_inside_at_once(new_url: NewUrl, driver: str, wait: str) -> None:
-    database = Database(new_url(driver), tables=TABLES)
-    inside, most = set(), 0
-
-    async def run(number: int) -> None:
-        def work(connection: Connection) -> None:
-            nonlocal most
-            inside.add(number)
-            most = max(most, len(inside))
-            connection.exec_driver_sql(wait).all()
-            inside.remove(number)
-
-        await database.arun(work, write=True)
-
-    await asyncio.gather(*(run(number) for number in range(16)))
-    assert most > 8  # those that wait while the others connect may be done before
-    await database.aclose()
 
 
 @pytest.mark.parametrize("backend", SERVERS)
@@ -247,7 +194,7 @@ def test_who_always_loses_is_told_in_the_end(new_url: NewUrl, backend: str, lost
     assert database.run(names) == []
     always = False
     runs.clear()
-    asyncio.run(database.arun(work, write=True))
+    database.run(work, write=True)
     assert database.run(names) == [b"3"]
     database.close()
 
@@ -284,16 +231,15 @@ def test_rows_are_added_kept_and_replaced(database: Database) -> None:
 
     for text_, replace, expected in ((b"a", False, b"a"), (b"b", False, b"a"), (b"c", True, b"c")):
         database.run(lambda c, t=text_, r=replace: work(c, t, replace=r), write=True)  # type: ignore[misc]
-        assert both(database, lambda connection: value(connection, b"1199")) == [expected] * 2
+        assert database.run(lambda connection: value(connection, b"1199")) == expected
     assert len(database.run(names)) == 1200
 
 
 def test_values_too_long_for_a_column_are_refused_even_where_the_server_would_cut_them(mysql_url: str) -> None:
     lax = {"connect_args": {"init_command": "SET SESSION sql_mode = ''"}}
     database = Database(mysql_url, tables=TABLES, engine_options=lax)
-    for attempt in (database.run, lambda work, write: asyncio.run(database.arun(work, write=write))):
-        with pytest.raises(StorageError, match="too long"):
-            attempt(add(b"x" * 200), write=True)
+    with pytest.raises(StorageError, match="too long"):
+        database.run(add(b"x" * 200), write=True)
     database.close()
 
 

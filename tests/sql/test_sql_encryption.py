@@ -17,7 +17,7 @@ from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.list_tree import VALUE
-from agentmem_sql.vault import Vault
+from agentmem_sql.protection import Protection
 from tests.helpers.sql_cases import checkpoint, config, finish, memory, put, start_child
 from tests.helpers.sql_graphs import chat_graph, say
 from tests.helpers.sql_protection import (
@@ -98,7 +98,7 @@ def test_equal_content_shows_in_no_digest(tmp_path: Path) -> None:
             put(saver, config(), {"x": "the same"})
         with closing(sqlite3.connect(path)) as connection:
             seen += connection.execute("SELECT digest, body FROM agentmem_blobs").fetchall()
-    guess = Vault(JsonPlusSerializer(), None).digest(
+    guess = Protection(JsonPlusSerializer(), None).digest(
         VALUE, b"msgpack\0" + JsonPlusSerializer().dumps_typed("the same")[1]
     )
     assert len({guess, *(digest for digest, _ in seen)}) == 3
@@ -128,7 +128,7 @@ PLANTED: dict[str, Change] = {
     "an empty body": update("blobs", of("t"), body=b""),
     "a body with a made-up mark": update("blobs", of("t"), body=b"\7msgpack"),
     "a body of another cipher": update("blobs", of("t"), body=b"\1rot13\0msgpack"),
-    "a forged checkpoint": lambda connection: forge(connection, Vault(JsonPlusSerializer(), None)),
+    "a forged checkpoint": lambda connection: forge(connection, Protection(JsonPlusSerializer(), None)),
 }
 
 
@@ -143,11 +143,11 @@ def test_unencrypted_rows_in_an_encrypted_database_are_refused(filled: Any, what
 
 def test_a_secret_that_someone_planted_is_refused(filled: Any) -> None:
     """Who knows the key of the digests could make everything else to fit it, unencrypted."""
-    known = Vault(JsonPlusSerializer(), b"the attacker knows this secret..")
+    known = Protection(JsonPlusSerializer(), b"the attacker knows this secret..")
 
     def plant(connection: sqlite3.Connection) -> None:
         update("settings", "name = CAST('secret' AS BLOB)", value=b"\0the attacker knows this secret..")(connection)
-        update("settings", "name = CAST('check' AS BLOB)", value=known.seal([b"agentmem"]))(connection)
+        update("settings", "name = CAST('check' AS BLOB)", value=known.row_mac([b"agentmem"]))(connection)
         forge(connection, known, alone=True)
 
     after = filled("encrypted").after(plant)

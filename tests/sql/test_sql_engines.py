@@ -1,9 +1,11 @@
-"""Engines of the user's own: their pool, settings, listeners and event loop are respected, and they stay open."""
+"""URLs and engines: what is understood, translated and refused, and what of the user's own engines is respected."""
 
 from __future__ import annotations
 
 import asyncio
 import sqlite3
+import ssl
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -11,19 +13,245 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, Engine, NullPool, create_engine, event, make_url
+from sqlalchemy import Connection, Engine, NullPool, QueuePool, create_engine, event, make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.database import Database
-from agentmem_sql.tables import Tables
-from tests.helpers.sql_cases import config, put
-from tests.helpers.sql_works import aput
+from agentmem_sql.engines import source_of
+from agentmem_sql.schema import Tables
+from tests.helpers.sql_cases import aput, config, finish, put, start_child
 
 Sql = Callable[..., list[Any]]
 NewUrl = Callable[[str], str]
+
+
+SESSIONS = {
+    "postgresql": """
+        SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()
+    """,
+    "mysql": "SELECT count(*) FROM information_schema.processlist WHERE db = database() AND id <> connection_id()",
+}
+
+
+def assert_no_sessions(look: Sql, url: str) -> None:
+    """The server has seen every connection to this database end (it may take it a moment)."""
+    backend = make_url(url).get_backend_name()
+    if backend != "sqlite":
+        ends = time.monotonic() + 5
+        while look(url, SESSIONS[backend]) != [(0,)]:
+            assert time.monotonic() < ends, look(url, SESSIONS[backend])
+            time.sleep(0.01)
+
+
+# URLs.
+
+
+@pytest.mark.parametrize(
+    ("url", "served_by"),
+    [
+        ("sqlite:///x.db", "sqlite+pysqlite:///x.db"),
+        ("sqlite+aiosqlite:///x.db?timeout=3", "sqlite+pysqlite:///x.db?timeout=3"),
+        ("postgresql://u:p@h/d", "postgresql+psycopg://u:p@h/d"),
+        ("postgres://h/d", "postgresql+psycopg://h/d"),
+        ("postgresql+psycopg_async://h/d", "postgresql+psycopg://h/d"),
+        ("postgresql+asyncpg://h/d?target_session_attrs=any", "postgresql+psycopg://h/d?target_session_attrs=any"),
+        ("mysql://h/d", "mysql+pymysql://h/d?charset=utf8mb4"),
+        ("mysql+asyncmy://h/d?charset=utf8", "mysql+pymysql://h/d?charset=utf8"),
+        ("mysql+aiomysql://h/d?charset=utf8", "mysql+pymysql://h/d?charset=utf8"),
+        ("mariadb+pymysql://h/d", "mariadb+pymysql://h/d?charset=utf8mb4"),
+        ("mariadb+asyncmy://h/d", "mariadb+pymysql://h/d?charset=utf8mb4"),
+    ],
+)
+def test_a_url_names_the_database_and_the_synchronous_driver_follows(url: str, served_by: str) -> None:
+    assert source_of(url).url.render_as_string(hide_password=False) == served_by
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("threads.db", "sqlite:///threads.db"),
+        ("sqlite://threads.db", r"three slashes.*write 'sqlite:///threads\.db'"),
+        ("sqlite://folder/threads.db", r"write 'sqlite:///folder"),
+        ("postgresql://localhost:port/x", "cannot be read"),
+        ("oracle://localhost/x", "sqlite, postgresql, mysql or mariadb"),
+        ("sqlite+pysqlcipher:///x.db", r"sqlite or sqlite\+pysqlite.*pysqlcipher"),
+        ("postgresql+psycopg2://localhost/x", r"postgresql or postgresql\+psycopg.*use psycopg \(version 3\)"),
+        ("mariadb+mariadbconnector://localhost/x", r"mariadb\+pymysql"),
+        ("sqlite:///file::memory:?cache=shared&uri=true", "remove them"),
+    ],
+)
+def test_urls_that_cannot_be_used_are_refused(bad: str, message: str) -> None:
+    with pytest.raises(StorageError, match=message):
+        SQLAlchemySaver.from_url(bad)
+
+
+def with_arguments(**arguments: Any) -> dict[str, Any]:
+    return {"connect_args": arguments}
+
+
+@pytest.mark.parametrize(
+    ("url", "options", "translated"),
+    [
+        ("postgresql+asyncpg://h/d?ssl=require", {}, with_arguments(sslmode="require")),
+        ("postgresql+asyncpg://h/d", with_arguments(ssl="verify-full"), with_arguments(sslmode="verify-full")),
+        ("postgresql+asyncpg://h/d", with_arguments(timeout=2.5), with_arguments(connect_timeout=3)),
+        (
+            "postgresql+asyncpg://h/d",
+            with_arguments(command_timeout=1.5),
+            with_arguments(options="-c statement_timeout=1500"),
+        ),
+        (
+            "postgresql+asyncpg://h/d",
+            with_arguments(server_settings={"application_name": "my app", "search_path": "a"}),
+            with_arguments(options="-c application_name=my\\ app -c search_path=a"),
+        ),
+        (
+            "postgresql+asyncpg://h/d",
+            with_arguments(server_settings={"search_path": "a"}, command_timeout=1),
+            with_arguments(options="-c search_path=a -c statement_timeout=1000"),
+        ),
+        ("postgresql+asyncpg://h/d?prepared_statement_cache_size=0", {}, with_arguments(prepare_threshold=None)),
+        ("postgresql+asyncpg://h/d", with_arguments(statement_cache_size=0), with_arguments(prepare_threshold=None)),
+        ("sqlite+aiosqlite:///x", with_arguments(timeout=1), with_arguments(timeout=1)),
+        ("mysql+asyncmy://h/d", with_arguments(init_command="SELECT 1"), with_arguments(init_command="SELECT 1")),
+        ("mysql+asyncmy://h/d", {"pool_size": 3}, {"pool_size": 3}),
+    ],
+)
+def test_options_of_an_asynchronous_driver_are_translated(
+    url: str, options: dict[str, Any], translated: dict[str, Any]
+) -> None:
+    assert source_of(url, options).options == translated
+
+
+@pytest.mark.parametrize(
+    ("url", "options", "message"),
+    [
+        ("postgresql+asyncpg://h/d", with_arguments(ssl=ssl.create_default_context()), "'ssl' of asyncpg.*sslmode="),
+        ("postgresql+asyncpg://h/d", with_arguments(direct_tls=True), "'direct_tls' of asyncpg.*sslnegotiation"),
+        ("postgresql+asyncpg://h/d", with_arguments(statement_cache_size=9), "'statement_cache_size'.*leave it out"),
+        ("postgresql+asyncpg://h/d", with_arguments(prepared_statement_name_func=str), "PgBouncer.*prepare_threshold"),
+        ("sqlite+aiosqlite:///x", with_arguments(iter_chunk_size=2), "'iter_chunk_size' of aiosqlite"),
+        ("mysql+aiomysql://h/d?auth_plugin=x", {}, "'auth_plugin' of aiomysql.*auth_plugin_map"),
+        ("postgresql://h/d", {"async_creator": print}, "'async_creator'.*write `creator`"),
+    ],
+)
+def test_options_without_a_counterpart_are_refused_by_name(url: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(StorageError, match=message):
+        SQLAlchemySaver.from_url(url, engine_options=options)
+
+
+def test_translated_options_reach_the_server(new_url: NewUrl) -> None:
+    database = Database(
+        new_url("postgresql+asyncpg"),
+        tables=Tables(),
+        engine_options=with_arguments(server_settings={"application_name": "my app"}, timeout=5),
+    )
+    assert database.run(lambda connection: connection.exec_driver_sql("SHOW application_name").scalar()) == "my app"
+    database.close()
+
+
+def test_the_mariadb_spelling_works(new_url: NewUrl) -> None:
+    with SQLAlchemySaver.from_url(make_url(new_url("mysql")).set(drivername="mariadb")) as saver:
+        asyncio.run(aput(saver, "t", x=1))
+        assert saver.get_tuple(config()) is not None
+
+
+@pytest.mark.parametrize("driver", ["sqlite+aiosqlite", "postgresql+asyncpg", "mysql+asyncmy"])
+def test_one_saver_in_several_loops_and_threads(new_url: NewUrl, look: Sql, driver: str) -> None:
+    """Loops one after the other and at the same time, with the synchronous mode beside them; closing ends it all."""
+    url = new_url(driver)
+
+    async def talk(number: int) -> None:
+        await asyncio.gather(*(aput(saver, f"{number}.{task}", x=number) for task in range(3)))
+        put(saver, config(f"{number}.sync"), {"x": number})
+
+    with SQLAlchemySaver.from_url(url) as saver:
+        for number in range(3):
+            asyncio.run(talk(number))
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda number: asyncio.run(talk(number)), range(3, 7)))
+        assert len(list(saver.list(None))) == 7 * 4
+    assert_no_sessions(look, url)
+
+
+def test_a_database_that_must_exist(database_url: str, path: Path) -> None:
+    """Neither a file nor tables are made, and nothing is done before there are some."""
+    for _ in range(2):
+        with (
+            SQLAlchemySaver.from_url(database_url, must_exist=True) as saver,
+            pytest.raises(StorageError, match=r"a SQLite file at .* found nothing there|found no such table"),
+        ):
+            saver.get_tuple(config())
+    with SQLAlchemySaver.from_url(database_url) as saver:
+        at = put(saver, config(), {"x": 1})
+    with SQLAlchemySaver.from_url(database_url, must_exist=True) as saver:
+        assert saver.get_tuple(at) is not None
+    with (
+        SQLAlchemySaver.from_url(database_url, must_exist=True, table_prefix="other_") as saver,
+        pytest.raises(StorageError, match=r"'other_threads'.*found no such table"),
+    ):
+        saver.get_tuple(config())
+    with pytest.raises(StorageError, match="in memory"):
+        SQLAlchemySaver.from_url("sqlite://", must_exist=True)
+    with (
+        SQLAlchemySaver.from_url(f"sqlite:///{path.parent}", must_exist=True) as saver,
+        pytest.raises(StorageError, match="found a folder"),
+    ):
+        saver.setup()
+
+
+# Packages.
+
+
+BLOCKED = """
+import asyncio, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in sys.argv[1].split():
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+from agentmem.errors import MissingExtraError
+for case in sys.argv[2:]:
+    try:
+        from agentmem_sql import SQLAlchemySaver
+        mode, url = case.split()
+        saver = SQLAlchemySaver.from_url(url)
+        saver.setup() if mode == "sync" else asyncio.run(saver.asetup())
+    except MissingExtraError as error:
+        print(error.package, error.extra, end=";")
+"""
+
+
+def test_missing_packages_are_named_with_their_extra() -> None:
+    """The imports are blocked; no server is asked, since the driver is needed first."""
+    drivers = {"psycopg postgres": "sync postgresql+asyncpg://h/d", "pymysql mysql": "async mariadb://h/d"}
+    children = [
+        start_child("sqlalchemy", "sync sqlite://", code=BLOCKED),
+        start_child("greenlet aiosqlite asyncpg asyncmy", "async sqlite+aiosqlite://", code=BLOCKED),
+        start_child("psycopg pymysql", *drivers.values(), code=BLOCKED),
+    ]
+    expected = ["sqlalchemy sql;", "", "".join(f"{one};" for one in drivers)]
+    assert [finish(child) for child in children] == expected
+
+
+def test_import_loads_no_torch_and_an_unclosed_saver_lets_the_process_end() -> None:
+    code = """
+import asyncio, sys
+from agentmem_sql import SQLAlchemySaver
+saver = SQLAlchemySaver.from_url("sqlite:///" + sys.argv[1])
+asyncio.run(saver.asetup())
+saver.setup()
+print("torch" in sys.modules, "transformers" in sys.modules)
+"""
+    assert finish(start_child(":memory:", code=code)) == "False False"
+
+
+# Engines of the user's own.
 
 
 def test_an_engine_of_ones_own_stays_open(path: Path, sql: Sql) -> None:
@@ -66,62 +294,6 @@ def test_more_threads_than_connections(path: Path, options: dict[str, Any]) -> N
         assert [one.checkpoint["channel_values"]["x"] for one in found if one is not None] == list(range(48))
 
 
-async def test_an_async_engine_of_ones_own_stays_open(async_url: str) -> None:
-    engine = create_async_engine(async_url)
-    async with SQLAlchemySaver(engine) as saver:
-        at = await aput(saver, "t", x=1)
-        found = await asyncio.to_thread(saver.get_tuple, at)
-        assert found is not None
-    async with engine.connect() as connection:
-        assert (await connection.exec_driver_sql("SELECT count(*) FROM agentmem_checkpoints")).scalar_one() == 1
-    await engine.dispose()
-
-
-@pytest.mark.parametrize("driver", ["sqlite+aiosqlite", "postgresql+asyncpg", "postgresql+psycopg", "mysql+asyncmy"])
-def test_an_async_engine_of_ones_own_belongs_to_a_loop(new_url: NewUrl, driver: str) -> None:
-    engine = create_async_engine(new_url(driver))
-    saver = SQLAlchemySaver(engine)
-
-    async def use_and_dispose(thread: str) -> None:
-        await aput(saver, thread, x=1)
-        await engine.dispose()
-
-    for thread in "ab":  # disposed of at the end of a loop, it serves the next one
-        asyncio.run(use_and_dispose(thread))
-    loop = asyncio.new_event_loop()
-    loop.run_until_complete(aput(saver, "c", x=1))
-    if driver == "sqlite+aiosqlite":
-        asyncio.run(aput(saver, "d", x=1))
-    else:
-        with pytest.raises(StorageError, match=r"another event loop.*NullPool"):
-            asyncio.run(aput(saver, "d", x=1))
-    loop.run_until_complete(engine.dispose())
-    loop.close()
-    saver.close()
-
-
-@pytest.mark.parametrize("driver", ["postgresql+asyncpg", "mysql+asyncmy"])
-def test_an_async_engine_without_a_pool_serves_every_loop(new_url: NewUrl, driver: str) -> None:
-    saver = SQLAlchemySaver(create_async_engine(new_url(driver), poolclass=NullPool))
-    for thread in "ab":
-        asyncio.run(aput(saver, thread, x=1))
-    assert len(list(saver.list(None))) == 2
-    saver.close()
-
-
-async def test_an_async_engine_of_ones_own_that_begins_by_itself(path: Path) -> None:
-    engine = create_async_engine(f"sqlite+aiosqlite:///{path}")
-    _begin_by_event(engine.sync_engine)
-    async with SQLAlchemySaver(engine) as saver:
-        at = await asyncio.to_thread(put, saver, config(), {"x": 1})
-        assert await saver.aget_tuple(at) is not None
-        await saver.adelete_thread("t")
-        assert await saver.aget_tuple(at) is None
-    async with engine.connect() as connection:
-        assert (await connection.exec_driver_sql("SELECT count(*) FROM agentmem_blobs")).scalar_one() == 0
-    await engine.dispose()
-
-
 def test_a_write_holds_the_lock_of_the_file_from_the_start(path: Path) -> None:
     """Even where the engine begins by itself: a write after a read would fail at once if another came between."""
     engine = create_engine(f"sqlite:///{path}")
@@ -149,14 +321,6 @@ def _begin_by_event(engine: Engine) -> None:
     @event.listens_for(engine, "begin")
     def _(connection: Any) -> None:
         connection.exec_driver_sql("BEGIN")
-
-
-def test_an_engine_that_does_not_say_where_its_database_is_serves_its_own_mode() -> None:
-    engine = create_engine("postgresql+psycopg://", creator=lambda: pytest.fail("not reached"))
-    saver = SQLAlchemySaver(engine)
-    with pytest.raises(StorageError, match="does not say where"):
-        asyncio.run(saver.asetup())
-    saver.close()
 
 
 def test_listeners_for_cursors_see_what_is_stored_and_read(path: Path) -> None:
@@ -213,7 +377,7 @@ def test_a_schema_of_ones_own(postgresql_url: str, look: Sql) -> None:
     engine = create_engine(postgresql_url, execution_options={"schema_translate_map": {None: "mapped"}})
     with SQLAlchemySaver(engine) as saver:
         put(saver, config("a"), {"x": 1})
-        asyncio.run(aput(saver, "b", x=1))  # the other mode's engine looks into the same schema
+        asyncio.run(aput(saver, "b", x=1))
         assert len(list(saver.list(None))) == 2
     engine.dispose()
     found = look(
@@ -224,14 +388,83 @@ def test_a_schema_of_ones_own(postgresql_url: str, look: Sql) -> None:
         s.setup()
 
 
-def test_an_engine_in_memory_serves_its_own_mode_only() -> None:
+def test_an_engine_in_memory() -> None:
     engine = create_engine("sqlite:///:memory:", poolclass=StaticPool, connect_args={"check_same_thread": False})
     with SQLAlchemySaver(engine) as saver:
         at = put(saver, config(), {"x": 1})
-        assert saver.get_tuple(at) is not None
-        with pytest.raises(StorageError, match="in memory"):
-            asyncio.run(saver.aget_tuple(at))
+        assert asyncio.run(saver.aget_tuple(at)) is not None
     engine.dispose()
     apart = create_engine("sqlite:///:memory:", poolclass=SingletonThreadPool)
     with pytest.raises(StorageError, match="StaticPool"):
         SQLAlchemySaver(apart)
+
+
+def test_a_transaction_of_the_callers_on_the_only_connection_is_left_alone() -> None:
+    engine = create_engine("sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False})
+    saver, other = SQLAlchemySaver(engine), SQLAlchemySaver(engine)
+    put(saver, config(), {"x": 1})
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE mine (n INTEGER)")
+        connection.exec_driver_sql("INSERT INTO mine VALUES (1)")
+        for call in (lambda: put(other, config(), {"x": 2}), lambda: saver.get_tuple(config())):
+            with pytest.raises(StorageError, match="transaction of yours"):
+                call()
+    with engine.connect() as connection:
+        assert connection.exec_driver_sql("SELECT n FROM mine").scalar_one() == 1
+    put(other, config(), {"x": 2})
+    assert len(list(saver.list(config()))) == 2
+    engine.dispose()
+
+
+# Asynchronous engines, which are taken for their URL and options.
+
+
+@pytest.mark.parametrize("driver", ["sqlite+aiosqlite", "postgresql+asyncpg", "postgresql+psycopg", "mysql+asyncmy"])
+async def test_an_async_engine_of_ones_own(new_url: NewUrl, look: Sql, driver: str) -> None:
+    """Any loop and any thread may use the saver, and the engine itself is left alone."""
+    url = new_url(driver)
+    engine = create_async_engine(url)
+    async with SQLAlchemySaver(engine) as saver:
+        at = await aput(saver, "t", x=1)
+        assert saver.get_tuple(at) is not None
+        assert await asyncio.to_thread(lambda: asyncio.run(saver.aget_tuple(at))) is not None
+    assert engine.pool.checkedin() == engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    assert look(url, "SELECT count(*) FROM agentmem_checkpoints") == [(1,)]
+
+
+def test_the_options_of_an_async_engine_are_taken_over() -> None:
+    engine = create_async_engine(
+        "postgresql+asyncpg://u:p@h/d?ssl=require",
+        connect_args={"timeout": 3},
+        pool_size=3,
+        max_overflow=2,
+        pool_timeout=7,
+        pool_recycle=60,
+        pool_pre_ping=True,
+        execution_options={"schema_translate_map": {None: "mine"}, "isolation_level": "SERIALIZABLE"},
+    )
+    source = source_of(engine)
+    assert source.url.render_as_string(hide_password=False) == "postgresql+psycopg://u:p@h/d"
+    assert source.options == {
+        "connect_args": {"sslmode": "require", "connect_timeout": 3},
+        "pool_size": 3,
+        "max_overflow": 2,
+        "pool_timeout": 7,
+        "pool_recycle": 60,
+        "pool_pre_ping": True,
+    }
+    assert source.execution_options == {"schema_translate_map": {None: "mine"}}
+    without_pool = create_async_engine("mysql+asyncmy://h/d", poolclass=NullPool)
+    assert source_of(without_pool).options["poolclass"] is NullPool
+    assert source_of("sqlite:///x", {"poolclass": type(engine.pool)}).options["poolclass"] is QueuePool
+
+
+def test_async_engines_that_cannot_be_taken_over() -> None:
+    for engine, message in (
+        (create_async_engine("postgresql+asyncpg://", async_creator=print), "function of yours"),
+        (create_async_engine("sqlite+aiosqlite://"), "in memory"),
+        (create_async_engine("sqlite+aiosqlite:///:memory:", poolclass=StaticPool), "in memory"),
+        (create_async_engine("postgresql+asyncpg://h/d", connect_args={"ssl": True}), "'ssl' of asyncpg"),
+    ):
+        with pytest.raises(StorageError, match=message):
+            SQLAlchemySaver(engine)

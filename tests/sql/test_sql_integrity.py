@@ -13,8 +13,8 @@ from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 
 from agentmem.errors import ConfigError, StorageError
 from agentmem_sql import SQLAlchemySaver
-from agentmem_sql.codec import seal_write
-from agentmem_sql.vault import Vault
+from agentmem_sql.protection import Protection
+from agentmem_sql.rows import seal_write
 from tests.helpers.sql_protection import (
     HMAC_KEY,
     NEWEST,
@@ -161,22 +161,22 @@ def test_rows_that_were_moved_or_exchanged_are_refused(filled: Any, move: str) -
 # Somebody who can write to the database and knows how everything in it is made, but not the key.
 
 
-def forge_write(connection: sqlite3.Connection, vault: Vault) -> None:
+def forge_write(connection: sqlite3.Connection, protection: Protection) -> None:
     """Make the pending writes of a task those of another."""
     connection.row_factory = sqlite3.Row
     row = dict(connection.execute(f"SELECT * FROM agentmem_writes WHERE {WRITE}").fetchone())
     connection.row_factory = None
     row["path"] = b"forged"
     where = f"{WRITE} AND idx = {row['idx']}"
-    update("writes", where, path=b"forged", seal=seal_write(vault, "t", row))(connection)
+    update("writes", where, path=b"forged", seal=seal_write(protection, "t", row))(connection)
 
 
 def test_without_a_key_digests_find_damage_but_no_forger(filled: Any) -> None:
     """What `hmac_key` is for; and that the forger of the next test knows the trade."""
     found = filled("plain")
-    after = found.after(lambda connection: forge(connection, Vault(JsonPlusSerializer(), None)))
+    after = found.after(lambda connection: forge(connection, Protection(JsonPlusSerializer(), None)))
     assert after["newest"].checkpoint["channel_values"]["x"] == b"forged"
-    after = found.after(lambda connection: forge_write(connection, Vault(JsonPlusSerializer(), None)))
+    after = found.after(lambda connection: forge_write(connection, Protection(JsonPlusSerializer(), None)))
     assert not isinstance(after["get 0"], StorageError)
 
 
@@ -184,7 +184,7 @@ def test_without_a_key_digests_find_damage_but_no_forger(filled: Any) -> None:
 @pytest.mark.parametrize("forgery", [forge, forge_write])
 def test_with_a_key_nobody_without_it_can_change_anything(filled: Any, forgery: Any, key: bytes | None) -> None:
     found = filled("hmac")
-    after = found.after(lambda connection: forgery(connection, Vault(JsonPlusSerializer(), key)))
+    after = found.after(lambda connection: forgery(connection, Protection(JsonPlusSerializer(), key)))
     name = "newest" if forgery is forge else "get 0"
     assert isinstance(after[name], StorageError)
     assert isinstance(after["list"], StorageError)
@@ -194,10 +194,10 @@ def test_a_body_and_its_digest_made_anew_are_refused_with_a_key(filled: Any) -> 
     """The digest is what content refers to content by, so both are changed everywhere."""
 
     def rewrite(connection: sqlite3.Connection) -> None:
-        vault = Vault(JsonPlusSerializer(), None)
+        protection = Protection(JsonPlusSerializer(), None)
         rows = connection.execute("SELECT rowid, kind, body FROM agentmem_blobs").fetchall()
         for number, kind, body in rows:
-            update("blobs", f"rowid = {number}", digest=vault.digest(kind, vault.open(body)))(connection)
+            update("blobs", f"rowid = {number}", digest=protection.digest(kind, protection.decrypt(body)))(connection)
 
     after = filled("hmac").after(rewrite)
     assert all(isinstance(answer, StorageError) for name, answer in after.items() if name != "history 0")
@@ -210,7 +210,7 @@ def test_settings_that_were_taken_out_open_nothing(filled: Any, name: bytes | No
 
     def forged(connection: sqlite3.Connection) -> None:
         take_out(connection)
-        forge(connection, Vault(JsonPlusSerializer(), None))
+        forge(connection, Protection(JsonPlusSerializer(), None))
 
     for protection in ("hmac", "both"):
         after = filled(protection).after(take_out if protection == "both" else forged)

@@ -14,10 +14,11 @@ from alembic.operations import Operations
 from sqlalchemy import Connection, NullPool, create_engine, inspect
 
 from agentmem.errors import StorageError
-from agentmem_sql import SQLAlchemySaver, dialects
+from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.database import Database
 from agentmem_sql.migrations import MIGRATIONS, Migration
-from agentmem_sql.tables import Tables, metadata
+from agentmem_sql.schema import Tables, metadata
+from agentmem_sql.statements import add_rows
 from tests.helpers.sql_cases import config, finish, put, start_child
 
 Sql = Callable[..., list[Any]]
@@ -79,7 +80,7 @@ def test_a_migration_that_fails_is_taken_up_again(database_url: str, ask: Sql) -
         assert saver.get_tuple(config()) is not None
 
     fails.clear()
-    asyncio.run(database.arun(lambda _: None))
+    database.run(lambda _: None)
     database.close()
     assert sorted(ask("SELECT version FROM agentmem_schema_versions")) == [(CURRENT,), (CURRENT + 1,)]
     assert ask("SELECT * FROM agentmem_extra") == []
@@ -120,7 +121,7 @@ def test_prepare_comes_after_the_tables_and_until_it_succeeds(database_url: str,
 
     def prepare(connection: Connection) -> None:
         calls.append(1)
-        dialects.add_rows(connection, tables.settings, [{"name": b"n", "value": b"%d" % len(calls)}], replace=False)
+        add_rows(connection, tables.settings, [{"name": b"n", "value": b"%d" % len(calls)}], replace=False)
         if len(calls) < 3:
             raise LookupError("not yet")
 
@@ -129,9 +130,9 @@ def test_prepare_comes_after_the_tables_and_until_it_succeeds(database_url: str,
     with pytest.raises(LookupError):
         database.run(lambda _: pytest.fail("prepare comes first"))
     with pytest.raises(LookupError):
-        asyncio.run(database.arun(lambda _: pytest.fail("prepare comes first")))
+        database.run(lambda _: pytest.fail("prepare comes first"))
     for _ in range(2):
-        asyncio.run(database.arun(lambda connection: connection.exec_driver_sql("SELECT 1").all()))
+        database.run(lambda connection: connection.exec_driver_sql("SELECT 1").all())
     database.close()
     assert len(calls) == 3
     assert ask("SELECT value FROM agentmem_settings") == [(b"3",)]

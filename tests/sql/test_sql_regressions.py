@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
-from sqlalchemy import create_engine, text
-from sqlalchemy.pool import StaticPool
 
-from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
-from tests.helpers.sql_cases import checkpoint, config, put
+from tests.helpers.sql_cases import config, put
 
 
 def long(letter: str) -> str:
@@ -99,43 +94,3 @@ def test_a_serializer_of_the_callers_reads_every_message(url: str) -> None:
         found = saver.get_tuple(at)
         assert found is not None
         assert [one.content for one in found.checkpoint["channel_values"]["messages"]] == texts
-
-
-async def test_a_blocking_write_in_a_loop_that_holds_a_lock_is_refused(postgresql_url: str) -> None:
-    """The task that prunes holds the thread's row, and goes on only when the loop does."""
-    async with SQLAlchemySaver.from_url(postgresql_url) as saver:
-        at = None
-        for number in range(30):
-            at = await saver.aput(
-                at or config(), made := checkpoint({"n": [long(str(number))]}), {}, made["channel_versions"]
-            )
-        pruning = asyncio.create_task(saver.aprune(["t"]))
-        refused, began = 0, time.monotonic()
-        while not pruning.done():
-            await asyncio.sleep(0)
-            try:
-                put(saver, config(), {"x": 1})
-            except StorageError as error:
-                assert "aput" in str(error)  # noqa: PT017  (how often depends on the server)
-                refused += 1
-        await pruning
-        assert time.monotonic() - began < 20
-        assert refused
-        put(saver, config(), {"x": 1})
-
-
-def test_a_transaction_of_the_callers_on_the_only_connection_is_left_alone() -> None:
-    engine = create_engine("sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False})
-    saver, other = SQLAlchemySaver(engine), SQLAlchemySaver(engine)
-    put(saver, config(), {"x": 1})
-    with engine.begin() as connection:
-        connection.execute(text("CREATE TABLE mine (n INTEGER)"))
-        connection.execute(text("INSERT INTO mine VALUES (1)"))
-        for call in (lambda: put(other, config(), {"x": 2}), lambda: saver.get_tuple(config())):
-            with pytest.raises(StorageError, match="transaction of yours"):
-                call()
-    with engine.connect() as connection:
-        assert connection.execute(text("SELECT n FROM mine")).scalar_one() == 1
-    put(other, config(), {"x": 2})
-    assert len(list(saver.list(config()))) == 2
-    engine.dispose()

@@ -19,10 +19,9 @@ from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
 from sqlalchemy import Engine, NullPool, create_engine, event, text
 from typer.testing import CliRunner
 
-from agentmem.errors import ConfigError, StorageError
+from agentmem.errors import ConfigError
 from agentmem_cli.app import app
 from agentmem_sql import Retention, SQLAlchemySaver
-from agentmem_sql.presence import check_present
 from tests.helpers.sql_cases import config, put
 from tests.helpers.sql_chains import grow, history, id_of, ids, made, write
 
@@ -579,8 +578,5 @@ def test_schema_and_odd_prefix(postgresql_url: str, look: Sql) -> None:
         chain(saver, 3)
         assert saver.storage_report().database_bytes > 0
         assert saver.retain(Retention(max_checkpoints=1)).removed == 2
-    check_present(postgresql_url, schema="Odd one", table_prefix='my "own"_')
-    with pytest.raises(StorageError, match="no such table"):
-        check_present(postgresql_url, table_prefix='my "own"_')
     command = ["storage", "report", postgresql_url, "--schema", "Odd one", "--prefix", 'my "own"_', "--json"]
     assert json.loads(CliRunner().invoke(app, command).stdout)["checkpoints"] == 1

@@ -13,8 +13,8 @@ from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
-from agentmem_sql.codec import pack_content, seal_checkpoint
 from agentmem_sql.list_tree import VALUE
+from agentmem_sql.rows import pack_content, seal_checkpoint
 from tests.helpers.sql_cases import checkpoint, config, put
 from tests.helpers.sql_protection import PROTECTION, aes
 
@@ -158,25 +158,25 @@ def test_a_pickle_that_someone_stored_is_not_read(url: str, protection: str, cap
     options = {**PROTECTION[protection], "serde": serde}
     with SQLAlchemySaver.from_url(url, **options) as saver:
         at = put(saver, config(), {"x": ["item", "y" * 100]})
-        vault = saver._store.vault
+        protection = saver._store.protection
         body = b"pickle\0" + pickled
 
         def plant(connection: Any) -> None:
             rows = connection.exec_driver_sql("SELECT thread, content FROM agentmem_checkpoints").all()
             ((thread, _),) = rows
-            digest = vault.digest(VALUE, body)
+            digest = protection.digest(VALUE, body)
             connection.exec_driver_sql(
                 "INSERT INTO agentmem_blobs (thread, digest, kind, body) VALUES (?, ?, ?, ?)",
-                (thread, digest, VALUE, vault.close(body)),
+                (thread, digest, VALUE, protection.encrypt(body)),
             )
             row = dict(connection.exec_driver_sql("SELECT * FROM agentmem_checkpoints").mappings().one())
             row["content"] = pack_content({"x": digest})
             connection.exec_driver_sql(
                 "UPDATE agentmem_checkpoints SET content = ?, seal = ?",
-                (row["content"], seal_checkpoint(vault, "t", row)),
+                (row["content"], seal_checkpoint(protection, "t", row)),
             )
 
-        saver._database.run(plant, write=True)
+        saver._store.database.run(plant, write=True)
         with pytest.raises(StorageError, match="pickle"):
             saver.get_tuple(at)
         with pytest.raises(StorageError, match="pickle"):

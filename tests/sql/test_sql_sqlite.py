@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +16,7 @@ from sqlalchemy.pool import Pool
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.database import Database
-from tests.helpers.sql_cases import config, finish, put, start_child
-from tests.helpers.sql_works import TABLES, names
+from tests.helpers.sql_cases import TABLES, config, finish, names, put, start_child
 
 Sql = Callable[..., list[Any]]
 NewUrl = Callable[[str], str]
@@ -142,8 +140,6 @@ async def test_files_that_cannot_be_opened_are_refused(tmp_path: Path) -> None:
             saver.setup()
         with pytest.raises(StorageError, match="folder exists"):
             await saver.asetup()
-    while any("_connection_worker_thread" in thread.name for thread in threading.enumerate()):
-        await asyncio.sleep(0.001)  # the driver's thread reports to this loop when it ends
     (tmp_path / "x.db").write_bytes(b"no database" * 1000)
     with (
         SQLAlchemySaver.from_url(f"sqlite:///{tmp_path}/x.db") as saver,

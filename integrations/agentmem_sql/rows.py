@@ -1,7 +1,7 @@
 """Between LangGraph's checkpoints and rows.
 
 A row is sealed: one digest over its columns and its thread, so that nothing in it can be changed, and no row
-moved elsewhere, unnoticed. Where the channels' values lie is packed into the column ``content``, name by name.
+moved elsewhere, unnoticed. Where the channels' values lie is packed into the column `content`, name by name.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ from langgraph.checkpoint.base import (
 from langgraph.checkpoint.serde.base import SerializerProtocol
 
 from agentmem.errors import StorageError
-from agentmem_sql.cache import Body, Held_by
+from agentmem_sql.content import Packer, Unpacker, Value, load
 from agentmem_sql.ids import check_id
-from agentmem_sql.keys import (
+from agentmem_sql.message_cache import Body, CachedThread, ChannelHeads, DecodeTemplates
+from agentmem_sql.protection import Protection
+from agentmem_sql.schema import (
     DIGEST_BYTES,
     decode_text,
     encode_text,
@@ -38,8 +40,6 @@ from agentmem_sql.keys import (
     open_key,
     thread_key,
 )
-from agentmem_sql.packing import Packer, Unpacker, dump, load
-from agentmem_sql.vault import Vault
 
 _LENGTH = struct.Struct(">I")
 # What is sealed of a row.
@@ -64,15 +64,18 @@ class Address(NamedTuple):
             StorageError: it names no thread.
             ConfigError: its thread id or checkpoint id is none, for example None.
         """
-        found = config.get("configurable", {})
-        if "thread_id" not in found:
+        configurable = config.get("configurable", {})
+        if "thread_id" not in configurable:
             raise StorageError(
                 "expected a config with a thread id, found none; "
                 "pass {'configurable': {'thread_id': '...'}} to the graph or the checkpointer"
             )
-        ns, checkpoint_id = str(found.get("checkpoint_ns", "")), found.get("checkpoint_id")
-        named = check_id(checkpoint_id, "checkpoint id") if checkpoint_id else None
-        return cls(check_id(found["thread_id"]), ns, named)
+        thread, checkpoint_id = configurable["thread_id"], configurable.get("checkpoint_id")
+        if type(thread) is not str:
+            thread = check_id(thread)
+        if checkpoint_id and type(checkpoint_id) is not str:
+            checkpoint_id = check_id(checkpoint_id, "checkpoint id")
+        return cls(thread, str(configurable.get("checkpoint_ns") or ""), checkpoint_id or None)
 
     def config(self, checkpoint_id: str) -> RunnableConfig:
         """The config of a checkpoint in this namespace."""
@@ -117,12 +120,7 @@ class StoredCheckpoint:
     contents: Mapping[bytes, Body] = field(default_factory=dict)  # everything that the two refer to
 
     @property
-    def roots(self) -> set[bytes]:
-        """The content that the checkpoint and its pending writes name."""
-        return {*self.digests.values(), *(write.digest for write in self.writes)}
-
-    @property
-    def held(self) -> Held_by:
+    def heads(self) -> ChannelHeads:
         """What each channel held."""
         versions: ChannelVersions = self.body["channel_versions"]
         return {name: (version, self.digests.get(name)) for name, version in versions.items()}
@@ -130,83 +128,88 @@ class StoredCheckpoint:
 
 def encode_checkpoint(
     packer: Packer,
-    serde: SerializerProtocol,
-    vault: Vault,
+    protection: Protection,
     address: Address,
     checkpoint: Checkpoint,
     metadata: CheckpointMetadata,
     new_versions: ChannelVersions,
-    parents: Held_by,
-) -> tuple[Row, Held_by]:
-    """The row of a checkpoint, and what its channels hold; values go to the packer. ``address``: of its parent.
+    parents: ChannelHeads,
+) -> tuple[Row, ChannelHeads]:
+    """The row of a checkpoint, and what its channels hold; values go to the packer. `address`: of its parent.
 
-    A channel that is not in ``new_versions`` holds what it held in the parent at the same version. Where the
+    A channel that is not in `new_versions` holds what it held in the parent at the same version. Where the
     parent does not know that version (there is none, or it is gone) the value that came along is stored.
     """
     values = checkpoint["channel_values"]
-    held: dict[str, tuple[str | int | float, bytes | None]] = {}
+    heads: dict[str, tuple[str | int | float, bytes | None]] = {}
+    new: list[Value] = []
     for name, version in checkpoint["channel_versions"].items():
-        before = parents.get(name)
-        if before is not None and name not in new_versions and _same(before[0], version):
-            held[name] = before
-        else:
-            held[name] = version, packer.pack(values[name]) if name in values else None
-    ns = open_key(address.ns)
-    run = metadata.get("run_id")
+        in_parent = parents.get(name)
+        if in_parent is not None and name not in new_versions and _same(in_parent[0], version):
+            heads[name] = in_parent
+            continue
+        heads[name] = version, None
+        if name in values:
+            new.append(Value(name, values[name]))
+    for value, digest in zip(new, packer.pack(new), strict=True):
+        heads[value.channel] = heads[value.channel][0], digest
     own: dict[str, Any] = {**checkpoint}
     del own["channel_values"], own["id"]
+    # In this order each neighbour is asked once: the serializer, the keys, the cipher.
+    metadata_body, own_body = packer.dump(metadata, "metadata"), packer.dump(own, "checkpoint")
+    content = pack_content({name: digest for name, (_, digest) in heads.items() if digest is not None})
+    ns = open_key(address.ns)
     row: dict[str, Any] = {
         "ns": ns,
         "id": exact_key(checkpoint["id"], "checkpoint id"),
         "ns_name": encode_text(address.ns) if is_hashed(ns) else None,
         "parent": None if address.id is None else exact_key(address.id, "checkpoint id"),
         "created": time.time_ns() // 1_000_000,
-        "run": vault.run_key(run) if isinstance(run, str) else None,
-        "metadata": vault.close(dump(serde, metadata)),
-        "body": vault.close(dump(serde, own)),
-        "content": pack_content({name: digest for name, (_, digest) in held.items() if digest is not None}),
+        "content": content,
         "history": None,
     }
-    row["seal"] = seal_checkpoint(vault, address.thread, row)
-    return row, held
+    run = metadata.get("run_id")
+    row["run"] = protection.run_key(run) if isinstance(run, str) else None
+    row["metadata"], row["body"] = protection.encrypt(metadata_body), protection.encrypt(own_body)
+    row["seal"] = protection.row_mac((thread_key(address.thread), *_of_checkpoint(row)))
+    return row, heads
 
 
 def encode_writes(
     packer: Packer,
-    vault: Vault,
+    protection: Protection,
     address: Address,
     writes: Sequence[tuple[str, Any]],
     task_id: str,
     task_path: str,
-) -> list[Row]:
+) -> Sequence[Row]:
     """The rows of the pending writes of a task; values go to the packer.
 
     Raises:
         StorageError: the address names no checkpoint to hang them on.
+        ConfigError: the task id is none.
     """
     if address.id is None:
         raise StorageError("expected a config with the checkpoint id to store writes under, found none")
     ns, checkpoint = open_key(address.ns), exact_key(address.id, "checkpoint id")
+    if type(task_id) is not str:
+        task_id = check_id(task_id, "task id")
     task, path = exact_key(task_id, "task id"), encode_text(task_path)
-    rows: list[Row] = []
     by_index = {
         WRITES_IDX_MAP.get(channel, position): (channel, value) for position, (channel, value) in enumerate(writes)
     }
-    for index, (channel, value) in by_index.items():
-        row: dict[str, Any] = {
-            "ns": ns,
-            "checkpoint": checkpoint,
-            "task": task,
-            "idx": index,
-            "path": path,
-            "channel": encode_text(channel),
-            # What may be replaced has content of its own, so that it can be freed without a look at the whole thread.
-            "digest": packer.pack_own(value, _place(ns, checkpoint, task, index))
-            if channel in WRITES_IDX_MAP
-            else packer.pack(value),
-        }
-        row["seal"] = seal_write(vault, address.thread, row)
-        rows.append(row)
+    # What may be replaced has content of its own, so that it can be freed without a look at the whole thread.
+    values = [
+        Value(channel, value, _place(ns, checkpoint, task, index) if channel in WRITES_IDX_MAP else None)
+        for index, (channel, value) in by_index.items()
+    ]
+    same = {"ns": ns, "checkpoint": checkpoint, "task": task, "path": path}
+    rows: list[dict[str, Any]] = [
+        {**same, "idx": index, "channel": _channel_bytes(value.channel), "digest": digest}
+        for index, value, digest in zip(by_index, values, packer.pack(values), strict=True)
+    ]
+    for row in rows:
+        row["seal"] = protection.row_mac((thread_key(address.thread), *_of_write(row)))
     return rows
 
 
@@ -215,80 +218,104 @@ def _place(ns: bytes, checkpoint: bytes, task: bytes, index: int) -> bytes:
     return sha256(b"%d %d %d " % (index, len(ns), len(checkpoint)) + ns + checkpoint + task).digest()
 
 
-def replaces(writes: Sequence[tuple[str, Any]]) -> bool:
+def replaces(rows: Sequence[Row]) -> bool:
     """Whether the writes of a task replace what it wrote before: those to special channels do."""
-    return all(channel in WRITES_IDX_MAP for channel, _ in writes)
+    return all(row["idx"] < 0 for row in rows)
 
 
-def decode_row(vault: Vault, serde: SerializerProtocol, thread: str, row: Row) -> StoredCheckpoint:
+def decode_row(protection: Protection, serde: SerializerProtocol, thread: str, row: Row) -> StoredCheckpoint:
     """A row of the checkpoints table.
 
     Raises:
         StorageError: the row was changed or damaged since it was written.
     """
-    check_seal(vault, thread, row)
+    if protection.row_mac((thread_key(thread), *_of_checkpoint(row))) != row["seal"]:
+        raise damaged(thread, decode_text(row["id"]), "the checkpoint's row")
+    metadata, body = protection.decrypt(row["metadata"]), protection.decrypt(row["body"])
     checkpoint_id = decode_text(row["id"])
     ns = decode_text(row["ns"] if row["ns_name"] is None else row["ns_name"])
+    parent = None if row["parent"] is None else decode_text(row["parent"])
     return StoredCheckpoint(
         Address(thread, ns, checkpoint_id),
         checkpoint_id,
-        None if row["parent"] is None else decode_text(row["parent"]),
+        parent,
         row["created"],
-        load(serde, vault.open(row["metadata"])),
-        load(serde, vault.open(row["body"])),
+        load(serde, metadata),
+        load(serde, body),
         unpack_content(row["content"]),
         row["history"],
     )
 
 
-def decode_write(vault: Vault, thread: str, row: Row) -> StoredWrite:
+def decode_write(protection: Protection, thread: str, row: Row) -> StoredWrite:
     """A row of the writes table.
 
     Raises:
         StorageError: the row was changed or damaged since it was written.
     """
-    if seal_write(vault, thread, row) != row["seal"]:
-        raise damaged(thread, decode_text(row["checkpoint"]), "a pending write")
-    return StoredWrite(
-        decode_text(row["path"]), decode_text(row["task"]), row["idx"], decode_text(row["channel"]), row["digest"]
-    )
+    return decode_writes(protection, thread, [row])[0]
 
 
-def to_tuple(unpacker: Unpacker, stored: StoredCheckpoint) -> CheckpointTuple:
-    """What LangGraph gets."""
-    values = {name: unpacker.unpack(digest) for name, digest in stored.digests.items()}
-    ordered = sorted(stored.writes, key=lambda write: write.order)
+def decode_writes(protection: Protection, thread: str, rows: Sequence[Row]) -> list[StoredWrite]:
+    """Rows of the writes table.
+
+    Raises:
+        StorageError: a row was changed or damaged since it was written.
+    """
+    key = thread_key(thread)
+    for row in rows:
+        if protection.row_mac((key, *_of_write(row))) != row["seal"]:
+            raise damaged(thread, decode_text(row["checkpoint"]), "a pending write")
+    return [
+        StoredWrite(
+            decode_text(row["path"]), decode_text(row["task"]), row["idx"], _channel_name(row["channel"]), row["digest"]
+        )
+        for row in rows
+    ]
+
+
+def to_tuple(
+    stored: StoredCheckpoint, serde: SerializerProtocol, known: CachedThread, templates: DecodeTemplates | None
+) -> CheckpointTuple:
+    """What LangGraph gets; `templates` as for an `Unpacker`."""
+    config, parent = stored.address.config(stored.id), stored.parent
+    parent_config = None if parent is None else stored.address.config(parent)
+    writes = sorted(stored.writes, key=lambda write: write.order) if len(stored.writes) > 1 else stored.writes
+    digests = [*stored.digests.values(), *[write.digest for write in writes]]
+    values = Unpacker(serde, stored.contents, known, templates).unpack_all(digests)
+    channel_values = dict(zip(stored.digests, values, strict=False))
+    pending = zip(writes, values[len(channel_values) :], strict=True)
     return CheckpointTuple(
-        config=stored.address.config(stored.id),
-        checkpoint=cast(Checkpoint, {**stored.body, "id": stored.id, "channel_values": values}),
+        config=config,
+        checkpoint=cast(Checkpoint, {**stored.body, "id": stored.id, "channel_values": channel_values}),
         metadata=stored.metadata,
-        parent_config=None if stored.parent is None else stored.address.config(stored.parent),
-        pending_writes=[(write.task, write.channel, unpacker.unpack(write.digest)) for write in ordered],
+        parent_config=parent_config,
+        pending_writes=[(write.task, write.channel, value) for write, value in pending],
     )
 
 
-def seal_checkpoint(vault: Vault, thread: str, row: Row) -> bytes:
+def seal_checkpoint(protection: Protection, thread: str, row: Row) -> bytes:
     """The seal of a checkpoint's row."""
-    return vault.seal([thread_key(thread), *_sealed(_of_checkpoint(row))])
+    return protection.row_mac((thread_key(thread), *_of_checkpoint(row)))
 
 
-def check_seal(vault: Vault, thread: str, row: Row) -> None:
+def check_seal(protection: Protection, thread: str, row: Row) -> None:
     """Compare a checkpoint's row with its seal.
 
     Raises:
         StorageError: the row was changed or damaged since it was written.
     """
-    if seal_checkpoint(vault, thread, row) != row["seal"]:
+    if seal_checkpoint(protection, thread, row) != row["seal"]:
         raise damaged(thread, decode_text(row["id"]), "the checkpoint's row")
 
 
-def seal_write(vault: Vault, thread: str, row: Row) -> bytes:
+def seal_write(protection: Protection, thread: str, row: Row) -> bytes:
     """The seal of a pending write's row."""
-    return vault.seal([thread_key(thread), *_sealed(_of_write(row))])
+    return protection.row_mac((thread_key(thread), *_of_write(row)))
 
 
 def pack_content(digests: Mapping[str, bytes]) -> bytes:
-    """The column ``content``: each channel's name with its length before, and its digest."""
+    """The column `content`: each channel's name with its length before, and its digest."""
     return b"".join([_packed_name(name) + digest for name, digest in digests.items()])
 
 
@@ -298,20 +325,24 @@ def _packed_name(channel: str) -> bytes:
     return _LENGTH.pack(len(name)) + name
 
 
+# The names of channels are few, and come again with every checkpoint.
+_channel_bytes, _channel_name = lru_cache(maxsize=1024)(encode_text), lru_cache(maxsize=1024)(decode_text)
+
+
 def unpack_content(packed: bytes) -> dict[str, bytes]:
-    """The inverse of ``pack_content``."""
-    found: dict[str, bytes] = {}
+    """The inverse of `pack_content`."""
+    digests: dict[str, bytes] = {}
     at = 0
     while at < len(packed):
         start = at + _LENGTH.size
         end = start + _LENGTH.unpack_from(packed, at)[0]
         at = end + DIGEST_BYTES
-        found[decode_text(packed[start:end])] = packed[end:at]
-    return found
+        digests[_channel_name(packed[start:end])] = packed[end:at]
+    return digests
 
 
 def matches(metadata: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether every wanted key is there with exactly that value; ``True`` is not ``1``, a tuple is a list."""
+    """Whether every wanted key is there with exactly that value; `True` is not `1`, a tuple is a list."""
     return all(key in metadata and _same(metadata[key], value) for key, value in wanted.items())
 
 
@@ -332,11 +363,3 @@ def _same(left: Any, right: Any) -> bool:
     if isinstance(left, list | tuple) and isinstance(right, list | tuple):
         return len(left) == len(right) and all(map(_same, left, right))
     return isinstance(left, bool) == isinstance(right, bool) and bool(left == right)
-
-
-def _sealed(values: tuple[Any, ...]) -> list[bytes | None]:
-    return [value if value is None or type(value) is bytes else _spelled(value) for value in values]
-
-
-def _spelled(value: object) -> bytes:
-    return b"%d" % value if isinstance(value, int) else repr(value).encode()  # what a damaged file gives

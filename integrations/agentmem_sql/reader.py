@@ -5,7 +5,7 @@ pending writes come in one statement. Everything else is content, which never ch
 taken out together with the checkpoint after the row was read. What is missing is therefore read again, row
 first, and only if it is missing a second time is the database damaged.
 
-What this process has written or read before is not fetched again (see ``cache``).
+What this process has written or read before is not fetched again (see `message_cache`).
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 from sqlalchemy import Connection, RowMapping, and_, bindparam, literal_column, or_, select
 
 from agentmem.errors import StorageError
-from agentmem_sql.cache import Body, Cache, Thread
-from agentmem_sql.codec import Address, StoredCheckpoint, damaged, decode_row, decode_write, matches
-from agentmem_sql.keys import decode_text, encode_text, exact_key, open_key, thread_key
 from agentmem_sql.list_tree import LEAVES, Node, parse
-from agentmem_sql.prepared import Prepared, PreparedLookup, Rows
-from agentmem_sql.tables import Tables
-from agentmem_sql.vault import Vault
+from agentmem_sql.message_cache import Body, CachedThread, ThreadCache
+from agentmem_sql.protection import Protection
+from agentmem_sql.rows import Address, StoredCheckpoint, damaged, decode_row, decode_write, decode_writes, matches
+from agentmem_sql.schema import Tables, decode_text, encode_text, exact_key, open_key, thread_key
+from agentmem_sql.statements import Prepared, PreparedLookup, Rows
 
 T = TypeVar("T")
 
@@ -41,7 +40,7 @@ class Found(NamedTuple):
     """A checkpoint, and what this process knows of its thread."""
 
     checkpoint: StoredCheckpoint
-    known: Thread
+    known: CachedThread
 
 
 class Missing(Exception):
@@ -56,8 +55,8 @@ def chunks(items: Sequence[T]) -> Iterator[Sequence[T]]:
 class Reader:
     """Reads the tables of one database; its statements are built once, which takes longer than running them."""
 
-    def __init__(self, tables: Tables, vault: Vault, cache: Cache) -> None:
-        self._vault = vault
+    def __init__(self, tables: Tables, protection: Protection, cache: ThreadCache) -> None:
+        self._protection = protection
         self._cache = cache
         self.tables = tables
         threads, checkpoints, writes, blobs = tables.threads, tables.checkpoints, tables.writes, tables.blobs
@@ -118,20 +117,20 @@ class Reader:
                 return None
             try:
                 stored, known = found
-                stored.contents = self.collect(connection, known, stored.roots)
+                stored.contents = self.collect(connection, known, _roots(stored))
                 return found
             except Missing:
                 # Under one epoch only what a pending write held may go, when it is replaced: its row names another.
-                if before == (known.epoch, stored.id, stored.roots):
+                if before == (known.epoch, stored.id, _roots(stored)):
                     break
-                before = known.epoch, stored.id, stored.roots
+                before = known.epoch, stored.id, _roots(stored)
         else:
             raise StorageError(
                 f"thread {address.thread[:80]!r} was pruned {_ATTEMPTS} times while it was being read; try again"
             )
         raise damaged(address.thread, stored.id, "a stored value")
 
-    def locate(self, connection: Connection, address: Address) -> tuple[Thread, bytes] | None:
+    def locate(self, connection: Connection, address: Address) -> tuple[CachedThread, bytes] | None:
         """What is known of a thread, and the key of the checkpoint that an address names; None if there is none."""
         rows = self._rows(connection, address)
         if not rows:
@@ -140,20 +139,20 @@ class Reader:
         return self._cache.at(address.thread, number, epoch), values[self._own.index("id")]
 
     def row(self, connection: Connection, serde: SerializerProtocol, address: Address) -> Found | None:
-        """As ``find``, without the content."""
+        """As `find`, without the content."""
         rows = self._rows(connection, address)
         if not rows:
             return None
         ns, width = open_key(address.ns), 2 + len(self._own)
         number, epoch, *values = rows[0]
         own = dict(zip(self._own, values, strict=False), ns=ns)
-        stored = decode_row(self._vault, serde, address.thread, own)
-        for row in rows:
-            pending = dict(zip(_PENDING, row[width:], strict=True), ns=ns, checkpoint=own["id"])
-            if pending["task"] is not None:
-                stored.writes.append(decode_write(self._vault, address.thread, pending))
+        stored = decode_row(self._protection, serde, address.thread, own)
+        same = {"ns": ns, "checkpoint": own["id"]}
+        pending = [dict(zip(_PENDING, row[width:], strict=True), **same) for row in rows if row[width] is not None]
+        stored.writes += decode_writes(self._protection, address.thread, pending)
+        heads = stored.heads
         known = self._cache.at(address.thread, number, epoch)
-        known.hold(address.ns, stored.id, stored.held)
+        known.remember_channels(address.ns, stored.id, heads)
         return Found(stored, known)
 
     def _rows(self, connection: Connection, address: Address) -> Rows:
@@ -163,44 +162,36 @@ class Reader:
             return self._newest.rows(connection, keys)
         return self._one.rows(connection, keys | {"id": exact_key(address.id, "checkpoint id")})
 
-    def collect(self, connection: Connection, known: Thread, roots: Iterable[bytes]) -> dict[bytes, Body]:
+    def collect(self, connection: Connection, known: CachedThread, roots: Iterable[bytes]) -> dict[bytes, Body]:
         """Content and all content that it refers to, level by level, each read once and compared with its digest.
 
         Raises:
             Missing: some of it is not there, or is not what was stored.
         """
-        found: dict[bytes, Body] = {}
-        wanted = set(roots)
-        while wanted:
-            level: dict[bytes, Body] = {}
-            fetch: list[bytes] = []
-            for digest in wanted:
-                body = known.body(digest)
-                if body is None:
-                    fetch.append(digest)
-                else:
-                    level[digest] = body
-            for part in chunks(sorted(fetch)):
-                level.update(self._fetch(connection, known, part))
-            if len(level) < len(wanted):
+        contents, missing = known.collect(roots)
+        while missing:
+            fetched = self._fetch(connection, known, sorted(missing))
+            if len(fetched) < len(missing):
                 raise Missing
-            found.update(level)
-            nodes = [body for body in level.values() if type(body) is Node]
-            wanted = {link for node in nodes for link in node.links if link not in found}
-        return found
+            contents.update(fetched)
+            nodes = [body for body in fetched.values() if type(body) is Node]
+            entries = {entry for node in nodes for entry in node.entries if type(entry) is bytes}  # not what is inline
+            below, missing = known.collect(entries - contents.keys())
+            contents.update(below)
+            missing -= contents.keys()
+        return contents
 
-    def _fetch(self, connection: Connection, known: Thread, digests: Sequence[bytes]) -> Iterator[tuple[bytes, Body]]:
-        open_body, digest_of = self._vault.open, self._vault.digest
-        parameters = {"thread": known.number, "digests": digests}
-        for digest, kind, stored in self._content.rows(connection, parameters):
-            plain = open_body(stored)
-            if digest_of(kind, plain) == digest:
-                if kind in LEAVES:  # goes into the cache when it is unpacked, most of it as something else
-                    yield digest, plain
-                else:
-                    node = parse(kind, plain)
-                    known.add(digest, node)
-                    yield digest, node
+    def _fetch(self, connection: Connection, known: CachedThread, digests: Sequence[bytes]) -> dict[bytes, Body]:
+        rows: list[Any] = []
+        for part in chunks(digests):
+            rows += self._content.rows(connection, {"thread": known.number, "digests": part})
+        decrypt, digest_of = self._protection.decrypt, self._protection.digest
+        bodies = [(digest, kind, decrypt(stored)) for digest, kind, stored in rows]
+        intact = [(digest, kind, body) for digest, kind, body in bodies if digest_of(kind, body) == digest]
+        nodes = {digest: parse(kind, body) for digest, kind, body in intact if kind not in LEAVES}
+        known.add(nodes.items())
+        # Leaves go into the cache when they are unpacked, most of them as something else.
+        return {**nodes, **{digest: body for digest, kind, body in intact if kind in LEAVES}}
 
     def complete(self, connection: Connection, serde: SerializerProtocol, found: Sequence[Found]) -> list[Found]:
         """Fetch pending writes and content of checkpoints; those that were taken out meanwhile are left out.
@@ -222,7 +213,7 @@ class Reader:
                         of = members[part[0]].checkpoint.address.thread
                         raise damaged(of, decode_text(row["checkpoint"]), "a pending write")
                     stored = holder.checkpoint
-                    stored.writes.append(decode_write(self._vault, stored.address.thread, row))
+                    stored.writes.append(decode_write(self._protection, stored.address.thread, row))
             epoch = connection.execute(self._epoch, {"thread": thread}).scalar_one_or_none()
             for one in members.values():
                 address = one.checkpoint.address
@@ -237,7 +228,7 @@ class Reader:
     def _fill(self, connection: Connection, found: Found) -> bool:
         stored, known = found
         try:
-            stored.contents = self.collect(connection, known, stored.roots)
+            stored.contents = self.collect(connection, known, _roots(stored))
         except Missing:  # taken out or replaced meanwhile, or damaged: `find` tells
             return False
         return True
@@ -245,14 +236,19 @@ class Reader:
     def decode(self, serde: SerializerProtocol, row: RowMapping) -> Found:
         """A row of a listing."""
         thread = decode_text(row["name"])
-        stored = decode_row(self._vault, serde, thread, row)
+        stored = decode_row(self._protection, serde, thread, row)
         return Found(stored, self._cache.at(thread, row["number"], row["epoch"]))
+
+
+def _roots(stored: StoredCheckpoint) -> set[bytes]:
+    """The content that a checkpoint and its pending writes name."""
+    return {*stored.digests.values(), *[write.digest for write in stored.writes]}
 
 
 class Listing:
     """A listing, newest first, page by page: between pages nothing is held open.
 
-    ``config`` None lists every thread; a config without ``checkpoint_ns`` every namespace of its thread.
+    `config` None lists every thread; a config without `checkpoint_ns` every namespace of its thread.
     """
 
     def __init__(
@@ -287,7 +283,7 @@ class Listing:
         self.finished = limit is not None and limit <= 0
 
     def next_page(self, connection: Connection) -> list[Found]:
-        """The next checkpoints that match; may be none although the listing is not ``finished``."""
+        """The next checkpoints that match; may be none although the listing is not `finished`."""
         query = self._query if self._last is None else self._query.where(self._after(self._last))
         rows = connection.execute(query).mappings().all()
         found = [(row, self._reader.decode(self._serde, row)) for row in rows]

@@ -1,27 +1,29 @@
 """The tables, one definition for every database.
 
 Keys, names and values are bytes everywhere. Text columns differ too much to hold them: collations merge
-``a``, ``A`` and ``á``, NUL and lone surrogates are refused, index rows have length limits. Nothing of
-unbounded length is part of a key (see ``keys``), so the widest primary key, that of the writes, takes under
+`a`, `A` and `á`, NUL and lone surrogates are refused, index rows have length limits. Nothing of
+unbounded length is part of a key (see `encode_text`), so the widest primary key, that of the writes, takes under
 600 bytes.
 
     schema_versions   which migrations this database has seen
-    settings          how its rows are protected (see ``vault``)
-    threads           one row a thread; every other row hangs on its number. ``epoch`` counts the times that
+    settings          how its rows are protected (see `protection`)
+    threads           one row a thread; every other row hangs on its number. `epoch` counts the times that
                       anything was taken out of the thread: whoever knows the epoch knows what is still there.
                       It starts at random, so that no thread of tables made anew is taken for a former one
-    blobs             content of the thread, one row a distinct content, keyed by digest (see ``trees``)
+    blobs             content of the thread, one row a distinct content, keyed by digest (see `list_tree`)
     checkpoints       metadata, the checkpoint without its channel values, and where those are
     writes            pending writes of a checkpoint
 
 A channel value and the pending write that made it are the same content and so the same row.
 
 No foreign key says that a row's thread exists: whoever inserts holds the row of the thread, and who deletes the thread
-holds it alone (see ``writing``). The database would look once more for every row, a fifteenth of the time of a put.
+holds it alone (see `writer`). The database would look once more for every row, a fifteenth of the time of a put.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+from hashlib import sha256
 from typing import Any
 
 from sqlalchemy import (
@@ -37,9 +39,13 @@ from sqlalchemy import (
 from sqlalchemy.dialects import mysql
 from sqlalchemy.types import TypeEngine
 
-from agentmem_sql.keys import DIGEST_BYTES, KEY_BYTES, RUN_BYTES
+from agentmem.errors import StorageError
 
 DEFAULT_PREFIX = "agentmem_"
+
+DIGEST_BYTES = 32
+KEY_BYTES = 128
+RUN_BYTES = 8
 
 # MySQL alone sizes binary columns, and indexes only those with a size.
 _KEY: TypeEngine[bytes] = LargeBinary().with_variant(mysql.VARBINARY(KEY_BYTES), "mysql", "mariadb")
@@ -51,7 +57,7 @@ _NUMBER: TypeEngine[int] = BigInteger().with_variant(Integer, "sqlite")
 
 
 class Tables:
-    """The tables under a name prefix and in a schema; ``metadata`` holds them all (for Alembic, too)."""
+    """The tables under a name prefix and in a schema; `metadata` holds them all (for Alembic, too)."""
 
     def __init__(self, *, prefix: str = DEFAULT_PREFIX, schema: str | None = None) -> None:
         self.prefix = prefix
@@ -94,8 +100,8 @@ class Tables:
             Column("run", _RUN),  # the beginning of the digest of metadata["run_id"]
             Column("metadata", _BODY, nullable=False),
             Column("body", _BODY, nullable=False),
-            Column("content", _BODY, nullable=False),  # channel -> digest, see `codec`
-            Column("history", _DIGEST),  # what pruned ancestors wrote to delta channels, see `deltas`
+            Column("content", _BODY, nullable=False),  # channel -> digest, see `rows`
+            Column("history", _DIGEST),  # what pruned ancestors wrote to delta channels, see `delta_channels`
             Column("seal", _DIGEST, nullable=False),  # over the columns above but the thread's number
         )
         self.writes = self._table(
@@ -121,5 +127,66 @@ class Tables:
 
 
 def metadata(*, prefix: str = DEFAULT_PREFIX, schema: str | None = None) -> MetaData:
-    """The tables as SQLAlchemy metadata, to be merged into an Alembic ``target_metadata``."""
+    """The tables as SQLAlchemy metadata, to be merged into an Alembic `target_metadata`."""
     return Tables(prefix=prefix, schema=schema).metadata
+
+
+# Text of LangGraph as the bytes that tables are keyed by. Encodings are exact (NUL, lone surrogates and every plane
+# survive), keep the order of the text, and distinct inputs give distinct keys. Where the length is open, text longer
+# than a key is replaced by a tagged SHA-256; the name itself is then stored in another column.
+
+# Never occurs in UTF-8, so a hashed key equals no spelled one.
+_HASHED = b"\xff"
+
+
+def encode_text(text: str) -> bytes:
+    """UTF-8 that also carries lone surrogates."""
+    return text.encode("utf-8", "surrogatepass")
+
+
+def decode_text(data: bytes) -> str:
+    """The inverse of `encode_text`.
+
+    Raises:
+        StorageError: the bytes are none that it made.
+    """
+    try:
+        return data.decode("utf-8", "surrogatepass")
+    except (UnicodeDecodeError, AttributeError) as error:  # AttributeError: a damaged file gives other types, too
+        raise StorageError(
+            f"expected a stored name or id, found {str(data)[:40]}, which is no text: the row was changed from outside "
+            "or the disk is damaged; restore the database from a backup"
+        ) from error
+
+
+@lru_cache(maxsize=1024)
+def thread_key(thread_id: str) -> bytes:
+    """The 32-byte key of a thread id of any length."""
+    return sha256(encode_text(thread_id)).digest()
+
+
+@lru_cache(maxsize=1024)
+def open_key(text: str) -> bytes:
+    """A key of at most `KEY_BYTES` for any text: the text, or its tagged digest where it is longer."""
+    data = encode_text(text)
+    return data if len(data) <= KEY_BYTES else _HASHED + sha256(data).digest()
+
+
+def is_hashed(key: bytes) -> bool:
+    """Whether `open_key` had to replace the text by its digest."""
+    return key.startswith(_HASHED)
+
+
+def exact_key(text: str, what: str) -> bytes:
+    """A key that spells the text, for ids that are sorted by and read back.
+
+    Raises:
+        StorageError: the text takes more than `KEY_BYTES` bytes.
+    """
+    data = encode_text(text)
+    if len(data) > KEY_BYTES:
+        raise StorageError(
+            f"expected a {what} of at most {KEY_BYTES} bytes, found {len(data)} bytes ({text[:40]!r}...); "
+            "LangGraph's own ids have 36 characters, use a shorter one"
+        )
+    return data

@@ -1,7 +1,7 @@
-"""How stored bytes are protected: digests and seals, keyed if there is a key, and encryption.
+"""How stored bytes are protected: digests and seals (MACs of rows), keyed if there is a key, and encryption.
 
 Without a key, digests are SHA-256 and find damage. With one they are HMAC-SHA256, so that nobody who can write
-to the database can put other bytes in place of ours. With an ``EncryptedSerializer`` every body and every
+to the database can put other bytes in place of ours. With an `EncryptedSerializer` every body and every
 checkpoint's row is encrypted by its cipher, and a row that is not is refused. Equal content must still have
 equal digests to be stored once, and a plain digest would tell whoever reads the file what it can guess; so an
 encrypted database has a random key of its own for the digests, kept in it encrypted.
@@ -23,8 +23,7 @@ from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
 from sqlalchemy import Connection, insert, select
 
 from agentmem.errors import ConfigError, StorageError
-from agentmem_sql.keys import RUN_BYTES, encode_text
-from agentmem_sql.tables import Tables
+from agentmem_sql.schema import RUN_BYTES, Tables, encode_text
 
 MIN_KEY_BYTES = 16
 
@@ -41,11 +40,11 @@ def _length(length: int) -> bytes:
     return b"%d:" % length
 
 
-class Vault:
+class Protection:
     """Digests, seals and encryption of one database; shared by a saver and its clones."""
 
     def __init__(self, serde: SerializerProtocol, hmac_key: bytes | None) -> None:
-        """Take the cipher of an ``EncryptedSerializer``, and the caller's key for digests.
+        """Take the cipher of an `EncryptedSerializer`, and the caller's key for digests.
 
         Raises:
             ConfigError: the key is not bytes or too short.
@@ -57,7 +56,7 @@ class Vault:
                 "make one with secrets.token_bytes(32) and keep it outside the database"
             )
         self._cipher: CipherProtocol | None = serde.cipher if isinstance(serde, EncryptedSerializer) else None
-        self._given = hmac_key
+        self._hmac_key = hmac_key
         self._key = hmac_key  # in an encrypted database without hmac_key: known once it is open
 
     @property
@@ -66,29 +65,48 @@ class Vault:
         return self._cipher is not None
 
     def digest(self, kind: int, plain: bytes) -> bytes:
-        """The digest that a blob is keyed by; equal bodies of different kinds have different ones."""
+        """The digest that a blob is keyed by; equal bodies of different kinds have different ones.
+
+        A kind that someone put there from outside and that is none gives no digest.
+        """
+        if type(kind) is not int or not 0 <= kind < len(_KINDS):
+            return b""
         if self._key is None:
             return sha256(_KINDS[kind] + plain).digest()
         return hmac.digest(self._key, _KINDS[kind] + plain, "sha256")
+
+    def digests(self, kind: int, bodies: Iterable[bytes]) -> list[bytes]:
+        """`digest` for each of several bodies of one kind."""
+        key, mark = self._key, _KINDS[kind]
+        if key is None:
+            return [sha256(mark + body).digest() for body in bodies]
+        return [hmac.digest(key, mark + body, "sha256") for body in bodies]
 
     def run_key(self, run_id: str) -> bytes:
         """What checkpoints of a run are found by; runs may share one, so what is found is compared."""
         return self.digest(_RUN, encode_text(run_id))[:RUN_BYTES]
 
-    def seal(self, fields: Iterable[bytes | None]) -> bytes:
-        """One digest over several columns, each with its length: no byte can move from one to another."""
-        joined = b"".join([b"-" if data is None else _length(len(data)) + data for data in fields])
+    def row_mac(self, fields: Iterable[object]) -> bytes:
+        """One digest over several columns, each with its length: no byte can move from one to another.
+
+        Numbers count as their digits; what is neither that, bytes nor None is what a damaged file gives.
+        """
+        columns = [
+            data if data is None or type(data) is bytes else b"%d" % data if type(data) is int else repr(data).encode()
+            for data in fields
+        ]
+        joined = b"".join([b"-" if data is None else _length(len(data)) + data for data in columns])
         return sha256(joined).digest() if self._key is None else hmac.digest(self._key, joined, "sha256")
 
-    def close(self, plain: bytes) -> bytes:
-        """The bytes to store."""
+    def encrypt(self, plain: bytes) -> bytes:
+        """The bytes to store: encrypted, if there is a cipher."""
         if self._cipher is None:
             return _PLAIN + plain
         name, encrypted = self._cipher.encrypt(plain)
         return _ENCRYPTED + name.encode() + b"\0" + encrypted
 
-    def open(self, stored: bytes) -> bytes:
-        """The inverse of ``close``.
+    def decrypt(self, stored: bytes) -> bytes:
+        """The inverse of `encrypt`.
 
         Raises:
             StorageError: the bytes are encrypted and this saver has no cipher, or the other way round, or
@@ -132,9 +150,9 @@ class Vault:
                 "or copy its threads into a new database with agentmem_sql.copy_threads"
             )
         if self.encrypts:
-            secret = self.open(found.get(_SECRET, b""))
-            self._key = self._given or secret
-        if self._key is not None and not hmac.compare_digest(found.get(_CHECK, b""), self.seal([_CHECKED])):
+            secret = self.decrypt(found.get(_SECRET, b""))
+            self._key = self._hmac_key or secret
+        if self._key is not None and not hmac.compare_digest(found.get(_CHECK, b""), self.row_mac([_CHECKED])):
             raise StorageError(
                 "expected the key that this checkpoint database was made with, found another; "
                 "pass the hmac_key and the serde that were used when the database was new"
@@ -152,13 +170,13 @@ class Vault:
         settings = {_MODE: self._mode()}
         if self.encrypts:
             secret = token_bytes(32)
-            settings[_SECRET] = self.close(secret)
-            self._key = self._given or secret
+            settings[_SECRET] = self.encrypt(secret)
+            self._key = self._hmac_key or secret
         if self._key is not None:
-            settings[_CHECK] = self.seal([_CHECKED])
+            settings[_CHECK] = self.row_mac([_CHECKED])
         rows = [{"name": name, "value": value} for name, value in settings.items()]
         connection.execute(insert(tables.settings), rows)
 
     def _mode(self) -> bytes:
         encryption = b"encrypted" if self.encrypts else b"not encrypted"
-        return encryption + (b", with an hmac_key" if self._given is not None else b", without hmac_key")
+        return encryption + (b", with an hmac_key" if self._hmac_key is not None else b", without hmac_key")

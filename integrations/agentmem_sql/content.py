@@ -1,0 +1,378 @@
+"""Between LangGraph's values and content.
+
+Everything that calls the serializer on channel values is here, and none of it needs a connection: values are
+packed before a transaction begins and unpacked after it has ended. No pickle is ever written or read, whatever
+the serializer is set to. With an `EncryptedSerializer` the serializer inside it is called; encryption is
+between content and the database (see `protection`), so that equal values are one content all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from langchain_core.messages import BaseMessage
+from langgraph.checkpoint.serde.base import SerializerProtocol
+from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
+from langgraph.checkpoint.serde.types import _DeltaSnapshot
+
+from agentmem.errors import StorageError
+from agentmem_sql.list_tree import (
+    FANOUT,
+    INLINE,
+    ITEMS,
+    LEAVES,
+    LINK,
+    LIST,
+    NODE,
+    OWN,
+    OWN_MARK,
+    PART,
+    PART_BYTES,
+    RUN,
+    RUNS,
+    SNAPSHOT,
+    SNAPSHOT_RUNS,
+    SPLIT,
+    VALUE,
+    Inline,
+    Node,
+    list_body,
+    own_body,
+    parse,
+    value_of,
+)
+from agentmem_sql.message_cache import (
+    Body,
+    CachedThread,
+    DecodeTemplates,
+    MessageSnapshot,
+    copy_messages,
+    match_or_snapshot,
+    take_snapshot,
+)
+from agentmem_sql.protection import Protection
+
+_NUMBERS = frozenset({int, float, bool, type(None)})
+
+
+class Value(NamedTuple):
+    """A value to be stored.
+
+    Attributes:
+        channel: whose it is.
+        value: of any type that the serializer knows.
+        place: of a pending write that may be replaced, the digest of its key (see `list_tree.own_body`).
+    """
+
+    channel: str
+    value: Any
+    place: bytes | None = None
+
+
+def plain_serde(serde: SerializerProtocol) -> SerializerProtocol:
+    """The serializer that makes plain bytes."""
+    # Not isinstance: for subclasses of a protocol that takes as long as serialising a message.
+    return serde.serde if EncryptedSerializer in type(serde).__mro__ else serde  # type: ignore[attr-defined]
+
+
+def dump(serde: SerializerProtocol, value: Any) -> bytes:
+    """A value's bytes: the type tag, a zero byte, the serialised value.
+
+    Raises:
+        StorageError: the serializer fell back to pickle.
+    """
+    tag, data = serde.dumps_typed(value)
+    if tag != "msgpack":
+        _refuse_pickle(tag)
+    return tag.encode() + b"\0" + data
+
+
+def load(serde: SerializerProtocol, body: bytes) -> Any:
+    """The value of such bytes.
+
+    Raises:
+        StorageError: the bytes are a pickle.
+    """
+    tag, _, data = body.partition(b"\0")
+    name = tag.decode()
+    if name != "msgpack":
+        _refuse_pickle(name)
+    return serde.loads_typed((name, data))
+
+
+class Packer:
+    """Packs the values of one call; equal content once.
+
+    Attributes:
+        known: what is known of the thread.
+        new: content that the thread does not have, as far as is known: digest -> (kind, body).
+        relies_on_cache: whether something was left out because `known` says that the thread has it.
+        snapshots: messages of this call that may be remembered when they are stored.
+    """
+
+    def __init__(
+        self, serde: SerializerProtocol, protection: Protection, known: CachedThread, *, relies_on_cache: bool = False
+    ) -> None:
+        self.known = known
+        self.new: dict[bytes, tuple[int, bytes]] = {}
+        self.relies_on_cache = relies_on_cache
+        self.snapshots: list[tuple[Any, MessageSnapshot]] = []
+        self._serde = serde
+        self._digests = protection.digests
+
+    def pack(self, values: Sequence[Value]) -> list[bytes]:
+        """The digests of the contents of values.
+
+        Raises:
+            StorageError: the serializer would pickle a value; names the channel.
+            TypeError: the serializer does not know a value; names the channel.
+        """
+        digests = [b""] * len(values)
+        items = _Items()
+        lists: list[tuple[int, int, list[bytes]]] = []  # positions, what the lists are of, and their entries
+        for position, (channel, value, place) in enumerate(values):
+            try:
+                if place is not None:
+                    digests[position] = self._own(place, value)
+                elif type(value) is list and value:
+                    # Of a copy: a node that runs meanwhile may change the list.
+                    lists.append((position, *self._entries(value.copy(), ITEMS, items)))
+                elif type(value) is _DeltaSnapshot and type(value.value) is list and value.value:
+                    lists.append((position, *self._entries(value.value.copy(), SNAPSHOT, items)))
+                else:
+                    items.add(dump(self._serde, value), digests, position)
+            except (StorageError, TypeError) as error:
+                kind = StorageError if isinstance(error, StorageError) else TypeError
+                raise kind(f"the value of channel {channel!r} cannot be stored: {error}") from error
+        for (entries, at, prefix), digest in zip(items.places, self._add_values(items.bodies), strict=True):
+            entries[at] = prefix + digest
+        for message, snapshot, entries, at in items.snapshots:
+            snapshot.link = entries[at]
+            snapshot.digest = snapshot.link[len(LINK) :]
+            self.snapshots.append((message, snapshot))
+        for position, of, entries in lists:
+            digests[position] = self._list(of, entries)
+        return digests
+
+    def dump(self, value: Any, what: str) -> bytes:
+        """The bytes of something that is no content; `what` names it in the error.
+
+        Raises:
+            StorageError: the serializer would pickle it.
+            TypeError: the serializer does not know it.
+        """
+        try:
+            return dump(self._serde, value)
+        except (StorageError, TypeError) as error:
+            kind = StorageError if isinstance(error, StorageError) else TypeError
+            raise kind(f"the {what} cannot be stored: {error}") from error
+
+    def stored(self) -> list[tuple[bytes, Body]]:
+        """What may be remembered of `new` after the commit. The content of a write's own may be freed at any time."""
+        leaves: list[tuple[bytes, Body]] = []
+        inner: list[tuple[bytes, int, bytes]] = []
+        for digest, (kind, body) in self.new.items():
+            if kind not in LEAVES:
+                inner.append((digest, kind, body))
+            elif kind != OWN:
+                leaves.append((digest, body))
+        return leaves + [(digest, parse(kind, body)) for digest, kind, body in inner]
+
+    def _own(self, place: bytes, value: Any) -> bytes:
+        """Content that only the pending write at this place refers to.
+
+        It is always sent: a writer that replaces it frees it without counting the epoch up, so what is known of the
+        thread does not tell whether it is still there.
+        """
+        body = own_body(place, dump(self._serde, value))
+        if len(body) > PART_BYTES:
+            return self.pack([Value("", value)])[0]
+        (digest,) = self._digests(OWN, [body])
+        self.new[digest] = OWN, body
+        return digest
+
+    def _entries(self, values: list[Any], of: int, items: _Items) -> tuple[int, list[bytes]]:
+        """What a list is of, and how its lowest level refers to each item; places of digests are left to `items`."""
+        if type(values[0]) in _NUMBERS and all(type(value) in _NUMBERS for value in values):
+            entries = [b""] * len(range(0, len(values), RUN))
+            for at in range(len(entries)):
+                items.add(dump(self._serde, values[at * RUN : at * RUN + RUN]), entries, at, LINK)
+            return of + RUNS, entries
+        matches, new = match_or_snapshot(values, self.known.messages)
+        entries = [b"" if match is None else match.link for match in matches]
+        if len(new) < len(values):
+            self.relies_on_cache = True
+        for at, snapshot in new.items():
+            value = values[at]
+            # In a list the serializer makes no difference between bytes and bytearrays.
+            body = dump(self._serde, bytes(value) if type(value) is bytearray else value)
+            if len(body) <= INLINE:
+                entries[at] = bytes((len(body),)) + body
+                continue
+            items.add(body, entries, at, LINK)
+            if snapshot is not None:
+                items.snapshots.append((value, snapshot, entries, at))
+        return of, entries
+
+    def _list(self, of: int, entries: list[bytes]) -> bytes:
+        levels = []  # what is left over of each level, lowest first
+        while len(entries) >= FANOUT:
+            full = len(entries) - len(entries) % FANOUT
+            levels.append(entries[full:])
+            nodes = [b"".join(entries[at : at + FANOUT]) for at in range(0, full, FANOUT)]
+            entries = [LINK + digest for digest in self._add(NODE, nodes)]
+        levels.append(entries)
+        return self._add(LIST, [list_body(of, levels[::-1])])[0]
+
+    def _add_values(self, bodies: Sequence[bytes]) -> list[bytes]:
+        """The digests of serialised values; one that is too large for a row is stored in parts."""
+        if max(map(len, bodies), default=0) <= PART_BYTES:
+            return self._add(VALUE, bodies)
+        digests: list[bytes] = []
+        for body in bodies:
+            if len(body) <= PART_BYTES:
+                digests += self._add(VALUE, [body])
+            else:
+                parts = [body[at : at + PART_BYTES] for at in range(0, len(body), PART_BYTES)]
+                digests += self._add(SPLIT, [b"".join(self._add(PART, parts))])
+        return digests
+
+    def _add(self, kind: int, bodies: Sequence[bytes]) -> list[bytes]:
+        digests = self._digests(kind, bodies) if bodies else []
+        for digest, body in zip(digests, bodies, strict=True):
+            if digest in self.known.stored:
+                self.relies_on_cache = True
+            else:
+                self.new[digest] = kind, body
+        return digests
+
+
+class _Items:
+    """Serialised values that are digested together, and where their digests go.
+
+    Attributes:
+        bodies: the values.
+        places: for each a list, the position in it, and what stands before the digest there.
+        snapshots: of the messages among them: the message, its snapshot, and the place of its digest.
+    """
+
+    def __init__(self) -> None:
+        self.bodies: list[bytes] = []
+        self.places: list[tuple[list[bytes], int, bytes]] = []
+        self.snapshots: list[tuple[Any, MessageSnapshot, list[bytes], int]] = []
+
+    def add(self, body: bytes, entries: list[bytes], at: int, prefix: bytes = b"") -> None:
+        """Add a value whose digest goes to a position of a list."""
+        self.bodies.append(body)
+        self.places.append((entries, at, prefix))
+
+
+class Unpacker:
+    """Unpacks values out of content that was fetched; every value anew, so that no two results share one."""
+
+    def __init__(
+        self,
+        serde: SerializerProtocol,
+        contents: Mapping[bytes, Body],
+        known: CachedThread,
+        templates: DecodeTemplates | None = None,
+    ) -> None:
+        """`templates` are those of the serializer, if messages may be read without it."""
+        self._serde = serde
+        self._templates = templates
+        self._contents = contents
+        self._known = known
+        self._read: list[tuple[bytes, Body]] = []
+        self._decoded: list[MessageSnapshot] = []
+
+    def unpack(self, digest: bytes) -> Any:
+        """The value of content."""
+        return self.unpack_all([digest])[0]
+
+    def unpack_all(self, digests: Sequence[bytes]) -> list[Any]:
+        """The values of contents; tells the cache what was read."""
+        values = [self._value(digest) for digest in digests]
+        if self._decoded:
+            self._known.add_messages(self._decoded)
+        if self._read:
+            self._known.add(self._read)
+        self._read, self._decoded = [], []
+        return values
+
+    def _value(self, digest: bytes) -> Any:
+        body = self._contents[digest]
+        if isinstance(body, MessageSnapshot):
+            return body.copy()
+        if isinstance(body, bytes):
+            return self._load(digest, body)
+        if body.kind == SPLIT:
+            return load(self._serde, b"".join([self._part(part) for part in body.entries]))
+        items = self._list(body)
+        return _DeltaSnapshot(items) if body.of in (SNAPSHOT, SNAPSHOT_RUNS) else items
+
+    def _list(self, node: Node) -> list[Any]:
+        entries: list[bytes] = []
+        start = 0
+        for count in node.counts:
+            entries = [below for digest in entries for below in self._node(digest).entries]
+            entries += node.entries[start : start + count]
+            start += count
+        if node.of in (RUNS, SNAPSHOT_RUNS):
+            return [number for digest in entries for number in self._value(digest)]
+        items: list[Any] = [None] * len(entries)
+        snapshots: list[MessageSnapshot] = []  # and their positions
+        stored_at: list[int] = []
+        others: list[int] = []  # positions of what is not known as a message, with bodies and digests
+        values: list[tuple[bytes, bytes]] = []
+        for at, entry in enumerate(entries):
+            body: Body = entry if type(entry) is Inline else self._contents[entry]
+            if type(body) is MessageSnapshot:
+                snapshots.append(body)
+                stored_at.append(at)
+            else:
+                others.append(at)
+                values.append((body if isinstance(body, bytes) else b"", entry))
+        for at, message in zip(stored_at, copy_messages(snapshots), strict=True):
+            items[at] = message
+        done = 0
+        while done < len(others):
+            # As many as there are templates for; the next one goes through the serializer, and may make a template.
+            decoded = [] if self._templates is None else self._templates.fast_decode(values, done)
+            for at, (message, snapshot) in zip(others[done:], decoded, strict=False):
+                items[at] = message
+                self._decoded.append(snapshot)
+            done += len(decoded)
+            if done < len(others):
+                at = others[done]
+                inline = entries[at] if type(entries[at]) is Inline else None
+                items[at] = self._value(entries[at]) if inline is None else load(self._serde, inline)
+                done += 1
+        return items
+
+    def _load(self, digest: bytes, body: bytes) -> Any:
+        value = load(self._serde, value_of(body) if body.startswith(OWN_MARK) else body)
+        snapshot = take_snapshot(value, digest, whole=True) if isinstance(value, BaseMessage) else None
+        if snapshot is not None and self._templates is not None:
+            self._templates.learn(body, value, snapshot)
+        self._read.append((digest, body if snapshot is None else snapshot))
+        return value
+
+    def _node(self, digest: bytes) -> Node:
+        node = self._contents[digest]
+        assert isinstance(node, Node)
+        return node
+
+    def _part(self, digest: bytes) -> bytes:
+        part = self._contents[digest]
+        assert isinstance(part, bytes)
+        return part
+
+
+def _refuse_pickle(tag: str) -> None:
+    if tag.partition("+")[0] == "pickle":
+        raise StorageError(
+            "expected a value that msgpack can hold, found one that the serializer pickles, "
+            "and pickles can run code when they are read; "
+            "store plain data, messages, dataclasses or pydantic models"
+        )

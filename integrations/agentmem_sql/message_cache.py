@@ -1,0 +1,450 @@
+"""What a process remembers of the threads that it wrote and read: channels, content, and messages by value.
+
+LangGraph passes the whole list of messages to every checkpoint, and a thread of a thousand messages would be
+serialised a thousand times over. A `MessageSnapshot` is what a stored message looked like: its class and its fields,
+by value. A message is taken for stored if its class and fields are the same now; changed in place, however deep, it
+is not, whatever object it is. The same snapshot yields new messages, equal to what deserialising gives and sharing
+nothing that can be changed, at a fraction of the time.
+
+Fields that are all strings, None or empty are compared as they are. Others are compared as msgpack, which tells
+apart what Python's equality does not: `1`, `True` and `1.0`, the two zeros, a string and the member of an
+enum that equals it, the order of keys. Only messages of langchain-core's own classes whose fields are plain data
+are kept so, others are serialised and deserialised every time.
+
+A `CachedThread` is true for one number and one epoch of a thread: whatever it names was committed, and nothing has
+been taken out of the thread since, or its epoch would be another. Who finds another epoch throws it away. Entries are
+made after a commit only.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from threading import Lock
+from typing import Any, TypeVar
+
+import ormsgpack
+from langchain_core.messages import BaseMessage
+from langgraph.checkpoint.serde.base import SerializerProtocol
+from langgraph.checkpoint.serde.jsonplus import EXT_PYDANTIC_V2, JsonPlusSerializer
+from pydantic import BaseModel
+
+from agentmem_sql.list_tree import LINK, Node
+
+_CLASSES_OF = "langchain_core.messages."
+# What is not exactly a string, a number, bytes, a list or a dictionary is an error, and its message not recalled.
+_EXACT = (
+    ormsgpack.OPT_PASSTHROUGH_DATACLASS
+    | ormsgpack.OPT_PASSTHROUGH_DATETIME
+    | ormsgpack.OPT_PASSTHROUGH_ENUM
+    | ormsgpack.OPT_PASSTHROUGH_SUBCLASS
+    | ormsgpack.OPT_PASSTHROUGH_TUPLE
+    | ormsgpack.OPT_PASSTHROUGH_UUID
+)
+
+# What msgpack makes of something that is no plain data, and what arrays and tensors make of a comparison.
+_NOT_PLAIN = (TypeError, ValueError, RuntimeError)
+
+_pack, _unpack = ormsgpack.packb, ormsgpack.unpackb
+_new = object.__new__
+# The slots of a message are set by their descriptors, which takes half the time of looking each up by its name.
+_set_fields, _set_assigned, _set_extra, _set_private = (
+    BaseModel.__dict__[name].__set__
+    for name in ("__dict__", "__pydantic_fields_set__", "__pydantic_extra__", "__pydantic_private__")
+)
+
+_COST = 1000  # bytes of memory that a snapshot takes beside its strings, roughly
+
+# In the place of what is empty in a snapshot; never handed out.
+_EMPTY: Mapping[type, Any] = {list: [], dict: {}}
+
+T = TypeVar("T", bound=Hashable)
+
+
+@dataclass(slots=True, eq=False)
+class MessageSnapshot:
+    """A stored message by value.
+
+    Attributes:
+        digest: the content it is stored as.
+        id: the message's id.
+        kind: its class.
+        fields: its fields, never handed out; or as msgpack, where one is not a string, None or empty.
+        empty: those of `fields` that every copy needs an object of its own for, and its type.
+        assigned: pydantic's names of the fields that were set.
+        whole: deserialised, so that copies may be handed out; one made from a caller's message may differ
+            from that in what the serializer or pydantic make of it.
+        cost: bytes of memory, roughly.
+        link: how a list refers to it; one object, so that it is hashed once.
+    """
+
+    digest: bytes
+    id: str
+    kind: type[BaseMessage]
+    fields: dict[str, Any] | bytes
+    empty: tuple[tuple[str, type], ...]
+    assigned: frozenset[str]
+    whole: bool
+    cost: int
+    link: bytes
+
+    def like(self, digest: bytes, fields: dict[str, Any], size: int) -> tuple[BaseMessage, MessageSnapshot] | None:
+        """Another stored message whose fields are of the same types, and what it looks like; it takes `fields`.
+
+        None if one that is empty here is not empty there. `size`: the bytes that it is stored as.
+        """
+        own = fields.copy()
+        for field, of in self.empty:
+            if fields[field]:
+                return None
+            own[field] = _EMPTY[of]
+        kind, assigned = self.kind, self.assigned
+        one = MessageSnapshot(digest, own["id"], kind, own, self.empty, assigned, True, _COST + size, LINK + digest)
+        return _message(kind, fields, assigned), one
+
+    def copy(self) -> BaseMessage:
+        """A new message with these fields."""
+        if isinstance(self.fields, dict):
+            fields = self.fields.copy()
+            for name, make in self.empty:
+                fields[name] = make()
+        else:
+            fields = _unpack(self.fields)
+        return _message(self.kind, fields, self.assigned)
+
+
+def _message(kind: type[BaseMessage], fields: dict[str, Any], assigned: frozenset[str]) -> BaseMessage:
+    """A message of these fields, which are taken as they are."""
+    message = _new(kind)
+    _set_fields(message, fields)
+    _set_assigned(message, set(assigned))
+    _set_extra(message, {})
+    _set_private(message, None)
+    return message
+
+
+def copy_messages(snapshots: Iterable[MessageSnapshot]) -> list[BaseMessage]:
+    """A new message for each snapshot."""
+    return [snapshot.copy() for snapshot in snapshots]
+
+
+def take_snapshot(message: object, digest: bytes, *, whole: bool) -> MessageSnapshot | None:
+    """The snapshot of a message that is stored as `digest`; None if it is none to be remembered."""
+    if not (type(message).__module__.startswith(_CLASSES_OF) and isinstance(message, BaseMessage)):
+        return None
+    kind = type(message)
+    name = message.__dict__.get("id")
+    if type(name) is not str or message.__pydantic_extra__ != {} or message.__pydantic_private__ is not None:
+        return None
+    assigned = _shared(frozenset(message.__pydantic_fields_set__))
+    fields = message.__dict__.copy()
+    empty: list[tuple[str, type]] = []
+    size = _COST
+    for field, value in fields.items():
+        of = type(value)
+        if of is str:
+            size += len(value)
+        elif (of is list or of is dict) and not value:
+            fields[field] = _EMPTY[of]
+            empty.append((field, of))
+        elif value is not None:
+            try:
+                packed = _pack(fields, option=_EXACT)
+            except TypeError:
+                return None
+            return MessageSnapshot(digest, name, kind, packed, (), assigned, whole, 600 + len(packed), LINK + digest)
+    return MessageSnapshot(digest, name, kind, fields, _shared(tuple(empty)), assigned, whole, size, LINK + digest)
+
+
+def match_stored(items: Iterable[Any], stored: Mapping[str, MessageSnapshot]) -> list[MessageSnapshot | None]:
+    """For each item of a list the stored message that it equals, or None."""
+    matches: list[MessageSnapshot | None] = []
+    add, get = matches.append, stored.get
+    for item in items:  # a thousand times for one checkpoint of a long thread: no function of ours is called in here
+        fields = getattr(item, "__dict__", None)
+        name = None if fields is None else fields.get("id")
+        match = get(name) if type(name) is str else None
+        if match is not None:
+            try:
+                expected = match.fields
+                same = (fields if type(expected) is dict else _pack(fields, option=_EXACT)) == expected
+            except _NOT_PLAIN:  # and so was not there
+                same = False
+            if not same or type(item) is not match.kind or item.__pydantic_extra__:
+                match = None
+        add(match)
+    return matches
+
+
+def match_or_snapshot(
+    items: Sequence[Any], stored: Mapping[str, MessageSnapshot]
+) -> tuple[list[MessageSnapshot | None], dict[int, MessageSnapshot | None]]:
+    """For each item the stored message that it equals, or None; and, by position, the snapshots of those that are new.
+
+    The snapshot of an item that is no message to be remembered is None.
+    """
+    matches = match_stored(items, stored)
+    new = {at: take_snapshot(items[at], b"", whole=False) for at, match in enumerate(matches) if match is None}
+    return matches, new
+
+
+@lru_cache(maxsize=256)
+def _shared(value: T) -> T:
+    """One object for all that are equal: messages of a class mostly have the same.
+
+    Thousands of small objects would cost a collection of garbage more than they cost memory.
+    """
+    return value
+
+
+# Decoding by template. A serializer revives a message by importing its class and calling it, and pydantic looks at
+# every field: for a thread of a thousand messages that is most of the time that reading takes. The class of a message
+# and the types of its fields are its template. The first message of a template goes through the serializer. If that
+# changes nothing, the others whose lists and dictionaries are empty are made from their fields as they stand.
+
+_Template = tuple[Any, ...]
+
+_MOST = 1000  # templates; there are hardly more than classes
+
+# Where the bytes of an extension type of msgpack begin, by its first byte: those of 1 to 16 bytes are no messages.
+_TAG = b"msgpack\0"
+_HEADERS = {_TAG + bytes((first,)): len(_TAG) + length for first, length in ((0xC7, 3), (0xC8, 4), (0xC9, 6))}
+
+
+def reads_as_written(serde: SerializerProtocol) -> bool:
+    """Whether a serializer is LangGraph's own with nothing of the caller's in it, so that messages hold no surprise."""
+    return type(serde) is JsonPlusSerializer and not getattr(serde, "_custom_unpack_ext_hook", True)
+
+
+class DecodeTemplates:
+    """The templates that one serializer is known to leave as they are."""
+
+    def __init__(self) -> None:
+        self._templates: dict[_Template, MessageSnapshot | None] = {}
+
+    def fast_decode(
+        self, values: Sequence[tuple[bytes, bytes]], start: int
+    ) -> list[tuple[BaseMessage, MessageSnapshot]]:
+        """The messages that values (body and digest) from `start` on are, with their snapshots.
+
+        Ends before the first value whose template is not known.
+        """
+        decoded: list[tuple[BaseMessage, MessageSnapshot]] = []
+        for at in range(start, len(values)):
+            body, digest = values[at]
+            parsed = _parse_message(body)
+            template = None if parsed is None else self._templates.get(parsed[0])
+            if parsed is None or template is None:
+                break
+            message = template.like(digest, parsed[1], len(body))
+            if message is None:
+                break
+            decoded.append(message)
+        return decoded
+
+    def learn(self, body: bytes, message: BaseMessage, snapshot: MessageSnapshot) -> None:
+        """See what the serializer made of a value whose template is not known."""
+        parsed = _parse_message(body)
+        if parsed is None or parsed[0] in self._templates or len(self._templates) >= _MOST:
+            return
+        template, fields = parsed
+        plain = isinstance(snapshot.fields, dict) and list(message.__dict__.items()) == list(fields.items())
+        if plain or not any(fields[name] for name in fields if type(fields[name]) in (list, dict)):
+            self._templates[template] = snapshot if plain else None
+
+
+def _parse_message(body: bytes) -> tuple[_Template, dict[str, Any]] | None:
+    """Template and fields of a value that is one object of the kind that messages are."""
+    start = _HEADERS.get(body[: len(_TAG) + 1])
+    if start is None or body[start - 1] != EXT_PYDANTIC_V2:
+        return None
+    try:
+        module, name, fields, method = ormsgpack.unpackb(body[start:])
+    except ValueError:  # an object within: not as plain as that
+        return None
+    return (module, name, method, *fields, *map(type, fields.values())), fields
+
+
+# What is known of threads.
+
+# channel -> its version at a checkpoint, and the digest of what it held; no digest: the channel was empty.
+ChannelHeads = Mapping[str, tuple[str | int | float, bytes | None]]
+Body = bytes | Node | MessageSnapshot
+
+# Bytes of memory, roughly: for a digest in a set, a value beside its bytes, parsed content, a channel at a checkpoint.
+_DIGEST_COST = 120
+_VALUE_COST = 130
+_NODE_COST = 1800
+_CHANNEL_COST = 250
+_THREAD_COST = 3000
+# Of a thread, kept at most: checkpoints whose channels are known, and bytes of values that are no messages.
+_CHECKPOINTS = 16
+_VALUE_BYTES = 2**20
+_CALLS_BETWEEN_SUMS = 32
+
+
+class CachedThread:
+    """What is known of a thread."""
+
+    def __init__(self, number: int | None = None, epoch: int = 0) -> None:
+        """Know nothing yet but the thread's number and epoch; without a number not even that."""
+        self.number = number
+        self.epoch = epoch
+        self.void = False  # a connection was lost since: the database may have gone back to an earlier time
+        self.stored: set[bytes] = set()  # digests of content that the thread has
+        self.bodies: dict[bytes, Node | MessageSnapshot] = {}  # some of it
+        self.messages: dict[str, MessageSnapshot] = {}  # by the message's id
+        self.size = 0
+        self._values: OrderedDict[bytes, bytes] = OrderedDict()
+        self._value_bytes = 0
+        self.heads: OrderedDict[tuple[str, str], ChannelHeads] = OrderedDict()  # by namespace and checkpoint
+        self._channels = 0  # of all heads
+        self._lock = Lock()
+
+    def remember_channels(self, ns: str, checkpoint_id: str, channels: ChannelHeads) -> None:
+        """Remember the channels of a checkpoint."""
+        with self._lock:
+            self._channels += len(channels) - len(self.heads.pop((ns, checkpoint_id), ()))
+            self.heads[ns, checkpoint_id] = channels
+            if len(self.heads) > _CHECKPOINTS:
+                self._channels -= len(self.heads.popitem(last=False)[1])
+
+    def body(self, digest: bytes) -> Body | None:
+        """Content, if known: a message that can be copied, a node, or a value's bytes."""
+        body = self.bodies.get(digest)
+        if body is None or (isinstance(body, MessageSnapshot) and not body.whole):
+            return self._values.get(digest)
+        return body
+
+    def collect(self, roots: Iterable[bytes]) -> tuple[dict[bytes, Body], set[bytes]]:
+        """Content and what it refers to, as far as it is known; and the digests of what is not."""
+        contents: dict[bytes, Body] = {}
+        missing: set[bytes] = set()
+        pending = list(roots)
+        bodies, values = self.bodies, self._values
+        while pending:
+            digest = pending.pop()
+            if digest in contents or digest in missing:
+                continue
+            body: Body | None = bodies.get(digest)
+            if body is None or (type(body) is MessageSnapshot and not body.whole):
+                body = values.get(digest)
+            if body is None:
+                missing.add(digest)
+                continue
+            contents[digest] = body
+            if type(body) is Node:
+                pending += [entry for entry in body.entries if type(entry) is bytes]  # not what is inline
+        return contents, missing
+
+    def add_new(self, contents: Iterable[tuple[bytes, Body]], snapshots: Iterable[tuple[Any, MessageSnapshot]]) -> None:
+        """`add` what was stored, and messages that are still as their snapshots say.
+
+        A node that ran meanwhile may have changed a message while it was serialised.
+        """
+        self.add(contents)
+        same = [snapshot for message, snapshot in snapshots if match_stored([message], {snapshot.id: snapshot})[0]]
+        self.add([(snapshot.digest, snapshot) for snapshot in same])
+
+    def add(self, contents: Iterable[tuple[bytes, Body]]) -> None:
+        """Remember content that the thread has."""
+        with self._lock:
+            for digest, body in contents:
+                if digest not in self.stored:
+                    self.stored.add(digest)
+                    self.size += _DIGEST_COST
+                if isinstance(body, bytes):
+                    self._add_value(digest, body)
+                    continue
+                if isinstance(body, MessageSnapshot):
+                    self.messages[body.id] = body
+                    if body.whole and (stored := self._values.pop(digest, None)) is not None:
+                        self._value_bytes -= _VALUE_COST + len(stored)
+                if digest not in self.bodies:
+                    self.size += body.cost if isinstance(body, MessageSnapshot) else _NODE_COST
+                self.bodies[digest] = body
+
+    def add_messages(self, messages: Iterable[MessageSnapshot]) -> None:
+        """Remember messages that were read; the same as `add` for each, in fewer steps."""
+        new = {message.digest: message for message in messages}
+        with self._lock:
+            self.size += _DIGEST_COST * len(new.keys() - self.stored)
+            self.size += sum([message.cost for digest, message in new.items() if digest not in self.bodies])
+            self.stored.update(new)
+            self.bodies.update(new)
+            self.messages.update({message.id: message for message in new.values()})
+            for digest in self._values.keys() & new.keys():
+                self._value_bytes -= _VALUE_COST + len(self._values.pop(digest))
+
+    def _add_value(self, digest: bytes, body: bytes) -> None:
+        if self.body(digest) is not None:
+            return
+        self._values[digest] = body
+        self._value_bytes += _VALUE_COST + len(body)
+        while self._value_bytes > _VALUE_BYTES and len(self._values) > 1:
+            _, oldest = self._values.popitem(last=False)
+            self._value_bytes -= _VALUE_COST + len(oldest)
+
+    @property
+    def cost(self) -> int:
+        """Bytes of memory, roughly."""
+        return _THREAD_COST + self.size + self._value_bytes + _CHANNEL_COST * self._channels
+
+
+class ThreadCache:
+    """The threads of one database that are known, up to a budget in bytes. Thread-safe.
+
+    Threads are dropped least recently used first when all of them together pass the budget.
+    """
+
+    def __init__(self, budget: int) -> None:
+        """`budget` 0 remembers nothing from one call to the next."""
+        self._budget = budget
+        self._threads: OrderedDict[str, CachedThread] = OrderedDict()
+        self._calls = 0
+        self._lock = Lock()
+
+    def forget_all(self) -> None:
+        """Know nothing: whoever answers after a connection was lost may not have the last commits."""
+        with self._lock:
+            for thread in self._threads.values():
+                thread.void = True
+            self._threads.clear()
+
+    def after_fork(self) -> None:
+        """Know nothing: in a process that was just forked, another thread may have been at it."""
+        self._lock = Lock()
+        self._threads.clear()
+
+    def get(self, thread_id: str) -> CachedThread:
+        """What is known of a thread; an empty `CachedThread` if nothing is."""
+        with self._lock:
+            return self._threads.get(thread_id) or CachedThread()
+
+    def at(self, thread_id: str, number: int, epoch: int) -> CachedThread:
+        """What is known of a thread that has this number and epoch in the database."""
+        with self._lock:
+            thread = self._threads.get(thread_id)
+            if thread is None or (thread.number, thread.epoch) != (number, epoch):
+                thread = CachedThread(number, epoch)
+                if self._budget:
+                    self._threads[thread_id] = thread
+            if self._budget:
+                self._threads.move_to_end(thread_id)
+                self._calls += 1
+                if self._calls % _CALLS_BETWEEN_SUMS == 0:
+                    self._shrink()
+            return thread
+
+    def drop(self, thread_id: str) -> None:
+        """Forget a thread."""
+        with self._lock:
+            self._threads.pop(thread_id, None)
+
+    def _shrink(self) -> None:
+        total = sum(thread.cost for thread in self._threads.values())
+        while total > self._budget and self._threads:  # the costs may have changed since the sum
+            _, oldest = self._threads.popitem(last=False)
+            total -= oldest.cost

@@ -1,0 +1,443 @@
+"""The statements of the hot paths, and where statements differ by database.
+
+SQLAlchemy looks every statement up in its cache of compiled ones, sets up types for parameters and results and
+describes the columns of what comes back. Here everything is bytes and integers, which every driver takes and gives
+as they are, so that can be left out: it takes longer than SQLite needs to run the statement. So statements of the hot
+paths are compiled once for each dialect and run on the driver's cursor. What SQLAlchemy does about errors (wrapping
+them, invalidating connections, handlers of the engine's owner) is left to it, and so is the whole statement on engines
+that are not ours, or where somebody listens to cursors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter, itemgetter, methodcaller
+from typing import Any, NamedTuple, TypeVar
+
+from sqlalchemy import (
+    ARRAY,
+    Column,
+    ColumnElement,
+    Connection,
+    Dialect,
+    Executable,
+    Select,
+    Table,
+    any_,
+    bindparam,
+    cast,
+    column,
+    insert,
+    select,
+    true,
+    values,
+)
+from sqlalchemy.dialects import mysql, postgresql, sqlite
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.pool import PoolProxiedConnection
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.dml import Insert
+
+from agentmem.errors import StorageError
+from agentmem_sql import db_errors
+
+# An execution option of engines on which statements may go past SQLAlchemy's execution.
+DIRECT = "agentmem_direct"
+
+_LIST = "agentmem_list"
+_CURSOR = "agentmem_cursor"
+_MYSQL_DUPLICATE = 1062
+_MARKS = {"qmark": "?", "format": "%s"}
+
+T = TypeVar("T")
+
+Rows = Sequence[tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A compiled statement: its SQL, the order of parameters that have no names, and those that SQLAlchemy adds."""
+
+    sql: str
+    order: Sequence[str] | None
+    constants: Mapping[str, Any]
+
+    def arrange(self, parameters: Mapping[str, Any]) -> Any:
+        """The parameters as the driver takes them."""
+        if self.constants:
+            parameters = {**self.constants, **parameters}
+        return parameters if self.order is None else tuple([parameters[name] for name in self.order])
+
+
+class Prepared:
+    """A statement whose parameters are all given, and no lists."""
+
+    def __init__(self, statement: Executable) -> None:
+        self._statement = statement
+        self._counting = statement.execution_options(preserve_rowcount=True)
+        self._texts: dict[tuple[type[Dialect], str], Text] = {}
+
+    def run(self, connection: Connection, parameters: Mapping[str, Any]) -> int:
+        """Execute it once; gives the number of rows that were changed."""
+        text = self._text(connection)
+        if text is None:
+            return connection.execute(self._counting, parameters).rowcount
+        return change(connection, text.sql, text.arrange(parameters))
+
+    def run_all(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> int:
+        """Execute it for every row; gives the number of rows that were changed."""
+        if len(rows) == 1:
+            return self.run(connection, rows[0])
+        text = self._text(connection)
+        if text is None:
+            return connection.execute(self._counting, rows).rowcount
+        return change(connection, text.sql, [text.arrange(row) for row in rows])
+
+    def rows(self, connection: Connection, parameters: Mapping[str, Any]) -> Rows:
+        """Execute it once; gives the rows that it selects, by position."""
+        text = self._text(connection)
+        if text is None:
+            return [tuple(row) for row in connection.execute(self._statement, parameters)]
+        return fetch(connection, text.sql, text.arrange(parameters))
+
+    def _text(self, connection: Connection) -> Text | None:
+        """What the driver is given; None where it depends on the connection."""
+        if "schema_translate_map" in connection._execution_options:
+            return None
+        dialect = connection.dialect
+        key = type(dialect), dialect.paramstyle
+        found = self._texts.get(key)
+        if found is None:
+            compiled: Any = self._statement.compile(dialect=dialect)  # type: ignore[attr-defined]
+            constants = {name: value for name, value in compiled.params.items() if value is not None}
+            found = self._texts[key] = Text(compiled.string, compiled.positiontup, constants)
+        return found
+
+
+class PreparedLookup:
+    """A SELECT of the rows whose `column` is in a list, which is the statement's last parameter.
+
+    PostgreSQL is given the list as one array, so that the statement is always the same. Other drivers are given as
+    many placeholders as there are items.
+    """
+
+    def __init__(self, column: Column[bytes], name: str, select: Callable[[ColumnElement[bool]], Executable]) -> None:
+        """`select` makes the statement from the condition; `name` is the parameter's."""
+        self._name = name
+        self._plain = select(column.in_(bindparam(name, expanding=True)))
+        self._prepared = Prepared(select(_InList(column, name)))
+
+    def rows(self, connection: Connection, parameters: Mapping[str, Any]) -> Rows:
+        """The rows found, by position."""
+        text = self._prepared._text(connection)
+        dialect = connection.dialect
+        if text is not None and dialect.name == "postgresql":
+            return fetch(connection, text.sql, text.arrange(parameters))
+        if text is None or dialect.paramstyle not in ("pyformat", *_MARKS):
+            return [tuple(row) for row in connection.execute(self._plain, parameters)]
+        items, before = parameters[self._name], text.arrange(parameters)
+        # The list is the last thing in the statement, whatever the tables are called.
+        head, _, tail = text.sql.rpartition(_LIST)
+        if text.order is None:
+            named = {f"{_LIST}_{at}": item for at, item in enumerate(items)}
+            return fetch(connection, head + ", ".join([f"%({name})s" for name in named]) + tail, {**before, **named})
+        marks = ", ".join([_MARKS[dialect.paramstyle]] * len(items))
+        return fetch(connection, head + marks + tail, (*before, *items))
+
+
+class _InList(ColumnElement[bool]):
+    """Whether a column's value is in a list."""
+
+    inherit_cache = False
+
+    def __init__(self, column: Column[bytes], name: str) -> None:
+        self.column = column
+        self.name = name
+
+
+@compiles(_InList)
+def _marked(element: _InList, compiler: SQLCompiler, **options: Any) -> str:
+    return f"{compiler.process(element.column, **options)} IN ({_LIST})"
+
+
+@compiles(_InList, "postgresql")
+def _array(element: _InList, compiler: SQLCompiler, **options: Any) -> str:
+    items = bindparam(element.name, type_=ARRAY(element.column.type))
+    return compiler.process(element.column == any_(items), **options)
+
+
+def change(connection: Connection, sql: str, parameters: Any) -> int:
+    """Execute a statement, for every one of a list of parameters; gives the number of rows that were changed."""
+    if _is_watched(connection):
+        return connection.exec_driver_sql(sql, parameters, {"preserve_rowcount": True}).rowcount
+    count: int = _on_cursor(connection, sql, parameters, _count)
+    return count
+
+
+def fetch(connection: Connection, sql: str, parameters: Any) -> Rows:
+    """Execute a statement; gives its rows."""
+    if _is_watched(connection):
+        return [tuple(row) for row in connection.exec_driver_sql(sql, parameters)]
+    rows: Rows = _on_cursor(connection, sql, parameters, _all)
+    return rows
+
+
+def kept(table: Table, key: Hashable, make: Callable[[], T]) -> T:
+    """What is made once for a table, and forgotten with it."""
+    found: T | None = table.info.get(key)
+    if found is None:
+        found = table.info[key] = make()
+    return found
+
+
+def _is_watched(connection: Connection) -> bool:
+    if not connection._execution_options.get(DIRECT, False):
+        return True
+    if not (connection._has_events or connection.engine._has_events):
+        return False
+    events = connection.dispatch
+    return bool(events.before_cursor_execute or events.after_cursor_execute)
+
+
+def _on_cursor(connection: Connection, sql: str, parameters: Any, result: Callable[[Any], Any]) -> Any:
+    dialect, cursor = connection.dialect, None
+    try:
+        if result is _count and dialect.driver == "psycopg":
+            return _on_kept_cursor(connection.connection, sql, parameters)
+        cursor = connection.connection.cursor()
+        if isinstance(parameters, list):
+            dialect.do_executemany(cursor, sql, parameters)
+        else:
+            dialect.do_execute(cursor, sql, parameters)
+        found = result(cursor)
+        cursor.close()
+        return found
+    except BaseException as error:  # noqa: BLE001
+        # It raises. Without the statement it wraps the errors of the driver only.
+        statement = sql if isinstance(error, dialect.loaded_dbapi.Error) else None
+        connection._handle_dbapi_exception(error, statement, None, cursor, None)
+
+
+def _on_kept_cursor(connection: PoolProxiedConnection, sql: str, parameters: Any) -> int:
+    """The number of rows that were changed, by a cursor of psycopg's that is kept for the next statement.
+
+    Making one and finding out anew how parameters are sent takes a quarter of the time of a statement. One that
+    rows were read with is not kept, since it holds them.
+    """
+    info = connection.info
+    cursor = info.pop(_CURSOR, None) or connection.cursor()
+    if isinstance(parameters, list):
+        cursor.executemany(sql, parameters)
+    else:
+        cursor.execute(sql, parameters)
+    info[_CURSOR] = cursor
+    count: int = cursor.rowcount
+    return count
+
+
+_count, _all = attrgetter("rowcount"), methodcaller("fetchall")
+
+
+# Inserts that differ by database.
+
+
+def add_rows(connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]], *, replace: bool) -> None:
+    """Insert rows; those that exist are replaced or left alone."""
+    if rows:
+        # Made anew, a statement would cost more than running it.
+        dialect, make = connection.dialect.name, upsert if replace else insert_missing
+        statement = kept(table, ("insert", dialect, replace), lambda: make(dialect, table))
+        connection.execute(statement, list(rows))
+
+
+def insert_missing(dialect: str, table: Table) -> Insert:
+    """INSERT that leaves a row alone whose primary key (or unique key) is there already."""
+    if dialect in ("mysql", "mariadb"):
+        # Not INSERT IGNORE: that also cuts over-long values short without an error.
+        first = next(iter(table.primary_key))
+        return mysql.insert(table).on_duplicate_key_update({first.name: first})
+    return _insert(dialect, table).on_conflict_do_nothing()
+
+
+def upsert(dialect: str, table: Table) -> Insert:
+    """INSERT that replaces every other column of a row whose primary key is there already."""
+    others = [column.name for column in table.columns if not column.primary_key]
+    if dialect in ("mysql", "mariadb"):
+        replacing = mysql.insert(table)
+        return replacing.on_duplicate_key_update({name: replacing.inserted[name] for name in others})
+    inserting = _insert(dialect, table)
+    return inserting.on_conflict_do_update(
+        index_elements=list(table.primary_key), set_={name: inserting.excluded[name] for name in others}
+    )
+
+
+def _insert(dialect: str, table: Table) -> sqlite.Insert | postgresql.Insert:
+    return postgresql.insert(table) if dialect == "postgresql" else sqlite.insert(table)
+
+
+def enable_wal(connection: Connection) -> None:
+    """Let readers and the writer of a SQLite file go on beside each other; the file remembers it.
+
+    A file that cannot be written stays as it is.
+
+    Raises:
+        StorageError: the file lies where a write-ahead log cannot be kept, such as a network share.
+    """
+    if connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal":
+        return
+    try:
+        found = connection.exec_driver_sql("PRAGMA journal_mode=WAL").scalar_one()
+    except DBAPIError as error:
+        if db_errors.is_read_only(error):
+            return
+        raise
+    if found != "wal":
+        raise StorageError(
+            f"expected SQLite to keep a write-ahead log beside {connection.engine.url.database!r}, found "
+            f"journal mode {found!r}; put the database on a local disk"
+        )
+
+
+def check_mysql(connection: Connection) -> None:
+    """Refuse a MySQL or MariaDB server that is set up so that writes would fail, or mean something else.
+
+    Raises:
+        StorageError: with what to change.
+    """
+    log, log_format, mode = connection.exec_driver_sql("SELECT @@log_bin, @@binlog_format, @@sql_mode").one()
+    if "ORACLE" in str(mode).upper().split(","):
+        raise StorageError(
+            f"expected a session with MySQL's own SQL, found sql_mode {mode!r}: ORACLE changes what statements mean; "
+            "set another sql_mode on the server, or for the saver: "
+            "engine_options={'connect_args': {'init_command': \"SET SESSION sql_mode = 'STRICT_TRANS_TABLES'\"}}"
+        )
+    if log and str(log_format).upper() == "STATEMENT":
+        raise StorageError(
+            "expected a server whose binary log holds rows, found binlog_format=STATEMENT, with which InnoDB takes no "
+            "writes of READ COMMITTED transactions; set binlog_format to ROW or MIXED (SET GLOBAL binlog_format = "
+            "'ROW'), or switch the binary log off"
+        )
+
+
+def insert_new(connection: Connection, table: Table, row: Mapping[str, Any]) -> bool:
+    """Insert a row unless there is one with its key; says whether it was inserted."""
+    if connection.dialect.name not in ("mysql", "mariadb"):
+        # psycopg tells the number of rows of an INSERT only if asked to.
+        statement = insert_missing(connection.dialect.name, table).execution_options(preserve_rowcount=True)
+        return connection.execute(statement, row).rowcount == 1
+    try:
+        connection.execute(insert(table), row)
+    except IntegrityError as error:
+        # There the count of ON DUPLICATE KEY is the same for both cases; and a failed statement fails alone.
+        if error.orig is not None and error.orig.args[:1] == (_MYSQL_DUPLICATE,):
+            return False
+        raise
+    return True
+
+
+def insert_content(dialect: str, blobs: Table) -> Prepared:
+    """INSERT of content, unless it is there."""
+    return kept(blobs, ("content", dialect), lambda: Prepared(insert_missing(dialect, blobs)))
+
+
+def insert_locked(dialect: str, table: Table, threads: Table) -> Prepared:
+    """INSERT of a row for the thread of number `of` if its epoch is `in_epoch`, whose row is locked (shared)."""
+    return kept(table, ("locked", dialect), lambda: _insert_locked(dialect, table, threads))
+
+
+def _insert_locked(dialect: str, table: Table, threads: Table) -> Prepared:
+    columns = [column for column in table.columns if column.name != "thread"]
+    values: list[ColumnElement[Any]] = [bindparam(column.name, type_=column.type) for column in columns]
+    if dialect == "postgresql":  # there a parameter that is only selected would be text
+        values = [cast(value, value.type) for value in values]
+    thread = (
+        select(threads.c.number, *values)
+        .where(threads.c.number == bindparam("of"), threads.c.epoch == bindparam("in_epoch"))
+        .with_for_update(read=True, key_share=True)
+    )
+    names = ["thread", *(column.name for column in columns)]
+    return Prepared(insert(table).from_select(names, thread))
+
+
+# PostgreSQL's write in one statement: content, the lock on the thread's row and the rows that refer to the content
+# travel in one round trip. A statement is a transaction, so there is no BEGIN and no COMMIT to wait for either. Other
+# databases have no INSERT inside a WITH; there, and where there is much to insert, the writer does the same in several.
+
+# Every number of rows is a statement of its own, which the server plans when it is new.
+MOST_CONTENT = 12
+MOST_ROWS = 4
+
+_CONTENT = "content_"
+
+
+def insert_all(
+    connection: Connection,
+    table: Table,
+    tables: tuple[Table, Table],
+    thread: tuple[int, int],
+    content: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
+) -> int:
+    """Insert rows and the content they need if the thread has this number and epoch; gives the number of rows.
+
+    Args:
+        connection: in autocommit mode, or in a transaction.
+        table: where `rows` go.
+        tables: those of threads and of content.
+        thread: number and epoch.
+        content: rows with digest, kind and body; what is there already is left alone.
+        rows: at least one, without the thread's number.
+    """
+    size = len(content), len(rows)
+    adding = kept(table, ("all", size), lambda: _adding(table, *tables, *size))
+    values: list[Any] = [*thread]
+    for row in content:
+        values += adding.of_content(row)
+    for row in rows:
+        values += adding.of_row(row)
+    return adding.statement.run(connection, dict(zip(adding.names, values, strict=True)))
+
+
+class _Adding(NamedTuple):
+    """A statement for a number of rows, the names of its parameters, and what comes into their order from a row."""
+
+    statement: Prepared
+    names: Sequence[str]
+    of_content: Callable[[Mapping[str, Any]], tuple[Any, ...]]
+    of_row: Callable[[Mapping[str, Any]], tuple[Any, ...]]
+
+
+def _adding(table: Table, threads: Table, blobs: Table, contents: int, rows: int) -> _Adding:
+    of_blob, of_table = ([each.name for each in of.columns if each.name != "thread"] for of in (blobs, table))
+    names = ["of", "in_epoch"]
+    names += [f"{_CONTENT}{name}_{at}" for at in range(contents) for name in of_blob]
+    names += [f"{name}_{at}" for at in range(rows) for name in of_table]
+    statement = _statement(table, threads, blobs, contents, rows)
+    return _Adding(statement, names, itemgetter(*of_blob), itemgetter(*of_table))
+
+
+def _statement(table: Table, threads: Table, blobs: Table, contents: int, rows: int) -> Prepared:
+    of_thread = threads.c.number == bindparam("of"), threads.c.epoch == bindparam("in_epoch")
+    locked = select(threads.c.number).where(*of_thread).with_for_update(read=True, key_share=True).cte("locked")
+
+    def given(columns: Sequence[Column[Any]], count: int, prefix: str) -> Select[Any]:
+        names = [each.name for each in columns]
+        # Cast, since a parameter that is only selected has no type there.
+        data = [
+            tuple(cast(bindparam(f"{prefix}{each.name}_{at}"), each.type) for each in columns) for at in range(count)
+        ]
+        new = values(*(column(each.name, each.type) for each in columns), name=f"{prefix}given").data(data)
+        return select(locked.c.number, *(new.c[name] for name in names)).select_from(locked.join(new, true()))
+
+    def others(of: Table) -> list[Column[Any]]:
+        return [each for each in of.columns if each.name != "thread"]
+
+    columns = others(table)
+    adding = insert(table).from_select(["thread", *(each.name for each in columns)], given(columns, rows, ""))
+    if contents:
+        names = ["thread", *(each.name for each in others(blobs))]
+        content = postgresql.insert(blobs).from_select(names, given(others(blobs), contents, _CONTENT))
+        adding = adding.add_cte(content.on_conflict_do_nothing().cte("content"))
+    return Prepared(adding)

@@ -1,0 +1,278 @@
+"""What each method of the saver does with the database: the operations of a checkpointer.
+
+Values are packed before and unpacked after the work that needs a connection, so the caller's code never runs inside a
+transaction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.base import (
+    WRITES_IDX_MAP,
+    ChannelVersions,
+    Checkpoint,
+    CheckpointMetadata,
+    CheckpointTuple,
+    DeltaChannelHistory,
+    get_checkpoint_metadata,
+)
+from langgraph.checkpoint.serde.base import SerializerProtocol
+from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
+from sqlalchemy import Connection
+
+from agentmem.errors import ConfigError, StorageError
+from agentmem_sql.content import Packer, Unpacker
+from agentmem_sql.database import Database
+from agentmem_sql.delta_channels import AncestorReader
+from agentmem_sql.mark_sweep import Sweeper
+from agentmem_sql.message_cache import (
+    CachedThread,
+    ChannelHeads,
+    DecodeTemplates,
+    ThreadCache,
+    reads_as_written,
+)
+from agentmem_sql.protection import Protection
+from agentmem_sql.prune import Copier, Pruner, all_but_newest
+from agentmem_sql.reader import Found, Listing, Reader
+from agentmem_sql.rows import Address, Row, encode_checkpoint, encode_writes, to_tuple
+from agentmem_sql.schema import Tables
+from agentmem_sql.statements import MOST_CONTENT, MOST_ROWS
+from agentmem_sql.writer import Locked, Write, WriteConflict, WriteMode, Writer
+
+_ATTEMPTS = 8
+# Attempts that rely on what is known of the thread. Where it is pruned all the time, nothing is left out after them,
+# so that nothing can be wrong.
+_RELYING = 4
+
+
+class Store:
+    """The threads of one database; shared by a saver and its clones, which differ in their serializers."""
+
+    def __init__(
+        self, engine: Any, *, tables: Tables, protection: Protection, cache_bytes: int, **options: Any
+    ) -> None:
+        """Open nothing yet.
+
+        Args:
+            engine: as for `Database`.
+            tables: where the threads are.
+            protection: how they are protected.
+            cache_bytes: how much of them is kept in memory, roughly.
+            options: of `Database`.
+        """
+        self.protection = protection
+        self.cache = ThreadCache(cache_bytes)
+        self.database = Database(
+            engine,
+            tables=tables,
+            prepare=partial(protection.settle, tables=tables),
+            is_prepared=partial(protection.is_settled, tables=tables),
+            on_lost=self.cache.forget_all,
+            on_fork=self.cache.after_fork,
+            **options,
+        )
+        # A clone of the saver has another serializer, which may read the same bytes as something else.
+        self._templates: WeakKeyDictionary[SerializerProtocol, DecodeTemplates] = WeakKeyDictionary()
+        self.reader = Reader(tables, protection, self.cache)
+        self.ancestors = AncestorReader(self.reader, protection)
+        self.sweeper = Sweeper(tables, protection)
+        self.writer = Writer(tables, protection, self.sweeper)
+        self.pruner = Pruner(tables, protection, self.cache, self.writer, self.ancestors, self.sweeper)
+        self.copier = Copier(tables, protection, self.writer, self.pruner)
+        self._keyed = not protection.encrypts
+
+    # Writing.
+
+    def put(
+        self,
+        serde: SerializerProtocol,
+        config: RunnableConfig,
+        checkpoint: Checkpoint,
+        metadata: CheckpointMetadata,
+        new_versions: ChannelVersions,
+    ) -> RunnableConfig:
+        """Store a checkpoint and the channels in `new_versions`; gives its config."""
+        merged = get_checkpoint_metadata(config, metadata)
+        heads: ChannelHeads = {}
+
+        def encode(address: Address, known: CachedThread, relying: bool) -> tuple[Packer, Sequence[Row]]:
+            nonlocal heads
+            parents: ChannelHeads = {}
+            if relying and address.id is not None:
+                at_parent = known.heads.get((address.ns, address.id))
+                if at_parent is None:
+                    known, parents = self._parents(serde, address, known)
+                else:
+                    parents = at_parent
+            packer = Packer(serde, self.protection, known, relies_on_cache=bool(parents))
+            row, heads = encode_checkpoint(packer, self.protection, address, checkpoint, merged, new_versions, parents)
+            return packer, [row]
+
+        address, packer, _, locked = self._write(config, encode, self.writer.put_checkpoint, WriteMode.INSERT)
+        assert locked is not None
+        stored = packer.stored()
+        known = self.cache.at(address.thread, *locked)
+        known.add_new(stored, packer.snapshots)
+        known.remember_channels(address.ns, checkpoint["id"], heads)
+        return address.config(checkpoint["id"])
+
+    def put_writes(
+        self,
+        serde: SerializerProtocol,
+        config: RunnableConfig,
+        writes: Sequence[tuple[str, Any]],
+        task_id: str,
+        task_path: str,
+    ) -> None:
+        """Store what a task wrote."""
+        if not writes:
+            return
+
+        def encode(address: Address, known: CachedThread, _relying: bool) -> tuple[Packer, Sequence[Row]]:
+            packer = Packer(serde, self.protection, known)
+            return packer, encode_writes(packer, self.protection, address, writes, task_id, task_path)
+
+        # What a task writes to special channels replaces what it had there, or, beside results, is there already: a
+        # task that was resumed writes its answers again. So that is looked for first.
+        special = any(channel in WRITES_IDX_MAP for channel, _ in writes)
+        first = WriteMode.CHECK if special else WriteMode.INSERT
+        address, packer, mode, locked = self._write(config, encode, self.writer.put_writes, first)
+        if locked is not None and mode is not WriteMode.EXCLUSIVE:
+            stored = packer.stored()
+            self.cache.at(address.thread, *locked).add_new(stored, packer.snapshots)
+
+    def _write(
+        self,
+        config: RunnableConfig,
+        encode: Callable[[Address, CachedThread, bool], tuple[Packer, Sequence[Row]]],
+        put: Callable[..., Locked | None],
+        mode: WriteMode,
+    ) -> tuple[Address, Packer, WriteMode, Locked | None]:
+        """Pack and write, again if it must be in another mode; gives the last packer and mode, and the thread.
+
+        Raises:
+            StorageError: others changed the thread every time.
+        """
+        if not self._keyed:  # what digests are keyed with is kept in an encrypted database
+            self.database.run(_nothing)
+            self._keyed = True
+        address = Address.of(config)
+        for attempt in range(_ATTEMPTS):
+            relying = attempt < _RELYING
+            known = self.cache.get(address.thread) if relying else CachedThread()
+            packer, rows = encode(address, known, relying)
+            if mode is WriteMode.INSERT and packer.known.number is None:
+                mode = WriteMode.CHECK
+            small = len(packer.new) <= MOST_CONTENT and len(rows) <= MOST_ROWS
+            in_one = small and mode is WriteMode.INSERT
+            write = Write(address.thread, rows, packer.new, packer.known, packer.relies_on_cache, mode, in_one)
+            try:
+                locked = self.database.run(partial(put, write=write), write=True, autocommit=in_one)
+            except WriteConflict as conflict:
+                if conflict.mode is WriteMode.CHECK:
+                    self.cache.drop(address.thread)
+                if mode is not WriteMode.EXCLUSIVE:
+                    mode = conflict.mode
+            else:
+                return address, packer, mode, locked
+        raise StorageError(
+            f"thread {address.thread[:80]!r} was changed by others {_ATTEMPTS} times while something was being stored "
+            "in it; nothing was stored, try again"
+        )
+
+    def _parents(
+        self, serde: SerializerProtocol, address: Address, known: CachedThread
+    ) -> tuple[CachedThread, ChannelHeads]:
+        """What is known of a thread, and what the channels of the parent hold; nothing if it is not there."""
+        stored = self.database.run(partial(self.reader.row, serde=serde, address=address))
+        return (known, {}) if stored is None else (stored.known, stored.checkpoint.heads)
+
+    # Reading.
+
+    def get_tuple(self, serde: SerializerProtocol, config: RunnableConfig) -> CheckpointTuple | None:
+        """A checkpoint, or None."""
+        stored = self.database.run(partial(self.reader.find, serde=serde, address=Address.of(config)))
+        return None if stored is None else self._tuple(serde, stored)
+
+    def list(
+        self,
+        serde: SerializerProtocol,
+        config: RunnableConfig | None,
+        filter: Mapping[str, Any] | None,
+        before: RunnableConfig | None,
+        limit: int | None,
+    ) -> Iterator[CheckpointTuple]:
+        """Checkpoints, newest first; between pages nothing is held open."""
+        listing = Listing(self.reader, serde, config, filter=filter, before=before, limit=limit)
+        while not listing.finished:
+            for stored in self.database.run(listing.next_page):
+                yield self._tuple(serde, stored)
+
+    def _tuple(self, serde: SerializerProtocol, stored: Found) -> CheckpointTuple:
+        return to_tuple(stored.checkpoint, serde, stored.known, self._templates_of(serde))
+
+    def _templates_of(self, serde: SerializerProtocol) -> DecodeTemplates | None:
+        """What messages may be decoded by without the serializer; None where it may do something of the caller's."""
+        if type(serde) is not JsonPlusSerializer:
+            return None
+        templates = self._templates.get(serde)
+        if templates is None and reads_as_written(serde):
+            templates = self._templates.setdefault(serde, DecodeTemplates())
+        return templates
+
+    def delta_history(
+        self, serde: SerializerProtocol, config: RunnableConfig, channels: Sequence[str]
+    ) -> dict[str, DeltaChannelHistory]:
+        """Seed and writes of delta channels."""
+        if not channels:
+            return {}
+        read = partial(self.ancestors.read, address=Address.of(config), channels=[*dict.fromkeys(channels)])
+        stored = self.database.run(read)
+        if stored is None:
+            return {name: DeltaChannelHistory(writes=[]) for name in channels}
+        histories, contents, known = stored
+        unpacker = Unpacker(serde, contents, known, self._templates_of(serde))
+        result: dict[str, DeltaChannelHistory] = {}
+        for name, history in histories.items():
+            values = unpacker.unpack_all([digest for _, digest in history.writes])
+            writes = [(task, name, value) for (task, _), value in zip(history.writes, values, strict=True)]
+            result[name] = DeltaChannelHistory(writes=writes)
+            if history.seed is not None:
+                result[name]["seed"] = unpacker.unpack(history.seed)
+        return result
+
+    # Taking out and copying.
+
+    def delete_thread(self, thread_id: str) -> None:
+        """Remove everything of a thread."""
+        self.database.run(partial(self.writer.delete_thread, thread_id=thread_id), write=True)
+        self.cache.drop(thread_id)
+
+    def prune(self, serde: SerializerProtocol, thread_ids: Sequence[str], strategy: str) -> None:
+        """Keep the newest checkpoint of each namespace, or nothing; each thread in a transaction of its own."""
+        if strategy not in ("keep_latest", "delete"):
+            raise ConfigError(f"expected the strategy 'keep_latest' or 'delete', found {strategy!r}")
+        for thread_id in thread_ids:
+            if strategy == "delete":
+                self.delete_thread(thread_id)
+            else:
+                self.pruner.remove(self.database, serde, thread_id, all_but_newest)
+
+    def delete_for_runs(self, serde: SerializerProtocol, run_ids: Sequence[str]) -> None:
+        """Remove the checkpoints of runs."""
+        if run_ids:
+            self.pruner.delete_runs(self.database, serde, run_ids)
+
+    def copy_thread(self, source_id: str, target_id: str) -> None:
+        """Copy a thread."""
+        self.database.run(partial(self.copier.copy, source_id=source_id, target_id=target_id), write=True)
+
+
+def _nothing(_connection: Connection) -> None:
+    """The work of a call that only wants the database open."""

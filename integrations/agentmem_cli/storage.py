@@ -67,13 +67,12 @@ class Place:
             StorageError: there is no such database, or it keeps no threads.
             ConfigError: a key cannot be read.
         """
-        serde, key = self.serde, None if self.hmac_key_file is None else _read_key(self.hmac_key_file)
         return SQLAlchemySaver.from_url(
             self.full_url,
-            serde=serde,
+            serde=self.serde,
             schema=self.schema,
             table_prefix=self.prefix,
-            hmac_key=key,
+            hmac_key=None if self.hmac_key_file is None else _read_key(self.hmac_key_file),
             cache_bytes=0,
             must_exist=not make,
         )

@@ -22,7 +22,6 @@ from sqlalchemy import Connection, bindparam, select
 from agentmem.errors import CorruptStateError, StateMismatchError, StorageError
 from agentmem.state import MemoryState
 from agentmem_sql.content import Unpacker
-from agentmem_sql.database import Database
 from agentmem_sql.list_tree import LIST
 from agentmem_sql.message_cache import Body, CachedThread
 from agentmem_sql.reader import Missing
@@ -102,16 +101,10 @@ class _Change(NamedTuple):
 
 
 def memory_history(
-    database: Database,
-    store: Store,
-    serde: SerializerProtocol,
-    address: Address,
-    channel: str | None,
-    *,
-    newest_first: bool,
+    store: Store, serde: SerializerProtocol, address: Address, channel: str | None, *, newest_first: bool
 ) -> Iterator[MemoryStep]:
     """The memories along the parents of the checkpoint at `address`; see `SQLAlchemySaver.memory_history`."""
-    walk = _Walk(database, store, serde, address)
+    walk = _Walk(store, serde, address)
     changes = walk.changes(channel)
     if not newest_first:
         changes = reversed(list(changes))
@@ -124,7 +117,7 @@ def memory_history(
         for change in page:
             if change.before is not None:
                 wanted.setdefault(change.before, (change.channel, str(change.parent)))
-        contents = database.run(
+        contents = store.database.run(
             partial(walk.collect, wanted={key: wanted[key] for key in wanted.keys() - states.keys()})
         )
         # What was taken out together with its checkpoint meanwhile is in neither of the two.
@@ -140,8 +133,8 @@ def memory_history(
 class _Walk:
     """The way from a checkpoint to its first ancestor."""
 
-    def __init__(self, database: Database, store: Store, serde: SerializerProtocol, address: Address) -> None:
-        self._database = database
+    def __init__(self, store: Store, serde: SerializerProtocol, address: Address) -> None:
+        self._database = store.database
         self._store = store
         self._serde = serde
         self._address = address

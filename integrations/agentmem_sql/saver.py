@@ -34,7 +34,7 @@ from agentmem_sql.content import plain_serde
 from agentmem_sql.ids import check_id, check_ids
 from agentmem_sql.memory_history import MemoryStep, memory_history
 from agentmem_sql.protection import Protection
-from agentmem_sql.report import Order, StorageReport, check_arguments, storage_report
+from agentmem_sql.report import Order, StorageReport, storage_report
 from agentmem_sql.retention import Retention, RetentionReport, sweep
 from agentmem_sql.rows import Address
 from agentmem_sql.schema import DEFAULT_PREFIX, Tables
@@ -399,8 +399,8 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
                 checkpoint).
             CorruptStateError: what a checkpoint holds is no memory, or not one that this version reads.
         """
-        database, address = self._store.database, Address(check_id(thread_id), checkpoint_ns, checkpoint_id)
-        return memory_history(database, self._store, self._serde, address, channel, newest_first=newest_first)
+        address = Address(check_id(thread_id), checkpoint_ns, checkpoint_id)
+        return memory_history(self._store, self._serde, address, channel, newest_first=newest_first)
 
     async def amemory_history(
         self,
@@ -448,8 +448,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
             StorageError: the database refused. A thread that holds something else than was stored stays as it is,
                 is named in the report, and the others go on.
         """
-        store, serde = self._store, self._serde
-        return sweep(store.database, store, serde, policy, thread_ids=thread_ids, dry_run=dry_run, now=now)
+        return sweep(self._store, self._serde, policy, thread_ids=thread_ids, dry_run=dry_run, now=now)
 
     async def aretain(
         self,
@@ -473,9 +472,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         Raises:
             ConfigError: a limit below 1, or another order.
         """
-        check_arguments(limit, order)
-        database = self._store.database
-        return database.run(partial(storage_report, tables=database.tables, limit=limit, order=order))
+        return storage_report(self._store.database, limit, order)
 
     async def astorage_report(self, *, limit: int | None = None, order: Order = "bytes") -> StorageReport:
         """`storage_report` for a task."""

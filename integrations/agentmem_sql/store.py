@@ -77,7 +77,7 @@ class Store:
         self.ancestors = AncestorReader(self.reader, protection)
         self.sweeper = Sweeper(tables, protection)
         self.writer = Writer(tables, protection, self.sweeper)
-        self.pruner = Pruner(tables, protection, self.cache, self.writer, self.ancestors, self.sweeper)
+        self.pruner = Pruner(self.database, protection, self.cache, self.writer, self.ancestors, self.sweeper)
         self.copier = Copier(tables, protection, self.writer, self.pruner)
         self._keyed = not protection.encrypts
 
@@ -256,12 +256,12 @@ class Store:
             if strategy == "delete":
                 self.delete_thread(thread_id)
             else:
-                self.pruner.remove(self.database, serde, thread_id, all_but_newest)
+                self.pruner.remove(serde, thread_id, all_but_newest)
 
     def delete_for_runs(self, serde: SerializerProtocol, run_ids: Sequence[str]) -> None:
         """Remove the checkpoints of runs."""
         if run_ids:
-            self.pruner.delete_runs(self.database, serde, run_ids)
+            self.pruner.delete_runs(serde, run_ids)
 
     def copy_thread(self, source_id: str, target_id: str) -> None:
         """Copy a thread."""

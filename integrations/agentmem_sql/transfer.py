@@ -103,8 +103,7 @@ class TransferReport:
         self.checkpoints += thread.checkpoints
         self.writes += thread.writes
         self.skipped += thread.skipped
-        if thread.error is not None:
-            self.failures.append(thread)
+        self.failures += [thread] * (thread.error is not None)
 
 
 class TransferError(StorageError):
@@ -236,7 +235,7 @@ def _copy(
         try:
             copying.run(outlines or _outlines(source, _at(thread)).get(thread, {}))
         except _OF_A_THREAD as caught:
-            if isinstance(caught, ConfigError) or isinstance(caught.__cause__, _OF_ALL):
+            if _concerns_all(caught):
                 raise
             error = copying.failure(caught)
         result = ThreadTransfer(str(thread), copying.checkpoints, copying.writes, error)
@@ -246,6 +245,10 @@ def _copy(
     if report.failures:
         raise TransferError(report)
     return report
+
+
+def _concerns_all(error: Exception) -> bool:
+    return isinstance(error, ConfigError) or isinstance(error.__cause__, _OF_ALL)
 
 
 class _Copying:
@@ -397,6 +400,8 @@ def _all_outlines(source: Saver) -> dict[Any, Outlines]:
     try:
         return _outlines(source, None)
     except _OF_A_THREAD as error:
+        if _concerns_all(error):
+            raise
         raise StorageError(
             f"expected a source that can be listed, found a damaged one ({type(error).__name__}: {error}); name the "
             "threads to copy in thread_ids: damaged ones are then reported and the others copied"

@@ -282,6 +282,7 @@ def test_a_history_takes_few_statements(shared_url: str) -> None:
                 seed, writes = history(asked, at)
             assert len(statements) <= most, statements
             assert (len(seed.value), len(writes)) == (1, 60)
+        saver.delete_thread("t")
     engine.dispose()
 
 

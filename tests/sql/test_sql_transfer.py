@@ -446,7 +446,9 @@ def test_the_order_of_writes_is_kept_whatever_their_paths(saver: SQLAlchemySaver
     assert [value for _, _, value in found.pending_writes or ()] == [["!"], "null", 5, 6, 7, 1, 2, "?", 3, 4, "broken"]
     assert copy_threads(made, saver).skipped == 1
 
-    made.put_writes(at, [(ERROR, "late")], "b", "~1")
+    put(made, at, {"n": 2})
+    copy_threads(made, saver)
+    made.put_writes(at, [(ERROR, "late")], "b", "~1")  # under a checkpoint that has a child, as a branch does
     assert copy_threads(made, saver).writes == 1
     assert tuples(saver) == tuples(made)
 

@@ -24,10 +24,9 @@ from sqlalchemy import Engine, create_engine, event, make_url
 
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
-from tests.helpers.sql_cases import config
+from tests.helpers.sql_cases import SyncMirror, config
 from tests.helpers.sql_chains import grow, history, id_of, ids, made, unaccounted, write
 from tests.helpers.sql_graphs import chat_graph, delta_graph, say
-from tests.helpers.sql_mirror import SyncMirror
 
 Sql = Callable[..., list[Any]]
 Saver = BaseCheckpointSaver[str]

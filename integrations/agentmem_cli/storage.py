@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from rich import box
@@ -46,19 +47,35 @@ class Place:
     encrypted: bool
     hmac_key_file: Path | None
 
-    def open(self) -> SQLAlchemySaver:
-        """A saver on a database that exists; makes neither a file nor tables.
+    @property
+    def full_url(self) -> str:
+        """The URL; what has no scheme is the path of a SQLite file."""
+        return self.url if "://" in self.url else f"sqlite:///{self.url}"
+
+    @property
+    def serde(self) -> SerializerProtocol:
+        """The serializer.
+
+        Raises:
+            ConfigError: the database is encrypted and the key cannot be read.
+        """
+        return _encrypting() if self.encrypted else JsonPlusSerializer()
+
+    def open(self, *, make: bool = False) -> SQLAlchemySaver:
+        """A saver on a database that exists, without making a file or tables; with `make` they are made if need be.
 
         Raises:
             StorageError: there is no such database, or it keeps no threads.
             ConfigError: a key cannot be read.
         """
-        # What has no scheme is the path of a SQLite file.
-        url = self.url if "://" in self.url else f"sqlite:///{self.url}"
-        serde = encrypting() if self.encrypted else JsonPlusSerializer()
-        key = None if self.hmac_key_file is None else _read_key(self.hmac_key_file)
         return SQLAlchemySaver.from_url(
-            url, serde=serde, schema=self.schema, table_prefix=self.prefix, hmac_key=key, cache_bytes=0, must_exist=True
+            self.full_url,
+            serde=self.serde,
+            schema=self.schema,
+            table_prefix=self.prefix,
+            hmac_key=None if self.hmac_key_file is None else _read_key(self.hmac_key_file),
+            cache_bytes=0,
+            must_exist=not make,
         )
 
 
@@ -126,7 +143,7 @@ def _span(option: str, text: str) -> timedelta:
     return int(found[1]) * _UNITS[found[2]]
 
 
-def encrypting() -> EncryptedSerializer:
+def _encrypting() -> EncryptedSerializer:
     if _KEY not in os.environ:
         raise ConfigError(f"expected the key of an encrypted database in the environment variable {_KEY}, found none")
     try:

@@ -19,9 +19,9 @@ from agentmem.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
     from langgraph.checkpoint.base import BaseCheckpointSaver
-    from langgraph.checkpoint.serde.base import SerializerProtocol
     from sqlalchemy import URL
 
+    from agentmem_cli.storage import Place
     from agentmem_sql import ThreadTransfer
 
 Source = Annotated[
@@ -36,7 +36,13 @@ Threads = Annotated[list[str] | None, typer.Option("--thread", help="Only this o
 SourceEncrypted = Annotated[
     bool, typer.Option("--source-encrypted", help="SOURCE is encrypted by the key in LANGGRAPH_AES_KEY.")
 ]
+SourcePrefix = Annotated[str, typer.Option(help="What the names of SOURCE's tables begin with, if it is of ours.")]
+SourceSchema = Annotated[str | None, typer.Option(help="Of SOURCE's tables, if it is of ours.")]
+SourceKeyFile = Annotated[Path | None, typer.Option(help="Holds the hmac_key of SOURCE, byte by byte.")]
 Encrypted = Annotated[bool, typer.Option("--encrypted", help="TARGET is encrypted by the key in LANGGRAPH_AES_KEY.")]
+Prefix = Annotated[str, typer.Option(help="What the names of TARGET's tables begin with.")]
+Schema = Annotated[str | None, typer.Option(help="Of TARGET's tables; left out, the connection's own.")]
+KeyFile = Annotated[Path | None, typer.Option(help="Holds the hmac_key of TARGET, byte by byte.")]
 
 
 def import_threads(
@@ -44,7 +50,13 @@ def import_threads(
     target: Target,
     thread: Threads = None,
     source_encrypted: SourceEncrypted = False,
+    source_prefix: SourcePrefix = "agentmem_",
+    source_schema: SourceSchema = None,
+    source_hmac_key_file: SourceKeyFile = None,
     encrypted: Encrypted = False,
+    prefix: Prefix = "agentmem_",
+    schema: Schema = None,
+    hmac_key_file: KeyFile = None,
 ) -> None:
     """Copy threads from another checkpointer's database, as they are. Called again, it copies what is new.
 
@@ -52,13 +64,16 @@ def import_threads(
     """
     from rich.console import Console
 
+    from agentmem_cli.storage import Place
     from agentmem_cli.terminal import error_line
-    from agentmem_sql import SQLAlchemySaver, TransferError, copy_threads
+    from agentmem_sql import TransferError, copy_threads
 
     console = Console()
+    there = Place(source, source_prefix, source_schema, source_encrypted, source_hmac_key_file)
+    here = Place(target, prefix, schema, encrypted, hmac_key_file)
     with (
-        _open(source, _serde(source_encrypted)) as reading,
-        SQLAlchemySaver.from_url(_url(target), serde=_serde(encrypted)) as writing,
+        _open(there) as reading,
+        here.open(make=True) as writing,
         Console(stderr=True).status("copying") as status,
     ):
         numbers = count(1)
@@ -82,25 +97,24 @@ def import_threads(
 
 
 @contextmanager
-def _open(source: str, serde: SerializerProtocol) -> Iterator[BaseCheckpointSaver[Any]]:
+def _open(place: Place) -> Iterator[BaseCheckpointSaver[Any]]:
     """The checkpointer whose tables are in a database; LangGraph's, where it holds both."""
-    from agentmem_sql import SQLAlchemySaver
     from agentmem_sql.engines import parse
 
-    url = parse(_url(source))
+    url = parse(place.full_url)
     backend = url.get_backend_name()
     if backend == "sqlite" and {"checkpoints", "writes"} <= _sqlite_tables(url):
         module = _langgraph("sqlite")
         with _source_errors(sqlite3.Error), module.SqliteSaver.from_conn_string(str(url.database)) as saver:
-            saver.serde = serde
+            saver.serde = place.serde
             yield saver
     elif backend == "postgresql" and (conninfo := _with_langgraph_tables(url)):
         module = _langgraph("postgres")
         with _source_errors(import_module("psycopg").Error), module.PostgresSaver.from_conn_string(conninfo) as saver:
-            saver.serde = serde
+            saver.serde = place.serde
             yield saver
     else:
-        with SQLAlchemySaver.from_url(url, serde=serde, must_exist=True) as ours:
+        with place.open() as ours:
             yield ours
 
 
@@ -138,16 +152,3 @@ def _langgraph(name: str) -> Any:
     except ModuleNotFoundError as error:
         package = f"langgraph-checkpoint-{name}"
         raise ConfigError(f"reading these threads needs the package {package}; run: pip install {package}") from error
-
-
-def _url(text: str) -> str:
-    """What has no scheme is the path of a SQLite file."""
-    return text if "://" in text else f"sqlite:///{text}"
-
-
-def _serde(encrypted: bool) -> SerializerProtocol:
-    from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
-
-    from agentmem_cli.storage import encrypting
-
-    return encrypting() if encrypted else JsonPlusSerializer()

@@ -17,8 +17,9 @@ except ModuleNotFoundError as error:
     raise MissingExtraError(error.name or "sqlalchemy", "sql") from error
 
 from agentmem_sql.memory_history import MemoryStep
+from agentmem_sql.prune import ThreadRetention
 from agentmem_sql.report import StorageReport, ThreadSize
-from agentmem_sql.retention import Retention, RetentionReport, ThreadRetention
+from agentmem_sql.retention import Retention, RetentionReport
 from agentmem_sql.saver import SQLAlchemySaver
 from agentmem_sql.schema import metadata
 from agentmem_sql.transfer import ThreadTransfer, TransferError, TransferReport, acopy_threads, copy_threads

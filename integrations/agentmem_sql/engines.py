@@ -63,27 +63,19 @@ _INSTEAD = {
     "mysqldb": "use pymysql, which needs no compiler",
 }
 
-# Options of asynchronous drivers that the synchronous one has no counterpart for, and what to write instead.
-_WITHOUT_COUNTERPART = {
-    "aiosqlite": {"iter_chunk_size": "leave it out", "loop": "leave it out", "async_fallback": "leave it out"},
+# Options of asynchronous drivers for which something else is to be written; others that it does not have, the
+# synchronous driver refuses by name itself.
+_ELSEWHERE: Mapping[str, Mapping[str, str]] = {
+    "aiosqlite": {"iter_chunk_size": "leave it out"},
     "asyncpg": {
         "direct_tls": "write sslnegotiation=direct",
-        "loop": "leave it out",
-        "async_fallback": "leave it out",
-        "connection_class": "leave it out",
-        "record_class": "leave it out",
-        "max_cached_statement_lifetime": "leave it out",
-        "max_cacheable_statement_size": "leave it out",
         "prepared_statement_name_func": "behind PgBouncer write connect_args={'prepare_threshold': None}",
     },
-    "asyncmy": {"loop": "leave it out", "echo": "leave it out", "cursor_cls": "leave it out"},
+    "asyncmy": {},
     "aiomysql": {
-        "loop": "leave it out",
-        "echo": "write engine_options={'echo': True}",
         "auth_plugin": "write connect_args={'auth_plugin_map': ...}",
         "minsize": "write engine_options={'pool_size': ...}",
         "maxsize": "write engine_options={'pool_size': ...}",
-        "pool_recycle": "write engine_options={'pool_recycle': ...}",
     },
 }
 _SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
@@ -124,6 +116,8 @@ def source_of(given: Engine | AsyncEngine | URL | str, options: Mapping[str, Any
             asynchronous driver that the synchronous one has no counterpart for; or an asynchronous engine has its
             database in memory, or connections that the caller makes.
     """
+    if not isinstance(given, URL | str) and options:
+        raise StorageError("expected engine_options beside a URL, found them beside an engine, which has its own")
     if isinstance(given, Engine):
         return Source(_with_driver(parse(given.url)), {}, given)
     if isinstance(given, URL | str):
@@ -297,7 +291,7 @@ def _translated(url: URL, options: dict[str, Any]) -> tuple[URL, dict[str, Any]]
     if isinstance(pool := options.get("poolclass"), type) and issubclass(pool, AsyncAdaptedQueuePool):
         options["poolclass"] = QueuePool
     driver = url.drivername.partition("+")[2]
-    if driver not in _WITHOUT_COUNTERPART:
+    if driver not in _ELSEWHERE:
         return _with_driver(url), options
     query: dict[str, Any] = {}
     translated: list[dict[str, Any]] = []
@@ -318,8 +312,8 @@ def _translated(url: URL, options: dict[str, Any]) -> tuple[URL, dict[str, Any]]
 
 def _option(driver: str, name: str, value: Any) -> dict[str, Any]:
     """An option of an asynchronous driver as the synchronous one takes it."""
-    if name in _WITHOUT_COUNTERPART[driver]:
-        _refuse(name, _WITHOUT_COUNTERPART[driver][name], driver)
+    if name in _ELSEWHERE[driver]:
+        _refuse(name, _ELSEWHERE[driver][name], driver)
     if driver != "asyncpg":  # sqlite3 and PyMySQL call everything else as aiosqlite and asyncmy do
         return {name: value}
     match name:

@@ -115,6 +115,19 @@ def referred(packed: bytes, history: bytes | None) -> Iterable[bytes]:
         yield history
 
 
+def referred_contents(
+    contents: Mapping[bytes, tuple[int, bytes]], roots: Iterable[bytes]
+) -> dict[bytes, tuple[int, bytes]]:
+    """Of new content, given as digest -> (kind, body), what the roots refer to."""
+    found: dict[bytes, tuple[int, bytes]] = {}
+    pending = set(roots) & contents.keys()
+    while pending:
+        found.update({digest: contents[digest] for digest in pending})
+        nodes = (parse(*contents[digest]) for digest in pending if contents[digest][0] not in LEAVES)
+        pending = {link for node in nodes for link in node.links if link in contents} - found.keys()
+    return found
+
+
 def unreachable(content: Content, roots: Iterable[bytes]) -> set[bytes]:
     """What of a thread's content cannot be reached from the roots."""
     alive: set[bytes] = set()

@@ -7,7 +7,7 @@ saver's cache, where old memories would drive out what the next turn needs. Betw
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -22,7 +22,6 @@ from sqlalchemy import Connection, bindparam, select
 from agentmem.errors import CorruptStateError, StateMismatchError, StorageError
 from agentmem.state import MemoryState
 from agentmem_sql.content import Unpacker
-from agentmem_sql.database import Database
 from agentmem_sql.list_tree import LIST
 from agentmem_sql.message_cache import Body, CachedThread
 from agentmem_sql.reader import Missing
@@ -102,44 +101,40 @@ class _Change(NamedTuple):
 
 
 def memory_history(
-    database: Database,
-    store: Store,
-    serde: SerializerProtocol,
-    address: Address,
-    channel: str | None,
-    *,
-    newest_first: bool,
+    store: Store, serde: SerializerProtocol, address: Address, channel: str | None, *, newest_first: bool
 ) -> Iterator[MemoryStep]:
     """The memories along the parents of the checkpoint at `address`; see `SQLAlchemySaver.memory_history`."""
-    walk = _Walk(database, store, serde, address)
+    walk = _Walk(store, serde, address)
     changes = walk.changes(channel)
     if not newest_first:
         changes = reversed(list(changes))
-    states: dict[bytes, MemoryState | None] = {}  # of one page, and of the one before
+    states: dict[bytes, MemoryState | None] = {}  # of the page before
     for size in chain([_FIRST_PAGE], repeat(_PAGE)):
-        changed = list(islice(changes, size))
-        if not changed:
+        page = list(islice(changes, size))
+        if not page:
             return
-        page, contents = database.run(partial(walk.read, page=changed, present=states.keys()))
-        decoded: dict[bytes, MemoryState | None] = {}
+        wanted = {change.digest: (change.channel, change.stored.id) for change in page}
         for change in page:
-            for digest, at in ((change.before, change.parent), (change.digest, change.stored.id)):
-                if digest is not None and digest in states:
-                    decoded[digest] = states[digest]
-                elif digest is not None and digest not in decoded:
-                    decoded[digest] = walk.state(digest, contents, change.channel, at)
-            before = None if change.before is None else decoded[change.before]
-            state = decoded[change.digest]
+            if change.before is not None:
+                wanted.setdefault(change.before, (change.channel, str(change.parent)))
+        contents = store.database.run(
+            partial(walk.collect, wanted={key: wanted[key] for key in wanted.keys() - states.keys()})
+        )
+        # What was taken out together with its checkpoint meanwhile is in neither of the two.
+        states = {digest: states[digest] for digest in wanted.keys() & states.keys()} | {
+            digest: walk.state(digest, contents, *place) for digest, place in wanted.items() if digest in contents
+        }
+        for change in page:
+            state, before = states.get(change.digest), states.get(change.before or b"")
             if state is not None and state != before:
                 yield _step(change, state, before)
-        states = decoded
 
 
 class _Walk:
     """The way from a checkpoint to its first ancestor."""
 
-    def __init__(self, database: Database, store: Store, serde: SerializerProtocol, address: Address) -> None:
-        self._database = database
+    def __init__(self, store: Store, serde: SerializerProtocol, address: Address) -> None:
+        self._database = store.database
         self._store = store
         self._serde = serde
         self._address = address
@@ -224,60 +219,33 @@ class _Walk:
 
     def _values(self, connection: Connection, latest: Mapping[str, tuple[bytes, str]]) -> tuple[set[bytes], Contents]:
         """Of the latest values of channels those that are lists, and the content of the others."""
-        keys = {"thread": self._thread.number, "digests": sorted({digest for digest, _ in latest.values()})}
+        places = {digest: (name, at) for name, (digest, at) in latest.items()}
+        keys = {"thread": self._thread.number, "digests": sorted(places)}
         lists = set(connection.execute(self._lists, keys).scalars())
-        contents: dict[bytes, Body] = {}
-        for name, (digest, at) in latest.items():
-            if digest not in lists and digest not in contents:
-                contents.update(self._content(connection, digest, name, at) or {})
-        return lists, contents
+        return lists, self.collect(connection, {digest: places[digest] for digest in places.keys() - lists})
 
     def _unpack(self, digest: bytes, contents: Contents) -> Any:
         return Unpacker(self._serde, contents, CachedThread()).unpack(digest)
 
-    def read(
-        self, connection: Connection, page: Sequence[_Change], present: Set[bytes]
-    ) -> tuple[Sequence[_Change], Contents]:
-        """The content of changes; those whose checkpoint was taken out meanwhile are left out."""
-        wanted = {digest for change in page for digest in (change.digest, change.before) if digest is not None}
-        try:
-            return page, self._store.reader.collect(connection, self._fresh(), wanted - present)
-        except (Missing, StorageError):  # one after the other, to leave out or to name the one that is at fault
-            left: list[_Change] = []
-            contents: dict[bytes, Body] = {}
-            for change in page:
-                own = self._content(connection, change.digest, change.channel, change.stored.id, present)
-                if own is None:
-                    continue
-                before = None
-                if change.before is not None:
-                    before = self._content(connection, change.before, change.channel, str(change.parent), present)
-                contents.update(own | (before or {}))
-                left.append(change if before is not None else change._replace(before=None))
-            return left, contents
-
-    def _content(
-        self, connection: Connection, digest: bytes, channel: str, at: str, present: Set[bytes] = frozenset()
-    ) -> dict[bytes, Body] | None:
-        """The content of one value; None if its checkpoint was taken out.
+    def collect(self, connection: Connection, wanted: Mapping[bytes, tuple[str, str]]) -> Contents:
+        """The content of values, given with their channels and checkpoints; without those taken out meanwhile.
 
         Raises:
-            StorageError: it is damaged; names the checkpoint.
+            StorageError: a value is damaged; names the checkpoint.
         """
-        what = f"the value of channel {channel!r}"
         thread, ns = self._address.thread, self._address.ns
+        # Not the saver's own: nothing is remembered of what is read.
+        unknown = CachedThread(self._thread.number, self._thread.epoch)
         try:
-            return self._store.reader.collect(connection, self._fresh(), {digest} - present)
-        except Missing:
-            if self._store.reader.locate(connection, Address(thread, ns, at)) is not None:
-                raise damaged(thread, at, what) from None
-            return None
-        except StorageError as error:
-            raise StorageError(f"{what} of checkpoint {at!r} in thread {thread[:80]!r}: {error}") from error
-
-    def _fresh(self) -> CachedThread:
-        """The thread, with no content known: what is read is not kept."""
-        return CachedThread(self._thread.number, self._thread.epoch)
+            return self._store.reader.collect(connection, unknown, wanted)
+        except (Missing, StorageError):
+            if len(wanted) > 1:  # one after the other, to leave out or to name the one that is at fault
+                parts = (self.collect(connection, {digest: place}) for digest, place in wanted.items())
+                return {digest: body for part in parts for digest, body in part.items()}
+            [(channel, at)] = wanted.values()
+            if self._store.reader.locate(connection, Address(thread, ns, at)) is None:
+                return {}
+            raise damaged(thread, at, f"the value of channel {channel!r}") from None
 
     def state(self, digest: bytes, contents: Contents, channel: str, at: str | None) -> MemoryState | None:
         """The memory in content; None where it holds none, unless the channel was named.

@@ -5,7 +5,7 @@ channels need of the ancestors in between is kept with it first (see `delta_chan
 was. Then pending writes, rows and the content that nothing refers to any more go. All this is one transaction that
 holds the thread alone: a run that goes on at the same time waits, and finds its checkpoint.
 
-What goes is worked out as a `Removal` before anything is changed, so it can also be reported without being done.
+What goes is worked out as a `_Removal` before anything is changed, so it can also be reported without being done.
 """
 
 from __future__ import annotations
@@ -58,42 +58,33 @@ class UnreadableThreadError(StorageError):
     """Something of a thread is not what was stored, so nothing of it was taken out."""
 
 
-class Taken(NamedTuple):
-    """What was, or would be, taken out of a thread.
-
-    Attributes:
-        removed: checkpoints.
-        kept: checkpoints that are left.
-        deleted: whether nothing is left, not even writes to a checkpoint yet to come, and the thread goes as well.
-        bytes: that its content and rows take less, without what the database adds.
-    """
-
-    removed: int
-    kept: int
-    deleted: bool
-    bytes: int
-
-
-_NOTHING = Taken(0, 0, False, 0)
-
-
 @dataclass(frozen=True)
-class Removal:
-    """What taking some of a thread's checkpoints out comes to.
+class ThreadRetention:
+    """What went of a thread, or would.
 
     Attributes:
-        victims: the checkpoints.
-        relinked: rows of survivors that get another parent, as they will be.
-        added: content that these need: digest -> (kind, body).
-        dead: content that nothing refers to then.
-        row_bytes: that rows take less.
+        thread_id: its name.
+        removed: checkpoints that went.
+        kept: checkpoints that stayed.
+        deleted: whether the thread went with them: nothing was left, not even writes to a checkpoint yet to come.
+        bytes_freed: that content and rows take less, without what the database adds.
     """
+
+    thread_id: str
+    removed: int = 0
+    kept: int = 0
+    deleted: bool = False
+    bytes_freed: int = 0
+
+
+class _Removal(NamedTuple):
+    """What taking some of a thread's checkpoints out comes to."""
 
     victims: Collection[Key]
-    relinked: Sequence[Row]
-    added: Mapping[bytes, tuple[int, bytes]]
-    dead: Collection[bytes]
-    row_bytes: int
+    relinked: Sequence[Row]  # survivors that get another parent, as they will be
+    added: Mapping[bytes, tuple[int, bytes]]  # content that these need: digest -> (kind, body)
+    dead: Collection[bytes]  # content that nothing refers to then
+    row_bytes: int  # that rows take less
 
 
 class _Pruned(NamedTuple):
@@ -114,18 +105,20 @@ class Pruner:
 
     def __init__(
         self,
-        tables: Tables,
+        database: Database,
         protection: Protection,
         cache: ThreadCache,
         writer: Writer,
         ancestors: AncestorReader,
         sweeper: Sweeper,
     ) -> None:
+        self._database = database
         self._protection = protection
         self._cache = cache
         self._writer = writer
         self._ancestors = ancestors
         self._sweeper = sweeper
+        tables = database.tables
         checkpoints, writes, threads = tables.checkpoints, tables.writes, tables.threads
         thread: BindParameter[int] = bindparam("of")
         ns: BindParameter[bytes] = bindparam("in_ns")
@@ -158,8 +151,8 @@ class Pruner:
     # On the database.
 
     def remove(
-        self, database: Database, serde: SerializerProtocol, thread_id: str, choose: Choose, *, dry_run: bool = False
-    ) -> Taken:
+        self, serde: SerializerProtocol, thread_id: str, choose: Choose, *, dry_run: bool = False
+    ) -> ThreadRetention:
         """Take the checkpoints that `choose` names out of a thread, and the thread with them if nothing is left.
 
         With `dry_run` nothing is changed or locked, and the answer is what would go.
@@ -168,24 +161,26 @@ class Pruner:
             UnreadableThreadError: something was changed or damaged since it was stored; nothing is taken out.
         """
         work = self._preview if dry_run else self._take
-        taken = database.run(partial(work, serde=serde, thread_id=thread_id, choose=choose), write=not dry_run)
+        taken = self._database.run(partial(work, thread_id=thread_id, serde=serde, choose=choose), write=not dry_run)
+        if taken is None:
+            return ThreadRetention(thread_id)
         if taken.deleted and not dry_run:
             self._cache.drop(thread_id)
         return taken
 
-    def delete_runs(self, database: Database, serde: SerializerProtocol, run_ids: Collection[str]) -> None:
+    def delete_runs(self, serde: SerializerProtocol, run_ids: Collection[str]) -> None:
         """Take the checkpoints of runs out of all threads, each thread in a transaction of its own.
 
         Raises:
             StorageError: one was changed or damaged since it was stored.
         """
-        of_runs = database.run(partial(self._threads_of_runs, serde=serde, run_ids=set(run_ids)))
+        of_runs = self._database.run(partial(self._threads_of_runs, serde=serde, run_ids=set(run_ids)))
         for name, keys in of_runs.items():
 
             def choose(rows: Mapping[Key, Row], _awaited: Collection[Key], keys: set[Key] = keys) -> set[Key]:
                 return keys & rows.keys()
 
-            self.remove(database, serde, decode_text(name), choose)
+            self.remove(serde, decode_text(name), choose)
 
     # In a transaction.
 
@@ -212,26 +207,25 @@ class Pruner:
                     threads[row["name"]].add((row["ns"], row["id"]))
         return threads
 
-    def _take(self, connection: Connection, serde: SerializerProtocol, thread_id: str, choose: Choose) -> Taken:
+    def _take(self, connection: Connection, thread_id: str, **how: Any) -> ThreadRetention | None:
         thread = self._writer.lock(connection, thread_id)
         if thread is None:
-            return _NOTHING
-        pruned = _Pruned(connection, serde, thread_id, thread)
-        taken, removal = self._plan(pruned, choose)
+            return None
+        taken, removal = self._plan(connection, thread_id, thread, **how)
         if taken.deleted:
             self._writer.delete_thread(connection, thread_id)
         elif removal is not None:
-            self._apply(pruned, removal)
+            self._apply(connection, thread, removal)
         return taken
 
-    def _preview(self, connection: Connection, serde: SerializerProtocol, thread_id: str, choose: Choose) -> Taken:
+    def _preview(self, connection: Connection, thread_id: str, **how: Any) -> ThreadRetention | None:
         for attempt in range(1, _ATTEMPTS + 1):
             thread = self._unlocked(connection, thread_id)
             if thread is None:
                 break
             try:
                 content = self._sweeper.content(connection, thread.number)
-                taken, _ = self._plan(_Pruned(connection, serde, thread_id, thread), choose, content)
+                taken, _ = self._plan(connection, thread_id, thread, content=content, **how)
             except UnreadableThreadError:  # or something was taken out meanwhile
                 if attempt == _ATTEMPTS:
                     raise
@@ -239,43 +233,51 @@ class Pruner:
                 # Taken out of meanwhile, a thread is looked at again; time and again, this is as good as any answer.
                 if attempt == _ATTEMPTS or self._unlocked(connection, thread_id) == thread:
                     return taken
-        return _NOTHING
+        return None
 
     def _unlocked(self, connection: Connection, thread_id: str) -> Locked | None:
         row = connection.execute(self._find, {"key": thread_key(thread_id)}).one_or_none()
         return None if row is None else Locked(row.number, row.epoch)
 
-    def _plan(self, pruned: _Pruned, choose: Choose, content: Content | None = None) -> tuple[Taken, Removal | None]:
+    def _plan(
+        self,
+        connection: Connection,
+        thread_id: str,
+        thread: Locked,
+        serde: SerializerProtocol,
+        choose: Choose,
+        content: Content | None = None,
+    ) -> tuple[ThreadRetention, _Removal | None]:
         """What taking out comes to; without `content` it is read, which wants the thread locked.
 
         Raises:
             UnreadableThreadError: something was changed or damaged since it was stored.
         """
-        connection, number = pruned.connection, pruned.number
+        number, pruned = thread.number, _Pruned(connection, serde, thread_id, thread)
         try:
-            rows = self.rows(connection, pruned.thread_id, pruned.thread)
+            rows = self.rows(connection, thread_id, thread)
             written_to = connection.execute(self._written_to, {"of": number})
             awaited = {(write.ns, write.checkpoint) for write in written_to} - rows.keys()
             chosen = choose(rows, awaited)
             victims = set(rows if chosen is None else chosen)
             kept = len(rows) - len(victims)
             if chosen is not None and not victims:
-                return Taken(0, kept, False, 0), None
+                return ThreadRetention(thread_id, kept=kept), None
             # Where writes wait for a checkpoint that has yet to arrive, a run has just begun: the thread stays for it.
             if chosen is None or not (kept or awaited):
-                size = connection.execute(self._bytes, {"of": number}).scalar_one()
-                return Taken(len(victims), 0, True, int(size)), None
+                size = int(connection.execute(self._bytes, {"of": number}).scalar_one())
+                return ThreadRetention(thread_id, len(victims), deleted=True, bytes_freed=size), None
             if content is None:
                 content = self._sweeper.content(connection, number)
             removal = self._removal(pruned, content, rows, victims)
         except StorageError as error:
             raise UnreadableThreadError(str(error)) from error
-        new = {digest: body for digest, (_, body) in removal.added.items() if digest not in content.digests}
-        freed = self._sweeper.weigh(connection, number, removal.dead)
-        freed += removal.row_bytes - sum(len(self._protection.encrypt(body)) for body in new.values())
-        return Taken(len(victims), kept, False, freed), removal
+        added = [body for digest, (_, body) in removal.added.items() if digest not in content.digests]
+        freed = removal.row_bytes + self._sweeper.weigh(connection, number, removal.dead)
+        freed -= sum(len(self._protection.encrypt(body)) for body in added)
+        return ThreadRetention(thread_id, len(victims), kept, bytes_freed=freed), removal
 
-    def _removal(self, pruned: _Pruned, content: Content, rows: Mapping[Key, Row], victims: set[Key]) -> Removal:
+    def _removal(self, pruned: _Pruned, content: Content, rows: Mapping[Key, Row], victims: set[Key]) -> _Removal:
         survivors = {key: row for key, row in rows.items() if key not in victims}
         relinked: list[Row] = []
         added: dict[bytes, tuple[int, bytes]] = {}
@@ -295,10 +297,10 @@ class Pruner:
                 roots.add(write.digest)
         links = {digest: frozenset(parse(kind, body).links) for digest, (kind, body) in added.items()}
         dead = unreachable(Content(content.digests, {**content.links, **links}), roots)
-        return Removal(victims, relinked, added, dead, freed)
+        return _Removal(victims, relinked, added, dead, freed)
 
-    def _apply(self, pruned: _Pruned, removal: Removal) -> None:
-        connection, number = pruned.connection, pruned.number
+    def _apply(self, connection: Connection, thread: Locked, removal: _Removal) -> None:
+        number = thread.number
         self._writer.add_content(connection, number, removal.added)
         for row in removal.relinked:
             values = {"to_parent": row["parent"], "to_history": row["history"], "to_seal": row["seal"]}

@@ -6,12 +6,11 @@ page headers, free space) differs from one to the other, and is in the size that
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import reduce
+from functools import partial, reduce
 from operator import add
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 from sqlalchemy import (
     BindParameter,
@@ -28,6 +27,7 @@ from sqlalchemy import (
 )
 
 from agentmem.errors import ConfigError
+from agentmem_sql.database import Database
 from agentmem_sql.schema import Tables, decode_text
 
 Order = Literal["bytes", "checkpoints", "idle"]
@@ -107,28 +107,42 @@ class StorageReport:
         return {**asdict(self), "bytes": self.bytes, "threads": [thread.to_dict() for thread in self.threads]}
 
 
-def check_arguments(limit: int | None, order: str) -> None:
-    """Refuse what no report can be made of.
+def storage_report(database: Database, limit: int | None, order: Order) -> StorageReport:
+    """Two or three statements, whatever the number of threads.
 
     Raises:
-        ConfigError: with what can.
+        ConfigError: a limit below 1, or another order.
     """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ConfigError(f"expected `limit` to be a number of threads from 1 up, or None for all, found {limit!r}")
     if order not in get_args(Order):
         raise ConfigError(f"expected `order` to be one of {', '.join(get_args(Order))}, found {order!r}")
+    return database.run(partial(_report, tables=database.tables, limit=limit, order=order))
 
 
 _SUMMED = ("thread_count", "checkpoints", "pending_writes", "blobs", "content_bytes", "row_bytes")
+_COUNTED = ("checkpoints", "namespaces", "pending_writes", "blobs", "content_bytes", "row_bytes")
 
 
-def storage_report(connection: Connection, tables: Tables, limit: int | None, order: Order) -> StorageReport:
-    """Two or three statements, whatever the number of threads."""
+def _report(connection: Connection, tables: Tables, limit: int | None, order: Order) -> StorageReport:
     rows = connection.execute(_statement(tables, order).limit(limit)).mappings().all()
-    size = _database_size(connection, tables)
+    total, free = _database_size(connection, tables)
     sums = {name: int(rows[0][f"all_{name}"]) if rows else 0 for name in _SUMMED}
-    threads = tuple(_thread_size(row) for row in rows)
-    return StorageReport(threads=threads, **sums, database_bytes=size.total, free_bytes=size.free)
+    threads = tuple(
+        ThreadSize(
+            thread_id=decode_text(row["name"]),
+            oldest=_time(row["oldest"]),
+            newest=_time(row["newest"]),
+            **{name: int(row[name]) for name in _COUNTED},
+        )
+        for row in rows
+    )
+    return StorageReport(threads=threads, **sums, database_bytes=total, free_bytes=free)
+
+
+def _time(milliseconds: int | None) -> datetime | None:
+    """A column `created` as a time."""
+    return None if milliseconds is None else datetime.fromtimestamp(milliseconds / 1000, UTC)
 
 
 def row_bytes(table: Table) -> ColumnElement[int]:
@@ -196,34 +210,14 @@ def _by_thread(table: Table, *columns: ColumnElement[Any]) -> Subquery:
     return select(table.c.thread, *columns).group_by(table.c.thread).subquery()
 
 
-def _thread_size(row: Mapping[Any, Any]) -> ThreadSize:
-    counts = ("checkpoints", "namespaces", "pending_writes", "blobs", "content_bytes", "row_bytes")
-    return ThreadSize(
-        thread_id=decode_text(row["name"]),
-        oldest=_time(row["oldest"]),
-        newest=_time(row["newest"]),
-        **{name: int(row[name]) for name in counts},
-    )
-
-
-def _time(milliseconds: int | None) -> datetime | None:
-    """A column `created` as a time."""
-    return None if milliseconds is None else datetime.fromtimestamp(milliseconds / 1000, UTC)
-
-
-class _DatabaseSize(NamedTuple):
-    total: int
-    free: int | None
-
-
-def _database_size(connection: Connection, tables: Tables) -> _DatabaseSize:
-    """What the database says that it takes (SQLite), or that these tables take."""
+def _database_size(connection: Connection, tables: Tables) -> tuple[int, int | None]:
+    """What the database says that it takes (SQLite) or that these tables take, and what of it is free if it tells."""
     if connection.dialect.name == "sqlite":
         pages, size, free = (
             connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
             for name in ("page_count", "page_size", "freelist_count")
         )
-        return _DatabaseSize(pages * size, free * size)
+        return pages * size, free * size
     schema = connection.schema_for_object(tables.threads)
     every = tables.metadata.sorted_tables
     if connection.dialect.name == "postgresql":
@@ -231,10 +225,10 @@ def _database_size(connection: Connection, tables: Tables) -> _DatabaseSize:
             "SELECT pg_total_relation_size(CAST(concat_ws('.', quote_ident(:schema), quote_ident(:name)) AS regclass))"
         )
         sizes = (connection.execute(measure, {"schema": schema, "name": table.name}).scalar_one() for table in every)
-        return _DatabaseSize(sum(sizes), None)
+        return sum(sizes), None
     measure = text(
         "SELECT SUM(data_length + index_length + data_free), SUM(data_free) FROM information_schema.tables "
         "WHERE table_schema = COALESCE(:schema, DATABASE()) AND table_name IN :names"
     ).bindparams(bindparam("names", expanding=True))
     total, free = connection.execute(measure, {"schema": schema, "names": [table.name for table in every]}).one()
-    return _DatabaseSize(int(total or 0), int(free or 0))
+    return int(total or 0), int(free or 0)

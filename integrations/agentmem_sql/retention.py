@@ -20,10 +20,9 @@ from sqlalchemy import ColumnElement, Connection, case, exists, func, null, or_,
 
 from agentmem.errors import ConfigError
 from agentmem_sql.content import load
-from agentmem_sql.database import Database
 from agentmem_sql.ids import check_ids
 from agentmem_sql.protection import Protection
-from agentmem_sql.prune import Key, Taken, UnreadableThreadError
+from agentmem_sql.prune import Key, ThreadRetention, UnreadableThreadError
 from agentmem_sql.reader import chunks
 from agentmem_sql.rows import Row
 from agentmem_sql.schema import Tables, decode_text, encode_text, thread_key
@@ -68,25 +67,6 @@ class Retention:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ThreadRetention:
-    """What went of a thread, or would.
-
-    Attributes:
-        thread_id: its name.
-        removed: checkpoints that went.
-        kept: checkpoints that stayed.
-        deleted: whether the thread went with them.
-        bytes_freed: that content and rows take less, without what the database adds.
-    """
-
-    thread_id: str
-    removed: int
-    kept: int
-    deleted: bool
-    bytes_freed: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class RetentionReport:
     """What a sweep did, or would do.
 
@@ -126,46 +106,20 @@ class RetentionReport:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """A policy at a moment; times as in the column `created`, and what is below one is too old."""
+class _Limits:
+    """A policy at a moment: what is to go. Times are as in the column `created`, and what is below one is too old."""
 
     count: int | None
     oldest: int | None
     alive: int | None
-
-    @classmethod
-    def of(cls, policy: Retention, now: datetime | None) -> Limits:
-        """The limits of a policy.
-
-        Raises:
-            ConfigError: `now` has no time zone.
-        """
-        if now is not None and now.tzinfo is None:
-            raise ConfigError(f"expected `now` with a time zone, found {now!r}; use datetime.now(UTC)")
-        at = datetime.now(UTC) if now is None else now
-        return cls(policy.max_checkpoints, _earlier(at, policy.max_age), _earlier(at, policy.idle))
-
-
-def _earlier(now: datetime, span: timedelta | None) -> int | None:
-    """In milliseconds since 1970. Not as a datetime, which has no room for `timedelta.max`."""
-    epoch = datetime.fromtimestamp(0, UTC)
-    return None if span is None else (now - epoch) // timedelta(milliseconds=1) - span // timedelta(milliseconds=1)
-
-
-@dataclass(frozen=True)
-class Chooser:
-    """Decides what goes of a thread."""
-
-    limits: Limits
     protection: Protection
     serde: SerializerProtocol
 
     def choose(self, rows: Mapping[Key, Row], awaited: Collection[Key]) -> Collection[Key] | None:
         """Of all checkpoints of a thread, those that go; None where the whole thread does."""
-        alive = self.limits.alive
-        if alive is not None:
+        if self.alive is not None:
             times = [row["created"] for row in rows.values()] or [_made_at(name) for _, name in awaited]
-            if max(times, default=0) < alive:
+            if max(times, default=0) < self.alive:
                 return None
         namespaces: defaultdict[bytes, list[bytes]] = defaultdict(list)
         for ns, checkpoint_id in sorted(rows, reverse=True):
@@ -186,8 +140,8 @@ class Chooser:
         return gone
 
     def _is_over(self, position: int, row: Row) -> bool:
-        count, oldest = self.limits.count, self.limits.oldest
-        return (count is not None and position >= count) or (oldest is not None and row["created"] < oldest)
+        too_many = self.count is not None and position >= self.count
+        return too_many or (self.oldest is not None and row["created"] < self.oldest)
 
     def _caller(self, row: Row) -> Key | None:
         """The checkpoint of the main graph that a subgraph's call belongs to; None where it is no call's."""
@@ -200,7 +154,6 @@ class Chooser:
 
 
 def sweep(
-    database: Database,
     store: Store,
     serde: SerializerProtocol,
     policy: Retention,
@@ -214,9 +167,12 @@ def sweep(
     Raises:
         ConfigError: `thread_ids` is one string or holds something that is no id, or `now` has no time zone.
     """
-    limits = Limits.of(policy, now)
-    choose = Chooser(limits, store.protection, serde).choose
-    tables = database.tables
+    if now is not None and now.tzinfo is None:
+        raise ConfigError(f"expected `now` with a time zone, found {now!r}; use datetime.now(UTC)")
+    at = datetime.now(UTC) if now is None else now
+    oldest, alive = _earlier(at, policy.max_age), _earlier(at, policy.idle)
+    limits = _Limits(policy.max_checkpoints, oldest, alive, store.protection, serde)
+    database, tables = store.database, store.database.tables
     keys = None if thread_ids is None else [thread_key(thread_id) for thread_id in check_ids(thread_ids)]
     scopes: list[Sequence[bytes] | None] = [None] if keys is None else list(chunks(keys))
     results: list[ThreadRetention] = []
@@ -227,12 +183,12 @@ def sweep(
             page, after = database.run(partial(_page, tables=tables, limits=limits, keys=scope, after=after))
             for thread_id in page:
                 try:
-                    taken = store.pruner.remove(database, serde, thread_id, choose, dry_run=dry_run)
+                    taken = store.pruner.remove(serde, thread_id, limits.choose, dry_run=dry_run)
                 except UnreadableThreadError as error:
                     failed[thread_id] = str(error)
                 else:
                     if taken.removed or taken.deleted:  # else it was written or swept since it was found
-                        results.append(_result(thread_id, taken))
+                        results.append(taken)
     counts = [database.run(partial(_count, tables=tables, keys=scope)) for scope in scopes]
     threads_kept, kept = sum(threads for threads, _ in counts), sum(checkpoints for _, checkpoints in counts)
     if dry_run:
@@ -241,10 +197,10 @@ def sweep(
     return RetentionReport(dry_run=dry_run, threads=tuple(results), failed=failed, kept=kept, threads_kept=threads_kept)
 
 
-def _result(thread_id: str, taken: Taken) -> ThreadRetention:
-    return ThreadRetention(
-        thread_id=thread_id, removed=taken.removed, kept=taken.kept, deleted=taken.deleted, bytes_freed=taken.bytes
-    )
+def _earlier(now: datetime, span: timedelta | None) -> int | None:
+    """In milliseconds since 1970. Not as a datetime, which has no room for `timedelta.max`."""
+    epoch = datetime.fromtimestamp(0, UTC)
+    return None if span is None else (now - epoch) // timedelta(milliseconds=1) - span // timedelta(milliseconds=1)
 
 
 def _made_at(checkpoint_id: bytes) -> int:
@@ -264,7 +220,7 @@ def _made_at(checkpoint_id: bytes) -> int:
 
 
 def _page(
-    connection: Connection, tables: Tables, limits: Limits, keys: Sequence[bytes] | None, after: int
+    connection: Connection, tables: Tables, limits: _Limits, keys: Sequence[bytes] | None, after: int
 ) -> tuple[list[str], int | None]:
     """Some of the threads that have something to do, and the number to go on after (None: done)."""
     threads, checkpoints, writes = tables.threads, tables.checkpoints, tables.writes
@@ -285,7 +241,7 @@ def _page(
     return [decode_text(row.name) for row in due], rows[-1].number if len(rows) == _PAGE else None
 
 
-def _conditions(tables: Tables, limits: Limits) -> Iterator[ColumnElement[bool]]:
+def _conditions(tables: Tables, limits: _Limits) -> Iterator[ColumnElement[bool]]:
     """What holds of a thread that has something to do; needs no row of it, only indexes."""
     threads, checkpoints = tables.threads, tables.checkpoints
     newer = checkpoints.alias()

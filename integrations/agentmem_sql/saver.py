@@ -34,7 +34,7 @@ from agentmem_sql.content import plain_serde
 from agentmem_sql.ids import check_id, check_ids
 from agentmem_sql.memory_history import MemoryStep, memory_history
 from agentmem_sql.protection import Protection
-from agentmem_sql.report import Order, StorageReport, check_arguments, storage_report
+from agentmem_sql.report import Order, StorageReport, storage_report
 from agentmem_sql.retention import Retention, RetentionReport, sweep
 from agentmem_sql.rows import Address
 from agentmem_sql.schema import DEFAULT_PREFIX, Tables
@@ -74,13 +74,14 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
 
     def __init__(
         self,
-        engine: Engine | AsyncEngine,
+        engine: Engine | AsyncEngine | URL | str,
         *,
         serde: SerializerProtocol | None = None,
         schema: str | None = None,
         table_prefix: str = DEFAULT_PREFIX,
         hmac_key: bytes | None = None,
         cache_bytes: int = CACHE_BYTES,
+        **of_url: Any,
     ) -> None:
         """Use an engine of yours, with its pool and settings; closing the saver leaves it open.
 
@@ -88,7 +89,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         synchronous driver of the same database. Listeners are not taken along.
 
         Args:
-            engine: of SQLAlchemy.
+            engine: of SQLAlchemy; or a URL, as for `from_url`.
             serde: as for every LangGraph checkpointer; an `EncryptedSerializer` encrypts everything but
                 names and ids: of threads, namespaces, channels, checkpoints and tasks.
             schema: of the tables; None is the connection's own.
@@ -96,6 +97,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
             hmac_key: at least 16 secret bytes; digests are then signatures, and nobody without the key can
                 change what is stored unnoticed.
             cache_bytes: how much of the threads that were last used this process keeps in memory, roughly.
+            of_url: further arguments of `from_url`.
 
         Raises:
             StorageError: the engine cannot be used: its driver is another one, or it is asynchronous and has its
@@ -103,7 +105,10 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
             ConfigError: `hmac_key` or `table_prefix` cannot be used.
         """
         super().__init__(serde=serde)
-        self._open(engine, schema, table_prefix, hmac_key, cache_bytes)
+        tables, protection = Tables(prefix=table_prefix, schema=schema), Protection(self.serde, hmac_key)
+        self._store = Store(engine, tables=tables, protection=protection, cache_bytes=cache_bytes, **of_url)
+        self._threads = _Threads()
+        self._plain: tuple[Any, SerializerProtocol] = self.serde, plain_serde(self.serde)
 
     @classmethod
     def from_url(
@@ -142,25 +147,17 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
             StorageError: the URL cannot be read, or names a database, a driver or an option that cannot be used.
             ConfigError: `hmac_key` or `table_prefix` cannot be used.
         """
-        saver = cls.__new__(cls)
-        BaseCheckpointSaver.__init__(saver, serde=serde)
-        options = {"synchronous": synchronous, "engine_options": engine_options, "must_exist": must_exist}
-        saver._open(url, schema, table_prefix, hmac_key, cache_bytes, **options)
-        return saver
-
-    def _open(
-        self,
-        engine: Engine | AsyncEngine | URL | str,
-        schema: str | None,
-        table_prefix: str,
-        hmac_key: bytes | None,
-        cache_bytes: int,
-        **options: Any,
-    ) -> None:
-        tables, protection = Tables(prefix=table_prefix, schema=schema), Protection(self.serde, hmac_key)
-        self._store = Store(engine, tables=tables, protection=protection, cache_bytes=cache_bytes, **options)
-        self._threads = _Threads()
-        self._plain: tuple[Any, SerializerProtocol] = self.serde, plain_serde(self.serde)
+        return cls(
+            url,
+            serde=serde,
+            schema=schema,
+            table_prefix=table_prefix,
+            hmac_key=hmac_key,
+            cache_bytes=cache_bytes,
+            synchronous=synchronous,
+            engine_options=engine_options,
+            must_exist=must_exist,
+        )
 
     @property
     def _serde(self) -> SerializerProtocol:
@@ -399,8 +396,8 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
                 checkpoint).
             CorruptStateError: what a checkpoint holds is no memory, or not one that this version reads.
         """
-        database, address = self._store.database, Address(check_id(thread_id), checkpoint_ns, checkpoint_id)
-        return memory_history(database, self._store, self._serde, address, channel, newest_first=newest_first)
+        address = Address(check_id(thread_id), checkpoint_ns, checkpoint_id)
+        return memory_history(self._store, self._serde, address, channel, newest_first=newest_first)
 
     async def amemory_history(
         self,
@@ -448,8 +445,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
             StorageError: the database refused. A thread that holds something else than was stored stays as it is,
                 is named in the report, and the others go on.
         """
-        store, serde = self._store, self._serde
-        return sweep(store.database, store, serde, policy, thread_ids=thread_ids, dry_run=dry_run, now=now)
+        return sweep(self._store, self._serde, policy, thread_ids=thread_ids, dry_run=dry_run, now=now)
 
     async def aretain(
         self,
@@ -473,9 +469,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         Raises:
             ConfigError: a limit below 1, or another order.
         """
-        check_arguments(limit, order)
-        database = self._store.database
-        return database.run(partial(storage_report, tables=database.tables, limit=limit, order=order))
+        return storage_report(self._store.database, limit, order)
 
     async def astorage_report(self, *, limit: int | None = None, order: Order = "bytes") -> StorageReport:
         """`storage_report` for a task."""

@@ -77,7 +77,7 @@ class Store:
         self.ancestors = AncestorReader(self.reader, protection)
         self.sweeper = Sweeper(tables, protection)
         self.writer = Writer(tables, protection, self.sweeper)
-        self.pruner = Pruner(tables, protection, self.cache, self.writer, self.ancestors, self.sweeper)
+        self.pruner = Pruner(self.database, protection, self.cache, self.writer, self.ancestors, self.sweeper)
         self.copier = Copier(tables, protection, self.writer, self.pruner)
         self._keyed = not protection.encrypts
 
@@ -108,7 +108,7 @@ class Store:
             row, heads = encode_checkpoint(packer, self.protection, address, checkpoint, merged, new_versions, parents)
             return packer, [row]
 
-        address, packer, _, locked = self._write(config, encode, self.writer.put_checkpoint, WriteMode.INSERT)
+        address, packer, locked = self._write(config, encode, self.writer.put_checkpoint, WriteMode.INSERT)
         assert locked is not None
         stored = packer.stored()
         known = self.cache.at(address.thread, *locked)
@@ -132,12 +132,12 @@ class Store:
             packer = Packer(serde, self.protection, known)
             return packer, encode_writes(packer, self.protection, address, writes, task_id, task_path)
 
-        # Writes to special channels replace what the task had there, so that is looked for first.
-        special = all(channel in WRITES_IDX_MAP for channel, _ in writes)
-        first = WriteMode.CHECK if special else WriteMode.INSERT
-        address, packer, mode, locked = self._write(config, encode, self.writer.put_writes, first)
-        # Of an exclusive write, what was left out came along as well, and was swept away again.
-        if locked is not None and mode is not WriteMode.EXCLUSIVE:
+        # Writes to special channels replace what the task had there, and a task that was resumed writes its results
+        # together with the answers: what is there already is looked for first.
+        special = any(channel in WRITES_IDX_MAP for channel, _ in writes)
+        mode = WriteMode.CHECK if special else WriteMode.INSERT
+        address, packer, locked = self._write(config, encode, self.writer.put_writes, mode)
+        if locked is not None:
             stored = packer.stored()
             self.cache.at(address.thread, *locked).add_new(stored, packer.snapshots)
 
@@ -147,8 +147,8 @@ class Store:
         encode: Callable[[Address, CachedThread, bool], tuple[Packer, Sequence[Row]]],
         put: Callable[..., Locked | None],
         mode: WriteMode,
-    ) -> tuple[Address, Packer, WriteMode, Locked | None]:
-        """Pack and write, again if it must be in another mode; gives the last packer and mode, and the thread.
+    ) -> tuple[Address, Packer, Locked | None]:
+        """Pack and write, again if it must be in another mode; gives the last packer, and the thread.
 
         Raises:
             StorageError: others changed the thread every time.
@@ -174,7 +174,7 @@ class Store:
                 if mode is not WriteMode.EXCLUSIVE:
                     mode = conflict.mode
             else:
-                return address, packer, mode, locked
+                return address, packer, locked
         raise StorageError(
             f"thread {address.thread[:80]!r} was changed by others {_ATTEMPTS} times while something was being stored "
             "in it; nothing was stored, try again"
@@ -256,12 +256,12 @@ class Store:
             if strategy == "delete":
                 self.delete_thread(thread_id)
             else:
-                self.pruner.remove(self.database, serde, thread_id, all_but_newest)
+                self.pruner.remove(serde, thread_id, all_but_newest)
 
     def delete_for_runs(self, serde: SerializerProtocol, run_ids: Sequence[str]) -> None:
         """Remove the checkpoints of runs."""
         if run_ids:
-            self.pruner.delete_runs(self.database, serde, run_ids)
+            self.pruner.delete_runs(serde, run_ids)
 
     def copy_thread(self, source_id: str, target_id: str) -> None:
         """Copy a thread."""

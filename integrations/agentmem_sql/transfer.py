@@ -14,10 +14,10 @@ import asyncio
 import copy
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import ormsgpack
 from langchain_core.runnables import RunnableConfig
@@ -36,9 +36,19 @@ from agentmem_sql.saver import SQLAlchemySaver
 
 Saver = BaseCheckpointSaver[Any]
 Key = tuple[str, str]  # a checkpoint's namespace and id
-Parents = dict[Key, str | None]  # of checkpoints: the id of each one's parent
 Slot = tuple[str, int]  # of a pending write: its task, and the index of a special channel or the rank among the others
 
+
+class Outline(NamedTuple):
+    """A checkpoint without its values: its parent, and where its pending writes lie."""
+
+    parent: str | None
+    slots: set[Slot]
+
+
+Outlines = dict[Key, Outline]
+
+_KEEP_ONE = "keep one of the two: delete the thread in the target and copy again, or leave it out of thread_ids"
 _NAMED = 3  # failures that an error message names
 
 # What a value that cannot be read or stored raises, in any serializer. Errors of a source's driver are not among
@@ -93,8 +103,7 @@ class TransferReport:
         self.checkpoints += thread.checkpoints
         self.writes += thread.writes
         self.skipped += thread.skipped
-        if thread.error is not None:
-            self.failures.append(thread)
+        self.failures += [thread] * (thread.error is not None)
 
 
 class TransferError(StorageError):
@@ -217,19 +226,16 @@ def _copy(
 ) -> TransferReport:
     target.setup()  # a target that cannot be opened is no failure of a thread
     source = _verbatim(source, target.serde)
-    if thread_ids is None:  # a thread stands under the id that the source has, which need not be a string
-        listing: Iterable[tuple[Any, Parents]] = _parents(source, None).items()
-    else:
-        chosen = check_ids(thread_ids)
-        listing = ((thread, _parents(source, _at(thread)).get(thread, {})) for thread in chosen)
+    chosen = None if thread_ids is None else check_ids(thread_ids)
+    threads: Mapping[Any, Outlines | None] = _all_outlines(source) if chosen is None else dict.fromkeys(chosen)
     report = TransferReport()
-    for thread, parents in listing:
+    for thread, outlines in threads.items():
         copying = _Copying(source, target, thread, stopped)
         error: StorageError | None = None
         try:
-            copying.run(parents)
+            copying.run(outlines or _outlines(source, _at(thread)).get(thread, {}))
         except _OF_A_THREAD as caught:
-            if isinstance(caught, ConfigError) or isinstance(caught.__cause__, _OF_ALL):
+            if _concerns_all(caught):
                 raise
             error = copying.failure(caught)
         result = ThreadTransfer(str(thread), copying.checkpoints, copying.writes, error)
@@ -241,6 +247,10 @@ def _copy(
     return report
 
 
+def _concerns_all(error: Exception) -> bool:
+    return isinstance(error, ConfigError) or isinstance(error.__cause__, _OF_ALL)
+
+
 class _Copying:
     """One thread on its way."""
 
@@ -249,7 +259,7 @@ class _Copying:
         self.writes = 0
         self._source = source
         self._target = target
-        self._target_verbatim = _verbatim(target, target.serde)
+        self._written = _verbatim(target, target.serde)  # the target, to read what it has
         self._thread = thread
         self._name = str(thread)
         self._stopped = stopped
@@ -265,62 +275,77 @@ class _Copying:
         failure.__cause__ = error
         return failure
 
-    def run(self, there: Parents) -> None:
+    def run(self, there: Outlines) -> None:
         """Copy what the target lacks of the checkpoints `there` in the source."""
         if not there:
             raise StorageError("expected the thread in the source, found none; leave it out of thread_ids")
-        here = _parents(self._target_verbatim, _at(self._name)).get(self._name, {})
+        here = _outlines(self._written, _at(self._name)).get(self._name, {})
+        shared = here.keys() & there.keys()
         new = [key for key in _parents_first(there) if key not in here]
-        grown: dict[Key, set[Slot]] = {}
-        parted = [key for key in here if key not in there]
-        # Only under a checkpoint that had no child yet can anything have been written since the last copy.
-        followed = {(ns, parent) for (ns, _), parent in here.items()}
-        for key in (key for key in here if key in there and key not in followed):
-            self._key = key
-            ours = self._written(self._target_verbatim.get_tuple(_at(self._name, key)))
-            theirs = self._written(self._read(key))
-            missing = theirs.keys() - ours.keys()
-            changed = {slot for slot in ours.keys() & theirs.keys() if ours[slot] != theirs[slot]}
-            # What a task raised (an interrupt, an error) and was answered is replaced in the course of a run, in the
-            # source as in the target; where the source went on, it is replaced here.
-            if changed and not ((new or missing) and all(index < 0 for _, index in changed)):
-                raise StorageError(
-                    f"expected what task {min(changed)[0]!r} wrote in the source, found something else in the target, "
-                    "where the run was continued; keep one of the two: delete the thread in the target and copy "
-                    "again, or leave it out of thread_ids"
-                )
-            if missing | changed:
-                grown[key] = missing | changed
-            if ours.keys() - theirs.keys():
-                parted.append(key)
-        self._key = None
+        grown = {key: slots for key in shared if (slots := there[key].slots - here[key].slots)}
+        parted = [key for key in here if key not in there or here[key].slots - there[key].slots]
         if parted and (new or grown):
             raise StorageError(
                 "expected a thread that went on in the source alone, found checkpoints or writes in the target "
                 f"that the source does not have (checkpoint {parted[0][1]!r}), and {len(new) + len(grown)} the other "
-                "way round; keep one of the two: delete the thread in the target and copy again, or leave it out "
-                "of thread_ids"
+                f"way round; {_KEEP_ONE}"
             )
+        # The last copy may have met a checkpoint without children in the middle of a run.
+        followed = {(ns, outline.parent) for (ns, _), outline in here.items()}
+        for key in [key for key in shared if key not in followed and here[key].slots]:
+            changed = self._changed(key, replaceable=bool(new or grown))
+            if changed:
+                grown[key] = grown.get(key, set()) | changed
         for key in [*grown, *new]:
-            self._key = key
             read = self._read(key)
             if read is None:  # it was taken out since the thread was listed
                 continue
             if key in grown:
                 self._put_writes(read, grown[key])
-            else:
-                self._put(read)
+                continue
+            if (key[0], there[key].parent) not in there:
+                self._refuse_pruned(read)
+            self._put(read)
+        self._key = None
 
     def _read(self, key: Key) -> CheckpointTuple | None:
         if self._stopped.is_set():
             raise _Stopped
+        self._key = key
         return self._source.get_tuple(_at(self._thread, key))
 
-    def _written(self, stored: CheckpointTuple | None) -> dict[Slot, Any]:
-        """The pending writes of a checkpoint by their slots, serialised so that they can be compared."""
-        pending = [] if stored is None else stored.pending_writes or []
-        dump = plain_serde(self._target_verbatim.serde).dumps_typed
-        return {slot: (write[1], dump(write[2])) for slot, write in zip(_slots(pending), pending, strict=True)}
+    def _changed(self, key: Key, *, replaceable: bool) -> set[Slot]:
+        """The pending writes of a checkpoint that hold something else in the source than in the target.
+
+        What a task raised (an interrupt, an error) and was answered is replaced in the course of a run, in the source
+        as in the target; where the source went on, it is replaced here.
+        """
+        dump = plain_serde(self._written.serde).dumps_typed
+        both = []
+        for stored in (self._read(key), self._written.get_tuple(_at(self._name, key))):
+            pending = [] if stored is None else stored.pending_writes or []
+            both.append(dict(zip(_slots(pending), ((write[1], dump(write[2])) for write in pending), strict=True)))
+        theirs, ours = both
+        changed = {slot for slot in ours.keys() & theirs.keys() if ours[slot] != theirs[slot]}
+        if changed and not (replaceable and all(index < 0 for _, index in changed)):
+            raise StorageError(
+                f"expected what task {min(changed)[0]!r} wrote in the source, found something else in the target, "
+                f"where the run was continued; {_KEEP_ONE}"
+            )
+        return changed
+
+    def _refuse_pruned(self, read: CheckpointTuple) -> None:
+        """Refuse a checkpoint that keeps for its delta channels what pruned ancestors wrote: it would be lost."""
+        counted: Any = read.metadata.get("counters_since_delta_snapshot") or {}
+        empty = [name for name in counted if name not in read.checkpoint["channel_values"]]
+        if isinstance(self._source, SQLAlchemySaver) and empty:
+            histories = self._source.get_delta_channel_history(config=read.config, channels=empty)
+            if any(history["writes"] or "seed" in history for history in histories.values()):
+                raise StorageError(
+                    f"expected a thread whose delta channels {empty} follow from its checkpoints, found one whose "
+                    "earlier checkpoints were pruned, and LangGraph's interface has no place for what they left; "
+                    "copy it before it is pruned, or after the graph has stored the channels' next snapshot"
+                )
 
     def _put(self, read: CheckpointTuple) -> None:
         """Copy a checkpoint, its writes first: if it is there, so are they."""
@@ -361,25 +386,39 @@ def _parent(stored: CheckpointTuple) -> str | None:
     return None if stored.parent_config is None else stored.parent_config["configurable"]["checkpoint_id"]
 
 
-def _parents(saver: Saver, config: RunnableConfig | None) -> dict[Any, Parents]:
+def _outlines(saver: Saver, config: RunnableConfig | None) -> dict[Any, Outlines]:
     """The checkpoints of a thread, or of all, by thread."""
-    threads: defaultdict[Any, Parents] = defaultdict(dict)
+    threads: defaultdict[Any, Outlines] = defaultdict(dict)
     for stored in saver.list(config):
-        threads[stored.config["configurable"]["thread_id"]][_key(stored)] = _parent(stored)
+        outline = Outline(_parent(stored), set(_slots(stored.pending_writes or [])))
+        threads[stored.config["configurable"]["thread_id"]][_key(stored)] = outline
     return threads
 
 
-def _parents_first(parents: Parents) -> list[Key]:
+def _all_outlines(source: Saver) -> dict[Any, Outlines]:
+    """Of all threads. A thread stands under the id that the source has, which need not be a string."""
+    try:
+        return _outlines(source, None)
+    except _OF_A_THREAD as error:
+        if _concerns_all(error):
+            raise
+        raise StorageError(
+            f"expected a source that can be listed, found a damaged one ({type(error).__name__}: {error}); name the "
+            "threads to copy in thread_ids: damaged ones are then reported and the others copied"
+        ) from error
+
+
+def _parents_first(outlines: Outlines) -> list[Key]:
     """Checkpoints by id, but none before its parent: ids made by different processes may be out of order."""
     done: set[Key] = set()
     ordered: list[Key] = []
-    for ns, checkpoint in sorted(parents, key=lambda key: (key[1], key[0])):
+    for ns, checkpoint in sorted(outlines, key=lambda key: (key[1], key[0])):
         chain: list[Key] = []
         at: str | None = checkpoint
-        while at is not None and (ns, at) in parents and (ns, at) not in done:
+        while at is not None and (ns, at) in outlines and (ns, at) not in done:
             done.add((ns, at))
             chain.append((ns, at))
-            at = parents[ns, at]
+            at = outlines[ns, at].parent
         ordered += reversed(chain)
     return ordered
 

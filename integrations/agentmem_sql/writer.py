@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, Table, bindparam, delete, select
 from sqlalchemy.exc import IntegrityError
 
-from agentmem_sql.mark_sweep import Sweeper
+from agentmem_sql.list_tree import OWN
+from agentmem_sql.mark_sweep import Sweeper, referred_contents
 from agentmem_sql.message_cache import CachedThread
 from agentmem_sql.protection import Protection
 from agentmem_sql.rows import Row, replaces, seal_checkpoint
@@ -136,7 +137,10 @@ class Writer:
         return self.sweep(connection, thread) if orphans else thread
 
     def put_writes(self, connection: Connection, write: Write) -> Locked | None:
-        """Store pending writes; the checkpoint they belong to may arrive later. None if all were there before.
+        """Store pending writes; the checkpoint they belong to may arrive later.
+
+        None if content was left out that came along for writes that are there already: the cache must not take it for
+        stored.
 
         Raises:
             WriteConflict: the write is to be done in another mode.
@@ -146,25 +150,22 @@ class Writer:
         thread = self._begin(connection, write)
         rows = [{"thread": thread.number, **row} for row in write.rows]
         stored = self._stored_writes(connection, rows)
-        replaced: set[bytes] = set()
-        replace = replaces(rows)
-        if replace:
-            new_digests = {row["idx"]: row["digest"] for row in rows}
-            replaced = {digest for idx, digest in stored.items() if new_digests.get(idx, digest) != digest}
-            orphans = bool(replaced)
-        else:
-            new = [row for row in rows if row["idx"] not in stored]
-            if not new:
-                return None
-            orphans = len(new) < len(rows)  # content for the others came along
-            rows = new
-        if orphans and write.mode is not WriteMode.EXCLUSIVE:
+        if not replaces(rows):
+            rows = [row for row in rows if row["idx"] not in stored]
+            contents = referred_contents(write.contents, (row["digest"] for row in rows))
+            self.add_content(connection, thread.number, contents)
+            add_rows(connection, self._tables.writes, rows, replace=False)
+            left_out = write.contents.keys() - contents.keys()
+            return None if any(write.contents[digest][0] != OWN for digest in left_out) else thread
+        digests = {row["idx"]: row["digest"] for row in rows}
+        replaced = {digest for idx, digest in stored.items() if digests.get(idx, digest) != digest}
+        if replaced and write.mode is not WriteMode.EXCLUSIVE:
             raise WriteConflict(WriteMode.EXCLUSIVE)
         self.add_content(connection, thread.number, write.contents)
-        add_rows(connection, self._tables.writes, rows, replace=replace)
-        if replaced and not self._sweeper.free_replaced(connection, thread.number, replaced):
-            return thread
-        return self.sweep(connection, thread) if orphans else thread
+        add_rows(connection, self._tables.writes, rows, replace=True)
+        if replaced and self._sweeper.free_replaced(connection, thread.number, replaced):
+            return Locked(thread.number, thread.epoch + 1)
+        return thread
 
     def delete_thread(self, connection: Connection, thread_id: str) -> None:
         """Remove every row of a thread; one that is not there is no error."""

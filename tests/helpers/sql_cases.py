@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 from langchain_core.runnables import RunnableConfig
-from langgraph.checkpoint.base import Checkpoint, empty_checkpoint
+from langgraph.checkpoint.base import BaseCheckpointSaver, Checkpoint, CheckpointTuple, empty_checkpoint
 from sqlalchemy import Connection, insert, select, update
 
 from agentmem_sql.schema import Tables
@@ -74,7 +75,7 @@ def value(connection: Connection, name: bytes) -> bytes:
 
 
 def start_child(*arguments: str, code: str | None = None, **environment: str) -> subprocess.Popen[str]:
-    """Start Python on ``code``, or on sql_child.py, with this process's import path."""
+    """Start Python on `code`, or on sql_child.py, with this process's import path."""
     command = [sys.executable, *(("-c", code) if code else (str(Path(__file__).with_name("sql_child.py")),))]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", **environment}
     return subprocess.Popen([*command, *arguments], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -85,3 +86,39 @@ def finish(child: subprocess.Popen[str]) -> str:
     out, err = child.communicate(timeout=120)
     assert child.returncode == 0, err
     return out.strip()
+
+
+# Every method of a checkpointer that reaches the database, and has an asynchronous twin; `list` is below.
+METHODS = (
+    "put",
+    "put_writes",
+    "get_tuple",
+    "delete_thread",
+    "delete_for_runs",
+    "copy_thread",
+    "prune",
+    "get_delta_channel_history",
+)
+
+
+class SyncMirror(BaseCheckpointSaver[str]):
+    """Answers every asynchronous call by the synchronous method of the saver, in another thread."""
+
+    def __init__(self, saver: BaseCheckpointSaver[str]) -> None:
+        super().__init__(serde=saver.serde)
+        self.saver = saver
+
+    async def alist(self, config: RunnableConfig | None, **options: Any) -> AsyncIterator[CheckpointTuple]:
+        for found in await asyncio.to_thread(lambda: list(self.saver.list(config, **options))):
+            yield found
+
+
+def _in_a_thread(name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
+    async def call(self: SyncMirror, *args: Any, **options: Any) -> Any:
+        return await asyncio.to_thread(getattr(self.saver, name), *args, **options)
+
+    return call
+
+
+for _name in METHODS:
+    setattr(SyncMirror, f"a{_name}", _in_a_thread(_name))

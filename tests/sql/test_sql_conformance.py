@@ -11,7 +11,7 @@ from langgraph.checkpoint.conformance import checkpointer_test, validate
 from langgraph.checkpoint.conformance.capabilities import Capability
 
 from agentmem_sql import SQLAlchemySaver
-from tests.helpers.sql_mirror import METHODS, SyncMirror
+from tests.helpers.sql_cases import METHODS, SyncMirror
 
 NewUrl = Callable[[str], str]
 

@@ -345,3 +345,28 @@ def test_a_value_that_cannot_be_stored_is_named_by_its_channel(saver: SQLAlchemy
             saver.put_writes(at, [("good", 1), ("bad", value)], "task")
     with pytest.raises(TypeError, match="the metadata cannot be stored"):
         put(saver, at, {"good": 1}, note=object())
+
+
+# Writes that are there already.
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_what_a_repeated_write_leaves_out_is_not_taken_for_stored(database_url: str, special: bool) -> None:
+    with SQLAlchemySaver.from_url(database_url) as saver:
+        at = put(saver, config())
+        if special:  # the first of two writes to one special channel gives way to the second
+            saver.put_writes(at, [("__resume__", "a" * 100)], "task")
+            saver.put_writes(at, [("__resume__", "b" * 100), ("__resume__", "c" * 100)], "task")
+        else:
+            saver.put_writes(at, [("x", "a" * 100)], "task")
+            saver.put_writes(at, [("x", "b" * 100), ("y", "c" * 100)], "task")
+        last = put(saver, at, {"value": "b" * 100})
+        with SQLAlchemySaver.from_url(database_url) as fresh:
+            found = fresh.get_tuple(last)
+    assert found is not None
+    assert found.checkpoint["channel_values"] == {"value": "b" * 100}
+
+
+def test_no_writes_make_no_thread(saver: SQLAlchemySaver) -> None:
+    saver.put_writes(config("nobody", checkpoint_id="1"), [], "task")
+    assert saver.storage_report().threads == ()

@@ -113,15 +113,17 @@ def test_the_order_can_be_turned_round(saver: SQLAlchemySaver) -> None:
     assert list(saver.memory_history("t", newest_first=True)) == steps[::-1]
 
 
-async def test_tasks_read_the_same(database_url: str) -> None:
-    async with SQLAlchemySaver.from_url(database_url) as saver:
-        graph = memory_graph(saver)
-        for text in ("one", "two"):
-            await graph.ainvoke(say(text), config())
-        steps = [step async for step in saver.amemory_history("t")]
-        assert [step.state for step in steps] == [state_after("one"), state_after("one", "two")]
-        newest = [step async for step in saver.amemory_history("t", newest_first=True)]
-        assert newest == steps[::-1]
+async def test_tasks_read_the_same(any_saver: SQLAlchemySaver) -> None:
+    """Several threads at once, from one loop."""
+
+    async def read(thread: str, **options: Any) -> list[MemoryStep]:
+        return [step async for step in any_saver.amemory_history(thread, **options)]
+
+    for thread in "abc":
+        await asyncio.to_thread(talk, any_saver, thread, thread * 2, thread=thread)
+    for thread, steps in zip("abc", await asyncio.gather(*map(read, "abc")), strict=True):
+        assert [step.state for step in steps] == [state_after(thread), state_after(thread, thread * 2)]
+        assert await read(thread, newest_first=True) == steps[::-1]
 
 
 def test_branches_are_not_mixed(saver: SQLAlchemySaver) -> None:
@@ -332,13 +334,13 @@ def test_only_memories_are_read(path: Path, saver: SQLAlchemySaver, sql: Sql) ->
     (everything,) = sql("SELECT sum(length(body)) FROM agentmem_blobs")
     with counted_saver(path) as (fresh, found):
         assert len(list(fresh.memory_history("t"))) == turns
-        # The checkpoints' rows with their keys, each memory once, and the beginnings of the other channels' values.
-        assert found.bytes < checkpoints[1] + 200 * checkpoints[0] + memories[0] + turns * 40 + 1000
+        # The checkpoints' rows with their keys, each memory once, and one value of each other channel that is no list.
+        assert found.bytes < checkpoints[1] + 200 * checkpoints[0] + memories[0] + 2 * len(LONG) + 1000
         assert everything[0] > 5 * memories[0]
         assert found.statements <= 2 + checkpoints[0] / 100 + 2 + turns / 20
         found.statements = found.bytes = 0
         assert next(fresh.memory_history("t", newest_first=True)).consumed == turns
-        assert found.statements <= 4
+        assert found.statements <= 5
 
 
 def test_a_memory_is_stored_once(saver: SQLAlchemySaver, sql: Sql) -> None:
@@ -354,21 +356,3 @@ def test_a_memory_is_stored_once(saver: SQLAlchemySaver, sql: Sql) -> None:
     assert sql("SELECT count(*), count(DISTINCT digest) FROM agentmem_writes WHERE channel = ?", b"memory") == [(5, 2)]
     assert sql("SELECT count(*) FROM agentmem_blobs WHERE instr(body, 'model_fingerprint')") == [(2,)]
     assert graph.get_state(config()).values["memory"] == state_after("one", "two")
-
-
-def test_readers_do_not_wait_for_one_another(url: str) -> None:
-    """The history of several threads at once, from one loop."""
-
-    async def read() -> list[list[MemoryStep]]:
-        async with SQLAlchemySaver.from_url(url) as saver:
-
-            async def one(thread: str) -> list[MemoryStep]:
-                return [step async for step in saver.amemory_history(thread)]
-
-            return await asyncio.gather(*map(one, "abc"))
-
-    with SQLAlchemySaver.from_url(url) as saver:
-        for thread in "abc":
-            talk(saver, thread, thread * 2, thread=thread)
-    for thread, steps in zip("abc", asyncio.run(read()), strict=True):
-        assert [step.state for step in steps] == [state_after(thread), state_after(thread, thread * 2)]

@@ -162,6 +162,28 @@ def test_idle_threads_are_deleted_whole(swept_saver: SQLAlchemySaver, clock: Clo
     assert len(left(swept_saver, "idle")) == 1
 
 
+def test_late_writes_keep_no_thread_alive(swept_saver: SQLAlchemySaver, shared_ask: Sql) -> None:
+    """Of a run that goes on after its thread was deleted: no checkpoint comes after them any more."""
+    now = datetime.now(UTC)
+    at = grow(swept_saver, thread="late")
+    swept_saver.delete_thread("late")
+    swept_saver.put_writes(at, [("d", "late" * 50)], "task")
+    swept_saver.put_writes(config("unknown", checkpoint_id="no id of LangGraph's"), [("d", 1)], "task")
+    chain(swept_saver, 1, thread="alive")
+    policy = Retention(idle=DAY)
+    young = swept_saver.retain(policy, thread_ids=["late", "alive"], now=now)
+    assert (young.threads, young.threads_kept) == ((), 2), "its checkpoint may be on its way"
+    size = bytes_of(shared_ask)
+    planned = swept_saver.retain(policy, thread_ids=["late"], dry_run=True, now=now + 2 * DAY)
+    done = swept_saver.retain(policy, thread_ids=["late"], now=now + 2 * DAY)
+    assert planned.threads == done.threads
+    [thread] = done.threads
+    assert (thread.thread_id, thread.removed, thread.deleted) == ("late", 0, True)
+    assert thread.bytes_freed == size - bytes_of(shared_ask)
+    assert swept_saver.retain(policy, now=now).threads[0].thread_id == "unknown", "an id that tells no time"
+    assert [bytes(name) for (name,) in shared_ask("SELECT name FROM agentmem_threads")] == [b"alive"]
+
+
 def test_every_rule_has_to_let_a_checkpoint_stay(saver: SQLAlchemySaver, clock: Clock) -> None:
     first = chain(saver, 4, thread="old", clock=clock)
     second = chain(saver, 6, thread="new", clock=clock)
@@ -501,8 +523,9 @@ def test_a_policy_that_cannot_be_meant_is_refused(arguments: dict[str, Any]) -> 
 
 def test_arguments_that_cannot_be_meant_are_refused(saver: SQLAlchemySaver) -> None:
     policy = Retention(max_checkpoints=1)
-    with pytest.raises(ConfigError, match="sequence"):
-        saver.retain(policy, thread_ids="thread")
+    for wrong in ("thread", [None], 7):
+        with pytest.raises(ConfigError, match="thread id"):
+            saver.retain(policy, thread_ids=wrong)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="time zone"):
         saver.retain(policy, now=datetime(2026, 1, 1))
     with pytest.raises(ConfigError, match="limit"):

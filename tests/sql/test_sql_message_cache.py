@@ -1,11 +1,13 @@
-"""Messages that were stored before are recognised without being serialised anew, and only if nothing changed."""
+"""Messages that a process stored or read before: matched by value, copied, and never shared with the caller."""
 
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Any
 
@@ -23,8 +25,11 @@ from langchain_core.messages import (
     RemoveMessage,
     SystemMessage,
     ToolMessage,
+    messages_to_dict,
 )
+from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 
 from agentmem_sql import SQLAlchemySaver
 from tests.helpers.sql_cases import config, put
@@ -385,9 +390,9 @@ def test_messages_of_text_alone_come_back_as_the_serializer_gives_them(
 ) -> None:
     """Whatever was read before that looked like them, and whether their class would take them or not."""
     made = []
-    for make, field, value in changes:
+    for make, position, value in changes:
         message = make()
-        message.__dict__[list(message.__dict__)[field % len(message.__dict__)]] = value
+        message.__dict__[list(message.__dict__)[position % len(message.__dict__)]] = value
         made.append(message)
     expected = spelled(serialised(made))
     at = put(forgetful_saver, config("any"), {"messages": made})
@@ -426,3 +431,148 @@ def test_a_message_may_lose_its_id_or_be_half_made(saver: SQLAlchemySaver) -> No
     del odd.__dict__["id"]
     at = put(saver, config(), {"messages": [odd, HumanMessage("y", id="2")]})
     assert [one.content for one in stored(saver, at)] == ["x", "y"]
+
+
+EXAMPLES: list[BaseMessage] = [
+    HumanMessage("hello", id="1"),
+    HumanMessage([{"type": "text", "text": "x"}, {"type": "image", "data": b"\0\1"}], id="1", name="n"),
+    SystemMessage("hello", id="1", additional_kwargs={"a": [1, {"b": None}]}),
+    reply(),
+    AIMessageChunk("part", id="1", tool_call_chunks=[{"name": "f", "args": "{}", "id": "c", "index": 0}]),
+    AIMessageChunk("part", id="1", usage_metadata=USAGE, chunk_position="last"),
+    ToolMessage("result", id="1", tool_call_id="c", artifact={"rows": [1, 2.5, None]}),
+    ChatMessage("hello", id="1", role="judge"),
+    RemoveMessage(id="1"),
+]
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda one: type(one).__name__)
+def test_a_recalled_message_is_as_good_as_a_deserialised_one(saver: SQLAlchemySaver, message: BaseMessage) -> None:
+    at = put(saver, config(), {"messages": [message]})
+    (first,), (recalled,) = stored(saver, at), stored(saver, at)
+    (reference,) = serialised([message])
+    for one in (first, recalled):
+        assert spelled(one) == spelled(reference)
+        assert one == reference
+        assert repr(one) == repr(reference)
+        assert one.__getstate__() == reference.__getstate__()  # what pickle and copy take
+        assert one.model_fields_set == reference.model_fields_set
+        assert one.model_extra == reference.model_extra
+        if not (isinstance(one.content, list) and isinstance(one.content[-1], dict) and "data" in one.content[-1]):
+            assert one.model_dump_json() == reference.model_dump_json()
+        assert spelled(type(one)(**one.model_dump())) == spelled(reference)
+        for copied in (copy.copy(one), copy.deepcopy(one), one.model_copy(deep=True)):
+            assert spelled(copied) == spelled(reference)
+        assert one.model_copy(update={"content": "y"}).content == "y"
+        assert one.pretty_repr() == reference.pretty_repr()
+        assert messages_to_dict([one]) == messages_to_dict([reference])
+        if isinstance(one, AIMessageChunk):
+            assert spelled(one + one) == spelled(reference + reference)
+        elif not isinstance(one, RemoveMessage):
+            assert isinstance(one + HumanMessage("and?"), ChatPromptTemplate)
+        one.content = "assigned"
+        one.note = "an extra field"  # type: ignore[attr-defined]
+        assert one.model_extra == {"note": "an extra field"}
+    assert spelled(stored(saver, at)) == spelled([reference])
+
+
+def _spoil(value: Any) -> None:
+    """Change everything that can be changed in plain data."""
+    for holder, key in places(value)[::-1]:
+        holder[key] = "spoiled"
+    if isinstance(value, list):
+        value.append("spoiled")
+    elif isinstance(value, dict):
+        value["spoiled"] = True
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda one: type(one).__name__)
+def test_messages_that_are_handed_out_share_nothing_that_can_be_changed(
+    saver: SQLAlchemySaver, message: BaseMessage
+) -> None:
+    at = put(saver, config(), {"messages": [message], "again": [message], "alone": message})
+    expected = spelled(serialised(message))
+    for _ in range(3):
+        found = saver.get_tuple(at)
+        assert found is not None
+        values = found.checkpoint["channel_values"]
+        given_out = [values["messages"][0], values["again"][0], values["alone"]]
+        for one in given_out:
+            assert spelled(one) == expected
+            one.model_fields_set.add("spoiled")
+            one.note = "spoiled"
+            _spoil(one.__dict__)
+    _spoil(message.__dict__)
+    assert spelled(stored(saver, at)) == spelled([stored(saver, at)[0]])
+    assert spelled(stored(saver, at)[0]) == expected
+
+
+def test_the_cache_holds_no_object_of_the_caller(saver: SQLAlchemySaver) -> None:
+    message = reply()
+    held = weakref.ref(message)
+    at = put(saver, config(), {"messages": [message]})
+    handed_out = weakref.ref(stored(saver, at)[0])
+    del message
+    gc.collect()
+    assert held() is None
+    assert handed_out() is None
+
+
+# What the serializer does meanwhile.
+
+
+class Changing(JsonPlusSerializer):
+    """Stands for a node that changes a message right after it was serialised."""
+
+    def dumps_typed(self, obj: Any) -> tuple[str, bytes]:
+        done = super().dumps_typed(obj)
+        if isinstance(obj, AIMessage) and obj.content == "first":
+            obj.content = "second"
+        return done
+
+
+def test_a_message_that_changes_while_it_is_stored_is_stored_anew_next_time(url: str) -> None:
+    with SQLAlchemySaver.from_url(url, serde=Changing()) as saver:
+        message = AIMessage("first", id="1", response_metadata={"model": "some model with a name"})
+        first = put(saver, config(), {"messages": [message]})
+        second = put(saver, first, {"messages": [message]})
+        contents = [saver.get_tuple(at).checkpoint["channel_values"]["messages"][0].content for at in (first, second)]  # type: ignore[union-attr]
+    assert contents == ["first", "second"]
+
+
+class Unmasking(JsonPlusSerializer):
+    """Changes some messages when it reads them."""
+
+    def loads_typed(self, data: tuple[str, bytes]) -> Any:
+        value = super().loads_typed(data)
+        if isinstance(value, HumanMessage):
+            value.content = value.content.replace("<NAME>", "Ann")  # type: ignore[union-attr]
+        return value
+
+
+@dataclass
+class Unhashable:
+    """A serializer may be any object with the two methods."""
+
+    inner: JsonPlusSerializer = field(default_factory=JsonPlusSerializer)
+
+    def dumps_typed(self, obj: Any) -> tuple[str, bytes]:
+        return self.inner.dumps_typed(obj)
+
+    def loads_typed(self, data: tuple[str, bytes]) -> Any:
+        return self.inner.loads_typed(data)
+
+
+def test_a_serializer_of_the_callers_reads_every_message(url: str) -> None:
+    texts = ["no name here, and long enough", "I am <NAME>, and long enough too"]
+    messages = [HumanMessage(text, id=str(number)) for number, text in enumerate(texts)]
+    with SQLAlchemySaver.from_url(url, serde=Unmasking()) as saver:
+        at = put(saver, config(), {"messages": messages})
+    with SQLAlchemySaver.from_url(url, serde=Unmasking()) as saver:
+        found = saver.get_tuple(at)
+        assert found is not None
+        assert found.checkpoint["channel_values"]["messages"][1].content == "I am Ann, and long enough too"
+    with SQLAlchemySaver.from_url(url, serde=Unhashable()) as saver:
+        found = saver.get_tuple(at)
+        assert found is not None
+        assert [one.content for one in found.checkpoint["channel_values"]["messages"]] == texts

@@ -1,9 +1,13 @@
-"""Taking checkpoints out of threads: what stays means what it meant, and what nothing refers to is gone at once."""
+"""Taking checkpoints out of threads, and copying threads.
+
+What stays means what it meant, what nothing refers to is gone at once, and a copy shares nothing with its source.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -14,6 +18,7 @@ from langchain_core.messages import HumanMessage
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import BaseCheckpointSaver, CheckpointTuple
 from langgraph.checkpoint.serde.types import ERROR, INTERRUPT, RESUME, _DeltaSnapshot
+from sqlalchemy import create_engine, event
 
 from agentmem.errors import ConfigError, StorageError
 from agentmem_sql import SQLAlchemySaver
@@ -205,6 +210,47 @@ async def test_pruning_says_what_it_cannot_do_and_does_nothing_where_there_is_no
     assert tuples(swept_saver) == once
 
 
+async def test_what_is_no_id_touches_no_thread(swept_saver: SQLAlchemySaver) -> None:
+    """A string is a sequence of strings, and `str(None)` is a thread id."""
+    for thread in ("4", "2", "42", "None"):
+        grow(swept_saver, thread=thread, run_id=thread)
+    before = len(list(swept_saver.list(None)))
+    saver: Any = swept_saver
+    at: Any = config()
+    for wrong in ("42", b"42", 42, None, {"42": 1}, [None], ["4", ["2"]], [True], [4.0]):
+        for call in (
+            lambda wrong=wrong: saver.prune(wrong, strategy="delete"),
+            lambda wrong=wrong: saver.prune(wrong),
+            lambda wrong=wrong: saver.delete_for_runs(wrong),
+        ):
+            with pytest.raises(ConfigError, match=r"expected a (sequence of )?(thread|run) id"):
+                call()
+        with pytest.raises(ConfigError):
+            await saver.aprune(wrong, strategy="delete")
+    for wrong in (None, True, 1.5, b"4", ["4"]):
+        at["configurable"]["thread_id"] = wrong
+        for call in (
+            lambda wrong=wrong: saver.delete_thread(wrong),
+            lambda wrong=wrong: saver.copy_thread(wrong, "new"),
+            lambda wrong=wrong: saver.copy_thread("4", wrong),
+            lambda wrong=wrong: saver.memory_history(wrong),
+            lambda: grow(saver, at),
+            lambda: saver.put_writes(
+                {"configurable": {**at["configurable"], "checkpoint_id": "1"}}, [("x", 1)], "task"
+            ),
+            lambda: saver.get_tuple(at),
+            lambda: list(saver.list(at)),
+            lambda: saver.get_delta_channel_history(config=at, channels=["d"]),
+        ):
+            with pytest.raises(ConfigError, match="expected a thread id"):
+                call()
+        with pytest.raises(ConfigError):
+            await saver.adelete_thread(wrong)
+    assert len(list(swept_saver.list(None))) == before
+    swept_saver.prune((name for name in ("4", 2)), strategy="delete")  # type: ignore[arg-type]
+    assert {one.config["configurable"]["thread_id"] for one in swept_saver.list(None)} == {"42", "None"}
+
+
 def test_the_strategy_delete_leaves_nothing_of_the_threads_that_are_named(
     swept_saver: SQLAlchemySaver, shared_ask: Sql
 ) -> None:
@@ -284,6 +330,39 @@ def test_content_of_replaced_special_writes_is_freed(swept_saver: SQLAlchemySave
     assert ("another task", ERROR, big(4)) in (found.pending_writes or ())
 
 
+def test_a_resumed_task_takes_no_longer_in_a_long_thread(swept_saver: SQLAlchemySaver, shared_url: str) -> None:
+    """What it replaces is freed without a look at the rest of the thread, and the cache stays good."""
+    engine = create_engine(shared_url)
+    answered: dict[int, list[str]] = {}
+    with SQLAlchemySaver(engine) as saver:
+        at = grow(saver, None, {"log": [big(0)]}, deltas="")
+        for number in range(1, 31):
+            at = grow(saver, at, {"log": [big(one) for one in range(number)]}, deltas="")
+            saver.put_writes(at, [(INTERRUPT, [number])], "task")
+            statements: list[str] = []
+            listener = lambda *args, into=statements: into.append(args[2])  # noqa: E731
+            event.listen(engine, "before_cursor_execute", listener)
+            # As LangGraph does: the answer, the task's next question, and at last its results with all answers.
+            saver.put_writes(at, [(RESUME, "yes")], "null")
+            saver.put_writes(at, [(INTERRUPT, [-number]), (RESUME, ["yes"])], "task")
+            saver.put_writes(at, [(RESUME, "no")], "null")
+            saver.put_writes(at, [(RESUME, ["yes", "no"]), ("log", [big(number)])], "task")
+            saver.put_writes(at, [(RESUME, ["yes", "no"]), ("log", [big(number)])], "task")  # changes nothing
+            event.remove(engine, "before_cursor_execute", listener)
+            answered[number] = statements
+            found = saver.get_tuple(at)
+            assert found is not None
+            assert sorted(found.pending_writes or (), key=repr) == [
+                ("null", RESUME, "no"),
+                ("task", INTERRUPT, [-number]),
+                ("task", RESUME, ["yes"]),
+                ("task", "log", [big(number)]),
+            ]
+    engine.dispose()
+    assert not any("FROM agentmem_checkpoints" in statement for statement in answered[30])
+    assert len(answered[30]) == len(answered[5])
+
+
 @pytest.mark.parametrize("cached", [True, False])
 def test_content_of_a_replaced_checkpoint_is_freed(
     swept_saver: SQLAlchemySaver, shared_url: str, shared_ask: Sql, cached: bool
@@ -342,3 +421,148 @@ def test_a_thread_whose_lists_are_damaged_is_not_pruned(saver: SQLAlchemySaver, 
         sql("UPDATE agentmem_blobs SET body = ? WHERE digest = ?", body, digest)
     saver.prune(["t"])
     assert {key: held(one) for key, one in tuples(saver).items()} == {("", id_of(at)): held(before)}
+
+
+# Copies.
+
+NAMESPACES = ("", "sub:1|deeper:2", "n" * 300)
+
+
+def fill(saver: SQLAlchemySaver, thread: str = "t") -> None:
+    """Namespaces with forks, lists that share their items, delta channels, pending writes of all kinds."""
+    for ns in NAMESPACES:
+        root = grow(saver, None, {"d": _DeltaSnapshot([b"seed" * 99])}, thread=thread, ns=ns)
+        for branch in range(2):
+            at, messages = root, []
+            for number in range(3):
+                write(saver, at, b"%d%d" % (branch, number) * 99, task=f"{branch}")
+                saver.put_writes(at, [(INTERRUPT, [branch, number])], f"{branch} asks", "path")
+                messages = [*messages, HumanMessage(f"{number} " * 50, id=f"{branch}{number}")] * 2
+                at = grow(saver, at, {"messages": messages, "raw": b"same" * 999}, ns=ns, thread=thread)
+    saver.put_writes(config(thread, checkpoint_id="not there yet"), [("x", b"early" * 99)], "task")
+
+
+def all_of(saver: SQLAlchemySaver, thread: str) -> list[Any]:
+    """All of a thread but its name: ids, parents, values, metadata, pending writes, histories."""
+
+    def one(found: CheckpointTuple) -> Any:
+        places = [found.config["configurable"], (found.parent_config or config())["configurable"]]
+        ids = [(place["checkpoint_ns"], place.get("checkpoint_id")) for place in places]
+        return ids, found.checkpoint, found.metadata, found.pending_writes, history(saver, found.config)
+
+    return [one(found) for found in saver.list({"configurable": {"thread_id": thread}})]
+
+
+def test_a_copy_is_whole_and_shares_nothing(swept_saver: SQLAlchemySaver, shared_url: str, shared_ask: Sql) -> None:
+    fill(swept_saver)
+    source = all_of(swept_saver, "t")
+    assert len(source) == len(NAMESPACES) * 7
+    swept_saver.copy_thread("t", "copy")
+    assert all_of(swept_saver, "t") == all_of(swept_saver, "copy") == source
+    for table in ("blobs", "checkpoints", "writes"):
+        counts = shared_ask(f"SELECT count(*) FROM agentmem_{table} GROUP BY thread")
+        assert len(counts) == 2
+        assert counts[0] == counts[1]
+
+    swept_saver.delete_thread("t")
+    assert all_of(swept_saver, "copy") == source
+    with SQLAlchemySaver.from_url(shared_url, cache_bytes=0) as other:
+        assert all_of(other, "copy") == source
+        other.copy_thread("copy", "t")
+        other.prune(["copy"], strategy="delete")
+        assert all_of(other, "t") == source
+    assert all_of(swept_saver, "t") == source
+
+
+def test_a_copy_of_a_pruned_thread_means_the_same(swept_saver: SQLAlchemySaver) -> None:
+    fill(swept_saver)
+    swept_saver.prune(["t"])
+    source = all_of(swept_saver, "t")
+    assert len(source) == len(NAMESPACES)
+    swept_saver.copy_thread("t", "copy")
+    swept_saver.delete_thread("t")
+    assert all_of(swept_saver, "copy") == source
+    newest = swept_saver.get_tuple(config("copy"))
+    assert newest is not None
+    at = grow(swept_saver, newest.config, {"d": _DeltaSnapshot([1])})
+    assert history(swept_saver, grow(swept_saver, at)) == (_DeltaSnapshot([1]), [])
+
+
+def test_copies_over_a_thread_that_is_there(swept_saver: SQLAlchemySaver) -> None:
+    """What it has under the same ids becomes what the source has, the rest of it stays."""
+    at = grow(swept_saver, None, {"x": b"old" * 99})
+    swept_saver.copy_thread("t", "copy")
+    own = grow(swept_saver, {"configurable": {**at["configurable"], "thread_id": "copy"}}, {"x": b"own" * 99})
+    mine = swept_saver.get_tuple(own)
+    write(swept_saver, at, b"later" * 99)
+    grow(swept_saver, at, {"x": b"newer" * 99})
+    source = all_of(swept_saver, "t")
+
+    swept_saver.copy_thread("t", "copy")
+
+    assert swept_saver.get_tuple(own) == mine
+    assert [one for one in all_of(swept_saver, "copy") if one[0][0][1] != id_of(own)] == source
+    assert all_of(swept_saver, "t") == source
+    # A copy whose checkpoint was replaced gives up the content that it had.
+    swept_saver.delete_thread("t")
+    again = {**made({"x": b"again" * 99}), "id": id_of(at)}
+    swept_saver.put(config(), again, {}, again["channel_versions"])
+    swept_saver.copy_thread("t", "copy")
+    found = swept_saver.get_tuple(config("copy", checkpoint_id=id_of(at)))
+    assert found is not None
+    assert found.checkpoint["channel_values"] == {"x": b"again" * 99}
+
+
+async def test_copies_of_nothing_and_onto_itself(swept_saver: SQLAlchemySaver, shared_ask: Sql) -> None:
+    swept_saver.copy_thread("missing", "copy")
+    swept_saver.copy_thread("missing", "missing")
+    assert shared_ask("SELECT count(*) FROM agentmem_threads") == [(0,)]
+    fill(swept_saver)
+    source = all_of(swept_saver, "t")
+    swept_saver.copy_thread("t", "t")
+    swept_saver.copy_thread("missing", "t")
+    await swept_saver.acopy_thread("t", "t")
+    assert all_of(swept_saver, "t") == source
+    assert shared_ask("SELECT count(*) FROM agentmem_threads") == [(1,)]
+
+
+def test_whoever_knows_the_target_learns_that_it_has_changed(swept_saver: SQLAlchemySaver, shared_url: str) -> None:
+    """A saver that has read and written the target goes on with it after another has copied over it."""
+    value = [HumanMessage("hello " * 50, id="1")]
+    with SQLAlchemySaver.from_url(shared_url) as other:
+        at = grow(swept_saver, None, {"x": value})
+        mine = {"configurable": {**at["configurable"], "thread_id": "copy"}}
+        again = {**made({"x": value}), "id": id_of(at)}
+        swept_saver.put(config("copy"), again, {}, again["channel_versions"])
+        replaced = {**made({"x": b"other" * 99}), "id": id_of(at)}
+        other.delete_thread("t")
+        other.put(config(), replaced, {}, replaced["channel_versions"])
+        other.copy_thread("t", "copy")
+        grown = grow(swept_saver, mine, {"x": value})
+        found = other.get_tuple(grown)
+        assert found is not None
+        assert found.checkpoint["channel_values"] == {"x": value}
+
+
+def test_copies_in_both_directions_do_not_lock_each_other_out(swept_saver: SQLAlchemySaver, shared_url: str) -> None:
+    names = ["a", "b", "c"]
+    for name in names:
+        at: RunnableConfig = config(name)
+        for number in range(5):
+            at = grow(swept_saver, at, {"x": b"%d" % number * 999, "same": b"same" * 999})
+    sources = {name: {one[0][0] for one in all_of(swept_saver, name)} for name in names}
+
+    def copy(number: int) -> None:
+        source, target = names[number % 3], names[(number + 1 + number % 2) % 3]
+        (swept_saver if number % 4 < 2 else other).copy_thread(source, target)
+        if number % 5 == 0:
+            other.copy_thread(source, f"new {number % 2}")
+
+    with SQLAlchemySaver.from_url(shared_url) as other:
+        with ThreadPoolExecutor(6) as pool:
+            list(pool.map(copy, range(24)))
+        every = set().union(*sources.values())
+        for _ in range(2):
+            for source, target in (("a", "b"), ("b", "c"), ("c", "a")):
+                other.copy_thread(source, target)
+        assert all({one[0][0] for one in all_of(swept_saver, name)} == every for name in names)

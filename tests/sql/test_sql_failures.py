@@ -1,4 +1,7 @@
-"""Databases that take no writes for a while, and files that are damaged: a clear error, and nothing in part."""
+"""Databases that take no writes for a while, damaged files, killed writers, and Ctrl-C.
+
+There is a clear error, nothing in part, and nothing lost that was acknowledged.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,28 @@ import os
 import random
 import resource
 import shutil
+import signal
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
+from langchain_core.messages import HumanMessage
 from sqlalchemy import create_engine, event, make_url
 
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
 from tests.helpers.sql_cases import config, put
 from tests.helpers.sql_chains import unaccounted
-from tests.helpers.sql_fault_child import INTERRUPT, Async, Sync, pending, question, values
+from tests.helpers.sql_fault_child import INTERRUPT, INTERRUPTS, Async, Sync, pending, question, values
+from tests.helpers.sql_processes import Template, template
 
 Sql = Callable[..., list[Any]]
 NewUrl = Callable[[str], str]
@@ -281,3 +292,198 @@ def test_a_damaged_log_costs_no_more_than_what_follows(url: str, path: Path, tmp
             assert kind != "garbage" or not found
             put(other, config(), {"x": 1})
     saver.close()
+
+
+SESSIONS = {
+    "postgresql": """
+        SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()
+    """,
+    "mysql": "SELECT count(*) FROM information_schema.processlist WHERE db = database() AND id <> connection_id()",
+}
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Template]:
+    with template(tmp_path_factory.mktemp("reports")) as started:
+        yield started
+
+
+@dataclass
+class Known:
+    """What must be in a checkpoint that was acknowledged."""
+
+    step: int
+    writes: bool = False
+    interrupt: int = -1
+
+
+@dataclass
+class Ledger:
+    """What a thread must hold, going by what its writers said."""
+
+    known: dict[str, Known] = field(default_factory=dict)
+    pruning: str | None = None  # the checkpoint whose ancestors may be gone
+
+    def read(self, said: list[list[Any]]) -> None:
+        for what, own_id, *more in said:
+            if what == "put":
+                self.known[own_id] = Known(more[0])
+            elif what == "writes":
+                self.known[own_id].writes = True
+            elif what == "interrupt":
+                self.known[own_id].interrupt = more[0]
+            elif what == "pruning":
+                self.pruning = own_id
+            else:
+                self.known, self.pruning = {own_id: self.known[own_id]}, None
+
+    def check(self, saver: SQLAlchemySaver) -> None:
+        """Compare with what is stored, and take over what was stored but not acknowledged any more."""
+        found = {one.config["configurable"]["checkpoint_id"]: one for one in saver.list(config())}
+        if self.pruning is not None and found.keys() == {self.pruning}:
+            self.known = {self.pruning: self.known[self.pruning]}
+        self.pruning = None
+        assert self.known.keys() <= found.keys()
+        assert len(found.keys() - self.known.keys()) <= 1
+        for own_id, one in found.items():
+            known = self.known.setdefault(own_id, Known(one.metadata["step"]))
+            assert one.metadata["step"] == known.step
+            assert one.checkpoint["channel_values"] == values(known.step)
+            ordinary = [(channel, value) for task, channel, value in one.pending_writes or () if task == "task"]
+            asked = [
+                value for task, channel, value in one.pending_writes or () if (task, channel) == ("asking", INTERRUPT)
+            ]
+            assert ordinary == pending(known.step) or (not known.writes and not ordinary)
+            known.writes = bool(ordinary)
+            possible = {known.interrupt, min(known.interrupt + 1, INTERRUPTS - 1)}
+            assert asked in [[] if number < 0 else [question(known.step, number)] for number in possible]
+            known.interrupt = asked[0]["number"] if asked else -1
+
+
+def wait_for_sessions_to_end(look: Sql, url: str) -> None:
+    """A server may finish the statement that a process sent before it was killed."""
+    backend = make_url(url).get_backend_name()
+    ends = time.monotonic() + 10
+    while backend in SESSIONS and look(url, SESSIONS[backend]) != [(0,)]:
+        assert time.monotonic() < ends
+        time.sleep(0.002)
+
+
+def kill_writers(url: str, look: Sql, processes: Template, rounds: int) -> None:
+    """Kill writer after writer, each of which goes on where the one before it was killed; look after each."""
+    chance = random.Random(rounds)
+    ledger = Ledger()
+    for number in range(rounds):
+        mode = "async" if chance.random() < 0.5 else "sync"
+        if number % 3 == 2:
+            writer = processes.start("grow", url, mode, chance.randint(1, 150))
+        else:
+            writer = processes.start("grow", url, mode)
+            if number % 3:
+                writer.until_it_says(1)
+            time.sleep(chance.uniform(0, 0.1))
+            writer.kill()
+        assert writer.wait() == -signal.SIGKILL
+        ledger.read(writer.said())
+        wait_for_sessions_to_end(look, url)
+        with SQLAlchemySaver.from_url(url) as saver:
+            ledger.check(saver)
+        assert unaccounted(partial(look, url)) == (set(), set())
+        if url.startswith("sqlite"):
+            assert look(url, "PRAGMA integrity_check") == [("ok",)]
+    assert max(one.step for one in ledger.known.values()) > rounds
+
+
+def test_killed_writers_lose_nothing_that_was_acknowledged(database_url: str, look: Sql, processes: Template) -> None:
+    kill_writers(database_url, look, processes, 10 if database_url.startswith("sqlite") else 6)
+
+
+@pytest.mark.slow
+def test_writers_killed_two_hundred_times(database_url: str, look: Sql, processes: Template) -> None:
+    kill_writers(database_url, look, processes, 200 if database_url.startswith("sqlite") else 60)
+
+
+POINTS = 45
+# SQLAlchemy's pool may lose a connection when it is interrupted in the middle of giving it out.
+POINTS_OF_A_SAVER = 15
+
+
+def interrupted(call: Callable[[], Any], at: int = -1) -> tuple[bool, int]:
+    """Call, with an interruption at a point; gives whether it came, and the number of points that were passed."""
+    points = count(1)
+    passed = 0
+
+    def profile(_frame: FrameType, event: str, _arg: object) -> None:
+        nonlocal passed
+        if event in ("call", "c_return"):
+            passed = next(points)
+            if passed == at:
+                raise KeyboardInterrupt
+
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        call()
+    except (KeyboardInterrupt, TypeError):  # ormsgpack makes a TypeError of it in LangGraph's part of the serializer
+        return True, passed
+    finally:
+        sys.setprofile(before)
+    return False, passed
+
+
+def messages(number: int) -> dict[str, Any]:
+    return {"messages": [HumanMessage(f"message {n}", id=str(n)) for n in (1, 2, number)]}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("method", ["put", "get_tuple", "prune"])
+def test_an_interruption_anywhere(database_url: str, ask: Callable[..., list[Any]], method: str) -> None:
+    fresh, newest = 0, 0
+    while fresh * POINTS_OF_A_SAVER < POINTS:
+        with SQLAlchemySaver.from_url(database_url) as saver, SQLAlchemySaver.from_url(database_url) as other:
+            put(saver, config(), messages(0))
+            at = put(saver, config(), messages(0))
+            calls: dict[str, Callable[[], Any]] = {
+                "put": lambda: put(saver, config(), messages(newest + 1)),  # noqa: B023
+                "get_tuple": lambda: saver.get_tuple(at),  # noqa: B023
+                "prune": lambda: saver.prune(["t"]),
+            }
+            _, points = interrupted(calls[method])
+            newest = 1 if method == "put" else 0
+            for point in range(1 + fresh, points, points // POINTS_OF_A_SAVER):
+                came, _ = interrupted(calls[method], point)
+                # Whatever it was, the next call finds the database free, from elsewhere too, and what is there whole.
+                number = newest + 1
+                put(other, config(), messages(number))
+                newest = number
+                found = saver.get_tuple(config())
+                assert found is not None
+                assert found.checkpoint["channel_values"] == messages(number), (came, point)
+                saver.copy_thread("t", "copy")
+                saver.delete_thread("copy")
+            for one in saver.list(config()):  # reads and compares every stored value
+                assert len(one.checkpoint["channel_values"]["messages"]) == 3
+            saver.delete_thread("t")
+            assert [ask(f"SELECT count(*) FROM agentmem_{name}")[0][0] for name in ("checkpoints", "blobs")] == [0, 0]
+        fresh += 1
+
+
+def test_an_interrupted_commit_is_an_interruption(database_url: str) -> None:
+    def profile(frame: FrameType, event: str, _arg: object) -> None:
+        if event == "call" and frame.f_code.co_name in ("_do_commit", "_commit"):
+            raise KeyboardInterrupt
+
+    with SQLAlchemySaver.from_url(database_url) as saver:
+        put(saver, config(), messages(0))
+        before = sys.getprofile()
+        sys.setprofile(profile)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                saver.delete_thread("t")
+        finally:
+            sys.setprofile(before)
+        found = saver.get_tuple(config())
+        assert found is not None
+        assert found.checkpoint["channel_values"] == messages(0)
+        saver.delete_thread("t")
+        assert saver.get_tuple(config()) is None

@@ -71,15 +71,19 @@ _ADVICE: Iterable[_Advice] = (
         "check the user name and password in the URL, and that this user may connect from this host",
     ),
     _Advice(
-        "3D000 1049",
-        ('database "',),
-        "create the database first (CREATE DATABASE ...), or correct its name in the URL",
+        "3D000 1049", ('database "',), "create the database first (CREATE DATABASE ...), or correct its name in the URL"
     ),
     _Advice(
         "55P03 1205",
         (),
         "another transaction held a row for longer than this one waits; find out which, or raise lock_timeout "
         "(PostgreSQL) or innodb_lock_wait_timeout (MySQL)",
+    ),
+    _Advice(
+        "42P05 26000",
+        ("prepared statement",),
+        "a pooler between here and the server (PgBouncer) mixes up prepared statements: switch them off with "
+        "engine_options={'connect_args': {'prepare_threshold': None}}, or pool by session",
     ),
     _Advice("57014 1969 3024", (), "the statement took longer than the server's statement timeout allows"),
     _Advice("40001 40P01 1213 1020", (), "the transaction lost against another one several times; try again"),

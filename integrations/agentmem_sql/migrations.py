@@ -64,10 +64,7 @@ def is_current(connection: Connection, tables: Tables, migrations: Sequence[Migr
 
 
 def migrate(
-    connection: Connection,
-    tables: Tables,
-    transact: Transact,
-    migrations: Sequence[Migration] = MIGRATIONS,
+    connection: Connection, tables: Tables, transact: Transact, migrations: Sequence[Migration] = MIGRATIONS
 ) -> None:
     """Do what is missing, each step in a transaction of its own.
 

@@ -221,11 +221,11 @@ def _database_size(connection: Connection, tables: Tables) -> tuple[int, int | N
     schema = connection.schema_for_object(tables.threads)
     every = tables.metadata.sorted_tables
     if connection.dialect.name == "postgresql":
-        quote = connection.dialect.identifier_preparer
-        prefix = "" if schema is None else f"{quote.quote_schema(schema)}."
-        measure = text("SELECT pg_total_relation_size(CAST(:name AS regclass))")
-        names = [f"{prefix}{quote.quote(table.name)}" for table in every]
-        return sum(connection.execute(measure, {"name": name}).scalar_one() for name in names), None
+        measure = text(
+            "SELECT pg_total_relation_size(CAST(concat_ws('.', quote_ident(:schema), quote_ident(:name)) AS regclass))"
+        )
+        sizes = (connection.execute(measure, {"schema": schema, "name": table.name}).scalar_one() for table in every)
+        return sum(sizes), None
     measure = text(
         "SELECT SUM(data_length + index_length + data_free), SUM(data_free) FROM information_schema.tables "
         "WHERE table_schema = COALESCE(:schema, DATABASE()) AND table_name IN :names"

@@ -31,15 +31,7 @@ from agentmem_sql.content import Packer, Unpacker, Value, load
 from agentmem_sql.ids import check_id
 from agentmem_sql.message_cache import Body, CachedThread, ChannelHeads, DecodeTemplates
 from agentmem_sql.protection import Protection
-from agentmem_sql.schema import (
-    DIGEST_BYTES,
-    decode_text,
-    encode_text,
-    exact_key,
-    is_hashed,
-    open_key,
-    thread_key,
-)
+from agentmem_sql.schema import DIGEST_BYTES, decode_text, encode_text, exact_key, is_hashed, open_key, thread_key
 
 _LENGTH = struct.Struct(">I")
 # What is sealed of a row.
@@ -79,13 +71,7 @@ class Address(NamedTuple):
 
     def config(self, checkpoint_id: str) -> RunnableConfig:
         """The config of a checkpoint in this namespace."""
-        return {
-            "configurable": {
-                "thread_id": self.thread,
-                "checkpoint_ns": self.ns,
-                "checkpoint_id": checkpoint_id,
-            }
-        }
+        return {"configurable": {"thread_id": self.thread, "checkpoint_ns": self.ns, "checkpoint_id": checkpoint_id}}
 
 
 @dataclass(frozen=True)

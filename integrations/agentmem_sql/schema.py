@@ -26,22 +26,14 @@ from functools import lru_cache
 from hashlib import sha256
 from typing import Any
 
-from sqlalchemy import (
-    BigInteger,
-    Column,
-    Index,
-    Integer,
-    LargeBinary,
-    MetaData,
-    SmallInteger,
-    Table,
-)
+from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, MetaData, SmallInteger, Table
 from sqlalchemy.dialects import mysql
 from sqlalchemy.types import TypeEngine
 
-from agentmem.errors import StorageError
+from agentmem.errors import ConfigError, StorageError
 
 DEFAULT_PREFIX = "agentmem_"
+MOST_PREFIX_BYTES = 48  # PostgreSQL's names have 63, of which `schema_versions` takes 15
 
 DIGEST_BYTES = 32
 KEY_BYTES = 128
@@ -60,6 +52,16 @@ class Tables:
     """The tables under a name prefix and in a schema; `metadata` holds them all (for Alembic, too)."""
 
     def __init__(self, *, prefix: str = DEFAULT_PREFIX, schema: str | None = None) -> None:
+        """Make no table yet.
+
+        Raises:
+            ConfigError: no table can have a name that begins so.
+        """
+        if not isinstance(prefix, str) or "\0" in prefix or len(prefix.encode("utf-8", "replace")) > MOST_PREFIX_BYTES:
+            raise ConfigError(
+                f"expected a table_prefix of at most {MOST_PREFIX_BYTES} bytes without NUL, found {prefix!r}: no "
+                "database here has longer names; use a shorter one"
+            )
         self.prefix = prefix
         self.metadata = MetaData(
             schema=schema,

@@ -30,13 +30,7 @@ from agentmem_sql.content import Packer, Unpacker
 from agentmem_sql.database import Database
 from agentmem_sql.delta_channels import AncestorReader
 from agentmem_sql.mark_sweep import Sweeper
-from agentmem_sql.message_cache import (
-    CachedThread,
-    ChannelHeads,
-    DecodeTemplates,
-    ThreadCache,
-    reads_as_written,
-)
+from agentmem_sql.message_cache import CachedThread, ChannelHeads, DecodeTemplates, ThreadCache, reads_as_written
 from agentmem_sql.protection import Protection
 from agentmem_sql.prune import Copier, Pruner, all_but_newest
 from agentmem_sql.reader import Found, Listing, Reader
@@ -114,7 +108,7 @@ class Store:
             row, heads = encode_checkpoint(packer, self.protection, address, checkpoint, merged, new_versions, parents)
             return packer, [row]
 
-        address, packer, _, locked = self._write(config, encode, self.writer.put_checkpoint, WriteMode.INSERT)
+        address, packer, locked = self._write(config, encode, self.writer.put_checkpoint, WriteMode.INSERT)
         assert locked is not None
         stored = packer.stored()
         known = self.cache.at(address.thread, *locked)
@@ -138,12 +132,12 @@ class Store:
             packer = Packer(serde, self.protection, known)
             return packer, encode_writes(packer, self.protection, address, writes, task_id, task_path)
 
-        # What a task writes to special channels replaces what it had there, or, beside results, is there already: a
-        # task that was resumed writes its answers again. So that is looked for first.
+        # Writes to special channels replace what the task had there, and a task that was resumed writes its results
+        # together with the answers: what is there already is looked for first.
         special = any(channel in WRITES_IDX_MAP for channel, _ in writes)
-        first = WriteMode.CHECK if special else WriteMode.INSERT
-        address, packer, mode, locked = self._write(config, encode, self.writer.put_writes, first)
-        if locked is not None and mode is not WriteMode.EXCLUSIVE:
+        mode = WriteMode.CHECK if special else WriteMode.INSERT
+        address, packer, locked = self._write(config, encode, self.writer.put_writes, mode)
+        if locked is not None:
             stored = packer.stored()
             self.cache.at(address.thread, *locked).add_new(stored, packer.snapshots)
 
@@ -153,8 +147,8 @@ class Store:
         encode: Callable[[Address, CachedThread, bool], tuple[Packer, Sequence[Row]]],
         put: Callable[..., Locked | None],
         mode: WriteMode,
-    ) -> tuple[Address, Packer, WriteMode, Locked | None]:
-        """Pack and write, again if it must be in another mode; gives the last packer and mode, and the thread.
+    ) -> tuple[Address, Packer, Locked | None]:
+        """Pack and write, again if it must be in another mode; gives the last packer, and the thread.
 
         Raises:
             StorageError: others changed the thread every time.
@@ -180,7 +174,7 @@ class Store:
                 if mode is not WriteMode.EXCLUSIVE:
                     mode = conflict.mode
             else:
-                return address, packer, mode, locked
+                return address, packer, locked
         raise StorageError(
             f"thread {address.thread[:80]!r} was changed by others {_ATTEMPTS} times while something was being stored "
             "in it; nothing was stored, try again"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import random
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from langchain_core.messages import HumanMessage
 from langgraph.checkpoint.base import writes_sort_key
 from langgraph.checkpoint.serde.types import ERROR, INTERRUPT, RESUME
 
-from agentmem.errors import StorageError
-from agentmem_sql import SQLAlchemySaver
+from agentmem.errors import ConfigError, StorageError
+from agentmem_sql import Retention, SQLAlchemySaver, copy_threads
 from tests.helpers.sql_cases import checkpoint, config, memory, put
 
 EXACT = ("utf-8", "surrogatepass")
@@ -282,3 +284,64 @@ def test_clones_share_the_database(saver: SQLAlchemySaver) -> None:
     clone.close()
     with pytest.raises(StorageError, match="closed"):
         saver.get_tuple(at)
+
+
+# Ids that cannot be meant.
+
+
+def test_one_string_where_several_ids_are_meant_is_refused(saver: SQLAlchemySaver) -> None:
+    """A string is a sequence of strings: `prune("42")` would take out the threads 4 and 2."""
+    for thread in ("4", "2", "42"):
+        put(saver, config(thread), {"x": 1}, run_id=thread)
+    for call in (
+        lambda: saver.prune("42", strategy="delete"),
+        lambda: saver.prune("42"),
+        lambda: saver.delete_for_runs("42"),
+        lambda: saver.retain(Retention(max_checkpoints=1), thread_ids="42"),
+        lambda: copy_threads(saver, saver, thread_ids="42"),
+        lambda: saver.prune(["4", None], strategy="delete"),  # type: ignore[list-item]
+        lambda: saver.delete_for_runs([b"4"]),  # type: ignore[list-item]
+        lambda: asyncio.run(saver.aprune("42", strategy="delete")),
+    ):
+        with pytest.raises(ConfigError, match="expected a"):
+            call()
+    assert len(list(saver.list(None))) == 3
+
+
+@pytest.mark.parametrize("bad", [None, True, 1.5, b"t", ["t"]], ids=repr)
+def test_what_is_no_thread_id_is_refused(saver: SQLAlchemySaver, bad: Any) -> None:
+    for call in (
+        lambda: put(saver, config(bad)),
+        lambda: saver.get_tuple(config(bad)),
+        lambda: list(saver.list(config(bad))),
+        lambda: saver.put_writes(config(bad, checkpoint_id="1"), [("x", 1)], "task"),
+        lambda: saver.get_delta_channel_history(config=config(bad), channels=["x"]),
+        lambda: saver.delete_thread(bad),
+        lambda: saver.copy_thread(bad, "t"),
+        lambda: saver.copy_thread("t", bad),
+        lambda: list(saver.memory_history(bad)),
+        lambda: saver.put_writes(config(checkpoint_id="1"), [("x", 1)], bad),
+    ):
+        with pytest.raises(ConfigError, match=r"expected a (thread|task) id"):
+            call()
+    assert list(saver.list(None)) == []
+
+
+def test_numbers_and_uuids_are_ids(saver: SQLAlchemySaver) -> None:
+    name = uuid4()
+    for thread in (7, name):
+        put(saver, config(thread), {"x": 1})  # type: ignore[arg-type]
+        assert saver.get_tuple(config(str(thread))) is not None
+    saver.prune([7, name], strategy="delete")  # type: ignore[list-item]
+    assert list(saver.list(None)) == []
+
+
+def test_a_value_that_cannot_be_stored_is_named_by_its_channel(saver: SQLAlchemySaver) -> None:
+    at = put(saver, config(), {"good": 1})
+    for value in (object(), [object()], ["x", object()]):
+        with pytest.raises(TypeError, match="the value of channel 'bad' cannot be stored"):
+            put(saver, at, {"good": 1, "bad": value})
+        with pytest.raises(TypeError, match="the value of channel 'bad' cannot be stored"):
+            saver.put_writes(at, [("good", 1), ("bad", value)], "task")
+    with pytest.raises(TypeError, match="the metadata cannot be stored"):
+        put(saver, at, {"good": 1}, note=object())

@@ -147,6 +147,9 @@ MOVES: dict[str, Change] = {
     "content exchanges bodies": exchange("blobs", "body", f"{of('t')} AND kind = 0", f"{of('t')} AND kind = 2"),
     "content exchanges digests": exchange("blobs", "digest", f"{of('t')} AND kind = 1", f"{of('t')} AND kind = 5"),
     "content of another kind": update("blobs", f"{of('t')} AND kind = 1", kind=2),
+    "content of a kind that is none": update("blobs", f"{of('t')} AND kind = 1", kind=300),
+    "content of a negative kind": update("blobs", f"{of('t')} AND kind = 0", kind=-1),
+    "content of a kind in words": update("blobs", f"{of('t')} AND kind = 0", kind="list"),
 }
 
 

@@ -11,7 +11,7 @@ from langchain_core.messages import HumanMessage
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 
-from agentmem.errors import StorageError
+from agentmem.errors import ConfigError, StorageError
 from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.list_tree import VALUE
 from agentmem_sql.rows import pack_content, seal_checkpoint
@@ -101,19 +101,26 @@ def test_ids_are_data_on_every_database(any_saver: SQLAlchemySaver) -> None:
     assert left == (set(PAYLOADS) - gone) | {"' copy"}
 
 
-@pytest.mark.parametrize("prefix", ['odd "name"; -- %s :x ', "Ünïcode `tick` ? "])
+@pytest.mark.parametrize("prefix", ['odd "name"; -- %s :x ', "Ünïcode `tick` ? ", "%s", "%(x)s_"])
 def test_odd_table_prefixes_are_quoted(database_url: str, prefix: str) -> None:
     with SQLAlchemySaver.from_url(database_url, table_prefix=prefix) as saver:
         at = put(saver, put(saver, config(), {"x": [1, "two"]}), {"x": [1, "two", 3]}, run_id="r")
         saver.put_writes(at, [("x", 1)], "task")
         saver.prune(["t"])
         saver.copy_thread("t", "copy")
+        assert saver.storage_report().checkpoints > 0
         saver.delete_for_runs(["r"])
         assert list(saver.list(None)) == []
     with SQLAlchemySaver.from_url(database_url, table_prefix=prefix) as again:
         put(again, config(), {"x": 1})
     with SQLAlchemySaver.from_url(database_url) as other:
         assert other.get_tuple(config()) is None
+
+
+@pytest.mark.parametrize("prefix", ["x" * 60, "a\0b", None])
+def test_table_prefixes_that_no_name_has_are_refused(url: str, prefix: Any) -> None:
+    with pytest.raises(ConfigError, match="table_prefix"):
+        SQLAlchemySaver.from_url(url, table_prefix=prefix)
 
 
 # Pickles.

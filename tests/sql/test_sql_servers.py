@@ -14,10 +14,13 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Connection, Table, create_engine, event, make_url, select, text
+from sqlalchemy.exc import DBAPIError
 
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver, metadata
 from agentmem_sql.database import Database
+from agentmem_sql.db_errors import advice
+from agentmem_sql.statements import check_mysql
 from tests.helpers.sql_cases import SERVERS, TABLES, add, aput, change, config, names, put, value
 from tests.helpers.sql_chains import unaccounted
 from tests.helpers.sql_fault_child import INTERRUPT, Async, Sync, pending, question, values
@@ -396,3 +399,65 @@ def test_columns_that_are_altered_under_prepared_statements(new_url: NewUrl) -> 
         assert found is not None
         put(saver, found.config, {"messages": messages(4)})
     assert newest(url) == messages(4)
+
+
+# Modes of MySQL and MariaDB.
+
+
+def in_mode(statement: str) -> dict[str, Any]:
+    return {"connect_args": {"init_command": statement}}
+
+
+def test_text_is_data_where_backslashes_are_no_escapes(mysql_url: str) -> None:
+    mode = in_mode("SET SESSION sql_mode = 'NO_BACKSLASH_ESCAPES'")
+    odd = [r"\' OR 1=1 -- ", "\\", "'", "\\'", "%s", "x\\\\'; DROP TABLE agentmem_threads; -- ", "\x00\x1a\n"]
+    for options in (mode, {}):
+        with SQLAlchemySaver.from_url(mysql_url, engine_options=options) as saver:
+            for thread in odd:
+                at = put(saver, config(thread), {"x": thread, "y": thread.encode()}, note=thread.strip("\0"))
+                saver.put_writes(at, [(thread, thread)], thread, thread)
+                found = saver.get_tuple(at)
+                assert found is not None
+                assert found.checkpoint["channel_values"] == {"x": thread, "y": thread.encode()}
+                assert found.pending_writes == [(thread, thread, thread)]
+                assert [one.metadata["note"] for one in saver.list(None, filter={"note": thread.strip("\0")})]  # type: ignore[typeddict-item]
+    with SQLAlchemySaver.from_url(mysql_url, engine_options=mode) as saver:
+        saver.delete_thread(odd[0])
+        assert {one.config["configurable"]["thread_id"] for one in saver.list(None)} == set(odd[1:])
+
+
+def test_a_server_whose_sql_means_something_else_is_refused(mysql_url: str) -> None:
+    with (
+        SQLAlchemySaver.from_url(mysql_url, engine_options=in_mode("SET SESSION sql_mode = 'ORACLE'")) as saver,
+        pytest.raises(StorageError, match=r"sql_mode.*ORACLE.*init_command"),
+    ):
+        saver.setup()
+
+
+@pytest.mark.parametrize(
+    ("log", "log_format", "refused"), [(1, "STATEMENT", True), (0, "STATEMENT", False), (1, "ROW", False)]
+)
+def test_a_server_that_would_log_statements_is_refused(log: int, log_format: str, refused: bool) -> None:
+    """Its setting cannot be changed in a test, so what it answers is made up."""
+
+    class Answering:
+        def exec_driver_sql(self, _statement: str) -> Any:
+            return self
+
+        def one(self) -> tuple[int, str, str]:
+            return log, log_format, "STRICT_TRANS_TABLES"
+
+    connection: Any = Answering()
+    if refused:
+        with pytest.raises(StorageError, match=r"binlog_format=STATEMENT.*ROW or MIXED"):
+            check_mysql(connection)
+    else:
+        check_mysql(connection)
+
+
+def test_a_pooler_that_mixes_up_prepared_statements_is_explained() -> None:
+    class DuplicatePreparedStatement(Exception):
+        sqlstate = "42P05"
+
+    error = DBAPIError("INSERT", {}, DuplicatePreparedStatement('prepared statement "_pg3_0" already exists'))
+    assert "'prepare_threshold': None" in advice(error)

@@ -24,7 +24,7 @@ from typing import Any, Literal
 from agentmem.errors import ConfigError
 from agentmem.messages import Message, ToolCall
 from agentmem.training.facts import wordings as say
-from agentmem.training.facts.attributes import Attribute, attributes, second_person
+from agentmem.training.facts.attributes import FactAttribute, attributes, second_person
 from agentmem.training.facts.rules import FILE_QUESTIONS, FILE_SUBJECTS, RULES, Rule
 from agentmem.training.facts.splits import Split, wordings
 from agentmem.training.facts.tools import REQUESTS, offered
@@ -35,22 +35,22 @@ QuestionAct = Literal["ask", "choice", "tool_call", "never_told", "rule_followed
 
 
 @dataclass(frozen=True)
-class Fact:
+class ToldFact:
     """An attribute and the value that it has now; `old` is the one that it had before, if it was changed."""
 
-    attribute: Attribute
+    attribute: FactAttribute
     value: str
     old: str = ""
 
 
 @dataclass(frozen=True)
-class Turn:
+class FactTurn:
     """A user message and the reply to it, and the facts as this turn states them."""
 
     act: TurnAct
     user: Message
     reply: Message
-    facts: tuple[Fact, ...] = ()
+    facts: tuple[ToldFact, ...] = ()
 
     @property
     def messages(self) -> tuple[Message, Message]:
@@ -59,7 +59,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Question:
+class FactQuestion:
     """A message whose reply needs the turns before it.
 
     Attributes:
@@ -78,16 +78,16 @@ class Question:
     reply: Message
     value: str = ""
     old: str = ""
-    attribute: Attribute | None = None
+    attribute: FactAttribute | None = None
     tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
-class Episode:
+class FactEpisode:
     """Turns, oldest first, and questions that are each asked after all of them, independently of one another."""
 
-    turns: tuple[Turn, ...]
-    questions: tuple[Question, ...]
+    turns: tuple[FactTurn, ...]
+    questions: tuple[FactQuestion, ...]
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """One conversation a question, as rows of JSONL training data; the last reply alone counts."""
@@ -203,12 +203,12 @@ class FactEpisodes:
                 f"there are {len(self._attributes)} of the kinds {', '.join(self.config.kinds) or 'all'}"
             )
 
-    def episode(self, number: int) -> Episode:
-        """Episode `number`, the same whenever it is asked for."""
+    def episode(self, number: int) -> FactEpisode:
+        """FactEpisode `number`, the same whenever it is asked for."""
         return _Draft(self, Random(f"{self.seed}/{number}")).episode()
 
 
-def _attributes(config: EpisodeConfig, split: Split) -> tuple[Attribute, ...]:
+def _attributes(config: EpisodeConfig, split: Split) -> tuple[FactAttribute, ...]:
     chosen = attributes(split)
     return tuple(a for a in chosen if not config.kinds or a.kind in config.kinds)
 
@@ -221,14 +221,14 @@ class _Draft:
         self.rng = rng
         count = rng.randint(*self.config.facts)
         *chosen, self.untold = rng.sample(source._attributes, count + 1)
-        self.facts: dict[Attribute, Fact] = {}
+        self.facts: dict[FactAttribute, ToldFact] = {}
         for attribute in chosen:
-            self.facts[attribute] = Fact(attribute, self._value(attribute))
+            self.facts[attribute] = ToldFact(attribute, self._value(attribute))
         self.rule = rng.choice(RULES) if rng.random() < self.config.rules else None
         self.rule_word = self.values.draw(rng, "word")
 
-    def episode(self) -> Episode:
-        rng, turns = self.rng, list[Turn]()
+    def episode(self) -> FactEpisode:
+        rng, turns = self.rng, list[FactTurn]()
         pending = list(self.facts.values())
         while pending:
             several = min(len(pending), rng.choice((2, 2, 3))) if rng.random() < self.config.several else 1
@@ -242,43 +242,43 @@ class _Draft:
             attribute = rng.choice(list(self.facts))
             first = next(i for i, turn in enumerate(turns) if any(fact.attribute is attribute for fact in turn.facts))
             turns.insert(rng.randint(first + 1, len(turns)), self._change(attribute))
-        return Episode(tuple(turns), self._questions())
+        return FactEpisode(tuple(turns), self._questions())
 
     # Turns.
 
-    def _tell(self, fact: Fact) -> Turn:
+    def _tell(self, fact: ToldFact) -> FactTurn:
         reply = self._choose(say.ACKNOWLEDGE)
         return self._turn("tell", self._statement(fact, opening=True), _fill(reply, fact, replied=True), (fact,))
 
-    def _tell_several(self, facts: Sequence[Fact]) -> Turn:
+    def _tell_several(self, facts: Sequence[ToldFact]) -> FactTurn:
         text = self._choose(say.TELL_SEVERAL).replace("{facts}", " ".join(self._statement(fact) for fact in facts))
         plain = tuple(wording for wording in say.ACKNOWLEDGE if "{" not in wording)
         return self._turn("tell_several", text, self._choose(plain), tuple(facts))
 
-    def _change(self, attribute: Attribute) -> Turn:
+    def _change(self, attribute: FactAttribute) -> FactTurn:
         before = self.facts[attribute]
-        now = Fact(attribute, self._value(attribute), before.value)
+        now = ToldFact(attribute, self._value(attribute), before.value)
         self.facts[attribute] = now
         act: TurnAct = self.rng.choice(("change", "correct"))
         text = _fill(self._choose(say.CHANGE if act == "change" else say.CORRECT), now)
         return self._turn(act, text, _fill(self._choose(say.ACKNOWLEDGE_CHANGE), now, replied=True), (now,))
 
-    def _rule(self, rule: Rule) -> Turn:
+    def _rule(self, rule: Rule) -> FactTurn:
         text = self._choose(rule.tellings).replace("{v}", self.rule_word)
         plain = tuple(wording for wording in say.ACKNOWLEDGE if "{" not in wording)
         return self._turn("rule", text, self._choose(plain))
 
-    def _filler(self) -> Turn:
+    def _filler(self) -> FactTurn:
         unrelated = self.rng.random() < 0.4
         user, reply = self.rng.choice(say.QUESTIONS if unrelated else say.SMALL_TALK)
         if unrelated and self.rng.random() < 0.5:
             reply = reply.split(". ")[0] + "."
         return self._turn("unrelated" if unrelated else "small_talk", user, reply)
 
-    def _turn(self, act: TurnAct, user: str, reply: str, facts: tuple[Fact, ...] = ()) -> Turn:
-        return Turn(act, Message("user", user), Message("assistant", reply), facts)
+    def _turn(self, act: TurnAct, user: str, reply: str, facts: tuple[ToldFact, ...] = ()) -> FactTurn:
+        return FactTurn(act, Message("user", user), Message("assistant", reply), facts)
 
-    def _statement(self, fact: Fact, *, opening: bool = False) -> str:
+    def _statement(self, fact: ToldFact, *, opening: bool = False) -> str:
         """A sentence that tells the fact. None begins with a small letter, and a value is never respelled."""
         lower = fact.value[0].islower()
         own, general = (
@@ -292,7 +292,7 @@ class _Draft:
 
     # Questions.
 
-    def _questions(self) -> tuple[Question, ...]:
+    def _questions(self) -> tuple[FactQuestion, ...]:
         rng = self.rng
         acts, weights = zip(*self.config.acts, strict=True)
         facts = rng.sample(list(self.facts.values()), min(len(self.facts), self.config.questions))
@@ -303,7 +303,7 @@ class _Draft:
             questions.insert(0, self._rule_question(self.rule))
         return tuple(questions[: self.config.questions]) or (self._never_told(),)
 
-    def _question(self, act: QuestionAct, fact: Fact) -> Question:
+    def _question(self, act: QuestionAct, fact: ToldFact) -> FactQuestion:
         if act == "never_told":
             return self._never_told()
         if act == "choice":
@@ -313,32 +313,32 @@ class _Draft:
         own = wordings(fact.attribute.questions, self.split)
         text = self._choose(own if own and self.rng.random() < self.config.own_wordings else say.ASK)
         reply = _fill(self._choose(say.ANSWER), fact, replied=True)
-        return Question("ask", _user(_fill(text, fact)), _reply(reply), fact.value, fact.old, fact.attribute)
+        return FactQuestion("ask", _user(_fill(text, fact)), _reply(reply), fact.value, fact.old, fact.attribute)
 
-    def _choice(self, fact: Fact) -> Question:
+    def _choice(self, fact: ToldFact) -> FactQuestion:
         other = fact.old or self._value(fact.attribute)
         a, b = self.rng.sample((fact.value, other), 2)
         text = _fill(self._choose(say.ASK_CHOICE).replace("{a}", a).replace("{b}", b), fact)
         reply = _fill(self._choose(say.ANSWER), fact, replied=True)
-        return Question("choice", _user(text), _reply(reply), fact.value, other, fact.attribute)
+        return FactQuestion("choice", _user(text), _reply(reply), fact.value, other, fact.attribute)
 
-    def _never_told(self) -> Question:
-        fact = Fact(self.untold, "")
+    def _never_told(self) -> FactQuestion:
+        fact = ToldFact(self.untold, "")
         own = wordings(self.untold.questions, self.split)
         text = self._choose(own if own and self.rng.random() < self.config.own_wordings else say.ASK)
         reply = _fill(self._choose(say.NEVER_TOLD), fact, replied=True)
-        return Question("never_told", _user(_fill(text, fact)), _reply(reply), attribute=self.untold)
+        return FactQuestion("never_told", _user(_fill(text, fact)), _reply(reply), attribute=self.untold)
 
-    def _tool_call(self, fact: Fact) -> Question:
+    def _tool_call(self, fact: ToldFact) -> FactQuestion:
         name = self.rng.choice(list(REQUESTS))
         key = fact.attribute.key
         tool = offered(name, key, fact.attribute.reply_noun)
         call = ToolCall(name, {key: fact.value}, "call_0")
         reply = Message("assistant", "", (call,))
         text = self._choose(REQUESTS[name])
-        return Question("tool_call", _user(text), reply, fact.value, fact.old, fact.attribute, (tool,))
+        return FactQuestion("tool_call", _user(text), reply, fact.value, fact.old, fact.attribute, (tool,))
 
-    def _rule_question(self, rule: Rule) -> Question:
+    def _rule_question(self, rule: Rule) -> FactQuestion:
         rng = self.rng
         if rule.about_files:
             words = rng.choice(FILE_SUBJECTS)
@@ -346,13 +346,13 @@ class _Draft:
             text = self._choose(FILE_QUESTIONS).replace("{words}", words)
             suffix = value[value.rindex(".") :]
             text += f" It ends in {suffix}"
-            return Question("rule_followed", _user(text), _reply(f"Call it {value}"), value)
+            return FactQuestion("rule_followed", _user(text), _reply(f"Call it {value}"), value)
         text, reply = rng.choice(say.QUESTIONS)
-        return Question("rule_followed", _user(text), _reply(rule.apply(reply, self.rule_word)))
+        return FactQuestion("rule_followed", _user(text), _reply(rule.apply(reply, self.rule_word)))
 
     # Draws.
 
-    def _value(self, attribute: Attribute) -> str:
+    def _value(self, attribute: FactAttribute) -> str:
         """A value that no fact of the episode has, nor had."""
         taken = {text for fact in self.facts.values() for text in (fact.value, fact.old)}
         kind = attribute.kind
@@ -374,7 +374,7 @@ def _reply(text: str) -> Message:
     return Message("assistant", text)
 
 
-def _fill(wording: str, fact: Fact, *, replied: bool = False) -> str:
+def _fill(wording: str, fact: ToldFact, *, replied: bool = False) -> str:
     """A wording with the fact in it; `replied` speaks of the user as "you"."""
     noun = fact.attribute.noun
     if replied:

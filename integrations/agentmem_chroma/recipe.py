@@ -14,7 +14,7 @@ from langchain_core.documents import Document
 from langchain_core.messages import BaseMessage
 
 # Fenced blocks and inline code, where [1] is an index and no citation. An open fence runs to the end.
-_CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
+_CODE = re.compile(r"``.*?(?:``|\Z)|`[^`\n]*`", re.DOTALL)
 _CITATION = re.compile(r"\[([0-9]{1,6}(?:\s*,\s*[0-9]{1,6})*)\]")
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from agentmem.errors import ConfigError
-from agentmem.training.episodes import Episode, EpisodeConfig, FactEpisodes
+from agentmem.training.episodes import EpisodeConfig, FactEpisode, FactEpisodes
 from agentmem.training.facts import wordings as say
 from agentmem.training.facts.attributes import ATTRIBUTES, attributes, second_person
 from agentmem.training.facts.rules import RULES
@@ -20,7 +20,7 @@ from agentmem.training.facts.values import OPEN_KINDS, POOLS, Values, Vocabulary
 EPISODES = [FactEpisodes(seed=1).episode(number) for number in range(600)]
 
 
-def told(episode: Episode) -> str:
+def told(episode: FactEpisode) -> str:
     return "\n".join(turn.user.content for turn in episode.turns)
 
 

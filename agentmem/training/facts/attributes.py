@@ -16,7 +16,7 @@ Domain = Literal["person", "project", "analysis", "customer"]
 
 
 @dataclass(frozen=True)
-class Attribute:
+class FactAttribute:
     """Something that has one value at a time.
 
     Attributes:
@@ -198,19 +198,19 @@ the contract's end | date | Their contract runs until {v}. | Until when does the
 }
 
 
-def _parse(domain: Domain, line: str) -> Attribute:
+def _parse(domain: Domain, line: str) -> FactAttribute:
     noun, kind, statements, questions = (field.strip() for field in line.split("|"))
     parts = (tuple(text.strip() for text in field.split(";")) for field in (statements, questions))
-    return Attribute(noun, kind, domain, *parts)
+    return FactAttribute(noun, kind, domain, *parts)
 
 
 _DOMAINS: tuple[Domain, ...] = ("person", "project", "analysis", "customer")
 
-ATTRIBUTES: tuple[Attribute, ...] = tuple(
+ATTRIBUTES: tuple[FactAttribute, ...] = tuple(
     _parse(domain, line) for domain in _DOMAINS for line in _TABLE[domain].strip().splitlines()
 )
 
 
-def attributes(split: Split | None = None) -> tuple[Attribute, ...]:
+def attributes(split: Split | None = None) -> tuple[FactAttribute, ...]:
     """The attributes of a part, or all."""
     return tuple(a for a in ATTRIBUTES if split is None or split_of(a.noun, "attribute") == split)

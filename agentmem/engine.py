@@ -192,9 +192,11 @@ class Engine:
         _wait(self._scheduler.submit(self._clear()))
 
     def close(self) -> None:
-        """End the worker; turns under way fail with EngineClosedError. Idempotent."""
+        """End the worker and forget all KV; turns under way fail with EngineClosedError. Idempotent."""
         self._scheduler.close()
         self.message_cache.clear()
+        self._context.prefills.clear()
+        self._context.stale_kv.clear()
 
     def __enter__(self) -> Engine:
         return self

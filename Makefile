@@ -106,7 +106,9 @@ NUMERIC := $(addprefix tests/,core/test_recurrence.py core/test_equivalence.py c
 	core/test_contract.py core/test_attach.py core/test_training_and_precision.py kernels/test_step.py kernels/test_scan.py \
 	kernels/test_numba.py) $(if $(QUICK),,$(addprefix tests/,kernels/test_fullgraph.py engine/test_turns.py \
 	engine/test_batching.py engine/test_carry.py training/test_training.py langgraph/test_memory_graphs.py))
-NUMERIC_RUN = OMP_NUM_THREADS=$$AGENTMEM_TEST_THREADS $(BIN)/python -m pytest -q -n 2 --dist loadfile $(NUMERIC) $(ARGS)
+# Passive: threads that wait for each other in a busy loop would take the processors from the tests beside them.
+NUMERIC_RUN = OMP_WAIT_POLICY=passive OMP_NUM_THREADS=$$AGENTMEM_TEST_THREADS \
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(NUMERIC) $(ARGS)
 test-numeric: .venv/.installed-dev  ## numeric tests with other instruction sets and threads; QUICK=1 for fewer
 	export ATEN_CPU_CAPABILITY=default AGENTMEM_TEST_THREADS=2; $(NUMERIC_RUN)
 	export ATEN_CPU_CAPABILITY=avx2 AGENTMEM_TEST_THREADS=1; $(NUMERIC_RUN)

@@ -309,7 +309,7 @@ class SteeredModel:
             for site in reversed(self._sites[: len(own_forwards)]):
                 own = own_forwards.pop()
                 if own is None:
-                    del site.module.__dict__["forward"]
+                    site.module.__dict__.pop("forward", None)
                 else:
                     site.module.__dict__["forward"] = own
             self._running = False

@@ -23,7 +23,7 @@ from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
 import agentmem
 from agentmem import Window
@@ -148,6 +148,8 @@ class ChatDeltaMem(BaseChatModel):
     engines: Any = Field(default_factory=Engines, exclude=True, repr=False)
     """What this model and its copies have loaded; `close` ends it."""
 
+    _carried: MemoryTurn | None = PrivateAttr(default=None)
+
     @model_validator(mode="before")
     @classmethod
     def _spelling(cls, options: Any) -> Any:
@@ -252,6 +254,12 @@ class ChatDeltaMem(BaseChatModel):
                 stream.cancel()
             call.turn.commit(result.state)
         yield last
+
+    def carrying(self, memory: MemoryTurn) -> Self:
+        """A copy whose call takes this memory: for code that cannot pass `memory=`, as another model may be called."""
+        copy = self.model_copy()
+        copy._carried = memory
+        return copy
 
     # ------------------------------------------------------------------ memory without a reply
 
@@ -410,7 +418,8 @@ class ChatDeltaMem(BaseChatModel):
     ) -> _Call:
         options = {name: getattr(self, name) for name in _PER_CALL}
         formats = dict.fromkeys(_FORMATS)
-        memory, unknown = None, []
+        memory: Any = self._carried
+        unknown = []
         for name, value in kwargs.items():
             if name == "memory":
                 memory = value

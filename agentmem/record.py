@@ -194,28 +194,25 @@ class ConsumedRecord:
         """
         merged = self
         for branch in branches:
-            written, added = branch.count - self.count, self._added(branch)
-            if added is None:
-                raise StateMismatchError(
-                    f"a branch that continues the record {_name(self)} was expected; found {_name(branch)}; "
-                    "merge only memories that come from the same base"
-                )
+            written, added = branch.count - self.count, self.additions(branch)
             merged = merged._extend(added)
             if written > TAIL and len(added) == TAIL:
                 merged = ConsumedRecord(merged.count, hashlib.sha256(merged.chain + branch.chain).digest(), branch.tail)
             merged = ConsumedRecord(merged.count + written - len(added), merged.chain, merged.tail)
         return merged
 
-    def _added(self, branch: ConsumedRecord) -> list[bytes] | None:
-        """Digests of what a branch's history has beyond this one; None where it cannot have started here."""
-        written, digests = branch.count - self.count, _split(branch.tail)
-        if written < 0:
-            return None
-        if written <= len(digests):  # the usual branch: this history with something behind it
+    def additions(self, later: ConsumedRecord) -> list[bytes]:
+        """Digests of what the last history of a later record has beyond this one's, in its order; at most the last 256.
+
+        Raises:
+            StateMismatchError: the other record cannot have started from this one.
+        """
+        written, digests = later.count - self.count, _split(later.tail)
+        if 0 <= written <= len(digests):  # the usual one: this history with something behind it
             added = digests[len(digests) - written :]
-            if self._extend(added).chain == branch.chain:
+            if self._extend(added).chain == later.chain:
                 return added
-        # A branch that was given another history: edited, trimmed, or one of its own.
+        # One that was given another history: edited, trimmed, or its own.
         tail = _split(self.tail)
         missing, added = Counter(tail), []
         for digest in digests:
@@ -223,10 +220,13 @@ class ConsumedRecord:
                 missing[digest] -= 1
             else:
                 added.append(digest)
-        older = len(tail) == TAIL  # what the branch shows may have been consumed before the tail begins
-        if len(added) > written:
-            return added[len(added) - written :] if older else None
-        return added
+        older = len(tail) == TAIL  # what the other one shows may have been consumed before this tail begins
+        if written < 0 or (len(added) > written and not older):
+            raise StateMismatchError(
+                f"a branch that continues the record {_name(self)} was expected; found {_name(later)}; "
+                "merge only memories that come from the same base"
+            )
+        return added[-written:] if written else []
 
     def align(self, history: Sequence[Message] | History, on_edit: OnEdit = "write") -> Alignment:
         """Find what is new in a history.

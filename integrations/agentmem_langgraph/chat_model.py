@@ -23,7 +23,7 @@ from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
 import agentmem
 from agentmem import Window
@@ -62,7 +62,6 @@ _OTHER_NAMES = {
     "model_kwargs": "load_options",
     "model": "another ChatDeltaMem",  # in a call
     "request_timeout": "timeout",
-    "base_url": "model",
 }
 
 
@@ -148,6 +147,8 @@ class ChatDeltaMem(BaseChatModel):
 
     engines: Any = Field(default_factory=Engines, exclude=True, repr=False)
     """What this model and its copies have loaded; `close` ends it."""
+
+    _carried: MemoryTurn | None = PrivateAttr(default=None)
 
     @model_validator(mode="before")
     @classmethod
@@ -253,6 +254,12 @@ class ChatDeltaMem(BaseChatModel):
                 stream.cancel()
             call.turn.commit(result.state)
         yield last
+
+    def carrying(self, memory: MemoryTurn) -> Self:
+        """A copy whose call takes this memory: for code that cannot pass `memory=`, as another model may be called."""
+        copy = self.model_copy()
+        copy._carried = memory
+        return copy
 
     # ------------------------------------------------------------------ memory without a reply
 
@@ -404,14 +411,15 @@ class ChatDeltaMem(BaseChatModel):
     def _remembered(self, messages: LanguageModelInput) -> list[Message]:
         if not self.use_memory:
             raise MissingAdapterError("use_memory is False, so there is no memory to write to; make it True")
-        return to_engine(self._convert_input(messages).to_messages())
+        return to_engine(self._convert_input(messages).to_messages(), _cache_of(self._loaded()))
 
     def _call(
         self, messages: list[BaseMessage], stop: list[str] | str | None, kwargs: Mapping[str, Any], run_manager: Any
     ) -> _Call:
         options = {name: getattr(self, name) for name in _PER_CALL}
         formats = dict.fromkeys(_FORMATS)
-        memory, unknown = None, []
+        memory: Any = self._carried
+        unknown = []
         for name, value in kwargs.items():
             if name == "memory":
                 memory = value
@@ -426,9 +434,10 @@ class ChatDeltaMem(BaseChatModel):
             raise ConfigError(_unknown_options(unknown, ["memory", *_FORMATS, "stop", *_PER_CALL]))
         stops = self.stop or [] if stop is None else [stop] if isinstance(stop, str) else stop
         how = {name: options.pop(name) for name in ("temperature", "top_p", "top_k", "max_tokens", "seed")}
-        options["sampling"] = _checked(how, tuple(stops))
-        window = options["window"]
-        options["window"] = Window(tokens=window) if isinstance(window, int) else window or Window()
+        options["sampling"] = _checked_sampling(how, tuple(stops))
+        options["window"] = _checked_window(options["window"])
+        if not isinstance(options["timeout"], float | int | None):
+            raise ConfigError(f"timeout is a number of seconds or None; found {options['timeout']!r}")
         options["memory"] = self.use_memory
         engine = self._loaded()
         cache = _cache_of(engine)
@@ -465,7 +474,17 @@ class ChatDeltaMem(BaseChatModel):
         return memory
 
 
-def _checked(how: dict[str, Any], stop: tuple[str, ...]) -> agentmem.Sampling:
+def _checked_window(window: Any) -> Window:
+    if window is None:
+        return Window()
+    if isinstance(window, int):
+        return Window(tokens=window)
+    if not isinstance(window, Window):
+        raise ConfigError(f"window is a number of tokens, a Window or None; found {window!r}")
+    return window
+
+
+def _checked_sampling(how: dict[str, Any], stop: tuple[str, ...]) -> agentmem.Sampling:
     try:
         return agentmem.Sampling(**how, stop=stop)
     except TypeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Annotated, Any, NotRequired
 
@@ -16,11 +17,12 @@ from langchain.agents.middleware.types import (
 from langchain_core.messages import AIMessage
 from langgraph.types import Command
 
+from agentmem.errors import TurnError
 from agentmem.state import MemoryState
 from agentmem_langgraph.channel import MemoryChannel
 from agentmem_langgraph.chat_model import ChatDeltaMem
-from agentmem_langgraph.memory_turn import MemoryTurn
-from agentmem_langgraph.node import ends_of, memory_update
+from agentmem_langgraph.memory_turn import MemoryTurn, MemoryWarning
+from agentmem_langgraph.node import memory_update
 from agentmem_langgraph.tracing import MATRIX_FREE
 
 
@@ -62,7 +64,7 @@ class MemoryMiddleware(AgentMiddleware[Any, Any, Any]):
     ) -> ExtendedModelResponse[Any]:
         """Call the model with the memory, and put the new one into the agent's state."""
         turn = _turn(request)
-        return _with_memory(handler(_carrying(request, turn)), turn, request)
+        return _with_memory(handler(_carrying(request, turn)), turn)
 
     async def awrap_model_call(
         self,
@@ -71,7 +73,7 @@ class MemoryMiddleware(AgentMiddleware[Any, Any, Any]):
     ) -> ExtendedModelResponse[Any]:
         """As `wrap_model_call`."""
         turn = _turn(request)
-        return _with_memory(await handler(_carrying(request, turn)), turn, request)
+        return _with_memory(await handler(_carrying(request, turn)), turn)
 
 
 def _turn(request: ModelRequest[Any]) -> MemoryTurn:
@@ -80,14 +82,26 @@ def _turn(request: ModelRequest[Any]) -> MemoryTurn:
 
 
 def _carrying(request: ModelRequest[Any], turn: MemoryTurn) -> ModelRequest[Any]:
-    return request.override(model_settings={**request.model_settings, "memory": turn})
+    """The request with the memory in its model, so that a model that takes its place is not given any."""
+    if isinstance(request.model, ChatDeltaMem):
+        return request.override(model=request.model.carrying(turn))
+    warnings.warn(
+        f"MemoryMiddleware was given {type(request.model).__name__}, which has no memory; its answer passes, and the "
+        "next turn of a ChatDeltaMem catches up",
+        MemoryWarning,
+        stacklevel=2,
+    )
+    return request
 
 
-def _with_memory(
-    response: ModelResponse[Any] | AIMessage, turn: MemoryTurn, request: ModelRequest[Any]
-) -> ExtendedModelResponse[Any]:
+def _with_memory(response: ModelResponse[Any] | AIMessage, turn: MemoryTurn) -> ExtendedModelResponse[Any]:
     if isinstance(response, AIMessage):  # what middleware that answers itself may give
         response = ModelResponse(result=[response])
-    if not turn.used and isinstance(ends_of(request.model)[0], ChatDeltaMem):
-        return ExtendedModelResponse(response)
-    return ExtendedModelResponse(response, Command(update=memory_update(turn, "memory")))
+    if turn.used:
+        return ExtendedModelResponse(response, Command(update=memory_update(turn, "memory")))
+    if any(isinstance(message, AIMessage) and "memory" in message.response_metadata for message in response.result):
+        raise TurnError(
+            "another ChatDeltaMem than the one that was given the memory has answered; put the middleware that chooses "
+            "the model before MemoryMiddleware"
+        )
+    return ExtendedModelResponse(response)

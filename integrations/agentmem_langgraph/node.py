@@ -143,7 +143,17 @@ def _require_memory_model(llm: Any) -> None:
     Raises:
         ConfigError, TurnError: saying what to write instead.
     """
-    first, last = ends_of(llm)
+    first: Any = llm
+    last: Any = llm
+    while True:
+        if isinstance(first, RunnableSequence):
+            first, last = first.steps[0], first.steps[-1]
+        elif isinstance(first, RunnableBinding):
+            first = first.bound
+        elif isinstance(first, RunnableWithFallbacks):
+            first = first.runnable
+        else:
+            break
     if isinstance(first, BasePromptTemplate):
         raise ConfigError(
             "MemoryNode takes a ChatDeltaMem; found a chain that begins with a prompt, which does not pass the memory "
@@ -160,21 +170,6 @@ def _require_memory_model(llm: Any) -> None:
             "which makes something else of it (with_structured_output does, too); write MemoryNode(llm) and parse the "
             "reply in a node behind it"
         )
-
-
-def ends_of(llm: Any) -> tuple[Any, Any]:
-    """What is called first in a model, chain or binding, and what the result comes from."""
-    first: Any = llm
-    last: Any = llm
-    while True:
-        if isinstance(first, RunnableSequence):
-            first, last = first.steps[0], first.steps[-1]
-        elif isinstance(first, RunnableBinding):
-            first = first.bound
-        elif isinstance(first, RunnableWithFallbacks):
-            first = first.runnable
-        else:
-            return first, last
 
 
 def _channels(config: RunnableConfig | None) -> Sequence[str] | None:

@@ -60,6 +60,14 @@ def test_late_turns_render_tokenise_and_write_what_early_ones_do(
     assert set(written[5:]) == {written[5]}  # the window slides on; nothing in it is written again
 
 
+def test_closing_the_engine_frees_what_was_worked_out_about_messages(make_engine: Any) -> None:
+    engine = make_engine()
+    engine.turn([Message("user", "hello there")], sampling=SHORT)
+    assert engine.message_cache.size > 0
+    engine.close()
+    assert engine.message_cache.size == 0
+
+
 def test_remembering_one_more_message_renders_its_neighbourhood(
     make_engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

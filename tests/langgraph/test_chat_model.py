@@ -244,8 +244,13 @@ def test_one_stop_string_is_one_and_none_says_nothing(fake: FakeEngine) -> None:
     call = fake.calls[-1]
     assert (call["sampling"].temperature, call["sampling"].top_p, call["sampling"].max_tokens) == (0.0, 1.0, 512)
     assert (call["write"], call["on_edit"], call["kv"], call["timeout"]) == ("all", "write", "exact", None)
-    with pytest.raises(ConfigError, match="sampling takes numbers; found temperature='hot'"):
-        llm.invoke(ASK, temperature="hot")
+    for name, said in (
+        ("temperature", "sampling takes numbers"),
+        ("window", "number of tokens"),
+        ("timeout", "seconds"),
+    ):
+        with pytest.raises(ConfigError, match=f"{said}.*found.*'hot'"):
+            llm.invoke(ASK, **{name: "hot"})
 
 
 def test_unknown_options_are_refused(fake: FakeEngine, llm: ChatDeltaMem) -> None:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Annotated, Any
 
 import pytest
 from langchain.agents import create_agent
-from langchain.agents.middleware import AgentMiddleware, ModelResponse, ModelRetryMiddleware, SummarizationMiddleware
+from langchain.agents.middleware import (
+    AgentMiddleware,
+    ClearToolUsesEdit,
+    ContextEditingMiddleware,
+    ModelFallbackMiddleware,
+    ModelResponse,
+    ModelRetryMiddleware,
+    SummarizationMiddleware,
+)
 from langchain_core.language_models import FakeListChatModel
 from langchain_core.messages import AIMessage, AnyMessage, HumanMessage
 from langchain_core.runnables import RunnableConfig
@@ -14,12 +23,12 @@ from langchain_core.tools import tool
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, StateGraph
 from langgraph.graph.message import add_messages
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from typing_extensions import TypedDict
 
 from agentmem import MemoryState, Window
 from agentmem.errors import TurnError
-from agentmem_langgraph import ChatDeltaMem, MemoryChannel, MemoryMiddleware
+from agentmem_langgraph import ChatDeltaMem, MemoryChannel, MemoryMiddleware, MemoryWarning
 from tests.helpers.fake_engine import FakeEngine
 
 THREAD: RunnableConfig = {"configurable": {"thread_id": "1"}}
@@ -136,10 +145,37 @@ def test_an_error_that_becomes_an_answer_keeps_its_words(fake: FakeEngine) -> No
     assert say(made, ASK)["messages"][-1].text == KNOWN
 
 
-def test_another_model_alone_is_refused() -> None:
-    made = create_agent(FakeListChatModel(responses=["hi"]), [], middleware=[MemoryMiddleware()])
-    with pytest.raises(TurnError, match="ChatDeltaMem"):
-        made.invoke({"messages": [HumanMessage(TELL)]})
+class Hosted(FakeListChatModel):
+    """Refuses what it does not know, as hosted models do."""
+
+    responses: list[str] = Field(default_factory=lambda: ["hosted"])
+
+    def _call(self, messages: Any, stop: Any = None, run_manager: Any = None, **kwargs: Any) -> str:
+        assert not kwargs, kwargs
+        return super()._call(messages, stop, run_manager)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_fallback_to_a_hosted_model_answers_and_the_memory_catches_up(fake: FakeEngine, inside: bool) -> None:
+    fallback = ModelFallbackMiddleware(Hosted())
+    made = agent(fake, *([MemoryMiddleware(), fallback] if inside else [fallback, MemoryMiddleware()]))
+    fake.failures = 1
+    with nullcontext() if inside else pytest.warns(MemoryWarning, match="Hosted, which has no memory"):
+        assert say(made, TELL)["messages"][-1].text == "hosted"
+    assert say(made, ASK)["messages"][-1].text == KNOWN
+    assert made.get_state(THREAD).values["memory"].count == 4
+
+
+def test_another_memory_model_inside_is_refused(fake: FakeEngine) -> None:
+    class Chooses(AgentMiddleware[Any, Any, Any]):
+        def wrap_model_call(self, request: Any, handler: Any) -> Any:
+            return handler(request.override(model=ChatDeltaMem(engine=fake, temperature=1.0)))
+
+    with pytest.raises(TurnError, match="before MemoryMiddleware"):
+        say(agent(fake, MemoryMiddleware(), Chooses()), TELL)
+    made = agent(fake, Chooses(), MemoryMiddleware())
+    say(made, TELL)
+    assert say(made, ASK)["messages"][-1].text == KNOWN
 
 
 def test_a_name_that_an_agent_signs_its_replies_with_changes_nothing(fake: FakeEngine) -> None:
@@ -166,6 +202,17 @@ def test_a_summary_is_written_once_and_facts_outlive_it(fake: FakeEngine) -> Non
     assert sorted(set(written)) == [1, 2]  # the question, and now and then the summary before it
     assert made.get_state(THREAD).values["memory"].count == 2 * 10 + written.count(2)
     assert say(made, ASK)["messages"][-1].text == KNOWN
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_cleared_tool_results_are_written_once(fake: FakeEngine, inside: bool) -> None:
+    editing = ContextEditingMiddleware(edits=[ClearToolUsesEdit(trigger=30, keep=1)])
+    stack = [MemoryMiddleware(), editing] if inside else [editing, MemoryMiddleware()]
+    made = agent(fake, *stack, tools=[get_port])
+    for turn in range(1, 7):
+        out = say(made, f"Call get_port with city berlin{turn}.")
+        cleared = turn - 1  # all results but the last
+        assert made.get_state(THREAD).values["memory"].count == len(out["messages"]) + cleared
 
 
 def test_a_shared_memory_goes_through_an_agent_that_is_a_node(fake: FakeEngine) -> None:

@@ -475,6 +475,7 @@ def test_a_branch_that_edited_or_trimmed_its_history_merges() -> None:
     record = consumed(base)
     edited = record.align([user("changed"), *base[1:], user("left")]).record
     trimmed = record.align([*base[4:], user("right")]).record
+    assert record.additions(edited) == [message.digest()[:8] for message in (user("changed"), user("left"))]
     merged = record.merge([edited, trimmed])
     assert merged.count == 6 + 2 + 1
     assert merged.align([*base, user("left"), user("right"), user("next")]).new == [8]

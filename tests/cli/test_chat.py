@@ -6,11 +6,13 @@ import asyncio
 import re
 import signal
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from langchain_core.embeddings import DeterministicFakeEmbedding
+from langchain_core.messages import HumanMessage
 
 from agentmem import Delta, Window
 from agentmem.errors import ConfigError
@@ -19,6 +21,7 @@ from agentmem_cli.chat import Settings
 from agentmem_cli.graph import build_agent, open_threads, thread
 from agentmem_cli.options import parse_window
 from agentmem_langgraph import ChatDeltaMem
+from agentmem_sql import SQLAlchemySaver
 from tests.helpers.cli_talk import IdealEngine, Talk
 
 TOLD = "My favorite color is teal."
@@ -159,6 +162,29 @@ def test_a_bare_model(talk: Talk) -> None:
     assert "Try:" not in shown
     assert talk.engine.calls[0]["memory"] is False
     assert messages(talk)[0] == TOLD
+
+
+@dataclass
+class Payload:
+    """A value in somebody else's database that does something when it is made."""
+
+    made: ClassVar[list[str]] = []
+    text: str
+
+    def __post_init__(self) -> None:
+        self.made.append(self.text)
+
+
+def test_somebody_elses_database_runs_no_code(talk: Talk) -> None:
+    talk(TOLD)
+    with SQLAlchemySaver.from_url(f"sqlite:///{talk.db}") as saver:
+        agent = build_agent(ChatDeltaMem(engine=talk.engine), saver)
+        trap = HumanMessage("Hello!", additional_kwargs={"trap": Payload("put there")})
+        agent.update_state(thread(talk.thread), {"messages": [trap]}, as_node="agent")
+    Payload.made.clear()
+    assert KNOWN in talk(ASKED)
+    assert messages(talk)[-3:] == ["Hello!", ASKED, KNOWN]
+    assert Payload.made == []
 
 
 ESCAPES = "\x1b[2J\x1b]52;c;aGVsbG8=\x07\x9b31m\u202e"

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 from langchain_core.embeddings import DeterministicFakeEmbedding
+from langgraph.checkpoint.base import copy_checkpoint
+from langgraph.checkpoint.base.id import uuid6
+from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 
 from agentmem import Delta, Window
 from agentmem.errors import ConfigError
@@ -19,7 +22,8 @@ from agentmem_cli.chat import Settings
 from agentmem_cli.graph import build_agent, open_threads, thread
 from agentmem_cli.options import parse_window
 from agentmem_langgraph import ChatDeltaMem
-from tests.helpers.cli_talk import IdealEngine, Talk
+from agentmem_sql import SQLAlchemySaver
+from tests.helpers.cli_talk import IdealEngine, Payload, Talk
 
 TOLD = "My favorite color is teal."
 ASKED = "What is my favorite color?"
@@ -159,6 +163,25 @@ def test_a_bare_model(talk: Talk) -> None:
     assert "Try:" not in shown
     assert talk.engine.calls[0]["memory"] is False
     assert messages(talk)[0] == TOLD
+
+
+def test_somebody_elses_database_runs_no_code(talk: Talk) -> None:
+    talk(TOLD)
+    permissive = JsonPlusSerializer(allowed_msgpack_modules=True)
+    with SQLAlchemySaver.from_url(f"sqlite:///{talk.db}", serde=permissive) as saver:
+        newest = saver.get_tuple(thread(talk.thread))
+        assert newest is not None
+        checkpoint = copy_checkpoint(newest.checkpoint)
+        checkpoint["id"] = str(uuid6())
+        version = checkpoint["channel_versions"]["trap"] = saver.get_next_version(None, None)
+        checkpoint["channel_values"]["trap"] = Payload("put there")
+        saver.put(newest.config, checkpoint, newest.metadata, {"trap": version})
+        Payload.made.clear()
+        saver.get_tuple(thread(talk.thread))
+    assert Payload.made == ["put there"]
+    Payload.made.clear()
+    assert KNOWN in talk(ASKED)
+    assert Payload.made == []
 
 
 ESCAPES = "\x1b[2J\x1b]52;c;aGVsbG8=\x07\x9b31m\u202e"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console
 
@@ -51,6 +52,17 @@ class Talk:
             do(Chat(self.engine, saver, self.thread, console, self.settings, retriever=self.retriever))
         self.writes = shown.writes
         return shown.getvalue()
+
+
+@dataclass
+class Payload:
+    """A value in somebody else's database that does something when it is made."""
+
+    made: ClassVar[list[str]] = []
+    text: str
+
+    def __post_init__(self) -> None:
+        self.made.append(self.text)
 
 
 class _Recorder(StringIO):

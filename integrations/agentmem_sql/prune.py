@@ -11,7 +11,7 @@ What goes is worked out as a `_Removal` before anything is changed, so it can al
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -39,7 +39,7 @@ from agentmem_sql.rows import (
     seal_write,
     unpack_content,
 )
-from agentmem_sql.schema import Tables, decode_text, thread_key
+from agentmem_sql.schema import decode_text, thread_key
 from agentmem_sql.statements import add_rows, insert_missing
 from agentmem_sql.writer import Locked, Writer
 
@@ -101,7 +101,7 @@ class _Pruned(NamedTuple):
 
 
 class Pruner:
-    """Removes checkpoints in the tables of one database."""
+    """Removes checkpoints, and copies threads, in the tables of one database."""
 
     def __init__(
         self,
@@ -145,6 +145,12 @@ class Pruner:
             writes.c.ns, writes.c.checkpoint, writes.c.digest, row_bytes(writes).label("size")
         ).where(writes.c.thread == thread)
         self._written_to = select(writes.c.ns, writes.c.checkpoint).where(writes.c.thread == thread).distinct()
+        self._all_writes = select(writes).where(writes.c.thread == thread)
+        # Under another name: MariaDB would not know which of the two tables an INSERT ... SELECT means.
+        source = tables.blobs.alias("source")
+        self._contents = select(
+            bindparam("to", type_=source.c.thread.type), source.c.digest, source.c.kind, source.c.body
+        ).where(source.c.thread == thread)
         self._find = select(threads.c.number, threads.c.epoch).where(threads.c.key == bindparam("key"))
         self._bytes = thread_bytes(tables, thread)
 
@@ -182,9 +188,18 @@ class Pruner:
 
             self.remove(serde, decode_text(name), choose)
 
+    def copy_thread(self, source_id: str, target_id: str) -> None:
+        """Copy everything of a thread to another; what the other has under the same ids is replaced.
+
+        Raises:
+            StorageError: something was changed or damaged since it was stored; nothing is copied.
+        """
+        if source_id != target_id:
+            self._database.run(partial(self._copy, source_id=source_id, target_id=target_id), write=True)
+
     # In a transaction.
 
-    def rows(self, connection: Connection, thread_id: str, thread: Locked) -> dict[Key, Row]:
+    def _rows_of(self, connection: Connection, thread_id: str, thread: Locked) -> dict[Key, Row]:
         """The checkpoints of a thread.
 
         Raises:
@@ -255,7 +270,7 @@ class Pruner:
         """
         number, pruned = thread.number, _Pruned(connection, serde, thread_id, thread)
         try:
-            rows = self.rows(connection, thread_id, thread)
+            rows = self._rows_of(connection, thread_id, thread)
             written_to = connection.execute(self._written_to, {"of": number})
             awaited = {(write.ns, write.checkpoint) for write in written_to} - rows.keys()
             chosen = choose(rows, awaited)
@@ -329,70 +344,42 @@ class Pruner:
             parent = None
         histories: dict[str, History] = {}
         if deltas := _deltas(decode_row(self._protection, pruned.serde, pruned.thread_id, row)):
-            ancestors = [self._ancestor(pruned, passed) for passed in chain]
-            self._add_writes(pruned, ns, ancestors[1:])
+            ancestors: list[Ancestor] = []
+            for passed in chain:
+                try:
+                    left_over = self._ancestors.left(pruned.connection, pruned.number, passed["history"])
+                except Missing:
+                    raise damaged(pruned.thread_id, decode_text(passed["id"]), "what ancestors left") from None
+                content = unpack_content(passed["content"])
+                ancestors.append(Ancestor(passed["id"], passed["parent"], content, left_over))
+            by_id = {ancestor.id: ancestor for ancestor in ancestors[1:]}
+            for part in chunks(list(by_id)):
+                keys = {"of": pruned.number, "in_ns": ns, "ids": part}
+                for write in pruned.connection.execute(self._pending, keys).mappings():
+                    add_write(self._protection, pruned.thread_id, by_id, write)
             folded = fold(ancestors, deltas)
             histories = {name: history for name, history in folded.items() if history.writes or history.seed}
         body = history_body(histories) if histories else None
         new = {**row, "parent": parent, "history": None if body is None else self._protection.digest(HISTORY, body)}
         return {**new, "seal": seal_checkpoint(self._protection, pruned.thread_id, new)}, body
 
-    def _ancestor(self, pruned: _Pruned, row: Row) -> Ancestor:
-        try:
-            left: dict[str, History] = self._ancestors.left(pruned.connection, pruned.number, row["history"])
-        except Missing:
-            raise damaged(pruned.thread_id, decode_text(row["id"]), "what ancestors left") from None
-        return Ancestor(row["id"], row["parent"], unpack_content(row["content"]), left)
-
-    def _add_writes(self, pruned: _Pruned, ns: bytes, ancestors: Iterable[Ancestor]) -> None:
-        by_id = {ancestor.id: ancestor for ancestor in ancestors}
-        for part in chunks(list(by_id)):
-            keys = {"of": pruned.number, "in_ns": ns, "ids": part}
-            for row in pruned.connection.execute(self._pending, keys).mappings():
-                add_write(self._protection, pruned.thread_id, by_id, row)
-
-
-class Copier:
-    """Copies threads within the tables of one database."""
-
-    def __init__(self, tables: Tables, protection: Protection, writer: Writer, pruner: Pruner) -> None:
-        self._tables = tables
-        self._protection = protection
-        self._writer = writer
-        self._pruner = pruner
-        writes, blobs = tables.writes, tables.blobs
-        thread: BindParameter[int] = bindparam("of")
-        self._writes = select(writes).where(writes.c.thread == thread)
-        # Under another name: MariaDB would not know which of the two tables an INSERT ... SELECT means.
-        source = blobs.alias("source")
-        self._contents = select(
-            bindparam("to", type_=blobs.c.thread.type), source.c.digest, source.c.kind, source.c.body
-        ).where(source.c.thread == thread)
-
-    def copy(self, connection: Connection, source_id: str, target_id: str) -> None:
-        """Copy everything of a thread to another; what the other has under the same ids is replaced.
-
-        Raises:
-            StorageError: something was changed or damaged since it was stored; nothing is copied.
-        """
-        if source_id == target_id:
-            return
+    def _copy(self, connection: Connection, source_id: str, target_id: str) -> None:
         # Both are locked in an order that all copies keep to, so that no two wait for each other.
         locked = {thread_id: self._writer.lock(connection, thread_id) for thread_id in sorted((source_id, target_id))}
         if locked[source_id] is None:
             return
         source = self._writer.open_thread(connection, source_id, alone=True)
         target = self._writer.open_thread(connection, target_id, alone=True)
-        tables, protection = self._tables, self._protection
+        tables, protection = self._database.tables, self._protection
         into = insert_missing(connection.dialect.name, tables.blobs)
         copying = into.from_select(["thread", "digest", "kind", "body"], self._contents)
         connection.execute(copying, {"of": source.number, "to": target.number})
         checkpoints: list[Row] = []
-        for row in self._pruner.rows(connection, source_id, source).values():
+        for row in self._rows_of(connection, source_id, source).values():
             new = {**row, "thread": target.number}
             checkpoints.append({**new, "seal": seal_checkpoint(protection, target_id, new)})
         writes: list[Row] = []
-        for row in connection.execute(self._writes, {"of": source.number}).mappings().all():
+        for row in connection.execute(self._all_writes, {"of": source.number}).mappings().all():
             decode_write(protection, source_id, row)  # refuses one that was changed
             new = {**row, "thread": target.number}
             writes.append({**new, "seal": seal_write(protection, target_id, new)})

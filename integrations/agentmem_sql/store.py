@@ -32,7 +32,7 @@ from agentmem_sql.delta_channels import AncestorReader
 from agentmem_sql.mark_sweep import Sweeper
 from agentmem_sql.message_cache import CachedThread, ChannelHeads, DecodeTemplates, ThreadCache, reads_as_written
 from agentmem_sql.protection import Protection
-from agentmem_sql.prune import Copier, Pruner, all_but_newest
+from agentmem_sql.prune import Pruner, all_but_newest
 from agentmem_sql.reader import Found, Listing, Reader
 from agentmem_sql.rows import Address, Row, encode_checkpoint, encode_writes, to_tuple
 from agentmem_sql.schema import Tables
@@ -78,7 +78,6 @@ class Store:
         self.sweeper = Sweeper(tables, protection)
         self.writer = Writer(tables, protection, self.sweeper)
         self.pruner = Pruner(self.database, protection, self.cache, self.writer, self.ancestors, self.sweeper)
-        self.copier = Copier(tables, protection, self.writer, self.pruner)
         self._keyed = not protection.encrypts
 
     # Writing.
@@ -265,7 +264,7 @@ class Store:
 
     def copy_thread(self, source_id: str, target_id: str) -> None:
         """Copy a thread."""
-        self.database.run(partial(self.copier.copy, source_id=source_id, target_id=target_id), write=True)
+        self.pruner.copy_thread(source_id, target_id)
 
 
 def _nothing(_connection: Connection) -> None:

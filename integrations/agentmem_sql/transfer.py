@@ -156,7 +156,7 @@ def copy_threads(
     if type(source).get_tuple is BaseCheckpointSaver.get_tuple:
         raise _needs_loop(source)
     try:
-        return _copy(source, target, thread_ids, on_thread, threading.Event())
+        return _copy(source, target, thread_ids, on_thread)
     except asyncio.InvalidStateError as error:  # so LangGraph's asynchronous checkpointers answer within their loop
         raise _needs_loop(source) from error
 
@@ -170,12 +170,19 @@ async def acopy_threads(
 ) -> TransferReport:
     """`copy_threads` for a task, from any checkpointer. It works, and calls `on_thread`, in another thread.
 
-    A task that is cancelled ends when the checkpoint that is being copied is stored.
+    A task that is cancelled ends when the thread that is being copied is.
     """
     stopped = threading.Event()
+
+    def after(thread: ThreadTransfer) -> None:
+        if on_thread is not None:
+            on_thread(thread)
+        if stopped.is_set():
+            raise _Stopped
+
     if type(source).get_tuple is BaseCheckpointSaver.get_tuple:
         source = _FromThread(source, asyncio.get_running_loop())
-    copying = asyncio.ensure_future(asyncio.to_thread(_copy, source, target, thread_ids, on_thread, stopped))
+    copying = asyncio.ensure_future(asyncio.to_thread(_copy, source, target, thread_ids, after))
     try:
         return await asyncio.shield(copying)
     except asyncio.CancelledError:
@@ -218,11 +225,7 @@ class _Stopped(Exception):
 
 
 def _copy(
-    source: Saver,
-    target: SQLAlchemySaver,
-    thread_ids: Sequence[str] | None,
-    on_thread: OnThread | None,
-    stopped: threading.Event,
+    source: Saver, target: SQLAlchemySaver, thread_ids: Sequence[str] | None, on_thread: OnThread | None
 ) -> TransferReport:
     target.setup()  # a target that cannot be opened is no failure of a thread
     source = _verbatim(source, target.serde)
@@ -230,7 +233,7 @@ def _copy(
     threads: Mapping[Any, Outlines | None] = _all_outlines(source) if chosen is None else dict.fromkeys(chosen)
     report = TransferReport()
     for thread, outlines in threads.items():
-        copying = _Copying(source, target, thread, stopped)
+        copying = _Copying(source, target, thread)
         error: StorageError | None = None
         try:
             copying.run(outlines or _outlines(source, _at(thread)).get(thread, {}))
@@ -254,7 +257,7 @@ def _concerns_all(error: Exception) -> bool:
 class _Copying:
     """One thread on its way."""
 
-    def __init__(self, source: Saver, target: SQLAlchemySaver, thread: Any, stopped: threading.Event) -> None:
+    def __init__(self, source: Saver, target: SQLAlchemySaver, thread: Any) -> None:
         self.checkpoints = 0
         self.writes = 0
         self._source = source
@@ -262,7 +265,6 @@ class _Copying:
         self._written = _verbatim(target, target.serde)  # the target, to read what it has
         self._thread = thread
         self._name = str(thread)
-        self._stopped = stopped
         self._key: Key | None = None  # of the checkpoint that is being copied
 
     def failure(self, error: Exception) -> StorageError:
@@ -309,8 +311,6 @@ class _Copying:
         self._key = None
 
     def _read(self, key: Key) -> CheckpointTuple | None:
-        if self._stopped.is_set():
-            raise _Stopped
         self._key = key
         return self._source.get_tuple(_at(self._thread, key))
 

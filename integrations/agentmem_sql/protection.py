@@ -23,7 +23,7 @@ from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
 from sqlalchemy import Connection, insert, select
 
 from agentmem.errors import ConfigError, StorageError
-from agentmem_sql.schema import RUN_BYTES, Tables, encode_text
+from agentmem_sql.schema import RUN_BYTES, Tables
 
 MIN_KEY_BYTES = 16
 
@@ -84,7 +84,7 @@ class Protection:
 
     def run_key(self, run_id: str) -> bytes:
         """What checkpoints of a run are found by; runs may share one, so what is found is compared."""
-        return self.digest(_RUN, encode_text(run_id))[:RUN_BYTES]
+        return self.digest(_RUN, run_id.encode("utf-8", "surrogatepass"))[:RUN_BYTES]
 
     def row_mac(self, fields: Iterable[object]) -> bytes:
         """One digest over several columns, each with its length: no byte can move from one to another.

@@ -103,8 +103,9 @@ class Store:
                     known, parents = self._parents(serde, address, known)
                 else:
                     parents = at_parent
-            packer = Packer(serde, self.protection, known, relies_on_cache=bool(parents))
-            row, heads = encode_checkpoint(packer, self.protection, address, checkpoint, merged, new_versions, parents)
+            packer, row, heads = encode_checkpoint(
+                serde, self.protection, known, address, checkpoint, merged, new_versions, parents
+            )
             return packer, [row]
 
         address, packer, locked = self._write(config, encode, self.writer.put_checkpoint, WriteMode.INSERT)
@@ -128,8 +129,7 @@ class Store:
             return
 
         def encode(address: Address, known: CachedThread, _relying: bool) -> tuple[Packer, Sequence[Row]]:
-            packer = Packer(serde, self.protection, known)
-            return packer, encode_writes(packer, self.protection, address, writes, task_id, task_path)
+            return encode_writes(serde, self.protection, known, address, writes, task_id, task_path)
 
         # Writes to special channels replace what the task had there, and a task that was resumed writes its results
         # together with the answers: what is there already is looked for first.

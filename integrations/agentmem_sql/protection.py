@@ -140,19 +140,19 @@ class Protection:
             StorageError: it is protected in another way, or with another key.
         """
         rows = connection.execute(select(tables.settings.c.name, tables.settings.c.value)).all()
-        found = {name: value for name, value in rows if isinstance(name, bytes) and isinstance(value, bytes)}
-        if _MODE not in found:
+        stored = {name: value for name, value in rows if isinstance(name, bytes) and isinstance(value, bytes)}
+        if _MODE not in stored:
             return False
-        if found[_MODE] != self._mode():
+        if stored[_MODE] != self._mode():
             raise StorageError(
                 f"expected a checkpoint database that is {self._mode().decode()}, found one that is "
-                f"{found[_MODE].decode(errors='replace')}; pass the serde and the hmac_key that it was made with, "
+                f"{stored[_MODE].decode(errors='replace')}; pass the serde and the hmac_key that it was made with, "
                 "or copy its threads into a new database with agentmem_sql.copy_threads"
             )
         if self.encrypts:
-            secret = self.decrypt(found.get(_SECRET, b""))
+            secret = self.decrypt(stored.get(_SECRET, b""))
             self._key = self._hmac_key or secret
-        if self._key is not None and not hmac.compare_digest(found.get(_CHECK, b""), self.row_mac([_CHECKED])):
+        if self._key is not None and not hmac.compare_digest(stored.get(_CHECK, b""), self.row_mac([_CHECKED])):
             raise StorageError(
                 "expected the key that this checkpoint database was made with, found another; "
                 "pass the hmac_key and the serde that were used when the database was new"

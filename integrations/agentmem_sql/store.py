@@ -33,7 +33,7 @@ from agentmem_sql.mark_sweep import Sweeper
 from agentmem_sql.message_cache import CachedThread, ChannelHeads, DecodeTemplates, ThreadCache, reads_as_written
 from agentmem_sql.protection import Protection
 from agentmem_sql.prune import Pruner, all_but_newest
-from agentmem_sql.reader import Found, Listing, Reader
+from agentmem_sql.reader import Listing, LoadedCheckpoint, Reader
 from agentmem_sql.rows import Address, Row, encode_checkpoint, encode_writes, to_tuple
 from agentmem_sql.schema import Tables
 from agentmem_sql.statements import MOST_CONTENT, MOST_ROWS
@@ -207,7 +207,7 @@ class Store:
             for stored in self.database.run(listing.next_page):
                 yield self._tuple(serde, stored)
 
-    def _tuple(self, serde: SerializerProtocol, stored: Found) -> CheckpointTuple:
+    def _tuple(self, serde: SerializerProtocol, stored: LoadedCheckpoint) -> CheckpointTuple:
         return to_tuple(stored.checkpoint, serde, stored.known, self._templates_of(serde))
 
     def _templates_of(self, serde: SerializerProtocol) -> DecodeTemplates | None:

@@ -221,7 +221,7 @@ class Packer:
             full = len(entries) - len(entries) % FANOUT
             levels.append(entries[full:])
             nodes = [b"".join(entries[at : at + FANOUT]) for at in range(0, full, FANOUT)]
-            entries = [LINK + digest for digest in self._add(NODE, nodes)]
+            entries = list(map(LINK.__add__, self._add(NODE, nodes)))
         levels.append(entries)
         return self._add(LIST, [list_body(of, levels[::-1])])[0]
 

@@ -111,13 +111,13 @@ _ADVICE: Iterable[_Advice] = (
 def advice(error: BaseException) -> str:
     """What to do about an error of the database, its driver or the connection to it."""
     number, message = code(error), str(error).lower()
-    for one in _ADVICE:
+    for entry in _ADVICE:
         # SQLite's extended names begin with the general one: SQLITE_READONLY_DIRECTORY.
-        if number and any(number == known or number.startswith(known + "_") for known in one.codes.split()):
-            return one.text
-    for one in _ADVICE:
-        if any(says in message for says in one.says):
-            return one.text
+        if number and any(number == listed or number.startswith(listed + "_") for listed in entry.codes.split()):
+            return entry.text
+    for entry in _ADVICE:
+        if any(says in message for says in entry.says):
+            return entry.text
     return "the transaction was rolled back"
 
 
@@ -128,9 +128,9 @@ def code(error: BaseException) -> str:
     if arguments and isinstance(arguments[0], int):
         return str(arguments[0])
     for name in ("sqlstate", "sqlite_errorname"):
-        found = getattr(original, name, None)
-        if isinstance(found, str):
-            return found
+        value = getattr(original, name, None)
+        if isinstance(value, str):
+            return value
     return ""
 
 

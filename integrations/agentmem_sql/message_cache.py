@@ -101,8 +101,10 @@ class MessageSnapshot:
                 return None
             own[field] = _EMPTY[of]
         kind, assigned = self.kind, self.assigned
-        one = MessageSnapshot(digest, own["id"], kind, own, self.empty, assigned, True, _COST + size, LINK + digest)
-        return _message(kind, fields, assigned), one
+        snapshot = MessageSnapshot(
+            digest, own["id"], kind, own, self.empty, assigned, True, _COST + size, LINK + digest
+        )
+        return _message(kind, fields, assigned), snapshot
 
     def copy(self) -> BaseMessage:
         """A new message with these fields."""

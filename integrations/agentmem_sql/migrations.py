@@ -101,7 +101,7 @@ def _step(connection: Connection, tables: Tables, migrations: Sequence[Migration
     """Do the next migration; gives whether there are more."""
     tables.schema_versions.create(connection, checkfirst=True)
     version = _version(connection, tables, migrations)
-    following = next((one for one in migrations if version is None or one.number > version), None)
+    following = next((migration for migration in migrations if version is None or migration.number > version), None)
     if following is None:
         return False
     following.upgrade(connection, tables)

@@ -23,7 +23,7 @@ from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
 from sqlalchemy import Connection, insert, select
 
 from agentmem.errors import ConfigError, StorageError
-from agentmem_sql.schema import RUN_BYTES, Tables, encode_text
+from agentmem_sql.schema import RUN_BYTES, Tables
 
 MIN_KEY_BYTES = 16
 
@@ -84,7 +84,7 @@ class Protection:
 
     def run_key(self, run_id: str) -> bytes:
         """What checkpoints of a run are found by; runs may share one, so what is found is compared."""
-        return self.digest(_RUN, encode_text(run_id))[:RUN_BYTES]
+        return self.digest(_RUN, run_id.encode("utf-8", "surrogatepass"))[:RUN_BYTES]
 
     def row_mac(self, fields: Iterable[object]) -> bytes:
         """One digest over several columns, each with its length: no byte can move from one to another.
@@ -140,19 +140,19 @@ class Protection:
             StorageError: it is protected in another way, or with another key.
         """
         rows = connection.execute(select(tables.settings.c.name, tables.settings.c.value)).all()
-        found = {name: value for name, value in rows if isinstance(name, bytes) and isinstance(value, bytes)}
-        if _MODE not in found:
+        stored = {name: value for name, value in rows if isinstance(name, bytes) and isinstance(value, bytes)}
+        if _MODE not in stored:
             return False
-        if found[_MODE] != self._mode():
+        if stored[_MODE] != self._mode():
             raise StorageError(
                 f"expected a checkpoint database that is {self._mode().decode()}, found one that is "
-                f"{found[_MODE].decode(errors='replace')}; pass the serde and the hmac_key that it was made with, "
+                f"{stored[_MODE].decode(errors='replace')}; pass the serde and the hmac_key that it was made with, "
                 "or copy its threads into a new database with agentmem_sql.copy_threads"
             )
         if self.encrypts:
-            secret = self.decrypt(found.get(_SECRET, b""))
+            secret = self.decrypt(stored.get(_SECRET, b""))
             self._key = self._hmac_key or secret
-        if self._key is not None and not hmac.compare_digest(found.get(_CHECK, b""), self.row_mac([_CHECKED])):
+        if self._key is not None and not hmac.compare_digest(stored.get(_CHECK, b""), self.row_mac([_CHECKED])):
             raise StorageError(
                 "expected the key that this checkpoint database was made with, found another; "
                 "pass the hmac_key and the serde that were used when the database was new"

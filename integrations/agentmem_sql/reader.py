@@ -36,7 +36,7 @@ _ATTEMPTS = 3
 _PENDING = ("task", "idx", "path", "channel", "digest", "seal")
 
 
-class Found(NamedTuple):
+class LoadedCheckpoint(NamedTuple):
     """A checkpoint, and what this process knows of its thread."""
 
     checkpoint: StoredCheckpoint
@@ -69,7 +69,7 @@ class Reader:
         in_namespace = and_(threads.c.key == bindparam("key"), checkpoints.c.ns == bindparam("ns"))
         own = [column for column in checkpoints.c if column.name not in ("thread", "ns")]
         self._own = tuple(column.name for column in own)
-        one = (
+        with_writes = (
             select(threads.c.number, threads.c.epoch, *own, *(writes.c[name] for name in _PENDING))
             .select_from(threads)
             .join(checkpoints, checkpoints.c.thread == threads.c.number)
@@ -85,8 +85,8 @@ class Reader:
             .correlate(threads)
             .scalar_subquery()
         )
-        self._one = Prepared(one.where(checkpoints.c.id == bindparam("id")))
-        self._newest = Prepared(one.where(checkpoints.c.id == newest))
+        self._named = Prepared(with_writes.where(checkpoints.c.id == bindparam("id")))
+        self._newest = Prepared(with_writes.where(checkpoints.c.id == newest))
         self._listed = (
             select(*self._row_columns)
             .join_from(checkpoints, threads, checkpoints.c.thread == threads.c.number)
@@ -104,7 +104,7 @@ class Reader:
             select(blobs.c.digest, blobs.c.kind, blobs.c.body).where(blobs.c.thread == bindparam("thread")).where,
         )
 
-    def find(self, connection: Connection, serde: SerializerProtocol, address: Address) -> Found | None:
+    def find(self, connection: Connection, serde: SerializerProtocol, address: Address) -> LoadedCheckpoint | None:
         """The checkpoint that an address names, or the newest of its namespace; None where there is none.
 
         Raises:
@@ -112,13 +112,13 @@ class Reader:
         """
         before = None
         for _ in range(_ATTEMPTS):
-            found = self.row(connection, serde, address)
-            if found is None:
+            loaded = self.row(connection, serde, address)
+            if loaded is None:
                 return None
             try:
-                stored, known = found
+                stored, known = loaded
                 stored.contents = self.collect(connection, known, _roots(stored))
-                return found
+                return loaded
             except Missing:
                 # Under one epoch only what a pending write held may go, when it is replaced: its row names another.
                 if before == (known.epoch, stored.id, _roots(stored)):
@@ -138,7 +138,7 @@ class Reader:
         number, epoch, *values = rows[0]
         return self._cache.at(address.thread, number, epoch), values[self._own.index("id")]
 
-    def row(self, connection: Connection, serde: SerializerProtocol, address: Address) -> Found | None:
+    def row(self, connection: Connection, serde: SerializerProtocol, address: Address) -> LoadedCheckpoint | None:
         """As `find`, without the content."""
         rows = self._rows(connection, address)
         if not rows:
@@ -153,14 +153,14 @@ class Reader:
         heads = stored.heads
         known = self._cache.at(address.thread, number, epoch)
         known.remember_channels(address.ns, stored.id, heads)
-        return Found(stored, known)
+        return LoadedCheckpoint(stored, known)
 
     def _rows(self, connection: Connection, address: Address) -> Rows:
         """The row of a checkpoint after the thread's number and epoch, once for each of its pending writes."""
         keys = {"key": thread_key(address.thread), "ns": open_key(address.ns)}
         if address.id is None:
             return self._newest.rows(connection, keys)
-        return self._one.rows(connection, keys | {"id": exact_key(address.id, "checkpoint id")})
+        return self._named.rows(connection, keys | {"id": exact_key(address.id, "checkpoint id")})
 
     def collect(self, connection: Connection, known: CachedThread, roots: Iterable[bytes]) -> dict[bytes, Body]:
         """Content and all content that it refers to, level by level, each read once and compared with its digest.
@@ -193,17 +193,19 @@ class Reader:
         # Leaves go into the cache when they are unpacked, most of them as something else.
         return {**nodes, **{digest: body for digest, kind, body in intact if kind in LEAVES}}
 
-    def complete(self, connection: Connection, serde: SerializerProtocol, found: Sequence[Found]) -> list[Found]:
+    def complete(
+        self, connection: Connection, serde: SerializerProtocol, listed: Sequence[LoadedCheckpoint]
+    ) -> list[LoadedCheckpoint]:
         """Fetch pending writes and content of checkpoints; those that were taken out meanwhile are left out.
 
         Raises:
             StorageError: one was changed or damaged since it was stored.
         """
-        groups: defaultdict[tuple[int, str], dict[bytes, Found]] = defaultdict(dict)
-        for one in found:
-            assert one.known.number is not None
-            groups[one.known.number, one.checkpoint.address.ns][encode_text(one.checkpoint.id)] = one
-        whole: dict[tuple[str, str, str], Found | None] = {}
+        groups: defaultdict[tuple[int, str], dict[bytes, LoadedCheckpoint]] = defaultdict(dict)
+        for item in listed:
+            assert item.known.number is not None
+            groups[item.known.number, item.checkpoint.address.ns][encode_text(item.checkpoint.id)] = item
+        completed: dict[tuple[str, str, str], LoadedCheckpoint | None] = {}
         for (thread, ns), members in groups.items():
             for part in chunks(list(members)):
                 keys = {"thread": thread, "ns": open_key(ns), "ids": part}
@@ -215,29 +217,31 @@ class Reader:
                     stored = holder.checkpoint
                     stored.writes.append(decode_write(self._protection, stored.address.thread, row))
             epoch = connection.execute(self._epoch, {"thread": thread}).scalar_one_or_none()
-            for one in members.values():
-                address = one.checkpoint.address
+            for item in members.values():
+                address = item.checkpoint.address
                 # If something was taken out of the thread meanwhile, it may have been these writes.
-                kept = one.known.epoch == epoch and self._fill(connection, one)
-                whole[address.thread, address.ns, one.checkpoint.id] = (
-                    one if kept else self.find(connection, serde, address)
+                intact = item.known.epoch == epoch and self._fill(connection, item)
+                completed[address.thread, address.ns, item.checkpoint.id] = (
+                    item if intact else self.find(connection, serde, address)
                 )
-        in_order = (whole[one.checkpoint.address.thread, one.checkpoint.address.ns, one.checkpoint.id] for one in found)
-        return [one for one in in_order if one is not None]
+        in_order = (
+            completed[item.checkpoint.address.thread, item.checkpoint.address.ns, item.checkpoint.id] for item in listed
+        )
+        return [item for item in in_order if item is not None]
 
-    def _fill(self, connection: Connection, found: Found) -> bool:
-        stored, known = found
+    def _fill(self, connection: Connection, item: LoadedCheckpoint) -> bool:
+        stored, known = item
         try:
             stored.contents = self.collect(connection, known, _roots(stored))
         except Missing:  # taken out or replaced meanwhile, or damaged: `find` tells
             return False
         return True
 
-    def decode(self, serde: SerializerProtocol, row: RowMapping) -> Found:
+    def decode(self, serde: SerializerProtocol, row: RowMapping) -> LoadedCheckpoint:
         """A row of a listing."""
         thread = decode_text(row["name"])
         stored = decode_row(self._protection, serde, thread, row)
-        return Found(stored, self._cache.at(thread, row["number"], row["epoch"]))
+        return LoadedCheckpoint(stored, self._cache.at(thread, row["number"], row["epoch"]))
 
 
 def _roots(stored: StoredCheckpoint) -> set[bytes]:
@@ -282,22 +286,22 @@ class Listing:
         self._last: RowMapping | None = None
         self.finished = limit is not None and limit <= 0
 
-    def next_page(self, connection: Connection) -> list[Found]:
+    def next_page(self, connection: Connection) -> list[LoadedCheckpoint]:
         """The next checkpoints that match; may be none although the listing is not `finished`."""
         query = self._query if self._last is None else self._query.where(self._after(self._last))
         rows = connection.execute(query).mappings().all()
-        found = [(row, self._reader.decode(self._serde, row)) for row in rows]
-        matching = [(row, one) for row, one in found if matches(one.checkpoint.metadata, self._filter)]
+        listed = [(row, self._reader.decode(self._serde, row)) for row in rows]
+        matching = [(row, item) for row, item in listed if matches(item.checkpoint.metadata, self._filter)]
         wanted = matching if self._left is None else matching[: self._left]
-        whole = self._reader.complete(connection, self._serde, [one for _, one in wanted])
+        completed = self._reader.complete(connection, self._serde, [item for _, item in wanted])
         if self._left is not None:
-            self._left -= len(whole)
+            self._left -= len(completed)
         # One that was taken out meanwhile makes room for the next that matches, on this page or another.
         rest = len(wanted) < len(matching)
         self.finished = (len(rows) < self._page_size and not rest) or self._left == 0
         if rows:
             self._last = wanted[-1][0] if rest else rows[-1]
-        return whole
+        return completed
 
     def _after(self, last: RowMapping) -> Any:
         """The rows that follow one in the order of a listing."""

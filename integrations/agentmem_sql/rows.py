@@ -113,15 +113,16 @@ class StoredCheckpoint:
 
 
 def encode_checkpoint(
-    packer: Packer,
+    serde: SerializerProtocol,
     protection: Protection,
+    known: CachedThread,
     address: Address,
     checkpoint: Checkpoint,
     metadata: CheckpointMetadata,
     new_versions: ChannelVersions,
     parents: ChannelHeads,
-) -> tuple[Row, ChannelHeads]:
-    """The row of a checkpoint, and what its channels hold; values go to the packer. `address`: of its parent.
+) -> tuple[Packer, Row, ChannelHeads]:
+    """The row of a checkpoint, what its channels hold, and the packer with their values. `address`: of its parent.
 
     A channel that is not in `new_versions` holds what it held in the parent at the same version. Where the
     parent does not know that version (there is none, or it is gone) the value that came along is stored.
@@ -131,12 +132,13 @@ def encode_checkpoint(
     new: list[Value] = []
     for name, version in checkpoint["channel_versions"].items():
         in_parent = parents.get(name)
-        if in_parent is not None and name not in new_versions and _same(in_parent[0], version):
+        if in_parent is not None and name not in new_versions and in_parent[0] == version:
             heads[name] = in_parent
             continue
         heads[name] = version, None
         if name in values:
             new.append(Value(name, values[name]))
+    packer = Packer(serde, protection, known, relies_on_cache=bool(parents))
     for value, digest in zip(new, packer.pack(new), strict=True):
         heads[value.channel] = heads[value.channel][0], digest
     own: dict[str, Any] = {**checkpoint}
@@ -158,18 +160,19 @@ def encode_checkpoint(
     row["run"] = protection.run_key(run) if isinstance(run, str) else None
     row["metadata"], row["body"] = protection.encrypt(metadata_body), protection.encrypt(own_body)
     row["seal"] = protection.row_mac((thread_key(address.thread), *_of_checkpoint(row)))
-    return row, heads
+    return packer, row, heads
 
 
 def encode_writes(
-    packer: Packer,
+    serde: SerializerProtocol,
     protection: Protection,
+    known: CachedThread,
     address: Address,
     writes: Sequence[tuple[str, Any]],
     task_id: str,
     task_path: str,
-) -> Sequence[Row]:
-    """The rows of the pending writes of a task; values go to the packer.
+) -> tuple[Packer, Sequence[Row]]:
+    """The rows of the pending writes of a task, and the packer with their values.
 
     Raises:
         StorageError: the address names no checkpoint to hang them on.
@@ -189,6 +192,7 @@ def encode_writes(
         Value(channel, value, _place(ns, checkpoint, task, index) if channel in WRITES_IDX_MAP else None)
         for index, (channel, value) in by_index.items()
     ]
+    packer = Packer(serde, protection, known)
     same = {"ns": ns, "checkpoint": checkpoint, "task": task, "path": path}
     rows: list[dict[str, Any]] = [
         {**same, "idx": index, "channel": _channel_bytes(value.channel), "digest": digest}
@@ -196,7 +200,7 @@ def encode_writes(
     ]
     for row in rows:
         row["seal"] = protection.row_mac((thread_key(address.thread), *_of_write(row)))
-    return rows
+    return packer, rows
 
 
 def _place(ns: bytes, checkpoint: bytes, task: bytes, index: int) -> bytes:

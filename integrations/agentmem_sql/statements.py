@@ -108,12 +108,12 @@ class Prepared:
             return None
         dialect = connection.dialect
         key = type(dialect), dialect.paramstyle
-        found = self._texts.get(key)
-        if found is None:
+        text = self._texts.get(key)
+        if text is None:
             compiled: Any = self._statement.compile(dialect=dialect)  # type: ignore[attr-defined]
             constants = {name: value for name, value in compiled.params.items() if value is not None}
-            found = self._texts[key] = Text(compiled.string, compiled.positiontup, constants)
-        return found
+            text = self._texts[key] = Text(compiled.string, compiled.positiontup, constants)
+        return text
 
 
 class PreparedLookup:
@@ -186,10 +186,10 @@ def fetch(connection: Connection, sql: str, parameters: Any) -> Rows:
 
 def kept(table: Table, key: Hashable, make: Callable[[], T]) -> T:
     """What is made once for a table, and forgotten with it."""
-    found: T | None = table.info.get(key)
-    if found is None:
-        found = table.info[key] = make()
-    return found
+    made: T | None = table.info.get(key)
+    if made is None:
+        made = table.info[key] = make()
+    return made
 
 
 def _is_watched(connection: Connection) -> bool:
@@ -211,9 +211,9 @@ def _on_cursor(connection: Connection, sql: str, parameters: Any, result: Callab
             dialect.do_executemany(cursor, sql, parameters)
         else:
             dialect.do_execute(cursor, sql, parameters)
-        found = result(cursor)
+        answer = result(cursor)
         cursor.close()
-        return found
+        return answer
     except BaseException as error:  # noqa: BLE001
         # It raises. Without the statement it wraps the errors of the driver only.
         statement = sql if isinstance(error, dialect.loaded_dbapi.Error) else None
@@ -288,15 +288,15 @@ def enable_wal(connection: Connection) -> None:
     if connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal":
         return
     try:
-        found = connection.exec_driver_sql("PRAGMA journal_mode=WAL").scalar_one()
+        journal = connection.exec_driver_sql("PRAGMA journal_mode=WAL").scalar_one()
     except DBAPIError as error:
         if db_errors.is_read_only(error):
             return
         raise
-    if found != "wal":
+    if journal != "wal":
         raise StorageError(
             f"expected SQLite to keep a write-ahead log beside {connection.engine.url.database!r}, found "
-            f"journal mode {found!r}; put the database on a local disk"
+            f"journal mode {journal!r}; put the database on a local disk"
         )
 
 

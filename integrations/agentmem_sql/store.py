@@ -33,7 +33,7 @@ from agentmem_sql.mark_sweep import Sweeper
 from agentmem_sql.message_cache import CachedThread, ChannelHeads, DecodeTemplates, ThreadCache, reads_as_written
 from agentmem_sql.protection import Protection
 from agentmem_sql.prune import Pruner, all_but_newest
-from agentmem_sql.reader import Found, Listing, Reader
+from agentmem_sql.reader import Listing, LoadedCheckpoint, Reader
 from agentmem_sql.rows import Address, Row, encode_checkpoint, encode_writes, to_tuple
 from agentmem_sql.schema import Tables
 from agentmem_sql.statements import MOST_CONTENT, MOST_ROWS
@@ -103,8 +103,9 @@ class Store:
                     known, parents = self._parents(serde, address, known)
                 else:
                     parents = at_parent
-            packer = Packer(serde, self.protection, known, relies_on_cache=bool(parents))
-            row, heads = encode_checkpoint(packer, self.protection, address, checkpoint, merged, new_versions, parents)
+            packer, row, heads = encode_checkpoint(
+                serde, self.protection, known, address, checkpoint, merged, new_versions, parents
+            )
             return packer, [row]
 
         address, packer, locked = self._write(config, encode, self.writer.put_checkpoint, WriteMode.INSERT)
@@ -128,8 +129,7 @@ class Store:
             return
 
         def encode(address: Address, known: CachedThread, _relying: bool) -> tuple[Packer, Sequence[Row]]:
-            packer = Packer(serde, self.protection, known)
-            return packer, encode_writes(packer, self.protection, address, writes, task_id, task_path)
+            return encode_writes(serde, self.protection, known, address, writes, task_id, task_path)
 
         # Writes to special channels replace what the task had there, and a task that was resumed writes its results
         # together with the answers: what is there already is looked for first.
@@ -207,7 +207,7 @@ class Store:
             for stored in self.database.run(listing.next_page):
                 yield self._tuple(serde, stored)
 
-    def _tuple(self, serde: SerializerProtocol, stored: Found) -> CheckpointTuple:
+    def _tuple(self, serde: SerializerProtocol, stored: LoadedCheckpoint) -> CheckpointTuple:
         return to_tuple(stored.checkpoint, serde, stored.known, self._templates_of(serde))
 
     def _templates_of(self, serde: SerializerProtocol) -> DecodeTemplates | None:

@@ -188,13 +188,13 @@ class Writer:
     def open_thread(self, connection: Connection, thread_id: str, *, alone: bool) -> Locked:
         """Lock a thread, which is made if it is not there."""
         statement = self._lock if alone else self._share
-        found = self._locked(connection, statement, thread_id)
-        if found is None:
+        thread = self._locked(connection, statement, thread_id)
+        if thread is None:
             row = {"key": thread_key(thread_id), "name": encode_text(thread_id), "epoch": randbelow(2**48)}
             add_rows(connection, self._tables.threads, [row], replace=False)
-            found = self._locked(connection, statement, thread_id)
-            assert found is not None
-        return found
+            thread = self._locked(connection, statement, thread_id)
+            assert thread is not None
+        return thread
 
     def add_content(self, connection: Connection, thread: int, contents: Mapping[bytes, tuple[int, bytes]]) -> None:
         """Store content; what is there already is left alone."""

@@ -38,7 +38,7 @@ from tests.helpers.sql_transfer_graph import Ticket, rich_graph, say
 Sql = Callable[..., list[Any]]
 NewUrl = Callable[[str], str]
 
-SOURCES = ("memory", "sqlite", "sqlite tasks", "postgres", "postgres tasks", "ours", "other", "other tasks")
+SOURCES = ("memory", "sqlite", "postgres tasks", "ours", "other", "other tasks")
 THREADS = ("plain", "asks", "twice", "inner")
 
 pytestmark = pytest.mark.filterwarnings("ignore::langchain_core._api.beta_decorator.LangChainBetaWarning")
@@ -146,22 +146,14 @@ async def opened(kind: str, tmp_path: Path, new_url: NewUrl) -> AsyncIterator[Si
     elif kind == "sqlite":
         with SqliteSaver.from_conn_string(str(tmp_path / "old.db")) as saver:
             yield Side(saver)
-    elif kind == "sqlite tasks":
-        async with AsyncSqliteSaver.from_conn_string(str(tmp_path / "old.db")) as tasks:
-            yield Side(tasks, tasks=True)
     elif kind == "ours":
         with SQLAlchemySaver.from_url("sqlite:///:memory:") as ours:
             yield Side(ours)
     else:
         conninfo = new_url("postgresql").replace("+psycopg", "")
-        if kind == "postgres":
-            with PostgresSaver.from_conn_string(conninfo) as postgres:
-                postgres.setup()
-                yield Side(postgres)
-        else:
-            async with AsyncPostgresSaver.from_conn_string(conninfo) as postgres_tasks:
-                await postgres_tasks.setup()
-                yield Side(postgres_tasks, tasks=True)
+        async with AsyncPostgresSaver.from_conn_string(conninfo) as postgres:
+            await postgres.setup()
+            yield Side(postgres, tasks=True)
 
 
 async def live(side: Side) -> None:

@@ -32,7 +32,7 @@ _HOMES = {
     "TurnOptions": "agentmem.generation.plan",
     "TurnStream": "agentmem.engine",
     "Usage": "agentmem.generation.turn",
-    "Window": "agentmem.prompt.window",
+    "Window": "agentmem.prompt.transcript",
     "context_limit": "agentmem.loading",
     "load": "agentmem.loading",
     "load_adapter": "agentmem.delta.adapter",
@@ -80,7 +80,7 @@ if TYPE_CHECKING:
     from agentmem.generation.turn import Remembered, Turn, Usage
     from agentmem.loading import context_limit, load
     from agentmem.messages import Message, ToolCall
-    from agentmem.prompt.window import Window
+    from agentmem.prompt.transcript import Window
     from agentmem.record import ConsumedRecord
     from agentmem.state import MemoryState
 

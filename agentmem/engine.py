@@ -17,13 +17,12 @@ from typing import Any, TypeVar, Unpack
 
 from agentmem.delta.model import SteeredModel
 from agentmem.errors import TurnCancelledError
-from agentmem.generation.batch import DecodeBatch
+from agentmem.generation.batch import DecodeBatch, Scheduler, Steps
 from agentmem.generation.guided import Grammars
 from agentmem.generation.kv_cache import PrefillCache, StaleKVCache
 from agentmem.generation.output_parser import Delta, Tags
 from agentmem.generation.plan import Request, TurnOptions
 from agentmem.generation.runner import ModelRunner
-from agentmem.generation.scheduler import Scheduler, Steps
 from agentmem.generation.turn import Emit, Remembered, Turn, TurnContext, run_remember, run_turn
 from agentmem.messages import Message, MessageCache
 from agentmem.prompt.transcript import Transcript

@@ -24,7 +24,7 @@ from agentmem.engine import Engine
 from agentmem.generation.sampling import Sampling
 from agentmem.messages import Message
 from agentmem.nano.recipe.language import Binding, ask, draw_bindings, filler, is_correct, tell
-from agentmem.prompt.window import Window
+from agentmem.prompt.transcript import Window
 from agentmem.state import MemoryState
 
 Arm = Literal["whole", "window", "zeroed", "foreign", "memory"]

@@ -22,8 +22,7 @@ from agentmem.generation.kv_cache import PrefillKey
 from agentmem.generation.reply_format import ReplyFormat
 from agentmem.generation.sampling import Sampling
 from agentmem.messages import Message
-from agentmem.prompt.transcript import Rendered, Transcript
-from agentmem.prompt.window import Window, pieces, tool_groups
+from agentmem.prompt.transcript import Rendered, Transcript, Window, pieces, tool_groups
 from agentmem.record import ConsumedRecord, OnEdit
 from agentmem.state import MemoryState
 

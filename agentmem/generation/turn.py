@@ -17,15 +17,21 @@ from typing import Any, Literal
 import torch
 
 from agentmem.errors import MissingAdapterError
-from agentmem.generation.batch import DecodeBatch, DecodeRequest
-from agentmem.generation.detokenize import Detokenizer, StopFinder
+from agentmem.generation.batch import DecodeBatch, DecodeRequest, Steps
 from agentmem.generation.guided import Constraint, Grammars
 from agentmem.generation.kv_cache import Prefill, PrefillCache, StaleKVCache
-from agentmem.generation.output_parser import Delta, InvalidToolCall, OutputParser, ParsedReply, Tags
+from agentmem.generation.output_parser import (
+    Delta,
+    Detokenizer,
+    InvalidToolCall,
+    OutputParser,
+    ParsedReply,
+    StopFinder,
+    Tags,
+)
 from agentmem.generation.plan import CatchUp, Plan, Request, Truncation, plan_remember, plan_turn
 from agentmem.generation.runner import ModelRunner
 from agentmem.generation.sampling import Sampler
-from agentmem.generation.scheduler import Steps
 from agentmem.generation.sequence import Sequence, Snapshot
 from agentmem.messages import Message
 from agentmem.prompt.transcript import Transcript, sentence_numbers

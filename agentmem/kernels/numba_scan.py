@@ -8,14 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from numba import types
-from torch import Tensor
 
 from agentmem.kernels.numba_jit import compiled, floats
-from agentmem.kernels.recurrence import ScanArgs
 
-__all__ = ["scan"]
+__all__ = ["run"]
 
 
 def _scan(addresses: Any, batch: int, length: int, heads: int, rank: int) -> None:
@@ -41,13 +38,4 @@ def _scan(addresses: Any, batch: int, length: int, heads: int, rank: int) -> Non
                         states[row + j] = gate * states[row + j] + u * k[at + j]
 
 
-_run: Any = compiled(types.void(types.Array(types.int64, 1, "C"), *[types.intp] * 4), _scan, nogil=True)
-
-
-def scan(args: ScanArgs) -> tuple[Tensor, Tensor]:
-    """As `recurrence.scan`, of float32 tensors on a CPU; no gradient passes."""
-    batch, length, heads, rank = args.q.shape
-    inputs = [x.contiguous() for x in args[1:]]
-    last, reads = args.state.clone(memory_format=torch.contiguous_format), torch.empty_like(inputs[0])
-    _run(np.array([x.data_ptr() for x in (*inputs, reads, last)], dtype=np.int64), batch, length, heads, rank)
-    return reads, last
+run: Any = compiled(types.void(types.Array(types.int64, 1, "C"), *[types.intp] * 4), _scan, nogil=True)

@@ -17,6 +17,7 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -144,10 +145,19 @@ def scan(args: ScanArgs, *, chunk: int = 0) -> tuple[Tensor, Tensor]:
         return results
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in args)
     if not differentiated and not chunk and runs_numba(*args):
-        from agentmem.kernels import numba_scan
-
-        return numba_scan.scan(args)
+        return _scan_by_numba(args)
     return recurrence.scan_blocked(args, chunk=chunk) if chunk else recurrence.scan(args)
+
+
+def _scan_by_numba(args: ScanArgs) -> tuple[Tensor, Tensor]:
+    """As `recurrence.scan`, of float32 tensors on a CPU; no gradient passes."""
+    from agentmem.kernels import numba_scan
+
+    inputs = [x.contiguous() for x in args[1:]]
+    last, reads = args.state.clone(memory_format=torch.contiguous_format), torch.empty_like(inputs[0])
+    addresses = np.array([x.data_ptr() for x in (*inputs, reads, last)], dtype=np.int64)
+    numba_scan.run(addresses, *args.q.shape)
+    return reads, last
 
 
 def project(hidden: Tensor, parts: Sequence[Tensor]) -> Tensor:

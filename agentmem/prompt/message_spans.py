@@ -25,8 +25,7 @@ from typing import Any
 
 from agentmem.errors import TranscriptError
 from agentmem.messages import Message, MessageCache, ToolCall
-from agentmem.prompt.encode import Span
-from agentmem.prompt.template import ChatTemplate, Text, Tools
+from agentmem.prompt.template import ChatTemplate, Span, Text, Tools
 
 NOBODY = -1
 

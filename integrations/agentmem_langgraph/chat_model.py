@@ -31,8 +31,7 @@ from agentmem.errors import ConfigError, MissingAdapterError, TurnError
 from agentmem.messages import Message, MessageCache
 from agentmem_langgraph.engines import Engines, Source, profile_of
 from agentmem_langgraph.memory_turn import MemoryTurn, warn_once
-from agentmem_langgraph.messages import to_engine
-from agentmem_langgraph.streaming import ChunkWriter, to_ai_message
+from agentmem_langgraph.messages import ChunkWriter, to_ai_message, to_engine
 from agentmem_langgraph.tools import (
     Method,
     Tool,

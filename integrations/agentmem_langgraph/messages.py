@@ -1,19 +1,42 @@
-"""LangChain's messages as the engine takes them.
+"""LangChain's messages as the engine takes them, and a turn's reply as LangChain's message: whole, or in chunks.
 
 A memory recognises a message that it has consumed by its digest. So a reply that went out as an AIMessage must come
 back as the same message, and nothing that a graph may add later (ids, names, usage, metadata, reasoning) may count.
+
+Chunks add up to the whole message. Tool calls are shown while they are decoded: the name as soon as it is known, then
+the arguments as they come. What a model writes for a call is `{"name": ..., "arguments": {...}}`; LangChain wants the
+name once and the text of the arguments in pieces. A call that is written in another form, or not to its end, is known
+for what it is only at the end.
 """
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
-from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    BaseMessage,
+    ChatMessage,
+    HumanMessage,
+    SystemMessage,
+    ToolMessage,
+)
+from langchain_core.messages import InvalidToolCall as InvalidCall
+from langchain_core.messages import ToolCall as Call
+from langchain_core.messages.ai import UsageMetadata
+from langchain_core.messages.tool import ToolCallChunk, tool_call_chunk
+from langchain_core.outputs import ChatGenerationChunk
 
 from agentmem.errors import TranscriptError
 from agentmem.messages import ROLES, Message, MessageCache, Role, ToolCall
+
+if TYPE_CHECKING:
+    from agentmem import Delta, Turn
 
 _ROLES: dict[type[BaseMessage], Role] = {
     AIMessage: "assistant",
@@ -37,8 +60,16 @@ _MEDIA = {
     "media",
 }
 
+_TEXT_TYPES = {"text", "output_text", "input_text", "refusal"}
+
 _Key = tuple[Role, str, str, str, bool]  # role, text, tool_call_id, name, write: all of a message but calls
 _MESSAGE_BYTES = 600  # a message's object with its digest, and the key's other strings
+
+REASONING = "reasoning_content"
+"""Where an AIMessage keeps its reasoning (in additional_kwargs); LangChain's content blocks read it there."""
+
+_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)')
+_NOT_JSON = "<tool_call>"  # no JSON begins so
 
 
 def to_engine(messages: Sequence[BaseMessage], cache: MessageCache | None = None) -> list[Message]:
@@ -138,4 +169,224 @@ def _block_text(block: Mapping[str, object], kind: str, spoken: bool) -> str:
     )
 
 
-_TEXT_TYPES = {"text", "output_text", "input_text", "refusal"}
+def to_ai_message(turn: Turn, model_name: str) -> AIMessage:
+    """What a turn said, with usage, and with the digest of the new memory in place of the memory."""
+    return AIMessage(
+        content=turn.message.content,
+        tool_calls=[
+            Call(name=call.name, args=dict(call.arguments), id=call.id, type="tool_call")
+            for call in turn.message.tool_calls
+        ],
+        invalid_tool_calls=invalid_calls(turn),
+        additional_kwargs={REASONING: turn.reasoning} if turn.reasoning else {},
+        response_metadata=response_metadata(turn, model_name),
+        usage_metadata=usage(turn),
+    )
+
+
+def invalid_calls(turn: Turn) -> list[InvalidCall]:
+    """Calls that could not be read: name and arguments as far as they go, else the whole text, with a mark.
+
+    The mark is no JSON. Without it LangChain would complete the cut-off call of a stream to a valid one.
+    """
+    invalid = []
+    for call in turn.invalid_tool_calls:
+        text = CallText(call.id, 0)
+        text.push(call.text)
+        args = f"{_NOT_JSON}{call.text}" if text.name is None else f"{text.arguments}{text.mark}"
+        invalid.append(
+            InvalidCall(name=text.name, args=args, id=call.id or None, error=call.error, type="invalid_tool_call")
+        )
+    return invalid
+
+
+def response_metadata(turn: Turn, model_name: str) -> dict[str, Any]:
+    """model_name, finish_reason, memory (new digest, tokens written and read).
+
+    Where there are any: edits, deletions, tokens of KV that was carried over from an earlier turn, and what the prompt
+    left out of a message (`truncation`).
+    """
+    metadata: dict[str, Any] = {
+        "model_name": model_name,
+        "finish_reason": turn.finish_reason,
+        "memory": {
+            "digest": turn.state.digest if turn.state else None,
+            "written": turn.written,
+            "read": turn.read,
+        },
+    }
+    if turn.usage.carried_tokens:
+        metadata["carried"] = turn.usage.carried_tokens
+    if turn.edits:
+        metadata["edits"] = list(turn.edits)
+    if turn.deletions:
+        metadata["deletions"] = turn.deletions
+    if turn.truncation is not None:
+        cut = turn.truncation
+        metadata["truncation"] = {"rule": cut.rule, "messages": list(cut.messages), "tokens": cut.tokens}
+    return metadata
+
+
+def usage(turn: Turn) -> UsageMetadata:
+    """Token counts in LangChain's form."""
+    used = turn.usage
+    return UsageMetadata(
+        input_tokens=used.input_tokens,
+        output_tokens=used.output_tokens,
+        total_tokens=used.input_tokens + used.output_tokens,
+        input_token_details={"cache_read": used.cache_read_tokens},
+    )
+
+
+class ChunkWriter:
+    """Makes a chunk of each delta and, at the end, the one with usage, metadata and tool calls."""
+
+    def __init__(self) -> None:
+        self._calls: dict[str, CallText] = {}  # those that are shown as they come, by id
+        self._text = _Trimmed()
+        self._reasoning = _Trimmed(leading=False)
+
+    def chunk(self, delta: Delta) -> ChatGenerationChunk | None:
+        """The chunk of a delta, or None while there is nothing to show."""
+        if delta.kind == "text":
+            shown = self._text.push(delta.text)
+            return _chunk(AIMessageChunk(content=shown)) if shown else None
+        # Beside reasoning and calls the engine strips the text.
+        self._text.leading = False
+        if delta.kind == "reasoning" and (shown := self._reasoning.push(delta.text)):
+            return _chunk(AIMessageChunk(content="", additional_kwargs={REASONING: shown}))
+        if delta.call:
+            call = self._calls.setdefault(delta.call, CallText(delta.call, len(self._calls)))
+            piece = call.push(delta.text)
+            return _chunk(AIMessageChunk(content="", tool_call_chunks=[piece])) if piece else None
+        return None
+
+    def last(self, turn: Turn, model_name: str) -> ChatGenerationChunk:
+        """What is left of the text, the tool calls, and all that is said once."""
+        content = turn.message.content
+        places = {call: index for index, call in enumerate(self._calls)}
+        chunks = []
+        for call in turn.message.tool_calls:
+            if not self._shown(call.id):
+                place = places.setdefault(call.id, len(places))
+                args = json.dumps(dict(call.arguments))
+                chunks.append(tool_call_chunk(name=call.name, args=args, id=call.id, index=place))
+        for invalid, refused in zip(turn.invalid_tool_calls, invalid_calls(turn), strict=True):
+            if self._shown(invalid.id):
+                chunks.append(self._calls[invalid.id].refuse())
+            else:
+                place = places.setdefault(invalid.id or f"{len(places)}", len(places))
+                chunks.append(tool_call_chunk(name=None, args=refused["args"], id=refused["id"], index=place))
+        return _chunk(
+            AIMessageChunk(
+                content=content[len(self._text.sent) :],
+                tool_call_chunks=chunks,
+                response_metadata=response_metadata(turn, model_name),
+                usage_metadata=usage(turn),
+                chunk_position="last",
+            )
+        )
+
+    def _shown(self, call: str) -> bool:
+        """Whether something of a call was shown already."""
+        return call in self._calls and self._calls[call].name is not None
+
+
+class _Trimmed:
+    """Passes text on as far as it is known to be part of the whole message's text.
+
+    White space is held back until something follows it. A text that starts with white space waits until it is
+    clear whether that belongs to it, at the latest for the end: models seldom start so.
+    """
+
+    def __init__(self, *, leading: bool = True) -> None:
+        self.leading = leading  # whether white space at the start may belong to the text
+        self.sent = ""
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        self._held += text
+        if not self.sent:
+            start = self._held.lstrip()
+            if self.leading and start != self._held:
+                return ""
+            self._held = start
+        shown = self._held.rstrip()
+        self._held = self._held[len(shown) :]
+        self.sent += shown
+        return shown
+
+
+class CallText:
+    """One call's text as it comes.
+
+    Attributes:
+        name: the tool's; None while unknown.
+        arguments: the JSON of the arguments so far.
+        complete: whether the arguments are complete.
+    """
+
+    def __init__(self, call: str, index: int) -> None:
+        """`call`: its id; `index`: its place among the calls of the reply."""
+        self.name: str | None = None
+        self.arguments = ""
+        self.complete = False
+        self._call = call
+        self._index = index
+        self._head = ""
+        self._open = ""  # the brackets to be closed, innermost last
+        self._quoted = self._escaped = False
+
+    def push(self, text: str) -> ToolCallChunk | None:
+        """Add text; gives what there is to show of it."""
+        if self.name is not None:
+            more = self._take(text)
+            return self._chunk(args=more) if more else None
+        self._head += text
+        match = _HEAD.match(self._head)
+        if match is None:
+            return None
+        try:
+            self.name = json.loads(match[1])
+        except ValueError:  # a control character, or half an escape
+            return None
+        return self._chunk(name=self.name, args=self._take(self._head[match.end() :]), call=self._call)
+
+    @property
+    def mark(self) -> str:
+        """What makes these arguments no JSON: a bracket that closes another than the one that is open.
+
+        After anything else LangChain would complete a call that was cut off to a valid one.
+        """
+        inside = "\\" * self._escaped + '"' * self._quoted
+        return inside + ("]" if self._open.endswith("}") else "}") + _NOT_JSON
+
+    def refuse(self) -> ToolCallChunk:
+        """What makes a call that was begun an invalid one."""
+        return self._chunk(args=self.mark)
+
+    def _take(self, text: str) -> str:
+        """The part of a text that belongs to the arguments."""
+        for at, letter in enumerate(text):
+            if self.complete:
+                text = text[:at]
+                break
+            if self._quoted:
+                self._quoted = self._escaped or letter != '"'
+                self._escaped = letter == "\\" and not self._escaped
+            elif letter == '"':
+                self._quoted = True
+            elif letter in "{[":
+                self._open += "}" if letter == "{" else "]"
+            elif letter in "}]":
+                self._open = self._open[:-1]
+                self.complete = not self._open
+        self.arguments += text
+        return text
+
+    def _chunk(self, *, args: str, name: str | None = None, call: str | None = None) -> ToolCallChunk:
+        return tool_call_chunk(name=name, args=args, id=call, index=self._index)
+
+
+def _chunk(message: AIMessageChunk) -> ChatGenerationChunk:
+    return ChatGenerationChunk(message=message)

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from agentmem.generation.detokenize import Detokenizer, StopFinder
-from agentmem.generation.output_parser import OutputParser, Tags
+from agentmem.generation.output_parser import Detokenizer, OutputParser, StopFinder, Tags
 
 CALL = '<tool_call>\n{"name": "run", "arguments": {"cmd": "pytest -q", "n": 3}}\n</tool_call>'
 

@@ -155,11 +155,9 @@ def test_a_row_that_is_not_finite_stays_alone(numba_step: ModuleType) -> None:
 def test_many_tokens(
     numba_step: ModuleType, seed: int, rows: int, length: int, heads: int, rank: int, gates: str
 ) -> None:
-    from agentmem.kernels.numba_scan import scan
-
     args = scan_inputs(seed, rows, length, heads, rank, gates)
     before = [x.clone() for x in args]
-    reads, last = scan(args)
+    reads, last = ops._scan_by_numba(args)
     want = defined_scan(args, weights_for(args, seed))
     close(reads, want[0], length + 3 * rank, "reads")
     close(last, want[1], length + 3 * rank, "states")
@@ -167,12 +165,10 @@ def test_many_tokens(
 
 
 def test_a_piece_of_a_larger_tensor_is_scanned_as_it_is(numba_step: ModuleType, seed: int) -> None:
-    from agentmem.kernels.numba_scan import scan
-
     args = scan_inputs(seed, 2, 12, 2, 8, "smooth")
     pieces = ScanArgs(*(torch.cat((x, x * torch.nan), dim=-1)[..., : x.shape[-1]] for x in args))
     assert not any(piece.is_contiguous() for piece in pieces)
-    for whole, piece in zip(scan(args), scan(pieces), strict=True):
+    for whole, piece in zip(ops._scan_by_numba(args), ops._scan_by_numba(pieces), strict=True):
         assert torch.equal(whole, piece)
 
 

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from agentmem.messages import Message, MessageCache
-from agentmem.prompt.encode import Encoder, any_of
+from agentmem.prompt.template import Encoder, any_of
 from agentmem.prompt.transcript import Transcript
 from tests.helpers.transcript_templates import CHATML, tokenizer
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from agentmem.errors import ConfigError, WindowError
 from agentmem.messages import Message, ToolCall
-from agentmem.prompt.window import Window, pieces, tool_groups
+from agentmem.prompt.transcript import Window, pieces, tool_groups
 
 SYSTEM, USER, REPLY = Message("system", "s"), Message("user", "u"), Message("assistant", "a")
 

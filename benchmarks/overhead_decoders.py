@@ -69,6 +69,7 @@ class FixedDecoder:
     """
 
     def __init__(self, runner: ModelRunner, kv: BatchedKVCache) -> None:
+        self.kv = kv
         self._positions = [row.length for row in kv.rows]
         count = len(self._positions)
         self._states = runner.steered.zeros(count) if runner.steered else None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from typer.testing import CliRunner
 
-from agentmem.errors import ConfigError, MissingAdapterError
+from agentmem.errors import ConfigError, MissingAdapterError, ModelNotFoundError
 from agentmem_cli.app import app
 
 
@@ -76,10 +77,13 @@ def test_what_is_wrong_with_the_options(tiny_model: Path, other_adapter: Path, t
     run = CliRunner()
     window = run.invoke(app, ["chat", "--db", str(tmp_path / "a.db"), "--window", "many"])
     assert isinstance(window.exception, ConfigError)
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    missing = run.invoke(app, ["chat", "--db", str(tmp_path / "a.db"), "--model", str(bare)])
-    assert isinstance(missing.exception, MissingAdapterError)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    no_model = run.invoke(app, ["chat", "--db", str(tmp_path / "a.db"), "--model", str(empty)])
+    assert isinstance(no_model.exception, ModelNotFoundError)
+    shutil.copy(tiny_model / "config.json", empty)
+    no_adapter = run.invoke(app, ["chat", "--db", str(tmp_path / "a.db"), "--model", str(empty)])
+    assert isinstance(no_adapter.exception, MissingAdapterError)
 
 
 def _stats(shown: str) -> list[str]:

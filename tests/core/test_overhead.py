@@ -104,15 +104,14 @@ def test_bare_and_steered_share_one_kv(benchmarks: dict[str, ModuleType], fixed:
     with torch.inference_mode(), overhead.steering(model, 2, "TSW") as steered:
         one, other = decoders.side_by_side(bare, model, steered, 3, 5, fixed)
         if fixed:
-            block = one._replay._block
-            assert block is other._replay._block
-            assert block.tokens == 4 * 256, "no row is added later"
+            assert one.kv is other.kv
+            assert one.kv.tokens == 4 * 256, "no row is added later"
         else:
             assert one.cache is other.cache
         for decoder in (one, other, one):
             decoder.step()
         if fixed:
-            assert [seat.length for seat in block.seats] == [5, 5, 5]
+            assert [row.length for row in one.kv.rows] == [5, 5, 5]
         else:
             assert one.cache.layers[0].keys.shape == (3, 1, 5, 16)
 
@@ -126,9 +125,9 @@ def test_bars_of_a_gpu_are_for_cuda_graphs(overhead: ModuleType, monkeypatch: py
         what, batch, length = case
         assert length in (shape.prompts if what == "decode" else shape.prefills)
         assert batch in shape.batches
-    monkeypatch.setattr("shapes.replays", lambda device: False)
+    monkeypatch.setattr("shapes.uses_graphs", lambda device: False)
     assert not shape.judged(gpu, "TSW", 8, True)
-    monkeypatch.setattr("shapes.replays", lambda device: device.type == "cuda")
+    monkeypatch.setattr("shapes.uses_graphs", lambda device: device.type == "cuda")
     assert shape.judged(gpu, "TSW", 8, True)
     assert not shape.judged(gpu, "MSW", 8, True)
     assert not shape.judged(cpu, "TSW", 8, False)

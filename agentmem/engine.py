@@ -39,12 +39,12 @@ class Engine:
         model: a causal language model of transformers.
         tokenizer: its tokenizer, with a chat template.
         steered: the model with memory attached; None = no memory.
-            name: the model name that replies carry.
+        name: the model name that replies carry.
         kv_cache_tokens: how many prompt tokens of recent prefills are kept for retries and branches, and as many again
             for turns with `kv="carry"`; 0 = none.
-            max_batch: how many sessions decode in one pass; 1 = they take turns. In a batch a session's numbers differ
-                in their last bits from those it would have alone, so only 1 gives bit-identical states whatever else is
-                running.
+        max_batch: how many sessions decode in one pass; 1 = they take turns. In a batch a session's numbers differ
+            in their last bits from those it would have alone, so only 1 gives bit-identical states whatever else is
+            running.
         template_options: variables for the chat template, `{"enable_thinking": False}` for example.
     """
 
@@ -132,13 +132,13 @@ class Engine:
         """Answer the last message.
 
         Args:
-                messages: the whole history; whatever the state has not consumed yet is written, once.
+            messages: the whole history; whatever the state has not consumed yet is written, once.
             state: the memory at the start; None = empty. Never changed.
             options: see `TurnOptions`.
 
         Raises:
             StateMismatchError, CorruptStateError: the state belongs to another model or adapter.
-                WindowError, TranscriptError, HistoryEditedError, ConfigError: see these classes.
+            WindowError, TranscriptError, HistoryEditedError, ConfigError: see these classes.
             TurnCancelledError, TurnTimeoutError, EngineClosedError: the turn was cancelled, took too long, or the
                 engine was closed.
         """
@@ -173,7 +173,7 @@ class Engine:
 
         Raises:
             MissingAdapterError: the engine has no memory.
-                StateMismatchError: the state belongs to another model or adapter.
+            StateMismatchError: the state belongs to another model or adapter.
         """
         return _wait(self._scheduler.submit(run_remember(self._context, messages, state, on_edit)))
 

@@ -4,22 +4,22 @@
     ├── MissingExtraError          an optional dependency is not installed
     ├── ConfigError                an option is unknown, archived or contradictory
     ├── AdapterError               adapter files do not hold what the config or the model needs
-        │   └── MissingAdapterError    memory is wanted, but the model has no adapter
-        ├── ModelNotFoundError         no model files at the path, or under the name, that was given
-        ├── UnsupportedModelError      the model's attention is built in a way that memory cannot be attached to
-        ├── SegmentsRequiredError      a message or sentence adapter should write but has no segments
-        ├── StateError                 a memory state cannot be used
-        │   ├── CorruptStateError      truncated, altered or malformed bytes
+    │   └── MissingAdapterError    memory is wanted, but the model has no adapter
+    ├── ModelNotFoundError         no model files at the path, or under the name, that was given
+    ├── UnsupportedModelError      the model's attention is built in a way that memory cannot be attached to
+    ├── SegmentsRequiredError      a message or sentence adapter should write but has no segments
+    ├── StateError                 a memory state cannot be used
+    │   ├── CorruptStateError      truncated, altered or malformed bytes
     │   └── StateMismatchError     made by another model or adapter, or of another shape
-        ├── TranscriptError            messages that the chat template cannot render
-        ├── HistoryEditedError         on_edit="error", and a consumed message was edited
-        ├── WindowError                what must be shown does not fit the window
-        ├── TurnError                  a call breaks the rules of a turn (one `MemoryTurn` used twice, for example)
+    ├── TranscriptError            messages that the chat template cannot render
+    ├── HistoryEditedError         on_edit="error", and a consumed message was edited
+    ├── WindowError                what must be shown does not fit the window
+    ├── TurnError                  a call breaks the rules of a turn (one `MemoryTurn` used twice, for example)
     ├── TurnCancelledError         the caller cancelled the turn
-        ├── TurnTimeoutError           the turn took longer than its timeout
+    ├── TurnTimeoutError           the turn took longer than its timeout
     ├── EngineClosedError          the engine was closed
-        ├── TrainingError              a process that computed part of a training step failed
-        ├── StorageError               a database lacks what was requested, or holds something this version cannot read
+    ├── TrainingError              a process that computed part of a training step failed
+    ├── StorageError               a database lacks what was requested, or holds something this version cannot read
     └── FactStoreError             the fact store cannot be opened or used
         ├── FactIndexError         its search index is lost or damaged; the facts are not
         └── StoreOwnedError        another process owns the directory

@@ -45,19 +45,19 @@ def load(
     """Load an engine.
 
     Args:
-            model: "nano" (the embedded model), a directory, or a hub id. Local files are preferred.
+        model: "nano" (the embedded model), a directory, or a hub id. Local files are preferred.
         adapter: a directory or a hub id; None = the one in the model's `adapter` folder; False = no memory.
         device: "auto" = CUDA, then Apple's, then the CPU.
-            dtype: "auto" = float32 on a CPU, otherwise the dtype in which the weights are stored.
-            attn_implementation: "auto" = flash_attention_2 where flash-attn is installed and the device supports it,
-                else sdpa.
+        dtype: "auto" = float32 on a CPU, otherwise the dtype in which the weights are stored.
+        attn_implementation: "auto" = flash_attention_2 where flash-attn is installed and the device supports it,
+            else sdpa.
         revision, adapter_revision: branch, tag or commit on the hub.
-            device_map: where the layers go, in accelerate's form ("auto" for several devices); replaces `device`.
-            quantize: "4bit" or "8bit", by bitsandbytes or torchao, whichever is installed; or a quantisation config of
-                transformers. The memory itself is never quantised.
+        device_map: where the layers go, in accelerate's form ("auto" for several devices); replaces `device`.
+        quantize: "4bit" or "8bit", by bitsandbytes or torchao, whichever is installed; or a quantisation config of
+            transformers. The memory itself is never quantised.
         trust_remote_code: run Python code that comes with the model. It can do whatever you can.
         template_options: variables for the chat template, `{"enable_thinking": False}` for example.
-            progress: show bars while files are downloaded and weights loaded; None = for all but the embedded model.
+        progress: show bars while files are downloaded and weights loaded; None = for all but the embedded model.
         kv_cache_tokens, max_batch: see `Engine`.
 
     Raises:
@@ -149,7 +149,7 @@ def _read(read: Callable[..., Any], place: str, **options: Any) -> Any:
 
     Raises:
         ConfigError: the model needs its own code, or a library that is not installed.
-            ModelNotFoundError: the files are missing or broken.
+        ModelNotFoundError: the files are missing or broken.
     """
     there = Path(place).exists()
     try:
@@ -256,12 +256,12 @@ def _quantization(wanted: Any, dtype: str | torch.dtype) -> Any:
     fingerprint leaves out quantised weights and so stays the same: states can be moved between forms of one model.
 
     Args:
-            wanted: "4bit" (NF4 by bitsandbytes, else int4 weights by torchao), "8bit" (LLM.int8 by bitsandbytes, else
-                int8 weights by torchao), or a config of transformers, which is returned unchanged.
-            dtype: dtype of the arithmetic; "auto" = bfloat16.
+        wanted: "4bit" (NF4 by bitsandbytes, else int4 weights by torchao), "8bit" (LLM.int8 by bitsandbytes, else
+            int8 weights by torchao), or a config of transformers, which is returned unchanged.
+        dtype: dtype of the arithmetic; "auto" = bfloat16.
 
     Raises:
-            ConfigError: `wanted` has another value, or neither library is installed.
+        ConfigError: `wanted` has another value, or neither library is installed.
     """
     if not isinstance(wanted, str):
         return wanted

@@ -42,12 +42,12 @@ class Message:
 
     Attributes:
         role: who speaks.
-            content: the text.
-            tool_calls: the calls that an assistant message requests, in order.
-            tool_call_id: for a tool message, the id of the call that it answers.
+        content: the text.
+        tool_calls: the calls that an assistant message requests, in order.
+        tool_call_id: for a tool message, the id of the call that it answers.
         name: the speaker's or the tool's name, if any.
-            write: False for a message that is shown but never written and never recorded (retrieved facts). System
-                messages are never written, whatever the value.
+        write: False for a message that is shown but never written and never recorded (retrieved facts). System
+            messages are never written, whatever the value.
 
     Raises:
         TranscriptError: the role is unknown, or the content is not text, or not valid Unicode.
@@ -85,10 +85,10 @@ class Message:
         """SHA-256 over everything that identifies this message.
 
         Args:
-                with_name: include the name, as the records of older states do.
+            with_name: include the name, as the records of older states do.
 
         Raises:
-                TranscriptError: a tool call's arguments are not a JSON object.
+            TranscriptError: a tool call's arguments are not a JSON object.
         """
         # Arguments are the caller's own objects and may change in place; nothing else can, so only they forbid caching.
         if with_name or self.tool_calls:
@@ -121,7 +121,7 @@ class MessageCache:
     Thread-safe.
 
     Args:
-            limit: most bytes of all entries together.
+        limit: most bytes of all entries together.
     """
 
     def __init__(self, limit: int = CACHE_BYTES) -> None:

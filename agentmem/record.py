@@ -56,11 +56,11 @@ class History(NamedTuple):
     """A history in the form that records use.
 
     Attributes:
-            messages: the whole history.
-            places: indices of the messages that may be written.
-            silent: indices of the others.
-            digests: digests of the messages that may be written, 8 bytes each.
-            chains: chain digests of the first n of these, for n from 0 on.
+        messages: the whole history.
+        places: indices of the messages that may be written.
+        silent: indices of the others.
+        digests: digests of the messages that may be written, 8 bytes each.
+        chains: chain digests of the first n of these, for n from 0 on.
     """
 
     messages: list[Message]
@@ -110,13 +110,13 @@ class Alignment:
     """Which messages of a history are new. All lists hold indices into the history, in ascending order.
 
     Attributes:
-            new: to be written, once, in this order.
-            consumed: already in the memory.
-            edits: those of `new` that come before a consumed message.
-            silent: those that are never written.
-            deletions: how many messages of the last history are missing after one that was kept, and were not replaced.
-            rebuild: whether to start from the zero state; `new` then lists every message that may be written.
-            record: the record after `new` is written.
+        new: to be written, once, in this order.
+        consumed: already in the memory.
+        edits: those of `new` that come before a consumed message.
+        silent: those that are never written.
+        deletions: how many messages of the last history are missing after one that was kept, and were not replaced.
+        rebuild: whether to start from the zero state; `new` then lists every message that may be written.
+        record: the record after `new` is written.
     """
 
     new: list[int] = field(default_factory=list)
@@ -133,12 +133,12 @@ class ConsumedRecord:
     """All that a memory records about the messages written into it.
 
     Attributes:
-            count: how many messages were ever written.
+        count: how many messages were ever written.
         chain: 32 bytes, chain' = SHA-256(chain || digest) over the messages of the last history, from zeros.
         tail: the 8-byte digests of the last 256 messages of that history, oldest first.
 
     Raises:
-            CorruptStateError: the three are inconsistent.
+        CorruptStateError: the three are inconsistent.
     """
 
     count: int
@@ -233,9 +233,9 @@ class ConsumedRecord:
         """Find the new messages of a history.
 
         Args:
-                history: the whole history, system messages included; or the result of `History.read`.
-                on_edit: what to do about an unmatched message before a matched one, or a deletion: "write" reports
-                    them, "error" raises for an edit, "rebuild" asks for all messages to be written again.
+            history: the whole history, system messages included; or the result of `History.read`.
+            on_edit: what to do about an unmatched message before a matched one, or a deletion: "write" reports
+                them, "error" raises for an edit, "rebuild" asks for all messages to be written again.
 
         Raises:
             HistoryEditedError: `on_edit` is "error" and a message before a consumed one is new or changed.
@@ -277,8 +277,8 @@ class ConsumedRecord:
         """What is consumed of a history that does not start with the last one.
 
         Returns:
-                The indices of consumed messages in the history's digests, ascending; the last index that was matched in
-                order; and the number of deletions.
+            The indices of consumed messages in the history's digests, ascending; the last index that was matched in
+            order; and the number of deletions.
         """
         tail = _split(self.tail)
         digests = _earlier_digests(history, tail)

@@ -47,10 +47,10 @@ class MemoryState:
     Attributes:
         shape: [layers, heads, rank, rank].
         data: the matrices, little-endian float32 in C order.
-            model_fingerprint: fingerprint of the model that wrote them.
-            adapter_fingerprint: fingerprint of the adapter that wrote them.
-            count, chain, tail: the record of what was consumed, see `agentmem.record`.
-            version: version of this format.
+        model_fingerprint: fingerprint of the model that wrote them.
+        adapter_fingerprint: fingerprint of the adapter that wrote them.
+        count, chain, tail: the record of what was consumed, see `agentmem.record`.
+        version: version of this format.
 
     Raises:
         CorruptStateError: a field has the wrong type or size, or a number is not finite.
@@ -191,7 +191,7 @@ class MemoryState:
         """Refuse this state unless it has this shape and was written by this model and adapter.
 
         Raises:
-                StateMismatchError: it was not; the error names both sides.
+            StateMismatchError: it was not; the error names both sides.
         """
         pairs = (
             ("model", model_fingerprint, self.model_fingerprint),

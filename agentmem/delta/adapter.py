@@ -1,9 +1,9 @@
 """Reads and writes adapter directories, in the authors' format and in our own.
 
-        <dir>/delta_mem_config.json      MemoryConfig, in both formats
-        <dir>/adapter.safetensors        the weights in our format
-        <dir>/delta_mem_adapter.pt       the weights in the authors' format, read by torch's restricted loader
-        (`weights_only=True`)
+    <dir>/delta_mem_config.json      MemoryConfig, in both formats
+    <dir>/adapter.safetensors        the weights in our format
+    <dir>/delta_mem_adapter.pt       the weights in the authors' format, read by torch's restricted loader
+    (`weights_only=True`)
 
 Tensors are named `model.layers.N.self_attn.<param>` with the parameters of `layer.LayerMemory`,
 whatever the model calls its own modules. Everything is checked before anything is used.
@@ -43,11 +43,11 @@ class Adapter:
     """An adapter in memory.
 
     Attributes:
-            config: the mechanism's options.
-            tensors: the weights, by the names they have in the file.
-            base: the fingerprint of the model that the adapter was made for. None where the file does not record it,
-                which the authors' files never do. It is stored in the header of our weights file and is not part of the
-                adapter's own fingerprint.
+        config: the mechanism's options.
+        tensors: the weights, by the names they have in the file.
+        base: the fingerprint of the model that the adapter was made for. None where the file does not record it,
+            which the authors' files never do. It is stored in the header of our weights file and is not part of the
+            adapter's own fingerprint.
     """
 
     config: MemoryConfig
@@ -69,7 +69,7 @@ def load_adapter(directory: str | Path) -> Adapter:
     """Read an adapter directory in either format; where both are present, ours is read.
 
     Raises:
-            ConfigError: the json is missing, or asks for something that agentmem does not implement.
+        ConfigError: the json is missing, or asks for something that agentmem does not implement.
         AdapterError: the weights are missing, unreadable, or hold anything but named tensors.
     """
     directory = Path(directory)
@@ -116,8 +116,8 @@ def save_adapter(
     """Write an adapter directory. The weights and the json each replace the old file in one step, the weights first.
 
     Raises:
-            AdapterError: the authors' format was requested and the directory holds an `adapter.safetensors`, which
-                loading would prefer.
+        AdapterError: the authors' format was requested and the directory holds an `adapter.safetensors`, which
+            loading would prefer.
         OSError: the directory cannot be written.
     """
     directory = Path(directory)
@@ -148,7 +148,7 @@ def fill(memory: Sequence[LayerMemory], layers: Sequence[int], adapter: Adapter)
     """Copy an adapter's tensors into the memory of the given layers, after checking every name and shape.
 
     Raises:
-            AdapterError: a tensor is missing, unknown, misshaped or not finite; nothing is copied then.
+        AdapterError: a tensor is missing, unknown, misshaped or not finite; nothing is copied then.
     """
     parameters: dict[str, nn.Parameter] = {}
     optional: set[str] = set()

@@ -33,12 +33,12 @@ class AttentionSite:
     """One attention layer.
 
     Attributes:
-            layer: its number in depth order, as in adapter files.
-            hidden: D, the hidden size.
-            widths: output widths of the four projections.
-            targets: for each of q, k, v and o, the module whose output is corrected, and the first column of that
-                projection in the output (other than 0 only where q, k and v share one packed product).
-            first: the first module of the layer that sees the hidden state in a forward pass.
+        layer: its number in depth order, as in adapter files.
+        hidden: D, the hidden size.
+        widths: output widths of the four projections.
+        targets: for each of q, k, v and o, the module whose output is corrected, and the first column of that
+            projection in the output (other than 0 only where q, k and v share one packed product).
+        first: the first module of the layer that sees the hidden state in a forward pass.
     """
 
     layer: int
@@ -58,12 +58,12 @@ class ProjectionSite(NamedTuple):
     """A projection in a layer with memory, and which parts of its output are corrected.
 
     Attributes:
-            module: the projection.
-            number: its index among all sites of the model.
-            layer: the index of its layer among the layers with memory.
-            heads: the heads that are corrected in its output, each with its first column there.
-            is_output: whether it is the layer's output projection. All other sites have the hidden state as their
-                input.
+        module: the projection.
+        number: its index among all sites of the model.
+        layer: the index of its layer among the layers with memory.
+        heads: the heads that are corrected in its output, each with its first column there.
+        is_output: whether it is the layer's output projection. All other sites have the hidden state as their
+            input.
     """
 
     module: nn.Module
@@ -97,7 +97,7 @@ def find_sites(model: nn.Module) -> list[AttentionSite]:
     """The self-attention layers of a causal language model, in depth order.
 
     Raises:
-            UnsupportedModelError: the model has no attention layer, or has one that is built differently.
+        UnsupportedModelError: the model has no attention layer, or has one that is built differently.
     """
     name = type(model).__name__
     config = getattr(model, "config", None)

@@ -75,27 +75,26 @@ class MemoryConfig:
     Attributes:
         rank: r, the side of a state matrix.
         alpha: corrections are scaled by alpha / rank.
-            num_state_heads: H, the number of state matrices in a layer (4 in the multi-state variant).
-            write_strategy: what one write is computed from: a single token, the mean of a message, or the mean of a
-                sentence.
+        num_state_heads: H, the number of state matrices in a layer (4 in the multi-state variant).
+        write_strategy: what one write is computed from: a single token, the mean of a message, or the mean of a
+            sentence.
         normalize_qk: tanh and L2 norm on memory queries and keys (both or neither).
-            couple_lambda: whether retention is 1 - beta; otherwise it has weights of its own.
-            state_update_mode: how retention, erasure and writing are computed from the gates (`layer.gates`).
+        couple_lambda: whether retention is 1 - beta; otherwise it has weights of its own.
+        state_update_mode: how retention, erasure and writing are computed from the gates (`layer.gates`).
         rankwise_gates: one gate for each state row; otherwise one for each state head.
         delta_heads: which projections are corrected.
         target_layers: layers that carry memory; empty means all.
-            delta_o_rmsnorm: whether the correction of o goes through an RMSNorm, after all scaling.
-            trainable_delta_scale: whether alpha / rank is multiplied by a trained factor sigmoid(raw) *
-                delta_scale_max, one per layer
-            or for each head (`delta_scale_granularity`).
+        delta_o_rmsnorm: whether the correction of o goes through an RMSNorm, after all scaling.
+        trainable_delta_scale: whether alpha / rank is multiplied by a trained factor sigmoid(raw) *
+            delta_scale_max, one per layer or for each head (`delta_scale_granularity`).
         beta_bias_init, lambda_bias_init, output_init, base_slice_ref_width, online_gain, delta_scale_init:
-                    how new weights are initialised (`LayerMemory.reset_parameters`); no effect on loaded weights.
+            how new weights are initialised (`LayerMemory.reset_parameters`); no effect on loaded weights.
 
     Integers given for float fields become floats, and lists become tuples, so that equal configs are also equal on
     disk.
 
     Raises:
-            ConfigError: a value has the wrong type or is out of range.
+        ConfigError: a value has the wrong type or is out of range.
     """
 
     rank: int = 8
@@ -176,7 +175,7 @@ class MemoryConfig:
         """Read the authors' json object.
 
         Raises:
-                ConfigError: an unknown key, an archived option that is switched on, or a value of the wrong type.
+            ConfigError: an unknown key, an archived option that is switched on, or a value of the wrong type.
         """
         names = {field.name for field in fields(cls)} - {"write_strategy"}
         options = names | _ARCHIVED_OFF.keys() | _ARCHIVED_IDLE.keys()

@@ -33,15 +33,15 @@ class PackedWeights:
     weights were packed.
 
     Attributes:
-            memory: the memory of all layers.
-            parameters_of: picks the parameters that steps need out of a layer's `_parameters`.
-            addresses: the addresses of these parameters, for all layers, after packing.
-            device: the device of all weights; None where they are on several devices, in which case nothing is packed.
-            packed: for each layer the packed weight [3 H r + gates, D].
-            outputs: for each layer the output weights [W, H r] of the heads that are corrected, in the config's order.
-            beta_bias, lambda_bias: the biases of all layers, [L, 1, 1, H, r or 1]; `lambda_bias` is None where the
-                config has none.
-            uses_triton: whether steps run as Triton kernels on this device.
+        memory: the memory of all layers.
+        parameters_of: picks the parameters that steps need out of a layer's `_parameters`.
+        addresses: the addresses of these parameters, for all layers, after packing.
+        device: the device of all weights; None where they are on several devices, in which case nothing is packed.
+        packed: for each layer the packed weight [3 H r + gates, D].
+        outputs: for each layer the output weights [W, H r] of the heads that are corrected, in the config's order.
+        beta_bias, lambda_bias: the biases of all layers, [L, 1, 1, H, r or 1]; `lambda_bias` is None where the
+            config has none.
+        uses_triton: whether steps run as Triton kernels on this device.
     """
 
     def __init__(self, memory: Sequence[LayerMemory]) -> None:
@@ -79,15 +79,15 @@ class DecodeStep(ForwardContext):
     """One token of every row, without gradients, on one device.
 
     Args:
-            weights: the weights of all layers.
-            state: [B, L, H, r, r], of the shape that all states of this step have.
-            writing: whether tokens are written, or gathered into segments; otherwise only their query is computed.
+        weights: the weights of all layers.
+        state: [B, L, H, r, r], of the shape that all states of this step have.
+        writing: whether tokens are written, or gathered into segments; otherwise only their query is computed.
 
-        Attributes:
-            state, mask, segments, pending: the inputs of the next token, set before `begin`. `state` [B, L, H, r, r] is
-                not changed. `mask` says where the token is written, [B, 1] bool (None = everywhere). For adapters that
-                write by message or sentence, `segments` holds each row's segment (-1 = not written) and `pending` the
-                sums of earlier calls of the same pass.
+    Attributes:
+        state, mask, segments, pending: the inputs of the next token, set before `begin`. `state` [B, L, H, r, r] is
+            not changed. `mask` says where the token is written, [B, 1] bool (None = everywhere). For adapters that
+            write by message or sentence, `segments` holds each row's segment (-1 = not written) and `pending` the
+            sums of earlier calls of the same pass.
     """
 
     def __init__(self, weights: PackedWeights, state: Tensor, writing: bool) -> None:

@@ -21,11 +21,11 @@ class PooledDecodeStep(ForwardContext):
     """One token in every row, without gradients, on one device.
 
     Args:
-            memory: the memory of all layers.
-            pool: [slots, L, H, r, r] float32; each layer's part is changed when the layer reads.
-            slots: [B], the slot of each row's state; -1 = the row is inert.
-            mask: [B] bool, whether a row writes; None = all rows write.
-            result: what `end` returns as the state; None = the pool.
+        memory: the memory of all layers.
+        pool: [slots, L, H, r, r] float32; each layer's part is changed when the layer reads.
+        slots: [B], the slot of each row's state; -1 = the row is inert.
+        mask: [B] bool, whether a row writes; None = all rows write.
+        result: what `end` returns as the state; None = the pool.
     """
 
     def __init__(
@@ -64,11 +64,11 @@ class PooledDecodeStep(ForwardContext):
         """A step on a caller's pool, after all arguments were checked.
 
         Args:
-                memory, pool, slots: as for `PooledDecodeStep`.
-                write: whether tokens write: one bool, or [B, 1] bool.
+            memory, pool, slots: as for `PooledDecodeStep`.
+            write: whether tokens write: one bool, or [B, 1] bool.
 
         Raises:
-                StateMismatchError, TurnError: the pool, or another argument, has the wrong shape, dtype or device.
+            StateMismatchError, TurnError: the pool, or another argument, has the wrong shape, dtype or device.
         """
         config = memory[0].config
         shape = (len(memory), config.num_state_heads, config.rank, config.rank)

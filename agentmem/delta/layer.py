@@ -58,14 +58,14 @@ class LayerMemory(nn.Module):
 
     Args:
         config: the mechanism.
-            hidden: D, the hidden size, which is the input width of q_proj.
-            widths: output width of each projection. All four are needed, since the authors' files hold the weights of
-                inactive heads too.
+        hidden: D, the hidden size, which is the input width of q_proj.
+        widths: output width of each projection. All four are needed, since the authors' files hold the weights of
+            inactive heads too.
 
     Attributes:
-            idle: names of the parameters that have no effect under this config. Files may lack them, and they get no
-                gradient.
-            query_width: H r, the number of a token's products that are its query.
+        idle: names of the parameters that have no effect under this config. Files may lack them, and they get no
+            gradient.
+        query_width: H r, the number of a token's products that are its query.
     """
 
     memory_q_proj: nn.Parameter
@@ -121,7 +121,7 @@ class LayerMemory(nn.Module):
         sqrt(base_slice_ref_width). The paper names this initialisation without defining it; this definition is ours.
 
         Raises:
-                ConfigError: `output_init` has another value, or a projection is too narrow for its slice.
+            ConfigError: `output_init` has another value, or a projection is too narrow for its slice.
         """
         config = self.config
         with torch.no_grad():
@@ -166,8 +166,8 @@ class LayerMemory(nn.Module):
 
         Args:
             hidden: [B, T, D], any float dtype.
-                mask: [B, T] bool, False where a token must not write (keep 1, erase and write 0); None = all tokens
-                    write.
+            mask: [B, T] bool, False where a token must not write (keep 1, erase and write 0); None = all tokens
+                write.
         """
         return self.terms_from(self.products(hidden), mask)
 

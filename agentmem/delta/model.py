@@ -35,10 +35,10 @@ class SteeredOutput:
     """What one call returns.
 
     Attributes:
-            logits: [B, n, V], where n follows from `logits_to_keep`; None where no logits were wanted.
-            state: [B, L, H, r, r] float32, where L counts the layers with memory, in depth order.
-            cache: the KV cache, or None where none was kept.
-            pending: sums of an open message or sentence pass, for the next call; None where no pass is open.
+        logits: [B, n, V], where n follows from `logits_to_keep`; None where no logits were wanted.
+        state: [B, L, H, r, r] float32, where L counts the layers with memory, in depth order.
+        cache: the KV cache, or None where none was kept.
+        pending: sums of an open message or sentence pass, for the next call; None where no pass is open.
     """
 
     logits: Tensor | None
@@ -84,11 +84,11 @@ class SteeredModel:
         """Attach memory to a causal language model of transformers.
 
         Args:
-                model: the model. Its weights are not changed and stay trainable or frozen as they are.
-                adapter: an adapter directory, or a loaded adapter.
-                config: in place of an adapter: options, with newly initialised weights (for training).
-                dtype: dtype of the memory's parameters; None = the model's.
-                seed: seed of the newly initialised weights.
+            model: the model. Its weights are not changed and stay trainable or frozen as they are.
+            adapter: an adapter directory, or a loaded adapter.
+            config: in place of an adapter: options, with newly initialised weights (for training).
+            dtype: dtype of the memory's parameters; None = the model's.
+            seed: seed of the newly initialised weights.
 
         Raises:
             UnsupportedModelError: the attention cannot be steered.
@@ -179,23 +179,23 @@ class SteeredModel:
             attention_mask: [B, P + T] of 0 and 1, P the tokens already in the cache; its last T columns also
                 keep padding from being written. None = no padding.
             position_ids: [B, T]; None = the cumulative sum of the mask, minus 1.
-                segments: [B, T] int64, -1 = never written (under every write strategy). Message and sentence adapters
-                    need segments to write.
-                write: whether tokens write: one bool, or a bool for each of [B, T]. A token that does not write counts
-                    as segment -1.
-                cache: None = keep no KV, True = make a new DynamicCache, or an existing cache, which is extended in
-                    place.
-                logits_to_keep: 0 = logits at all positions, n = at the last n, -1 = none.
-                pending: sums so far of the same pass, from the previous call.
-                close: False leaves a message or sentence pass open: nothing is written yet.
-                attention_bias: [B, 1, T, P + T] bool, True = may attend. The attention gets it in place of
-                    `attention_mask`, which then only decides what is written. For training on several turns in one
-                    call.
+            segments: [B, T] int64, -1 = never written (under every write strategy). Message and sentence adapters
+                need segments to write.
+            write: whether tokens write: one bool, or a bool for each of [B, T]. A token that does not write counts
+                as segment -1.
+            cache: None = keep no KV, True = make a new DynamicCache, or an existing cache, which is extended in
+                place.
+            logits_to_keep: 0 = logits at all positions, n = at the last n, -1 = none.
+            pending: sums so far of the same pass, from the previous call.
+            close: False leaves a message or sentence pass open: nothing is written yet.
+            attention_bias: [B, 1, T, P + T] bool, True = may attend. The attention gets it in place of
+                `attention_mask`, which then only decides what is written. For training on several turns in one
+                call.
         Raises:
-                SegmentsRequiredError: a message or sentence adapter should write but has no segments.
-                StateMismatchError: the state has the wrong shape or dtype.
-                TurnError: another argument has the wrong shape; `pending` belongs to another batch or was passed to a
-                    token adapter; another call is running; or the memory was removed by `detach`.
+            SegmentsRequiredError: a message or sentence adapter should write but has no segments.
+            StateMismatchError: the state has the wrong shape or dtype.
+            TurnError: another argument has the wrong shape; `pending` belongs to another batch or was passed to a
+                token adapter; another call is running; or the memory was removed by `detach`.
         """
         self._need_idle()
         batch, length = input_ids.shape
@@ -239,27 +239,27 @@ class SteeredModel:
 
         Args:
             input_ids: [B, 1].
-                pool: [slots, L, H, r, r] float32, contiguous, on the device of the memory, as made by `zeros(slots)`.
-                slots: [B] int32 or int64, the slot of each row's state; each at most once and below the pool's length
-                    (not checked, since a check would wait for the device). -1 = an inert row, which is not corrected
-                    and writes no state.
-                position_ids: [B, 1].
-                cache: a cache of transformers, extended in place by one token in every row, inert rows included.
-                write: whether tokens write: one bool, or [B, 1] bool. Message and sentence adapters can only read here.
-                attention_bias: [B, 1, 1, W] bool, True = may attend, where W is the length that the cache shows; None =
-                    the model's own mask.
+            pool: [slots, L, H, r, r] float32, contiguous, on the device of the memory, as made by `zeros(slots)`.
+            slots: [B] int32 or int64, the slot of each row's state; each at most once and below the pool's length
+                (not checked, since a check would wait for the device). -1 = an inert row, which is not corrected
+                and writes no state.
+            position_ids: [B, 1].
+            cache: a cache of transformers, extended in place by one token in every row, inert rows included.
+            write: whether tokens write: one bool, or [B, 1] bool. Message and sentence adapters can only read here.
+            attention_bias: [B, 1, 1, W] bool, True = may attend, where W is the length that the cache shows; None =
+                the model's own mask.
 
         Returns:
             The logits [B, V].
 
         Raises:
-                SegmentsRequiredError: a message or sentence adapter should write.
-                StateMismatchError: the pool has the wrong shape, dtype or device, or is not contiguous.
-                TurnError: another argument has the wrong shape or dtype; another call is running; or the memory was
-                    removed by `detach`.
+            SegmentsRequiredError: a message or sentence adapter should write.
+            StateMismatchError: the pool has the wrong shape, dtype or device, or is not contiguous.
+            TurnError: another argument has the wrong shape or dtype; another call is running; or the memory was
+                removed by `detach`.
 
-            If it fails inside the model, some layers have already read and written and others have not: pool and cache
-            must then be discarded.
+        If it fails inside the model, some layers have already read and written and others have not: pool and cache
+        must then be discarded.
         """
         self._need_idle()
         if write is not False and self.config.write_strategy != "token":

@@ -34,10 +34,10 @@ class Pending:
     """An open pass: sums over the tokens read so far. Opaque to callers.
 
     Attributes:
-            ids: the S segments that occur in any row, ascending.
-            counts: [B, S] float32, the number of tokens in each.
-            sums: for each layer [B, S, 2 H r + gates] float32, the sum of the tokens' `LayerMemory.write_features`;
-                after a decode step one tensor [L, B, S, 2 H r + gates].
+        ids: the S segments that occur in any row, ascending.
+        counts: [B, S] float32, the number of tokens in each.
+        sums: for each layer [B, S, 2 H r + gates] float32, the sum of the tokens' `LayerMemory.write_features`;
+            after a decode step one tensor [L, B, S, 2 H r + gates].
     """
 
     ids: tuple[int, ...]
@@ -49,8 +49,8 @@ class ForwardContext(ABC):
     """One call with memory, over all layers.
 
     Attributes:
-            memory: the memory of all layers.
-            state: [B, L, H, r, r] float32, the state that the layers read.
+        memory: the memory of all layers.
+        state: [B, L, H, r, r] float32, the state that the layers read.
     """
 
     def __init__(self, memory: Sequence[LayerMemory], state: Tensor) -> None:
@@ -96,7 +96,7 @@ class ForwardContext(ABC):
         """The state after the call and, where the pass stays open, the sums so far.
 
         Raises:
-                TurnError: some layers did not read.
+            TurnError: some layers did not read.
         """
 
 
@@ -128,9 +128,9 @@ class SegmentPass(ForwardContext):
     """A pass that sums by segment what its tokens write.
 
     Args:
-            memory, state: of all layers.
-            segments: [B, T] int64, each token's segment, -1 where the token is not written; None = nothing is written.
-            pending: sums of earlier calls of the same pass.
+        memory, state: of all layers.
+        segments: [B, T] int64, each token's segment, -1 where the token is not written; None = nothing is written.
+        pending: sums of earlier calls of the same pass.
     """
 
     def __init__(

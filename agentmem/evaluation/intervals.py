@@ -36,7 +36,7 @@ def share(conversations: Sequence[tuple[int, int]], seed: int = 0) -> Share:
     """The share from (right, questions) of each conversation.
 
     Raises:
-            ValueError: there is no conversation, or one has no questions.
+        ValueError: there is no conversation, or one has no questions.
     """
     if not conversations or any(questions < 1 for _, questions in conversations):
         raise ValueError("a share needs conversations with at least one question each")

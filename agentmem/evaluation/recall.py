@@ -104,11 +104,11 @@ def measure(
     """Run conversations of one cell; yields (right, questions) of each arm, conversation by conversation.
 
     Args:
-            arms: for each arm, how many of the conversations it takes part in (always the first ones).
-            seed: conversations are drawn from (seed, cell, number).
-            memoryless: answers, by question, of the arms that know nothing of the conversation; filled in here.
-                Decoding is greedy, so there is one answer to a question: it is asked once and counted each time it
-                occurs.
+        arms: for each arm, how many of the conversations it takes part in (always the first ones).
+        seed: conversations are drawn from (seed, cell, number).
+        memoryless: answers, by question, of the arms that know nothing of the conversation; filled in here.
+            Decoding is greedy, so there is one answer to a question: it is asked once and counted each time it
+            occurs.
     """
     memoryless = {} if memoryless is None else memoryless
     # The foreign memory is that of the previous conversation; the first conversation gets that of an extra one.

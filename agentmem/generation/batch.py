@@ -55,8 +55,8 @@ class DecodeRequest:
     """Asks for one token of a sequence to be read and the next one to be chosen.
 
     Attributes:
-            segment: the segment that the token belongs to; -1: the token is not written.
-            error: why this request failed, if it did.
+        segment: the segment that the token belongs to; -1: the token is not written.
+        error: why this request failed, if it did.
     """
 
     sequence: Sequence
@@ -70,12 +70,12 @@ class DecodeBatch:
 
     Args:
         runner: the model.
-            max_batch: most sequences in one pass; further ones form another.
-            idle_tokens: how many tokens of KV may be kept for future sequences where CUDA graphs were captured for
-                them. On a GPU a fraction of its memory takes the place of this limit.
+        max_batch: most sequences in one pass; further ones form another.
+        idle_tokens: how many tokens of KV may be kept for future sequences where CUDA graphs were captured for
+            them. On a GPU a fraction of its memory takes the place of this limit.
 
     Attributes:
-            uses_graphs: whether decoding runs in fixed buffers; turned off for good when these cannot be captured.
+        uses_graphs: whether decoding runs in fixed buffers; turned off for good when these cannot be captured.
 
     Raises:
         ConfigError: `max_batch` is not 1 or more.
@@ -430,7 +430,7 @@ class Scheduler:
 
     Args:
         name: of the thread.
-            batch: decodes the tokens that jobs wait for; what it keeps for later is freed when the thread ends.
+        batch: decodes the tokens that jobs wait for; what it keeps for later is freed when the thread ends.
     """
 
     def __init__(self, name: str, batch: DecodeBatch) -> None:
@@ -446,11 +446,11 @@ class Scheduler:
         """Queue a job; cancelling the future ends it before its next step.
 
         Args:
-                steps: the job, not started.
+            steps: the job, not started.
             timeout: seconds from now after which the job fails with `TurnTimeoutError`, before its next step.
 
         Raises:
-                EngineClosedError: the scheduler was closed, or this process is a fork of the one that runs its thread.
+            EngineClosedError: the scheduler was closed, or this process is a fork of the one that runs its thread.
         """
         if os.getpid() != self._process:  # before the lock, which a thread of the parent may have held
             raise EngineClosedError(

@@ -37,9 +37,9 @@ class BatchedKVCache:
     positions are zero: attention gives them no weight, but zero weight times NaN would be NaN.
 
     Args:
-            like: a sequence's own cache, with the same layers.
-            capacity: tokens that fit in a row.
-            rows: number of rows to begin with.
+        like: a sequence's own cache, with the same layers.
+        capacity: tokens that fit in a row.
+        rows: number of rows to begin with.
     """
 
     def __init__(self, like: Any, capacity: int, rows: int = 1) -> None:

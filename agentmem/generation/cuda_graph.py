@@ -51,7 +51,7 @@ class GraphCapturer:
         """A graph of `run`, after a few runs to warm up.
 
         Raises:
-                CannotCapture: `run` did something that a graph cannot repeat.
+            CannotCapture: `run` did something that a graph cannot repeat.
         """
         # Only one capture at a time in a process, on the model's device.
         with _CAPTURING, _uncollected(), torch.cuda.device(self._device):
@@ -100,11 +100,11 @@ class CapturedDecode:
     """One token for each of up to `rows` rows.
 
     Args:
-            step: the step to capture; the KV that it writes to must stay at its address for as long as this is used.
-            rows: number of rows in the buffers.
-            state: an example of one sequence's state [1, L, H, r, r]; None: the bare model.
-            device: the model's device.
-            capturer: captures the step on CUDA; None: the step is run without a graph.
+        step: the step to capture; the KV that it writes to must stay at its address for as long as this is used.
+        rows: number of rows in the buffers.
+        state: an example of one sequence's state [1, L, H, r, r]; None: the bare model.
+        device: the model's device.
+        capturer: captures the step on CUDA; None: the step is run without a graph.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class CapturedDecode:
         """One step: the logits [n, V] of the n given rows, and their new states [n, L, H, r, r].
 
         Raises:
-                CannotCapture: no token was read.
+            CannotCapture: no token was read.
         """
         count, free = len(tokens), [0] * (self.rows - len(tokens))
         inputs = torch.tensor([[*tokens, *free], [*positions, *free], [*map(int, writes), *free]])

@@ -58,12 +58,12 @@ class Grammars:
 
         Args:
             form: what the reply must be.
-                thinking: whether the prompt opened a reasoning block.
-                budget: most tokens in the reply.
+            thinking: whether the prompt opened a reasoning block.
+            budget: most tokens in the reply.
 
         Raises:
-                ConfigError: the schema cannot be enforced (the message names the part of it), or no valid reply fits
-                    the budget.
+            ConfigError: the schema cannot be enforced (the message names the part of it), or no valid reply fits
+                the budget.
         """
         import llguidance
 
@@ -109,8 +109,8 @@ class _Vocabulary:
 
     Attributes:
         letters: single characters that end or fill a value.
-            spelled: all tokens except the added ones, by their bytes.
-            added: tokens that were added to the tokenizer's vocabulary, control tokens among them.
+        spelled: all tokens except the added ones, by their bytes.
+        added: tokens that were added to the tokenizer's vocabulary, control tokens among them.
     """
 
     letters: Mapping[str, int]
@@ -122,7 +122,7 @@ class Constraint:
     """The grammar of one reply, and the position that the reply has reached in it.
 
     Attributes:
-            closing: whether the constraint now writes the rest of the reply, so that it ends within the budget.
+        closing: whether the constraint now writes the rest of the reply, so that it ends within the budget.
     """
 
     def __init__(

@@ -29,12 +29,12 @@ class PrefillKey:
     """What identifies a prefill.
 
     Attributes:
-            start: digest of everything that determines the matrices at the start (the turn's initial matrices, and what
-                was written before the prompt), and of the salt that keeps the prefills of different callers apart.
-            ids: the tokens.
-            segments: for each token the segment that it belongs to, -1 = it is not written.
-            read_only_prefix_len: number of tokens before the first one that is written; they are read in a call of
-                their own.
+        start: digest of everything that determines the matrices at the start (the turn's initial matrices, and what
+            was written before the prompt), and of the salt that keeps the prefills of different callers apart.
+        ids: the tokens.
+        segments: for each token the segment that it belongs to, -1 = it is not written.
+        read_only_prefix_len: number of tokens before the first one that is written; they are read in a call of
+            their own.
     """
 
     start: bytes

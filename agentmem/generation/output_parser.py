@@ -31,8 +31,8 @@ class Detokenizer:
 
     Attributes:
         ids: the tokens so far.
-            text: their text, up to the last complete character.
-            ends: for each token, the length of `text` after it.
+        text: their text, up to the last complete character.
+        ends: for each token, the length of `text` after it.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -156,9 +156,9 @@ class OutputParser:
 
         Args:
             tags: the tokenizer's delimiters.
-                seed: makes the ids of calls, together with their position: `call_` and 24 hex digits.
-                start: the block that the prompt left open (reasoning, where the template opens `<think>`).
-                json_text: whether the text, if any, is JSON; what is inside its strings then opens no block.
+            seed: makes the ids of calls, together with their position: `call_` and 24 hex digits.
+            start: the block that the prompt left open (reasoning, where the template opens `<think>`).
+            json_text: whether the text, if any, is JSON; what is inside its strings then opens no block.
         """
         self._tags = tags
         self._json_text = json_text

@@ -41,19 +41,19 @@ class TurnOptions(TypedDict, total=False):
 
     Attributes:
         sampling: how to decode; greedy, at most 512 tokens.
-            window: what the prompt shows; by default the last 4,096 tokens.
-            write: "all" (the default), "input" (the reply is recorded but not written) or "off" (the given state is
-                returned).
-            on_edit: what happens when consumed history was edited: "write" (the default), "error" or "rebuild".
+        window: what the prompt shows; by default the last 4,096 tokens.
+        write: "all" (the default), "input" (the reply is recorded but not written) or "off" (the given state is
+            returned).
+        on_edit: what happens when consumed history was edited: "write" (the default), "error" or "rebuild".
         tools: function descriptions in OpenAI form.
-            memory: False runs the bare model; the given state is returned.
-            form: the format of the reply, a call or JSON (see `ReplyFormat`); None = no constraint.
-            timeout: seconds from the call to the complete reply, waiting included; checked between forward passes.
-            kv: "exact" (the default), or "carry": start from the KV of the turn that returned the state, where it is
-                still kept and the prompt begins in the same way. Faster, but no longer exactly what defines the turn.
-            cache_salt: KV is reused only between turns with the same salt, so that `cache_read_tokens` reveals nothing
-                about other users' prompts. None (the default) is a salt like any other: turns without one share their
-                KV.
+        memory: False runs the bare model; the given state is returned.
+        form: the format of the reply, a call or JSON (see `ReplyFormat`); None = no constraint.
+        timeout: seconds from the call to the complete reply, waiting included; checked between forward passes.
+        kv: "exact" (the default), or "carry": start from the KV of the turn that returned the state, where it is
+            still kept and the prompt begins in the same way. Faster, but no longer exactly what defines the turn.
+        cache_salt: KV is reused only between turns with the same salt, so that `cache_read_tokens` reveals nothing
+            about other users' prompts. None (the default) is a salt like any other: turns without one share their
+            KV.
     """
 
     sampling: Sampling
@@ -87,8 +87,8 @@ class Request:
     """A turn as it was requested.
 
     Attributes:
-            messages: the whole history; the last message is the one to answer.
-            options: all options; those not given have their defaults.
+        messages: the whole history; the last message is the one to answer.
+        options: all options; those not given have their defaults.
 
     Raises:
         ConfigError: an option is unknown or out of range.
@@ -133,10 +133,10 @@ class Truncation:
     """The parts of always-shown messages for which the model's context has no room.
 
     Attributes:
-            messages: the indices of the cut messages.
-            tokens: how many of their tokens are not shown.
-            rule: "middle": each shows its first and last tokens, equally many of both; the longest messages are cut
-                first.
+        messages: the indices of the cut messages.
+        tokens: how many of their tokens are not shown.
+        rule: "middle": each shows its first and last tokens, equally many of both; the longest messages are cut
+            first.
     """
 
     messages: tuple[int, ...]
@@ -149,12 +149,12 @@ class CatchUp:
     """What is written before the prompt is read; for a write without a reply this is the whole plan.
 
     Attributes:
-            start: the memory that the passes begin with, or the zero state for a rebuild; None: the bare model.
-            catch_up_chunks: context-only passes over new messages that are not shown, oldest first.
-            record: what the memory will have consumed, without the reply.
-            written: number of tokens that are written before the reply.
-            edits: indices of new messages that come before consumed ones.
-            deletions: how many consumed messages are missing from the history, although a later consumed one is there.
+        start: the memory that the passes begin with, or the zero state for a rebuild; None: the bare model.
+        catch_up_chunks: context-only passes over new messages that are not shown, oldest first.
+        record: what the memory will have consumed, without the reply.
+        written: number of tokens that are written before the reply.
+        edits: indices of new messages that come before consumed ones.
+        deletions: how many consumed messages are missing from the history, although a later consumed one is there.
     """
 
     start: MemoryState | None
@@ -170,24 +170,24 @@ class Plan(CatchUp):
     """A complete turn.
 
     Attributes:
-            strategy: the adapter's write strategy; "token" without memory.
-            prompt: the shown messages; consumed ones have segment -1.
-            read: how many of their tokens are only read; 0 without memory.
-            truncation: what the prompt leaves out of them; None: nothing.
-            generation_prompt: the tokens that open the reply.
-            read_only_prefix_len: prompt tokens before the first one that is written; they are read in a call of their
-                own.
-            writes_reply: whether the reply is written.
-            reply_segment: the segment of a reply's tokens during decoding: 0, or -1 where they are only read.
-            prefill_key: identifies the prefill.
-            stale_kv: digest of the state whose turn's KV may replace the beginning of the prompt; None: no KV may.
-            keeps_kv: whether this turn's KV is kept for later turns.
-            returns_new_state: False: the given state is returned.
-            sampling, form: as requested.
-            thinking: whether the prompt ends inside a reasoning block.
-            budget: most tokens in the reply.
-            call_id_seed: the seed of tool-call ids.
-            cache_salt: as requested.
+        strategy: the adapter's write strategy; "token" without memory.
+        prompt: the shown messages; consumed ones have segment -1.
+        read: how many of their tokens are only read; 0 without memory.
+        truncation: what the prompt leaves out of them; None: nothing.
+        generation_prompt: the tokens that open the reply.
+        read_only_prefix_len: prompt tokens before the first one that is written; they are read in a call of their
+            own.
+        writes_reply: whether the reply is written.
+        reply_segment: the segment of a reply's tokens during decoding: 0, or -1 where they are only read.
+        prefill_key: identifies the prefill.
+        stale_kv: digest of the state whose turn's KV may replace the beginning of the prompt; None: no KV may.
+        keeps_kv: whether this turn's KV is kept for later turns.
+        returns_new_state: False: the given state is returned.
+        sampling, form: as requested.
+        thinking: whether the prompt ends inside a reasoning block.
+        budget: most tokens in the reply.
+        call_id_seed: the seed of tool-call ids.
+        cache_salt: as requested.
     """
 
     strategy: WriteStrategy
@@ -216,14 +216,14 @@ def plan_turn(
     """Decide a turn.
 
     Args:
-            request: the request.
-            state: the memory at the start; None: the bare model.
-            transcript: renders messages with the chat template.
-            strategy: the adapter's write strategy; without memory it has no effect.
-            limit: the model's longest context, in tokens.
+        request: the request.
+        state: the memory at the start; None: the bare model.
+        transcript: renders messages with the chat template.
+        strategy: the adapter's write strategy; without memory it has no effect.
+        limit: the model's longest context, in tokens.
 
     Raises:
-            WindowError, TranscriptError, HistoryEditedError: see these classes.
+        WindowError, TranscriptError, HistoryEditedError: see these classes.
     """
     messages, options = list(request.messages), request.options
     strategy = "token" if state is None else strategy

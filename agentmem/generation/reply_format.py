@@ -33,14 +33,14 @@ class ReplyFormat:
     """What a reply must be.
 
     Attributes:
-            tools: function descriptions in OpenAI form; only these may be called, with arguments that fit their
-                schemas.
+        tools: function descriptions in OpenAI form; only these may be called, with arguments that fit their
+            schemas.
         calls: "must" (a call and nothing else), "may" (text, then calls if the model wants any) or "none".
         parallel: whether one reply may hold several calls.
         schema: a JSON schema: a reply without calls is JSON that fits it. None: such a reply is free text.
 
     Raises:
-            ConfigError: calls without a tool to call, or options that do not constrain the reply at all.
+        ConfigError: calls without a tool to call, or options that do not constrain the reply at all.
     """
 
     tools: Sequence[Mapping[str, Any]] = ()
@@ -69,7 +69,7 @@ def lark(form: ReplyFormat, tags: Tags, *, thinking: bool) -> str:
     Args:
         form: the format.
         tags: how the tokenizer spells the delimiters of calls and reasoning.
-            thinking: whether the prompt has opened a reasoning block, which must end before the reply begins.
+        thinking: whether the prompt has opened a reasoning block, which must end before the reply begins.
     """
     delimiters = {tag: f"<[{token}]>" for token, tag in tags.by_token.items()}
     opening, closing, thought = (

@@ -34,9 +34,9 @@ class ModelRunner:
         steered: the model with its memory attached, or None.
 
     Attributes:
-            device: the device of tokens and states.
-            strategy: the adapter's write strategy; None without an adapter.
-            writes_at_close: whether memory is written when a pass closes, and not by every token.
+        device: the device of tokens and states.
+        strategy: the adapter's write strategy; None without an adapter.
+        writes_at_close: whether memory is written when a pass closes, and not by every token.
         context_limit: the longest context that the model takes, in tokens.
     """
 
@@ -97,11 +97,11 @@ class ModelRunner:
         """Read tokens at the end of a sequence that has no row, in a pass of their own.
 
         Args:
-                sequence: changed in place.
-                ids: the tokens, at least one.
-                segments: a segment for each token, -1 = not written; for token adapters only the sign matters.
-                logits: whether to store the logits of the last token in `sequence.logits`.
-                close: for message and sentence adapters, whether the pass ends here.
+            sequence: changed in place.
+            ids: the tokens, at least one.
+            segments: a segment for each token, -1 = not written; for token adapters only the sign matters.
+            logits: whether to store the logits of the last token in `sequence.logits`.
+            close: for message and sentence adapters, whether the pass ends here.
         """
         sequence.next_token = None
         writes = max(segments) >= 0
@@ -136,7 +136,7 @@ class ModelRunner:
 
         Raises:
             MissingAdapterError: there is no adapter.
-                StateMismatchError: the state belongs to another model or adapter.
+            StateMismatchError: the state belongs to another model or adapter.
         """
         if self.steered is None:
             raise MissingAdapterError("this engine has no adapter and takes no state; load one with adapter=")

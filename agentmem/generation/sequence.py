@@ -34,14 +34,14 @@ class Sequence:
 
     Attributes:
         state: the memory [1, L, H, r, r]; None runs the bare model.
-            cache: its own KV cache; while the sequence has a row, without the tokens that were read there.
-            pending: the sums of an open pass, for adapters that write by message or sentence.
-            logits: [V] after the last token, if that token was read with logits.
-            sampler: chooses the next token from the logits unchanged; None where no token is chosen or the logits are
-                masked first.
-            next_token: the token that it chooses, where that is already known.
-            row: its row in a batched KV cache, while it decodes together with others.
-            cache_valid: False after a failed pass: the layers of the cache may then hold different tokens.
+        cache: its own KV cache; while the sequence has a row, without the tokens that were read there.
+        pending: the sums of an open pass, for adapters that write by message or sentence.
+        logits: [V] after the last token, if that token was read with logits.
+        sampler: chooses the next token from the logits unchanged; None where no token is chosen or the logits are
+            masked first.
+        next_token: the token that it chooses, where that is already known.
+        row: its row in a batched KV cache, while it decodes together with others.
+        cache_valid: False after a failed pass: the layers of the cache may then hold different tokens.
     """
 
     state: Tensor | None

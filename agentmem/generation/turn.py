@@ -66,19 +66,19 @@ class Turn:
 
     Attributes:
         message: the reply; its content is the text outside reasoning and calls.
-            state: the new state; the given one for write="off" and for a turn without memory.
-            reasoning: the text between `<think>` and `</think>`.
-            invalid_tool_calls: calls that could not be parsed.
-            finish_reason: "stop", "length" or "tool_calls".
+        state: the new state; the given one for write="off" and for a turn without memory.
+        reasoning: the text between `<think>` and `</think>`.
+        invalid_tool_calls: calls that could not be parsed.
+        finish_reason: "stop", "length" or "tool_calls".
         usage: token counts.
-            written, read: numbers of tokens that were written into the memory, and that were shown without being
-                written.
-            edits: indices of new messages that come before consumed ones (`on_edit="write"`).
-            token_ids: the reply's tokens as they were fed to the model, without the generation prompt and the closing
-                tokens.
-            deletions: how many consumed messages are missing from the history, although a later consumed one is there.
-            truncation: the part of the last message, or of tool results that belong to it, for which the model's
-                context had no room; None: nothing was cut. The whole message was written to memory all the same.
+        written, read: numbers of tokens that were written into the memory, and that were shown without being
+            written.
+        edits: indices of new messages that come before consumed ones (`on_edit="write"`).
+        token_ids: the reply's tokens as they were fed to the model, without the generation prompt and the closing
+            tokens.
+        deletions: how many consumed messages are missing from the history, although a later consumed one is there.
+        truncation: the part of the last message, or of tool results that belong to it, for which the model's
+            context had no room; None: nothing was cut. The whole message was written to memory all the same.
     """
 
     message: Message
@@ -110,16 +110,16 @@ class TurnContext:
     """What all turns of an engine share; nothing that belongs to a single turn.
 
     Attributes:
-            runner: the model.
-            batch: decodes single tokens of many sequences at once.
-            tokenizer: the tokenizer as loaded.
-            transcript: renders messages with the chat template.
-            closing_ids: returns the tokens with which the template closes a reply.
-            end_ids: tokens that end a reply.
-            tags: delimiters of reasoning and tool calls.
-            grammars: makes constraints for replies with a format.
-            prefills: recent prefills.
-            stale_kv: KV of turns with `kv="carry"`.
+        runner: the model.
+        batch: decodes single tokens of many sequences at once.
+        tokenizer: the tokenizer as loaded.
+        transcript: renders messages with the chat template.
+        closing_ids: returns the tokens with which the template closes a reply.
+        end_ids: tokens that end a reply.
+        tags: delimiters of reasoning and tool calls.
+        grammars: makes constraints for replies with a format.
+        prefills: recent prefills.
+        stale_kv: KV of turns with `kv="carry"`.
     """
 
     runner: ModelRunner
@@ -151,13 +151,13 @@ class Reply:
     """A reply that was decoded and cut.
 
     Attributes:
-            text: the whole text, tags and calls included.
-            ids: its tokens.
-            parsed: the text split into its parts.
-            finish_reason: "stop" or "length".
-            decoded: how many tokens were chosen, including those that were cut off.
-            fed: how many of `ids` the sequence has read.
-            start: the position of the sequence before the reply.
+        text: the whole text, tags and calls included.
+        ids: its tokens.
+        parsed: the text split into its parts.
+        finish_reason: "stop" or "length".
+        decoded: how many tokens were chosen, including those that were cut off.
+        fed: how many of `ids` the sequence has read.
+        start: the position of the sequence before the reply.
     """
 
     text: str
@@ -394,10 +394,10 @@ def _feed(
     """Read tokens of one sequence in passes of its own; yields after each pass.
 
     Args:
-            ids: the tokens; there may be none.
-            segments: a segment for each token, -1 = not written; for token adapters only the sign matters.
-            logits: whether to store the logits of the last token in `sequence.logits`.
-            close: for message and sentence adapters, whether the pass ends here.
+        ids: the tokens; there may be none.
+        segments: a segment for each token, -1 = not written; for token adapters only the sign matters.
+        logits: whether to store the logits of the last token in `sequence.logits`.
+        close: for message and sentence adapters, whether the pass ends here.
     """
     closes = close and context.runner.writes_at_close and sequence.state is not None
     if sequence.row is not None and len(ids) <= _FEW and not logits and not closes:

@@ -78,24 +78,24 @@ def step(
     """One token per row through one layer's memory: read, then write in place.
 
     Args:
-            products: [B, 3 H r + gates], each row's products with `LayerMemory.packed_weight`; any float dtype.
-            pool: [slots, L, H, r, r] float32, contiguous; changed in place.
-            slots: [B] int32 or int64, the slot of every row's state; -1 = the row is inert: it reads zeros and writes
-                nothing. No slot may occur twice.
-            layer: which of the L layers.
-            beta_bias, lambda_bias: [H r], or [H] where each head has a single gate; `lambda_bias` None = lambda is 1 -
-                beta.
-            mask: [B] bool, False where a row reads and does not write; None = all rows write.
-            normalize: whether query and key go through tanh and are scaled to unit length.
-            mode: as `MemoryConfig.state_update_mode`.
+        products: [B, 3 H r + gates], each row's products with `LayerMemory.packed_weight`; any float dtype.
+        pool: [slots, L, H, r, r] float32, contiguous; changed in place.
+        slots: [B] int32 or int64, the slot of every row's state; -1 = the row is inert: it reads zeros and writes
+            nothing. No slot may occur twice.
+        layer: which of the L layers.
+        beta_bias, lambda_bias: [H r], or [H] where each head has a single gate; `lambda_bias` None = lambda is 1 -
+            beta.
+        mask: [B] bool, False where a row reads and does not write; None = all rows write.
+        normalize: whether query and key go through tanh and are scaled to unit length.
+        mode: as `MemoryConfig.state_update_mode`.
 
     Returns:
-            The reads [B, H r] of the state before the write, in the dtype of the products. There are no gradients: the
-            operator refuses to be differentiated, and where a kernel is called without the operator its result is a
-            constant.
+        The reads [B, H r] of the state before the write, in the dtype of the products. There are no gradients: the
+        operator refuses to be differentiated, and where a kernel is called without the operator its result is a
+        constant.
 
-        Raises:
-            StateMismatchError, TurnError: the pool, or another argument, has the wrong shape or dtype.
+    Raises:
+        StateMismatchError, TurnError: the pool, or another argument, has the wrong shape or dtype.
     """
     suited = pool.dim() == 5 and pool.shape[3] == pool.shape[4] and pool.is_contiguous()
     if not suited or pool.dtype not in (torch.float32, torch.float64):
@@ -124,14 +124,14 @@ def scan(args: ScanArgs, *, chunk: int = 0) -> tuple[Tensor, Tensor]:
     """The update rule over many tokens, with gradients, by the fastest backend for these tensors.
 
     Args:
-            args: `ScanArgs`; not changed.
-            chunk: tokens per chunk, where the backend works in chunks; 0 = chosen by length and rank.
+        args: `ScanArgs`; not changed.
+        chunk: tokens per chunk, where the backend works in chunks; 0 = chosen by length and rank.
 
     Returns:
         Reads [B, T, H, r] and states [B, H, r, r].
 
     Raises:
-            StateMismatchError, TurnError: the state, or another argument, has the wrong shape or dtype.
+        StateMismatchError, TurnError: the state, or another argument, has the wrong shape or dtype.
     """
     state = args.state
     if state.dim() != 4 or state.shape[2] != state.shape[3] or state.dtype not in (torch.float32, torch.float64):
@@ -167,11 +167,11 @@ def project(hidden: Tensor, parts: Sequence[Tensor]) -> Tensor:
 
     Args:
         hidden: [B, D], any float type.
-            parts: each [n, D], all of one dtype. Where they are consecutive rows of one tensor, as
-                `LayerMemory.packed_weight` leaves them, nothing is copied; this is checked each time a graph runs.
+        parts: each [n, D], all of one dtype. Where they are consecutive rows of one tensor, as
+            `LayerMemory.packed_weight` leaves them, nothing is copied; this is checked each time a graph runs.
 
     Returns:
-            [B, sum of n] in the dtype of the weights. No gradients.
+        [B, sum of n] in the dtype of the weights. No gradients.
     """
     products: Tensor = torch.ops.agentmem.project(hidden, list(parts))
     return products

@@ -3,9 +3,9 @@
 Rows of a state evolve independently, each by an affine map: `row -> row A_t + c_t` with A_t = keep_i I - erase_i k k^T,
 which is symmetric. So a chunk of tokens is one matrix P [r, r] and one offset [r] per row, and
 
-        compose    P and offset of every chunk, all chunks at once
-        boundary   the state at the start of every chunk, chunk after chunk
-        outputs    the plain recurrence inside every chunk from that start, all chunks at once
+    compose    P and offset of every chunk, all chunks at once
+    boundary   the state at the start of every chunk, chunk after chunk
+    outputs    the plain recurrence inside every chunk from that start, all chunks at once
 
 The gradient needs only the inputs; nothing of the forward pass is kept. The gradient of a state is carried back by the
 same maps, transposed, so the first two kernels run in both directions (`REVERSE`: time runs from the end, and a token
@@ -278,9 +278,9 @@ class Shape:
     """How a scan is divided into chunks and programs.
 
     Attributes:
-            batch, heads, rank: dimensions of the states.
-            length: tokens per sequence.
-            chunk: tokens per chunk.
+        batch, heads, rank: dimensions of the states.
+        length: tokens per sequence.
+        chunk: tokens per chunk.
     """
 
     batch: int

@@ -52,10 +52,10 @@ class Layout:
     """A rendered conversation and the messages that its parts belong to.
 
     Attributes:
-            text: the rendered text.
-            owners: (owner, start, stop), ascending and without gaps. The owner is a message's index, the number of
-                messages for the generation prompt, or -1 for text that belongs to no message.
-            contents: for each message the span of its own text, without outer white space; None where it has none.
+        text: the rendered text.
+        owners: (owner, start, stop), ascending and without gaps. The owner is a message's index, the number of
+            messages for the generation prompt, or -1 for text that belongs to no message.
+        contents: for each message the span of its own text, without outer white space; None where it has none.
     """
 
     text: Text
@@ -94,7 +94,7 @@ class MessageSpans:
         """Render messages and find the part of the text that belongs to each.
 
         Raises:
-                TranscriptError: the template refuses the messages, or the parts of its text cannot be assigned to them.
+            TranscriptError: the template refuses the messages, or the parts of its text cannot be assigned to them.
         """
         request = _Request(messages, self._template.prepare(messages), tools, add_generation_prompt)
         text = self._template.render(request.conversation, tools, add_generation_prompt)
@@ -371,10 +371,10 @@ def _widen(places: _Places, core: str, quoted: str, text: str) -> None:
     """Extend a message's content to white space and tags outside the sentinels, where the template has kept them.
 
     Args:
-            places: changed in place.
-            core: the content without outer white space.
-            quoted: the content in its form for the template, with control tokens quoted.
-            text: the rendered conversation.
+        places: changed in place.
+        core: the content without outer white space.
+        quoted: the content in its form for the template, with control tokens quoted.
+        text: the rendered conversation.
     """
     if places.content is None:
         return

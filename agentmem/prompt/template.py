@@ -61,12 +61,12 @@ class ChatTemplate:
 
     Args:
         tokenizer: a fast tokenizer with a chat template.
-            options: further variables for the template, such as `enable_thinking`.
-            cache: where encoded texts are stored.
+        options: further variables for the template, such as `enable_thinking`.
+        cache: where encoded texts are stored.
 
     Raises:
-            TranscriptError: the tokenizer is not a fast one or has no chat template, or the template does not use an
-                option.
+        TranscriptError: the tokenizer is not a fast one or has no chat template, or the template does not use an
+            option.
     """
 
     def __init__(self, tokenizer: Any, options: Mapping[str, Any] | None, cache: MessageCache) -> None:
@@ -115,12 +115,12 @@ class ChatTemplate:
         """The rendered text of a conversation.
 
         Args:
-                conversation: at least one message, as returned by `prepare`.
-                tools: JSON schemas, as the template expects them.
-                add_generation_prompt: whether to open the assistant's next turn.
+            conversation: at least one message, as returned by `prepare`.
+            tools: JSON schemas, as the template expects them.
+            add_generation_prompt: whether to open the assistant's next turn.
 
         Raises:
-                TranscriptError: the template refuses these messages; the error contains the template's own message.
+            TranscriptError: the template refuses these messages; the error contains the template's own message.
         """
         if tools and not self.takes_tools():
             raise TranscriptError(
@@ -221,7 +221,7 @@ class Encoder:
 
     Args:
         tokenizer: a fast Hugging Face tokenizer.
-            cache: where encoded pieces are stored.
+        cache: where encoded pieces are stored.
     """
 
     def __init__(self, tokenizer: Any, cache: MessageCache) -> None:

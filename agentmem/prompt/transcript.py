@@ -41,12 +41,12 @@ class Window:
     """Limits on what a prompt shows: the last messages that fit.
 
     Attributes:
-            tokens: at most this many tokens in all, including system messages and overhead; None: no limit.
-            messages: at most this many messages, not counting system messages; None: no limit. The last message, with
-                the tool calls and results that belong to it, always shows, even beyond this limit.
+        tokens: at most this many tokens in all, including system messages and overhead; None: no limit.
+        messages: at most this many messages, not counting system messages; None: no limit. The last message, with
+            the tool calls and results that belong to it, always shows, even beyond this limit.
 
     Raises:
-            ConfigError: a limit is not a positive integer.
+        ConfigError: a limit is not a positive integer.
     """
 
     tokens: int | None = DEFAULT_TOKENS
@@ -78,9 +78,9 @@ class Window:
 
         Args:
             messages: the whole history.
-                sizes: the token count of each message; only those that decide what is shown are looked up.
+            sizes: the token count of each message; only those that decide what is shown are looked up.
             overhead: tokens that belong to no message: preamble, tools, generation prompt.
-                system: indices of the system messages, if known: a long history need not be searched for them then.
+            system: indices of the system messages, if known: a long history need not be searched for them then.
 
         Raises:
             WindowError: system messages and the last message with its tool group do not fit.
@@ -159,10 +159,10 @@ def pieces(sizes: Sequence[int], limit: int) -> list[list[int]]:
 
     Args:
         sizes: tokens of each message.
-            limit: most tokens of a pass; a longer message is a pass of its own.
+        limit: most tokens of a pass; a longer message is a pass of its own.
 
     Returns:
-            The indices of the messages in each pass.
+        The indices of the messages in each pass.
     """
     cut: list[list[int]] = []
     left = 0
@@ -180,12 +180,12 @@ class Rendered:
     """A conversation as tokens.
 
     Attributes:
-            text: the rendered text.
-            input_ids: its tokens.
-            owner: for each token the index of its message; the number of messages for the generation prompt; -1 for
-                text that belongs to no message (a BOS token, a default system prompt, a list of tools).
-            messages: the messages that were rendered.
-            sentences: for each token the number of its sentence, or -1; None if sentences were not requested.
+        text: the rendered text.
+        input_ids: its tokens.
+        owner: for each token the index of its message; the number of messages for the generation prompt; -1 for
+            text that belongs to no message (a BOS token, a default system prompt, a list of tools).
+        messages: the messages that were rendered.
+        sentences: for each token the number of its sentence, or -1; None if sentences were not requested.
     """
 
     text: str
@@ -224,8 +224,8 @@ class Transcript:
     """Renders messages through one tokenizer's chat template.
 
     Args:
-            tokenizer: a fast Hugging Face tokenizer with a chat template; it is not changed.
-            options: further variables for the template, such as `{"enable_thinking": False}`.
+        tokenizer: a fast Hugging Face tokenizer with a chat template; it is not changed.
+        options: further variables for the template, such as `{"enable_thinking": False}`.
 
     Raises:
         TranscriptError: the tokenizer cannot be used.
@@ -248,12 +248,12 @@ class Transcript:
 
         Args:
             messages: at least one.
-                tools: JSON schemas of the tools.
-                add_generation_prompt: whether to open the assistant's next turn.
-                sentences: whether to find sentences too.
+            tools: JSON schemas of the tools.
+            add_generation_prompt: whether to open the assistant's next turn.
+            sentences: whether to find sentences too.
 
         Raises:
-                TranscriptError: the template refuses the messages, or its text cannot be assigned to them.
+            TranscriptError: the template refuses the messages, or its text cannot be assigned to them.
         """
         if not messages:
             raise TranscriptError("at least one message was expected; found none")
@@ -307,7 +307,7 @@ class Transcript:
         """The text that the template writes after the content of a message of this role (None: the assistant's).
 
         Raises:
-                TranscriptError: the template cannot render such a message.
+            TranscriptError: the template cannot render such a message.
         """
         role = message.role if message else "assistant"
         text = self._spans.end(Message(role, "x"))

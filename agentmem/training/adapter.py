@@ -32,11 +32,11 @@ class Row:
     """Tokens of one pass.
 
     Attributes:
-            ids: token ids.
-            writes: whether each token writes to memory.
-            weights: the weight of predicting each token in the loss (0 = none).
-            blocks: the block of each token. Tokens attend only to earlier tokens of their own block, and positions
-                restart with each block.
+        ids: token ids.
+        writes: whether each token writes to memory.
+        weights: the weight of predicting each token in the loss (0 = none).
+        blocks: the block of each token. Tokens attend only to earlier tokens of their own block, and positions
+            restart with each block.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -192,7 +192,7 @@ def train_adapter(
 
     Raises:
         ConfigError: the adapter does not write token by token.
-            FloatingPointError, TrainingError: see `fit`.
+        FloatingPointError, TrainingError: see `fit`.
     """
     strategy = steered.config.write_strategy
     if strategy != "token":

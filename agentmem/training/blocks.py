@@ -103,7 +103,7 @@ def attending_apart(model: PreTrainedModel, blocks: Tensor) -> Iterator[None]:
     No mask may be passed meanwhile: padding is a separate block at the end of a row.
 
     Raises:
-            UnsupportedModelError: raised by the model's call, if its attention is not plainly causal.
+        UnsupportedModelError: raised by the model's call, if its attention is not plainly causal.
     """
     implementation = model.config._attn_implementation
     token = _layout.set(_Layout.of(blocks))

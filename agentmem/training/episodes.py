@@ -6,7 +6,7 @@ costs nothing and never runs out: episode `n` of a seed is always the same, and 
 chance.
 
     episodes = FactEpisodes(seed=0)
-        for row in episodes.episode(0).rows():   # one JSON object per question: {"messages": [...], "tools": [...]}
+    for row in episodes.episode(0).rows():   # one JSON object per question: {"messages": [...], "tools": [...]}
         ...
 
 What a memory has learned shows on data that training never saw: `values`, `wordings` and `attributes` are each drawn
@@ -64,14 +64,14 @@ class FactQuestion:
     """A message whose reply needs information from earlier turns.
 
     Attributes:
-            act: the kind of question.
-            user: the message.
-            reply: the correct reply.
-            value: the text that a correct reply must contain; empty where replies are judged otherwise (`never_told`:
-                whether the reply says so; a rule: whether the reply is equal).
-            old: the value before the last change, which a correct reply must not contain; else empty.
-            attribute: the attribute that is asked for; None for a rule.
-            tools: the tools in the prompt.
+        act: the kind of question.
+        user: the message.
+        reply: the correct reply.
+        value: the text that a correct reply must contain; empty where replies are judged otherwise (`never_told`:
+            whether the reply says so; a rule: whether the reply is equal).
+        old: the value before the last change, which a correct reply must not contain; else empty.
+        attribute: the attribute that is asked for; None for a rule.
+        tools: the tools in the prompt.
     """
 
     act: QuestionAct
@@ -124,16 +124,16 @@ class EpisodeConfig:
     """How much is stated and asked.
 
     Attributes:
-            facts: the smallest and largest number of facts in an episode.
-            fillers: the smallest and largest number of turns with small talk or unrelated questions.
-            several: how often neighbouring facts are stated in one message.
-            changes: how often an episode changes or corrects one of its facts.
-            rules: how often an episode has a rule.
-            open_values: how often an attribute with a closed pool takes a value from an open vocabulary.
-            own_wordings: how often an attribute's own statement or question is used and not a general one.
-            questions: at most this many questions per episode.
-            acts: how the questions about facts are distributed.
-            kinds: kinds of values that attributes may have; empty = all.
+        facts: the smallest and largest number of facts in an episode.
+        fillers: the smallest and largest number of turns with small talk or unrelated questions.
+        several: how often neighbouring facts are stated in one message.
+        changes: how often an episode changes or corrects one of its facts.
+        rules: how often an episode has a rule.
+        open_values: how often an attribute with a closed pool takes a value from an open vocabulary.
+        own_wordings: how often an attribute's own statement or question is used and not a general one.
+        questions: at most this many questions per episode.
+        acts: how the questions about facts are distributed.
+        kinds: kinds of values that attributes may have; empty = all.
     Raises:
         ConfigError: a range or a share is impossible, or a kind is unknown.
     """
@@ -173,13 +173,13 @@ class FactEpisodes:
     """An endless source of episodes.
 
     Args:
-            seed: determines, together with an episode's number, the episode.
-            config: how much is stated and asked.
-            values, wordings, attributes: the part that each is drawn from.
-            vocabulary: the source of words and names; `Vocabulary.from_tokenizer` gives the largest.
+        seed: determines, together with an episode's number, the episode.
+        config: how much is stated and asked.
+        values, wordings, attributes: the part that each is drawn from.
+        vocabulary: the source of words and names; `Vocabulary.from_tokenizer` gives the largest.
 
     Raises:
-            ConfigError: fewer attributes remain than an episode has facts.
+        ConfigError: fewer attributes remain than an episode has facts.
     """
 
     def __init__(

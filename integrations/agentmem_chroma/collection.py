@@ -48,7 +48,7 @@ class Access:
     """Controls who may use a database at the same time: one writer and any number of readers, or one exclusive user.
 
     Attributes:
-            writes: the writers' lock. Readers need not wait for it.
+        writes: the writers' lock. Readers need not wait for it.
     """
 
     def __init__(self) -> None:
@@ -115,19 +115,19 @@ class DirectoryClaim:
     """One of this process's claims to a directory that it holds.
 
     Args:
-            directory: created if it does not exist.
-            opened_as: the name under which the database is opened; all claims in a process must use the same name.
-            open_already: whether Chroma already has it open; its files must not be inspected then.
+        directory: created if it does not exist.
+        opened_as: the name under which the database is opened; all claims in a process must use the same name.
+        open_already: whether Chroma already has it open; its files must not be inspected then.
 
     Attributes:
-            directory: the directory, as an absolute path with links resolved.
-            access: controls who may use it now; shared by all claims in the process.
-            indexes: the damage that was found before the first claim opened it.
+        directory: the directory, as an absolute path with links resolved.
+        access: controls who may use it now; shared by all claims in the process.
+        indexes: the damage that was found before the first claim opened it.
 
     Raises:
         StoreOwnedError: another process holds the directory.
-            FactStoreError: the directory cannot be created or locked, was opened under another name, or is held by the
-                process that this one was forked from.
+        FactStoreError: the directory cannot be created or locked, was opened under another name, or is held by the
+            process that this one was forked from.
     """
 
     def __init__(self, directory: Path, opened_as: str, *, open_already: bool) -> None:
@@ -215,7 +215,7 @@ def open_database(directory: Path, stack: ExitStack) -> Any:
     """A Chroma client on `directory`, closed with `stack`; all clients of one directory share one database.
 
     Raises:
-            FactStoreError: Chroma cannot open the files.
+        FactStoreError: Chroma cannot open the files.
     """
     chromadb = import_chromadb()
     with _opening:
@@ -234,7 +234,7 @@ def open_server(url: str, stack: ExitStack) -> Any:
     """A client of the Chroma server at `http://HOST:PORT` or `https://HOST:PORT`, closed with `stack`.
 
     Raises:
-            FactStoreError: the URL has another form, or no server answers.
+        FactStoreError: the URL has another form, or no server answers.
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.username:
@@ -281,8 +281,8 @@ def chroma_errors(doing: str) -> Iterator[None]:
     """Turns errors of Chroma and its HTTP client into ours.
 
     Raises:
-            FactStoreError: says what was being done, what Chroma reported, and what to do.
-            FactIndexError: the index caused the error.
+        FactStoreError: says what was being done, what Chroma reported, and what to do.
+        FactIndexError: the index caused the error.
     """
     errors = import_chromadb().errors
     try:
@@ -315,13 +315,13 @@ def open_collection(client: Any, name: str, embedder: Embedder, *, any_embedder:
     """The collection of that name, created if there is none.
 
     Args:
-            any_embedder: also accept another embedder's vectors, because the index will be rebuilt.
-            owned: whether no other process uses the database, so that an unfinished index was left by a process that
-                ended.
+        any_embedder: also accept another embedder's vectors, because the index will be rebuilt.
+        owned: whether no other process uses the database, so that an unfinished index was left by a process that
+            ended.
 
     Raises:
-            FactStoreError: the collection has another distance, was not made by a FactStore, or holds another
-                embedder's vectors; Chroma does not allow the name; or the server fails.
+        FactStoreError: the collection has another distance, was not made by a FactStore, or holds another
+            embedder's vectors; Chroma does not allow the name; or the server fails.
     """
     with chroma_errors(f"opening the collection {name!r}"):
         collection = _finish_rebuild(client, name) or client.get_or_create_collection(

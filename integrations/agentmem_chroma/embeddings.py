@@ -32,11 +32,11 @@ class Embedder:
     """An `Embeddings` object whose vectors are checked at every use.
 
     Attributes:
-            name: identifies the vectors, together with their dimension.
+        name: identifies the vectors, together with their dimension.
         dimension: the length of a vector.
 
     Raises:
-            FactStoreError: `embeddings` is not an `Embeddings` object, or it fails or returns unusable vectors.
+        FactStoreError: `embeddings` is not an `Embeddings` object, or it fails or returns unusable vectors.
     """
 
     def __init__(self, embeddings: Embeddings, name: str | None) -> None:

@@ -33,15 +33,15 @@ class Fact:
     """One exact statement and where it comes from.
 
     Attributes:
-            text: the statement, kept character for character; must not be blank.
-            source: where it comes from (a file, a URL, a person); "" if unknown.
-            thread: the conversation it belongs to; "" if it belongs to none.
-            time: when it was stated, with a time zone; converted to UTC.
-            metadata: anything else, as long as JSON can hold it.
-            id: 32 hexadecimal digits, a hash of text, source and thread; computed, not an argument.
+        text: the statement, kept character for character; must not be blank.
+        source: where it comes from (a file, a URL, a person); "" if unknown.
+        thread: the conversation it belongs to; "" if it belongs to none.
+        time: when it was stated, with a time zone; converted to UTC.
+        metadata: anything else, as long as JSON can hold it.
+        id: 32 hexadecimal digits, a hash of text, source and thread; computed, not an argument.
 
     Raises:
-            FactStoreError: blank text, a time without a time zone, or values that cannot be stored.
+        FactStoreError: blank text, a time without a time zone, or values that cannot be stored.
     """
 
     id: str = field(init=False)
@@ -117,7 +117,7 @@ def from_document(document: Document, *, source: str, thread: str, time: datetim
     `metadata`.
 
     Raises:
-            FactStoreError: see `Fact`; or `time` is neither a datetime nor ISO 8601 with a time zone.
+        FactStoreError: see `Fact`; or `time` is neither a datetime nor ISO 8601 with a time zone.
     """
     own = {**metadata, **document.metadata}
     own.pop("score", None)
@@ -144,7 +144,7 @@ def matches(fact: Fact, filter: Mapping[str, Any]) -> bool:
     (compared as ISO 8601 text) or a key of the fact's metadata. A fact without the key matches only `$ne` and `$nin`.
 
     Raises:
-            FactStoreError: an unknown operator, or operands of the wrong type.
+        FactStoreError: an unknown operator, or operands of the wrong type.
     """
     values = {**fact.metadata, "source": fact.source, "thread": fact.thread, "time": fact.time.isoformat()}
     return _meets(values, filter)

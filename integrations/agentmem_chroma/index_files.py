@@ -54,8 +54,8 @@ class IndexReport:
 
     Attributes:
         damaged: collections whose index cannot be used.
-            probed: collections whose index was tested and works, with its folder. Whether it holds the right vectors
-                was not checked.
+        probed: collections whose index was tested and works, with its folder. Whether it holds the right vectors
+            was not checked.
     """
 
     damaged: dict[str, DamagedIndex] = field(default_factory=dict)
@@ -112,7 +112,7 @@ def overwrite_deleted(directory: Path, collection_id: str, ids: Sequence[str], *
     whole directory is `owned`, nothing may use any collection, and folders that belong to no collection are removed.
 
     Raises:
-            OSError: the separate process failed; the message says why.
+        OSError: the separate process failed; the message says why.
     """
     work = {"directory": str(directory), "collection": collection_id, "ids": list(ids), "owned": owned}
     command = [sys.executable, "-I", "-S", __file__, "scrub"]

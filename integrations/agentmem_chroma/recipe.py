@@ -38,8 +38,8 @@ def cited(reply: str | BaseMessage, documents: Sequence[Document]) -> list[Docum
     document is ignored.
 
     Args:
-            reply: the model's text or message.
-            documents: the documents in the order in which `facts_block` numbered them.
+        reply: the model's text or message.
+        documents: the documents in the order in which `facts_block` numbered them.
     """
     text = reply if isinstance(reply, str) else reply.text
     numbers = [int(number) for group in _CITATION.findall(_CODE.sub(" ", text)) for number in group.split(",")]

@@ -83,7 +83,7 @@ def _renamed(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options under the names used here, including those in `search_kwargs`.
 
     Raises:
-            ValueError: an option is given twice, with different values.
+        ValueError: an option is given twice, with different values.
     """
     renamed: dict[str, Any] = {}
     inner = options.get("search_kwargs") or {}

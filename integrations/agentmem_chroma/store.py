@@ -60,22 +60,22 @@ class FactStore:
     """Exact facts that can be searched by meaning, listed, and deleted by id, source or thread.
 
     Args:
-            path: a directory for an embedded database, created if it does not exist (`~` is the home directory), or a
-                Chroma server as `http://HOST:PORT`. Pass either this or `client`.
-            embeddings: turns text into vectors, for facts and queries alike. One word is embedded when the store is
-                opened.
-            client: a Chroma client of your own, such as `chromadb.HttpClient(...)`; the store does not close it.
+        path: a directory for an embedded database, created if it does not exist (`~` is the home directory), or a
+            Chroma server as `http://HOST:PORT`. Pass either this or `client`.
+        embeddings: turns text into vectors, for facts and queries alike. One word is embedded when the store is
+            opened.
+        client: a Chroma client of your own, such as `chromadb.HttpClient(...)`; the store does not close it.
         collection: the collection's name; 3 to 500 of `a-z A-Z 0-9 . _ -`.
-            embedder: a name for the embedder; None derives one from its class and model name. A collection can only be
-                opened with the name and dimension that it was created with.
-            rebuild: if the index is lost or damaged, or holds another embedder's vectors, rebuild it from the facts'
-                texts. Without it such a store is refused. No effect on an intact store.
+        embedder: a name for the embedder; None derives one from its class and model name. A collection can only be
+            opened with the name and dimension that it was created with.
+        rebuild: if the index is lost or damaged, or holds another embedder's vectors, rebuild it from the facts'
+            texts. Without it such a store is refused. No effect on an intact store.
 
     Raises:
         StoreOwnedError: another process owns the directory.
         FactIndexError: the index is lost or damaged.
-            FactStoreError: neither or both of `path` and `client`; a collection with another distance or embedder, or
-                made by another program; a server that does not answer.
+        FactStoreError: neither or both of `path` and `client`; a collection with another distance or embedder, or
+            made by another program; a server that does not answer.
         MissingExtraError: chromadb is not installed.
     """
 
@@ -164,16 +164,16 @@ class FactStore:
         those given last). All texts are embedded before anything is written.
 
         Args:
-                facts: texts; `Fact` objects, which describe themselves; or LangChain documents, whose metadata may
-                    contain `source`, `thread` and `time`.
-                source: where the texts come from.
-                thread: the conversation they belong to.
-                time: when they were stated, with a time zone; None is now.
-                metadata: anything else to store with the texts, as long as JSON can hold it.
+            facts: texts; `Fact` objects, which describe themselves; or LangChain documents, whose metadata may
+                contain `source`, `thread` and `time`.
+            source: where the texts come from.
+            thread: the conversation they belong to.
+            time: when they were stated, with a time zone; None is now.
+            metadata: anything else to store with the texts, as long as JSON can hold it.
 
         Raises:
-                FactStoreError: a blank text, a time without a time zone, something that JSON cannot hold, or an
-                    embedder that returns unusable vectors. Nothing is stored then.
+            FactStoreError: a blank text, a time without a time zone, something that JSON cannot hold, or an
+                embedder that returns unusable vectors. Nothing is stored then.
         """
         if isinstance(facts, Mapping):
             raise FactStoreError(
@@ -219,13 +219,13 @@ class FactStore:
 
         Args:
             query: what to look for.
-                k: the maximum number of facts, 1 or more.
+            k: the maximum number of facts, 1 or more.
             source: only facts of this source; None for all, "" for facts of no source.
             thread: only facts of this thread; None for all, "" for facts of no thread.
             min_score: only facts with at least this similarity.
-                filter: only facts that match: `{"page": 3}`, `{"page": {"$gte": 3}}`, `{"$or": [{...}, {...}]}`.
-                    Operators: `$eq $ne $gt $gte $lt $lte $in $nin $and $or`; keys: those of the metadata, `source`,
-                    `thread`, `time`. If few facts match the filter, many facts are read.
+            filter: only facts that match: `{"page": 3}`, `{"page": {"$gte": 3}}`, `{"$or": [{...}, {...}]}`.
+                Operators: `$eq $ne $gt $gte $lt $lte $in $nin $and $or`; keys: those of the metadata, `source`,
+                `thread`, `time`. If few facts match the filter, many facts are read.
         """
         self._check_open()
         if k < 1:
@@ -293,8 +293,8 @@ class FactStore:
         facts in one call. What a server keeps of deleted facts is up to the server.
 
         Raises:
-                FactStoreError: no condition was given, which would delete everything; or the facts were deleted but
-                    what Chroma left of them could not be overwritten.
+            FactStoreError: no condition was given, which would delete everything; or the facts were deleted but
+                what Chroma left of them could not be overwritten.
         """
         if ids is None and source is None and thread is None:
             raise FactStoreError("delete needs ids, a source or a thread; to delete everything, name every id")
@@ -327,7 +327,7 @@ class FactStore:
         killed in between leaves either the old one or the new one, and no fact is lost.
 
         Raises:
-                FactStoreError: the embedder or Chroma failed; the old index is still in use.
+            FactStoreError: the embedder or Chroma failed; the old index is still in use.
         """
         with self._access.alone():
             self._check_open()
@@ -470,7 +470,7 @@ class FactStore:
         """Notice an index that can be read but lacks vectors, or holds those of other texts.
 
         Raises:
-                FactIndexError: it does, and `rebuild` is False.
+            FactIndexError: it does, and `rebuild` is False.
         """
         probed = self._claim is not None and self._name in self._claim.indexes.probed
         # A directory that this process opened by its path was already inspected, more thoroughly.

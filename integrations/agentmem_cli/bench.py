@@ -53,14 +53,14 @@ class Figures:
     """The measured figures.
 
     Attributes:
-            decode: for one token.
-            prefill: for the whole prompt.
-            prompt: length of the prompt in tokens.
-            state_bytes: what a session keeps between turns.
-            kv_bytes: the size of its prompt's KV during a turn.
-            adapter_bytes: the memory's weights, loaded once for all sessions.
-            rates: for several numbers of sessions that decode at once.
-            machine: where it was measured.
+        decode: for one token.
+        prefill: for the whole prompt.
+        prompt: length of the prompt in tokens.
+        state_bytes: what a session keeps between turns.
+        kv_bytes: the size of its prompt's KV during a turn.
+        adapter_bytes: the memory's weights, loaded once for all sessions.
+        rates: for several numbers of sessions that decode at once.
+        machine: where it was measured.
     """
 
     decode: Pair
@@ -86,7 +86,7 @@ def bench(
 
     Raises:
         MissingAdapterError: the model has no memory.
-            ConfigError: the prompt is longer than the model's context.
+        ConfigError: the prompt is longer than the model's context.
     """
     if threads is not None:
         torch.set_num_threads(threads)

@@ -72,8 +72,8 @@ def chat(
     """Answer a single question, or chat until the input ends.
 
     Raises:
-            ConfigError: the window cannot be parsed.
-            AgentMemError: the single question failed; in a chat, errors are shown and the chat continues.
+        ConfigError: the window cannot be parsed.
+        AgentMemError: the single question failed; in a chat, errors are shown and the chat continues.
     """
     if settings.window is not None:
         parse_window(settings.window)  # a mistake is reported before the model is loaded
@@ -184,7 +184,7 @@ class Chat:
         """Send one message in the thread and show only the reply.
 
         Raises:
-                Exception: whatever ended the turn; the thread is unchanged.
+            Exception: whatever ended the turn; the thread is unchanged.
         """
         self._say(question, details=False)
 

@@ -29,7 +29,7 @@ def demo(loading: Loading, seed: int, data: Path) -> int:
     """Run the demo. Returns the exit code: 1 if an arm misses its bar, otherwise that of a process that failed.
 
     Raises:
-            ConfigError: `data` holds something that was not made by a demo.
+        ConfigError: `data` holds something that was not made by a demo.
     """
     console = Console()
     started = time.monotonic()
@@ -62,7 +62,7 @@ def prepare(data: Path) -> None:
     """Make the directory, empty. Files of an earlier demo are deleted; anything else is left, and refused.
 
     Raises:
-            ConfigError: it is not empty, and was not made by a demo.
+        ConfigError: it is not empty, and was not made by a demo.
     """
     if data.exists() and (not data.is_dir() or (any(data.iterdir()) and not (data / _MARKER).exists())):
         raise ConfigError(

@@ -70,7 +70,7 @@ def parse_window(text: str) -> Window:
     """ "4096", "4096t" or "4096 tokens": the last tokens; "2m" or "2 messages": the last messages.
 
     Raises:
-            ConfigError: the text is neither.
+        ConfigError: the text is neither.
     """
     from agentmem import Window
 

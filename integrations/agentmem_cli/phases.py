@@ -54,8 +54,8 @@ class Workplace:
 
     Attributes:
         agent: the graph; its prompt shows retrieved facts and the last message only.
-            llm: the chat model in `agent`.
-            store: the exact facts.
+        llm: the chat model in `agent`.
+        store: the exact facts.
     """
 
     agent: Agent

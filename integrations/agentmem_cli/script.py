@@ -38,16 +38,16 @@ class Script:
     """One run of the demo.
 
     Attributes:
-            said: the user's messages in the thread, in order, small talk included.
-            change: the message among `said` that replaces `old` by another value.
-            old: the fact as it was first stated.
-            new: the same fact after the change.
-            questions: a question about every stated fact, with the value at the end.
-            other: the user's messages in the other thread.
-            elsewhere: the values stated there, by attribute.
-            facts: the contents of the fact store.
-            asked_fact: the exact fact that is asked for.
-            fact_question: the question about it.
+        said: the user's messages in the thread, in order, small talk included.
+        change: the message among `said` that replaces `old` by another value.
+        old: the fact as it was first stated.
+        new: the same fact after the change.
+        questions: a question about every stated fact, with the value at the end.
+        other: the user's messages in the other thread.
+        elsewhere: the values stated there, by attribute.
+        facts: the contents of the fact store.
+        asked_fact: the exact fact that is asked for.
+        fact_question: the question about it.
     """
 
     said: tuple[str, ...]

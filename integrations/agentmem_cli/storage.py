@@ -57,7 +57,7 @@ class Place:
         """The serializer.
 
         Raises:
-                ConfigError: the database is encrypted, and the key cannot be read.
+            ConfigError: the database is encrypted, and the key cannot be read.
         """
         return _encrypting() if self.encrypted else JsonPlusSerializer()
 
@@ -65,7 +65,7 @@ class Place:
         """A saver on an existing database, creating neither file nor tables; with `make` they are created if needed.
 
         Raises:
-                StorageError: there is no such database, or it holds no threads.
+            StorageError: there is no such database, or it holds no threads.
             ConfigError: a key cannot be read.
         """
         return SQLAlchemySaver.from_url(

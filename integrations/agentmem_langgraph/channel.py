@@ -86,10 +86,10 @@ class MemoryChannel(BaseChannel[MemoryState, Update, dict[str, Any]]):
         """Apply what a step wrote, in task order; True if the memory changed.
 
         Raises:
-                CorruptStateError: a dict is not exactly what `MemoryState.to_dict` or `to_json` returned.
+            CorruptStateError: a dict is not exactly what `MemoryState.to_dict` or `to_json` returned.
             StateMismatchError: a memory was written by another model or adapter, or a parallel branch does
                 not continue the memory that this channel holds.
-                InvalidUpdateError: several writes of the step replace the memory.
+            InvalidUpdateError: several writes of the step replace the memory.
         """
         if not values:
             return False

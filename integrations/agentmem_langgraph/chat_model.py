@@ -101,7 +101,7 @@ class ChatDeltaMem(BaseChatModel):
         llm = ChatDeltaMem(model="nano")
         turn = MemoryTurn(None)
         llm.invoke("My favorite color is teal.", memory=turn)
-            turn.state                                    # MemoryState: keep it and pass it to the next call
+        turn.state                                    # MemoryState: keep it and pass it to the next call
 
     Every sampling option, `window`, `write`, `on_edit`, `timeout` and `kv` can also be passed per call or bound:
     `llm.bind(max_tokens=20)`. Chat models with the same `model`, `adapter` and `load_options` share what they load.
@@ -266,12 +266,12 @@ class ChatDeltaMem(BaseChatModel):
         """Write messages into memory without a reply; `memory.state` is then the new memory.
 
         Args:
-                messages: as for `invoke`. Messages already consumed are skipped.
-                memory: the `MemoryTurn`; it can be used for this one call only.
+            messages: as for `invoke`. Messages already consumed are skipped.
+            memory: the `MemoryTurn`; it can be used for this one call only.
 
         Raises:
             MissingAdapterError: the model has no memory, or `use_memory` is False.
-                TurnError: the `MemoryTurn` was already used.
+            TurnError: the `MemoryTurn` was already used.
         """
         history, engine = self._remembered(messages), self._ready()
         with memory.claim() as state:
@@ -302,18 +302,18 @@ class ChatDeltaMem(BaseChatModel):
         """The model with tools that it can call: LangChain tools, functions, pydantic classes or OpenAI dicts.
 
         Args:
-                tools: the tools.
-                tool_choice: "auto" or None: up to the model; "any", "required" or True: it must call some tool; a name:
-                    it must call that tool; "none": it must not call any. The arguments of forced calls fit the tool's
-                    schema.
-                strict: whether the arguments of calls that the model makes by itself must fit too.
-                parallel_tool_calls: whether a reply may hold several calls; by default only one if a call is forced.
-                response_format: the format of replies without calls, in OpenAI's form.
+            tools: the tools.
+            tool_choice: "auto" or None: up to the model; "any", "required" or True: it must call some tool; a name:
+                it must call that tool; "none": it must not call any. The arguments of forced calls fit the tool's
+                schema.
+            strict: whether the arguments of calls that the model makes by itself must fit too.
+            parallel_tool_calls: whether a reply may hold several calls; by default only one if a call is forced.
+            response_format: the format of replies without calls, in OpenAI's form.
             kwargs: bound to every call.
 
         Raises:
-                ConfigError: a tool that is not a function, two tools of one name, or a choice of a tool that was not
-                    passed.
+            ConfigError: a tool that is not a function, two tools of one name, or a choice of a tool that was not
+                passed.
         """
         plain = openai_tools(tools, strict)
         chosen_tool(tool_choice, plain)
@@ -337,15 +337,15 @@ class ChatDeltaMem(BaseChatModel):
 
         Args:
             schema: a pydantic class, a TypedDict, a JSON schema or an OpenAI function.
-                method: "function_calling" shows the schema to the model as a tool, which it must call; "json_schema"
-                    and "json_mode" constrain the reply's text to the schema, which the messages should explain
-                    ("json_mode" without a schema: any JSON object).
-                include_raw: return {"raw", "parsed", "parsing_error"}, and do not raise errors from parsing.
-                strict: as for `bind_tools`; here the schema is always enforced.
+            method: "function_calling" shows the schema to the model as a tool, which it must call; "json_schema"
+                and "json_mode" constrain the reply's text to the schema, which the messages should explain
+                ("json_mode" without a schema: any JSON object).
+            include_raw: return {"raw", "parsed", "parsing_error"}, and do not raise errors from parsing.
+            strict: as for `bind_tools`; here the schema is always enforced.
             kwargs: bound to every call.
 
         Raises:
-                ConfigError: an unknown method, or no schema.
+            ConfigError: an unknown method, or no schema.
         """
         return structured(self, schema, method, include_raw=include_raw, strict=strict, options=kwargs)
 

@@ -90,8 +90,8 @@ def profile_of(engine: Engine | None, model: str | Path) -> ModelProfile:
     """The profile that LangChain reads before it uses a model. Loads no weights and downloads nothing.
 
     Args:
-            engine: the engine, if the model is loaded.
-            model: its name; the length of its context is read from its config file.
+        engine: the engine, if the model is loaded.
+        model: its name; the length of its context is read from its config file.
     """
     profile = ModelProfile(
         name=str(model),

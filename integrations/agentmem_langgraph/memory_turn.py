@@ -36,7 +36,7 @@ def as_state(value: MemoryState | Mapping[str, Any] | None) -> MemoryState | Non
     """The memory in any form that a graph can hold: the value, its plain dict or JSON form (verified), or None.
 
     Raises:
-            CorruptStateError: the dict is not exactly what `MemoryState.to_dict` or `to_json` returned.
+        CorruptStateError: the dict is not exactly what `MemoryState.to_dict` or `to_json` returned.
     """
     return value if value is None or isinstance(value, MemoryState) else MemoryState.from_dict(value)
 
@@ -55,7 +55,7 @@ class MemoryTurn:
         state: a MemoryState, its plain dict or JSON form, or None for an empty memory.
 
     Raises:
-            CorruptStateError: the dict is not exactly what `MemoryState.to_dict` or `to_json` returned.
+        CorruptStateError: the dict is not exactly what `MemoryState.to_dict` or `to_json` returned.
     """
 
     __slots__ = ("_lock", "_phase", "_state")
@@ -82,7 +82,7 @@ class MemoryTurn:
         If the block ends without `commit`, for whatever reason, nothing has changed.
 
         Raises:
-                TurnError: a call has succeeded with this object, or one is running.
+            TurnError: a call has succeeded with this object, or one is running.
         """
         with self._lock:
             if self._phase != "ready":
@@ -103,7 +103,7 @@ class MemoryTurn:
         """Set the new state after a successful call. Only inside `claim`.
 
         Raises:
-                TurnError: no call is running.
+            TurnError: no call is running.
         """
         with self._lock:
             if self._phase != "running":
@@ -114,7 +114,7 @@ class MemoryTurn:
         """Raise if no call has used this object: the memory would silently be lost.
 
         Raises:
-                TurnError: no call has succeeded with this object.
+            TurnError: no call has succeeded with this object.
         """
         if not self.used:
             raise TurnError(

@@ -30,7 +30,7 @@ def merge_states(base: MemoryState, branches: Sequence[MemoryState]) -> MemorySt
         branches: the memories that they ended with, in task order.
 
     Raises:
-            StateMismatchError: a branch has another model, adapter or shape, or does not continue the base.
+        StateMismatchError: a branch has another model, adapter or shape, or does not continue the base.
     """
     for branch in branches:
         branch.require(base.model_fingerprint, base.adapter_fingerprint, base.shape)

@@ -76,12 +76,12 @@ def to_engine(messages: Sequence[BaseMessage], cache: MessageCache | None = None
     """The same messages for the engine, one to one.
 
     Args:
-            messages: LangChain's messages.
-            cache: the engine's cache of seen messages. Equal messages are returned as the same object, so that the
-                digests of a long history are already computed.
+        messages: LangChain's messages.
+        cache: the engine's cache of seen messages. Equal messages are returned as the same object, so that the
+            digests of a long history are already computed.
 
     Raises:
-            TranscriptError: a kind of message or content that a text model cannot read.
+        TranscriptError: a kind of message or content that a text model cannot read.
     """
     # This runs for the whole history at every turn, and pydantic's isinstance and attributes are slow. So the common
     # case, text without calls or marks, is read directly.
@@ -321,9 +321,9 @@ class CallText:
     """The text of one call as it is decoded.
 
     Attributes:
-            name: the tool's name; None while unknown.
-            arguments: the JSON of the arguments so far.
-            complete: whether the arguments are complete.
+        name: the tool's name; None while unknown.
+        arguments: the JSON of the arguments so far.
+        complete: whether the arguments are complete.
     """
 
     def __init__(self, call: str, index: int) -> None:

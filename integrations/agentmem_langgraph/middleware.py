@@ -50,8 +50,8 @@ class MemoryMiddleware(AgentMiddleware[Any, Any, Any]):
     the next turn.
 
     Args:
-            shared: whether the memory is part of the agent's input and output, for an agent that is a node in a graph
-                with its own "memory". Otherwise it stays inside the agent's own thread.
+        shared: whether the memory is part of the agent's input and output, for an agent that is a node in a graph
+            with its own "memory". Otherwise it stays inside the agent's own thread.
     """
 
     trace_policy = MATRIX_FREE

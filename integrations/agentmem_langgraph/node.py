@@ -31,19 +31,19 @@ class MemoryNode(Runnable[Any, dict[str, Any]]):
         builder.add_node("agent", node := MemoryNode(llm), trace_policy=node.trace_policy)
 
     Args:
-            llm: a ChatDeltaMem, possibly with tools or options bound. Not a chain: a prompt before it would not pass
-                the memory on, and the output of a parser is not a message.
-            messages_key: the state key of the messages.
-            memory_key: the state key of the memory (`Annotated[MemoryState, MemoryChannel]`).
-            system: a system prompt, shown before the messages and never stored.
+        llm: a ChatDeltaMem, possibly with tools or options bound. Not a chain: a prompt before it would not pass
+            the memory on, and the output of a parser is not a message.
+        messages_key: the state key of the messages.
+        memory_key: the state key of the memory (`Annotated[MemoryState, MemoryChannel]`).
+        system: a system prompt, shown before the messages and never stored.
         system: a system prompt, shown before the messages and never stored.
         retriever: looks up facts for the last human message. They are shown in the leading system message,
             and neither stored nor written into memory.
-            format_facts: formats the facts; by default "Facts:" and a line "text [1]" for each.
-            name: name of the node.
+        format_facts: formats the facts; by default "Facts:" and a line "text [1]" for each.
+        name: name of the node.
 
     Raises:
-            ConfigError: `llm` is a chain that does not pass the memory on, or does not return a message.
+        ConfigError: `llm` is a chain that does not pass the memory on, or does not return a message.
         TurnError: `llm` is another chat model.
     """
 
@@ -75,8 +75,8 @@ class MemoryNode(Runnable[Any, dict[str, Any]]):
 
         Raises:
             TranscriptError: the state has no messages.
-                ConfigError: the graph's state has no key for the memory.
-                TurnError: the model did not use the memory, or returned no message.
+            ConfigError: the graph's state has no key for the memory.
+            TurnError: the model did not use the memory, or returned no message.
         """
         history, turn = self._messages(input), self._turn(input, config)
         documents = self.retriever.invoke(question(history), config) if self.retriever else []
@@ -128,7 +128,7 @@ def memory_update(turn: MemoryTurn, key: str) -> dict[str, Any]:
     """The state update with a turn's new memory; empty if the model has no memory and none was passed in.
 
     Raises:
-            TurnError: the model did not use the `MemoryTurn`.
+        TurnError: the model did not use the `MemoryTurn`.
     """
     turn.require_used()
     return {} if turn.state is None else {key: turn.state.to_dict()}
@@ -142,7 +142,7 @@ def _require_memory_model(llm: Any) -> None:
     """Refuse models that are known to lose the memory or the message.
 
     Raises:
-            ConfigError, TurnError: says what to write instead.
+        ConfigError, TurnError: says what to write instead.
     """
     first: Any = llm
     last: Any = llm

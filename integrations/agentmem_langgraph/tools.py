@@ -39,7 +39,7 @@ def openai_tool(tool: Tool, strict: bool | None = None) -> dict[str, Any]:
     """A tool in OpenAI's form.
 
     Raises:
-            ConfigError: the tool is not a function with a name, or cannot be described.
+        ConfigError: the tool is not a function with a name, or cannot be described.
     """
     plain: dict[str, Any] = _without_nulls(_converted(convert_to_openai_tool, tool, strict=strict))
     function = plain.get("function")
@@ -57,7 +57,7 @@ def openai_tools(tools: Sequence[Tool], strict: bool | None = None) -> list[dict
     """Tools in OpenAI's form, one for each name.
 
     Raises:
-            ConfigError: see `openai_tool`; or two tools of one name have different parameters.
+        ConfigError: see `openai_tool`; or two tools of one name have different parameters.
     """
     by_name: dict[str, dict[str, Any]] = {}
     for tool in tools:
@@ -78,7 +78,7 @@ def json_schema(schema: Any) -> dict[str, Any]:
     """The JSON schema of a class, a TypedDict or a function.
 
     Raises:
-            ConfigError: there is none.
+        ConfigError: there is none.
     """
     if isinstance(schema, type) and issubclass(schema, BaseModel):
         return schema.model_json_schema()
@@ -168,7 +168,7 @@ def chosen_tool(tool_choice: Any, tools: Sequence[Mapping[str, Any]]) -> str:
     """A tool choice as "auto", "none", "any", or "=" followed by the name of a tool.
 
     Raises:
-            ConfigError: no tool has that name, or the choice is none of these.
+        ConfigError: no tool has that name, or the choice is none of these.
     """
     names = [tool["function"]["name"] for tool in tools]
     if isinstance(tool_choice, Mapping):  # {"type": "any"}, {"type": "tool", "name": ...}, {"function": {"name": ...}}
@@ -197,12 +197,12 @@ def reply_format(
     Args:
         tools: in OpenAI's form.
         tool_choice: any spelling.
-            response_format: OpenAI's `{"type": "json_schema" | "json_object" | "text", ...}`, or None; "json_object"
-                may also have a "schema".
-            parallel: whether a reply may hold several calls; by default one if a call is forced, else any number.
+        response_format: OpenAI's `{"type": "json_schema" | "json_object" | "text", ...}`, or None; "json_object"
+            may also have a "schema".
+        parallel: whether a reply may hold several calls; by default one if a call is forced, else any number.
 
     Raises:
-            ConfigError: an unknown choice or format.
+        ConfigError: an unknown choice or format.
     """
     choice, schema = chosen_tool(tool_choice, tools), wanted_schema(response_format)
     if choice in ("auto", "none"):
@@ -235,7 +235,7 @@ def wanted_schema(response_format: Any) -> Mapping[str, Any] | None:
     """The JSON schema of a `response_format`; None if it asks for text.
 
     Raises:
-            ConfigError: it has none of OpenAI's forms.
+        ConfigError: it has none of OpenAI's forms.
     """
     if response_format is None:
         return None
@@ -261,7 +261,7 @@ def structured(
     """A model whose replies must fit a schema, and the parser that turns them into objects of that schema.
 
     Raises:
-            ConfigError: unknown method, or a schema is required.
+        ConfigError: unknown method, or a schema is required.
     """
     if method not in _METHODS or (schema is None and method != "json_mode"):
         raise ConfigError(

@@ -52,11 +52,11 @@ class BaseBatches:
     chats; then tools, facts and long conversations are added.
 
     Args:
-            tokenizer: nano's tokenizer.
-            seed: seed of all episodes.
-            episodes: short conversations per batch; a batch of long ones has a third as many.
-            steps: steps of the whole training, for the curriculum.
-            skills: None for the curriculum; otherwise the share of tool and fact conversations from the first step on.
+        tokenizer: nano's tokenizer.
+        seed: seed of all episodes.
+        episodes: short conversations per batch; a batch of long ones has a third as many.
+        steps: steps of the whole training, for the curriculum.
+        skills: None for the curriculum; otherwise the share of tool and fact conversations from the first step on.
     """
 
     def __init__(

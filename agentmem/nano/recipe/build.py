@@ -82,15 +82,15 @@ def build(
     """Build nano in `out_dir` and return that directory.
 
     Args:
-            out_dir: created if missing; a finished build in it is replaced only once the new one is complete.
-            seed: seed of the tokenizer's corpus, of the initial weights and of every batch.
-            recipe: sizes or lengths other than the shipped model's.
-            processes: number of processes that share the work, with one thread each; the weights are the same to the
-                bit.
-            console: where progress is shown; None = standard output.
+        out_dir: created if missing; a finished build in it is replaced only once the new one is complete.
+        seed: seed of the tokenizer's corpus, of the initial weights and of every batch.
+        recipe: sizes or lengths other than the shipped model's.
+        processes: number of processes that share the work, with one thread each; the weights are the same to the
+            bit.
+        console: where progress is shown; None = standard output.
 
     Raises:
-            ConfigError: `<out>/.build` holds checkpoints of another seed or recipe.
+        ConfigError: `<out>/.build` holds checkpoints of another seed or recipe.
     """
     recipe = recipe or Recipe()
     out = Path(out_dir)

@@ -29,8 +29,8 @@ class Question:
 
     Attributes:
         turn: the messages.
-            system: the system message in its prompt, if any.
-            tools: the tools in its prompt.
+        system: the system message in its prompt, if any.
+        tools: the tools in its prompt.
     """
 
     turn: Turn
@@ -43,13 +43,13 @@ class MemoryEpisode:
     """Turns that are written, and independent questions, each of which is asked after all of them.
 
     Attributes:
-            system: the system message that every written turn shows and that is never written, if any.
-            turns: the turns that are written, oldest first.
-            recalls: indices of the turns that ask for something stated before.
-            shown: how many of the last turns a question's prompt still shows.
-            questions: the final turns.
-            tools: the tools in the system turn of some written turns.
-            equipped: indices of the turns that show these tools.
+        system: the system message that every written turn shows and that is never written, if any.
+        turns: the turns that are written, oldest first.
+        recalls: indices of the turns that ask for something stated before.
+        shown: how many of the last turns a question's prompt still shows.
+        questions: the final turns.
+        tools: the tools in the system turn of some written turns.
+        equipped: indices of the turns that show these tools.
     """
 
     system: Message | None

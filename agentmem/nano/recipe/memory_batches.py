@@ -28,12 +28,12 @@ class Mix:
     """The kind of conversations in one batch.
 
     Attributes:
-            bindings, fillers: inclusive ranges, drawn once per batch, so that rows are about equally long.
-            episodes: conversations in the batch.
-            unknown: one in this many conversations is asked something that was never stated; 0 = none.
-            skills: whether the questions are tools, facts, small talk, and calls that need something stated earlier.
-            calls: tool turns among the written turns, an inclusive range; a third of the questions then shows tools.
-            plain: no changes, no questions among the written turns, no system message.
+        bindings, fillers: inclusive ranges, drawn once per batch, so that rows are about equally long.
+        episodes: conversations in the batch.
+        unknown: one in this many conversations is asked something that was never stated; 0 = none.
+        skills: whether the questions are tools, facts, small talk, and calls that need something stated earlier.
+        calls: tool turns among the written turns, an inclusive range; a third of the questions then shows tools.
+        plain: no changes, no questions among the written turns, no system message.
     """
 
     bindings: tuple[int, int]
@@ -83,9 +83,9 @@ class MemoryBatches:
     """Conversations and questions for the adapter.
 
     Args:
-            tokenizer: nano's tokenizer.
-            seed: seed of all episodes.
-            steps: steps of the whole training, for the curriculum.
+        tokenizer: nano's tokenizer.
+        seed: seed of all episodes.
+        steps: steps of the whole training, for the curriculum.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, seed: int, steps: int) -> None:

@@ -35,10 +35,10 @@ class Offer:
 
     Attributes:
         kind: "lookup", "function", "creator", "action" or "remembered".
-            tool: the description as a chat template takes it.
-            subject: the topic, the function's name, what is created, or what the command is about.
-            doing: for a command, what it does: "run the tests".
-            recalled: for each parameter that the request leaves out, the attribute whose value it takes.
+        tool: the description as a chat template takes it.
+        subject: the topic, the function's name, what is created, or what the command is about.
+        doing: for a command, what it does: "run the tests".
+        recalled: for each parameter that the request leaves out, the attribute whose value it takes.
     """
 
     kind: str

@@ -17,8 +17,8 @@ class Attribute:
 
     Attributes:
         name: the phrase that names it ("favorite color", "test command").
-            owner: "user" (referred to with my and your) or "project" (with the).
-            values: the possible values; guessing is right once in that many times.
+        owner: "user" (referred to with my and your) or "project" (with the).
+        values: the possible values; guessing is right once in that many times.
     """
 
     name: str

@@ -100,9 +100,9 @@ class ToolRequest:
     """A user message that needs a tool, and the answer to it.
 
     Attributes:
-            said: the message.
-            call: the call; None where something it needs was never stated.
-            saying: what the assistant says before the call, or instead of it.
+        said: the message.
+        call: the call; None where something it needs was never stated.
+        saying: what the assistant says before the call, or instead of it.
     """
 
     said: str

@@ -28,9 +28,9 @@ class Talk:
     """A conversation in progress.
 
     Attributes:
-            rng: the source of all random choices.
-            told: the latest value of each attribute that was stated.
-            kept: attributes that are never stated or asked for at random (because facts state them).
+        rng: the source of all random choices.
+        told: the latest value of each attribute that was stated.
+        kept: attributes that are never stated or asked for at random (because facts state them).
     """
 
     rng: Random

@@ -20,11 +20,11 @@ class FactAttribute:
     """Something that has a single value at any time.
 
     Attributes:
-            noun: the user's name for it: "my dog's name", "the deploy window".
-            kind: the kind of its values (`values.OPEN_KINDS` or `values.POOLS`).
-            domain: what it is an attribute of.
-            statements: its own sentences that state it.
-            questions: its own questions, in the user's words.
+        noun: the user's name for it: "my dog's name", "the deploy window".
+        kind: the kind of its values (`values.OPEN_KINDS` or `values.POOLS`).
+        domain: what it is an attribute of.
+        statements: its own sentences that state it.
+        questions: its own questions, in the user's words.
     """
 
     noun: str

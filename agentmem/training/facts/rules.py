@@ -12,10 +12,10 @@ class Rule:
 
     Attributes:
         name: an identifier.
-            tellings: how the user states it; {v} is a word that the rule mentions, if any.
-            apply: makes the reply that follows the rule, from the reply without it and the word.
-            takes_word: whether the rule needs a word from an open vocabulary.
-            about_files: whether it applies to file names, and not to replies to questions.
+        tellings: how the user states it; {v} is a word that the rule mentions, if any.
+        apply: makes the reply that follows the rule, from the reply without it and the word.
+        takes_word: whether the rule needs a word from an open vocabulary.
+        about_files: whether it applies to file names, and not to replies to questions.
     """
 
     name: str

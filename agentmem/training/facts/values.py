@@ -125,7 +125,7 @@ class Vocabulary:
 
     Attributes:
         words: lower-case words.
-            names: capitalised words used as names of people, animals and places.
+        names: capitalised words used as names of people, animals and places.
     """
 
     words: tuple[str, ...] = _WORDS
@@ -149,9 +149,9 @@ class Values:
     """Draws values of every kind from one part of a vocabulary.
 
     Args:
-            split: the part. Held-out values share no word, name, number, time, version or path with training; only the
-                digits and folders that they are written with occur in both.
-            vocabulary: the source of words and names.
+        split: the part. Held-out values share no word, name, number, time, version or path with training; only the
+            digits and folders that they are written with occur in both.
+        vocabulary: the source of words and names.
     """
 
     def __init__(self, split: Split, vocabulary: Vocabulary | None = None) -> None:

@@ -18,6 +18,7 @@ import torch
 
 from agentmem.delta.adapter import load_adapter
 from agentmem.delta.config import CONFIG_FILE
+from agentmem.delta.fingerprint import check_digests
 from agentmem.delta.model import SteeredModel
 from agentmem.engine import Engine
 from agentmem.errors import AdapterError, ConfigError, MissingAdapterError, ModelNotFoundError, install_hint
@@ -85,6 +86,7 @@ def load(
         options["device_map"] = device_map
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
     with _bars(model != "nano" if progress is None else progress):
+        check_digests(place)
         _read(AutoConfig.from_pretrained, place, **common)
         weights = None if adapter is False else load_adapter(_adapter_directory(place, adapter, adapter_revision))
         tokenizer = _read(AutoTokenizer.from_pretrained, place, **common)

@@ -14,6 +14,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, SmolLM3Config, SmolLM3Fo
 import agentmem
 from agentmem import MemoryConfig, Message, Sampling, SteeredModel, Window, loading
 from agentmem.delta.adapter import load_adapter, save_adapter
+from agentmem.delta.fingerprint import DIGESTS_FILE, write_digests
 from agentmem.errors import AdapterError, ConfigError, MissingAdapterError, ModelNotFoundError
 from tests.helpers.transcript_templates import QWEN, SMOLLM
 from tests.helpers.transcript_templates import tokenizer as transcript_tokenizer
@@ -105,6 +106,26 @@ def test_a_broken_model_directory_is_named(saved: tuple[Any, Path], name: str, w
     file.write_bytes(BROKEN[way](file.read_bytes()))
     with pytest.raises(ModelNotFoundError, match=re.escape(str(place))):
         agentmem.load(place)
+
+
+def test_a_model_that_is_not_what_its_digests_say_is_refused(saved: tuple[Any, Path]) -> None:
+    _, place = saved
+    write_digests(place)
+    agentmem.load(place, device="cpu").close()
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        content = (place / name).read_bytes()
+        (place / name).write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+        with pytest.raises(ModelNotFoundError, match=f"{name} has another content"):
+            agentmem.load(place)
+        (place / name).unlink()
+        with pytest.raises(ModelNotFoundError, match=re.escape(str(place))):
+            agentmem.load(place)
+        (place / name).write_bytes(content)
+    (place / DIGESTS_FILE).write_text("[1]")
+    with pytest.raises(ModelNotFoundError, match=f"{DIGESTS_FILE} cannot be read"):
+        agentmem.load(place)
+    (place / DIGESTS_FILE).unlink()
+    agentmem.load(place, device="cpu").close()
 
 
 def test_weights_that_are_missing_are_not_made_up(saved: tuple[Any, Path]) -> None:

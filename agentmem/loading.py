@@ -20,6 +20,7 @@ from agentmem.delta.adapter import load_adapter
 from agentmem.delta.config import CONFIG_FILE
 from agentmem.delta.fingerprint import check_digests
 from agentmem.delta.model import SteeredModel
+from agentmem.delta.published import CARD, advice, find_published
 from agentmem.engine import Engine
 from agentmem.errors import AdapterError, ConfigError, MissingAdapterError, ModelNotFoundError, install_hint
 
@@ -47,7 +48,8 @@ def load(
 
     Args:
         model: "nano" (the embedded model), a directory, or a hub id. Local files are used where they are there.
-        adapter: a directory or a hub id; None = the one in the model's `adapter` folder; False = no memory.
+        adapter: a directory, a hub id, or the last part of the hub id of a published one (see
+            `agentmem.delta.published`); None = the one in the model's `adapter` folder; False = no memory.
         device: "auto" = CUDA, then Apple's, then the CPU.
         dtype: "auto" = float32 on a CPU, else the dtype that the weights are stored in.
         attn_implementation: "auto" = flash_attention_2 where flash-attn is installed and the device can, else sdpa.
@@ -203,23 +205,23 @@ def _adapter_directory(model: str, adapter: str | Path | None, revision: str | N
             return own
         raise MissingAdapterError(
             f"{model} has no adapter of its own: pass adapter= with a directory or hub id of one trained for it, "
-            "or adapter=False to run it without memory"
+            f"or adapter=False to run it without memory; {advice(model)}"
         )
     if Path(adapter).is_dir():
         return Path(adapter)
+    known = find_published(str(adapter))
+    name = str(adapter) if known is None else known.name
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    options: Any = {"allow_patterns": ["*.json", "*.safetensors", "*.pt"], "revision": revision}
+    options: Any = {"allow_patterns": ["*.json", "*.safetensors", "*.pt", CARD], "revision": revision}
     try:
         try:
-            return Path(snapshot_download(str(adapter), local_files_only=True, **options))
+            return Path(snapshot_download(name, local_files_only=True, **options))
         except LocalEntryNotFoundError:
-            return Path(snapshot_download(str(adapter), **options))
+            return Path(snapshot_download(name, **options))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise AdapterError(
-            f"adapter {str(adapter)!r} is neither a directory nor a reachable hub id: {error}"
-        ) from error
+        raise AdapterError(f"adapter {name!r} is neither a directory nor a reachable hub id: {error}") from error
 
 
 def _device(name: str) -> torch.device:

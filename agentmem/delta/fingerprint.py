@@ -4,8 +4,8 @@ The fingerprint is that of a loaded model, whatever its path, dtype, device or a
 sizes, and the signs of a fixed sample of the weights that quantisation leaves alone (embedding rows and norms). Signs
 survive every rounding, be it to bfloat16, to float16, or to one after the other, where digits do not; and two models
 that were trained apart differ in half of them. The size of the vocabulary does not count, so that tokens may be added.
-It is no checksum: a changed digit of a weight, or a weight that is not sampled, does not show in it. Digests of files do
-that, for the directories of models that agentmem made.
+It is no checksum: a changed digit of a weight, or a weight that is not sampled, does not show in it. Digests of files
+do that, for the directories of models that agentmem made.
 """
 
 from __future__ import annotations

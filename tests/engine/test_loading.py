@@ -55,6 +55,38 @@ def test_an_adapter_of_its_own_or_elsewhere_or_none(saved: tuple[Any, Path]) -> 
         assert engine.turn(ASK, sampling=Sampling(max_tokens=3)).state is None
 
 
+PUBLISHED = "declare-lab/delta-mem_qwen3_4b-instruct"
+QWEN_4B = "Qwen/Qwen3-4B-Instruct-2507"
+
+
+@pytest.mark.parametrize("name", [PUBLISHED, PUBLISHED.split("/")[1]])
+def test_a_published_adapter_is_found_by_its_name(
+    saved: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    engine, place = saved
+    (tmp_path / "Qwen3-4B-Instruct-2507").symlink_to(place)
+    asked = []
+
+    def download(repository: str, **_: Any) -> str:
+        asked.append(repository)
+        return str(place / "adapter")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with agentmem.load(tmp_path / "Qwen3-4B-Instruct-2507", name) as loaded:
+        assert loaded.adapter_fingerprint == engine.adapter_fingerprint
+    assert asked == [PUBLISHED]
+
+
+def test_a_missing_adapter_names_the_published_ones(saved: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, place = saved
+    (place / "adapter").rename(place / "elsewhere")
+    with pytest.raises(MissingAdapterError, match=rf"published ones: '{PUBLISHED}' for {QWEN_4B} \(CC-BY-4.0"):
+        agentmem.load(place)
+    monkeypatch.setattr(loading, "_read", lambda *_, **__: None)
+    with pytest.raises(MissingAdapterError, match=f"published for it: '{PUBLISHED}'"):
+        agentmem.load(QWEN_4B)
+
+
 def test_what_cannot_be_found_is_named(saved: tuple[Any, Path], tmp_path: Path) -> None:
     _, place = saved
     with pytest.raises(AdapterError, match="no/such adapter"):

@@ -24,7 +24,8 @@
         ├── FactIndexError         its search index is lost or damaged; the facts are not
         └── StoreOwnedError        another process owns the directory
 
-Messages say what was expected, what was found, and what to do. This module imports nothing.
+Messages say what was expected, what was found, and what to do. What works, but perhaps not as meant, is a
+`MemoryWarning`. This module imports nothing.
 """
 
 
@@ -35,6 +36,10 @@ def install_hint(extra: str) -> str:
 
 class AgentMemError(Exception):
     """Base of every error that agentmem raises on purpose."""
+
+
+class MemoryWarning(UserWarning):
+    """A memory is used in a way that works, but perhaps not as its owner means it."""
 
 
 class MissingExtraError(AgentMemError, ImportError):

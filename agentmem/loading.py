@@ -8,6 +8,7 @@ the caller allows it (`trust_remote_code`).
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -18,9 +19,18 @@ import torch
 
 from agentmem.delta.adapter import load_adapter
 from agentmem.delta.config import CONFIG_FILE
+from agentmem.delta.fingerprint import check_digests
 from agentmem.delta.model import SteeredModel
+from agentmem.delta.published import CARD, advice, base_name, find_published, is_made_from
 from agentmem.engine import Engine
-from agentmem.errors import AdapterError, ConfigError, MissingAdapterError, ModelNotFoundError, install_hint
+from agentmem.errors import (
+    AdapterError,
+    ConfigError,
+    MemoryWarning,
+    MissingAdapterError,
+    ModelNotFoundError,
+    install_hint,
+)
 
 NANO = Path(__file__).parent / "nano" / "weights"
 
@@ -46,7 +56,8 @@ def load(
 
     Args:
         model: "nano" (the embedded model), a directory, or a hub id. Local files are preferred.
-        adapter: a directory or a hub id; None = the one in the model's `adapter` folder; False = no memory.
+        adapter: a directory, a hub id, or the last part of the hub id of a published one (see
+            `agentmem.delta.published`); None = the one in the model's `adapter` folder; False = no memory.
         device: "auto" = CUDA, then Apple's, then the CPU.
         dtype: "auto" = float32 on a CPU, otherwise the dtype in which the weights are stored.
         attn_implementation: "auto" = flash_attention_2 where flash-attn is installed and the device supports it,
@@ -86,8 +97,14 @@ def load(
         options["device_map"] = device_map
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
     with _bars(model != "nano" if progress is None else progress):
+        check_digests(place)
         _read(AutoConfig.from_pretrained, place, **common)
-        weights = None if adapter is False else load_adapter(_adapter_directory(place, adapter, adapter_revision))
+        weights = None
+        if adapter is not False:
+            directory = _adapter_directory(place, adapter, adapter_revision)
+            weights = load_adapter(directory)
+            if weights.base is None:
+                _check_base(place, adapter, directory)
         tokenizer = _read(AutoTokenizer.from_pretrained, place, **common)
         if getattr(tokenizer, "chat_template", None) is None:
             raise ConfigError(
@@ -200,23 +217,63 @@ def _adapter_directory(model: str, adapter: str | Path | None, revision: str | N
             return own
         raise MissingAdapterError(
             f"{model} has no adapter of its own: pass adapter= with a directory or hub id of one trained for it, "
-            "or adapter=False to run it without memory"
+            f"or adapter=False to run it without memory; {advice(model)}"
         )
     if Path(adapter).is_dir():
         return Path(adapter)
+    known = find_published(str(adapter))
+    name = str(adapter) if known is None else known.name
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    options: Any = {"allow_patterns": ["*.json", "*.safetensors", "*.pt"], "revision": revision}
+    options: Any = {"allow_patterns": ["*.json", "*.safetensors", "*.pt", CARD], "revision": revision}
     try:
         try:
-            return Path(snapshot_download(str(adapter), local_files_only=True, **options))
+            return Path(snapshot_download(name, local_files_only=True, **options))
         except LocalEntryNotFoundError:
-            return Path(snapshot_download(str(adapter), **options))
+            return Path(snapshot_download(name, **options))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise AdapterError(
-            f"adapter {str(adapter)!r} is neither a directory nor a reachable hub id: {error}"
-        ) from error
+        raise AdapterError(f"adapter {name!r} is neither a directory nor a reachable hub id: {error}") from error
+
+
+def _check_base(model: str, adapter: str | Path | None, directory: Path) -> None:
+    """Compare names, where an adapter does not say by a fingerprint which model it was made for.
+
+    Raises:
+        AdapterError: both have names, and they are not one model's. A directory's own name proves nothing, so there it
+            is a `MemoryWarning`, as it is where nothing is known.
+    """
+    known = find_published(str(adapter))
+    base = base_name(directory) if known is None else known.base
+    if base is None:
+        problem = (
+            f"the adapter in {directory} does not say which model it was made for; it fits every model of that shape, "
+            "and steers all but one at random"
+        )
+    else:
+        names = [model]
+        if Path(model).is_dir():
+            names.append(_recorded_name(Path(model)))
+        if any(is_made_from(name, base) for name in names):
+            return
+        problem = f"the adapter {str(adapter or directory)!r} was made for {base}, the model is {model}"
+        if not Path(model).is_dir():
+            raise AdapterError(f"{problem}; load that model, or an adapter that was trained for this one")
+    warnings.warn(
+        f"{problem}. If they belong together, save the adapter once with agentmem.load(...).steered.save(directory): "
+        "from then on it carries the fingerprint of its model, and any other is refused",
+        MemoryWarning,
+        stacklevel=3,
+    )
+
+
+def _recorded_name(model: Path) -> str:
+    """The name that older versions of transformers noted in a model's config; empty where there is none."""
+    try:
+        name = json.loads((model / "config.json").read_text("utf-8")).get("_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return name if isinstance(name, str) else ""
 
 
 def _device(name: str) -> torch.device:

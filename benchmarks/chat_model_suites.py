@@ -171,7 +171,7 @@ class TestChatDeltaMem(Flags):
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"engine": engine(), "temperature": 0.0, "max_tokens": TOKENS}
+        return {"engine": engine(), "temperature": 0.0, "max_tokens": TOKENS, "cache_salt": "suite"}
 
 
 class TestChatHuggingFace(Flags):

@@ -1,9 +1,9 @@
 """Reads and writes adapter directories, in the authors' format and in our own.
 
-    <dir>/delta_mem_config.json      MemoryConfig, in both formats
+    <dir>/delta_mem_config.json      MemoryConfig, in both formats; in ours with a digest of all that the adapter holds
     <dir>/adapter.safetensors        the weights in our format
     <dir>/delta_mem_adapter.pt       the weights in the authors' format, read by torch's restricted loader
-    (`weights_only=True`)
+                                     (`weights_only=True`)
 
 Tensors are named `model.layers.N.self_attn.<param>` with the parameters of `layer.LayerMemory`,
 whatever the model calls its own modules. Everything is checked before anything is used.
@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from agentmem.delta.config import CONFIG_FILE, MemoryConfig
+from agentmem.delta.config import CONFIG_FILE, DIGEST_KEY, MemoryConfig, read_config
 from agentmem.delta.fingerprint import model_fingerprint
 from agentmem.delta.layer import LayerMemory
 from agentmem.errors import AdapterError
@@ -64,16 +64,23 @@ class Adapter:
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) over the fingerprint and `base`: what an adapter of ours is checked by when it is read."""
+        return hashlib.sha256(f"{self.fingerprint}\n{self.base}".encode()).hexdigest()
+
 
 def load_adapter(directory: str | Path) -> Adapter:
     """Read an adapter directory in either format; where both are present, ours is read.
 
     Raises:
         ConfigError: the json is missing, or asks for something that agentmem does not implement.
-        AdapterError: the weights are missing, unreadable, or hold anything but named tensors.
+        AdapterError: the weights are missing, unreadable, or hold anything but named tensors; or weights and json are
+            not what the digest in the json says.
     """
     directory = Path(directory)
-    config = MemoryConfig.load(directory)
+    body = read_config(directory)
+    config = MemoryConfig.from_json(body)
     ours, theirs = directory / SAFETENSORS_FILE, directory / AUTHORS_FILE
     path = ours if ours.exists() else theirs
     if not path.exists():
@@ -89,7 +96,13 @@ def load_adapter(directory: str | Path) -> Adapter:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the restricted unpickler meets damaged bytes with errors of any kind
         raise AdapterError(f"the adapter weights in {path} cannot be read: {error}") from error
-    return Adapter(config, _checked(path, tensors), base)
+    adapter = Adapter(config, _checked(path, tensors), base)
+    if DIGEST_KEY in body and body[DIGEST_KEY] != (digest := adapter.digest):
+        raise AdapterError(
+            f"{directory} is damaged, or was changed since it was saved: the digest in {CONFIG_FILE} is "
+            f"{body[DIGEST_KEY]!r}, found {digest}; fetch it again (or, if you changed it, take {DIGEST_KEY!r} out)"
+        )
+    return adapter
 
 
 def _checked(path: Path, tensors: Any) -> dict[str, Tensor]:
@@ -138,8 +151,10 @@ def save_adapter(
             save_file(tensors, Path(scratch) / target, metadata=metadata)
         else:
             torch.save(tensors, Path(scratch) / target)
-        body = json.dumps(adapter.config.to_json(), indent=2) + "\n"
-        (Path(scratch) / CONFIG_FILE).write_text(body, "utf-8")
+        body = adapter.config.to_json()
+        if format == "safetensors":  # the authors' code takes no key that it does not know
+            body[DIGEST_KEY] = adapter.digest
+        (Path(scratch) / CONFIG_FILE).write_text(json.dumps(body, indent=2) + "\n", "utf-8")
         for name in (target, CONFIG_FILE):
             os.replace(Path(scratch) / name, directory / name)
 

@@ -21,6 +21,9 @@ UpdateMode = Literal["standard", "lambda_outside", "no_lambda"]
 DeltaHead = Literal["q", "k", "v", "o"]
 
 CONFIG_FILE = "delta_mem_config.json"
+DIGEST_KEY = "agentmem_sha256"
+"""In the json of adapters that agentmem saved: a digest of all that the adapter holds."""
+
 DELTA_HEADS: tuple[DeltaHead, ...] = ("q", "k", "v", "o")
 
 _GRANULARITY: dict[str, WriteStrategy] = {
@@ -179,7 +182,7 @@ class MemoryConfig:
         """
         names = {field.name for field in fields(cls)} - {"write_strategy"}
         options = names | _ARCHIVED_OFF.keys() | _ARCHIVED_IDLE.keys()
-        unknown = sorted(body.keys() - options - {"memory_write_granularity"})
+        unknown = sorted(body.keys() - options - {"memory_write_granularity", DIGEST_KEY})
         if unknown:
             raise ConfigError(f"unknown memory option {unknown[0]!r}; known options: {', '.join(sorted(options))}")
         for key, off in _ARCHIVED_OFF.items():
@@ -199,16 +202,25 @@ class MemoryConfig:
     @classmethod
     def load(cls, directory: str | Path) -> MemoryConfig:
         """Read `delta_mem_config.json` from an adapter directory."""
-        path = Path(directory) / CONFIG_FILE
-        try:
-            body = json.loads(path.read_text("utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"{path} is missing: not an adapter directory") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise ConfigError(f"{path} is not readable as json: {error}") from error
-        if not isinstance(body, dict):
-            raise ConfigError(f"{path} must hold a json object; found {type(body).__name__}")
-        return cls.from_json(body)
+        return cls.from_json(read_config(directory))
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """The json object of an adapter directory.
+
+    Raises:
+        ConfigError: it is missing, or no json object.
+    """
+    path = Path(directory) / CONFIG_FILE
+    try:
+        body = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing: not an adapter directory") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not readable as json: {error}") from error
+    if not isinstance(body, dict):
+        raise ConfigError(f"{path} must hold a json object; found {type(body).__name__}")
+    return body
 
 
 def _of_kind(name: str, value: Any, default: Any) -> Any:

@@ -20,7 +20,9 @@ Quantization = Literal["4bit", "8bit"]
 Model = Annotated[str, typer.Option("--model", help='"nano", a directory, or a hub id.')]
 Adapter = Annotated[
     str | None,
-    typer.Option("--adapter", help='A directory or hub id; "none" for the bare model; left out, the model\'s own.'),
+    typer.Option(
+        "--adapter", help='A directory, hub id, or published one; "none": the bare model; left out: the model\'s own.'
+    ),
 ]
 Device = Annotated[
     str, typer.Option("--device", help='"cuda", "cuda:1", "mps", "cpu"; "auto" takes the first there is.')

@@ -19,7 +19,7 @@ _HOMES = {
     "MemoryMiddleware": "agentmem_langgraph.middleware",
     "MemoryNode": "agentmem_langgraph.node",
     "MemoryTurn": "agentmem_langgraph.memory_turn",
-    "MemoryWarning": "agentmem_langgraph.memory_turn",
+    "MemoryWarning": "agentmem.errors",
     "merge_states": "agentmem_langgraph.merge",
     "numbered_facts": "agentmem_langgraph.prompting",
     "with_context": "agentmem_langgraph.prompting",
@@ -42,9 +42,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from agentmem.errors import MemoryWarning
     from agentmem_langgraph.channel import MemoryChannel, MemoryMessagesState
     from agentmem_langgraph.chat_model import ChatDeltaMem
-    from agentmem_langgraph.memory_turn import MemoryTurn, MemoryWarning
+    from agentmem_langgraph.memory_turn import MemoryTurn
     from agentmem_langgraph.merge import merge_states
     from agentmem_langgraph.middleware import MemoryMiddleware
     from agentmem_langgraph.node import MemoryNode

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from uuid import uuid4
 
 from langchain_core.caches import BaseCache
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -20,9 +21,9 @@ from langchain_core.globals import get_llm_cache
 from langchain_core.language_models import LanguageModelInput, ModelProfile
 from langchain_core.language_models.base import LangSmithParams
 from langchain_core.language_models.chat_models import BaseChatModel
-from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from langchain_core.runnables import Runnable
+from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
 import agentmem
@@ -47,9 +48,22 @@ if TYPE_CHECKING:
 
     from agentmem import Engine, Remembered, Turn
 
-_PER_CALL = ("temperature", "top_p", "top_k", "max_tokens", "seed", "window", "write", "on_edit", "timeout", "kv")
+_PER_CALL = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "max_tokens",
+    "seed",
+    "window",
+    "write",
+    "on_edit",
+    "timeout",
+    "kv",
+    "cache_salt",
+)
 _FORMATS = ("tools", "tool_choice", "parallel_tool_calls", "response_format")
-_MAY_BE_NONE = ("seed", "window", "timeout")  # for other options None means "not given"
+# For other options None means "not given".
+_MAY_BE_NONE = ("seed", "window", "timeout", "cache_salt")
 _OTHER_NAMES = {
     "max_new_tokens": "max_tokens",
     "max_completion_tokens": "max_tokens",
@@ -103,8 +117,9 @@ class ChatDeltaMem(BaseChatModel):
         llm.invoke("My favorite color is teal.", memory=turn)
         turn.state                                    # MemoryState: keep it and pass it to the next call
 
-    Every sampling option, `window`, `write`, `on_edit`, `timeout` and `kv` can also be passed per call or bound:
-    `llm.bind(max_tokens=20)`. Chat models with the same `model`, `adapter` and `load_options` share what they load.
+    Every sampling option, `window`, `write`, `on_edit`, `timeout`, `kv` and `cache_salt` can also be passed per call or
+    bound: `llm.bind(max_tokens=20)`. Chat models with the same `model`, `adapter` and `load_options` share what they
+    load.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -136,7 +151,10 @@ class ChatDeltaMem(BaseChatModel):
     timeout: float | None = None
     """Seconds that a call may take, waiting included; after that it raises TurnTimeoutError."""
     kv: Literal["exact", "carry"] = "exact"
-    """\"carry": start from the KV of the session's previous turn, computed from an older memory (docs/kv.md)."""
+    """"carry": start from the KV of the session's previous turn, computed from an older memory (docs/kv.md)."""
+    cache_salt: str | None = None
+    """Calls of one salt may reuse each other's KV. None: those of one thread (`thread_id` in the config), so that
+    retries and branches do; a call without a thread then shares with no other. Name a salt to share a system prompt."""
     streaming: bool = False
     """True: `invoke` streams too, for callbacks that receive tokens."""
     use_memory: bool = True
@@ -148,6 +166,7 @@ class ChatDeltaMem(BaseChatModel):
     """The engines that this model and its copies have loaded; `close` closes them."""
 
     _carried: MemoryTurn | None = PrivateAttr(default=None)
+    _thread: str | None = PrivateAttr(default=None)
 
     @model_validator(mode="before")
     @classmethod
@@ -172,6 +191,52 @@ class ChatDeltaMem(BaseChatModel):
         if self.engine is not None and (self.model is not None or self.adapter is not None or self.load_options):
             raise ConfigError("give an engine, or a model, an adapter and load_options to load; found both")
         return self
+
+    # ------------------------------------------------------------------ calls
+
+    def invoke(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AIMessage:
+        """The reply to the last message; `memory=` a `MemoryTurn`."""
+        return super(ChatDeltaMem, self._in_thread(config)).invoke(input, config, stop=stop, **kwargs)
+
+    async def ainvoke(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AIMessage:
+        """As `invoke`, without blocking the loop."""
+        return await super(ChatDeltaMem, self._in_thread(config)).ainvoke(input, config, stop=stop, **kwargs)
+
+    def stream(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Iterator[AIMessageChunk]:
+        """As `invoke`, in chunks as they are decoded."""
+        return super(ChatDeltaMem, self._in_thread(config)).stream(input, config, stop=stop, **kwargs)
+
+    def astream(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[AIMessageChunk]:
+        """As `stream`, without blocking the loop."""
+        return super(ChatDeltaMem, self._in_thread(config)).astream(input, config, stop=stop, **kwargs)
 
     def _generate(
         self,
@@ -442,6 +507,15 @@ class ChatDeltaMem(BaseChatModel):
         options["memory"] = self.use_memory
         engine = self._loaded()
         cache = _cache_of(engine)
+        if options["cache_salt"] is None:
+            if self._thread is None and options["kv"] == "carry":
+                warn_once(
+                    cache,
+                    'kv="carry" goes on from the KV of the same thread, and this call names none, so nothing is '
+                    'carried. Pass config={"configurable": {"thread_id": ...}} or cache_salt= (docs/kv.md).',
+                )
+            # A salt that nobody else has, where there is no thread: what one caller said is not for another to learn.
+            options["cache_salt"] = f"call:{uuid4().hex}" if self._thread is None else f"thread:{self._thread}"
         history = shown = to_engine(messages, cache)
         options |= {"tools": [], "form": None}
         if any(value is not None for value in formats.values()):
@@ -458,6 +532,15 @@ class ChatDeltaMem(BaseChatModel):
             last = len(messages) - 1
             cache.put(_place_of(messages, history, last, last), history[-1].content, len(history[-1].content))
         return _Call(self._carrier(memory), messages, shown, options)
+
+    def _in_thread(self, config: RunnableConfig | None) -> Self:
+        """A copy that knows the thread of a config, of which LangChain tells a model's own methods nothing."""
+        thread = ensure_config(config).get("configurable", {}).get("thread_id")
+        if thread is None:
+            return self
+        copy = self.model_copy()
+        copy._thread = str(thread)
+        return copy
 
     def _carrier(self, memory: Any) -> MemoryTurn:
         if memory is None:

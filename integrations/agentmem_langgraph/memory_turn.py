@@ -16,13 +16,9 @@ from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 
-from agentmem.errors import TurnError
+from agentmem.errors import MemoryWarning, TurnError
 from agentmem.messages import MessageCache
 from agentmem.state import MemoryState
-
-
-class MemoryWarning(UserWarning):
-    """A memory is used in a way that works, but probably not as intended."""
 
 
 def warn_once(cache: MessageCache, text: str) -> None:

@@ -17,11 +17,11 @@ from langchain.agents.middleware.types import (
 from langchain_core.messages import AIMessage
 from langgraph.types import Command
 
-from agentmem.errors import TurnError
+from agentmem.errors import MemoryWarning, TurnError
 from agentmem.state import MemoryState
 from agentmem_langgraph.channel import MemoryChannel
 from agentmem_langgraph.chat_model import ChatDeltaMem
-from agentmem_langgraph.memory_turn import MemoryTurn, MemoryWarning
+from agentmem_langgraph.memory_turn import MemoryTurn
 from agentmem_langgraph.node import memory_update
 from agentmem_langgraph.tracing import MATRIX_FREE
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from agentmem import MemoryConfig, SteeredModel
 from agentmem.delta.adapter import AUTHORS_FILE, SAFETENSORS_FILE, Adapter, load_adapter, save_adapter
-from agentmem.delta.config import CONFIG_FILE
+from agentmem.delta.config import CONFIG_FILE, DIGEST_KEY
 from agentmem.errors import AdapterError, ConfigError
 from tests.helpers.core_models import GOLDEN, random_ids, steer, tiny
 
@@ -51,6 +51,7 @@ def test_round_trip(case: str, form: Any, tmp_path: Path) -> None:
     assert _same(again, adapter)
     assert again.fingerprint == adapter.fingerprint
     written = json.loads((tmp_path / CONFIG_FILE).read_text())
+    assert (written.pop(DIGEST_KEY, None) is not None) is (form == "safetensors")
     assert written == json.loads((GOLDEN / case / "adapter" / CONFIG_FILE).read_text())
 
 
@@ -238,7 +239,7 @@ def test_unreadable_weights_are_refused(directory: Path, name: str, bytes_: byte
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), name=st.sampled_from([AUTHORS_FILE, SAFETENSORS_FILE]))
 def test_damaged_weights_give_typed_errors_or_tensors(data: st.DataObject, name: str, directory: Path) -> None:
-    """A flipped bit in a number cannot be seen; anything else must be refused by a typed error, whatever broke."""
+    """Of the authors' files a flipped bit in a number cannot be seen; all else is refused, whatever broke."""
     for path in directory.iterdir():
         path.unlink()
     small = Adapter(MemoryConfig(), {KEY: torch.arange(6.0)})
@@ -252,6 +253,41 @@ def test_damaged_weights_give_typed_errors_or_tensors(data: st.DataObject, name:
     except AdapterError:
         return
     assert all(isinstance(tensor, Tensor) for tensor in found.tensors.values())
+    assert name == AUTHORS_FILE or _same(found, small)
+
+
+@pytest.mark.parametrize("name", [SAFETENSORS_FILE, CONFIG_FILE])
+def test_no_flipped_bit_of_an_adapter_of_ours_changes_it_unseen(name: str, tmp_path: Path) -> None:
+    adapter = Adapter(MemoryConfig(), {KEY: torch.arange(6.0)}, base="of this model")
+    save_adapter(tmp_path, adapter)
+    content = (tmp_path / name).read_bytes()
+    refused = 0
+    for place in range(len(content)):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 8
+        (tmp_path / name).write_bytes(flipped)
+        try:
+            found = load_adapter(tmp_path)
+        except (AdapterError, ConfigError):
+            refused += 1
+        else:  # white space, or an option without effect
+            assert _same(found, adapter)
+            assert found.base == adapter.base
+    assert refused > len(content) // 3
+    (tmp_path / name).write_bytes(content)
+    assert _same(load_adapter(tmp_path), adapter)
+
+
+def test_an_adapter_that_is_not_what_its_config_says_is_named(tmp_path: Path) -> None:
+    adapter = _golden()
+    save_adapter(tmp_path, adapter)
+    tensors = {name: tensor.clone() for name, tensor in adapter.tensors.items()}
+    tensors[KEY].view(-1)[3] += 1e-3
+    save_file(tensors, tmp_path / SAFETENSORS_FILE)
+    with pytest.raises(AdapterError, match=f"damaged, or was changed.*{DIGEST_KEY}"):
+        load_adapter(tmp_path)
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(adapter.config.to_json()))  # as adapters without a digest are read
+    assert torch.equal(load_adapter(tmp_path).tensors[KEY], tensors[KEY])
 
 
 # Refusals of configs.
@@ -339,5 +375,6 @@ def test_the_saved_files_are_plain(tmp_path: Path) -> None:
     adapter = _golden()
     save_adapter(tmp_path, adapter)
     assert load_file(tmp_path / SAFETENSORS_FILE).keys() == adapter.tensors.keys()
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(adapter.config.to_json()))
     save_file({KEY: torch.zeros(8, 64)}, tmp_path / SAFETENSORS_FILE)
     assert load_adapter(tmp_path).tensors.keys() == {KEY}

@@ -14,7 +14,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, SmolLM3Config, SmolLM3Fo
 import agentmem
 from agentmem import MemoryConfig, Message, Sampling, SteeredModel, Window, loading
 from agentmem.delta.adapter import load_adapter, save_adapter
-from agentmem.errors import AdapterError, ConfigError, MissingAdapterError, ModelNotFoundError
+from agentmem.delta.fingerprint import DIGESTS_FILE, write_digests
+from agentmem.errors import AdapterError, ConfigError, MemoryWarning, MissingAdapterError, ModelNotFoundError
 from tests.helpers.transcript_templates import QWEN, SMOLLM
 from tests.helpers.transcript_templates import tokenizer as transcript_tokenizer
 
@@ -52,6 +53,87 @@ def test_an_adapter_of_its_own_or_elsewhere_or_none(saved: tuple[Any, Path]) -> 
     with agentmem.load(place, adapter=False) as engine:
         assert not engine.has_memory
         assert engine.turn(ASK, sampling=Sampling(max_tokens=3)).state is None
+
+
+PUBLISHED = "declare-lab/delta-mem_qwen3_4b-instruct"
+QWEN_4B = "Qwen/Qwen3-4B-Instruct-2507"
+
+
+@pytest.mark.parametrize("name", [PUBLISHED, PUBLISHED.split("/")[1]])
+def test_a_published_adapter_is_found_by_its_name(
+    saved: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    engine, place = saved
+    (tmp_path / "Qwen3-4B-Instruct-2507").symlink_to(place)
+    asked = []
+
+    def download(repository: str, **_: Any) -> str:
+        asked.append(repository)
+        return str(place / "adapter")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with agentmem.load(tmp_path / "Qwen3-4B-Instruct-2507", name) as loaded:
+        assert loaded.adapter_fingerprint == engine.adapter_fingerprint
+    assert asked == [PUBLISHED]
+
+
+def test_a_missing_adapter_names_the_published_ones(saved: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, place = saved
+    (place / "adapter").rename(place / "elsewhere")
+    with pytest.raises(MissingAdapterError, match=rf"published ones: '{PUBLISHED}' for {QWEN_4B} \(CC-BY-4.0"):
+        agentmem.load(place)
+    monkeypatch.setattr(loading, "_read", lambda *_, **__: None)
+    with pytest.raises(MissingAdapterError, match=f"published for it: '{PUBLISHED}'"):
+        agentmem.load(QWEN_4B)
+
+
+@pytest.fixture
+def authors(saved: tuple[Any, Path]) -> Path:
+    """The adapter as its authors publish theirs: it names no model."""
+    place = saved[1].parent / "authors"
+    save_adapter(place, load_adapter(saved[1] / "adapter"), format="authors")
+    return place
+
+
+def test_an_adapter_that_names_no_model_is_taken_with_a_warning(saved: tuple[Any, Path], authors: Path) -> None:
+    _, place = saved
+    with pytest.warns(MemoryWarning, match="does not say which model it was made for"):
+        engine = agentmem.load(place, authors)
+    with engine:
+        engine.steered.save(authors.parent / "bound")
+    agentmem.load(place, authors.parent / "bound").close()  # a warning would be an error here
+
+
+NAMED_BY: dict[str, tuple[str, str]] = {
+    "PEFT's config": ("adapter_config.json", '{"base_model_name_or_path": "some/Model-4B"}'),
+    "its card": ("README.md", "---\nlicense: mit\nbase_model: some/Model-4B\n---\n# A\nbase_model: other\n"),
+    "a list in its card": ("README.md", '---\nbase_model:\n- "some/Model-4B"\ntags: [a]\n---\n'),
+}
+
+
+@pytest.mark.parametrize(("file", "text"), NAMED_BY.values(), ids=NAMED_BY.keys())
+def test_the_model_that_an_adapter_names_is_compared(
+    saved: tuple[Any, Path], authors: Path, monkeypatch: pytest.MonkeyPatch, file: str, text: str
+) -> None:
+    _, place = saved
+    (authors / file).write_text(text)
+    with pytest.warns(MemoryWarning, match=r"was made for some/Model-4B, the model is .*/model"):
+        agentmem.load(place, authors).close()
+    (place.parent / "model-4b-bnb-4bit").symlink_to(place)
+    agentmem.load(place.parent / "model-4b-bnb-4bit", authors).close()
+    body = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(body | {"_name_or_path": "some/Model-4B"}))
+    agentmem.load(place, authors).close()
+    monkeypatch.setattr(loading, "_read", lambda *_, **__: None)
+    with pytest.raises(AdapterError, match="was made for some/Model-4B, the model is other/Model-4"):
+        agentmem.load("other/Model-4", authors)
+
+
+def test_a_published_adapter_is_refused_on_another_model(authors: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(authors))
+    monkeypatch.setattr(loading, "_read", lambda *_, **__: None)
+    with pytest.raises(AdapterError, match=f"{PUBLISHED}' was made for {QWEN_4B}, the model is Qwen/Qwen3-4B;"):
+        agentmem.load("Qwen/Qwen3-4B", PUBLISHED)
 
 
 def test_what_cannot_be_found_is_named(saved: tuple[Any, Path], tmp_path: Path) -> None:
@@ -105,6 +187,26 @@ def test_a_broken_model_directory_is_named(saved: tuple[Any, Path], name: str, w
     file.write_bytes(BROKEN[way](file.read_bytes()))
     with pytest.raises(ModelNotFoundError, match=re.escape(str(place))):
         agentmem.load(place)
+
+
+def test_a_model_that_is_not_what_its_digests_say_is_refused(saved: tuple[Any, Path]) -> None:
+    _, place = saved
+    write_digests(place)
+    agentmem.load(place, device="cpu").close()
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        content = (place / name).read_bytes()
+        (place / name).write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+        with pytest.raises(ModelNotFoundError, match=f"{name} has another content"):
+            agentmem.load(place)
+        (place / name).unlink()
+        with pytest.raises(ModelNotFoundError, match=re.escape(str(place))):
+            agentmem.load(place)
+        (place / name).write_bytes(content)
+    (place / DIGESTS_FILE).write_text("[1]")
+    with pytest.raises(ModelNotFoundError, match=f"{DIGESTS_FILE} cannot be read"):
+        agentmem.load(place)
+    (place / DIGESTS_FILE).unlink()
+    agentmem.load(place, device="cpu").close()
 
 
 def test_weights_that_are_missing_are_not_made_up(saved: tuple[Any, Path]) -> None:

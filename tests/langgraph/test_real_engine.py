@@ -12,13 +12,23 @@ from typing import Any
 
 import pytest
 import torch
-from langchain_core.messages import BaseMessage, HumanMessage, ToolMessage
+from langchain.agents import create_agent
+from langchain_core.messages import BaseMessage, HumanMessage, SystemMessage, ToolMessage
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import START, StateGraph
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from agentmem import Engine, MemoryConfig, SteeredModel
 from agentmem.errors import AgentMemError
-from agentmem_langgraph import ChatDeltaMem, MemoryTurn
+from agentmem_langgraph import (
+    ChatDeltaMem,
+    MemoryMessagesState,
+    MemoryMiddleware,
+    MemoryNode,
+    MemoryTurn,
+    MemoryWarning,
+)
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
@@ -154,7 +164,7 @@ async def test_no_torch_mode_leaks_out_of_a_stream(babbler: Engine) -> None:
 
 
 def test_carried_kv_is_named_in_the_replys_metadata(babbler: Engine) -> None:
-    llm, turn = ChatDeltaMem(engine=babbler, kv="carry", max_tokens=4), MemoryTurn()
+    llm, turn = ChatDeltaMem(engine=babbler, kv="carry", cache_salt="mine", max_tokens=4), MemoryTurn()
     history: list[BaseMessage] = [HumanMessage("hello there")]
     first = llm.invoke(history, memory=turn)
     assert "carried" not in first.response_metadata
@@ -177,3 +187,82 @@ def test_a_message_that_is_changed_in_place_is_an_edit(babbler: Engine) -> None:
     assert "edits" not in llm.invoke(history, memory=MemoryTurn(turn.state)).response_metadata
     told.content = "something else"
     assert llm.invoke(history, memory=MemoryTurn(turn.state)).response_metadata["edits"] == [0]
+
+
+def _thread(name: str) -> Any:
+    return {"configurable": {"thread_id": name}}
+
+
+def _cache_read(reply: Any) -> int:
+    return int(reply.usage_metadata["input_token_details"]["cache_read"])
+
+
+@pytest.mark.parametrize("memory", [True, False])
+@pytest.mark.parametrize("way", ["invoke", "ainvoke", "stream", "astream"])
+def test_what_one_thread_reads_says_nothing_to_another(babbler: Engine, way: str, memory: bool) -> None:
+    llm = ChatDeltaMem(engine=babbler, max_tokens=4)
+    babbler.forget_prefills()
+
+    def ask(config: Any = None, **options: Any) -> int:
+        secret: list[BaseMessage] = [SystemMessage("Be kind."), HumanMessage(f"my secret: {way} {memory}")]
+        if memory:
+            options["memory"] = MemoryTurn()
+        call = getattr(llm, way)(secret, config, **options)
+        if way == "ainvoke":
+            return _cache_read(asyncio.run(_await(call)))
+        if way == "astream":
+            chunks = asyncio.run(_collected(call))
+            return _cache_read(sum(chunks[1:], chunks[0]))
+        if way == "stream":
+            chunks = list(call)
+            return _cache_read(sum(chunks[1:], chunks[0]))
+        return _cache_read(call)
+
+    assert ask(_thread("ada")) == 0
+    for other in (_thread("grace"), None, None):
+        assert ask(other) == 0
+    assert ask(_thread("ada")) > 0
+    # A system prompt that is no secret is shared by those who say so.
+    assert ask(_thread("ada"), cache_salt="everybody") == 0
+    assert ask(None, cache_salt="everybody") > 0
+
+
+async def _await(call: Any) -> Any:
+    return await call
+
+
+async def _collected(chunks: Any) -> list[Any]:
+    return [chunk async for chunk in chunks]
+
+
+def test_what_is_carried_stays_in_its_thread(babbler: Engine) -> None:
+    llm, turn = ChatDeltaMem(engine=babbler, kv="carry", max_tokens=4), MemoryTurn()
+    history: list[BaseMessage] = [HumanMessage("hello there")]
+    history += [llm.invoke(history, _thread("ada"), memory=turn), HumanMessage("go on")]
+    for other in ("ada", "grace", "ada"):
+        reply = llm.invoke(history, _thread(other), memory=MemoryTurn(turn.state))
+        assert ("carried" in reply.response_metadata) is (other == "ada")
+    babbler.message_cache.clear()
+    with pytest.warns(MemoryWarning, match="thread_id"):
+        reply = llm.invoke(history, memory=MemoryTurn(turn.state))
+    assert "carried" not in reply.response_metadata
+
+
+@pytest.mark.parametrize("kind", ["node", "agent"])
+def test_a_graph_reads_the_kv_of_its_thread_alone(babbler: Engine, kind: str) -> None:
+    llm = ChatDeltaMem(engine=babbler, max_tokens=4)
+    saver = InMemorySaver()
+    if kind == "node":
+        builder = StateGraph(MemoryMessagesState)
+        builder.add_node("agent", MemoryNode(llm))
+        builder.add_edge(START, "agent")
+        graph: Any = builder.compile(checkpointer=saver)
+    else:
+        graph = create_agent(llm, middleware=[MemoryMiddleware()], checkpointer=saver)
+
+    def ask(name: str) -> int:
+        saver.delete_thread(name)  # each time the thread's first turn: what a retry does
+        out = graph.invoke({"messages": [("user", f"hello from a {kind}")]}, _thread(name))
+        return _cache_read(out["messages"][-1])
+
+    assert [ask(name) > 0 for name in ("ada", "grace", "ada")] == [False, False, True]

@@ -80,7 +80,7 @@ class TestIntegration(ChatModelIntegrationTests):
 
     def invoke_with_cache_read_input(self, *, stream: bool = False) -> AIMessage:
         """The same prompt again: its prefill is at hand."""
-        llm = ChatDeltaMem(**self.chat_model_params)
+        llm = ChatDeltaMem(**self.chat_model_params, cache_salt="suite")
         llm.invoke("Hello, how are you today?")
         if not stream:
             return llm.invoke("Hello, how are you today?")

@@ -52,6 +52,7 @@ def test_everything_is_there_and_small() -> None:
         "adapter/delta_mem_config.json",
         "adapter/adapter.safetensors",
         "recipe.json",
+        "agentmem_sha256.json",
     }
     assert sum(p.stat().st_size for p in NANO.rglob("*") if p.is_file()) < 12_000_000
 

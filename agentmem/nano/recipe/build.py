@@ -28,6 +28,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3ForCausalL
 from agentmem import __version__
 from agentmem.delta.adapter import SAFETENSORS_FILE
 from agentmem.delta.config import MemoryConfig
+from agentmem.delta.fingerprint import write_digests
 from agentmem.delta.model import SteeredModel
 from agentmem.errors import ConfigError
 from agentmem.nano.recipe.batches import BaseBatches
@@ -216,6 +217,7 @@ def _ship(out: Path, tokenizer: PreTrainedTokenizerBase, model: Qwen3ForCausalLM
     # Weight files are created readable by their owner only; these must be readable by whoever installs the package.
     for file in (out / "model.safetensors", out / "adapter" / SAFETENSORS_FILE):
         file.chmod(0o644)
+    write_digests(out)
 
 
 def _report(

@@ -1,0 +1,83 @@
+"""Adapters that others have published, and what can be known of the model that an adapter was made for.
+
+Adapters that agentmem saved carry the fingerprint of their model. Others, the authors' among them, fit every model of
+the same shape: what is known of them is a name, from the table here or from the files that hubs keep beside an adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+CARD, PEFT_FILE = "README.md", "adapter_config.json"
+_BASE_MODEL = re.compile(r"^base_model:\s*(?:-\s*)?[\"']?([^\s\"'#\[\]]+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class PublishedAdapter:
+    """An adapter on the hub.
+
+    Attributes:
+        name: its hub id.
+        base: the hub id of the model that it was trained for.
+        licence: of its weights.
+        source: who made it.
+    """
+
+    name: str
+    base: str
+    licence: str
+    source: str
+
+
+PUBLISHED = (
+    PublishedAdapter(
+        "declare-lab/delta-mem_qwen3_4b-instruct",
+        "Qwen/Qwen3-4B-Instruct-2507",
+        "CC-BY-4.0",
+        "the authors of delta-mem",
+    ),
+)
+
+
+def find_published(name: str) -> PublishedAdapter | None:
+    """The adapter of that hub id, or of its last part."""
+    return next((known for known in PUBLISHED if name in (known.name, _last_part(known.name))), None)
+
+
+def advice(model: str) -> str:
+    """Which published adapter there is for a model, in words; where there is none, which there are at all."""
+    fitting = [known for known in PUBLISHED if is_made_from(model, known.base)]
+    listed = "; ".join(f"{a.name!r} for {a.base} ({a.licence}, by {a.source})" for a in fitting or PUBLISHED)
+    return f"published for it: {listed}" if fitting else f"published ones: {listed}"
+
+
+def base_name(directory: str | Path) -> str | None:
+    """The model that an adapter's directory names, in PEFT's config or in the head of its card; None: neither does."""
+    directory = Path(directory)
+    try:
+        name = json.loads((directory / PEFT_FILE).read_text("utf-8")).get("base_model_name_or_path")
+        if isinstance(name, str) and name:
+            return name
+    except (OSError, ValueError, AttributeError, RecursionError):
+        pass  # not there, or not what it should be: the card may say it
+    try:
+        head = (directory / CARD).read_text("utf-8").split("\n---", 1)[0]
+    except (OSError, ValueError):
+        return None
+    match = _BASE_MODEL.search(head) if head.startswith("---") else None
+    return None if match is None else match[1]
+
+
+def is_made_from(model: str, base: str) -> bool:
+    """Whether a model's hub id or directory is named after a base: the same name, or one that contains it.
+
+    Quantised and converted copies are named so: `unsloth/Qwen3-4B-Instruct-2507-bnb-4bit`.
+    """
+    return _last_part(base).lower() in _last_part(model).lower()
+
+
+def _last_part(name: str) -> str:
+    return name.rstrip("/\\").replace("\\", "/").rpartition("/")[2]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from sqlalchemy import Connection, Integer, and_, bindparam, cast, literal, select
 
@@ -51,7 +52,7 @@ class AncestorReader:
         chain = start.where(here, checkpoints.c.id == bindparam("id")).cte("ancestors", recursive=True)
         step = select(*columns, chain.c.depth + 1)
         step = step.where(here, checkpoints.c.id == chain.c.parent, chain.c.depth < _ANCESTORS - 1)
-        self.chain = select(chain.union_all(step)).order_by("depth")
+        self._chain = select(chain.union_all(step)).order_by("depth")
         of_channels = and_(
             writes.c.thread == threads.c.number,
             writes.c.ns == bindparam("ns"),
@@ -91,6 +92,10 @@ class AncestorReader:
                 before = known.epoch, start
         return None
 
+    def rows(self, connection: Connection, keys: Mapping[str, Any]) -> list[Row]:
+        """A checkpoint, given by `thread`, `ns` and `id`, and its ancestors: at most a hundred rows."""
+        return [{**row, "ns": keys["ns"]} for row in connection.execute(self._chain, keys).mappings()]
+
     def _histories(
         self, connection: Connection, address: Address, known: CachedThread, start: bytes, channels: Sequence[str]
     ) -> dict[str, History]:
@@ -128,12 +133,12 @@ class AncestorReader:
         missing = set(channels)
         following: bytes | None = start
         while following is not None and missing:
-            rows = connection.execute(self.chain, {"thread": thread, "ns": ns, "id": following}).mappings().all()
+            rows = self.rows(connection, {"thread": thread, "ns": ns, "id": following})
             following = rows[-1]["parent"] if len(rows) == _ANCESTORS else None
             for row in rows:
                 if row["id"] in ancestors:  # a checkpoint that was stored as its own ancestor
                     return list(ancestors.values())
-                check_seal(self._protection, thread_id, {**row, "ns": ns})
+                check_seal(self._protection, thread_id, row)
                 left = self.left(connection, thread, row["history"])
                 ancestor = Ancestor(row["id"], row["parent"], unpack_content(row["content"]), left)
                 if ancestors:  # what the checkpoint itself holds is not asked for

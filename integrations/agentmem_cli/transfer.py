@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from sqlalchemy import URL
 
     from agentmem_cli.storage import Place
-    from agentmem_sql import ThreadTransfer
 
 Source = Annotated[
     str,
@@ -78,16 +77,17 @@ def import_threads(
         Console(stderr=True).status("copying") as status,
     ):
         numbers = count(1)
-
-        def show(done: ThreadTransfer) -> None:
-            status.update(f"copying: {next(numbers)} threads")
-            if done.error is not None:
-                console.print(error_line(done.error), soft_wrap=True)
-
         try:
-            report = copy_threads(reading, writing, thread_ids=thread, on_thread=show)
+            report = copy_threads(
+                reading,
+                writing,
+                thread_ids=thread,
+                on_thread=lambda _: status.update(f"copying: {next(numbers)} threads"),
+            )
         except TransferError as error:
             report = error.report
+    for failure in report.failures.values():
+        console.print(error_line(failure), soft_wrap=True)
     console.print(
         f"{report.threads} threads, of which {report.skipped} had nothing new and {len(report.failures)} failed; "
         f"copied {report.checkpoints} checkpoints and {report.writes} pending writes",

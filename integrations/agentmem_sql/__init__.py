@@ -22,7 +22,7 @@ from agentmem_sql.report import StorageReport, ThreadSize
 from agentmem_sql.retention import Retention, RetentionReport
 from agentmem_sql.saver import SQLAlchemySaver
 from agentmem_sql.schema import metadata
-from agentmem_sql.transfer import ThreadTransfer, TransferError, TransferReport, acopy_threads, copy_threads
+from agentmem_sql.transfer import TransferError, TransferReport, acopy_threads, copy_threads
 
 __all__ = [
     "MemoryStep",
@@ -32,7 +32,6 @@ __all__ = [
     "StorageReport",
     "ThreadRetention",
     "ThreadSize",
-    "ThreadTransfer",
     "TransferError",
     "TransferReport",
     "acopy_threads",

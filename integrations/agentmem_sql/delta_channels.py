@@ -11,8 +11,9 @@ seed and the writes in their order, by reference. So a pruned thread means what 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from sqlalchemy import Connection, Integer, and_, bindparam, cast, literal, select
 
@@ -30,8 +31,8 @@ _ANCESTORS = 100  # in one statement
 class Ancestor:
     """A checkpoint on the way to the root: what it holds, and what its own pruned ancestors left."""
 
+    ns: bytes
     id: bytes
-    parent: bytes | None
     digests: Mapping[str, bytes]
     left: Mapping[str, History]
     writes: list[StoredWrite] = field(default_factory=list)
@@ -51,7 +52,7 @@ class AncestorReader:
         chain = start.where(here, checkpoints.c.id == bindparam("id")).cte("ancestors", recursive=True)
         step = select(*columns, chain.c.depth + 1)
         step = step.where(here, checkpoints.c.id == chain.c.parent, chain.c.depth < _ANCESTORS - 1)
-        self.chain = select(chain.union_all(step)).order_by("depth")
+        self._chain = select(chain.union_all(step)).order_by("depth")
         of_channels = and_(
             writes.c.thread == threads.c.number,
             writes.c.ns == bindparam("ns"),
@@ -82,7 +83,8 @@ class AncestorReader:
         while (located := self._reader.locate(connection, address)) is not None:
             known, start = located
             try:
-                histories = self._histories(connection, address, known, start, channels)
+                ancestors = self._read_rows(connection, address, known, start, channels)
+                histories = self.histories(connection, address.thread, known, ancestors, channels)
                 wanted = {digest for history in histories.values() for digest in history.digests}
                 return histories, self._reader.collect(connection, known, wanted), known
             except Missing:
@@ -91,33 +93,27 @@ class AncestorReader:
                 before = known.epoch, start
         return None
 
-    def _histories(
-        self, connection: Connection, address: Address, known: CachedThread, start: bytes, channels: Sequence[str]
-    ) -> dict[str, History]:
-        assert known.number is not None
-        ns = open_key(address.ns)
-        ancestors = self._ancestors(connection, address.thread, known.number, ns, start, channels)
-        self._add_writes(connection, address.thread, known, ns, ancestors[1:], channels)
-        return fold(ancestors, channels)
+    def rows(self, connection: Connection, keys: Mapping[str, Any]) -> list[Row]:
+        """A checkpoint, given by `thread`, `ns` and `id`, and its ancestors: at most a hundred rows."""
+        return [{**row, "ns": keys["ns"]} for row in connection.execute(self._chain, keys).mappings()]
 
-    def left(self, connection: Connection, thread: int, digest: bytes | None) -> dict[str, History]:
-        """What pruned ancestors left with a checkpoint.
+    def ancestor(self, connection: Connection, thread: int | None, row: Row) -> Ancestor:
+        """A checkpoint's row with what pruned ancestors left with it, still without its writes.
 
         Raises:
-            Missing: it is not there, or is not what was stored.
+            Missing: that is not there, or is not what was stored.
         """
-        if digest is None:
-            return {}
-        stored = connection.execute(self._history, {"thread": thread, "digest": digest}).one_or_none()
-        if stored is None or stored.kind != HISTORY:
-            raise Missing
-        body = self._protection.decrypt(stored.body)
-        if self._protection.digest(HISTORY, body) != digest:
-            raise Missing
-        return read_history(body)
+        left: dict[str, History] = {}
+        if row["history"] is not None:
+            stored = connection.execute(self._history, {"thread": thread, "digest": row["history"]}).one_or_none()
+            body = b"" if stored is None else self._protection.decrypt(stored.body)
+            if stored is None or self._protection.digest(HISTORY, body) != row["history"]:
+                raise Missing
+            left = read_history(body)
+        return Ancestor(row["ns"], row["id"], unpack_content(row["content"]), left)
 
-    def _ancestors(
-        self, connection: Connection, thread_id: str, thread: int, ns: bytes, start: bytes, channels: Sequence[str]
+    def _read_rows(
+        self, connection: Connection, address: Address, known: CachedThread, start: bytes, channels: Sequence[str]
     ) -> list[Ancestor]:
         """The checkpoint itself and its ancestors, until every channel is found.
 
@@ -128,17 +124,17 @@ class AncestorReader:
         missing = set(channels)
         following: bytes | None = start
         while following is not None and missing:
-            rows = connection.execute(self.chain, {"thread": thread, "ns": ns, "id": following}).mappings().all()
+            keys = {"thread": known.number, "ns": open_key(address.ns), "id": following}
+            rows = self.rows(connection, keys)
             following = rows[-1]["parent"] if len(rows) == _ANCESTORS else None
             for row in rows:
                 if row["id"] in ancestors:  # a checkpoint that was stored as its own ancestor
                     return list(ancestors.values())
-                check_seal(self._protection, thread_id, {**row, "ns": ns})
-                left = self.left(connection, thread, row["history"])
-                ancestor = Ancestor(row["id"], row["parent"], unpack_content(row["content"]), left)
+                check_seal(self._protection, address.thread, row)
+                ancestor = self.ancestor(connection, known.number, row)
                 if ancestors:  # what the checkpoint itself holds is not asked for
                     missing -= ancestor.digests.keys()
-                missing -= {name for name, history in left.items() if history.seed is not None}
+                missing -= {name for name, history in ancestor.left.items() if history.seed is not None}
                 ancestors[ancestor.id] = ancestor
                 if not missing:
                     break
@@ -146,55 +142,42 @@ class AncestorReader:
             raise Missing
         return list(ancestors.values())
 
-    def _add_writes(
+    def histories(
         self,
         connection: Connection,
         thread_id: str,
         known: CachedThread,
-        ns: bytes,
-        ancestors: Iterable[Ancestor],
+        ancestors: Sequence[Ancestor],
         channels: Sequence[str],
-    ) -> None:
-        """Read what the ancestors wrote.
+    ) -> dict[str, History]:
+        """The seed and writes of each channel, along a checkpoint and its ancestors (the checkpoint stands first).
 
         Raises:
             Missing: something was taken out of the thread since it was found.
+            StorageError: a write was changed or damaged since it was stored.
         """
-        by_id = {ancestor.id: ancestor for ancestor in ancestors}
-        keys = {"thread": known.number, "ns": ns, "channels": [encode_text(name) for name in channels]}
+        by_id = {ancestor.id: ancestor for ancestor in ancestors[1:]}
+        keys = {"thread": known.number, "ns": ancestors[0].ns, "channels": [encode_text(name) for name in channels]}
         for part in chunks(list(by_id)):
             rows = connection.execute(self._pending, {**keys, "ids": part}).mappings().all()
             if not rows or rows[0]["epoch"] != known.epoch:
                 raise Missing
             for row in rows:
-                if row["checkpoint"] is not None:
-                    add_write(self._protection, thread_id, by_id, row)
+                if row["checkpoint"] is None:
+                    continue
+                if row["checkpoint"] not in by_id:  # the index that found the row says something else than the row
+                    raise damaged(thread_id, decode_text(row["checkpoint"]), "a pending write")
+                by_id[row["checkpoint"]].writes.append(decode_write(self._protection, thread_id, row))
+        return {name: _fold(ancestors, name) for name in channels}
 
 
-def add_write(protection: Protection, thread_id: str, ancestors: Mapping[bytes, Ancestor], row: Row) -> None:
-    """Give an ancestor a pending write that was read for it.
-
-    Raises:
-        StorageError: the write was changed or damaged since it was stored.
-    """
-    ancestor = ancestors.get(row["checkpoint"])
-    if ancestor is None:  # the index that found the row says something else than the row
-        raise damaged(thread_id, decode_text(row["checkpoint"]), "a pending write")
-    ancestor.writes.append(decode_write(protection, thread_id, row))
-
-
-def fold(ancestors: Sequence[Ancestor], channels: Iterable[str]) -> dict[str, History]:
-    """The seed and writes of each channel, along a checkpoint and its ancestors (the checkpoint stands first)."""
-    return {name: _fold_channel(ancestors, name) for name in channels}
-
-
-def _fold_channel(ancestors: Sequence[Ancestor], channel: str) -> History:
+def _fold(ancestors: Sequence[Ancestor], channel: str) -> History:
     newest_first: list[tuple[str, bytes]] = []
     for distance, ancestor in enumerate(ancestors):
         if distance:  # the checkpoint's own value and pending writes do not count
             own = [write for write in ancestor.writes if write.channel == channel]
-            own.sort(key=lambda write: write.order)
-            newest_first += [(write.task, write.digest) for write in reversed(own)]
+            own.sort(key=lambda write: write.order, reverse=True)
+            newest_first += [(write.task, write.digest) for write in own]
             if channel in ancestor.digests:
                 return History(ancestor.digests[channel], newest_first[::-1])
         left = ancestor.left.get(channel)

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from langgraph.checkpoint.serde.base import SerializerProtocol
 from numpy.typing import NDArray
-from sqlalchemy import Connection, bindparam, select
+from sqlalchemy import Connection, select
 
 from agentmem.errors import CorruptStateError, StateMismatchError, StorageError
 from agentmem.state import MemoryState
-from agentmem_sql.content import Unpacker
-from agentmem_sql.list_tree import LIST
+from agentmem_sql.content import Unpacker, dump
+from agentmem_sql.list_tree import LIST, VALUE
 from agentmem_sql.message_cache import Body, CachedThread
 from agentmem_sql.reader import Missing
 from agentmem_sql.rows import Address, StoredCheckpoint, damaged, decode_row
@@ -33,8 +33,6 @@ from agentmem_sql.store import Store
 _RESERVED = ("__", "branch:")
 
 _FIRST_PAGE, _PAGE = 4, 32  # memories read at once
-
-Contents = Mapping[bytes, Body]
 
 
 @dataclass(frozen=True)
@@ -104,8 +102,8 @@ def memory_history(
     store: Store, serde: SerializerProtocol, address: Address, channel: str | None, *, newest_first: bool
 ) -> Iterator[MemoryStep]:
     """The memories along the parents of the checkpoint at `address`; see `SQLAlchemySaver.memory_history`."""
-    walk = _Walk(store, serde, address)
-    changes = walk.changes(channel)
+    walk = _Walk(store, serde, address, channel)
+    changes = walk.changes()
     if not newest_first:
         changes = reversed(list(changes))
     states: dict[bytes, MemoryState | None] = {}  # of the page before
@@ -117,12 +115,11 @@ def memory_history(
         for change in page:
             if change.before is not None:
                 wanted.setdefault(change.before, (change.channel, str(change.parent)))
-        contents = store.database.run(
-            partial(walk.collect, wanted={key: wanted[key] for key in wanted.keys() - states.keys()})
-        )
+        unread = {digest: place for digest, place in wanted.items() if digest not in states}
+        contents = store.database.run(partial(walk.collect, wanted=unread))
         # What was taken out together with its checkpoint meanwhile is in neither of the two.
         states = {digest: states[digest] for digest in wanted.keys() & states.keys()} | {
-            digest: walk.state(digest, contents, *place) for digest, place in wanted.items() if digest in contents
+            digest: walk.state(digest, contents, *place) for digest, place in unread.items() if digest in contents
         }
         for change in page:
             state, before = states.get(change.digest), states.get(change.before or b"")
@@ -133,110 +130,93 @@ def memory_history(
 class _Walk:
     """The way from a checkpoint to its first ancestor."""
 
-    def __init__(self, store: Store, serde: SerializerProtocol, address: Address) -> None:
-        self._database = store.database
+    def __init__(self, store: Store, serde: SerializerProtocol, address: Address, channel: str | None) -> None:
         self._store = store
         self._serde = serde
         self._address = address
-        self._named: str | None = None
+        self._named = channel
+        self._is_memory: dict[str, bool] = {} if channel is None else {channel: True}
+        self._none = store.protection.digest(VALUE, dump(serde, None))
         self._thread = CachedThread()  # its number and epoch, no content
-        blobs = store.reader.tables.blobs
-        # Lists are no memories, and may be long: only their kind is read.
-        self._lists = select(blobs.c.digest).where(
-            blobs.c.thread == bindparam("thread"),
-            blobs.c.digest.in_(bindparam("digests", expanding=True)),
-            blobs.c.kind == LIST,
-        )
 
-    def changes(self, channel: str | None) -> Iterator[_Change]:
+    def changes(self) -> Iterator[_Change]:
         """Where the memories change, newest first; of one channel, or of every channel that holds memories.
 
         Raises:
             StorageError: the checkpoint is not there, or a row was changed or damaged.
         """
-        self._named = channel
-        is_memory: dict[str, bool] = {} if channel is None else {channel: True}
-        passed: set[bytes] = set()  # content that did not tell
         latest: dict[str, tuple[StoredCheckpoint, bytes]] = {}  # channel -> the earliest checkpoint yet of this content
-        for ancestors in self._ancestors():
-            if channel is None:
-                self._classify(ancestors, is_memory, passed)
-            for stored in ancestors:
-                held = {name: digest for name, digest in stored.digests.items() if is_memory.get(name)}
-                yield from _ended(latest, held, stored.id)
-                latest = {name: (stored, digest) for name, digest in held.items()}
-        yield from _ended(latest, {}, None)
+        for stored in chain(self._ancestors(), [None]):
+            digests = {} if stored is None else stored.digests
+            held = {name: digest for name, digest in digests.items() if self._is_memory.get(name)}
+            for name, (at, digest) in sorted(latest.items(), reverse=True):
+                if held.get(name) != digest:
+                    yield _Change(at, name, digest, held.get(name), None if stored is None else stored.id)
+            latest = {} if stored is None else {name: (stored, digest) for name, digest in held.items()}
 
-    def _ancestors(self) -> Iterator[list[StoredCheckpoint]]:
-        """The checkpoint and its ancestors, many at a time."""
-        located = self._database.run(partial(self._store.reader.locate, address=self._address))
+    def _ancestors(self) -> Iterator[StoredCheckpoint]:
+        """The checkpoint and its ancestors, read many at a time."""
+        thread, ns, named = self._address
+        database, ancestors = self._store.database, self._store.ancestors
+        located = database.run(partial(self._store.reader.locate, address=self._address))
+        if located is None and named is not None:
+            raise StorageError(
+                f"expected the checkpoint {named!r} in namespace {ns!r} of thread {thread[:80]!r}, found none; "
+                "leave checkpoint_id out for the newest"
+            )
         if located is None:
-            if self._address.id is not None:
-                raise StorageError(
-                    f"expected the checkpoint {self._address.id!r} in namespace {self._address.ns!r} of thread "
-                    f"{self._address.thread[:80]!r}, found none; leave checkpoint_id out for the newest"
-                )
             return
         self._thread = CachedThread(located[0].number, located[0].epoch)
         following: bytes | None = located[1]
-        seen: set[str] = set()
+        seen: set[bytes] = set()
         while following is not None:
-            rows = self._database.run(partial(self._rows, start=following))
+            keys = {"thread": self._thread.number, "ns": open_key(ns), "id": following}
+            rows = database.run(partial(ancestors.rows, keys=keys))
             following = rows[-1]["parent"] if rows else None
             page: list[StoredCheckpoint] = []
             for row in rows:
-                stored = decode_row(self._store.protection, self._serde, self._address.thread, row)
-                if stored.id in seen:  # it was stored again below one of its own descendants
+                if row["id"] in seen:  # it was stored again below one of its own descendants
                     following = None
                     break
-                seen.add(stored.id)
-                page.append(stored)
-            yield page
+                seen.add(row["id"])
+                page.append(decode_row(self._store.protection, self._serde, thread, row))
+            if self._named is None:
+                database.run(partial(self._classify, page=page))
+            yield from page
 
-    def _rows(self, connection: Connection, start: bytes) -> list[dict[str, Any]]:
-        ns = open_key(self._address.ns)
-        keys = {"thread": self._thread.number, "ns": ns, "id": start}
-        return [{**row, "ns": ns} for row in connection.execute(self._store.ancestors.chain, keys).mappings()]
-
-    def _classify(self, ancestors: Sequence[StoredCheckpoint], is_memory: dict[str, bool], passed: set[bytes]) -> None:
+    def _classify(self, connection: Connection, page: Sequence[StoredCheckpoint]) -> None:
         """Note of the channels met for the first time whether their latest value that is not None is a memory."""
-        while True:
-            latest: dict[str, tuple[bytes, str]] = {}
-            for stored in ancestors:
-                for name, digest in stored.digests.items():
-                    if name not in is_memory and digest not in passed and not name.startswith(_RESERVED):
-                        latest.setdefault(name, (digest, stored.id))
-            if not latest:
-                return
-            lists, contents = self._database.run(partial(self._values, latest=latest))
-            for name, (digest, _) in latest.items():
-                if digest in lists:
-                    is_memory[name] = False
-                elif digest in contents and (value := self._unpack(digest, contents)) is not None:
-                    is_memory[name] = _looks_like_memory(value)
-                else:  # None, or taken out meanwhile: an earlier value tells
-                    passed.add(digest)
+        latest: dict[str, tuple[bytes, str]] = {}
+        for stored in page:
+            for name, digest in stored.digests.items():
+                if name not in self._is_memory and digest != self._none and not name.startswith(_RESERVED):
+                    latest.setdefault(name, (digest, stored.id))
+        if not latest:
+            return
+        # Lists are no memories, and may be long: only their kind is read.
+        blobs = self._store.reader.tables.blobs
+        is_list = (blobs.c.thread == self._thread.number, blobs.c.kind == LIST)
+        digests = {digest for digest, _ in latest.values()}
+        lists = set(connection.execute(select(blobs.c.digest).where(*is_list, blobs.c.digest.in_(digests))).scalars())
+        wanted = {digest: (name, at) for name, (digest, at) in latest.items() if digest not in lists}
+        contents = self.collect(connection, wanted)
+        for name, (digest, _) in latest.items():
+            if digest in lists or digest in contents:  # else it was taken out meanwhile: an earlier value tells
+                self._is_memory[name] = digest not in lists and _looks_like_memory(self._unpack(digest, contents))
 
-    def _values(self, connection: Connection, latest: Mapping[str, tuple[bytes, str]]) -> tuple[set[bytes], Contents]:
-        """Of the latest values of channels those that are lists, and the content of the others."""
-        places = {digest: (name, at) for name, (digest, at) in latest.items()}
-        keys = {"thread": self._thread.number, "digests": sorted(places)}
-        lists = set(connection.execute(self._lists, keys).scalars())
-        return lists, self.collect(connection, {digest: places[digest] for digest in places.keys() - lists})
-
-    def _unpack(self, digest: bytes, contents: Contents) -> Any:
+    def _unpack(self, digest: bytes, contents: Mapping[bytes, Body]) -> Any:
         return Unpacker(self._serde, contents, CachedThread()).unpack(digest)
 
-    def collect(self, connection: Connection, wanted: Mapping[bytes, tuple[str, str]]) -> Contents:
+    def collect(self, connection: Connection, wanted: Mapping[bytes, tuple[str, str]]) -> dict[bytes, Body]:
         """The content of values, given with their channels and checkpoints; without those taken out meanwhile.
 
         Raises:
             StorageError: a value is damaged; names the checkpoint.
         """
-        thread, ns = self._address.thread, self._address.ns
-        # Not the saver's own: nothing is remembered of what is read.
-        unknown = CachedThread(self._thread.number, self._thread.epoch)
+        thread, ns, _ = self._address
         try:
+            # Of a thread that is not the saver's own: nothing is remembered of what is read.
+            unknown = CachedThread(self._thread.number, self._thread.epoch)
             return self._store.reader.collect(connection, unknown, wanted)
         except (Missing, StorageError):
             if len(wanted) > 1:  # one after the other, to leave out or to name the one that is at fault
@@ -247,7 +227,7 @@ class _Walk:
                 return {}
             raise damaged(thread, at, f"the value of channel {channel!r}") from None
 
-    def state(self, digest: bytes, contents: Contents, channel: str, at: str | None) -> MemoryState | None:
+    def state(self, digest: bytes, contents: Mapping[bytes, Body], channel: str, at: str) -> MemoryState | None:
         """The memory in content; None where it holds none, unless the channel was named.
 
         Raises:
@@ -263,15 +243,6 @@ class _Walk:
                 f"channel {channel!r} of checkpoint {at!r} in thread {self._address.thread[:80]!r} holds no sound "
                 f"memory: {error}"
             ) from error
-
-
-def _ended(
-    latest: Mapping[str, tuple[StoredCheckpoint, bytes]], held: Mapping[str, bytes], at: str | None
-) -> Iterator[_Change]:
-    """What changed right after a checkpoint `at` that holds `held`."""
-    for name, (stored, digest) in sorted(latest.items(), reverse=True):
-        if held.get(name) != digest:
-            yield _Change(stored, name, digest, held.get(name), at)
 
 
 def _step(change: _Change, state: MemoryState, before: MemoryState | None) -> MemoryStep:

@@ -21,10 +21,10 @@ from sqlalchemy import BindParameter, Connection, bindparam, delete, select, upd
 
 from agentmem.errors import StorageError
 from agentmem_sql.database import Database
-from agentmem_sql.delta_channels import Ancestor, AncestorReader, add_write, fold
-from agentmem_sql.list_tree import HISTORY, History, history_body, parse
+from agentmem_sql.delta_channels import AncestorReader
+from agentmem_sql.list_tree import HISTORY, history_body, parse
 from agentmem_sql.mark_sweep import Content, Sweeper, referred, unreachable
-from agentmem_sql.message_cache import ThreadCache
+from agentmem_sql.message_cache import CachedThread, ThreadCache
 from agentmem_sql.protection import Protection
 from agentmem_sql.reader import Missing, chunks
 from agentmem_sql.report import row_bytes, thread_bytes
@@ -37,7 +37,6 @@ from agentmem_sql.rows import (
     decode_write,
     seal_checkpoint,
     seal_write,
-    unpack_content,
 )
 from agentmem_sql.schema import decode_text, thread_key
 from agentmem_sql.statements import add_rows, insert_missing
@@ -84,20 +83,6 @@ class _Removal(NamedTuple):
     relinked: Sequence[Row]  # survivors that get another parent, as they will be
     added: Mapping[bytes, tuple[int, bytes]]  # content that these need: digest -> (kind, body)
     dead: Collection[bytes]  # content that nothing refers to then
-    row_bytes: int  # that rows take less
-
-
-class _Pruned(NamedTuple):
-    """The thread that is being pruned, and what it is read with."""
-
-    connection: Connection
-    serde: SerializerProtocol
-    thread_id: str
-    thread: Locked
-
-    @property
-    def number(self) -> int:
-        return self.thread.number
 
 
 class Pruner:
@@ -129,7 +114,6 @@ class Pruner:
             .join_from(checkpoints, threads, checkpoints.c.thread == threads.c.number)
             .where(checkpoints.c.run.in_(bindparam("runs", expanding=True)))
         )
-        self._pending = select(writes).where(writes.c.thread == thread, writes.c.ns == ns, writes.c.checkpoint.in_(ids))
         self._relink = (
             update(checkpoints)
             .where(checkpoints.c.thread == thread, checkpoints.c.ns == ns, checkpoints.c.id == bindparam("of_id"))
@@ -234,21 +218,21 @@ class Pruner:
         return taken
 
     def _preview(self, connection: Connection, thread_id: str, **how: Any) -> ThreadRetention | None:
+        taken = None
         for attempt in range(1, _ATTEMPTS + 1):
             thread = self._unlocked(connection, thread_id)
             if thread is None:
-                break
+                return None
             try:
                 content = self._sweeper.content(connection, thread.number)
                 taken, _ = self._plan(connection, thread_id, thread, content=content, **how)
             except UnreadableThreadError:  # or something was taken out meanwhile
                 if attempt == _ATTEMPTS:
                     raise
-            else:
-                # Taken out of meanwhile, a thread is looked at again; time and again, this is as good as any answer.
-                if attempt == _ATTEMPTS or self._unlocked(connection, thread_id) == thread:
-                    return taken
-        return None
+                continue
+            if self._unlocked(connection, thread_id) == thread:
+                break  # else it is looked at again; where it is pruned time and again, this is as good as any answer
+        return taken
 
     def _unlocked(self, connection: Connection, thread_id: str) -> Locked | None:
         row = connection.execute(self._find, {"key": thread_key(thread_id)}).one_or_none()
@@ -268,7 +252,7 @@ class Pruner:
         Raises:
             UnreadableThreadError: something was changed or damaged since it was stored.
         """
-        number, pruned = thread.number, _Pruned(connection, serde, thread_id, thread)
+        number = thread.number
         try:
             rows = self._rows_of(connection, thread_id, thread)
             written_to = connection.execute(self._written_to, {"of": number})
@@ -284,35 +268,32 @@ class Pruner:
                 return ThreadRetention(thread_id, len(victims), deleted=True, bytes_freed=size), None
             if content is None:
                 content = self._sweeper.content(connection, number)
-            removal = self._removal(pruned, content, rows, victims)
+            survivors = {key: row for key, row in rows.items() if key not in victims}
+            relinked: list[Row] = []
+            added: dict[bytes, tuple[int, bytes]] = {}
+            for key, row in survivors.items():
+                if (row["ns"], row["parent"]) in victims:
+                    survivors[key], body = self._relinked(connection, serde, thread_id, thread, rows, victims, row)
+                    relinked.append(survivors[key])
+                    if body is not None:
+                        added[survivors[key]["history"]] = HISTORY, body
         except StorageError as error:
             raise UnreadableThreadError(str(error)) from error
-        added = [body for digest, (_, body) in removal.added.items() if digest not in content.digests]
-        freed = removal.row_bytes + self._sweeper.weigh(connection, number, removal.dead)
-        freed -= sum(len(self._protection.encrypt(body)) for body in added)
-        return ThreadRetention(thread_id, len(victims), kept, bytes_freed=freed), removal
-
-    def _removal(self, pruned: _Pruned, content: Content, rows: Mapping[Key, Row], victims: set[Key]) -> _Removal:
-        survivors = {key: row for key, row in rows.items() if key not in victims}
-        relinked: list[Row] = []
-        added: dict[bytes, tuple[int, bytes]] = {}
-        for key, row in survivors.items():
-            if (row["ns"], row["parent"]) in victims:
-                new, history = self._relinked(pruned, rows, victims, row)
-                relinked.append(new)
-                survivors[key] = new
-                if history is not None:
-                    added[new["history"]] = HISTORY, history
-        roots = {digest for row in survivors.values() for digest in referred(row["content"], row["history"])}
         freed = sum(map(_size, rows.values())) - sum(map(_size, survivors.values()))
-        for write in pruned.connection.execute(self._write_sizes, {"of": pruned.number}):
+        roots = {digest for row in survivors.values() for digest in referred(row["content"], row["history"])}
+        for write in connection.execute(self._write_sizes, {"of": number}):
             if (write.ns, write.checkpoint) in victims:
                 freed += int(write.size)
             else:
                 roots.add(write.digest)
         links = {digest: frozenset(parse(kind, body).links) for digest, (kind, body) in added.items()}
         dead = unreachable(Content(content.digests, {**content.links, **links}), roots)
-        return _Removal(victims, relinked, added, dead, freed)
+        freed += self._sweeper.weigh(connection, number, dead)
+        freed -= sum(
+            len(self._protection.encrypt(body)) for digest, (_, body) in added.items() if digest not in content.digests
+        )
+        taken = ThreadRetention(thread_id, len(victims), kept, bytes_freed=freed)
+        return taken, _Removal(victims, relinked, added, dead)
 
     def _apply(self, connection: Connection, thread: Locked, removal: _Removal) -> None:
         number = thread.number
@@ -331,7 +312,14 @@ class Pruner:
         self._sweeper.free(connection, number, removal.dead)
 
     def _relinked(
-        self, pruned: _Pruned, rows: Mapping[Key, Row], victims: set[Key], row: Row
+        self,
+        connection: Connection,
+        serde: SerializerProtocol,
+        thread_id: str,
+        thread: Locked,
+        rows: Mapping[Key, Row],
+        victims: set[Key],
+        row: Row,
     ) -> tuple[Row, bytes | None]:
         """A survivor with another parent, and what its delta channels need of the ancestors that go."""
         ns, parent = row["ns"], row["parent"]
@@ -340,28 +328,22 @@ class Pruner:
             left.remove((ns, parent))  # a checkpoint that was stored as its own ancestor comes once
             chain.append(rows[ns, parent])
             parent = chain[-1]["parent"]
-        if (ns, parent) not in rows:
-            parent = None
-        histories: dict[str, History] = {}
-        if deltas := _deltas(decode_row(self._protection, pruned.serde, pruned.thread_id, row)):
-            ancestors: list[Ancestor] = []
-            for passed in chain:
-                try:
-                    left_over = self._ancestors.left(pruned.connection, pruned.number, passed["history"])
-                except Missing:
-                    raise damaged(pruned.thread_id, decode_text(passed["id"]), "what ancestors left") from None
-                content = unpack_content(passed["content"])
-                ancestors.append(Ancestor(passed["id"], passed["parent"], content, left_over))
-            by_id = {ancestor.id: ancestor for ancestor in ancestors[1:]}
-            for part in chunks(list(by_id)):
-                keys = {"of": pruned.number, "in_ns": ns, "ids": part}
-                for write in pruned.connection.execute(self._pending, keys).mappings():
-                    add_write(self._protection, pruned.thread_id, by_id, write)
-            folded = fold(ancestors, deltas)
-            histories = {name: history for name, history in folded.items() if history.writes or history.seed}
-        body = history_body(histories) if histories else None
-        new = {**row, "parent": parent, "history": None if body is None else self._protection.digest(HISTORY, body)}
-        return {**new, "seal": seal_checkpoint(self._protection, pruned.thread_id, new)}, body
+        body = None
+        if deltas := _deltas(decode_row(self._protection, serde, thread_id, row)):
+            try:
+                ancestors = [self._ancestors.ancestor(connection, thread.number, passed) for passed in chain]
+                known = CachedThread(thread.number, thread.epoch)
+                histories = self._ancestors.histories(connection, thread_id, known, ancestors, deltas)
+            except Missing:
+                raise damaged(thread_id, decode_text(row["id"]), "what ancestors left") from None
+            needed = {name: history for name, history in histories.items() if history.writes or history.seed}
+            body = history_body(needed) if needed else None
+        new = {
+            **row,
+            "parent": parent if (ns, parent) in rows else None,
+            "history": None if body is None else self._protection.digest(HISTORY, body),
+        }
+        return {**new, "seal": seal_checkpoint(self._protection, thread_id, new)}, body
 
     def _copy(self, connection: Connection, source_id: str, target_id: str) -> None:
         # Both are locked in an order that all copies keep to, so that no two wait for each other.

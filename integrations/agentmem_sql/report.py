@@ -6,6 +6,7 @@ page headers, free space) differs from one to the other, and is in the size that
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial, reduce
@@ -16,6 +17,7 @@ from sqlalchemy import (
     BindParameter,
     ColumnElement,
     Connection,
+    FromClause,
     LargeBinary,
     Select,
     Subquery,
@@ -108,7 +110,7 @@ class StorageReport:
 
 
 def storage_report(database: Database, limit: int | None, order: Order) -> StorageReport:
-    """Two or three statements, whatever the number of threads.
+    """See `SQLAlchemySaver.storage_report`.
 
     Raises:
         ConfigError: a limit below 1, or another order.
@@ -120,29 +122,38 @@ def storage_report(database: Database, limit: int | None, order: Order) -> Stora
     return database.run(partial(_report, tables=database.tables, limit=limit, order=order))
 
 
-_SUMMED = ("thread_count", "checkpoints", "pending_writes", "blobs", "content_bytes", "row_bytes")
 _COUNTED = ("checkpoints", "namespaces", "pending_writes", "blobs", "content_bytes", "row_bytes")
+_FIRST: Mapping[Order, Callable[[ThreadSize], Any]] = {
+    "bytes": lambda size: -size.bytes,
+    "checkpoints": lambda size: -size.checkpoints,
+    "idle": lambda size: size.newest or _time(0),
+}
 
 
 def _report(connection: Connection, tables: Tables, limit: int | None, order: Order) -> StorageReport:
-    rows = connection.execute(_statement(tables, order).limit(limit)).mappings().all()
-    total, free = _database_size(connection, tables)
-    sums = {name: int(rows[0][f"all_{name}"]) if rows else 0 for name in _SUMMED}
-    threads = tuple(
+    rows = connection.execute(_statement(tables)).mappings()
+    sizes = [
         ThreadSize(
             thread_id=decode_text(row["name"]),
-            oldest=_time(row["oldest"]),
-            newest=_time(row["newest"]),
+            oldest=None if row["oldest"] is None else _time(row["oldest"]),
+            newest=None if row["newest"] is None else _time(row["newest"]),
             **{name: int(row[name]) for name in _COUNTED},
         )
         for row in rows
+    ]
+    total, free = _database_size(connection, tables)
+    return StorageReport(
+        threads=tuple(sorted(sizes, key=_FIRST[order])[:limit]),
+        thread_count=len(sizes),
+        **{name: sum(getattr(size, name) for size in sizes) for name in _COUNTED if name != "namespaces"},
+        database_bytes=total,
+        free_bytes=free,
     )
-    return StorageReport(threads=threads, **sums, database_bytes=total, free_bytes=free)
 
 
-def _time(milliseconds: int | None) -> datetime | None:
+def _time(milliseconds: int) -> datetime:
     """A column `created` as a time."""
-    return None if milliseconds is None else datetime.fromtimestamp(milliseconds / 1000, UTC)
+    return datetime.fromtimestamp(milliseconds / 1000, UTC)
 
 
 def row_bytes(table: Table) -> ColumnElement[int]:
@@ -162,52 +173,33 @@ def thread_bytes(tables: Tables, thread: BindParameter[int]) -> Select[int]:
     return select(reduce(add, (row_bytes(tables.threads), content, *rows))).where(tables.threads.c.number == thread)
 
 
-def _statement(tables: Tables, order: Order) -> Select[Any]:
+def _statement(tables: Tables) -> Select[Any]:
     threads, checkpoints, writes, blobs = tables.threads, tables.checkpoints, tables.writes, tables.blobs
-    stored = _by_thread(
-        checkpoints,
-        func.count().label("checkpoints"),
-        func.count(checkpoints.c.ns.distinct()).label("namespaces"),
-        func.min(checkpoints.c.created).label("oldest"),
-        func.max(checkpoints.c.created).label("newest"),
-        func.sum(row_bytes(checkpoints)).label("bytes"),
-    )
-    pending = _by_thread(writes, func.count().label("writes"), func.sum(row_bytes(writes)).label("bytes"))
-    content = _by_thread(blobs, func.count().label("blobs"), func.sum(func.length(blobs.c.body)).label("bytes"))
+
+    def by_thread(table: Table, size: ColumnElement[int], *others: ColumnElement[Any]) -> Subquery:
+        columns = (table.c.thread, func.count().label("rows"), func.sum(size).label("bytes"), *others)
+        return select(*columns).group_by(table.c.thread).subquery()
+
+    namespaces = func.count(checkpoints.c.ns.distinct()).label("namespaces")
+    times = (func.min(checkpoints.c.created).label("oldest"), func.max(checkpoints.c.created).label("newest"))
+    stored = by_thread(checkpoints, row_bytes(checkpoints), namespaces, *times)
+    pending = by_thread(writes, row_bytes(writes))
+    content = by_thread(blobs, func.length(blobs.c.body))
+    row_sizes = (row_bytes(threads), func.coalesce(stored.c.bytes, 0), func.coalesce(pending.c.bytes, 0))
     counted: dict[str, ColumnElement[Any]] = {
-        "checkpoints": func.coalesce(stored.c.checkpoints, 0),
-        "pending_writes": func.coalesce(pending.c.writes, 0),
-        "blobs": func.coalesce(content.c.blobs, 0),
-        "content_bytes": func.coalesce(content.c.bytes, 0),
-        "row_bytes": row_bytes(threads) + func.coalesce(stored.c.bytes, 0) + func.coalesce(pending.c.bytes, 0),
+        "checkpoints": stored.c.rows,
+        "namespaces": stored.c.namespaces,
+        "pending_writes": pending.c.rows,
+        "blobs": content.c.rows,
+        "content_bytes": content.c.bytes,
+        "row_bytes": reduce(add, row_sizes),
     }
-    # Over all threads, though the statement gives only some of them: window functions count before the limit.
-    sums = [func.sum(column).over().label(f"all_{name}") for name, column in counted.items()]
-    first = {
-        "bytes": (counted["content_bytes"] + counted["row_bytes"]).desc(),
-        "checkpoints": counted["checkpoints"].desc(),
-        "idle": func.coalesce(stored.c.newest, 0),
-    }
-    return (
-        select(
-            threads.c.name,
-            func.coalesce(stored.c.namespaces, 0).label("namespaces"),
-            stored.c.oldest,
-            stored.c.newest,
-            *(column.label(name) for name, column in counted.items()),
-            func.count().over().label("all_thread_count"),
-            *sums,
-        )
-        .select_from(threads)
-        .outerjoin(stored, stored.c.thread == threads.c.number)
-        .outerjoin(pending, pending.c.thread == threads.c.number)
-        .outerjoin(content, content.c.thread == threads.c.number)
-        .order_by(first[order], threads.c.number)
-    )
-
-
-def _by_thread(table: Table, *columns: ColumnElement[Any]) -> Subquery:
-    return select(table.c.thread, *columns).group_by(table.c.thread).subquery()
+    columns = (func.coalesce(column, 0).label(name) for name, column in counted.items())
+    joined: FromClause = threads
+    for part in (stored, pending, content):
+        joined = joined.outerjoin(part, part.c.thread == threads.c.number)
+    query = select(threads.c.name, stored.c.oldest, stored.c.newest, *columns)
+    return query.select_from(joined).order_by(threads.c.number)
 
 
 def _database_size(connection: Connection, tables: Tables) -> tuple[int, int | None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
@@ -31,14 +30,14 @@ import agentmem
 import agentmem_sql
 from agentmem.errors import ConfigError, StorageError
 from agentmem_cli.transfer import import_threads
-from agentmem_sql import SQLAlchemySaver, ThreadTransfer, TransferError, TransferReport, acopy_threads, copy_threads
-from tests.helpers.sql_cases import checkpoint, config, finish, put, start_child
+from agentmem_sql import SQLAlchemySaver, TransferError, TransferReport, acopy_threads, copy_threads
+from tests.helpers.sql_cases import config, finish, put, start_child
 from tests.helpers.sql_transfer_graph import Ticket, rich_graph, say
 
 Sql = Callable[..., list[Any]]
 NewUrl = Callable[[str], str]
 
-SOURCES = ("memory", "sqlite", "postgres tasks", "ours", "other", "other tasks")
+SOURCES = ("memory", "sqlite", "postgres tasks", "ours", "other")
 THREADS = ("plain", "asks", "twice", "inner")
 
 pytestmark = pytest.mark.filterwarnings("ignore::langchain_core._api.beta_decorator.LangChainBetaWarning")
@@ -62,33 +61,6 @@ class Other(BaseCheckpointSaver[str]):
 
     def list(self, *arguments: Any, **named: Any) -> Iterator[CheckpointTuple]:
         return self._inside.list(*arguments, **named)
-
-    def get_next_version(self, current: Any, channel: None) -> str:
-        return self._inside.get_next_version(current, channel)
-
-
-class OtherTasks(BaseCheckpointSaver[str]):
-    """A checkpointer of someone else's: the interface alone, asynchronous, for its own event loop."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._inside = InMemorySaver()
-        self._loop = asyncio.get_running_loop()
-
-    async def aput(self, *arguments: Any, **named: Any) -> RunnableConfig:
-        return self._inside.put(*arguments, **named)
-
-    async def aput_writes(self, config: Any, writes: Any, task_id: str, task_path: str = "") -> None:
-        self._inside.put_writes(config, writes, task_id, task_path)
-
-    async def aget_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
-        assert asyncio.get_running_loop() is self._loop
-        return self._inside.get_tuple(config)
-
-    async def alist(self, *arguments: Any, **named: Any) -> AsyncIterator[CheckpointTuple]:
-        assert asyncio.get_running_loop() is self._loop
-        for stored in self._inside.list(*arguments, **named):
-            yield stored
 
     def get_next_version(self, current: Any, channel: None) -> str:
         return self._inside.get_next_version(current, channel)
@@ -141,8 +113,6 @@ async def opened(kind: str, tmp_path: Path, new_url: NewUrl) -> AsyncIterator[Si
         yield Side(InMemorySaver())
     elif kind == "other":
         yield Side(Other())
-    elif kind == "other tasks":
-        yield Side(OtherTasks(), tasks=True)
     elif kind == "sqlite":
         with SqliteSaver.from_conn_string(str(tmp_path / "old.db")) as saver:
             yield Side(saver)
@@ -190,7 +160,7 @@ def tuples(saver: Any, thread: str = "t") -> dict[tuple[str, str], CheckpointTup
 
 @pytest.mark.parametrize("source", SOURCES, indirect=True)
 async def test_everything_is_as_it_was_and_goes_on(source: Side, saver: SQLAlchemySaver, url: str) -> None:
-    seen: list[ThreadTransfer] = []
+    seen: list[str] = []
     report = await source.copy_to(saver, on_thread=seen.append)
     target = Side(saver)
     before = {thread: await source.tuples(thread) for thread in THREADS}
@@ -210,8 +180,7 @@ async def test_everything_is_as_it_was_and_goes_on(source: Side, saver: SQLAlche
     checkpoints = sum(map(len, before.values()))
     writes = sum(len(one.pending_writes or ()) for those in before.values() for one in those.values())
     assert (report.threads, report.checkpoints, report.writes, report.skipped) == (4, checkpoints, writes, 0)
-    assert sorted(one.thread_id for one in seen) == sorted(THREADS)
-    assert {(one.thread_id, one.checkpoints) for one in seen} == {(name, len(those)) for name, those in before.items()}
+    assert sorted(seen) == sorted(THREADS)
     assert any(one.checkpoint["channel_values"].get("ticket") == Ticket(1, "left") for one in before["plain"].values())
     assert len({ns for ns, _ in before["inner"]}) == 2
 
@@ -309,26 +278,6 @@ def test_an_interrupted_copy_is_an_earlier_state_and_goes_on(saver: SQLAlchemySa
     assert tuples(saver) == whole
 
 
-def test_parents_come_before_children_whatever_their_ids(saver: SQLAlchemySaver) -> None:
-    made = InMemorySaver()
-    at = config()
-    for number in (9, 3, 6):
-        stored = {**checkpoint({"n": number}), "id": str(number)}
-        at = made.put(at, stored, {}, stored["channel_versions"])  # type: ignore[arg-type,typeddict-item]
-    order: list[str] = []
-
-    class Watched(InMemorySaver):
-        def get_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
-            order.append(config["configurable"]["checkpoint_id"])
-            return super().get_tuple(config)
-
-    watched = Watched()
-    watched.storage, watched.writes, watched.blobs = made.storage, made.writes, made.blobs
-    copy_threads(watched, saver)
-    assert order == ["9", "3", "6"]
-    assert tuples(saver) == tuples(made)
-
-
 def test_threads_may_be_chosen(old: SqliteSaver, saver: SQLAlchemySaver) -> None:
     for thread in "abc":
         put(old, config(thread), {"n": thread})
@@ -359,8 +308,8 @@ def test_another_thread_of_the_same_name_stays(old: SqliteSaver, saver: SQLAlche
         copy_threads(old, saver)
     assert tuples(saver) == before
     assert tuples(saver, "fine") == tuples(old, "fine")
-    assert [one.thread_id for one in raised.value.report.failures] == ["t"]
-    assert isinstance(raised.value.report.failures[0].error, StorageError)
+    assert list(raised.value.report.failures) == ["t"]
+    assert isinstance(raised.value.report.failures["t"], StorageError)
 
 
 def test_a_thread_that_went_on_in_the_target_stays(old: SqliteSaver, saver: SQLAlchemySaver) -> None:
@@ -391,18 +340,6 @@ def test_writes_made_in_the_target_stay(old: SqliteSaver, saver: SQLAlchemySaver
     assert tuples(saver) == before
 
 
-def test_an_answer_given_in_the_target_stays(old: SqliteSaver, saver: SQLAlchemySaver) -> None:
-    """The checkpoint and the places of its writes are the same on both sides, only one answer is not."""
-    rich_graph(old).invoke(say("ask twice", 0), config())
-    copy_threads(old, saver)
-    rich_graph(saver).invoke(Command(resume="here"), config())
-    rich_graph(old).invoke(Command(resume="there"), config())
-    before = tuples(saver)
-    with pytest.raises(TransferError, match="found something else in the target, where the run was continued"):
-        copy_threads(old, saver)
-    assert tuples(saver) == before
-
-
 # What else there may be in the source.
 
 
@@ -418,24 +355,20 @@ def test_whole_numbers_as_versions(old: SqliteSaver, saver: SQLAlchemySaver) -> 
     assert {type(version) for version in versions} == {int}
 
 
-@pytest.mark.parametrize("kind", [Other, InMemorySaver])
-def test_the_order_of_writes_is_kept_whatever_their_paths(saver: SQLAlchemySaver, kind: Any) -> None:
-    """Also of a checkpointer that does not tell them, with special channels, and with several calls for one task."""
-    made = kind()
+def test_the_order_of_writes_is_kept_whatever_their_paths(saver: SQLAlchemySaver) -> None:
+    """With special channels among them, and those of a task that come later."""
+    made = InMemorySaver()
     at = put(made, config(), {"n": 1})
     for task, path, writes in [
         ("b", "~1", [("x", 1), ("y", 2)]),
         ("a", "~2", [("x", 3), (INTERRUPT, "?"), ("z", 4)]),
-        ("c", "", [(RESUME, "null"), ("x", 5)]),
-        ("a", "", [(RESUME, ["!"])]),
-        ("c", "~0", [("x", 6), ("x", "is there already"), ("x", 7)]),
-        ("d", "~2", [(ERROR, "broken")]),
+        ("c", "", [(RESUME, "null")]),
+        ("d", "~3", [(ERROR, "broken")]),
     ]:
         made.put_writes(at, writes, task, path)
     copy_threads(made, saver)
     (found,) = tuples(saver).values()
-    assert found.pending_writes == made.get_tuple(at).pending_writes
-    assert [value for _, _, value in found.pending_writes or ()] == [["!"], "null", 5, 6, 7, 1, 2, "?", 3, 4, "broken"]
+    assert [value for _, _, value in found.pending_writes or ()] == ["null", 1, 2, "?", 3, 4, "broken"]
     assert copy_threads(made, saver).skipped == 1
 
     put(made, at, {"n": 2})
@@ -452,9 +385,6 @@ def test_a_damaged_thread_does_not_stop_the_others(old: SqliteSaver, saver: SQLA
     at = sorted(tuples(old, "b"))[-1][1]
     old.conn.execute("UPDATE checkpoints SET checkpoint = x'c1' WHERE checkpoint_id = ?", (at,))
     old.conn.commit()
-    with pytest.raises(StorageError, match="name the threads to copy in thread_ids"):
-        copy_threads(old, saver)
-    assert everything(saver) == []
     with pytest.raises(TransferError, match=r"1 of 3 threads were not copied.*thread 'b'"):
         copy_threads(old, saver, thread_ids=["a", "b", "c"])
     assert [len(tuples(saver, thread)) for thread in "abc"] == [2, 0, 2]
@@ -478,13 +408,6 @@ def test_a_value_that_is_not_stored_here_is_named(saver: SQLAlchemySaver) -> Non
     assert tuples(saver) == {}
 
 
-def test_values_without_versions_are_refused(old: SqliteSaver, saver: SQLAlchemySaver) -> None:
-    stored = {**checkpoint({"n": 1}), "channel_versions": {}}
-    old.put(config(), stored, {}, {})  # type: ignore[arg-type,typeddict-item]
-    with pytest.raises(TransferError, match=r"expected a version for every channel that has a value.*\['n'\]"):
-        copy_threads(old, saver)
-
-
 def test_a_target_that_cannot_be_written_ends_it(old: SqliteSaver, url: str) -> None:
     for thread in "abc":
         put(old, config(thread), {"n": 1})
@@ -501,13 +424,6 @@ def test_a_target_that_fails_on_the_way_ends_it(old: SqliteSaver, saver: SQLAlch
     with pytest.raises(StorageError, match="no such table") as raised:
         copy_threads(old, saver, on_thread=lambda _: sql("DROP TABLE agentmem_checkpoints"))
     assert not isinstance(raised.value, TransferError)
-
-
-def test_a_broken_source_ends_it(tmp_path: Path, saver: SQLAlchemySaver) -> None:
-    with SqliteSaver.from_conn_string(str(tmp_path / "old.db")) as old:
-        put(old, config(), {"n": 1})
-    with pytest.raises(sqlite3.ProgrammingError):
-        copy_threads(old, saver)
 
 
 # How they are read.
@@ -558,9 +474,8 @@ async def test_a_checkpointer_without_tasks_is_read_by_tasks(old: SqliteSaver, s
 
 async def test_a_checkpointer_for_tasks_says_so(tmp_path: Path, saver: SQLAlchemySaver) -> None:
     async with AsyncSqliteSaver.from_conn_string(str(tmp_path / "old.db")) as old:
-        for one in (old, OtherTasks()):
-            with pytest.raises(ConfigError, match=rf"{type(one).__name__}.*await acopy_threads"):
-                copy_threads(one, saver)
+        with pytest.raises(asyncio.InvalidStateError, match="async interface"):
+            copy_threads(old, saver)
 
 
 async def test_a_cancelled_copy_ends(old: SqliteSaver, saver: SQLAlchemySaver) -> None:
@@ -569,7 +484,7 @@ async def test_a_cancelled_copy_ends(old: SqliteSaver, saver: SQLAlchemySaver) -
     going, reached = threading.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
 
-    def hold(_done: ThreadTransfer) -> None:
+    def hold(_thread: str) -> None:
         loop.call_soon_threadsafe(reached.set)
         going.wait()
 

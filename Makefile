@@ -105,7 +105,7 @@ test-newest: .venv-newest/.installed  ## the same tests with the newest versions
 NUMERIC := $(addprefix tests/,core/test_recurrence.py core/test_equivalence.py core/test_decode.py core/test_mechanism.py \
 	core/test_contract.py core/test_attach.py core/test_training_and_precision.py kernels/test_step.py kernels/test_scan.py \
 	kernels/test_numba.py) $(if $(QUICK),,$(addprefix tests/,kernels/test_fullgraph.py engine/test_turns.py \
-	engine/test_batching.py engine/test_carry.py training/test_training.py langgraph/test_memory_graphs.py))
+	engine/test_batching.py engine/test_kv_reuse.py training/test_training.py langgraph/test_memory_graphs.py))
 # Passive: threads that wait for each other in a busy loop would take the processors from the tests beside them.
 NUMERIC_RUN = OMP_WAIT_POLICY=passive OMP_NUM_THREADS=$$AGENTMEM_TEST_THREADS \
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(NUMERIC) $(ARGS)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,15 @@ class SteeredOutput:
     pending: Pending | None
 
 
+class _Use:
+    """Whether a model is running with a memory: all memories of one model replace the same methods."""
+
+    running = False
+
+
+_USES: WeakKeyDictionary[nn.Module, _Use] = WeakKeyDictionary()
+
+
 class SteeredModel:
     """A causal language model with memory attached; make one with `SteeredModel.attach`."""
 
@@ -66,7 +76,8 @@ class SteeredModel:
         self._sites = projection_sites(sites, config.delta_heads)
         self._source = source
         self._as_loaded = "" if source is None else collect(memory, self.layers, config).fingerprint
-        self._attached, self._running = True, False
+        self._attached = True
+        self._use = _USES.setdefault(model, _Use())
         self._weights: PackedWeights | None = None
         # One for writing or gathering and one for reading only; each for as many rows as the last call of its kind had.
         self._steps: dict[bool, DecodeStep] = {}
@@ -191,6 +202,7 @@ class SteeredModel:
             attention_bias: [B, 1, T, P + T] bool, True = may attend. The attention gets it in place of
                 `attention_mask`, which then only decides what is written. For training on several turns in one
                 call.
+
         Raises:
             SegmentsRequiredError: a message or sentence adapter should write but has no segments.
             StateMismatchError: the state has the wrong shape or dtype.
@@ -279,8 +291,13 @@ class SteeredModel:
         return logits[:, -1]
 
     def _need_idle(self) -> None:
-        if self._running or not self._attached:
-            raise TurnError("this steered model is detached, or busy with another call; one call at a time")
+        if not self._attached:
+            raise TurnError("the memory of this model was removed by detach(); attach it again")
+        if self._use.running:
+            raise TurnError(
+                "the model is busy with another call, of this memory or of another one attached to it; make one call "
+                "at a time, or load the model twice"
+            )
 
     def _run(
         self, context: ForwardContext, inputs: dict[str, Any], cache: Any, logits_to_keep: int, close: bool
@@ -295,7 +312,7 @@ class SteeredModel:
         inputs |= {"cache": cache, "use_cache": cache is not None}
         logits: Tensor | None = None
         own_forwards: list[Any] = []
-        self._running = True
+        self._use.running = True
         try:
             context.begin()
             for site in self._sites:
@@ -316,7 +333,7 @@ class SteeredModel:
                     site.module.__dict__.pop("forward", None)
                 else:
                     site.module.__dict__["forward"] = own
-            self._running = False
+            self._use.running = False
 
     def _context(
         self,

@@ -134,6 +134,7 @@ class EpisodeConfig:
         questions: at most this many questions per episode.
         acts: how the questions about facts are distributed.
         kinds: kinds of values that attributes may have; empty = all.
+
     Raises:
         ConfigError: a range or a share is impossible, or a kind is unknown.
     """

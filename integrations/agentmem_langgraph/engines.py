@@ -7,6 +7,7 @@ closed.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
@@ -35,16 +36,27 @@ class Source(NamedTuple):
 
 
 class _Shared:
-    """An engine and the objects that use it."""
+    """An engine, None until it is loaded, and the objects that use it; `loading` is held while it loads."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self) -> None:
+        self.engine: Engine | None = None
+        self.loading = Lock()
         self.holders: WeakSet[Engines] = WeakSet()
 
 
 # Holds models and adapters, never conversations; an engine is in it as long as some holder uses it.
 _SHARED: WeakValueDictionary[tuple[str, str, str], _Shared] = WeakValueDictionary()
-_LOCK = Lock()
+_LOCK = Lock()  # for the dictionaries; never held while something loads
+
+
+def _begin_anew() -> None:
+    """In a forked child: the parent's engines have no thread here, and its locks may be held for good."""
+    global _LOCK
+    _LOCK = Lock()
+    _SHARED.clear()
+
+
+os.register_at_fork(after_in_child=_begin_anew)
 
 
 class Engines:
@@ -61,22 +73,27 @@ class Engines:
     def load(self, source: Source) -> Engine:
         """The engine; loaded unless some model in this process already has it."""
         with _LOCK:
-            shared = self._held.get(source.key) or _SHARED.get(source.key)
-            if shared is None:
-                engine = agentmem.load(model=source.model, adapter=source.adapter, **source.options)
-                shared = _SHARED[source.key] = _Shared(engine)
+            shared = self._held.get(source.key) or _SHARED.setdefault(source.key, _Shared())
             shared.holders.add(self)
             self._held[source.key] = shared
+        with shared.loading:
+            if shared.engine is None:
+                shared.engine = agentmem.load(model=source.model, adapter=source.adapter, **source.options)
             return shared.engine
 
     def close(self) -> None:
         """Give up all engines, and close those that nobody else uses; one that is needed again is loaded again."""
+        unused = []
         with _LOCK:
             while self._held:
                 key, shared = self._held.popitem()
                 shared.holders.discard(self)
                 if not shared.holders:
                     _SHARED.pop(key, None)
+                    unused.append(shared)
+        for shared in unused:
+            with shared.loading:
+                if shared.engine is not None:
                     shared.engine.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engines:

@@ -141,3 +141,26 @@ def test_a_layer_that_does_not_read_is_noticed(write_strategy: str, length: int,
     for write in (True, False):
         with torch.no_grad(), pytest.raises(TurnError, match="ran 2 of its 3 steered layers; nothing was written"):
             steered(ids, segments=segments, write=write)
+
+
+def test_two_memories_of_one_model_do_not_run_at_once() -> None:
+    """They replace the same methods, so the second one is refused, and the model is bare afterwards."""
+    model = tiny()
+    bare = answer(model)
+    first, second = steer(model), steer(model, seed=1)
+    ids, refused = random_ids(1, 3), []
+
+    def meanwhile(*_: Any) -> None:
+        with pytest.raises(TurnError, match="busy with another call, of this memory or of another"):
+            second(ids)
+        refused.append(True)
+
+    hook = model.get_decoder().layers[0].register_forward_hook(meanwhile)
+    with torch.no_grad():
+        first(ids)
+    hook.remove()
+    assert refused
+    assert torch.equal(answer(model), bare)
+    with torch.no_grad():
+        second(ids)
+    assert torch.equal(answer(model), bare)

@@ -33,8 +33,8 @@ def checkout(tmp_path: Path) -> Path:
     return folder
 
 
-def planned(folder: Path, target: str) -> str:
-    done = make("--dry-run", target, folder=folder)
+def planned(folder: Path, *target: str) -> str:
+    done = make("--dry-run", *target, folder=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -96,3 +96,10 @@ def test_changelog_and_pins_follow_the_project() -> None:
     for requirement in project["dependencies"]:
         name = re.split(r"[\[<>=]", requirement)[0]
         assert f"\n{name}==" in pins, f"{name} should be pinned in constraints.txt"
+
+
+@pytest.mark.parametrize("target", ["test-numeric", "test-numeric QUICK=1"])
+def test_the_files_that_a_target_names_exist(target: str) -> None:
+    named = set(re.findall(r"\btests/[\w/]+\.py", planned(ROOT, *target.split())))
+    assert len(named) > 5
+    assert {name for name in named if not (ROOT / name).exists()} == set()

@@ -1,1 +1,1 @@
-"""The mechanism in a model: one layer, many layers, and the call (state, tokens) -> (state', logits)."""
+"""Delta-mem inside a model: memory of one layer, of all layers, and the call (state, tokens) -> (state', logits)."""

@@ -1,8 +1,9 @@
-"""Adapter directories: the authors' format in and out, our safetensors beside it.
+"""Reads and writes adapter directories, in the authors' format and in our own.
 
-    <dir>/delta_mem_config.json      MemoryConfig, in both
-    <dir>/adapter.safetensors        ours
-    <dir>/delta_mem_adapter.pt       the authors', read by torch's restricted loader (`weights_only=True`)
+    <dir>/delta_mem_config.json      MemoryConfig, in both formats
+    <dir>/adapter.safetensors        the weights in our format
+    <dir>/delta_mem_adapter.pt       the weights in the authors' format, read by torch's restricted loader
+    (`weights_only=True`)
 
 Tensors are named `model.layers.N.self_attn.<param>` with the parameters of `layer.LayerMemory`,
 whatever the model calls its own modules. Everything is checked before anything is used.
@@ -42,10 +43,11 @@ class Adapter:
     """An adapter in memory.
 
     Attributes:
-        config: the mechanism.
-        tensors: by file name.
-        base: the fingerprint of the model that it was made for; None where the file does not say, as the authors' never
-            do. It stands in the header of our weights file and is no part of the adapter's own fingerprint.
+        config: the mechanism's options.
+        tensors: the weights, by the names they have in the file.
+        base: the fingerprint of the model that the adapter was made for. None where the file does not record it, which
+            the authors' files never do. It is stored in the header of our weights file and is not part of the adapter's
+            own fingerprint.
     """
 
     config: MemoryConfig
@@ -64,10 +66,10 @@ class Adapter:
 
 
 def load_adapter(directory: str | Path) -> Adapter:
-    """Read an adapter directory in either format; ours is taken where both are there.
+    """Read an adapter directory in either format; where both are present, ours is read.
 
     Raises:
-        ConfigError: the json is missing or asks for what agentmem has not.
+        ConfigError: the json is missing, or asks for something that agentmem does not implement.
         AdapterError: the weights are missing, unreadable, or hold anything but named tensors.
     """
     directory = Path(directory)
@@ -91,7 +93,7 @@ def load_adapter(directory: str | Path) -> Adapter:
 
 
 def _checked(path: Path, tensors: Any) -> dict[str, Tensor]:
-    """Only plain floating-point tensors in memory, under the names that adapters use."""
+    """The tensors, if all of them are plain floating-point tensors under the names that adapters use."""
     if not isinstance(tensors, dict):
         raise AdapterError(f"{path} must hold a dict of tensors; found {type(tensors).__name__}")
     for name, tensor in tensors.items():
@@ -111,10 +113,11 @@ def _checked(path: Path, tensors: Any) -> dict[str, Tensor]:
 def save_adapter(
     directory: str | Path, adapter: Adapter, *, format: Literal["safetensors", "authors"] = "safetensors"
 ) -> None:
-    """Write an adapter directory; weights and json are each replaced whole, the weights first.
+    """Write an adapter directory. The weights and the json each replace the old file in one step, the weights first.
 
     Raises:
-        AdapterError: the authors' format beside an `adapter.safetensors`, which loading would take instead.
+        AdapterError: the authors' format was requested and the directory holds an `adapter.safetensors`, which loading
+            would prefer.
         OSError: the directory cannot be written.
     """
     directory = Path(directory)
@@ -124,7 +127,7 @@ def save_adapter(
             f"{directory} holds an {SAFETENSORS_FILE}, which would be loaded in place of {AUTHORS_FILE}; "
             "save to another directory"
         )
-    # Copies: tensors that share memory would be refused or written more than once.
+    # Copies: tensors that share memory would be refused, or written more than once.
     tensors = {
         name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in adapter.tensors.items()
     }
@@ -145,7 +148,7 @@ def fill(memory: Sequence[LayerMemory], layers: Sequence[int], adapter: Adapter)
     """Copy an adapter's tensors into the memory of the given layers, after checking every name and shape.
 
     Raises:
-        AdapterError: missing, foreign, misshaped or non-finite tensors; nothing is copied then.
+        AdapterError: a tensor is missing, unknown, misshaped or not finite; nothing is copied then.
     """
     parameters: dict[str, nn.Parameter] = {}
     optional: set[str] = set()
@@ -164,7 +167,7 @@ def fill(memory: Sequence[LayerMemory], layers: Sequence[int], adapter: Adapter)
     fitting = {key: parameter for key, parameter in parameters.items() if key in adapter.tensors}
     for key, parameter in fitting.items():
         tensor = adapter.tensors[key]
-        # One number is one number: with or without a dimension of its own.
+        # A single number may be stored with or without a dimension.
         if tensor.shape != parameter.shape and not tensor.numel() == parameter.numel() == 1:
             raise AdapterError(
                 f"{key} has shape {list(tensor.shape)}, this model and config need {list(parameter.shape)}: "
@@ -178,7 +181,7 @@ def fill(memory: Sequence[LayerMemory], layers: Sequence[int], adapter: Adapter)
 
 
 def collect(memory: Sequence[LayerMemory], layers: Sequence[int], config: MemoryConfig) -> Adapter:
-    """The adapter that a model carries now: copies of its parameters under their file names."""
+    """The adapter as it is in the model now: copies of its parameters under their names in a file."""
     tensors = {
         f"model.layers.{layer}.self_attn.{name}": parameter.detach().clone()
         for layer, module in zip(layers, memory, strict=True)
@@ -188,7 +191,7 @@ def collect(memory: Sequence[LayerMemory], layers: Sequence[int], config: Memory
 
 
 def _idle(key: str, config: MemoryConfig) -> bool:
-    """Lambda weights that no mode uses may lie in a file."""
+    """Whether a tensor is a lambda weight that this config does not use; a file may hold it all the same."""
     unused = config.state_update_mode == "no_lambda" or config.couple_lambda
     return unused and key.rsplit(".", 1)[-1] in ("lambda_proj", "lambda_bias")
 
@@ -199,7 +202,7 @@ def _listed(what: str, names: list[str], why: str) -> str:
 
 
 def need_base(adapter: Adapter | None, model: Any) -> None:
-    """Refuse an adapter that says it was made for another model: it would fit by shape, and steer at random."""
+    """Refuse an adapter that records another model as its base: its shapes might fit, but it would steer at random."""
     if adapter is None or adapter.base is None:
         return
     fingerprint = model_fingerprint(model)

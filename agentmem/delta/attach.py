@@ -1,9 +1,9 @@
-"""Finds where a model can be steered, by structure and not by class name.
+"""Finds the places in a model where memory can be attached, by its structure and not by its class name.
 
 An attention layer is a module with `o_proj` and either `q_proj`, `k_proj`, `v_proj` or a packed `qkv_proj` whose output
-is the plain concatenation q, k, v. The input of `q_proj` must be the hidden state, and its output as wide as the input
-of `o_proj`. Anything else is refused with `UnsupportedModelError`, which names what was seen: a model that is steered
-in the wrong place would still answer, only worse.
+is simply q, k and v concatenated. The input of `q_proj` must be the hidden state, and its output must be as wide as the
+input of `o_proj`. Anything else is refused with `UnsupportedModelError`, which says what the model has instead: a model
+that is corrected in the wrong place would still answer, only worse.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from agentmem.delta.config import DELTA_HEADS, DeltaHead, MemoryConfig
 from agentmem.errors import AdapterError, ConfigError, UnsupportedModelError
 
-# What other families call their projections; named in the refusal so that the reader sees what the model has.
+# What other model families call their projections. The error names them, so that the reader sees what the model has.
 _OTHER_FAMILIES = {
     "c_attn": "a packed Conv1D projection (GPT-2 style)",
     "query_key_value": "a packed projection interleaved by head (Falcon and GPT-NeoX style)",
@@ -33,12 +33,12 @@ class AttentionSite:
     """One attention layer.
 
     Attributes:
-        layer: its number in depth order, as adapter files count it.
+        layer: its number in depth order, as in adapter files.
         hidden: D, the hidden size.
-        widths: output width of the four projections.
-        targets: for each of q, k, v, o the module whose output is corrected, and the first column of that
-            projection in the output (not 0 only where q, k, v share one packed product).
-        first: the module that sees the hidden state first in a forward pass.
+        widths: output widths of the four projections.
+        targets: for each of q, k, v and o, the module whose output is corrected, and the first column of that
+            projection in the output (other than 0 only where q, k and v share one packed product).
+        first: the first module of the layer that sees the hidden state in a forward pass.
     """
 
     layer: int
@@ -48,21 +48,21 @@ class AttentionSite:
     first: nn.Module
 
     def base_weight(self, head: DeltaHead) -> Tensor:
-        """The frozen weight [W, in] of one projection (rows of a packed product where it is packed)."""
+        """The frozen weight [W, in] of one projection; where q, k and v are packed, its rows of the packed weight."""
         module, start = self.targets[head]
         weight: Tensor = module.get_parameter("weight")
         return weight[start : start + self.widths[head]]
 
 
 class ProjectionSite(NamedTuple):
-    """A projection of a layer with memory, and what is corrected in its output.
+    """A projection in a layer with memory, and which parts of its output are corrected.
 
     Attributes:
         module: the projection.
-        number: its own among all sites of the model.
-        layer: its index among the layers with memory.
-        heads: what is corrected in its output, each with the first column of it.
-        is_output: it is the layer's output projection; the input of the others is the hidden state.
+        number: its index among all sites of the model.
+        layer: the index of its layer among the layers with memory.
+        heads: the heads that are corrected in its output, each with its first column there.
+        is_output: whether it is the layer's output projection. All other sites have the hidden state as their input.
     """
 
     module: nn.Module
@@ -73,10 +73,10 @@ class ProjectionSite(NamedTuple):
 
 
 def projection_sites(sites: Iterable[AttentionSite], heads: Sequence[DeltaHead]) -> list[ProjectionSite]:
-    """Where a model is read and corrected if these heads are, layer by layer.
+    """The sites of a model at which memory is read, or a projection of `heads` is corrected, layer by layer.
 
-    The first of a layer sees the hidden state first, so the layer's memory is read there, whether or not its own output
-    is corrected.
+    The first site of a layer is the first to see the hidden state. The layer reads its memory there, whether or not
+    that projection is corrected.
     """
     projections: list[ProjectionSite] = []
     for layer, site in enumerate(sites):
@@ -96,7 +96,7 @@ def find_sites(model: nn.Module) -> list[AttentionSite]:
     """The self-attention layers of a causal language model, in depth order.
 
     Raises:
-        UnsupportedModelError: no layer, or a layer that is built another way.
+        UnsupportedModelError: the model has no attention layer, or has one that is built differently.
     """
     name = type(model).__name__
     config = getattr(model, "config", None)
@@ -133,7 +133,7 @@ def find_sites(model: nn.Module) -> list[AttentionSite]:
 
 
 def targeted(sites: list[AttentionSite], config: MemoryConfig) -> list[AttentionSite]:
-    """The sites of the layers that the config wants, in depth order."""
+    """The sites of the layers that the config selects, in depth order."""
     if not config.target_layers:
         return sites
     by_number = {site.layer: site for site in sites}
@@ -147,7 +147,7 @@ def targeted(sites: list[AttentionSite], config: MemoryConfig) -> list[Attention
 
 
 def need_weights(model: Any) -> None:
-    """Refuse a model some of whose weights lie on no device: accelerate fetches them only when a layer runs."""
+    """Refuse a model with weights that are on no device: accelerate loads those only while a layer runs."""
     absent = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
     if absent is not None:
         raise ConfigError(
@@ -197,7 +197,7 @@ def _site(
 
 
 def _features(module: nn.Module, where: str) -> tuple[int, int]:
-    """(in, out) of a linear-like module; wrapped and quantised ones keep these attributes."""
+    """(in, out) of a linear-like module; wrapped and quantised modules keep these attributes."""
     base = getattr(module, "base_layer", module)
     inputs, outputs = getattr(base, "in_features", None), getattr(base, "out_features", None)
     if not isinstance(inputs, int) or not isinstance(outputs, int):

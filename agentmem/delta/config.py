@@ -1,9 +1,8 @@
-"""What a delta-mem adapter is: one frozen dataclass that reads and writes `delta_mem_config.json`.
+"""The options of a delta-mem adapter: one frozen dataclass that reads and writes `delta_mem_config.json`.
 
-Field names are the authors' where their json has them, so that a config reads the same in code and on disk.
-The json also carries switches of experiments that its authors have archived; those must stand at the value
-that turns them off, otherwise `ConfigError` names the switch: silently ignoring one would load a different
-mechanism.
+Fields have the names of the authors' json keys where such keys exist, so that a config reads the same in code and on
+disk. The json also carries switches of experiments that the authors have archived. Each must be at the value that turns
+it off; otherwise `ConfigError` names the switch, because ignoring it would silently load a different mechanism.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _GRANULARITY: dict[str, WriteStrategy] = {
 }
 _GRANULARITY_OUT = {strategy: name for name, strategy in _GRANULARITY.items()}
 
-# Archived switches of the json and the one value of each that leaves the mechanism as it is.
+# Archived switches of the json, each with the one value that leaves the mechanism as it is.
 _ARCHIVED_OFF: dict[str, Any] = {
     "num_memory_partitions": 1,
     "num_global_memory_partitions": 0,
@@ -44,8 +43,8 @@ _ARCHIVED_OFF: dict[str, Any] = {
     "target_modules": ["self_attn"],
     "delta_scale_parameterization": "alpha_over_rank",
 }
-# Their companions: without effect while the switches above are off, so any value is accepted; written back as
-# they stand here.
+# Options of those experiments. They have no effect while the switches above are off, so any value is accepted; they are
+# written back with the values given here.
 _ARCHIVED_IDLE: dict[str, Any] = {
     "memory_partition_routing": "soft",
     "memory_partition_basis": "shared",
@@ -71,30 +70,32 @@ _ARCHIVED_IDLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """One adapter's mechanism. Defaults are the paper's (arXiv 2605.12357, section 3 and appendix A).
+    """The options of one adapter. Defaults are the paper's (arXiv 2605.12357, section 3 and appendix A).
 
     Attributes:
         rank: r, the side of a state matrix.
         alpha: corrections are scaled by alpha / rank.
-        num_state_heads: H, state matrices a layer (4 in the multi-state variant).
-        write_strategy: what one write is made from: a token, a message's mean or a sentence's mean.
+        num_state_heads: H, the number of state matrices in a layer (4 in the multi-state variant).
+        write_strategy: what one write is computed from: a single token, the mean of a message, or the mean of a
+            sentence.
         normalize_qk: tanh and L2 norm on memory queries and keys (both or neither).
-        couple_lambda: retention is 1 - beta; otherwise it has weights of its own.
-        state_update_mode: how retention, erasure and writing follow from the gates (`layer.gates`).
+        couple_lambda: whether retention is 1 - beta; otherwise it has weights of its own.
+        state_update_mode: how retention, erasure and writing are computed from the gates (`layer.gates`).
         rankwise_gates: one gate for each state row; otherwise one for each state head.
         delta_heads: which projections are corrected.
         target_layers: layers that carry memory; empty means all.
-        delta_o_rmsnorm: RMSNorm on the correction of o, after all scaling.
-        trainable_delta_scale: a trained factor sigmoid(raw) * delta_scale_max on alpha / rank, for each layer
+        delta_o_rmsnorm: whether the correction of o goes through an RMSNorm, after all scaling.
+        trainable_delta_scale: whether alpha / rank is multiplied by a trained factor sigmoid(raw) * delta_scale_max,
+            one per layer
             or for each head (`delta_scale_granularity`).
         beta_bias_init, lambda_bias_init, output_init, base_slice_ref_width, online_gain, delta_scale_init:
-            how fresh weights start (`LayerMemory.reset_parameters`); without effect on loaded ones.
+            how new weights are initialised (`LayerMemory.reset_parameters`); no effect on loaded weights.
 
-    Whole numbers given for fractions become fractions and lists become tuples, so that equal configs are
-    equal on disk too.
+    Integers given for float fields become floats, and lists become tuples, so that equal configs are also equal on
+    disk.
 
     Raises:
-        ConfigError: a value of the wrong kind or out of range.
+        ConfigError: a value has the wrong type or is out of range.
     """
 
     rank: int = 8
@@ -157,11 +158,11 @@ class MemoryConfig:
         return self.alpha / self.rank
 
     def replace(self, **changes: Any) -> MemoryConfig:
-        """A copy with some fields changed."""
+        """A copy with some fields replaced."""
         return replace(self, **changes)
 
     def to_json(self) -> dict[str, Any]:
-        """The authors' json object; `lambda_bias_init`, which theirs lacks, only where it is not 4."""
+        """The authors' json object; `lambda_bias_init`, which theirs lacks, is included only where it is not 4."""
         body: dict[str, Any] = {**_ARCHIVED_OFF, **_ARCHIVED_IDLE, **asdict(self)}
         body["memory_write_granularity"] = _GRANULARITY_OUT[body.pop("write_strategy")]
         body["delta_heads"] = list(self.delta_heads)
@@ -175,7 +176,7 @@ class MemoryConfig:
         """Read the authors' json object.
 
         Raises:
-            ConfigError: an unknown key, an archived option that is switched on, or a value of the wrong kind.
+            ConfigError: an unknown key, an archived option that is switched on, or a value of the wrong type.
         """
         names = {field.name for field in fields(cls)} - {"write_strategy"}
         options = names | _ARCHIVED_OFF.keys() | _ARCHIVED_IDLE.keys()
@@ -212,7 +213,7 @@ class MemoryConfig:
 
 
 def _of_kind(name: str, value: Any, default: Any) -> Any:
-    """Check a value against the kind of its field's default; see `MemoryConfig` for what is converted."""
+    """Check a value against the type of its field's default; see `MemoryConfig` for what is converted."""
     kind = type(default)
     if kind is tuple and isinstance(value, list):
         return tuple(value)

@@ -1,10 +1,10 @@
-"""One token a row, as decoding runs it: the numbers of a pass, with as few operations as can be.
+"""One decode step: a single token in every row, with the results of a pass but as few operations as possible.
 
-A `DecodeStep` keeps buffers for a number of rows and is used again for the next token. Three forms compute the same:
-`TorchDecodeStep` with torch's operations, `decode_numba.NumbaDecodeStep` with two compiled calls a layer, and
-`decode_pool.PooledDecodeStep` with one kernel a layer on a pool of states; `SteeredModel` chooses. A layer's way to its
-output holds what it reads and what is corrected with it; what a token writes is read by later tokens alone, so that is
-done once for all layers at the end. All layers have read before anything is written.
+A `DecodeStep` keeps its buffers, for a fixed number of rows, and is used again for the next token. There are three
+implementations with the same results: `TorchDecodeStep` with torch's operations, `decode_numba.NumbaDecodeStep` with
+two compiled calls per layer, and `decode_pool.PooledDecodeStep` with one kernel per layer on a pool of states;
+`SteeredModel` chooses between them. While a layer runs, only its read and its corrections are computed. What the token
+writes is first read by the next token, so the writes of all layers are done together at the end of the step.
 """
 
 from __future__ import annotations
@@ -26,20 +26,22 @@ from agentmem.kernels.recurrence import NORM_EPS, write_once
 
 
 class PackedWeights:
-    """What steps need of all layers, without gradients.
+    """The weights of all layers as decode steps need them, without gradients.
 
-    The parameters become views of what is kept here, so that it has whatever is written into them. One that is replaced
-    or moved later has another address than it had when all were packed.
+    The parameters become views of the packed weights, so that whatever is written into a parameter is seen here too. A
+    parameter that is replaced or moved afterwards shows by its address, which then differs from the one noted when the
+    weights were packed.
 
     Attributes:
-        memory: of all layers.
-        parameters_of: those that steps need, of a layer's `_parameters`.
-        addresses: where those of all layers lay when they were packed.
-        device: where all of it lies; None where that is several devices: then nothing is packed.
+        memory: the memory of all layers.
+        parameters_of: picks the parameters that steps need out of a layer's `_parameters`.
+        addresses: the addresses of these parameters, for all layers, after packing.
+        device: the device of all weights; None where they are on several devices, in which case nothing is packed.
         packed: for each layer the packed weight [3 H r + gates, D].
         outputs: for each layer the output weights [W, H r] of the heads that are corrected, in the config's order.
-        beta_bias, lambda_bias: of all layers, [L, 1, 1, H, r or 1]; `lambda_bias` None where the config has none.
-        uses_triton: steps run as Triton kernels there.
+        beta_bias, lambda_bias: the biases of all layers, [L, 1, 1, H, r or 1]; `lambda_bias` is None where the config
+            has none.
+        uses_triton: whether steps run as Triton kernels on this device.
     """
 
     def __init__(self, memory: Sequence[LayerMemory]) -> None:
@@ -58,15 +60,15 @@ class PackedWeights:
             self.beta_bias = pack([module.beta_bias for module in memory]).view(shape)
             if not config.couple_lambda:
                 self.lambda_bias = pack([module.lambda_bias for module in memory]).view(shape)
-            # Held, so that nothing else comes to lie at an address that was noted.
+            # A reference is kept so that nothing else can be allocated at an address that was noted.
             self.outputs = [[m.output_weight(head).detach() for head in config.delta_heads] for m in memory]
-        # Taken last, since parameters have become views of what was packed.
+        # Noted last: packing has just turned the parameters into views, at other addresses.
         self.addresses: list[int] = []
         for module in memory:
             self.addresses += map(Tensor.data_ptr, self.parameters_of(module._parameters))
 
     def suit_numba(self) -> bool:
-        """Whether steps may run compiled by numba."""
+        """Whether steps can run compiled by numba."""
         tensors = *self.packed, *(weight for layer in self.outputs for weight in layer), self.beta_bias
         if self.lambda_bias is not None:
             tensors = *tensors, self.lambda_bias
@@ -77,14 +79,15 @@ class DecodeStep(ForwardContext):
     """One token of every row, without gradients, on one device.
 
     Args:
-        weights: of all layers.
+        weights: the weights of all layers.
         state: [B, L, H, r, r], of the shape that all states of this step have.
-        writing: whether tokens are to be written or gathered; otherwise their query is all that is computed of them.
+        writing: whether tokens are written, or gathered into segments; otherwise only their query is computed.
 
     Attributes:
-        state, mask, segments, pending: what the next token begins with, set before `begin`: its states [B, L, H, r, r],
-            which stay as they are; where it is written, [B, 1] bool (None = everywhere); for adapters that write by
-            message or sentence each row's segment, -1 = not written, and what earlier calls of its pass gathered.
+        state, mask, segments, pending: the inputs of the next token, set before `begin`. `state` [B, L, H, r, r] is not
+            changed. `mask` says where the token is written, [B, 1] bool (None = everywhere). For adapters that write by
+            message or sentence, `segments` holds each row's segment (-1 = not written) and `pending` the sums of
+            earlier calls of the same pass.
     """
 
     def __init__(self, weights: PackedWeights, state: Tensor, writing: bool) -> None:
@@ -95,7 +98,7 @@ class DecodeStep(ForwardContext):
         self.mask: Tensor | None = None
         self.segments: list[int] | None = None
         self.pending: Pending | None = None
-        self._layer = -1  # the one that read last
+        self._layer = -1  # the layer that read last
 
     @abstractmethod
     def write(self) -> Tensor:
@@ -103,10 +106,10 @@ class DecodeStep(ForwardContext):
 
     @abstractmethod
     def write_features(self) -> Tensor:
-        """`LayerMemory.write_features` of all layers, [L, B, 1, 2 H r + gates] float32; good until the next token."""
+        """`LayerMemory.write_features` of all layers, [L, B, 1, 2 H r + gates] float32; valid until the next token."""
 
     def end(self, close: bool) -> tuple[Tensor, Pending | None]:
-        """The state after the token, and what is gathered where the pass stays open."""
+        """The state after the token and, where the pass stays open, the sums so far."""
         if self._layers_read != len(self.memory):
             raise skipped_layers(self._layers_read, len(self.memory))
         if self.segments is None:
@@ -115,7 +118,7 @@ class DecodeStep(ForwardContext):
         return closed(self.memory, self.state, pending, close)
 
     def _gathered(self, segments: list[int]) -> Pending:
-        """The sums of earlier calls, with each row's token in its segment."""
+        """The sums of earlier calls, with each row's token added to its segment."""
         pending, features = self.pending, self.write_features()
         ids = joined_ids(sorted({segment for segment in segments if segment >= 0}), pending)
         rows = [[float(segment == own) for segment in ids] for own in segments]
@@ -133,30 +136,30 @@ class DecodeStep(ForwardContext):
 
 
 class LayerBuffers(NamedTuple):
-    """What one layer's step multiplies, and the views that it fills. M = B H, the rows of all heads.
+    """The operands of one layer's step, and the views that it fills. M = B H, the rows of all heads.
 
-    Where M is 1 on a CPU, `query` to `square` are vectors and a matrix instead, without the dimensions of 1.
+    Where M is 1 on a CPU, `query` to `square` are vectors and one matrix, without the dimensions of size 1.
     """
 
-    weight: Tensor  # what the hidden state is multiplied by: [D, 3 H r + gates], or [D, H r] to read only
+    weight: Tensor  # multiplies the hidden state: [D, 3 H r + gates], or [D, H r] where nothing is written
     products: Tensor  # [B, 3 H r + gates] or [B, H r], in the weights' dtype
-    query: Tensor  # of the products, [B, H, r]
+    query: Tensor  # a view of the products, [B, H, r]
     unit: Tensor  # the query after tanh, [B, H, r] float32: the last row of `matrices`
     matrices: Tensor  # the states with the query below them, [M, r + 1, r]
     probe: Tensor  # the query as a column, [M, r, 1]
-    result: Tensor  # their product, [M, r + 1, 1]
-    read: Tensor  # of the result, [M, r]
-    square: Tensor  # of the result, [M, 1]: the query's squared length
+    result: Tensor  # matrices times probe, [M, r + 1, 1]
+    read: Tensor  # a view of the result, [M, r]
+    square: Tensor  # a view of the result, [M, 1]: the query's squared length
 
 
 class TorchDecodeStep(DecodeStep):
-    """With torch's operations, as few as can be.
+    """The step in torch's operations, as few as possible.
 
-    Beside a product of 50 MB of cold weights an operation costs what it costs to fetch its code, whatever it does. So a
-    layer has a product with the hidden state, tanh, a product with its matrices, and the corrections, which products
-    add in place; for one row and one head the query's length is a factor of those. The matrices have the query itself
-    for a last row: the product of both has the read and the query's squared length. Everything lies in buffers that
-    were cut into views once.
+    Next to a product with 50 MB of weights that are not in the caches, an operation costs about as much as fetching its
+    code, whatever it computes. So a layer runs only a product with the hidden state, tanh, a product with its matrices,
+    and the corrections, which are products that add in place. For one row and one head the query's length goes into
+    those as a factor. The query is also the last row of the matrices, so that one product gives both the read and the
+    query's squared length. All of it is in buffers whose views are made once.
     """
 
     def __init__(self, weights: PackedWeights, state: Tensor, writing: bool) -> None:
@@ -169,10 +172,10 @@ class TorchDecodeStep(DecodeStep):
         used = weights.packed if writing else [weight[:size] for weight in weights.packed]
         like = used[0]
         self._single = rows == 1 and not like.is_cuda
-        self._read = like  # what it read, to be multiplied by `_factor`
+        self._read = like  # the last layer's read, still to be multiplied by `_factor`
         self._factor = 1.0
         self._by_layer = state
-        # Not made in inference mode: what was could not be filled outside of it.
+        # Outside inference mode: tensors made in inference mode could not be filled outside of it.
         with torch.inference_mode(False), torch.no_grad():
             products = like.new_empty(layers, batch, 1, like.shape[0])
             matrices = like.new_empty(layers, rows, rank + 1, rank, dtype=torch.float32)
@@ -192,7 +195,7 @@ class TorchDecodeStep(DecodeStep):
                     unit = unit.view(batch, heads, rank)
                 buffers = LayerBuffers(weight.t(), products[layer, :, 0], query, unit, own, probe, result, read, square)
                 self._buffers.append(buffers)
-            self._products = products  # [L, B, 1, 3 H r + gates], or H r of them to read only
+            self._products = products  # [L, B, 1, 3 H r + gates], or only H r columns where nothing is written
             exact = products.dtype == torch.float32
             self._exact = products if exact else torch.empty_like(products, dtype=torch.float32)
             self._parts = self.memory[0].split(self._exact) if writing else None
@@ -252,7 +255,8 @@ class TorchDecodeStep(DecodeStep):
             if self._normalize:
                 self._factor = 1.0 / max(sqrt(buffers.square.item()), NORM_EPS)
                 if low:
-                    # Rounded where several rows round it, so that a session alone is close to itself in a batch.
+                    # Rounded where a batch of several rows rounds it, so that a sequence alone stays close to itself in
+                    # a batch.
                     read, self._factor = read * self._factor, 1.0
         else:
             read = self._row_reads
@@ -280,11 +284,11 @@ class TorchDecodeStep(DecodeStep):
         keep, erase, write = gates
         after = write_once(
             self._by_layer.reshape(-1, rank, rank),  # [L M, r, r]
-            k.reshape(-1, rank),  # [L M, r], as all that follow
+            k.reshape(-1, rank),  # [L M, r], as are all that follow
             v.reshape(-1, rank),
             keep.reshape(-1, rank),
             erase.reshape(-1, rank),
             write.reshape(-1, rank),
         )
-        # Layers outermost in memory, as the next token wants them.
+        # Layers outermost in memory: the layout that the next token reads.
         return after.view(-1, self.batch, self.heads, rank, rank).transpose(0, 1)

@@ -1,7 +1,8 @@
-"""One token a row on a CPU by compiled calls, where numba is there: a `TorchDecodeStep` in two calls a layer.
+"""The decode step on a CPU with numba: a `DecodeStep` that makes two compiled calls per layer.
 
-What the calls of `kernels.numba_step` are given lies in tables of addresses that are made once. All they point to is
-held here or by the weights' modules, and a weight that is replaced or moved makes a new step (`PackedWeights`).
+The functions of `kernels.numba_step` get their arguments from tables of addresses that are made once. Everything the
+tables point to is kept alive here or by the modules of the weights; when a weight is replaced or moved, a new step is
+made (`PackedWeights`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from agentmem.kernels.recurrence import MODES
 
 
 class SteerCall(NamedTuple):
-    """Arguments of `numba_step.steer`: where its table lies, the width of an output's row, the correction's factor."""
+    """Arguments of `numba_step.steer`: address of its table, width of a row of the output, factor of the correction."""
 
     table: int
     stride: int
@@ -28,7 +29,7 @@ class SteerCall(NamedTuple):
 
 
 class NumbaDecodeStep(DecodeStep):
-    """Buffers and tables for a number of rows; all weights are float32, contiguous, on a CPU."""
+    """Buffers and tables for a fixed number of rows; all weights are float32, contiguous, and on a CPU."""
 
     def __init__(self, weights: PackedWeights, state: Tensor, writing: bool) -> None:
         super().__init__(weights, state, writing)
@@ -36,16 +37,16 @@ class NumbaDecodeStep(DecodeStep):
         config, first = self.memory[0].config, weights.packed[0]
         layers, rows = len(weights.packed), first.shape[0] if writing else heads * rank
         with torch.inference_mode(False):
-            # Types and devices are named: the process may have set other defaults.
+            # Dtype and device are explicit: the process may have changed torch's defaults.
             self._products = torch.empty(layers, batch, rows, dtype=torch.float32, device="cpu")
             self._read = torch.empty(batch, 1, heads, rank, dtype=torch.float32, device="cpu")
-        self._hidden_numbers = batch * first.shape[1]  # of a layer's hidden states
+        self._hidden_numbers = batch * first.shape[1]  # elements of a layer's hidden states
         self._steer: dict[str, int] = {
             "rows": rows, "hidden": first.shape[1], "batch": batch, "heads": heads, "rank": rank,
             "normalize": config.normalize_qk, "layers": layers, "reads": self._read.data_ptr(),
         }  # fmt: skip
         self._tables: list[Tensor] = []
-        # By the numbers of their sites; none where the output has to be corrected otherwise.
+        # By site number; empty for a site whose output has to be corrected by torch.
         self._calls: dict[int, tuple[SteerCall, ...]] = {}
         self._reading = [self._steer_table(layer) for layer in range(layers)]
         self._write = self._table(
@@ -54,8 +55,8 @@ class NumbaDecodeStep(DecodeStep):
             lam=0 if weights.lambda_bias is None else weights.lambda_bias.data_ptr(),
             gates=weights.beta_bias[0].numel(), mode=MODES[config.state_update_mode],
         )  # fmt: skip
-        self._learned: list[ProjectionSite] = []  # whose factors may change from token to token
-        self._address = 0  # of the state
+        self._learned: list[ProjectionSite] = []  # sites whose factors may change from token to token
+        self._address = 0  # address of the state
 
     def begin(self) -> None:
         self._contiguous = self.state.contiguous()
@@ -70,8 +71,8 @@ class NumbaDecodeStep(DecodeStep):
         self, site: ProjectionSite, projection: Forward, hidden: Tensor, *inputs: Any, **options: Any
     ) -> Tensor:
         output = projection(hidden, *inputs, **options)
-        # A layer's weights have just gone through the caches, so what is touched here has to be fetched, code too: each
-        # look at a tensor costs microseconds.
+        # A layer's weights have just gone through the caches, so everything touched here has to be fetched again, code
+        # included: each access to a tensor costs microseconds.
         _, number, layer, heads, is_output = site
         address = 0
         if layer != self._layer and not is_output:
@@ -82,7 +83,7 @@ class NumbaDecodeStep(DecodeStep):
             if hidden.dtype is not torch.float32 or not hidden.is_contiguous():
                 hidden = hidden.float().contiguous()
             address = hidden.data_ptr()
-        # Looked at every time: a model may have been moved to another type, and memory is what is written to.
+        # Checked every time: the model may have been cast to another dtype, and the call writes to raw memory.
         if output.dtype is torch.float32 and output.is_contiguous():
             if number not in self._calls:
                 self._calls[number] = self._prepared(site, output)
@@ -99,12 +100,12 @@ class NumbaDecodeStep(DecodeStep):
         return output
 
     def read(self, layer: int, hidden: Tensor) -> Tensor:
-        """The read [B, 1, H, r], of contiguous float32 hidden states; good until the next layer reads."""
+        """The read [B, 1, H, r] of contiguous float32 hidden states; overwritten when the next layer reads."""
         steer(self._reading[layer], self._address, hidden.data_ptr(), 0, 0, 0.0)
         return self._read
 
     def end(self, close: bool) -> tuple[Tensor, Pending | None]:
-        # Most tokens of most adapters take this way, which does not leave the file.
+        # The common case for most adapters, handled without a call into another file.
         if self.segments is None and self.writing and self._layers_read == len(self.memory):
             return self.write(), None
         return super().end(close)
@@ -119,7 +120,7 @@ class NumbaDecodeStep(DecodeStep):
         return self.memory[0].write_features(self._products)[:, :, None]
 
     def _need_one_token(self, hidden: Tensor) -> None:
-        """Refuse hidden states that are elsewhere, or of more tokens: once a step, for all layers have the same."""
+        """Refuse hidden states of several tokens or on another device; checked once per step."""
         if hidden.device.type != "cpu" or hidden.numel() != self._hidden_numbers:
             raise TurnError(
                 f"the memory lies on a CPU and a step is of {self.batch} rows, one token each; the model gave it "
@@ -127,7 +128,7 @@ class NumbaDecodeStep(DecodeStep):
             )
 
     def _prepared(self, site: ProjectionSite, output: Tensor) -> tuple[SteerCall, ...]:
-        """The calls for a site; none where a correction is more than a product."""
+        """The calls for a site; none where its correction is more than a product."""
         module = self.memory[site.layer]
         if (site.is_output and module.config.delta_o_rmsnorm) or output.numel() != self.batch * output.shape[-1]:
             return ()
@@ -146,7 +147,7 @@ class NumbaDecodeStep(DecodeStep):
         return self._table(STEER, **self._steer, **addresses, layer=layer, **numbers)
 
     def _table(self, names: tuple[str, ...], **numbers: int) -> int:
-        """The address of a table that holds these numbers, 0 where none is given."""
+        """The address of a table that holds these numbers; entries that are not given are 0."""
         table = torch.tensor([int(numbers.get(name, 0)) for name in names], dtype=torch.int64, device="cpu")
         self._tables.append(table)
         return table.data_ptr()

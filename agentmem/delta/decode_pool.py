@@ -1,7 +1,7 @@
-"""One token a row on a pool of states that is changed in place, as devices with kernels decode.
+"""The decode step on a pool of states that is changed in place, for devices with Triton kernels.
 
-A layer's way to its output holds one product with the hidden state, one `kernels.step`, and the corrections, which
-are products added in place: four launches a layer for an adapter that corrects q and o.
+While a layer runs there are one product with the hidden state, one `kernels.step`, and the corrections, which are
+products that add in place: four launches per layer for an adapter that corrects q and o.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from agentmem.errors import StateMismatchError, TurnError
 
 
 class PooledDecodeStep(ForwardContext):
-    """One token a row, without gradients, on one device.
+    """One token in every row, without gradients, on one device.
 
     Args:
-        memory: of all layers.
-        pool: [slots, L, H, r, r] float32, changed layer by layer as they read.
-        slots: [B], the state of each row; -1 = the row is inert.
-        mask: [B] bool, where a row writes; None = everywhere.
-        result: what the step returns; None = the pool.
+        memory: the memory of all layers.
+        pool: [slots, L, H, r, r] float32; each layer's part is changed when the layer reads.
+        slots: [B], the slot of each row's state; -1 = the row is inert.
+        mask: [B] bool, whether a row writes; None = all rows write.
+        result: what `end` returns as the state; None = the pool.
     """
 
     def __init__(
@@ -45,9 +45,9 @@ class PooledDecodeStep(ForwardContext):
     def on_copy(
         cls, memory: Sequence[LayerMemory], state: Tensor, mask: Tensor | None, writing: bool
     ) -> PooledDecodeStep:
-        """For states that are values: `state` [B, L, H, r, r] stays as it is, a copy is the pool.
+        """A step for states that are values: `state` [B, L, H, r, r] is not changed, and a copy of it is the pool.
 
-        Where nothing is to be written the result is the very state that was given. `mask` is [B, 1] here.
+        Where nothing is to be written, the result is `state` itself. `mask` is [B, 1] here.
         """
         slots = torch.arange(state.shape[0], device=state.device)
         if writing:
@@ -61,14 +61,14 @@ class PooledDecodeStep(ForwardContext):
     def in_place(
         cls, memory: Sequence[LayerMemory], pool: Tensor, slots: Tensor, write: bool | Tensor
     ) -> PooledDecodeStep:
-        """A step on a caller's pool, after all of it was checked.
+        """A step on a caller's pool, after all arguments were checked.
 
         Args:
-            memory, pool, slots: as of a `PooledDecodeStep`.
-            write: whether tokens write, for all or for each [B, 1] bool.
+            memory, pool, slots: as for `PooledDecodeStep`.
+            write: whether tokens write: one bool, or [B, 1] bool.
 
         Raises:
-            StateMismatchError, TurnError: the pool, or another argument, has another shape, type or device.
+            StateMismatchError, TurnError: the pool, or another argument, has the wrong shape, dtype or device.
         """
         config = memory[0].config
         shape = (len(memory), config.num_state_heads, config.rank, config.rank)
@@ -89,7 +89,7 @@ class PooledDecodeStep(ForwardContext):
         return cls(memory, pool, slots, None if write else torch.zeros_like(slots, dtype=torch.bool))
 
     def read(self, layer: int, hidden: Tensor) -> Tensor:
-        """Read and write at once; the read [B, 1, H, r] is in the dtype of the layer's weights."""
+        """Read and write in one kernel; returns the read [B, 1, H, r] in the dtype of the layer's weights."""
         module = self.memory[layer]
         rows = hidden.flatten(1)  # [B, 1, D] -> [B, D]
         if torch.compiler.is_compiling():
@@ -110,7 +110,7 @@ class PooledDecodeStep(ForwardContext):
         return read.view(-1, 1, *self.state.shape[2:4])  # [B, H r] -> [B, 1, H, r]
 
     def end(self, close: bool) -> tuple[Tensor, Pending | None]:
-        """The pool, or the result that stands for it."""
+        """The pool, or `result` where one was given."""
         if self._layers_read != len(self.memory):
             raise skipped_layers(self._layers_read, len(self.memory))
         return self._result, None

@@ -1,9 +1,9 @@
-"""Says whether two loaded models are the same model, whatever their path, dtype, device or attention kernel.
+"""Fingerprints of models: equal for two loaded copies of one model, whatever their path, dtype, device or kernels.
 
-The fingerprint covers architecture, sizes, and the signs of a fixed sample of the weights that quantisation leaves
-alone (embedding rows and norms). Signs survive every rounding, be it to bfloat16, to float16, or to one after the
-other, where digits do not; and two models that were trained apart differ in half of them. The size of the vocabulary
-does not count, so that tokens may be added.
+The fingerprint covers the architecture, the sizes, and the signs of a fixed sample of weights that quantisation leaves
+alone (embedding rows and norms). Digits change when weights are rounded to bfloat16, to float16 or to both in turn, but
+signs do not; and two models that were trained separately differ in half of the signs. The size of the vocabulary does
+not count, so that tokens may be added.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-# Sizes that change what a state means; everything else of a config (paths, caches, kernels) may differ.
+# Sizes that change what a state means. Everything else in a config (paths, caches, kernels) may differ.
 _SIZES = (
     "model_type",
     "hidden_size",
@@ -25,12 +25,12 @@ _SIZES = (
     "num_key_value_heads",
     "head_dim",
 )
-_ROWS, _APART = 512, 32  # embedding rows sampled, and how far apart they lie
-_COLUMNS = 128  # of each, spread over the width
+_ROWS, _APART = 512, 32  # how many embedding rows are sampled, and the distance between them
+_COLUMNS = 128  # columns sampled in each row, spread over its width
 
 
 def model_fingerprint(model: Any) -> str:
-    """SHA-256 (hex) of what makes this model this model."""
+    """SHA-256 (hex) of what identifies a model."""
     config = model.config.get_text_config()
     sizes = {name: getattr(config, name, None) for name in _SIZES}
     digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode())

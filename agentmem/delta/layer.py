@@ -1,4 +1,4 @@
-"""One layer's memory: its projections, the gates, the corrections. Parameters only, never a session.
+"""The memory of one layer: its projections, gates and corrections. It holds parameters only, never a session's state.
 
 Names, shapes and equations follow arXiv 2605.12357 (eq. 4-12) and the authors' file format; D is the hidden size, r the
 rank, H the state heads, W the width of a corrected projection:
@@ -6,7 +6,7 @@ rank, H the state heads, W the width of a corrected projection:
     memory_{q,k,v}_proj [H r, D]   beta_proj, lambda_proj [H r or H, D]   beta_bias, lambda_bias [H r or H]
     delta_{q,k,v,o}_proj [W, H r]  delta_scale_raw [1 or 4]               delta_o_rmsnorm_weight [D]
 
-Projections run in the parameters' dtype; from tanh to the read everything is float32; a correction is cast once, when
+Projections run in the parameters' dtype. From tanh to the read everything is float32. A correction is cast once, when
 it is added.
 """
 
@@ -25,7 +25,7 @@ from agentmem.kernels.recurrence import NORM_EPS
 
 
 class Gates(NamedTuple):
-    """What the rule multiplies by, each [B, T, H, r] float32."""
+    """The factors in the update rule, each [B, T, H, r] float32."""
 
     keep: Tensor
     erase: Tensor
@@ -33,7 +33,7 @@ class Gates(NamedTuple):
 
 
 class TokenTerms(NamedTuple):
-    """What tokens contribute to a scan, each [B, T, H, r] float32; in the order of `ScanArgs`, behind the state."""
+    """What tokens contribute to a scan, each [B, T, H, r] float32, in the order of `ScanArgs` after the state."""
 
     q: Tensor
     k: Tensor
@@ -46,11 +46,11 @@ class TokenTerms(NamedTuple):
 class Products(NamedTuple):
     """Products with the packed weight, as views of its parts."""
 
-    q: Tensor  # [..., H, r], as k and v
+    q: Tensor  # [..., H, r], as are k and v
     k: Tensor
     v: Tensor
-    beta: Tensor  # [..., H, r], or [..., H, 1] where a head has one gate
-    lam: Tensor | None  # as beta; None where the config has none
+    beta: Tensor  # [..., H, r], or [..., H, 1] where each head has a single gate
+    lam: Tensor | None  # shaped as beta; None where the config has none
 
 
 class LayerMemory(nn.Module):
@@ -58,14 +58,14 @@ class LayerMemory(nn.Module):
 
     Args:
         config: the mechanism.
-        hidden: D, the hidden size: the width of what feeds q_proj.
-        widths: output width of each projection; all four are kept, since the authors' files hold the weights
-            of inactive heads too.
+        hidden: D, the hidden size, which is the input width of q_proj.
+        widths: output width of each projection. All four are needed, since the authors' files hold the weights of
+            inactive heads too.
 
     Attributes:
-        idle: names of the parameters to which the config gives no effect: files may hold or lack them, and they need no
+        idle: names of the parameters that have no effect under this config. Files may lack them, and they get no
             gradient.
-        query_width: H r, how many of a token's products are its query.
+        query_width: H r, the number of a token's products that are its query.
     """
 
     memory_q_proj: nn.Parameter
@@ -114,14 +114,14 @@ class LayerMemory(nn.Module):
     def reset_parameters(
         self, base: dict[DeltaHead, Tensor] | None = None, generator: torch.Generator | None = None
     ) -> None:
-        """Fresh weights: projections normal with std 1/sqrt(D), gates at their bias, outputs by `output_init`.
+        """Initialise the weights: projections normal with std 1/sqrt(D), gates at their bias, outputs by `output_init`.
 
-        `zero` outputs leave the model as it is until training moves them. `base_slice_fixed` starts each output at the
-        first H r columns of the projection it corrects, scaled to a root mean square of online_gain /
-        sqrt(base_slice_ref_width); the paper names this start without defining it, so this reading is ours.
+        `zero` outputs leave the model unchanged until training moves them. `base_slice_fixed` starts each output weight
+        as the first H r columns of the projection that it corrects, scaled to a root mean square of online_gain /
+        sqrt(base_slice_ref_width). The paper names this initialisation without defining it; this definition is ours.
 
         Raises:
-            ConfigError: `output_init` is another, or a projection is too narrow for its slice.
+            ConfigError: `output_init` has another value, or a projection is too narrow for its slice.
         """
         config = self.config
         with torch.no_grad():
@@ -162,26 +162,25 @@ class LayerMemory(nn.Module):
         return piece * (target / piece.pow(2).mean().sqrt().clamp_min(1e-12))
 
     def terms(self, hidden: Tensor, mask: Tensor | None = None) -> TokenTerms:
-        """Everything that tokens contribute.
+        """What tokens contribute to a scan.
 
         Args:
             hidden: [B, T, D], any float dtype.
-            mask: [B, T] bool, False where a token must not write (keep 1, erase and write 0); None = all
-                write.
+            mask: [B, T] bool, False where a token must not write (keep 1, erase and write 0); None = all tokens write.
         """
         return self.terms_from(self.products(hidden), mask)
 
     def products(self, hidden: Tensor) -> Tensor:
-        """Products [..., 3 H r + gates] with the packed weight, in the weights' dtype, from [..., D]."""
+        """The products [..., 3 H r + gates] of [..., D] with the packed weight, in the weights' dtype."""
         weight = self.packed_weight()
         return F.linear(hidden.to(weight.dtype), weight)
 
     def write_features(self, products: Tensor) -> Tensor:
-        """The part of products with the packed weight that writes are made of, a view [..., 2 H r + gates]."""
+        """The part of the products that a write is computed from, a view [..., 2 H r + gates]."""
         return products[..., self.query_width :]
 
     def terms_from(self, products: Tensor, mask: Tensor | None = None) -> TokenTerms:
-        """What tokens contribute, from their products with the packed weight, [B, T, 3 H r + gates]."""
+        """What tokens contribute to a scan, from their products with the packed weight, [B, T, 3 H r + gates]."""
         parts = self.split(products.float())
         lambda_bias: Tensor | None = getattr(self, "lambda_bias", None)
         lam = None if lambda_bias is None else self.by_head(lambda_bias.float())
@@ -189,7 +188,7 @@ class LayerMemory(nn.Module):
         return TokenTerms(self.unit(parts.q), k, v, *gates)
 
     def split(self, products: Tensor) -> Products:
-        """Views of products with the packed weight, [..., 3 H r + gates]."""
+        """The parts of products with the packed weight, as views of [..., 3 H r + gates]."""
         size, width = self.config.rank * self.config.num_state_heads, self.beta_bias.shape[0]
         q, k, v = (products[..., at * size : (at + 1) * size] for at in range(3))  # each [..., H r]
         shape = (*q.shape[:-1], self.config.num_state_heads, self.config.rank)
@@ -202,7 +201,7 @@ class LayerMemory(nn.Module):
     ) -> tuple[Tensor, Tensor, Gates]:
         """What tokens write: key, value and gates, each [..., B, T, H, r] float32.
 
-        Of this layer, or of all layers at once, where biases of all of them broadcast against the `parts`.
+        For this layer, or for all layers at once where the biases of all layers broadcast against `parts`.
         """
         k = self.unit(parts.k)
         beta = torch.sigmoid(parts.beta + beta_bias)  # [..., H, r or 1]
@@ -210,20 +209,20 @@ class LayerMemory(nn.Module):
         return k, parts.v, gates(self.config, beta.expand(k.shape), lam.expand(k.shape), mask)
 
     def query(self, hidden: Tensor) -> Tensor:
-        """The memory query alone, [B, T, H, r] float32: all that a pass that writes nothing needs."""
+        """Only the query, [B, T, H, r] float32: all that a pass without writes needs."""
         config = self.config
         q = F.linear(hidden.to(self.memory_q_proj.dtype), self.memory_q_proj).float()  # [B, T, H r]
         return self.unit(q.view(*q.shape[:-1], config.num_state_heads, config.rank))
 
     def unit(self, x: Tensor) -> Tensor:
-        """Queries or keys as the rule takes them: tanh, then unit length along the last dimension."""
+        """Queries or keys as the update rule takes them: tanh, then unit length along the last dimension."""
         return F.normalize(torch.tanh(x), dim=-1, eps=NORM_EPS) if self.config.normalize_qk else x
 
     def correction(self, head: DeltaHead, read: Tensor) -> Tensor:
-        """What is added to a projection's output: [B, T, W] from the read [B, T, H, r] float32."""
+        """The correction that is added to a projection's output: [B, T, W] from the read [B, T, H, r] float32."""
         config = self.config
         weight = self.get_parameter(f"delta_{head}_proj")
-        # Scaled while it is still float32 and r wide, so that only the product is rounded to the weights' dtype.
+        # Scaled while it is still float32 and only r wide, so that only the product is rounded to the weights' dtype.
         read = read * config.scale
         if config.trainable_delta_scale:
             index = DELTA_HEADS.index(head) if config.delta_scale_granularity == "head" else 0
@@ -238,12 +237,12 @@ class LayerMemory(nn.Module):
     def correct(self, head: DeltaHead, read: Tensor, output: Tensor, start: int) -> Tensor:
         """A projection's output [B, T, ...] with the correction added to the columns from `start` on.
 
-        Without gradients the output is changed in place, by the product itself.
+        Without gradients the output is changed in place.
         """
         weight = self.output_weight(head)
         width = weight.shape[0]
         fused = not torch.is_grad_enabled() and output.dtype == weight.dtype and output.is_contiguous()
-        # A graph would hold a learned scale as a number, whatever is learned after it was made.
+        # A compiled graph would hold a trained scale as a constant, even if the scale changes later.
         fused = fused and not (self.config.trainable_delta_scale and torch.compiler.is_compiling())
         if not fused or (head == "o" and self.config.delta_o_rmsnorm):
             delta = self.correction(head, read).to(output.dtype)
@@ -262,7 +261,7 @@ class LayerMemory(nn.Module):
         return weight
 
     def scale(self, head: DeltaHead) -> float:
-        """The number that a correction is multiplied by."""
+        """The factor of a correction."""
         config = self.config
         if not config.trainable_delta_scale:
             return self._fixed_scale
@@ -274,36 +273,36 @@ class LayerMemory(nn.Module):
         return self._scales[1][DELTA_HEADS.index(head) if config.delta_scale_granularity == "head" else 0]
 
     def by_head(self, x: Tensor) -> Tensor:
-        """A gate's numbers with its heads apart: [..., H r] -> [..., H, r], [..., H] -> [..., H, 1]."""
+        """Gate values with the heads as a dimension: [..., H r] -> [..., H, r], [..., H] -> [..., H, 1]."""
         return x.view(*x.shape[:-1], self.config.num_state_heads, -1)
 
     def packed_weight(self) -> Tensor:
-        """All projections of the hidden state one below the other, [3 H r + gates, D], so that one product makes them.
+        """All projections of the hidden state stacked, [3 H r + gates, D], so that one product computes them.
 
-        Where no gradient is wanted, the parameters become views of it: so it has whatever is written into them, and it
-        is made anew when one of them has been replaced or moved.
+        Without gradients the parameters become views of it, so that it always holds their current values. It is made
+        again when one of them was replaced or moved.
         """
         parts = self.packed_parts()
         if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
             return torch.cat(parts)
-        # While what lies at an address is alive, a tensor at the same address is a view of it.
+        # The packed weight keeps its memory alive, so a tensor at the same address is a view of it.
         if self._packed is None or self._packed[0] != [part.data_ptr() for part in parts]:
             packed = pack(parts)
             self._packed = [part.data_ptr() for part in parts], packed
         return self._packed[1]
 
     def packed_parts(self) -> list[Tensor]:
-        """The projections of the hidden state, in the order of the packed weight."""
+        """The projections of the hidden state, in the order in which they are packed."""
         parts: list[Tensor] = [self.memory_q_proj, self.memory_k_proj, self.memory_v_proj, self.beta_proj]
         return parts if self.config.couple_lambda else [*parts, self.lambda_proj]
 
 
 def pack(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors one below the other in memory of their own, of which each then is a view.
+    """Stack tensors in new memory, and make each of them a view of its part.
 
-    Those made in inference mode cannot become views: they are copied, and what is written into them later is not seen.
+    Tensors made in inference mode cannot become views: they are copied, and later changes to them are not seen.
     """
-    # What is made in inference mode could not be changed outside of it.
+    # Outside inference mode: what is made in it could not be changed outside of it.
     with torch.inference_mode(False), torch.no_grad():
         packed = torch.cat([tensor.detach() for tensor in tensors])
         if not any(map(Tensor.is_inference, tensors)):
@@ -313,10 +312,10 @@ def pack(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def gates(config: MemoryConfig, beta: Tensor, lam: Tensor, mask: Tensor | None) -> Gates:
-    """Keep, erase and write factors from beta and lambda, each [B, T, H, r].
+    """The factors keep, erase and write from beta and lambda, each [B, T, H, r].
 
-    standard: lambda, beta, beta; lambda_outside: lambda, lambda beta, beta; no_lambda: 1, beta, beta. Where
-    the mask [B, T] is False: 1, 0, 0, which is the only setting that leaves a state as it was under every mode.
+    standard: lambda, beta, beta; lambda_outside: lambda, lambda beta, beta; no_lambda: 1, beta, beta. Where the mask
+    [B, T] is False they are 1, 0, 0: the only values that leave a state unchanged under every mode.
     """
     if config.state_update_mode == "standard":
         made = Gates(lam, beta, beta)

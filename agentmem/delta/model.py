@@ -1,9 +1,9 @@
-"""The core call: a frozen causal language model whose attention is steered by a state that goes in and out.
+"""The core call: a frozen causal language model whose attention is corrected from a memory state.
 
 `(state, tokens) -> (state', logits)`. Modules hold parameters, never a session: the state, the KV cache and the sums of
-an open pass go in and come out. While a call runs, the projections that it reads at and corrects have another forward;
-outside of it the model is the bare model. One call at a time, since both would change the same modules (`engine` gives
-it a thread of its own).
+an open pass are arguments and results. While a call runs, the forward methods of the corrected projections are
+replaced; outside of a call the model is the bare model. Only one call may run at a time, since two would replace the
+same methods (`engine` runs all calls on one thread).
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class SteeredOutput:
     """What one call returns.
 
     Attributes:
-        logits: [B, n, V], n as `logits_to_keep` says; None where it says none.
-        state: [B, L, H, r, r] float32, L the layers with memory in depth order.
+        logits: [B, n, V], where n follows from `logits_to_keep`; None where no logits were wanted.
+        state: [B, L, H, r, r] float32, where L counts the layers with memory, in depth order.
         cache: the KV cache, or None where none was kept.
-        pending: sums of an open message or sentence pass, for the next call; None where nothing is open.
+        pending: sums of an open message or sentence pass, for the next call; None where no pass is open.
     """
 
     logits: Tensor | None
@@ -68,7 +68,7 @@ class SteeredModel:
         self._as_loaded = "" if source is None else collect(memory, self.layers, config).fingerprint
         self._attached, self._running = True, False
         self._weights: PackedWeights | None = None
-        # By whether tokens are written or gathered; of as many rows as the last call of its kind had.
+        # One for writing or gathering and one for reading only; each for as many rows as the last call of its kind had.
         self._steps: dict[bool, DecodeStep] = {}
 
     @classmethod
@@ -84,11 +84,11 @@ class SteeredModel:
         """Attach memory to a causal language model of transformers.
 
         Args:
-            model: the model; its weights are not changed and stay trainable or frozen as they are.
-            adapter: an adapter directory, or one already loaded.
-            config: instead of an adapter, a mechanism with fresh weights (to train).
-            dtype: of the memory's parameters; None = the model's.
-            seed: for fresh weights.
+            model: the model. Its weights are not changed and stay trainable or frozen as they are.
+            adapter: an adapter directory, or a loaded adapter.
+            config: in place of an adapter: options, with newly initialised weights (for training).
+            dtype: dtype of the memory's parameters; None = the model's.
+            seed: seed of the newly initialised weights.
 
         Raises:
             UnsupportedModelError: the attention cannot be steered.
@@ -118,7 +118,7 @@ class SteeredModel:
         return cls(model, config, sites, memory, loaded.fingerprint if loaded is not None else None)
 
     def detach(self) -> Any:
-        """Take the memory off and return the bare model."""
+        """Remove the memory and return the bare model."""
         self._attached, self._weights, self._steps = False, None, {}
         return self.model
 
@@ -135,15 +135,15 @@ class SteeredModel:
 
     @property
     def adapter(self) -> Adapter:
-        """The adapter as it stands now (copies), bound to the model that it steers."""
+        """The adapter with its present weights (copies), bound to the model that it is attached to."""
         now = collect(self._memory, self.layers, self.config)
         return replace(now, base=model_fingerprint(self.model))
 
     @property
     def adapter_fingerprint(self) -> str:
-        """Of the adapter as it was loaded, whatever dtype and device it runs in here.
+        """Fingerprint of the adapter as it was loaded, whatever its dtype and device are here.
 
-        Of the weights as they stand now where they are fresh or were trained since.
+        Where the weights are newly initialised or were trained since, the fingerprint of the present weights.
         """
         now = collect(self._memory, self.layers, self.config).fingerprint
         return now if self._source is None or now != self._as_loaded else self._source
@@ -171,7 +171,7 @@ class SteeredModel:
         close: bool = True,
         attention_bias: Tensor | None = None,
     ) -> SteeredOutput:
-        """Read tokens, steered by the state, and write them into it.
+        """Read tokens while the state corrects the attention, and write them into the state.
 
         Args:
             input_ids: [B, T].
@@ -179,21 +179,21 @@ class SteeredModel:
             attention_mask: [B, P + T] of 0 and 1, P the tokens already in the cache; its last T columns also
                 keep padding from being written. None = no padding.
             position_ids: [B, T]; None = the cumulative sum of the mask, minus 1.
-            segments: [B, T] int64, -1 = never written (under every strategy); message and sentence adapters
-                need them to write.
-            write: whether tokens write, for all or for each [B, T]. One that does not counts as segment -1.
-            cache: None = keep no KV, True = a new DynamicCache, or a cache, which is extended in place.
-            logits_to_keep: 0 = all positions, n = the last n, -1 = none.
-            pending: sums of the same pass so far, from the call before.
+            segments: [B, T] int64, -1 = never written (under every write strategy). Message and sentence adapters need
+                segments to write.
+            write: whether tokens write: one bool, or a bool for each of [B, T]. A token that does not write counts as
+                segment -1.
+            cache: None = keep no KV, True = make a new DynamicCache, or an existing cache, which is extended in place.
+            logits_to_keep: 0 = logits at all positions, n = at the last n, -1 = none.
+            pending: sums so far of the same pass, from the previous call.
             close: False leaves a message or sentence pass open: nothing is written yet.
-            attention_bias: [B, 1, T, P + T] bool, True = may attend, given to the attention in place of the
-                mask (which then only gates writes). For training on several turns in one call.
-
+            attention_bias: [B, 1, T, P + T] bool, True = may attend. The attention gets it in place of
+                `attention_mask`, which then only decides what is written. For training on several turns in one call.
         Raises:
-            SegmentsRequiredError: a message or sentence adapter is to write and has no segments.
-            StateMismatchError: the state has another shape or dtype.
-            TurnError: another argument has the wrong shape; `pending` is of another batch or given to a token
-                adapter; called while another call is running, or after `detach`.
+            SegmentsRequiredError: a message or sentence adapter should write but has no segments.
+            StateMismatchError: the state has the wrong shape or dtype.
+            TurnError: another argument has the wrong shape; `pending` belongs to another batch or was passed to a token
+                adapter; another call is running; or the memory was removed by `detach`.
         """
         self._need_idle()
         batch, length = input_ids.shape
@@ -229,33 +229,35 @@ class SteeredModel:
         write: bool | Tensor = True,
         attention_bias: Tensor | None = None,
     ) -> Tensor:
-        """Decode one token a row on a pool of states, which is changed in place; no gradient passes.
+        """Decode one token per row on a pool of states, which is changed in place. No gradients.
 
-        For decode loops that are compiled: `torch.compile(fullgraph=True)` sees one graph, in which other slots,
-        states, tokens, positions and masks are other values, as long as the cache keeps its shape (a StaticCache of
-        transformers does, for models without windows). Compiled or not, the numbers are those of a call.
+        For decode loops that are compiled: `torch.compile(fullgraph=True)` captures one graph and uses it again with
+        other slots, states, tokens, positions and masks, as long as the cache keeps its shape (as a StaticCache of
+        transformers does, for models without sliding windows). Compiled or not, the results are those of a call.
 
         Args:
             input_ids: [B, 1].
-            pool: [slots, L, H, r, r] float32, contiguous, on the device of the memory, as `zeros(slots)` makes it.
-            slots: [B] int32 or int64, the state of each row, at most once, below the pool's length (not checked, as
-                that would wait for the device); -1 = an inert row, which is not steered and writes no state.
+            pool: [slots, L, H, r, r] float32, contiguous, on the device of the memory, as made by `zeros(slots)`.
+            slots: [B] int32 or int64, the slot of each row's state; each at most once and below the pool's length (not
+                checked, since a check would wait for the device). -1 = an inert row, which is not corrected and writes
+                no state.
             position_ids: [B, 1].
-            cache: a cache of transformers, extended in place by the token of every row, inert rows too.
-            write: whether tokens write, for all or for each [B, 1] bool. Message and sentence adapters only read here.
-            attention_bias: [B, 1, 1, W] bool, True = may attend, W what the cache shows; None = as the model masks.
+            cache: a cache of transformers, extended in place by one token in every row, inert rows included.
+            write: whether tokens write: one bool, or [B, 1] bool. Message and sentence adapters can only read here.
+            attention_bias: [B, 1, 1, W] bool, True = may attend, where W is the length that the cache shows; None = the
+                model's own mask.
 
         Returns:
             The logits [B, V].
 
         Raises:
-            SegmentsRequiredError: a message or sentence adapter is to write.
-            StateMismatchError: the pool has another shape, dtype or device, or is not contiguous.
-            TurnError: another argument has the wrong shape or type; called while another call is running, or after
-                `detach`.
+            SegmentsRequiredError: a message or sentence adapter should write.
+            StateMismatchError: the pool has the wrong shape, dtype or device, or is not contiguous.
+            TurnError: another argument has the wrong shape or dtype; another call is running; or the memory was removed
+                by `detach`.
 
-        Where it fails half-way, inside the model, some layers have written and read and others not: pool and cache
-        are of no use then.
+        If it fails inside the model, some layers have already read and written and others have not: pool and cache must
+        then be discarded.
         """
         self._need_idle()
         if write is not False and self.config.write_strategy != "token":
@@ -281,12 +283,12 @@ class SteeredModel:
     def _run(
         self, context: ForwardContext, inputs: dict[str, Any], cache: Any, logits_to_keep: int, close: bool
     ) -> tuple[Tensor | None, Tensor, Pending | None]:
-        """Logits, and what the context ends with.
+        """The logits, and what the context returns at its end.
 
-        A forward in the module's own place does what a hook would do, but a module with a hook is called the long way,
-        which fetches 20 microseconds of code more where weights have gone through the caches: a hundredth of a token on
-        12 layers of 1,024. Hooks of others see the corrected output, and a forward that another library put there
-        (accelerate, say) is the one that is called and the one that stays.
+        The forward methods are replaced, which has the effect of a hook. A real hook makes `nn.Module` take a longer
+        path, whose code costs 20 microseconds to fetch after weights have gone through the caches: a hundredth of a
+        token's time on 12 layers of 1,024. Hooks of other libraries see the corrected output, and a forward that
+        another library has put there (accelerate, for example) is called and is put back afterwards.
         """
         inputs |= {"cache": cache, "use_cache": cache is not None}
         logits: Tensor | None = None
@@ -297,7 +299,7 @@ class SteeredModel:
             for site in self._sites:
                 module = site.module
                 own_forwards.append(module.__dict__.get("forward"))
-                # Past `nn.Module.__setattr__`, which takes longer than all else here.
+                # Not through `nn.Module.__setattr__`, which takes longer than everything else here.
                 module.__dict__["forward"] = partial(context.forward, site, module.forward)
             if logits_to_keep < 0:
                 self.model.get_decoder()(**inputs)
@@ -305,7 +307,7 @@ class SteeredModel:
                 logits = self.model(logits_to_keep=logits_to_keep, **inputs).logits
             return logits, *context.end(close)
         finally:
-            # Backwards, should two layers share a module.
+            # In reverse order, in case two layers share a module.
             for site in reversed(self._sites[: len(own_forwards)]):
                 own = own_forwards.pop()
                 if own is None:
@@ -323,12 +325,12 @@ class SteeredModel:
         pending: Pending | None,
         length: int,
     ) -> ForwardContext:
-        """What the call runs in: a pass for many tokens or gradients, a decode step for one token a row."""
+        """The context of the call: a pass for many tokens or for gradients, a decode step for one token per row."""
         by_segment = self.config.write_strategy != "token"
         mask = attention_mask[:, -length:].bool() if attention_mask is not None else None  # [B, T]
         writing = write is not False
         if isinstance(write, Tensor):
-            # Of single tokens the mask says enough, and nothing waits for the device.
+            # For single tokens the mask alone is enough; no need to wait for the device.
             writing = (length == 1 and not by_segment) or bool(write.any())
             mask = write.bool() if mask is None else mask & write.bool()
         stepping = length == 1 and not torch.is_grad_enabled()
@@ -356,7 +358,7 @@ class SteeredModel:
         return self._step(weights, state, max(ids, default=-1) >= 0, None, ids, pending)
 
     def _packed(self, device: torch.device) -> PackedWeights | None:
-        """The weights as decode steps need them; None where layers lie elsewhere than their states on `device`."""
+        """The weights as decode steps need them; None where they are not all on `device`."""
         weights, addresses = self._weights, list[int]()
         if weights is not None:
             for module in self._memory:
@@ -375,7 +377,7 @@ class SteeredModel:
         segments: list[int] | None = None,
         pending: Pending | None = None,
     ) -> DecodeStep:
-        """The decode step for as many rows as the state has, with what it begins with; kept for the next token."""
+        """The decode step for as many rows as the state has, with its inputs set; it is kept for the next token."""
         step = self._steps.get(writing)
         if step is None or step.batch != state.shape[0]:
             form: type[DecodeStep] = TorchDecodeStep
@@ -407,7 +409,7 @@ class SteeredModel:
 
 
 def mask_for(model: Any, allowed: Tensor) -> Tensor:
-    """A boolean 4-D mask in the form that the model's attention takes."""
+    """A boolean 4-D mask in the form that the model's attention implementation takes."""
     if model.config._attn_implementation != "eager":
         return allowed
     zero = torch.zeros((), dtype=model.dtype, device=allowed.device)

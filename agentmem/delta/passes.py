@@ -1,12 +1,12 @@
-"""What happens in the layers during one steered call of many tokens: who reads what, and what is written when.
+"""A call of many tokens: how every layer reads the state while the model runs, and when the tokens are written.
 
-A `ForwardContext` runs the model's projections: it hands every layer its read, in the order in which the model asks for
-it, and returns the state at its end. `TokenPass`: token t reads the state that token t - 1 left. `SegmentPass`: every
-token reads the state from before the pass, and at its end each segment writes once, from the mean of its hidden states,
-in ascending order. What is gathered by segment are sums of the tokens' products with the weights that write: the mean's
-products are the mean of the products, and for rank 8 they are 32 numbers a segment and layer, where a hidden state is
-thousands. Sums may travel from call to call as `Pending`, so that one pass can be cut anywhere.
-`decode` does the same for one token a row.
+A `ForwardContext` wraps the model's projections. It lets each layer read the state, in the order in which the model
+reaches the layers, and returns the new state at the end. In a `TokenPass` token t reads the state that token t - 1
+left. In a `SegmentPass` every token reads the state from before the pass, and at the end each segment writes once, from
+the mean of its hidden states, in ascending order of segments. For that the pass sums the tokens' products with the
+writing weights: products are linear, so the product of the mean is the mean of the products, and for rank 8 these are
+32 numbers per segment and layer where a hidden state has thousands. The sums can be handed from call to call as
+`Pending`, so that a pass can be cut anywhere. `decode` does the same for one token per row.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Pending:
     """An open pass: sums over the tokens read so far. Opaque to callers.
 
     Attributes:
-        ids: ascending, the S segments seen in any row.
-        counts: [B, S] float32, tokens of each.
-        sums: for each layer [B, S, 2 H r + gates] float32, the sum of its tokens' `LayerMemory.write_features`; one
-            tensor [L, B, S, 2 H r + gates] after a decode step.
+        ids: the S segments that occur in any row, ascending.
+        counts: [B, S] float32, the number of tokens in each.
+        sums: for each layer [B, S, 2 H r + gates] float32, the sum of the tokens' `LayerMemory.write_features`; after a
+            decode step one tensor [L, B, S, 2 H r + gates].
     """
 
     ids: tuple[int, ...]
@@ -46,11 +46,11 @@ class Pending:
 
 
 class ForwardContext(ABC):
-    """One steered call over all layers.
+    """One call with memory, over all layers.
 
     Attributes:
-        memory: of all layers.
-        state: [B, L, H, r, r] float32, what the layers read.
+        memory: the memory of all layers.
+        state: [B, L, H, r, r] float32, the state that the layers read.
     """
 
     def __init__(self, memory: Sequence[LayerMemory], state: Tensor) -> None:
@@ -65,22 +65,22 @@ class ForwardContext(ABC):
     def forward(
         self, site: ProjectionSite, projection: Forward, hidden: Tensor, *inputs: Any, **options: Any
     ) -> Tensor:
-        """The forward of a projection while the call runs: its output, corrected by what its layer reads.
+        """Replaces the forward of a projection while the call runs: its output, corrected by the read of its layer.
 
-        The first projection of a layer to run has the layer read the state for its hidden states, which are its input.
+        The first projection of a layer to run makes the layer read the state, for the hidden states that are its input.
 
         Args:
             site: the projection.
-            projection: its own forward.
-            hidden: [B, T, D], or the attention's result where the projection is the layer's output.
-            inputs, options: whatever else the projection takes.
+            projection: the original forward.
+            hidden: [B, T, D]; for the layer's output projection the result of the attention.
+            inputs, options: any further arguments of the projection.
         """
         output = projection(hidden, *inputs, **options)
         layer = site.layer
         if not site.is_output and layer not in self._reads:
             self._layers_read += 1
             self._reads[layer] = self.read(layer, hidden)  # [B, T, H, r]
-        if layer not in self._reads:  # no projection of its hidden states ran; the call ends with an error
+        if layer not in self._reads:  # none of the layer's input projections ran; `end` raises
             return output
         read = self._reads.pop(layer) if site.is_output else self._reads[layer]
         for head, start in site.heads:
@@ -89,19 +89,19 @@ class ForwardContext(ABC):
 
     @abstractmethod
     def read(self, layer: int, hidden: Tensor) -> Tensor:
-        """What the tokens [B, T, D] read in a layer, [B, T, H, r]."""
+        """The read of the tokens [B, T, D] in a layer, [B, T, H, r]."""
 
     @abstractmethod
     def end(self, close: bool) -> tuple[Tensor, Pending | None]:
-        """The state after the call and, where its pass stays open, the sums.
+        """The state after the call and, where the pass stays open, the sums so far.
 
         Raises:
-            TurnError: layers have not read.
+            TurnError: some layers did not read.
         """
 
 
 class TokenPass(ForwardContext):
-    """Every token writes (where `mask` [B, T] allows; None = everywhere), unless `writing` is off."""
+    """Every token writes where `mask` [B, T] allows it (None = everywhere), unless `writing` is False."""
 
     def __init__(self, memory: Sequence[LayerMemory], state: Tensor, mask: Tensor | None, writing: bool) -> None:
         super().__init__(memory, state)
@@ -125,12 +125,12 @@ class TokenPass(ForwardContext):
 
 
 class SegmentPass(ForwardContext):
-    """Gathers by segment what tokens write.
+    """A pass that sums by segment what its tokens write.
 
     Args:
         memory, state: of all layers.
-        segments: [B, T] int64, each token's segment, -1 where it is not written; None = only read.
-        pending: what earlier calls gathered in the same pass.
+        segments: [B, T] int64, each token's segment, -1 where the token is not written; None = nothing is written.
+        pending: sums of earlier calls of the same pass.
     """
 
     def __init__(
@@ -159,8 +159,8 @@ class SegmentPass(ForwardContext):
     def _members(self, device: torch.device) -> Tensor:
         """Which token belongs to which segment, [B, T, S].
 
-        Tokens times segments are many, so it is made anew where it is used: held while the model runs it would count in
-        the peak of memory.
+        The matrix is large (tokens times segments), so it is computed anew at each use: kept while the model runs, it
+        would add to the peak of memory.
         """
         assert self._segments is not None
         return (self._segments.to(device)[..., None] == self._columns.to(device)).float()
@@ -171,7 +171,7 @@ class SegmentPass(ForwardContext):
         return closed(self.memory, self.state, self._total(), close)
 
     def _total(self) -> Pending | None:
-        """Sums of this call and of earlier ones; None where there was no segment yet."""
+        """The sums of this call and of earlier ones; None where no segment has occurred yet."""
         pending = self._pending
         if self._segments is None:
             return pending
@@ -185,12 +185,12 @@ class SegmentPass(ForwardContext):
 
 
 def read_state(state: Tensor, layer: int, query: Tensor) -> Tensor:
-    """Every token's read of the state [B, L, H, r, r] from before the call, by its query: both [B, T, H, r]."""
+    """Every token's read [B, T, H, r], by its query [B, T, H, r], of the state [B, L, H, r, r] before the call."""
     return torch.einsum("bhij,bthj->bthi", state[:, layer].to(query.device), query)
 
 
 def skipped_layers(layers_read: int, layers: int) -> TurnError:
-    """The error of a call in which layers did not read: its logits are not steered, and it would write half a token."""
+    """The error for a call in which some layers did not read, so that they corrected and would write nothing."""
     return TurnError(
         f"the model ran {layers_read} of its {layers} steered layers; nothing was written. It skips layers, or calls "
         "other modules than it had when memory was attached: attach the memory again after such changes"
@@ -203,7 +203,7 @@ def joined_ids(ids: Sequence[int], pending: Pending | None) -> tuple[int, ...]:
 
 
 def side_by_side(rows: Sequence[Pending | None]) -> Pending | None:
-    """The open passes of several calls of one row each as that of one call of all rows; None where none is open."""
+    """The open passes of several one-row calls, as the open pass of one call with all rows; None where none is open."""
     opened = [pending for pending in rows if pending is not None]
     if not opened:
         return None
@@ -220,7 +220,7 @@ def side_by_side(rows: Sequence[Pending | None]) -> Pending | None:
 
 
 def row_of(pending: Pending, row: int, ids: tuple[int, ...]) -> Pending:
-    """What the open pass of several rows has of one row, of that row's own segments alone."""
+    """One row of the open pass of several rows, with only that row's own segments."""
     columns: Any = slice(None) if ids == pending.ids else [pending.ids.index(segment) for segment in ids]
     rows = slice(row, row + 1)
     sums = pending.sums
@@ -232,7 +232,7 @@ def row_of(pending: Pending, row: int, ids: tuple[int, ...]) -> Pending:
 def closed(
     memory: Sequence[LayerMemory], state: Tensor, pending: Pending | None, close: bool
 ) -> tuple[Tensor, Pending | None]:
-    """What a call that gathers returns at its end: where its pass closes, each segment writes once."""
+    """What a call with segments returns at its end: if the pass closes, each segment writes once."""
     if pending is None or not close:
         return state, pending
     written = {}
@@ -240,7 +240,7 @@ def closed(
         sums = pending.sums[layer]
         counts = pending.counts.to(sums.device)
         mean = sums / counts.clamp_min(1.0).unsqueeze(-1)  # [B, S, 2 H r + gates]
-        # A segment reads nothing: its query is zeros.
+        # A segment reads nothing, so its query is zero.
         mean = F.pad(mean, (module.query_width, 0))  # [B, S, 3 H r + gates]
         terms = module.terms_from(mean, counts > 0)
         _, written[layer] = kernels.scan(ScanArgs(state[:, layer].to(terms.q.device), *terms))
@@ -248,12 +248,12 @@ def closed(
 
 
 def _add_columns(new: Tensor, old: Tensor, columns: Tensor) -> Tensor:
-    """`new` [B, S, ...] with the columns of `old` added at `columns`."""
+    """`new` [B, S, ...] with the columns of `old` added at the indices `columns`."""
     return new.index_add(1, columns.to(new.device), old.to(new.device))
 
 
 def _with_layers(state: Tensor, written: dict[int, Tensor]) -> Tensor:
-    """The state [B, L, H, r, r] with the written layers [B, H, r, r] in their places."""
+    """The state [B, L, H, r, r] with the written layers [B, H, r, r] put in."""
     if not written:
         return state
     layers = [written[i].to(state.device) if i in written else state[:, i] for i in range(state.shape[1])]

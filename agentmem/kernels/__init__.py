@@ -1,7 +1,7 @@
-"""The gated delta rule as operations on tensors, each by Triton, numba or plain torch; same arguments and numbers.
+"""The gated delta rule as tensor operations, in Triton, numba or plain torch, with the same arguments and results.
 
-`step` runs one token a row on a pool of states, `scan` many tokens with gradients; `project` is the product before a
-step as graphs hold it. `docs/kernels.md` says what was checked where.
+`step` runs one token per row on a pool of states; `scan` runs many tokens, with gradients; `project` is the product
+before a step, in a form for compiled graphs. `docs/kernels.md` says what was checked on which devices.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""What numba compiles functions of addresses with: numbers at an address, and the compiler's settings.
+"""How functions that work on memory addresses are compiled by numba: typed pointers, and the compiler's settings.
 
-Functions that take addresses are called in a microsecond; with tensors or arrays a call would take several times as
-long.
-The first import of what is compiled takes a second or two; later ones, of other processes too, find the code in numba's
-cache (beside the module, or the user's cache directory where that cannot be written).
+Calling a function that takes addresses costs a microsecond; with tensors or arrays it costs several times as much.
+The first import of a compiled module takes a second or two. Later ones, in other processes too, load the code from
+numba's cache (next to the module, or in the user's cache directory where that is not writable).
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ __all__ = ["address", "compiled", "floats", "inlined", "numbers", "octets"]
 
 address = types.intp
 
-# No promise that no number is infinite or NaN: what a model computes may be.
+# Without the flags that rule out infinity and NaN: a model may compute either.
 _FAST = {"reassoc", "contract", "arcp", "nsz"}
 
 
 def _pointer(kind: Any) -> Any:
-    """A function of compiled code: the numbers of a kind at an address."""
+    """A function for compiled code that turns an address into a pointer to numbers of one type."""
 
     @intrinsic
     def at(_typing: Any, _address: Any) -> Any:
@@ -38,19 +37,19 @@ floats, numbers, octets = map(_pointer, (types.float32, types.int64, types.uint8
 
 
 def compiled(signature: Any, function: Any, *, nogil: bool = False) -> Any:
-    """A function compiled for one signature; its code is kept for other processes where there is a place for it.
+    """A function compiled for one signature; the code is cached on disk for other processes where possible.
 
-    `nogil`: other threads run meanwhile. Returns the compiled entry point itself: numba's dispatcher, which looks at
-    the types of arguments first, takes longer than a layer's read.
+    `nogil`: release the GIL, so that other threads run meanwhile. Returns the compiled entry point itself, because
+    numba's dispatcher, which first checks the argument types, takes longer than a layer's read.
     """
     try:
         made = njit(signature, fastmath=_FAST, error_model="numpy", nogil=nogil, cache=True)(function)
-    except Exception:  # noqa: BLE001 - no directory that can be written, a full disk, a file that was cut off
+    except Exception:  # noqa: BLE001 - no writable directory, a full disk, a truncated file
         made = njit(signature, fastmath=_FAST, error_model="numpy", nogil=nogil)(function)
     (code,) = made.overloads.values()
     return code.entry_point
 
 
 def inlined(function: Any) -> Any:
-    """A function that compiled ones contain."""
+    """A function that is inlined into compiled ones."""
     return njit(fastmath=_FAST, error_model="numpy", inline="always")(function)

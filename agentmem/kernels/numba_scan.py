@@ -1,6 +1,6 @@
-"""The rule over many tokens on a CPU, float32, without gradients, compiled by numba: token by token, as it is defined.
+"""The scan on a CPU, float32, without gradients, compiled by numba: token by token, exactly as it is defined.
 
-What costs torch 20 microseconds a token takes a few dozen nanoseconds here, so chunks would gain nothing.
+A token that costs torch 20 microseconds takes a few dozen nanoseconds here, so working in chunks would gain nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["run"]
 
 
 def _scan(addresses: Any, batch: int, length: int, heads: int, rank: int) -> None:
-    """`addresses`: of q, k, v, keep, erase, write, of the reads, and of the states, which are updated in place."""
+    """`addresses`: of q, k, v, keep, erase, write, the reads, and the states, which are updated in place."""
     q, k, v = floats(addresses[0]), floats(addresses[1]), floats(addresses[2])
     keep, erase, write = floats(addresses[3]), floats(addresses[4]), floats(addresses[5])
     reads, states = floats(addresses[6]), floats(addresses[7])

@@ -1,9 +1,9 @@
-"""One token a row on a CPU, float32, compiled by numba: a layer's read with a correction, and all layers' writes.
+"""The decode step on a CPU, float32, compiled by numba: a layer's read and correction, and all layers' writes.
 
-Beside weights that are read once a token, an operation costs what it takes to fetch its code, so a layer has two calls
-here: one where the hidden state is projected and one where the layer's output is. `steer` and `write` take addresses,
-since a call with tensors would take several times as long: the caller keeps what lies there alive, contiguous, and of
-the sizes that the table says. A table is an int64 array of the numbers named below.
+Next to weights that are read once per token, an operation costs about as much as fetching its code. So a layer makes
+only two calls: one where the hidden state is projected and one where the layer's output is. `steer` and `write` take
+addresses, since a call with tensors would cost several times as much; the caller must keep the memory at these
+addresses alive, contiguous, and of the sizes in the table. A table is an int64 array of the numbers named below.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ __all__ = ["STEER", "WRITE", "steer", "write"]
 
 STEER = ("weight", "rows", "hidden", "batch", "heads", "rank", "normalize", "layer", "layers",
          "products", "reads", "output_weight", "width", "start")  # fmt: skip
-"""What a table of `steer` holds, in this order.
+"""The entries of a table of `steer`, in this order.
 
-Addresses: of the packed weight [rows, hidden], of where its products [batch, rows] and the reads [batch, heads rank]
-go, and of an output weight [width, heads rank], whose correction is added to the columns from `start` on; `width`
-0: none is.
+Addresses: of the packed weight [rows, hidden], of the buffers for its products [batch, rows] and for the reads [batch,
+heads rank], and of an output weight [width, heads rank], whose correction is added to the columns from `start` on;
+`width` 0: no correction.
 """
 WRITE = ("products", "rows", "batch", "heads", "rank", "normalize", "layers", "beta", "lam", "gates", "mode")
-"""What a table of `write` holds: `products` [layers, batch, rows] as `steer` left them, the biases [layers, gates]
+"""The entries of a table of `write`: `products` [layers, batch, rows] as `steer` left them, the biases [layers, gates]
 of beta and of lambda (0: lambda is 1 - beta), and the number of the update mode."""
 
 _EPS = np.float32(NORM_EPS)
 
 
 def _project(x: Any, weight: Any, products: Any, batch: int, rows: int, hidden: int) -> None:
-    """Products of every x [batch, hidden] with the weight [rows, hidden], four rows at a time."""
+    """The products of every x [batch, hidden] with the weight [rows, hidden], four rows at a time."""
     for four in range(0, rows - 3, 4):
         w = four * hidden
         for b in range(batch):
@@ -57,7 +57,7 @@ def _project(x: Any, weight: Any, products: Any, batch: int, rows: int, hidden: 
 
 
 def _tanh(x: Any, at: int, rank: int) -> np.float32:
-    """tanh of the numbers from `at` on, in place; returns the factor that makes them a unit vector."""
+    """tanh of `rank` numbers starting at index `at`, in place; returns the factor that makes them a unit vector."""
     square = np.float32(0)
     for j in range(at, at + rank):
         x[j] = math.tanh(x[j])
@@ -136,13 +136,14 @@ def _write(table: int, state: int, after: int, mask: int) -> None:
 
 _project, _tanh, _sigmoid = map(inlined, (_project, _tanh, _sigmoid))
 steer = compiled(types.void(address, address, address, address, types.intp, types.float32), _steer)
-"""Read a layer's state for its hidden states, where `hidden` is not 0, and correct an output with what was read.
+"""Read a layer's state for its hidden states (unless `hidden` is 0), and correct an output with the read.
 
-Args: table; state [batch, layers, heads, rank, rank]; hidden [batch, hidden] or 0; output [batch, stride], changed;
-stride; what the correction is multiplied by.
+Args: table; state [batch, layers, heads, rank, rank]; hidden [batch, hidden] or 0; output [batch, stride], changed in
+place; stride; the factor of the correction.
 """
 write = compiled(types.void(address, address, address, address), _write)
-"""The states after a token.
+"""Compute the states after a token.
 
-Args: table; state; where they go, of the same shape; a byte for each row, 0 where it does not write (0: all do).
+Args: table; state; the address for the new states, of the same shape; a byte per row, 0 where the row does not write
+(address 0: all rows write).
 """

@@ -1,10 +1,10 @@
-"""The operations of the memory, each by the backend that suits its tensors: Triton, numba or plain torch.
+"""The memory's operations, each run by the backend that suits its tensors: Triton, numba or plain torch.
 
 `agentmem::step`, `agentmem::scan` and `agentmem::project` are custom operators of torch, opaque to `torch.compile`: a
-graph holds one node for each call, whatever runs behind it, and slots are a tensor in it, so other sessions are other
-values and never another graph. Which backend runs is decided when a call runs: Triton on a CUDA device where it is
-asked for (`runs_triton`) or on a CPU where Triton's interpreter is on, numba for scans on a CPU (`runs_numba`), plain
-torch elsewhere and for float64.
+graph has one node per call, whichever backend runs it. Slots are a tensor in the graph, so other sessions mean other
+values and never another graph. The backend is chosen when a call runs: Triton on a CUDA device if it is enabled
+(`runs_triton`), or on a CPU if Triton's interpreter is on; numba for scans on a CPU (`runs_numba`); plain torch
+otherwise, and always for float64.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _HAS_TRITON = find_spec("triton") is not None
 
 
 def runs_triton(device: torch.device) -> bool:
-    """Whether operations on this device run as Triton kernels: on CUDA where `AGENTMEM_TRITON=1` asks for them.
+    """Whether operations on this device run as Triton kernels: on CUDA if `AGENTMEM_TRITON=1` enables them.
 
-    Not by default, since they have run in Triton's interpreter only.
+    Off by default, since the kernels have only been run in Triton's interpreter.
     """
     requested = device.type == "cuda" and os.environ.get("AGENTMEM_TRITON") == "1"
     interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
@@ -54,9 +54,9 @@ def _has_numba() -> bool:
 
 
 def runs_numba(*tensors: Tensor) -> bool:
-    """Whether operations on these run compiled by numba: float32 on a CPU, where numba is installed.
+    """Whether operations on these tensors run compiled by numba: float32 on a CPU, if numba is installed.
 
-    Not while they are traced. `AGENTMEM_NUMBA=0` turns it off.
+    Not while they are being traced. `AGENTMEM_NUMBA=0` turns numba off.
     """
     kinds = Tensor, torch.nn.Parameter
     suited = all(type(x) in kinds and x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
@@ -75,25 +75,27 @@ def step(
     normalize: bool = True,
     mode: Mode = "standard",
 ) -> Tensor:
-    """One token a row through one layer's memory: read, then write in place.
+    """One token per row through one layer's memory: read, then write in place.
 
     Args:
-        products: [B, 3 H r + gates], a row's products with `LayerMemory.packed_weight`; any float type.
-        pool: [slots, L, H, r, r] float32, contiguous; changed.
-        slots: [B] int32 or int64, the state of every row; -1 = the row is inert, it reads zeros and writes nothing. A
-            slot stands at most once.
+        products: [B, 3 H r + gates], each row's products with `LayerMemory.packed_weight`; any float dtype.
+        pool: [slots, L, H, r, r] float32, contiguous; changed in place.
+        slots: [B] int32 or int64, the slot of every row's state; -1 = the row is inert: it reads zeros and writes
+            nothing. No slot may occur twice.
         layer: which of the L layers.
-        beta_bias, lambda_bias: [H r], or [H] where a head has one gate; `lambda_bias` None = lambda is 1 - beta.
-        mask: [B] bool, False where a row reads and does not write; None = all write.
-        normalize: tanh and unit length for query and key.
+        beta_bias, lambda_bias: [H r], or [H] where each head has a single gate; `lambda_bias` None = lambda is 1 -
+            beta.
+        mask: [B] bool, False where a row reads and does not write; None = all rows write.
+        normalize: whether query and key go through tanh and are scaled to unit length.
         mode: as `MemoryConfig.state_update_mode`.
 
     Returns:
-        The reads [B, H r], of the state from before the write, in the products' type. No gradient passes: what is
-        differentiated through a step is refused by the operator, and constant where the kernel is called without it.
+        The reads [B, H r] of the state before the write, in the dtype of the products. There are no gradients: the
+        operator refuses to be differentiated, and where a kernel is called without the operator its result is a
+        constant.
 
     Raises:
-        StateMismatchError, TurnError: the pool, or another argument, has another shape or type.
+        StateMismatchError, TurnError: the pool, or another argument, has the wrong shape or dtype.
     """
     suited = pool.dim() == 5 and pool.shape[3] == pool.shape[4] and pool.is_contiguous()
     if not suited or pool.dtype not in (torch.float32, torch.float64):
@@ -119,17 +121,17 @@ def step(
 
 
 def scan(args: ScanArgs, *, chunk: int = 0) -> tuple[Tensor, Tensor]:
-    """The rule over many tokens, with gradients, by what is quickest where the tensors lie.
+    """The update rule over many tokens, with gradients, by the fastest backend for these tensors.
 
     Args:
-        args: `ScanArgs`; none of them is changed.
-        chunk: tokens that are composed at a time, where the backend works in chunks; 0 = chosen by length and rank.
+        args: `ScanArgs`; not changed.
+        chunk: tokens per chunk, where the backend works in chunks; 0 = chosen by length and rank.
 
     Returns:
         Reads [B, T, H, r] and states [B, H, r, r].
 
     Raises:
-        StateMismatchError, TurnError: the state, or another argument, has another shape or type.
+        StateMismatchError, TurnError: the state, or another argument, has the wrong shape or dtype.
     """
     state = args.state
     if state.dim() != 4 or state.shape[2] != state.shape[3] or state.dtype not in (torch.float32, torch.float64):
@@ -150,7 +152,7 @@ def scan(args: ScanArgs, *, chunk: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def _scan_by_numba(args: ScanArgs) -> tuple[Tensor, Tensor]:
-    """As `recurrence.scan`, of float32 tensors on a CPU; no gradient passes."""
+    """As `recurrence.scan`, for float32 tensors on a CPU; no gradients."""
     from agentmem.kernels import numba_scan
 
     inputs = [x.contiguous() for x in args[1:]]
@@ -161,15 +163,15 @@ def _scan_by_numba(args: ScanArgs) -> tuple[Tensor, Tensor]:
 
 
 def project(hidden: Tensor, parts: Sequence[Tensor]) -> Tensor:
-    """One product with weights that lie one below the other, for graphs, which must not know where they lie.
+    """One product with weights that are stacked in memory; for compiled graphs, which cannot know their addresses.
 
     Args:
         hidden: [B, D], any float type.
-        parts: each [n, D] of one type. Where they are rows of one tensor in this order, as
-            `LayerMemory.packed_weight` leaves them, nothing is copied; that is looked up whenever a graph runs.
+        parts: each [n, D], all of one dtype. Where they are consecutive rows of one tensor, as
+            `LayerMemory.packed_weight` leaves them, nothing is copied; this is checked each time a graph runs.
 
     Returns:
-        [B, sum of n] in the type of the weights. No gradient passes.
+        [B, sum of n] in the dtype of the weights. No gradients.
     """
     products: Tensor = torch.ops.agentmem.project(hidden, list(parts))
     return products
@@ -182,13 +184,14 @@ def _need(name: str, x: Tensor, shape: tuple[int, ...], *types: torch.dtype) -> 
 
 
 def _needs_operator(like: Tensor) -> bool:
-    """Whether a step must be seen as an operator: by a compiler, by a mode of torch's dispatcher, or by a tensor that
-    only stands for one; or whether plain torch computes it.
+    """Whether a step must go through the operator.
 
-    Otherwise a kernel is called without one. torch spends 40 us on an operator written in Python, which is more than
-    all else of a step, and more than the kernel.
+    It must if a compiler, a mode of torch's dispatcher or a tensor subclass has to see it, or if plain torch runs it.
+
+    Otherwise the kernel is called directly. For an operator written in Python torch needs 40 us, more than for
+    everything else in a step, the kernel included.
     """
-    # The compiler comes first: what stands behind it here is not traced.
+    # The compiler is asked first: it does not trace what follows in this expression.
     observed = torch.compiler.is_compiling() or type(like) is not Tensor or is_in_torch_dispatch_mode()
     return observed or not _uses_triton(like)
 
@@ -198,7 +201,7 @@ def _uses_triton(like: Tensor) -> bool:
 
 
 def _device_of(like: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the one that holds the tensors."""
+    """Makes the tensors' device the current one, on which Triton launches its kernels."""
     return torch.cuda.device(like.device) if like.is_cuda else nullcontext()
 
 
@@ -211,11 +214,11 @@ def _run_step(
     lambda_bias: Tensor | None,
     mask: Tensor | None,
     normalize: bool,
-    rule: str,  # not `mode`: torch hands a keyword of that name to its own dispatch when it traces
+    rule: str,  # not `mode`: while tracing, torch passes a keyword of that name to its own dispatch
 ) -> Tensor:
-    """The operator's work; a kernel reads its arguments as if they were contiguous."""
+    """The operator's implementation. Its arguments are made contiguous, as the kernels assume."""
     if _uses_triton(pool):
-        # Triton is imported when the first kernel runs, so that a CPU never waits for it.
+        # Triton is imported when the first kernel runs, so that nothing on a CPU has to wait for the import.
         from agentmem.kernels import triton_step
 
         backend: Any = triton_step
@@ -239,7 +242,7 @@ def _(products: Tensor, pool: Tensor, *_: Any) -> Tensor:
     return products.new_empty(products.shape[0], pool.shape[2] * pool.shape[3])
 
 
-# The scan's operators run Triton alone; they take the seven tensors of `ScanArgs` and the length of a chunk.
+# The operators of the scan run Triton only; they take the seven tensors of `ScanArgs` and a chunk length.
 _SEVEN = ", ".join(f"Tensor {name}" for name in ScanArgs._fields)
 
 
@@ -301,7 +304,7 @@ def _(hidden: Tensor, parts: list[Tensor]) -> Tensor:
 
 
 def _one_below_the_other(parts: list[Tensor]) -> Tensor:
-    """Parts [n, D] as one tensor, without a copy where each begins where the one before it ends."""
+    """The parts [n, D] as one tensor, without a copy where each begins where the previous one ends."""
     first = parts[0]
     storage, end = first.untyped_storage().data_ptr(), first.data_ptr()
     for part in parts:

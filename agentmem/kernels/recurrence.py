@@ -1,4 +1,4 @@
-"""The gated delta rule as a scan over time: one definition, three forms, one signature.
+"""The gated delta rule as a scan over time: its definition in three forms, all with the same signature.
 
     y_t      = S_{t-1} q_t
     S_t[i,:] = keep_i S_{t-1}[i,:] - erase_i (S_{t-1}[i,:] . k_t) k_t + write_i v_i k_t
@@ -6,10 +6,10 @@
 Every form takes `ScanArgs` and returns `(reads [B, T, H, r], state [B, H, r, r])`. All are differentiable and none
 changes its arguments.
 
-`scan` picks the quickest form for a shape; `scan_reference` is the definition that the others are tested against. The
-blocked form is the chunk-wise one of delta-rule networks (Yang et al., arXiv 2406.06484), here with gates of their own
-for every row of S: rows evolve independently, so what a chunk's tokens write is the solution of a triangular system for
-each row, and one matrix product carries the state to the next chunk.
+`scan` picks the fastest form for a shape; `scan_reference` is the definition that the others are tested against. The
+blocked form is the chunk-wise one of delta-rule networks (Yang et al., arXiv 2406.06484), here with separate gates for
+every row of S. Rows evolve independently, so the writes of a chunk's tokens are the solution of one triangular system
+per row, and one matrix product carries the state to the next chunk.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from torch import Tensor
 __all__ = ["MODES", "NORM_EPS", "Mode", "ScanArgs", "scan", "scan_blocked", "scan_loop", "scan_reference", "write_once"]
 
 NORM_EPS = 1e-6
-"""The shortest length that a query or key is divided by when it is made a unit vector."""
+"""The shortest length that a query or key is divided by when it is scaled to unit length."""
 
 Mode = Literal["standard", "lambda_outside", "no_lambda"]
 MODES: dict[Mode, int] = {"standard": 0, "lambda_outside": 1, "no_lambda": 2}
-"""The number by which compiled kernels know each update mode."""
+"""The number of each update mode in compiled kernels."""
 
 
 class ScanArgs(NamedTuple):
-    """What a scan takes, all float32 (the engine's) or all float64.
+    """The arguments of a scan, all float32 (as in the engine) or all float64.
 
     A token that must not write has keep 1, erase 0 and write 0.
     """
 
     state: Tensor  # [B, H, r, r]
-    q: Tensor  # [B, T, H, r], as all that follow
+    q: Tensor  # [B, T, H, r], as are all that follow
     k: Tensor
     v: Tensor
     keep: Tensor
@@ -45,17 +45,17 @@ class ScanArgs(NamedTuple):
 
 
 def scan(args: ScanArgs) -> tuple[Tensor, Tensor]:
-    """Run the rule over T tokens in the form that is quickest for this shape (see the module)."""
+    """Run the rule over T tokens in the form that is fastest for this shape (see the module)."""
     batch, length, heads, rank = args.q.shape
     chunk = block_length(batch * heads, length, rank)
     return scan_loop(args) if chunk == 0 else scan_blocked(args, chunk=chunk)
 
 
 def block_length(rows: int, length: int, rank: int) -> int:
-    """Chunk length for the blocked form, or 0 where the tight loop is as quick or quicker.
+    """Chunk length for the blocked form, or 0 where the plain loop is at least as fast.
 
-    `rows` is batch x heads. The loop costs per step whatever the rows; blocks cost per token and rows x rank x chunk.
-    Thresholds from `benchmarks/scan.py --grid`.
+    `rows` is batch x heads. The loop's cost per step hardly depends on the rows; the blocked form's cost per token
+    grows with rows x rank x chunk. The thresholds come from `benchmarks/scan.py --grid`.
     """
     size = rows * rank
     chunk = 32 if size <= 8 else 16 if size < 128 else 8
@@ -63,7 +63,7 @@ def block_length(rows: int, length: int, rank: int) -> int:
 
 
 def scan_reference(args: ScanArgs) -> tuple[Tensor, Tensor]:
-    """The definition, token by token, as the module's docstring states it."""
+    """The definition, token by token, as in the module's docstring."""
     state, q, k, v, keep, erase, write = args
     reads = []
     for t in range(q.shape[1]):
@@ -78,7 +78,7 @@ def scan_reference(args: ScanArgs) -> tuple[Tensor, Tensor]:
 
 
 def scan_loop(args: ScanArgs) -> tuple[Tensor, Tensor]:
-    """The definition with four operations a step: read and prediction in one product, one fused update."""
+    """The definition with four operations per step: read and prediction in one product, and one fused update."""
     state, q, k, v, keep, erase, write = args
     batch, length, heads, rank = q.shape
     if length == 0:
@@ -93,14 +93,14 @@ def scan_loop(args: ScanArgs) -> tuple[Tensor, Tensor]:
 
 
 def write_once(s: Tensor, k: Tensor, v: Tensor, keep: Tensor, erase: Tensor, write: Tensor) -> Tensor:
-    """The rule's second line for one token: s [M, r, r], the rest [M, r]; the new s."""
+    """The second line of the rule for one token: s [M, r, r], the rest [M, r]; returns the new s."""
     predicted = torch.bmm(s, k.unsqueeze(-1)).squeeze(-1)  # [M, r]
     u = torch.addcmul(write * v, erase, predicted, value=-1)
     return torch.addcmul(u.unsqueeze(-1) * k.unsqueeze(-2), keep.unsqueeze(-1), s)
 
 
 def _steps(s: Tensor, q: Tensor, k: Tensor, keep: Tensor, erase: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """The loop itself: s [M, r, r], the rest [T, M, r], value = write * v; reads [T, M, r] and the last s."""
+    """The loop: s [M, r, r], the rest [T, M, r], value = write * v; returns reads [T, M, r] and the last s."""
     reads = []
     for probe, kt, a, e, wv in zip(
         torch.stack((q, k), dim=-1).unbind(0),
@@ -118,7 +118,7 @@ def _steps(s: Tensor, q: Tensor, k: Tensor, keep: Tensor, erase: Tensor, value: 
 
 
 def scan_blocked(args: ScanArgs, *, chunk: int = 16) -> tuple[Tensor, Tensor]:
-    """Chunks of `chunk` tokens one after another, each solved at once for what its tokens write.
+    """Chunks of `chunk` tokens, one after another; the writes of all tokens in a chunk are computed at once.
 
     The tail is padded with tokens that do nothing (keep 1, erase and write 0).
     """
@@ -131,13 +131,13 @@ def scan_blocked(args: ScanArgs, *, chunk: int = 16) -> tuple[Tensor, Tensor]:
     rows = batch * heads
 
     def blocks(x: Tensor, fill: float = 0.0) -> Tensor:
-        """[B, T, H, r] -> [count, B*H, chunk, r], the padding filled in."""
+        """[B, T, H, r] -> [count, B*H, chunk, r], with the padding filled in."""
         x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, tail), value=fill) if tail else x
         x = x.reshape(batch, count, chunk, heads, rank)
         return x.permute(1, 0, 3, 2, 4).reshape(count, rows, chunk, rank)
 
     def by_row(x: Tensor) -> Tensor:
-        """[count, B*H, chunk, r] -> [count, B*H, r, chunk]: rows of the state evolve on their own."""
+        """[count, B*H, chunk, r] -> [count, B*H, r, chunk]: rows of the state evolve independently."""
         return x.transpose(-1, -2)
 
     queries, keys = blocks(q), blocks(k)
@@ -146,7 +146,8 @@ def scan_blocked(args: ScanArgs, *, chunk: int = 16) -> tuple[Tensor, Tensor]:
     from_start, between = kept[..., :chunk, 0], kept[..., :chunk, 1:]
     to_end, from_write = kept[..., chunk, :1], kept[..., chunk, 1:]
     dots = torch.cat((keys, queries), dim=-2) @ by_row(keys)  # [count, B*H, 2 chunk, chunk]
-    # u_t = write_t v_t - erase_t (S_{t-1} . k_t), and S_{t-1} holds the u of earlier tokens: a unit triangular system.
+    # u_t = write_t v_t - erase_t (S_{t-1} . k_t), where S_{t-1} contains the u of earlier tokens: a unit triangular
+    # system.
     triangle = (between * dots[:, :, None, :chunk]) * erased.unsqueeze(-1)
     s = state.reshape(rows, rank, rank)
     starts, written_rows = [], []
@@ -172,10 +173,10 @@ def scan_blocked(args: ScanArgs, *, chunk: int = 16) -> tuple[Tensor, Tensor]:
 
 
 def _kept(keep: Tensor) -> Tensor:
-    """What is left just before token t of a chunk: of the chunk's start (column 0), of token j's write (column j + 1).
+    """What is left just before token t of a chunk: of its start (column 0), of token j's write (column j + 1).
 
-    Takes keep [..., C] and returns [..., C + 1, C + 1], 0 where token j has not written yet; the last row is the
-    chunk's end. Built from products, not as a difference of logarithms: a gate may be 0.
+    Maps keep [..., C] to [..., C + 1, C + 1], with 0 where token j has not written yet; the last row is the chunk's
+    end. Built from products and not as a difference of logarithms, since a gate may be 0.
     """
     length = keep.shape[-1]
     first = torch.eye(length + 1, dtype=keep.dtype, device=keep.device).unbind(0)

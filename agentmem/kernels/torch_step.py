@@ -1,4 +1,4 @@
-"""The decode step in plain torch, for devices without Triton: same arguments and numbers, any float type."""
+"""The decode step in plain torch, for devices without Triton: same arguments and results, any float dtype."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def step(
         keep = torch.ones_like(keep)
     live = slots >= 0
     writing = live if mask is None else live & mask
-    # An inert row reads slot 0, and what it read is dropped.
+    # An inert row reads slot 0; its read is discarded.
     s = pool[slots.clamp_min(0), layer]  # [B, H, r, r]
     reads = torch.where(live[:, None, None], torch.einsum("bhij,bhj->bhi", s, q), 0.0)
     keep, erase, beta = (

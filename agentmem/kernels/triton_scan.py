@@ -1,22 +1,22 @@
-"""The scan and its gradient as Triton kernels: compose chunks side by side, chain their boundaries, fill in the reads.
+"""The scan and its gradient as Triton kernels: compose all chunks in parallel, chain their boundaries, compute reads.
 
-Rows of a state evolve independently, each by an affine map: `row -> row A_t + c_t` with A_t = keep_i I - erase_i k
-k^T, which is symmetric. So a chunk of tokens is one map P [r, r] and one offset [r] for every row, and
+Rows of a state evolve independently, each by an affine map: `row -> row A_t + c_t` with A_t = keep_i I - erase_i k k^T,
+which is symmetric. So a chunk of tokens is one matrix P [r, r] and one offset [r] per row, and
 
     compose    P and offset of every chunk, all chunks at once
-    boundary   the state at every chunk's start, chunk after chunk
-    outputs    the plain recurrence inside every chunk from its true start, all chunks at once
+    boundary   the state at the start of every chunk, chunk after chunk
+    outputs    the plain recurrence inside every chunk from that start, all chunks at once
 
-The gradient needs the inputs alone: nothing of the forward pass is kept. The gradient of a state travels back through
-the same maps, transposed: the first two kernels run in both directions (`REVERSE`: time from the end, and a token adds
-dy q instead of write v k). With G_t the gradient of S_t, u_t = write v - erase p, p = S_{t-1} k and du = G_t k,
+The gradient needs only the inputs; nothing of the forward pass is kept. The gradient of a state is carried back by the
+same maps, transposed, so the first two kernels run in both directions (`REVERSE`: time runs from the end, and a token
+adds dy q instead of write v k). With G_t the gradient of S_t, u_t = write v - erase p, p = S_{t-1} k and du = G_t k,
 
     dq = S_{t-1}^T dy     dk = G_t^T u - S_{t-1}^T (erase du)     dv = write du
     dkeep_i = G_t[i] . S_{t-1}[i]     derase = -du p     dwrite = du v
     G_{t-1} = keep G_t - (erase du) k^T + dy q^T
 
-Inside a chunk the state before every FINE-th token is written down, and those between are computed again, at most
-FINE - 1 steps for a token: memory for one state in FINE instead of every token's. All arithmetic is float32.
+Inside a chunk the state before every FINE-th token is stored and those in between are recomputed, with at most FINE - 1
+steps for a token: memory for one state in FINE instead of one per token. All arithmetic is float32.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from torch import Tensor
 
 from agentmem.kernels.recurrence import ScanArgs
 
-# Iterations of a loop whose loads are in flight at once: otherwise each waits longer than it computes. Unless
-# asked, Triton does so only for what goes into matrix products. From latencies; not measured on a device.
+# Iterations of a loop whose loads are in flight at once; with fewer, each waits longer than it computes. By default
+# Triton does this only for operands of matrix products. Derived from latencies; not measured on a device.
 STAGES = tl.constexpr(4)
 
 FINE = 8
@@ -39,7 +39,7 @@ FINE = 8
 
 @triton.jit
 def _token(k, v, keep, erase, write, here, at, row, inside, real):
-    """One token: its key [R], and for the rows what is kept, what is erased along the key and what is written."""
+    """One token: its key [R] and, for each row, what is kept, erased along the key, and written."""
     kt = tl.load(k + here + at, mask=inside, other=0.0)
     a = tl.load(keep + here + row, mask=real, other=1.0)
     e = tl.load(erase + here + row, mask=real, other=0.0)
@@ -56,7 +56,7 @@ def _updated(s, kt, a, e, w):
 
 @triton.jit
 def _compose(
-    q,  # [B, T, H, r], as all inputs and dy
+    q,  # [B, T, H, r], as are all inputs and dy
     k,
     v,
     keep,
@@ -79,7 +79,7 @@ def _compose(
     h = tl.program_id(1) % HEADS
     low = n * CHUNK
     high = tl.minimum(low + CHUNK, length)
-    # The map of the chunk at which a direction ends leads nowhere.
+    # The last chunk in a direction needs no map: no chunk starts from its end.
     used = low + CHUNK < length
     if REVERSE:
         used = n > 0
@@ -116,10 +116,10 @@ def _compose(
 
 @triton.jit
 def _boundary(
-    first,  # [B, H, r, r]: the state that came in, or in reverse the gradient of the one that went out
+    first,  # [B, H, r, r]: the initial state; in reverse, the gradient of the final state
     maps,
     offsets,
-    starts,  # [B, chunks, H, r, r]: what every chunk starts from in this direction
+    starts,  # [B, chunks, H, r, r]: the value at the start of every chunk in this direction
     chunks,
     HEADS: tl.constexpr,
     RANK: tl.constexpr,
@@ -142,7 +142,7 @@ def _boundary(
             n = chunks - 1 - i
         place = ((b * chunks + n) * HEADS + h) * RANK
         tl.store(starts + place * RANK + tile, s, mask=both)
-        # The last chunk of a direction has no map: behind it the scan itself ends.
+        # The last chunk in a direction has no map: the scan ends there.
         go = real & (i < chunks - 1)
         cell = (place + row)[:, None, None] * RANK * RANK + (at[:, None] * RANK + at[None, :])[None, :, :]
         p = tl.load(maps + cell, mask=go[:, None, None] & inside[None, :, None] & inside[None, None, :], other=0.0)
@@ -211,7 +211,7 @@ def _gradients(
     write,
     dy,
     fine,  # [B, chunks, CHUNK // FINE, H, r, r]
-    ends,  # [B, chunks, H, r, r]: the gradient of the state behind every chunk
+    ends,  # [B, chunks, H, r, r]: the gradient of the state after every chunk
     dq,
     dk,
     dv,
@@ -275,12 +275,12 @@ def _gradients(
 
 @dataclass(frozen=True)
 class Shape:
-    """How a scan is cut.
+    """How a scan is divided into chunks and programs.
 
     Attributes:
-        batch, heads, rank: of the states.
-        length: tokens of every sequence.
-        chunk: tokens of a chunk.
+        batch, heads, rank: dimensions of the states.
+        length: tokens per sequence.
+        chunk: tokens per chunk.
     """
 
     batch: int
@@ -291,13 +291,13 @@ class Shape:
 
     @classmethod
     def of(cls, args: ScanArgs, chunk: int) -> Shape:
-        """How to cut a scan; `chunk` 0 = as `chunk_length` says."""
+        """The shape of a scan; `chunk` 0 = use `chunk_length`."""
         batch, length, heads, rank = args.q.shape
         return cls(batch, heads, rank, length, chunk or chunk_length(length, rank))
 
     @property
     def chunks(self) -> int:
-        """Chunks of a sequence; an empty one has one, which hands the state through."""
+        """Chunks per sequence; an empty sequence has one, which passes the state through."""
         return max(1, -(-self.length // self.chunk))
 
     @property
@@ -305,7 +305,7 @@ class Shape:
         return int(triton.next_power_of_2(self.rank))
 
     def kernel(self, elements: int, dimensions: int) -> tuple[int, int, dict[str, int]]:
-        """Rows of one program whose tile of `dimensions` holds about `elements`, programs, and its constants."""
+        """The rows per program (its tile of `dimensions` holds about `elements`), the programs, and constants."""
         r = self.padded
         rows = max(1, min(r, elements // r ** (dimensions - 1)))
         warps = 1 if rows * r ** (dimensions - 1) <= 256 else 4
@@ -313,8 +313,11 @@ class Shape:
 
 
 def chunk_length(length: int, rank: int) -> int:
-    """Tokens of a chunk: short enough that many run side by side, long enough that their maps (rank^3 numbers a
-    chunk and head) stay small beside the inputs. From counts of operations; not measured on a device."""
+    """Tokens per chunk, from counts of operations; not measured on a device.
+
+    Few enough that many chunks run in parallel, and enough that their maps (rank^3 numbers per chunk and head) stay
+    small next to the inputs.
+    """
     if rank > 32:
         return 512
     if rank > 16:
@@ -323,7 +326,7 @@ def chunk_length(length: int, rank: int) -> int:
 
 
 def _chunk_starts(shape: Shape, args: ScanArgs, first: Tensor, dy: Tensor | None = None) -> Tensor:
-    """What every chunk starts from, [B, chunks, H, r, r]; with `dy` in reverse, `first` the last state's gradient."""
+    """The value each chunk starts from, [B, chunks, H, r, r]; with `dy` in reverse, from the last state's gradient."""
     if shape.chunks == 1:
         return first[:, None]
     size = (shape.batch, shape.chunks, shape.heads, shape.rank, shape.rank)
@@ -350,8 +353,10 @@ def _run_chunks(
     reads: tuple[Tensor, Tensor] | None = None,
     fine: tuple[Tensor, int] | None = None,
 ) -> None:
-    """Run every chunk from its start: into `reads` (reads and last states), or `fine` (states, and how many tokens
-    apart)."""
+    """Run every chunk from its start.
+
+    Fills `reads` (reads and final states) or `fine` (states, and their distance in tokens).
+    """
     rows, programs, constants = shape.kernel(1024, 2)
     _outputs[(shape.chunks, shape.batch * shape.heads, programs)](
         *args[1:],
@@ -368,7 +373,7 @@ def _run_chunks(
 
 
 def scan(args: ScanArgs, chunk: int) -> tuple[Tensor, Tensor]:
-    """As `agentmem.kernels.scan`, of arguments that were checked and are contiguous."""
+    """As `agentmem.kernels.scan`, for checked and contiguous arguments."""
     shape = Shape.of(args, chunk)
     reads, last = torch.empty_like(args.q), torch.empty_like(args.state)
     if shape.batch * shape.heads:
@@ -377,7 +382,7 @@ def scan(args: ScanArgs, chunk: int) -> tuple[Tensor, Tensor]:
 
 
 def scan_backward(dy: Tensor, dlast: Tensor, args: ScanArgs, chunk: int) -> ScanArgs:
-    """The gradients of all arguments, which were checked and are contiguous."""
+    """The gradients of all arguments, which must be checked and contiguous."""
     shape = Shape.of(args, chunk)
     grads = ScanArgs(*map(torch.empty_like, args))
     if not shape.batch * shape.heads:

@@ -1,7 +1,8 @@
 """The decode step as one Triton kernel: one program for each row and state head.
 
-A program turns its part of the packed products into query, key, value and gates, reads the head's matrix, and writes it
-where it lies in the pool. Nothing else touches global memory. All arithmetic is float32.
+A program turns its part of the packed products into query, key, value and gates, reads the head's matrix, and updates
+it in place in the pool. It touches no other global memory except for the read that it stores. All arithmetic is
+float32.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ from torch import Tensor
 
 from agentmem.kernels.recurrence import MODES, NORM_EPS, Mode
 
-# A kernel takes globals only as constexpr.
+# A kernel can use globals only as constexpr.
 EPS = tl.constexpr(NORM_EPS)
 
 
 @triton.jit
 def _tanh(x):
-    """tanh to float32 accuracy everywhere: vectors of tiny components are normalised after it, so a formula that
-    cancels near 0 would turn them."""
+    """tanh to float32 accuracy everywhere.
+
+    Vectors of tiny components are normalised afterwards, so cancellation near 0 would change their direction.
+    """
     square = x * x
     series = -17.0 / 315.0 + square * (62.0 / 2835.0 - square * (1382.0 / 155925.0))
     series = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 + square * series)))
@@ -32,18 +35,18 @@ def _tanh(x):
 
 @triton.jit
 def _sigmoid(x):
-    """The sigmoid, without an exponential that could overflow."""
+    """The sigmoid, without an exponential that can overflow."""
     decay = tl.exp(-tl.abs(x))
     return tl.where(x < 0, decay, 1.0) / (1.0 + decay)
 
 
-# Not a kernel of its own for layer 1, and for those that 16 divides.
+# Otherwise Triton would compile separate kernels for layer 1 and for layers divisible by 16.
 @triton.jit(do_not_specialize=["layer"])
 def _step(
     products,  # [B, 3 H r + gates], rows `stride` apart
     pool,  # [slots, L, H, r, r] float32
     slots,  # [B] int32 or int64
-    mask,  # [B] uint8, or anything where not MASKED
+    mask,  # [B] uint8; ignored unless MASKED
     beta_bias,
     lambda_bias,
     reads,  # [B, H r], any float type
@@ -118,7 +121,7 @@ def step(
     normalize: bool,
     mode: Mode,
 ) -> Tensor:
-    """As `agentmem.kernels.step`, of arguments that were checked; slots, biases and mask lie dense."""
+    """As `agentmem.kernels.step`, for checked arguments; slots, biases and mask are contiguous."""
     batch = products.shape[0]
     _, layers, heads, rank, _ = pool.shape
     reads = products.new_empty(batch, heads * rank)

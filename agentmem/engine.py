@@ -1,7 +1,7 @@
 """The engine: one model, many sessions. Every call takes a state and returns a new one; nothing is remembered here.
 
-All methods may be called from any thread; the `a` forms never block an event loop. One worker thread owns the model
-and takes the turns that are under way step by step, those that decode in one pass together.
+All methods may be called from any thread, and the `a` forms never block an event loop. One worker thread owns the
+model. It advances all running turns step by step, and decodes those that can share a forward pass together.
 """
 
 from __future__ import annotations
@@ -39,11 +39,12 @@ class Engine:
         model: a causal language model of transformers.
         tokenizer: its tokenizer, with a chat template.
         steered: the model with memory attached; None = no memory.
-        name: what replies name as their model.
+        name: the model name that replies carry.
         kv_cache_tokens: how many prompt tokens of recent prefills are kept for retries and branches, and as many again
             for turns with `kv="carry"`; 0 = none.
-        max_batch: how many sessions decode in one pass; 1 = they take turns. Beside others a session's numbers differ
-            in the last bits from those it has alone, so only 1 gives the same state to the bit whatever else runs.
+        max_batch: how many sessions decode in one pass; 1 = they take turns. In a batch a session's numbers differ in
+            their last bits from those it would have alone, so only 1 gives bit-identical states whatever else is
+            running.
         template_options: variables for the chat template, `{"enable_thinking": False}` for example.
     """
 
@@ -99,7 +100,7 @@ class Engine:
 
     @property
     def message_cache(self) -> MessageCache:
-        """What this engine has worked out about the messages that it saw; freed when it is closed."""
+        """What this engine has computed about the messages it has seen; emptied when the engine is closed."""
         return self._context.transcript.cache
 
     @property
@@ -109,12 +110,12 @@ class Engine:
 
     @property
     def model_fingerprint(self) -> str:
-        """Which model this is (see `fingerprint`)."""
+        """Identifies the model (see `fingerprint`)."""
         return self._context.runner.model_fingerprint
 
     @property
     def adapter_fingerprint(self) -> str:
-        """Which adapter this is; empty without one."""
+        """Identifies the adapter; empty without one."""
         return self._context.runner.adapter_fingerprint
 
     def zero_state(self) -> MemoryState:
@@ -131,13 +132,13 @@ class Engine:
         """Answer the last message.
 
         Args:
-            messages: the history as given; what the state has not consumed yet is written, once.
+            messages: the whole history; whatever the state has not consumed yet is written, once.
             state: the memory at the start; None = empty. Never changed.
             options: see `TurnOptions`.
 
         Raises:
             StateMismatchError, CorruptStateError: the state belongs to another model or adapter.
-            WindowError, TranscriptError, HistoryEditedError, ConfigError: as they say.
+            WindowError, TranscriptError, HistoryEditedError, ConfigError: see these classes.
             TurnCancelledError, TurnTimeoutError, EngineClosedError: the turn was cancelled, took too long, or the
                 engine was closed.
         """
@@ -147,21 +148,21 @@ class Engine:
     def stream(
         self, messages: Sequence[Message], state: MemoryState | None = None, **options: Unpack[TurnOptions]
     ) -> TurnStream:
-        """As `turn`, giving the reply as it is decoded: iterate, then call `result()`."""
+        """As `turn`, yielding the reply as it is decoded: iterate, then call `result()`."""
         request = Request(tuple(messages), options)
         return TurnStream(lambda emit: self._submit(request, state, emit))
 
     async def aturn(
         self, messages: Sequence[Message], state: MemoryState | None = None, **options: Unpack[TurnOptions]
     ) -> Turn:
-        """As `turn`, without blocking the loop; cancelling the task cancels the turn."""
+        """As `turn`, without blocking the event loop; cancelling the task cancels the turn."""
         request = Request(tuple(messages), options)
         return await _await(self._submit(request, state))
 
     def astream(
         self, messages: Sequence[Message], state: MemoryState | None = None, **options: Unpack[TurnOptions]
     ) -> AsyncTurnStream:
-        """As `aturn`, giving the reply as it is decoded: `async for`, then `await stream.result()`."""
+        """As `aturn`, yielding the reply as it is decoded: `async for`, then `await stream.result()`."""
         request = Request(tuple(messages), options)
         return AsyncTurnStream(lambda emit: self._submit(request, state, emit))
 
@@ -172,26 +173,26 @@ class Engine:
 
         Raises:
             MissingAdapterError: the engine has no memory.
-            StateMismatchError: the state is another model's or adapter's.
+            StateMismatchError: the state belongs to another model or adapter.
         """
         return _wait(self._scheduler.submit(run_remember(self._context, messages, state, on_edit)))
 
     async def aremember(
         self, messages: Sequence[Message], state: MemoryState | None = None, *, on_edit: OnEdit = "write"
     ) -> Remembered:
-        """As `remember`, without blocking the loop."""
+        """As `remember`, without blocking the event loop."""
         return await _await(self._scheduler.submit(run_remember(self._context, messages, state, on_edit)))
 
     def count_tokens(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> int:
-        """Tokens of these messages as the chat template renders them."""
+        """The number of tokens of these messages as the chat template renders them."""
         return _wait(self._scheduler.submit(self._count(messages, tools)))
 
     def forget_prefills(self) -> None:
-        """Empty the caches of KV. Changes no result, only speed, but for turns with `kv="carry"`."""
+        """Empty the KV caches. This changes speed and no result, except for turns with `kv="carry"`."""
         _wait(self._scheduler.submit(self._clear()))
 
     def close(self) -> None:
-        """End the worker and forget all KV; turns under way fail with EngineClosedError. Idempotent."""
+        """End the worker thread and drop all KV; running turns fail with EngineClosedError. Idempotent."""
         self._scheduler.close()
         self.message_cache.clear()
         self._context.prefills.clear()
@@ -214,13 +215,13 @@ class Engine:
         yield None
 
     def _count(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Steps[int]:
-        # On the worker, since tokenizers are not made for several threads.
+        # On the worker thread, since tokenizers are not thread-safe.
         yield None
         return len(self._context.transcript.render(list(messages), tools=tools).input_ids)
 
 
 class TurnStream:
-    """A turn under way, to iterate over once. Leaving the iteration early cancels the turn."""
+    """A running turn, to iterate over once. Leaving the iteration early cancels the turn."""
 
     def __init__(self, start: Callable[[Emit], Future[Turn]]) -> None:
         self._queue: queue.SimpleQueue[Delta | None] = queue.SimpleQueue()
@@ -237,23 +238,23 @@ class TurnStream:
             raise error
 
     def result(self) -> Turn:
-        """The finished turn; waits for it. Raises as `Engine.turn`."""
+        """The finished turn; waits for it. Raises what `Engine.turn` raises."""
         return _wait(self._future)
 
     def cancel(self) -> None:
-        """End the turn before its next step; nothing is changed. Without effect on a finished one."""
+        """End the turn before its next step; nothing is changed. Without effect on a finished turn."""
         self._future.cancel()
 
 
 class AsyncTurnStream:
-    """As `TurnStream`, for an event loop. Made and iterated in the same loop."""
+    """As `TurnStream`, for an event loop. Must be made and iterated in the same loop."""
 
     def __init__(self, start: Callable[[Emit], Future[Turn]]) -> None:
         loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Delta | None] = asyncio.Queue()
 
         def put(delta: Delta | None) -> None:
-            # The loop may be gone when a turn that nobody waits for ends.
+            # The loop may already be closed when a turn ends that nobody waits for.
             if not loop.is_closed():
                 loop.call_soon_threadsafe(self._queue.put_nowait, delta)
 
@@ -270,7 +271,7 @@ class AsyncTurnStream:
             raise error
 
     async def result(self) -> Turn:
-        """The finished turn; waits for it. Raises as `Engine.turn`."""
+        """The finished turn; waits for it. Raises what `Engine.turn` raises."""
         return await _await(self._future)
 
     def cancel(self) -> None:
@@ -290,7 +291,7 @@ def _wait(future: Future[T]) -> T:
     except CancelledError:
         raise TurnCancelledError("the turn was cancelled; its state is unchanged") from None
     except BaseException:
-        future.cancel()  # the waiting itself was interrupted (Ctrl-C): the turn must not go on
+        future.cancel()  # the wait was interrupted (Ctrl-C): end the turn too
         raise
 
 

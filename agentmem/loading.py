@@ -1,8 +1,8 @@
-"""Loads a model, its tokenizer and its adapter into an engine: the embedded one, a directory, or a hub id.
+"""Loads a model, its tokenizer and its adapter into an engine: the embedded model, a directory, or a hub id.
 
-What is small is read first, so that a wrong name, adapter or option is an error before gigabytes of weights are loaded:
-options, the model's config, the adapter, the tokenizer, the weights. Nothing that comes with a model is executed unless
-the caller says so (`trust_remote_code`).
+Small files are read first, so that a wrong name, adapter or option is an error before gigabytes of weights are loaded:
+options, the model's config, the adapter, the tokenizer, the weights. No code that comes with a model is executed unless
+the caller allows it (`trust_remote_code`).
 """
 
 from __future__ import annotations
@@ -45,18 +45,19 @@ def load(
     """Load an engine.
 
     Args:
-        model: "nano" (the embedded model), a directory, or a hub id. Local files are used where they are there.
+        model: "nano" (the embedded model), a directory, or a hub id. Local files are preferred.
         adapter: a directory or a hub id; None = the one in the model's `adapter` folder; False = no memory.
         device: "auto" = CUDA, then Apple's, then the CPU.
-        dtype: "auto" = float32 on a CPU, else the dtype that the weights are stored in.
-        attn_implementation: "auto" = flash_attention_2 where flash-attn is installed and the device can, else sdpa.
+        dtype: "auto" = float32 on a CPU, otherwise the dtype in which the weights are stored.
+        attn_implementation: "auto" = flash_attention_2 where flash-attn is installed and the device supports it, else
+            sdpa.
         revision, adapter_revision: branch, tag or commit on the hub.
-        device_map: where the layers go, as accelerate takes it ("auto" for several devices), in place of `device`.
-        quantize: "4bit" or "8bit", by bitsandbytes, else torchao, whichever is installed; or a quantisation config of
+        device_map: where the layers go, in accelerate's form ("auto" for several devices); replaces `device`.
+        quantize: "4bit" or "8bit", by bitsandbytes or torchao, whichever is installed; or a quantisation config of
             transformers. The memory itself is never quantised.
         trust_remote_code: run Python code that comes with the model. It can do whatever you can.
         template_options: variables for the chat template, `{"enable_thinking": False}` for example.
-        progress: show bars while files are fetched and weights loaded; None = for all but the embedded model.
+        progress: show bars while files are downloaded and weights loaded; None = for all but the embedded model.
         kv_cache_tokens, max_batch: see `Engine`.
 
     Raises:
@@ -75,7 +76,7 @@ def load(
     options: dict[str, Any] = {"attn_implementation": _attention(attn_implementation, target, dtype), "dtype": number}
     if quantize is not None:
         options["quantization_config"] = _quantization(quantize, number)
-        # Quantised as they are read, where they are to stay: some kinds cannot be moved afterwards.
+        # Quantised while they are read, on their final device: some formats cannot be moved afterwards.
         device_map = {"": str(target)} if device_map is None else device_map
     if device_map is not None:
         if find_spec("accelerate") is None:
@@ -95,7 +96,7 @@ def load(
         loaded, report = _read(
             AutoModelForCausalLM.from_pretrained, place, output_loading_info=True, **common, **options
         )
-    if report["missing_keys"]:  # transformers would go on with random numbers in their place
+    if report["missing_keys"]:  # transformers would fill them with random numbers
         names = sorted(report["missing_keys"])
         raise ModelNotFoundError(
             f"the weights of the model at {place!r} are not complete: {len(names)} tensors are missing, the first is "
@@ -106,7 +107,7 @@ def load(
     loaded.requires_grad_(False)
     steered = None if weights is None else SteeredModel.attach(loaded, adapter=weights)
     if steered is not None:
-        steered.memory.requires_grad_(False)  # an engine does not train, and of frozen weights more can be kept ready
+        steered.memory.requires_grad_(False)  # an engine does not train, and frozen weights can be packed
     return Engine(
         loaded,
         tokenizer,
@@ -119,7 +120,7 @@ def load(
 
 
 def context_limit(model: str | Path = "nano") -> int | None:
-    """The longest context of a model in tokens, from its config file; None where that is not on this machine or broken.
+    """The longest context of a model in tokens, from its config file; None where the file is not here or is broken.
 
     Loads no weights and downloads nothing.
     """
@@ -138,17 +139,17 @@ def context_limit(model: str | Path = "nano") -> int | None:
     try:
         config = json.loads(file.read_text("utf-8"))
         limit = config.get("text_config", config).get("max_position_embeddings")
-    except (OSError, ValueError, AttributeError):  # a broken file; loading it says more
+    except (OSError, ValueError, AttributeError):  # a broken file; `load` raises a better error
         return None
     return limit if isinstance(limit, int) else None
 
 
 def _read(read: Callable[..., Any], place: str, **options: Any) -> Any:
-    """Read from a directory or what the hub left here before; only then from the hub.
+    """Read from a local directory or the hub's local cache; only then from the hub itself.
 
     Raises:
         ConfigError: the model needs its own code, or a library that is not installed.
-        ModelNotFoundError: the files are not there, or are not what they should be.
+        ModelNotFoundError: the files are missing or broken.
     """
     there = Path(place).exists()
     try:
@@ -162,9 +163,7 @@ def _read(read: Callable[..., Any], place: str, **options: Any) -> Any:
         raise
     except ImportError as error:
         raise ConfigError(f"the model at {place!r} needs a library that is not installed: {error}") from error
-    except (
-        Exception
-    ) as error:  # what broken files lead to in transformers, tokenizers and safetensors has no common type
+    except Exception as error:  # broken files raise many types in transformers, tokenizers and safetensors
         if "trust_remote_code" in str(error):
             raise ConfigError(
                 f"the model at {place!r} comes with Python code of its own, which is not run unasked; read it, "
@@ -182,7 +181,7 @@ def _read(read: Callable[..., Any], place: str, **options: Any) -> Any:
 
 @contextmanager
 def _bars(shown: bool) -> Iterator[None]:
-    """Show the progress bars of transformers and of the hub, or hide them, for the time of a load."""
+    """Show or hide the progress bars of transformers and of the hub during a load."""
     from transformers.utils import logging
 
     enabled = logging.is_progress_bar_enabled()
@@ -251,18 +250,18 @@ def _attention(name: str, device: torch.device, dtype: str | torch.dtype) -> str
 
 
 def _quantization(wanted: Any, dtype: str | torch.dtype) -> Any:
-    """The quantisation config that transformers takes.
+    """The quantisation config to pass to transformers.
 
-    The base model alone is quantised. The memory's own weights, its state and its arithmetic stay as they are, and the
-    model's fingerprint, which leaves quantised weights out, stays the same: states move between the forms of one model.
+    Only the base model is quantised. The memory's weights, its state and its arithmetic stay as they are. The model's
+    fingerprint leaves out quantised weights and so stays the same: states can be moved between forms of one model.
 
     Args:
         wanted: "4bit" (NF4 by bitsandbytes, else int4 weights by torchao), "8bit" (LLM.int8 by bitsandbytes, else int8
-            weights by torchao), or a config of transformers, which is given back.
-        dtype: that of the arithmetic; "auto" = bfloat16.
+            weights by torchao), or a config of transformers, which is returned unchanged.
+        dtype: dtype of the arithmetic; "auto" = bfloat16.
 
     Raises:
-        ConfigError: another word, or neither library is installed.
+        ConfigError: `wanted` has another value, or neither library is installed.
     """
     if not isinstance(wanted, str):
         return wanted
@@ -270,7 +269,7 @@ def _quantization(wanted: Any, dtype: str | torch.dtype) -> Any:
         raise ConfigError(f"quantize takes '4bit', '8bit' or a quantisation config of transformers; found {wanted!r}")
     if find_spec("bitsandbytes") is not None:
         return _bitsandbytes(wanted, dtype)
-    # Its int4 kernels are a package of their own.
+    # torchao's int4 kernels are a separate package.
     if find_spec("torchao") is not None and (wanted == "8bit" or find_spec("mslk") is not None):
         return _torchao(wanted)
     raise ConfigError(

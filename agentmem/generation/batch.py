@@ -1,18 +1,18 @@
-"""Continuous batching: one thread runs all turns; those that wait for a next token get it from one forward pass.
+"""Continuous batching: one thread runs all turns, and decodes those that wait for a token in one forward pass.
 
-A turn is a job, a generator. It yields None between steps of its own, and a `DecodeRequest` where it wants a token
-read: the `Scheduler` has the `DecodeBatch` read the tokens of all jobs that wait for one together, and then these go
-on. While some wait, one step of one other job is taken between two such passes, each job in its turn, so that a long
-one holds nobody up. A job ends before its next step when its future is cancelled or its time is over.
+A turn is a job, and a job is a generator. It yields None between its own steps, and a `DecodeRequest` where it needs a
+token decoded. The `Scheduler` collects the requests of all waiting jobs, has the `DecodeBatch` run them in one pass,
+and lets the jobs go on. Between two such passes it runs one step of one other job, in rotation, so that a long prefill
+does not hold up the rest. A job ends before its next step if its future is cancelled or its timeout has passed.
 
-A sequence that decodes together with others has a row of a batched KV cache that it shares with sequences of about its
-length. It gets the row when it first meets others and leaves when it has to do something of its own (read several
-tokens, go back); the tokens that it read there then go to its own cache. Between two tokens sequences come and go. Rows
-share the weights and nothing else: each has its own state, length and mask, and a row that sits a token out is neither
-written nor moved on.
+A sequence that decodes together with others has a row in a batched KV cache, which it shares with sequences of about
+its length. It gets the row when it first decodes with others, and leaves it when it has work of its own (reading
+several tokens, going back); the tokens read in the row are then copied to its own cache. Sequences can join and leave
+between any two tokens. Rows share the weights and nothing else: each has its own state, length and mask, and a row that
+skips a token is neither written nor advanced.
 
-A pass that runs out of memory is split in halves, and for a while no batch grows as large again; one that fails is done
-again row by row, so that the failure is that of the sequence that causes it.
+A pass that runs out of memory is split into halves, and for a while no batch grows that large again. A pass that fails
+is repeated row by row, so that only the sequence that causes the failure fails.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ from agentmem.generation.sequence import Sequence
 
 _logger = logging.getLogger(__name__)
 T = TypeVar("T")
-_PATIENCE = 64  # full passes after which larger ones are tried again; twice as many each time that they do not fit
+_PATIENCE = 64  # full passes until larger ones are tried again; doubled each time they do not fit
 _LONGEST_PATIENCE = 8192
-_TRIES = 2  # captures one after another that may fail, as when another thread waits for the device meanwhile
-_IDLE = 16  # this part of a device's memory may hold caches in which no sequence has a row
-_SMALLEST = 256  # tokens that a row holds; each larger kind of cache holds twice as many
+_TRIES = 2  # captures in a row that may fail, say because another thread waits for the device
+_IDLE = 16  # 1/16 of a device's memory may hold caches that no sequence uses
+_SMALLEST = 256  # tokens in a row of the smallest cache; each larger size holds twice as many
 
 
 @dataclass(slots=True, eq=False)
 class DecodeRequest:
-    """A sequence's wish to read one token and know what follows it.
+    """Asks for one token of a sequence to be read and the next one to be chosen.
 
     Attributes:
-        segment: what the token writes; -1: it is not written.
-        error: what went wrong with this one.
+        segment: the segment that the token belongs to; -1: the token is not written.
+        error: why this request failed, if it did.
     """
 
     sequence: Sequence
@@ -66,16 +66,16 @@ class DecodeRequest:
 
 
 class DecodeBatch:
-    """The sequences of one engine that decode, in batches by kind and length.
+    """The sequences of one engine that are decoding, in batches by kind and length.
 
     Args:
         runner: the model.
-        max_batch: sequences in one pass; further ones are in another.
-        idle_tokens: how many tokens of KV may be kept for sequences to come where graphs were made for it; on a GPU a
-            part of its memory in place of that.
+        max_batch: most sequences in one pass; further ones form another.
+        idle_tokens: how many tokens of KV may be kept for future sequences where CUDA graphs were captured for them. On
+            a GPU a fraction of its memory takes the place of this limit.
 
     Attributes:
-        uses_graphs: whether they decode in fixed buffers; not any more once these could not be captured.
+        uses_graphs: whether decoding runs in fixed buffers; turned off for good when these cannot be captured.
 
     Raises:
         ConfigError: `max_batch` is not 1 or more.
@@ -88,23 +88,23 @@ class DecodeBatch:
         self._idle_tokens = idle_tokens
         self._limit = self._most = max_batch
         self._patience = _PATIENCE
-        self._fitted = 0  # passes of as many rows as may be now, since that last changed
-        self._grew = False  # whether it then became more
-        # By whether they have memory, and the capacity of a row.
+        self._fitted = 0  # full passes since the limit on rows last changed
+        self._grew = False  # whether that change raised the limit
+        # Key: whether the sequences have memory, and the capacity of a row.
         self._caches: dict[tuple[bool, int], list[BatchedKVCache]] = {}
-        # By number of rows and width; good for as long as the cache's KV lies where it lies.
+        # Key: number of rows, and width. Valid for as long as the cache's KV stays at its address.
         self._captured: dict[BatchedKVCache, dict[tuple[int, int], CapturedDecode]] = {}
         self._shares = max_batch > 1 and _can_share(runner)
         self.uses_graphs = (
             self._shares and not runner.writes_at_close and uses_graphs(runner.device) and _on_one_device(runner)
         )
         self._capturer = GraphCapturer(runner.device)
-        self._failed_captures = 0  # since one did not fail
+        self._failed_captures = 0  # since the last that succeeded
 
-    # ------------------------------------------------------------------ what turns and the scheduler call
+    # ------------------------------------------------------------------ called by turns and the scheduler
 
     def run(self, requests: abc.Sequence[DecodeRequest]) -> None:
-        """Read a token for each; what goes wrong with one is noted with it."""
+        """Read a token for each request; a failure is stored in its request."""
         if not self._shares or (len(requests) == 1 and not self.uses_graphs):
             for request in requests:
                 self._run_alone(request)
@@ -114,17 +114,17 @@ class DecodeBatch:
     def extend(
         self, sequence: Sequence, ids: abc.Sequence[int], segments: abc.Sequence[int], *, logits: bool, close: bool
     ) -> None:
-        """As `ModelRunner.extend`; a sequence that has a row leaves first, and takes along what it read there."""
+        """As `ModelRunner.extend`; a sequence that has a row leaves it first, with the tokens that it read there."""
         if sequence.row is not None:
             self.leave(sequence, keep=True)
         try:
             self._runner.extend(sequence, ids, segments, logits=logits, close=close)
         except torch.OutOfMemoryError:
-            self.release()  # what is kept for later: the next one may find room
+            self.release()  # free what is kept for later, so that the next attempt may fit
             raise
 
     def leave(self, sequence: Sequence, *, keep: bool) -> None:
-        """Give up the row of a sequence; `keep`: what was read there is wanted in its own cache."""
+        """Give up the row of a sequence; `keep`: copy what was read there to the sequence's own cache."""
         row = sequence.row
         if row is None:
             return
@@ -138,17 +138,17 @@ class DecodeBatch:
                 self._retire(row.kv)
 
     def release(self) -> None:
-        """Give up all that is kept for later."""
+        """Free everything that is kept for later."""
         self._captured.clear()
         for caches in self._caches.values():
             caches[:] = [kv for kv in caches if kv.rows]
         if self._runner.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    # ------------------------------------------------------------------ who has a row
+    # ------------------------------------------------------------------ rows
 
     def _join(self, sequence: Sequence) -> BatchedKVCache:
-        """The cache that a sequence has a row of, with room for one more token."""
+        """The cache in which a sequence has its row, with room for one more token."""
         if sequence.row is not None:
             return sequence.row.kv
         length, capacity = sequence.length, _SMALLEST
@@ -159,7 +159,7 @@ class DecodeBatch:
         if kv is None:
             kv = BatchedKVCache(sequence.cache, capacity)
             sequence.row = kv.add_row(sequence.cache, length)
-            caches.append(kv)  # only now: where there was no room for the sequence, nothing is kept for it
+            caches.append(kv)  # last, so that nothing is kept if there was no room for the sequence
             return kv
         if kv.is_full:
             self._captured.pop(kv, None)
@@ -167,7 +167,7 @@ class DecodeBatch:
         return kv
 
     def _leave_or_fail(self, request: DecodeRequest) -> bool:
-        """Let a sequence leave its row, if it has one; a failure is its own. Says whether it can go on."""
+        """Let a sequence leave its row, if it has one. False if that failed; its request then has the error."""
         if request.sequence.row is None:
             return True
         try:
@@ -179,7 +179,7 @@ class DecodeBatch:
         return True
 
     def _retire(self, kv: BatchedKVCache) -> None:
-        """Give up a cache without rows; where graphs were captured for it, it may stay for those who come next."""
+        """Drop a cache without rows, or keep it for later sequences if graphs were captured for it."""
         idle = [other for caches in self._caches.values() for other in caches if not other.rows]
         if kv in self._captured and self._may_stay(idle):
             return
@@ -194,7 +194,7 @@ class DecodeBatch:
             return sum(kv.nbytes for kv in idle) <= torch.cuda.get_device_properties(device).total_memory // _IDLE
         return sum(kv.tokens for kv in idle) <= self._idle_tokens
 
-    # ------------------------------------------------------------------ passes, and those that fail
+    # ------------------------------------------------------------------ passes and their failures
 
     def _run_alone(self, request: DecodeRequest) -> None:
         if not self._leave_or_fail(request):
@@ -210,13 +210,13 @@ class DecodeBatch:
         by_cache: dict[BatchedKVCache, list[DecodeRequest]] = {}
         for request in requests:
             row = request.sequence.row
-            # One that has outgrown its row takes a larger one. A position is kept free: a pass writes behind the last
-            # token of every row, also of those that sit it out.
+            # A sequence that has outgrown its row gets a larger one. One position is kept free: a pass writes after the
+            # last token of every row, even of those that skip the token.
             if row is not None and row.length + 1 >= row.kv.capacity and not self._leave_or_fail(request):
                 continue
             try:
                 kv = self._join(request.sequence)
-            except torch.OutOfMemoryError:  # the sequence's own cache is as it was
+            except torch.OutOfMemoryError:  # the sequence's own cache is unchanged
                 self.release()
                 self._run_alone(request)
                 continue
@@ -225,12 +225,12 @@ class DecodeBatch:
             self._run_pass(kv, group)
 
     def _run_pass(self, kv: BatchedKVCache, requests: abc.Sequence[DecodeRequest]) -> None:
-        """One forward pass over all rows of a cache, of which those of `requests` go on."""
+        """One forward pass over all rows of a cache; only the rows of `requests` advance."""
         try:
             self._forward(kv, requests)
             failure: Exception | None = None
         except Exception as error:  # noqa: BLE001 - whose fault it is comes out when each is alone
-            failure = error.with_traceback(None)  # this and where it comes from would keep what the pass held
+            failure = error.with_traceback(None)  # the traceback would keep the tensors of the pass alive
             failure.__cause__ = failure.__context__ = None
         if failure is None:
             self._failed_captures = 0
@@ -249,7 +249,7 @@ class DecodeBatch:
                 self._run_alone(request)
 
     def _run_halves(self, kv: BatchedKVCache, requests: abc.Sequence[DecodeRequest]) -> None:
-        """A pass did not fit: in two. It takes all rows of the cache, so one half moves to another."""
+        """Repeat a pass that did not fit, in halves. A pass covers all rows of a cache, so one half leaves it."""
         self.release()
         if len(requests) == 1:
             self._run_alone(requests[0])
@@ -261,13 +261,13 @@ class DecodeBatch:
         self._run_together(others)
 
     def _shrink(self, rows: int) -> None:
-        """More than so many did not fit: no batch grows larger for now, and for longer where that was tried in vain."""
+        """After `rows` did not fit, limit batches for a while; longer if a larger batch had just been tried."""
         if self._grew:
             self._patience = min(2 * self._patience, _LONGEST_PATIENCE)
         self._most, self._fitted, self._grew = max(1, min(self._most, rows)), 0, False
 
     def _grow(self, rows: int) -> None:
-        """So many did fit: when all that may be often did, those who come may join larger batches again."""
+        """Count a pass of `rows` that fitted; after enough full passes, larger batches are allowed again."""
         if rows < self._most or self._most == self._limit:
             return
         self._fitted += 1
@@ -275,8 +275,8 @@ class DecodeBatch:
             self._most, self._fitted, self._grew = min(2 * self._most, self._limit), 0, True
 
     def _forward(self, kv: BatchedKVCache, requests: abc.Sequence[DecodeRequest]) -> None:
-        """The pass; sequences are given their logits, states and sums only when all is there."""
-        by_row: list[DecodeRequest | None] = [None] * len(kv.rows)  # None: the row sits this token out
+        """Run the pass; sequences get their logits, states and sums only when all of it has succeeded."""
+        by_row: list[DecodeRequest | None] = [None] * len(kv.rows)  # None: the row skips this token
         for request in requests:
             assert request.sequence.row is not None
             by_row[request.sequence.row.index] = request
@@ -290,7 +290,7 @@ class DecodeBatch:
         else:
             logits, new_states = self._forward_rows(kv, by_row, writes, states)
         if new_states is not None:
-            # Those who write get theirs; the others have the very ones that they had.
+            # Sequences that write get their new states; the others keep the very tensors that they had.
             if any(writes) and not self._runner.writes_at_close:
                 for row, state in enumerate(torch.split(new_states, 1)):
                     entry = by_row[row]
@@ -310,7 +310,7 @@ class DecodeBatch:
         writes: abc.Sequence[bool],
         states: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The pass over the rows as they are: logits [rows, V] and states [rows, L, H, r, r]; sums are moved on."""
+        """The pass over the rows: logits [rows, V] and states [rows, L, H, r, r]; open sums are updated."""
         cache, positions, allowed = kv.view()
         ids = [[0 if request is None else request.token] for request in by_row]
         tokens = torch.tensor(ids, device=self._runner.device)  # [rows, 1]
@@ -319,13 +319,13 @@ class DecodeBatch:
             write: Any = all(writes) or (any(writes) and torch.tensor(writes, device=tokens.device)[:, None])
             out = forward(write=write)
         else:
-            # Adapters that write by message or sentence: states stay, open sums are moved on.
+            # Adapters that write by message or sentence: states stay as they are, and open sums are updated.
             own: list[Pending | None] = [None if request is None else request.sequence.pending for request in by_row]
             sums, row_sums = kv.sums(own, [request is None for request in by_row])
             segments = [-1 if request is None else request.segment for request in by_row]
             numbers = torch.tensor(segments, device=tokens.device)[:, None]
             out = forward(segments=numbers, pending=sums, close=False)
-            # Where this fails half-way, the pass is done again, so nobody is given anything before all is there.
+            # If this fails half-way the pass is repeated, so no sequence is changed before all results are there.
             moved: list[tuple[int, Sequence, Pending]] = []
             for row, (request, segment) in enumerate(zip(by_row, segments, strict=True)):
                 if request is not None and segment >= 0:
@@ -345,7 +345,7 @@ class DecodeBatch:
         writes: abc.Sequence[bool],
         states: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The pass in fixed buffers, for the next power of two of rows."""
+        """The pass in fixed buffers, with the number of rows rounded up to a power of two."""
         size = rows, width = 1 << (len(by_row) - 1).bit_length(), kv.width
         captured = self._captured.get(kv, {}).get(size)
         if captured is None:
@@ -354,7 +354,7 @@ class DecodeBatch:
             captured = CapturedDecode(step, rows, like, self._runner.device, self._capturer)
         tokens = [0 if request is None else request.token for request in by_row]
         out = captured.run(tokens, [row.length for row in kv.rows], writes, states)
-        self._captured.setdefault(kv, {})[size] = captured  # only now: one that cannot be captured is not kept
+        self._captured.setdefault(kv, {})[size] = captured  # last, so that a step that cannot be captured is not kept
         return out
 
 
@@ -367,9 +367,9 @@ def decode_step(
     writes: Tensor,
     states: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """One token [rows, 1] for each of the first rows of a cache, of which `width` tokens are looked at.
+    """One token [rows, 1] for each of the first rows of a cache, attending to `width` tokens.
 
-    What `cuda_graph.Step` asks for: it waits for no number of the device.
+    Meets the requirement of `cuda_graph.Step`: it waits for no number from the device.
     """
     cache, allowed = kv.over(positions, width)
     write = writes.bool() if states is not None else False
@@ -379,9 +379,10 @@ def decode_step(
 
 
 def _next_tokens(logits: Tensor, samplers: abc.Sequence[Sampler | None]) -> list[int | None]:
-    """The token that follows in every row, for all at once: on a GPU every number that is fetched is a wait.
+    """The next token of every row, chosen for all rows at once: on a GPU every number that is fetched means a wait.
 
-    None where nobody asks for it or it fails: by now the token is read and written, and must not be read again.
+    None where no token is wanted or choosing fails: the input token has been read and written and must not be read
+    again.
     """
     try:
         return choose_all(logits, samplers)
@@ -390,16 +391,16 @@ def _next_tokens(logits: Tensor, samplers: abc.Sequence[Sampler | None]) -> list
 
 
 def _on_one_device(runner: ModelRunner) -> bool:
-    """Whether all weights lie where the tokens are."""
+    """Whether all weights are on the device of the tokens."""
     memory = runner.steered.memory.parameters() if runner.steered is not None else ()
     return all(weight.device == runner.device for weight in (*runner.model.parameters(), *memory))
 
 
 def _can_share(runner: ModelRunner) -> bool:
-    """Whether rows of one pass can have masks of their own here.
+    """Whether the rows of one pass can have masks of their own with this model.
 
-    Attention over windows and flash attention take no mask like ours; some rotary embeddings depend on the longest
-    position of a pass. There sequences take turns.
+    Sliding-window attention and flash attention do not take such a mask, and some rotary embeddings depend on the
+    longest position in a pass. Sequences of such models take turns.
     """
     config = runner.model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -412,7 +413,7 @@ def _can_share(runner: ModelRunner) -> bool:
 
 
 Steps = Generator[DecodeRequest | None, None, T]
-"""What a job is: it ends with its result."""
+"""A job; the value that it returns is its result."""
 
 
 @dataclass(slots=True, eq=False)
@@ -421,7 +422,7 @@ class _Job:
     future: Future[Any]
     timeout: float | None
     deadline: float | None  # of `time.monotonic`
-    request: DecodeRequest | None = None  # what it waits for
+    request: DecodeRequest | None = None  # the request that the job waits for
 
 
 class Scheduler:
@@ -429,7 +430,7 @@ class Scheduler:
 
     Args:
         name: of the thread.
-        batch: reads the next tokens of those who wait for one; what it keeps is given up when the thread ends.
+        batch: decodes the tokens that jobs wait for; what it keeps for later is freed when the thread ends.
     """
 
     def __init__(self, name: str, batch: DecodeBatch) -> None:
@@ -445,13 +446,13 @@ class Scheduler:
         """Queue a job; cancelling the future ends it before its next step.
 
         Args:
-            steps: the job, not begun.
+            steps: the job, not started.
             timeout: seconds from now after which the job fails with `TurnTimeoutError`, before its next step.
 
         Raises:
-            EngineClosedError: the scheduler was closed, or this process was forked from the one that has its thread.
+            EngineClosedError: the scheduler was closed, or this process is a fork of the one that runs its thread.
         """
-        if os.getpid() != self._process:  # before the lock, which a thread of the other process may have held
+        if os.getpid() != self._process:  # before the lock, which a thread of the parent may have held
             raise EngineClosedError(
                 f"this engine was loaded in process {self._process} and its thread lives there; found process "
                 f"{os.getpid()}, a fork of it; load the engine after the fork (gunicorn without --preload, Celery's "
@@ -466,7 +467,7 @@ class Scheduler:
         return future
 
     def close(self) -> None:
-        """End the thread; running and waiting jobs fail with EngineClosedError. Idempotent; in a fork nothing."""
+        """End the thread; running and waiting jobs fail with EngineClosedError. Idempotent; no effect in a fork."""
         if os.getpid() != self._process:
             return
         with self._lock:
@@ -477,10 +478,10 @@ class Scheduler:
             self._thread.join()
 
     def _run(self) -> None:
-        # Thread-local, so it holds for every job and leaks into no caller's thread.
+        # Gradient mode is thread-local: this covers every job and affects no caller's thread.
         torch.set_grad_enabled(False)
-        running: deque[_Job] = deque()  # they have something of their own to do
-        waiting: list[_Job] = []  # they want a token read
+        running: deque[_Job] = deque()  # jobs with steps of their own to run
+        waiting: list[_Job] = []  # jobs that wait for a token
         while True:
             while not (running or waiting) or not self._inbox.empty():
                 arrived = self._inbox.get()
@@ -492,7 +493,7 @@ class Scheduler:
             requests: list[DecodeRequest] = []
             for job in waiting:
                 over = (job.future.cancelled() or job.deadline is not None) and self._is_over(job)
-                if job.request is not None and not over:  # those who are gone get no token
+                if job.request is not None and not over:  # a job that is over gets no token
                     ready.append(job)
                     requests.append(job.request)
             if requests:
@@ -507,8 +508,8 @@ class Scheduler:
                 if ready:
                     job = ready.popleft()
                 else:
-                    # Then a step of one of the others. Where nobody waits, of each: short first steps are taken before
-                    # the next pass, so those who come together begin together.
+                    # Then one step of one other job. Where no job waits for a token, a step of each: jobs that arrive
+                    # together finish their short first steps before the next pass and so start decoding together.
                     if others is None:
                         others = min(1, len(running)) if waiting else len(running)
                     if others == 0:
@@ -518,7 +519,7 @@ class Scheduler:
                 if (job.future.cancelled() or job.deadline is not None) and self._is_over(job):
                     continue
                 failure = None if job.request is None else job.request.error
-                # A caller may cancel between a job's last step and its result; then the result is dropped.
+                # A caller may cancel between a job's last step and its result; the result is then dropped.
                 with suppress(InvalidStateError):
                     try:
                         job.request = next(job.steps) if failure is None else job.steps.throw(failure)
@@ -530,7 +531,7 @@ class Scheduler:
                         (running if job.request is None else waiting).append(job)
 
     def _is_over(self, job: _Job) -> bool:
-        """End a job whose future was cancelled or whose time is over."""
+        """End a job whose future was cancelled or whose timeout has passed."""
         if job.future.cancelled():
             _drop(job)
             return True
@@ -547,7 +548,7 @@ class Scheduler:
         return False
 
     def _abandon(self, jobs: list[_Job]) -> None:
-        """End all jobs, and give up what the batch keeps."""
+        """End all jobs, and free what the batch keeps."""
         while not self._inbox.empty():
             job = self._inbox.get()
             if job is not None:
@@ -562,11 +563,11 @@ class Scheduler:
 
 
 def _fail(job: _Job, error: Exception) -> None:
-    with suppress(InvalidStateError):  # cancelled meanwhile
+    with suppress(InvalidStateError):  # the future was cancelled meanwhile
         job.future.set_exception(error)
 
 
 def _drop(job: _Job) -> None:
-    """End a job that nobody waits for; what its clean-up raises must not end the thread."""
+    """End a job that nobody waits for; an exception from its clean-up must not end the thread."""
     with suppress(Exception):
         job.steps.close()

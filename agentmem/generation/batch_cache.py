@@ -1,7 +1,7 @@
-"""KV of sequences that decode together: a row of one padded cache each.
+"""The KV of sequences that decode together, each in a row of one padded cache.
 
-A `BatchedKVCache` holds the KV and the states of sequences of about one length; a `BatchRow` is one of its rows. What a
-pass over all rows is given (`view`, `over`) writes each row's token behind the row's others.
+A `BatchedKVCache` holds the KV and the states of sequences of similar length; a `BatchRow` is one of its rows. A pass
+over all rows uses a view of the cache (`view`, `over`) that puts each row's new token after the row's others.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _STEP = 256  # tokens
 
 
 class BatchRow:
-    """A row of a batched cache, and how many tokens it holds."""
+    """A row of a batched cache, and the number of tokens in it."""
 
     __slots__ = ("index", "kv", "length")
 
@@ -31,15 +31,15 @@ class BatchRow:
 
 
 class BatchedKVCache:
-    """KV and states of some sequences; rows are dense.
+    """KV and states of several sequences; used rows have no gaps between them.
 
-    For each layer keys and values [rows, heads, capacity, d]; `rows` to begin with, twice as many when they are taken.
-    What was not read yet is zero: attention gives it no weight, but no weight times NaN would be NaN.
+    For each layer keys and values [rows, heads, capacity, d]; the number of rows doubles when all are taken. Unused
+    positions are zero: attention gives them no weight, but zero weight times NaN would be NaN.
 
     Args:
-        like: a sequence's own cache, of the same layers.
-        capacity: tokens that a row holds.
-        rows: how many rows to begin with.
+        like: a sequence's own cache, with the same layers.
+        capacity: tokens that fit in a row.
+        rows: number of rows to begin with.
     """
 
     def __init__(self, like: Any, capacity: int, rows: int = 1) -> None:
@@ -53,41 +53,41 @@ class BatchedKVCache:
         ]
         self._layers = [_layer_class()() for _ in self._kv]
         self._cache = Cache(layers=self._layers)
-        # The states after the last pass, all in one tensor, and the row of it that each sequence was given.
+        # The states after the last pass in one tensor, and the view of it that each row's sequence was given.
         self._states: Tensor | None = None
         self._row_states: list[Tensor] = []
-        # The same of the sums of open passes.
+        # The same for the sums of open passes.
         self._sums: Pending | None = None
         self._row_sums: list[Pending | None] = []
 
     @property
     def is_full(self) -> bool:
-        """Whether a further row moves the KV to other memory."""
+        """Whether adding a row moves the KV to new memory."""
         return len(self.rows) == int(self._kv[0][0].shape[0])
 
     @property
     def tokens(self) -> int:
-        """How many tokens there is room for, in all rows."""
+        """The capacity in tokens, over all rows."""
         return int(self._kv[0][0].shape[0]) * self.capacity
 
     @property
     def nbytes(self) -> int:
-        """What its KV takes."""
+        """Size of its KV in bytes."""
         return sum(part.nbytes for layer in self._kv for part in layer)
 
     @property
     def width(self) -> int:
-        """Tokens that a pass has to look at, one more for every row included; seldom another number.
+        """The number of tokens that a pass attends to, with room for one more in every row; it changes seldom.
 
-        A step is an eighth of a row, or 256 tokens where that is more: so at most a quarter of a long sequence is
-        looked at in vain, where by rows alone, which double, it would be all of it once more.
+        It grows in steps of an eighth of the capacity, at least 256 tokens, so that at most a quarter of a long
+        sequence is attended to in vain. Capacities themselves double: by them alone it could be half.
         """
         longest = max(row.length for row in self.rows) + 1
         step = max(_STEP, self.capacity // 8)
         return min(self.capacity, -(-longest // step) * step)
 
     def add_row(self, own: Any, length: int) -> BatchRow:
-        """Copy a sequence's own cache of `length` tokens into a new row."""
+        """Copy a sequence's own cache, of `length` tokens, into a new row."""
         index = len(self.rows)
         if self.is_full:
             self._kv = [tuple(torch.cat((part, torch.zeros_like(part))) for part in layer) for layer in self._kv]
@@ -99,7 +99,7 @@ class BatchedKVCache:
         return row
 
     def copy_back(self, row: BatchRow, own: Any) -> None:
-        """Append to a sequence's own cache what its row has read since."""
+        """Append to a sequence's own cache the tokens that its row has read since."""
         start = int(own.get_seq_length())
         for layer, parts in enumerate(self._kv):
             new = [part[row.index : row.index + 1, :, start : row.length] for part in parts]
@@ -107,7 +107,7 @@ class BatchedKVCache:
                 own.update(*new, layer)
 
     def remove_row(self, row: BatchRow) -> None:
-        """Give a row up; the last row moves into its place. What is free is zero again."""
+        """Free a row; the last row moves into its place, and the freed memory is zeroed."""
         last = self.rows.pop()
         self._states, self._row_states = None, []
         self._sums, self._row_sums = None, []
@@ -121,9 +121,9 @@ class BatchedKVCache:
             self.rows[last.index] = last
 
     def view(self) -> tuple[Any, Tensor, Tensor]:
-        """A cache for one more token in every row, the positions of those [rows, 1], and where each may look.
+        """A cache for one more token in every row, the tokens' positions [rows, 1], and their attention masks.
 
-        The last [rows, 1, 1, longest + 1] bool. What an earlier call gave is no longer of use.
+        The masks are [rows, 1, 1, longest + 1] bool. The result of an earlier call can no longer be used.
         """
         lengths = [row.length for row in self.rows]
         positions = torch.tensor(lengths, device=self._kv[0][0].device)[:, None]
@@ -131,15 +131,15 @@ class BatchedKVCache:
         return cache, positions, allowed
 
     def over(self, positions: Tensor, width: int) -> tuple[Any, Tensor]:
-        """A cache of the first rows for one more token each, at `positions` [rows, 1], and where each may look.
+        """A cache of the first rows for one more token in each, at `positions` [rows, 1], and their attention masks.
 
-        The last [rows, 1, 1, width] bool. Nothing of it depends on numbers that a device holds.
+        The masks are [rows, 1, 1, width] bool. Nothing here waits for numbers on the device.
         """
         rows = positions.shape[0]
         targets: dict[tuple[int, torch.device], Tensor] = {}
         for layer, parts in zip(self._layers, self._kv, strict=True):
             heads, device = parts[0].shape[1], parts[0].device
-            if (heads, device) not in targets:  # the same for all layers but in odd models
+            if (heads, device) not in targets:  # in most models the same for all layers
                 starts = torch.arange(0, rows * heads * self.capacity, self.capacity, device=device).view(rows, heads)
                 targets[heads, device] = (starts + positions.to(device)).view(-1)  # [rows * heads]
             layer.point(parts, targets[heads, device], rows, width)
@@ -147,9 +147,9 @@ class BatchedKVCache:
         return self._cache, allowed[:, None, None]
 
     def states(self, wanted: Sequence[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
-        """The states of all rows in one tensor [rows, L, H, r, r], and one by one; where none is wanted any will do.
+        """The states of all rows as one tensor [rows, L, H, r, r], and one by one; any state where `wanted` is None.
 
-        Without a copy where they are as the last pass left them.
+        Nothing is copied if the states are those that the last pass left.
         """
         count = len(self._row_states)
         spare = next(state for state in wanted if state is not None)
@@ -162,15 +162,15 @@ class BatchedKVCache:
         return self._states, by_row
 
     def keep_states(self, states: Tensor, by_row: list[Tensor]) -> None:
-        """Remember the states after a pass, and which tensor each row's sequence has them in."""
+        """Keep the states after a pass, and the tensor that each row's sequence has them in."""
         self._states, self._row_states = states, by_row
 
     def sums(
         self, wanted: Sequence[Pending | None], out: Sequence[bool]
     ) -> tuple[Pending | None, list[Pending | None]]:
-        """The open passes of all rows as one, and one by one; a row that sits `out` may have any.
+        """The open passes of all rows as one, and one by one; a row in `out` gets any.
 
-        Without a copy where they are as the last pass left them.
+        Nothing is copied if the sums are those that the last pass left.
         """
         count = len(self._row_sums)
         by_row = [
@@ -182,22 +182,22 @@ class BatchedKVCache:
         return self._sums, by_row
 
     def keep_sums(self, pending: Pending | None, by_row: list[Pending | None]) -> None:
-        """Remember the open passes after a pass, and what each row's sequence has of them."""
+        """Keep the open passes after a pass, and the part that each row's sequence has of them."""
         self._sums, self._row_sums = pending, by_row
 
 
 @cache
 def _layer_class() -> Any:
-    """One layer of a batched cache as transformers takes it: an update writes each row's token behind its others."""
+    """A layer of a batched cache for transformers: an update writes each row's token after the row's others."""
     from transformers.cache_utils import CacheLayerMixin
 
     class Layer(CacheLayerMixin):  # type: ignore[misc]
         def point(self, parts: tuple[Tensor, ...], targets: Tensor, rows: int, width: int) -> None:
-            """Write at `targets` into `parts` taken as [rows * heads * capacity, d], and show `width` tokens."""
+            """Write at `targets` into `parts`, viewed as [rows * heads * capacity, d], and show `width` tokens."""
             self._targets, self._rows, self._width, self._parts = targets, rows, width, parts
 
         def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-            """Nothing to do: the memory is there."""
+            """Nothing to do: the memory is already allocated."""
 
         def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
             keys, values = self._parts

@@ -1,11 +1,11 @@
-"""Guided decoding: holds a reply to its grammar, token by token, and finishes it within the budget.
+"""Guided decoding: keeps a reply within its grammar, token by token, and finishes it within the budget.
 
-`Grammars` prepares a tokenizer for llguidance once; a `Constraint` serves one reply. Before each token it says which
-tokens are allowed; a token that is forced needs no model to choose it. A token that opens something, and every token
-near the end of the budget, is taken only if the reply can still be finished after it. If not, a short ending is written
-instead, so that the reply is valid whatever the budget. Endings are found by trying: inside a string what closes it,
-outside what closes objects, and now and then anything. Where no ending is found at the start (for a pattern that
-demands certain last letters, say), the reply is not finished early, and the budget may cut it.
+`Grammars` prepares a tokenizer for llguidance once; a `Constraint` serves one reply. Before each token it computes
+which tokens are allowed; if only one is, the model is not asked. A token that opens something, and every token near the
+end of the budget, is accepted only if the reply can still be finished after it. If it cannot, a short ending is written
+instead, so that the reply is valid within any budget. Endings are found by search: inside a string it prefers what
+closes the string, outside it what closes objects, and sometimes any token. Where no ending is found at the start (for a
+pattern that demands certain last letters, say), the reply is not ended early, and the budget may cut it off.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from agentmem.errors import ConfigError
 from agentmem.generation.output_parser import Tags
 from agentmem.generation.reply_format import ReplyFormat, lark
 
-# So many tokens before the end of the budget every token is checked, and earlier where the ending is longer.
+# This close to the end of the budget every token is checked; earlier if the known ending is longer.
 _CHECKED_TOKENS = 200
 _MARGIN = 64
-# Bytes of tokens that may open something which takes long to close.
+# Bytes of tokens that may open something which takes many tokens to close.
 _OPENERS = frozenset(b'{[":,')
-# Characters that end a value, inside a string and outside of one, by preference; then those that patterns and formats
-# of strings (dates, addresses) may require.
+# Characters that end a value, inside a string and outside of one, in order of preference; then those that patterns and
+# string formats (dates, addresses) may require.
 _STRING_ENDERS, _VALUE_ENDERS = '"', '}],:1023456789"ntf[{'
 _PATTERN_LETTERS = "@.-:/_T Z+0123456789aeE"
 _ATTEMPTS = 16
@@ -44,7 +44,7 @@ class Grammars:
     """Makes constraints for one tokenizer."""
 
     def __init__(self, tokenizer: Any, tags: Tags, end_ids: frozenset[int], width: int) -> None:
-        """`width`: how many logits the model gives (V), which may be more than the tokenizer has tokens."""
+        """`width`: the number of logits (V), which may be larger than the tokenizer's vocabulary."""
         self._tokenizer = tokenizer
         self._tags = tags
         self._end_ids = sorted(end_ids)
@@ -58,12 +58,12 @@ class Grammars:
 
         Args:
             form: what the reply must be.
-            thinking: whether the prompt opened a region of reasoning.
-            budget: most tokens of the reply.
+            thinking: whether the prompt opened a reasoning block.
+            budget: most tokens in the reply.
 
         Raises:
-            ConfigError: a schema that cannot be enforced (the message names what in it), or no reply is short
-                enough for the budget.
+            ConfigError: the schema cannot be enforced (the message names the part of it), or no valid reply fits the
+                budget.
         """
         import llguidance
 
@@ -85,7 +85,7 @@ class Grammars:
             if self._prepared is None:
                 import llguidance.hf
 
-                width = max(self._width, len(self._tokenizer))  # some tokenizers know more than their model
+                width = max(self._width, len(self._tokenizer))  # some tokenizers have more tokens than their model
                 prepared = llguidance.hf.from_tokenizer(self._tokenizer, n_vocab=width, eos_token=self._end_ids)
                 added = frozenset(self._tokenizer.get_added_vocab().values())
                 spelled = {
@@ -105,12 +105,12 @@ class Grammars:
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """Tokens by what they spell.
+    """Tokens by the bytes that they stand for.
 
     Attributes:
         letters: single characters that end or fill a value.
-        spelled: all tokens but the added ones, by their bytes.
-        added: tokens that the tokenizer's vocabulary was extended by, control tokens among them.
+        spelled: all tokens except the added ones, by their bytes.
+        added: tokens that were added to the tokenizer's vocabulary, control tokens among them.
     """
 
     letters: Mapping[str, int]
@@ -119,10 +119,10 @@ class _Vocabulary:
 
 
 class Constraint:
-    """The grammar of one reply, and how far the reply has come in it.
+    """The grammar of one reply, and the position that the reply has reached in it.
 
     Attributes:
-        closing: the constraint writes the rest of the reply, so that it ends within the budget.
+        closing: whether the constraint now writes the rest of the reply, so that it ends within the budget.
     """
 
     def __init__(
@@ -156,25 +156,25 @@ class Constraint:
     def follow(self) -> int | None:
         """The token that is forced now, committed; None where there is a choice.
 
-        An end token, which is not committed, where the reply has to end.
+        Where the reply has to end this is an end token, which is not committed.
         """
         if self.closing:
             return self._close()
         if self._matcher.is_stopped() and self._matcher.is_accepting():
             return self._end_ids[0]
         forced = self._forced(self._matcher)
-        # The budget needs no check: the ending that was found before begins with this token.
+        # No need to check the budget: the ending found before starts with this token.
         return self._commit(forced[0]) if forced and forced[0] < self._width else None
 
     def mask(self, logits: Tensor) -> Tensor:
-        """Logits [V] with -inf for every token that is not allowed now. To be called where `follow` gave None."""
+        """Logits [V] with -inf for every token that is not allowed now. Call it where `follow` returned None."""
         allowed = _allowed(self._matcher, self._width)
         for token in self._added[allowed[self._added]]:
             allowed[token] = self._fits(self._matcher, int(token))
         return logits.masked_fill(~torch.from_numpy(allowed).to(logits.device), -torch.inf)
 
     def take(self, token: int) -> int:
-        """Commit a token that the mask allowed, or another in its place if the reply could not be finished after it.
+        """Commit a token that the mask allowed, or another one if the reply could not be finished after it.
 
         Returns:
             The token to feed; an end token, which is not committed, if the reply ends here.
@@ -210,14 +210,14 @@ class Constraint:
         return token
 
     def _fits(self, matcher: Any, token: int) -> bool:
-        """Whether the grammar takes a token; end tokens always fit, since the grammar need not know them."""
+        """Whether the grammar accepts a token; end tokens always fit, since the grammar need not contain them."""
         return token in self._end_ids or matcher.deep_copy().try_consume_tokens([token]) == 1
 
     def _forced(self, matcher: Any) -> list[int]:
-        """The tokens that have to come next, spelled as the mask would allow them.
+        """The tokens that must come next, tokenised as the mask would allow them.
 
         Text that happens to spell an added token (`"<think>"` as a value) is not that token, and the grammar refuses
-        it there; it is spelled with ordinary tokens, one at a time.
+        the token there; the text is spelled with ordinary tokens, one at a time.
         """
         forced: list[int] = matcher.compute_ff_tokens()
         if not any(token in self._vocabulary.added for token in forced):
@@ -233,10 +233,10 @@ class Constraint:
         return []
 
     def _find_ending(self, matcher: Any, place: _JsonPlace) -> list[int] | None:
-        """A short ending of the reply, in tokens without the end token; None where none was found."""
+        """A short ending of the reply, in tokens without the end token; None if none was found."""
         best: list[int] | None = None
         for attempt in range(_ATTEMPTS):
-            # The first attempt goes straight for the end; the others choose at random more often each time.
+            # The first attempt takes the shortest way; later attempts choose at random, more often each time.
             most = _LONGEST_ENDING if best is None and attempt == 0 else _LONGEST_RETRY
             ending = self._try_ending(matcher.deep_copy(), place, Random(attempt), attempt / _ATTEMPTS, most)
             if ending is not None and (best is None or len(ending) < len(best)):
@@ -248,7 +248,7 @@ class Constraint:
     def _try_ending(
         self, matcher: Any, place: _JsonPlace, rng: Random, randomness: float, most: int
     ) -> list[int] | None:
-        """One ending of at most `most` tokens: forced tokens, then what ends something, then anything."""
+        """One ending of at most `most` tokens: forced ones first, then those that close something, then any."""
         ending: list[int] = []
         while not matcher.is_accepting():
             if len(ending) >= most or matcher.is_stopped():
@@ -263,7 +263,7 @@ class Constraint:
 
     def _choose(self, allowed: _Mask, place: _JsonPlace, rng: Random, randomness: float) -> list[int]:
         allowed[self._end_ids] = False
-        allowed[self._added] = False  # where an added token is needed it is forced
+        allowed[self._added] = False  # an added token that is needed would be forced
         enders = self._of_letters(allowed, _STRING_ENDERS if place.quoted else _VALUE_ENDERS)
         if enders and rng.random() >= randomness:
             return enders[:1]
@@ -280,17 +280,17 @@ class Constraint:
 
 @dataclass(frozen=True)
 class _JsonPlace:
-    """Whether the next byte stands inside a JSON string.
+    """Whether the next byte is inside a JSON string.
 
-    Followed byte by byte, since a token may end inside a character, and its text may be no JSON at all (reasoning, the
-    delimiters of calls): a partial JSON parser takes neither.
+    Tracked byte by byte, since a token may end inside a character and the text need not be JSON at all (reasoning, the
+    delimiters of calls): a parser of partial JSON accepts neither.
     """
 
     quoted: bool = False
     escaped: bool = False
 
     def after(self, text: bytes) -> _JsonPlace:
-        """The place behind a piece of text."""
+        """The place after a piece of text."""
         quoted, escaped = self.quoted, self.escaped
         for byte in text:
             if quoted and escaped:

@@ -1,13 +1,13 @@
-"""KV that outlives a turn: of prompts that were just read, exact, and of earlier turns, stale.
+"""KV kept beyond its turn: exact KV of recent prompts, and stale KV of earlier turns.
 
-`PrefillCache` serves retries, regenerations and branches of one checkpoint. An entry stands in only for the same
-computation: same tokens and written segments, read from the same matrices, cut at the same places. So a hit gives bit
-for bit the numbers of a fresh prefill. KV that an earlier turn left can never hit, since its matrices were others (see
-docs/engine.md).
+`PrefillCache` serves retries, regenerations and branches of one checkpoint. An entry is used only for exactly the same
+computation: the same tokens and written segments, read from the same matrices, and cut into the same chunks. So a hit
+gives bit for bit the result of a fresh prefill. KV left by an earlier turn can never hit, since that turn read other
+matrices (see docs/engine.md).
 
-`StaleKVCache` holds just that, for turns that ask for it with `kv="carry"`. Such KV was computed from an older state
-than the turn's own, so what rests on it is not what the turn is defined to compute: it is near it, and it depends on
-what this cache happens to hold. It is never given to an exact turn.
+`StaleKVCache` keeps just that KV, for turns that opt in with `kv="carry"`. It was computed from an older state than the
+turn's own, so the result is not the one that defines the turn: it is close to it, and it depends on what happens to be
+in this cache. Exact turns never use it.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ class PrefillKey:
     """What identifies a prefill.
 
     Attributes:
-        start: digest of what the matrices at its start follow from (those at the turn's start, and what was written
-            before the prompt), and of the salt that keeps the prefills of some callers apart.
+        start: digest of everything that determines the matrices at the start (the turn's initial matrices, and what was
+            written before the prompt), and of the salt that keeps the prefills of different callers apart.
         ids: the tokens.
-        segments: for each token the segment that it writes, -1 = it does not.
-        read_only_prefix_len: tokens before the first one that writes; they are read in a call of their own.
+        segments: for each token the segment that it belongs to, -1 = it is not written.
+        read_only_prefix_len: number of tokens before the first one that is written; they are read in a call of their
+            own.
     """
 
     start: bytes
@@ -43,14 +44,14 @@ class PrefillKey:
 
     @property
     def prefix(self) -> PrefillKey:
-        """The part before the first token that writes; it leaves the state as it was."""
+        """The part before the first token that is written; reading it does not change the state."""
         n = self.read_only_prefix_len
         return PrefillKey(self.start, self.ids[:n], self.segments[:n], n)
 
 
 @dataclass
 class Prefill:
-    """What reading a prompt gave; `logits` [V] is None for a read-only prefix alone."""
+    """The result of reading a prompt; `logits` [V] is None where only the read-only prefix was read."""
 
     cache: Any
     length: int
@@ -60,14 +61,14 @@ class Prefill:
 
 
 class PrefillCache:
-    """The most recent prefills, at most `limit` tokens in all. An entry is taken out by its user."""
+    """The most recent prefills, at most `limit` tokens in all. Taking an entry removes it."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._entries: OrderedDict[PrefillKey, Prefill] = OrderedDict()
 
     def take(self, key: PrefillKey) -> Prefill | None:
-        """The prefill of this whole prompt, else of its read-only prefix, else None."""
+        """The prefill of this whole prompt, or else of its read-only prefix, or else None."""
         exact = self._entries.pop(key, None)
         n = key.read_only_prefix_len
         if exact is not None or n == 0:
@@ -81,42 +82,42 @@ class PrefillCache:
         return None
 
     def put(self, key: PrefillKey, prefill: Prefill) -> None:
-        """Keep a prefill whose cache its user is done with; tokens beyond the prompt are cut off."""
+        """Store a prefill whose cache is no longer in use; tokens after the prompt are cut off."""
         if prefill.length > self._limit:
             return
         crop(prefill.cache, prefill.length)
         try:
             _release_tail(prefill.cache)
-        except RuntimeError:  # no memory for the copy, on a GPU or a CPU; the turn is done all the same
+        except RuntimeError:  # no memory for the copy, on a GPU or a CPU; the turn itself has succeeded
             return
         self._entries[key] = prefill
         while sum(entry.length for entry in self._entries.values()) > self._limit:
             self._entries.popitem(last=False)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove all entries."""
         self._entries.clear()
 
 
 @dataclass(frozen=True)
 class StaleKV:
-    """What a turn read: its tokens, and the keys and values of each layer for them."""
+    """What a turn has read: its tokens, and their keys and values in each layer."""
 
     ids: tuple[int, ...]
     layers: tuple[tuple[Tensor, Tensor], ...]  # [1, heads, tokens, d] each
 
 
 class StaleKVCache:
-    """What the latest turns read, by the state that they returned; at most `limit` tokens in all."""
+    """What the latest turns have read, by the state that they returned; at most `limit` tokens in all."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._entries: OrderedDict[tuple[str, str | None], StaleKV] = OrderedDict()
 
     def find(self, digest: str, salt: str | None, ids: Sequence[int]) -> Any:
-        """A cache that begins with as many of `ids` as the turn that returned this state has read; None for none.
+        """A cache with the longest beginning of `ids` that the turn which returned this state has read, or None.
 
-        The entry stays, so that branches of one state find the same.
+        The entry stays, so that other branches of the same state find it too.
         """
         entry = self._entries.get((digest, salt))
         if entry is None:
@@ -129,23 +130,23 @@ class StaleKVCache:
 
         cache = DynamicCache()
         for index, (keys, values) in enumerate(entry.layers):
-            cache.update(keys[:, :, :length], values[:, :, :length], index)  # an update copies
+            cache.update(keys[:, :, :length], values[:, :, :length], index)  # `update` copies them
         return cache
 
     def put(self, digest: str, salt: str | None, ids: Sequence[int], cache: Any) -> None:
-        """Keep what a turn has in its cache; `ids`: at least the tokens that are there."""
+        """Store what a turn has in its cache; `ids` must cover at least the tokens in the cache."""
         length = int(cache.get_seq_length())
         if not 0 < length <= self._limit:
             return
         self._entries.pop((digest, salt), None)
-        # A dynamic cache grows by new tensors; those it has now never change.
+        # A dynamic cache grows by making new tensors; the present ones never change.
         layers = tuple((layer.keys, layer.values) for layer in cache.layers)
         self._entries[digest, salt] = StaleKV(tuple(ids[:length]), layers)
         while sum(len(entry.ids) for entry in self._entries.values()) > self._limit:
             self._entries.popitem(last=False)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove all entries."""
         self._entries.clear()
 
 
@@ -157,7 +158,7 @@ def crop(cache: Any, length: int) -> None:
 
 
 def _release_tail(cache: Any) -> None:
-    """Hold no more than the cache's tokens: what was cut off it, a reply say, lies behind them in the same memory."""
+    """Free the memory after the cache's tokens: what was cut off, a reply for example, is still held there."""
     for layer in cache.layers:
         for name in ("keys", "values"):
             part = getattr(layer, name)

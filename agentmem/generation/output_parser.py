@@ -1,11 +1,12 @@
-"""A reply's tokens as they arrive: to text, and the text to what is said, reasoning and tool calls.
+"""Turns a reply's tokens, as they arrive, into text, and the text into content, reasoning and tool calls.
 
-`Detokenizer` gives complete characters only and keeps for every token how much text stood after it, so that a cut in
-the text can be traced back to the tokens before it; `StopFinder` finds stop strings wherever tokens break.
+`Detokenizer` returns complete characters only. It records for every token how long the text was after it, so that a cut
+in the text can be traced back to the tokens before it. `StopFinder` finds stop strings wherever the tokens break.
 
-`OutputParser` takes Qwen's and Hermes' form apart. It recognises delimiters by token where the tokenizer has them as
-tokens, and by their text otherwise. A string argument that spells `</tool_call>` stays an argument either way: spelled
-with ordinary tokens it is not the delimiter's token, and as text it counts only outside of JSON strings.
+`OutputParser` parses the format of Qwen and Hermes. It recognises delimiters by their token ids where the tokenizer has
+tokens for them, and by their text otherwise. In both cases a string argument that contains `</tool_call>` remains an
+argument: spelled with ordinary tokens it is not the delimiter's token, and as text a delimiter counts only outside of
+JSON strings.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from typing import Any, Literal
 
 from agentmem.messages import ToolCall
 
-_REPLACEMENT = "\ufffd"  # what a tokenizer shows for an unfinished character
-# Tokens after which bytes that make no character are shown as they are. `tokenizers.decoders.DecodeStream` does the
-# work of `push` but for this: it holds such bytes until a character follows, for ever if none does.
+_REPLACEMENT = "\ufffd"  # how tokenizers decode an incomplete character
+# After this many tokens, bytes that form no character are shown as they are. `tokenizers.decoders.DecodeStream` would
+# otherwise do the work of `push`, but it holds such bytes until a character follows, for ever if none does.
 _PATIENCE = 8
 
 
@@ -30,7 +31,7 @@ class Detokenizer:
 
     Attributes:
         ids: the tokens so far.
-        text: their text, up to the last finished character.
+        text: their text, up to the last complete character.
         ends: for each token, the length of `text` after it.
     """
 
@@ -39,12 +40,12 @@ class Detokenizer:
         self.ids: list[int] = []
         self.text = ""
         self.ends: list[int] = []
-        # Decoding starts one piece early, for tokenizers whose first token of a text loses its space.
+        # Decoding starts one token early, for tokenizers that drop the space of the first token of a text.
         self._context_start = 0
-        self._shown = 0  # tokens whose text stands in `text`
+        self._shown = 0  # number of tokens whose text is in `text`
 
     def push(self, token: int) -> str:
-        """Add a token; returns the text that it completes: often its own, empty inside a character."""
+        """Add a token; returns the text that it completes: usually its own, nothing inside a character."""
         self.ids.append(token)
         context = self._decode(self.ids[self._context_start : self._shown])
         extended = self._decode(self.ids[self._context_start :])
@@ -57,11 +58,11 @@ class Detokenizer:
         return piece
 
     def tokens_within(self, length: int) -> int:
-        """How many tokens lie within the first `length` characters, up to one that finishes a character."""
+        """The number of tokens within the first `length` characters, up to the end of a complete character."""
         ends, count = self.ends, len(self.ends)
         while count and ends[count - 1] > length:
             count -= 1
-        # Tokens that added no text are the beginning of a character that is not finished.
+        # Tokens that added no text are the start of a character that is still incomplete.
         while count and ends[count - 1] == (ends[count - 2] if count > 1 else 0):
             count -= 1
         return count
@@ -80,14 +81,14 @@ class StopFinder:
         self._longest = max((len(stop) for stop in self._stops), default=0)
 
     def find(self, text: str) -> int | None:
-        """Where the first stop string begins, or None."""
+        """The position at which the first stop string begins, or None."""
         start = max(0, self._searched - self._longest + 1)
         positions = [at for stop in self._stops if (at := text.find(stop, start)) >= 0]
         self._searched = len(text)
         return min(positions) if positions else None
 
     def safe(self, text: str) -> int:
-        """Length of the part of `text` in which no stop string can begin any more."""
+        """The length of the part of `text` in which a stop string can no longer begin."""
         for length in range(min(self._longest - 1, len(text)), 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self._stops):
                 return len(text) - length
@@ -98,9 +99,8 @@ Kind = Literal["text", "reasoning", "tool_call"]
 
 _OPEN: dict[str, Kind] = {"<think>": "reasoning", "<tool_call>": "tool_call"}
 _CLOSE = {"reasoning": "</think>", "tool_call": "</tool_call>"}
-# JSON strings hold no line breaks, so a quote that is never closed hides the end of a call on its own line only. A
-# partial JSON parser cannot say whether a text ends inside a string: it drops an unfinished key and an unfinished pair
-# alike.
+# JSON strings contain no line breaks, so an unclosed quote hides the end of a call only on its own line. A parser of
+# partial JSON cannot tell whether a text ends inside a string: it drops an incomplete key and an incomplete pair alike.
 _STRING = re.compile(r'"(?:[^"\\\n]|\\.)*"')
 
 
@@ -115,7 +115,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class InvalidToolCall:
-    """A call that is not a JSON object with a name and an object of arguments: its text, what is wrong, its id."""
+    """A call that is not a JSON object with a name and an object of arguments: its text, the error, and its id."""
 
     text: str
     error: str
@@ -124,14 +124,14 @@ class InvalidToolCall:
 
 @dataclass(frozen=True)
 class Tags:
-    """The delimiters of one tokenizer: those that are tokens, by id, and those that are only text."""
+    """The delimiters of one tokenizer: by token id those that are tokens, the rest by text."""
 
     by_token: Mapping[int, str]
     by_text: tuple[str, ...]
 
     @classmethod
     def of(cls, tokenizer: Any) -> Tags:
-        """Look the delimiters up in a vocabulary (slow for large ones: do it once)."""
+        """Look up the delimiters in a vocabulary (slow for large ones: do it once)."""
         vocabulary: dict[str, int] = tokenizer.get_vocab()
         tags = [*_OPEN, *_CLOSE.values()]
         by_token = {vocabulary[tag]: tag for tag in tags if tag in vocabulary}
@@ -140,7 +140,7 @@ class Tags:
 
 @dataclass(frozen=True)
 class ParsedReply:
-    """A finished reply, taken apart."""
+    """A finished reply, split into its parts."""
 
     content: str
     reasoning: str
@@ -149,16 +149,16 @@ class ParsedReply:
 
 
 class OutputParser:
-    """Takes a reply's tokens and text as they come and gives deltas; at the end, the reply taken apart."""
+    """Takes a reply's tokens and text as they arrive and returns deltas; at the end, the parsed reply."""
 
     def __init__(self, tags: Tags, seed: bytes, start: Kind = "text", *, json_text: bool = False) -> None:
         """Begin a reply.
 
         Args:
             tags: the tokenizer's delimiters.
-            seed: what ids of calls follow from, together with their place: `call_` and 24 hex digits.
-            start: the region that the prompt left open (reasoning, where the template opens `<think>`).
-            json_text: the text, if there is any, is JSON; what its strings spell does not open a region.
+            seed: makes the ids of calls, together with their position: `call_` and 24 hex digits.
+            start: the block that the prompt left open (reasoning, where the template opens `<think>`).
+            json_text: whether the text, if any, is JSON; what is inside its strings then opens no block.
         """
         self._tags = tags
         self._json_text = json_text
@@ -169,7 +169,7 @@ class OutputParser:
         self._held = ""
 
     def push(self, token: int, text: str) -> list[Delta]:
-        """Add a token and the text that it completed."""
+        """Add a token and the text that it completes."""
         tag = self._tags.by_token.get(token)
         if tag is not None and self._may_switch(tag):
             head, _, tail = text.partition(tag)
@@ -179,11 +179,11 @@ class OutputParser:
         return self._add(text)
 
     def finish(self) -> list[Delta]:
-        """The text that was held back as the possible start of a delimiter."""
+        """The text that was held back because a delimiter might have begun in it."""
         return self._flush()
 
     def parsed(self) -> ParsedReply:
-        """The reply, once it is finished."""
+        """The parsed reply; to be called after `finish`."""
         calls: list[ToolCall] = []
         invalid: list[InvalidToolCall] = []
         for index, text in enumerate(body for kind, body in self._regions if kind == "tool_call"):
@@ -202,17 +202,17 @@ class OutputParser:
         return tag in _OPEN if self._kind == "text" else tag == _CLOSE[self._kind]
 
     def _switches(self, tag: str, at: int) -> bool:
-        """Whether a delimiter at this place of the held text counts."""
+        """Whether a delimiter at this position of the held text counts as one."""
         if not self._may_switch(tag) or self._kind == "reasoning":
             return self._may_switch(tag)
         region = self._regions[-1][1] + self._held[:at]
         if self._kind == "text":
             return not (self._json_text and region.strip())
-        # Without its finished strings, a quote on the last line opens one in which the delimiter stands.
+        # With complete strings removed, a quote on the last line opens a string that contains the delimiter.
         return '"' not in _STRING.sub("", region).rpartition("\n")[2]
 
     def _next(self) -> tuple[int, str] | None:
-        """The first delimiter in the held text that counts, and where it is."""
+        """The first delimiter that counts in the held text, and its position."""
         places = [(m.start(), tag) for tag in self._tags.by_text for m in re.finditer(re.escape(tag), self._held)]
         return next(((at, tag) for at, tag in sorted(places) if self._switches(tag, at)), None)
 
@@ -257,7 +257,7 @@ class OutputParser:
 def _call(text: str) -> tuple[str, dict[str, Any]]:
     try:
         body = json.loads(text, parse_constant=_refuse)
-        # Half a surrogate pair can be spelled in JSON, and then no tokenizer takes it.
+        # JSON can spell half a surrogate pair, which no tokenizer accepts.
         json.dumps(body, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None

@@ -1,10 +1,10 @@
-"""What a turn is asked to do, and what it will do, decided before the model is touched.
+"""What a turn is to do, decided completely before the model runs.
 
-`TurnOptions` says once what a turn may be told; a `Request` is a history with all options set. A `Plan` is what follows
-from it: what is shown, what writes, in which passes, and how the reply ends. Nothing after it reads the request.
+`TurnOptions` lists the options of a turn; a `Request` is a history with all options set. The `Plan` is computed from
+it: what is shown, what is written, in which passes, and how the reply ends. Later steps read only the plan.
 
-Pure bookkeeping over messages and tokens. A plan follows from the request, the state, the model's template and limits,
-and constants; never from caches or free memory.
+Only messages and token ids are handled here. A plan depends on the request, the state, the model's template and limits,
+and constants; never on caches or free memory.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ WritePolicy = Literal["all", "input", "off"]
 KVReuse = Literal["exact", "carry"]
 
 PIECE_TOKENS = 2048
-"""Longest context-only pass, where messages are no longer. A constant: a result must not depend on the machine."""
-_LEAST_SHOWN = 16  # tokens of a message that is cut
+"""Longest context-only pass, unless one message is longer. A constant: results must not depend on the machine."""
+_LEAST_SHOWN = 16  # tokens that are kept of a message that is cut
 _SIZED_AT_ONCE = 8  # messages
-_CLOSING_ROOM = 8  # tokens that stay free for those that close the reply
+_CLOSING_ROOM = 8  # tokens reserved for those that close the reply
 
 
 class TurnOptions(TypedDict, total=False):
-    """What a turn may be told; each option has a default.
+    """Options of a turn; each has a default.
 
     Attributes:
         sampling: how to decode; greedy, at most 512 tokens.
-        window: what the prompt shows; the last 4,096 tokens.
-        write: "all" (the default), "input" (the reply is recorded, not written) or "off" (the state comes back as
-            given).
-        on_edit: what an edit of consumed history does: "write" (the default), "error" or "rebuild".
+        window: what the prompt shows; by default the last 4,096 tokens.
+        write: "all" (the default), "input" (the reply is recorded but not written) or "off" (the given state is
+            returned).
+        on_edit: what happens when consumed history was edited: "write" (the default), "error" or "rebuild".
         tools: function descriptions in OpenAI form.
-        memory: False runs the bare model; the state comes back as given.
-        form: what the reply must be, a call or JSON (see `ReplyFormat`); None = whatever the model says.
-        timeout: seconds from the call to the whole reply, waiting included; checked between forward passes.
-        kv: "exact" (the default), or "carry": go on from the KV of the turn that returned the state, where that is
-            still at hand and the prompt begins as it did. Faster, and no longer exactly the turn's definition.
-        cache_salt: KV is only reused between turns of one salt, so that `cache_read_tokens` says nothing of what
-            others have read. None (the default) is a salt like any other: turns without one share their KV.
+        memory: False runs the bare model; the given state is returned.
+        form: the format of the reply, a call or JSON (see `ReplyFormat`); None = no constraint.
+        timeout: seconds from the call to the complete reply, waiting included; checked between forward passes.
+        kv: "exact" (the default), or "carry": start from the KV of the turn that returned the state, where it is still
+            kept and the prompt begins in the same way. Faster, but no longer exactly what defines the turn.
+        cache_salt: KV is reused only between turns with the same salt, so that `cache_read_tokens` reveals nothing
+            about other users' prompts. None (the default) is a salt like any other: turns without one share their KV.
     """
 
     sampling: Sampling
@@ -83,11 +83,11 @@ DEFAULTS: Final[TurnOptions] = {
 
 @dataclass(frozen=True)
 class Request:
-    """One turn as asked for.
+    """A turn as it was requested.
 
     Attributes:
-        messages: the history as given, the last one to be answered.
-        options: all of them; what was not given has its default.
+        messages: the whole history; the last message is the one to answer.
+        options: all options; those not given have their defaults.
 
     Raises:
         ConfigError: an option is unknown or out of range.
@@ -118,7 +118,8 @@ class Request:
 class Chunk:
     """Tokens that go through the model together, with the segment of each (-1 = not written).
 
-    `closes`: whether the pass ends with them, for adapters that write at its end; a message may take several chunks.
+    `closes`: whether the pass ends after them, for adapters that write at the end of a pass; a pass may take several
+    chunks.
     """
 
     ids: list[int]
@@ -128,12 +129,12 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Truncation:
-    """What the model's context has no room for of the messages that every prompt shows.
+    """The parts of always-shown messages for which the model's context has no room.
 
     Attributes:
-        messages: their indices.
-        tokens: how many tokens of them are not shown.
-        rule: "middle": of each the first and the last tokens are shown, as many of both; the longest are cut first.
+        messages: the indices of the cut messages.
+        tokens: how many of their tokens are not shown.
+        rule: "middle": each shows its first and last tokens, equally many of both; the longest messages are cut first.
     """
 
     messages: tuple[int, ...]
@@ -143,15 +144,15 @@ class Truncation:
 
 @dataclass(frozen=True)
 class CatchUp:
-    """What is written before anything is shown; the whole plan of a write without a reply.
+    """What is written before the prompt is read; for a write without a reply this is the whole plan.
 
     Attributes:
-        start: the memory that the passes begin with, the zero state where it is rebuilt; None: the bare model.
+        start: the memory that the passes begin with, or the zero state for a rebuild; None: the bare model.
         catch_up_chunks: context-only passes over new messages that are not shown, oldest first.
-        record: what the memory will have consumed, a reply not included.
-        written: tokens that are written before a reply.
-        edits: indices of new messages that stand before consumed ones.
-        deletions: how many consumed messages the history lacks after one that it has.
+        record: what the memory will have consumed, without the reply.
+        written: number of tokens that are written before the reply.
+        edits: indices of new messages that come before consumed ones.
+        deletions: how many consumed messages are missing from the history, although a later consumed one is there.
     """
 
     start: MemoryState | None
@@ -164,25 +165,25 @@ class CatchUp:
 
 @dataclass(frozen=True)
 class Plan(CatchUp):
-    """A turn.
+    """A complete turn.
 
     Attributes:
-        strategy: how memory is written; "token" without memory.
-        prompt: the shown messages; those already consumed have segment -1.
-        read: tokens of these that are only read; 0 without memory.
-        truncation: what of these the prompt leaves out; None: nothing.
+        strategy: the adapter's write strategy; "token" without memory.
+        prompt: the shown messages; consumed ones have segment -1.
+        read: how many of their tokens are only read; 0 without memory.
+        truncation: what the prompt leaves out of them; None: nothing.
         generation_prompt: the tokens that open the reply.
-        read_only_prefix_len: prompt tokens before the first one that writes; they are read in a call of their own.
+        read_only_prefix_len: prompt tokens before the first one that is written; they are read in a call of their own.
         writes_reply: whether the reply is written.
-        reply_segment: the segment of a reply's tokens while it is decoded: 0, or -1 where they only read.
-        prefill_key: what the prefill follows from.
-        stale_kv: state, by its digest, whose turn's KV stands in for the prompt's beginning; None: it must not.
-        keeps_kv: whether a later turn may want this one's KV.
-        returns_new_state: False: the state comes back as given.
+        reply_segment: the segment of a reply's tokens during decoding: 0, or -1 where they are only read.
+        prefill_key: identifies the prefill.
+        stale_kv: digest of the state whose turn's KV may replace the beginning of the prompt; None: no KV may.
+        keeps_kv: whether this turn's KV is kept for later turns.
+        returns_new_state: False: the given state is returned.
         sampling, form: as requested.
-        thinking: whether the prompt ends within a region of reasoning.
-        budget: most tokens of the reply.
-        call_id_seed: what ids of tool calls follow from.
+        thinking: whether the prompt ends inside a reasoning block.
+        budget: most tokens in the reply.
+        call_id_seed: the seed of tool-call ids.
         cache_salt: as requested.
     """
 
@@ -212,14 +213,14 @@ def plan_turn(
     """Decide a turn.
 
     Args:
-        request: as asked for.
-        state: the memory at its start; None: the bare model.
-        transcript: the chat template.
-        strategy: the adapter's write strategy; without memory it does not matter.
-        limit: the model's longest context.
+        request: the request.
+        state: the memory at the start; None: the bare model.
+        transcript: renders messages with the chat template.
+        strategy: the adapter's write strategy; without memory it has no effect.
+        limit: the model's longest context, in tokens.
 
     Raises:
-        WindowError, TranscriptError, HistoryEditedError: as their modules say.
+        WindowError, TranscriptError, HistoryEditedError: see these classes.
     """
     messages, options = list(request.messages), request.options
     strategy = "token" if state is None else strategy
@@ -240,7 +241,7 @@ def plan_turn(
     try:
         shown = window.visible(messages, sizes, overhead, system)
     except WindowError:
-        # What a wider window could show is for the caller to decide. What none could show is cut to this one.
+        # What a wider window could show is up to the caller. What no window could show is cut to fit.
         shown = sorted([*system, *next(tool_groups(messages), [])])
         if window.tokens is None or overhead + sum(sizes[i] for i in shown) <= room:
             raise
@@ -253,7 +254,7 @@ def plan_turn(
     truncation = None
     if most is not None:
         rendered, truncation = _cut_middles(rendered, shown, system, most)
-    # What is not shown, or not as it is, is written before the prompt, and with it what stands before that.
+    # Messages that are not shown, or only cut, are written before the prompt, and so is everything before them.
     written_before = max(truncation.messages, default=-1) if truncation is not None else -1
     written_here = {i for i in new.intersection(shown) if i > written_before}
     end = len(rendered.input_ids) - rendered.owner.count(len(shown))
@@ -293,7 +294,7 @@ def plan_turn(
             (*prompt.segments, *([reply_segment] * len(generation_prompt))),
             read_only,
         ),
-        # A memory that is built anew rests on nothing of the old one.
+        # A memory that is rebuilt must not depend on the old one.
         stale_kv=state.digest if carries and state is not None and start is state else None,
         keeps_kv=carries,
         returns_new_state=writes,
@@ -301,7 +302,7 @@ def plan_turn(
         form=options["form"],
         thinking=bool(generation_prompt) and rendered.text.rstrip().endswith("<think>"),
         budget=min(sampling.max_tokens, limit - len(rendered.input_ids) - _CLOSING_ROOM),
-        # So ids of calls follow from what was consumed before them, and are known when a call begins.
+        # The ids of calls depend only on what was consumed before, so they are known when a call begins.
         call_id_seed=hashlib.sha256(alignment.record.chain).digest(),
         cache_salt=options["cache_salt"],
     )
@@ -315,7 +316,7 @@ def plan_remember(
     limit: int,
     on_edit: OnEdit = "write",
 ) -> CatchUp:
-    """Decide a context-only write: every new message in passes of its own, nothing shown, no reply."""
+    """Plan a context-only write: passes over all new messages, nothing shown, no reply."""
     alignment = state.record.align(transcript.history(messages), on_edit=on_edit)
     if alignment.rebuild:
         state = MemoryState.zeros(state.shape, state.model_fingerprint, state.adapter_fingerprint)
@@ -331,7 +332,7 @@ def plan_remember(
 
 
 class _Sizes(Sequence[int]):
-    """Tokens of each message, counted a few at a time: a window asks for those that it may show, newest first."""
+    """The token count of each message, computed a few at a time: a window asks for the newest first."""
 
     def __init__(self, messages: Sequence[Message], transcript: Transcript) -> None:
         self._messages = messages
@@ -357,13 +358,13 @@ class _Sizes(Sequence[int]):
 def _catch_up_chunks(
     messages: Sequence[Message], unseen: Sequence[int], transcript: Transcript, strategy: WriteStrategy, limit: int
 ) -> list[Chunk]:
-    """New messages that no prompt will show, as they stand in the history, cut between messages.
+    """New messages that no prompt will show, rendered as part of the history and cut between messages.
 
-    One that is longer than the model's context is cut within; where adapters write at the end of a pass, its chunks
-    are one pass all the same.
+    A message longer than the model's context is cut inside; for adapters that write at the end of a pass, its chunks
+    still form one pass.
 
-    What templates write for a message depends on its turn, on what comes after, and on whether its turn is the first
-    (which may take in the system messages). So the turn before theirs is rendered too, and nothing older.
+    How a template renders a message depends on its turn, on what comes after, and on whether its turn is the first
+    (which may include the system messages). So the turn before is rendered too, and nothing older.
     """
     if not unseen:
         return []
@@ -390,12 +391,12 @@ def _catch_up_chunks(
 
 
 def _most_of_each(shown: Sequence[int], system: Sequence[int], sizes: Sequence[int], room: int) -> int | None:
-    """The most tokens that each shown message may have so that all fit, system messages as they are; None: too few."""
+    """The most tokens per shown message with which all fit, system messages uncut; None: too few to be useful."""
     left = room - sum(sizes[i] for i in system)
     others = sorted(sizes[i] for i in shown if i not in set(system))
     for place, size in enumerate(others):
         most = left // (len(others) - place)
-        if size > most:  # this one and all that are longer
+        if size > most:  # this message and all longer ones
             return most if most >= _LEAST_SHOWN else None
         left -= size
     return None
@@ -404,7 +405,7 @@ def _most_of_each(shown: Sequence[int], system: Sequence[int], sizes: Sequence[i
 def _cut_middles(
     rendered: Rendered, shown: Sequence[int], system: Sequence[int], most: int
 ) -> tuple[Rendered, Truncation | None]:
-    """Leave out tokens in the middle of each message, but system messages, that has more than `most`."""
+    """Remove tokens from the middle of each message that has more than `most`, except system messages."""
     long = {n for n, size in enumerate(rendered.sizes()) if size > most and shown[n] not in set(system)}
     places: list[int] = []
     for owner, run in groupby(range(len(rendered.owner)), key=rendered.owner.__getitem__):
@@ -428,7 +429,7 @@ def _segments(rendered: Rendered, strategy: WriteStrategy) -> list[int]:
 
 
 def _start_digest(start: MemoryState | None, chunks: Sequence[Chunk], salt: str | None) -> bytes:
-    """Digest of what the matrices at the prompt's start follow from; these themselves stay on the device."""
+    """Digest of what determines the matrices at the prompt's start; the matrices themselves stay on the device."""
     digest = hashlib.sha256(b"bare" if start is None else start.data)
     for chunk in chunks:
         digest.update(repr((chunk.ids, chunk.segments)).encode())

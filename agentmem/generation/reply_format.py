@@ -1,8 +1,8 @@
-"""The format that a reply must have, JSON of a schema or calls of tools, and its grammar.
+"""The format that a reply must have (JSON of a schema, or tool calls), and its grammar.
 
-A `ReplyFormat` becomes a grammar in llguidance's Lark form: the delimiters of calls are tokens where the tokenizer
-has them as tokens, the JSON between them follows the schemas. Schemas are closed first (an object whose properties are
-named takes no others, an integer stays within 64 bits), since a grammar permits whatever is not forbidden.
+A `ReplyFormat` becomes a grammar in llguidance's Lark form: the delimiters of calls are tokens where the tokenizer has
+tokens for them, and the JSON between them follows the schemas. Schemas are closed first (an object with named
+properties takes no others, an integer fits in 64 bits), since a grammar permits whatever is not forbidden.
 
 Pure functions: no model, no tokenizer. `guided` follows the grammar while a reply is decoded.
 """
@@ -19,9 +19,9 @@ from agentmem.generation.output_parser import Tags
 
 Calls = Literal["none", "may", "must"]
 
-# The widest integers of 64 bits that a double, which grammars are made with, holds exactly.
+# The widest 64-bit integers that a double holds exactly; grammars are built with doubles.
 _WIDEST = 2**63 - 2**10
-# How JSON is spelled: as json.dumps does, which is what chat templates show of earlier calls.
+# How JSON is written: as by json.dumps, which is how chat templates show earlier calls.
 _SPELLING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _MAPS = ("properties", "$defs", "definitions", "patternProperties", "dependentSchemas")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
@@ -33,13 +33,13 @@ class ReplyFormat:
     """What a reply must be.
 
     Attributes:
-        tools: function descriptions in OpenAI form; only these may be called, with arguments as they say.
+        tools: function descriptions in OpenAI form; only these may be called, with arguments that fit their schemas.
         calls: "must" (a call and nothing else), "may" (text, then calls if the model wants any) or "none".
         parallel: whether one reply may hold several calls.
         schema: a JSON schema: a reply without calls is JSON that fits it. None: such a reply is free text.
 
     Raises:
-        ConfigError: calls without a tool to call, or nothing that binds the reply.
+        ConfigError: calls without a tool to call, or options that do not constrain the reply at all.
     """
 
     tools: Sequence[Mapping[str, Any]] = ()
@@ -68,7 +68,7 @@ def lark(form: ReplyFormat, tags: Tags, *, thinking: bool) -> str:
     Args:
         form: the format.
         tags: how the tokenizer spells the delimiters of calls and reasoning.
-        thinking: the prompt has opened a region of reasoning, which must end before the reply begins.
+        thinking: whether the prompt has opened a reasoning block, which must end before the reply begins.
     """
     delimiters = {tag: f"<[{token}]>" for token, tag in tags.by_token.items()}
     opening, closing, thought = (
@@ -91,25 +91,25 @@ def lark(form: ReplyFormat, tags: Tags, *, thinking: bool) -> str:
     start = " | ".join(alternatives)
     if thinking:
         start = f'TEXT {thought} ("\\n\\n")? ({start})'
-    # Tokens that the tokenizer keeps for control match no expression, so text holds no delimiter.
+    # Control tokens match no expression, so text cannot contain a delimiter.
     return "\n".join(["%llguidance {}", f"start: {start}", *rules, "TEXT: /(.|\\n)*/"])
 
 
 def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """A schema that permits no more than it names: closed objects, integers of 64 bits; otherwise the same."""
+    """The same schema, permitting no more than it names: objects are closed, and integers fit in 64 bits."""
     result: dict[str, Any] = dict(schema)
     for key in _MAPS:
         if isinstance(result.get(key), Mapping):
             result[key] = {name: _closed_any(part) for name, part in result[key].items()}
     for key in _LISTS:
         if isinstance(result.get(key), Sequence) and not isinstance(result[key], str):
-            # Several schemas for one object: each may name only some of its properties.
+            # Several schemas for one object: each may name only some of its properties, so none of them is closed.
             open_parts = key == "allOf" or (key != "prefixItems" and "properties" in result)
             result[key] = [part if open_parts else _closed_any(part) for part in result[key]]
     for key in _SINGLE:
         if key in result:
             result[key] = _closed_any(result[key])
-    # Beside other schemas for the same object, `properties` are not all that it may have.
+    # Next to other schemas for the same object, `properties` does not list everything that it may have.
     if "properties" in result and not result.keys() & {"additionalProperties", "$ref", "allOf", "anyOf", "oneOf"}:
         result["additionalProperties"] = False
     types = result.get("type")
@@ -131,7 +131,7 @@ def _closed_any(schema: Any) -> Any:
 
 
 def _call_schema(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON between the delimiters of a call: the tool's name and its arguments."""
+    """The schema of the JSON between the delimiters of a call: the tool's name and its arguments."""
     function = tool["function"]
     arguments = closed(function.get("parameters") or {"type": "object", "properties": {}})
     return {
@@ -147,7 +147,7 @@ def _call_schema(tool: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _objects_only(schema: dict[str, Any]) -> dict[str, Any]:
-    """A schema that permits objects alone, whatever else it did."""
+    """The schema restricted to objects, whatever else it permitted."""
     if schema.get("type") == "object":
         return schema
     if not schema.keys() & {"$ref", "allOf", "anyOf", "oneOf"}:
@@ -156,7 +156,7 @@ def _objects_only(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rebased(schema: Any, to: str) -> Any:
-    """A schema whose references into itself point to its new place in a larger one."""
+    """The schema with its internal references pointing to its new place in a larger schema."""
     if isinstance(schema, Mapping):
         return {
             key: to + value[1:]

@@ -1,4 +1,4 @@
-"""The model as generation sees it: tokens and a state in, logits and a state out. Knows no batch and no turn."""
+"""The model as generation uses it: tokens and a state in, logits and a state out. Knows nothing of batches or turns."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from agentmem.state import MemoryState
 
 
 class ForwardOutput(NamedTuple):
-    """What one forward pass gives: logits [B, V] of the last tokens where they were wanted, state and open sums."""
+    """The result of a forward pass: logits [B, V] of the last tokens where wanted, the state, and the open sums."""
 
     logits: Tensor | None
     state: Tensor | None
@@ -27,16 +27,16 @@ class ForwardOutput(NamedTuple):
 
 
 class ModelRunner:
-    """A model with its memory, or without, and the way of states to its device and back.
+    """A model with or without memory; also moves states to its device and back.
 
     Args:
         model: a causal language model of transformers.
         steered: the model with its memory attached, or None.
 
     Attributes:
-        device: where tokens and states go.
-        strategy: how the adapter writes; None without one.
-        writes_at_close: whether memory is written when a pass closes, instead of by every token.
+        device: the device of tokens and states.
+        strategy: the adapter's write strategy; None without an adapter.
+        writes_at_close: whether memory is written when a pass closes, and not by every token.
         context_limit: the longest context that the model takes, in tokens.
     """
 
@@ -64,9 +64,9 @@ class ModelRunner:
         position_ids: Tensor | None = None,
         attention_bias: Tensor | None = None,
     ) -> ForwardOutput:
-        """One forward pass over tokens [B, T], of the bare model where `state` is None.
+        """One forward pass over tokens [B, T]; of the bare model where `state` is None.
 
-        The arguments are those of `SteeredModel`'s call; `logits`: whether those of the last tokens are wanted.
+        The arguments are those of `SteeredModel.__call__`; `logits`: whether the logits of the last tokens are wanted.
         """
         if state is not None:
             assert self.steered is not None
@@ -94,18 +94,18 @@ class ModelRunner:
     def extend(
         self, sequence: Sequence, ids: abc.Sequence[int], segments: abc.Sequence[int], *, logits: bool, close: bool
     ) -> None:
-        """Read tokens at the end of a sequence that has no row, in one pass of its own.
+        """Read tokens at the end of a sequence that has no row, in a pass of their own.
 
         Args:
             sequence: changed in place.
             ids: the tokens, at least one.
-            segments: one number a token, -1 = not written; token adapters only look at the sign.
-            logits: keep those of the last token in `sequence.logits`.
+            segments: a segment for each token, -1 = not written; for token adapters only the sign matters.
+            logits: whether to store the logits of the last token in `sequence.logits`.
             close: for message and sentence adapters, whether the pass ends here.
         """
         sequence.next_token = None
         writes = max(segments) >= 0
-        # Where all tokens write, a token adapter needs no numbers.
+        # Where all tokens write, a token adapter needs no segments.
         numbered = writes and (self.writes_at_close or min(segments) < 0)
         out = self.forward(
             self._to_device(ids),
@@ -132,24 +132,24 @@ class ModelRunner:
         return MemoryState.zeros(self.steered.state_shape, self.model_fingerprint, self.adapter_fingerprint)
 
     def require_fit(self, state: MemoryState) -> None:
-        """Refuse a state that this model cannot go on from.
+        """Refuse a state that does not belong to this model and adapter.
 
         Raises:
             MissingAdapterError: there is no adapter.
-            StateMismatchError: it is another model's or adapter's.
+            StateMismatchError: the state belongs to another model or adapter.
         """
         if self.steered is None:
             raise MissingAdapterError("this engine has no adapter and takes no state; load one with adapter=")
         state.require(self.model_fingerprint, self.adapter_fingerprint, self.steered.state_shape)
 
     def load_state(self, state: MemoryState) -> Tensor:
-        """[1, L, H, r, r] on the model's device."""
+        """The state as a tensor [1, L, H, r, r] on the model's device."""
         return torch.tensor(state.matrices).unsqueeze(0).to(self.device)
 
     def save_state(self, state: Tensor, record: ConsumedRecord) -> abc.Generator[None, None, MemoryState]:
-        """The value that a turn returns, of [1, L, H, r, r]; the one place where a state leaves the device.
+        """The value that a turn returns, from [1, L, H, r, r]; the only place where a state leaves the device.
 
-        A generator: from a GPU it is copied while others are served.
+        A generator: while a state is copied from a GPU, other turns can run.
         """
         host = state[0]
         if host.device.type == "cuda":
@@ -167,5 +167,5 @@ class ModelRunner:
         )
 
     def _to_device(self, numbers: abc.Sequence[int]) -> Tensor:
-        """[1, n]; on CUDA without waiting for what the device does at the moment."""
+        """A tensor [1, n]; on CUDA without waiting for the device's current work."""
         return torch.tensor([numbers]).to(self.device, non_blocking=self.device.type == "cuda")

@@ -21,7 +21,7 @@ class Sampling:
         top_k: keep this many tokens; 0 = all.
         max_tokens: at most this many reply tokens.
         stop: strings that end the reply; the reply is cut before the first of them.
-        seed: the same seed gives the same reply; None = another one each time.
+        seed: the same seed gives the same reply; None = a new seed each time.
 
     Raises:
         ConfigError: a value out of range.
@@ -70,7 +70,7 @@ class Sampler:
         """The next token from logits [V]; the sampler then advances to the one after it.
 
         Args:
-            logits: of the next token.
+            logits: the logits of the next token.
             chosen: the token, where `choose_all` has already chosen it from these logits.
 
         Raises:

@@ -1,6 +1,6 @@
-"""One generation while its turn runs, as data: a state, the sums of an open pass, KV, the last logits.
+"""One running generation as data: its state, the sums of an open pass, its KV, and the last logits.
 
-The memory's whole truth goes in as a tensor and comes out as one; the sequence is thrown away with the turn.
+All of the memory goes in as a tensor and comes out as one; the sequence itself is discarded after the turn.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from agentmem.generation.sampling import Sampler
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Where a sequence stood, to come back to with `rewind`: how many tokens it had read, its state, its open sums.
+    """A position of a sequence to which `rewind` can go back: number of tokens read, state, open sums.
 
     Tensors are never changed in place, so this copies nothing.
     """
@@ -34,13 +34,14 @@ class Sequence:
 
     Attributes:
         state: the memory [1, L, H, r, r]; None runs the bare model.
-        cache: its own KV; without what was read in `row` for as long as it has one.
+        cache: its own KV cache; while the sequence has a row, without the tokens that were read there.
         pending: the sums of an open pass, for adapters that write by message or sentence.
-        logits: [V] after the last token that was read with them.
-        sampler: who will choose the next token from the logits as they are; None: nobody, or not as they are.
-        next_token: what it chooses, where that is known already.
-        row: its row of KV while it decodes together with others.
-        cache_valid: False once a pass has failed: its layers may hold different tokens.
+        logits: [V] after the last token, if that token was read with logits.
+        sampler: chooses the next token from the logits unchanged; None where no token is chosen or the logits are
+            masked first.
+        next_token: the token that it chooses, where that is already known.
+        row: its row in a batched KV cache, while it decodes together with others.
+        cache_valid: False after a failed pass: the layers of the cache may then hold different tokens.
     """
 
     state: Tensor | None
@@ -54,10 +55,10 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Tokens that were read, in its row or its own cache."""
+        """The number of tokens that were read, into its row or its own cache."""
         return int(self.cache.get_seq_length()) if self.row is None else self.row.length
 
     def rewind(self, to: Snapshot) -> None:
-        """Go back to an earlier place of the same pass. Only while it has no row."""
+        """Go back to an earlier position in the same pass. Only while the sequence has no row."""
         crop(self.cache, to.length)
         self.state, self.pending = to.state, to.pending

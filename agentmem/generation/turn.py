@@ -1,10 +1,10 @@
 """One turn as a transaction: messages and a state in, a reply and a new state out, or nothing at all.
 
-The walk (docs/engine.md draws it): everything is decided (`plan_turn`); new messages that are not shown are written
-(`catch_up`); the prompt is read, consumed messages with writes off and new ones written (`prefill`); the reply is
-decoded token by token and cut where it ends (`decode`); the tokens that close it are fed and the state is taken off the
-device (`finish`). A turn is a generator that yields between forward passes. It changes nothing but the caches of KV,
-which can only save time.
+The steps (drawn in docs/engine.md): everything is decided (`plan_turn`); new messages that are not shown are written
+(`catch_up`); the prompt is read, consumed messages with writes off and new ones with writes on (`prefill`); the reply
+is decoded token by token and cut where it ends (`decode`); the tokens that close it are fed, and the state is copied
+from the device (`finish`). A turn is a generator that yields between forward passes. It changes nothing but the KV
+caches, which only save time.
 """
 
 from __future__ import annotations
@@ -42,15 +42,16 @@ Emit = Callable[[Delta], None]
 FinishReason = Literal["stop", "length", "tool_calls"]
 
 CHUNK_TOKENS = 1024
-"""Most tokens in one forward pass. A constant, so that a prompt is always cut at the same places."""
-_FEW = 8  # tokens that a sequence reads together with others, rather than to copy its KV out of the row for one pass
+"""Most tokens in one forward pass. A constant, so that a prompt is always cut into the same chunks."""
+_FEW = 8  # up to so many tokens are read with other sequences; for more, the KV is copied out of the row
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of one turn: shown in the prompt, decoded, and prompt tokens whose KV was at hand.
+    """Token counts of one turn: shown in the prompt, decoded, and prompt tokens whose KV was reused.
 
-    `carried_tokens` of the latter came from an earlier turn (`kv="carry"`): the reply rests on an older state too.
+    Of the latter, `carried_tokens` came from an earlier turn (`kv="carry"`), so the reply also depends on an older
+    state.
     """
 
     input_tokens: int
@@ -65,17 +66,18 @@ class Turn:
 
     Attributes:
         message: the reply; its content is the text outside reasoning and calls.
-        state: the new state; the one given for write="off", and for a turn without memory.
-        reasoning: what stood between `<think>` and `</think>`.
-        invalid_tool_calls: calls that could not be read.
+        state: the new state; the given one for write="off" and for a turn without memory.
+        reasoning: the text between `<think>` and `</think>`.
+        invalid_tool_calls: calls that could not be parsed.
         finish_reason: "stop", "length" or "tool_calls".
         usage: token counts.
-        written, read: tokens written into the memory, and shown without being written.
-        edits: indices of messages that were new before consumed ones (`on_edit="write"`).
-        token_ids: the reply's tokens as the model was fed them, without the generation prompt and the closing tokens.
-        deletions: how many consumed messages the history lacked after one that it had.
-        truncation: what of the last message, or of tool results that belong to it, the model's context had no room for;
-            None: nothing. It was written all the same.
+        written, read: numbers of tokens that were written into the memory, and that were shown without being written.
+        edits: indices of new messages that come before consumed ones (`on_edit="write"`).
+        token_ids: the reply's tokens as they were fed to the model, without the generation prompt and the closing
+            tokens.
+        deletions: how many consumed messages are missing from the history, although a later consumed one is there.
+        truncation: the part of the last message, or of tool results that belong to it, for which the model's context
+            had no room; None: nothing was cut. The whole message was written to memory all the same.
     """
 
     message: Message
@@ -94,7 +96,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Remembered:
-    """What a context-only write returns: the new state, tokens written, edits and deletions as in `Turn`."""
+    """The result of a context-only write: the new state, tokens written, edits and deletions as in `Turn`."""
 
     state: MemoryState
     written: int
@@ -104,19 +106,19 @@ class Remembered:
 
 @dataclass(frozen=True)
 class TurnContext:
-    """What all turns of an engine share; nothing of any turn.
+    """What all turns of an engine share; nothing that belongs to a single turn.
 
     Attributes:
         runner: the model.
-        batch: reads single tokens of many sequences at once.
-        tokenizer: as loaded.
-        transcript: the chat template.
-        closing_ids: gives the tokens with which the template closes a reply.
+        batch: decodes single tokens of many sequences at once.
+        tokenizer: the tokenizer as loaded.
+        transcript: renders messages with the chat template.
+        closing_ids: returns the tokens with which the template closes a reply.
         end_ids: tokens that end a reply.
         tags: delimiters of reasoning and tool calls.
-        grammars: holds replies to a format.
+        grammars: makes constraints for replies with a format.
         prefills: recent prefills.
-        stale_kv: what turns with `kv="carry"` read.
+        stale_kv: KV of turns with `kv="carry"`.
     """
 
     runner: ModelRunner
@@ -133,8 +135,10 @@ class TurnContext:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt that was read: what may stand in for it later, how many of its tokens were at hand, and how many of
-    these came from an earlier turn."""
+    """A prompt that was read: its prefill for later use, and how many of its tokens had KV in a cache.
+
+    `carried_tokens` of these came from an earlier turn.
+    """
 
     prefill: Prefill
     cache_read_tokens: int = 0
@@ -146,13 +150,13 @@ class Reply:
     """A reply that was decoded and cut.
 
     Attributes:
-        text: what it says, tags and calls included.
+        text: the whole text, tags and calls included.
         ids: its tokens.
-        parsed: taken apart.
+        parsed: the text split into its parts.
         finish_reason: "stop" or "length".
-        decoded: how many tokens were chosen, those that were cut off included.
+        decoded: how many tokens were chosen, including those that were cut off.
         fed: how many of `ids` the sequence has read.
-        start: where the sequence stood before.
+        start: the position of the sequence before the reply.
     """
 
     text: str
@@ -182,7 +186,7 @@ def run_remember(
 def run_turn(
     context: TurnContext, request: Request, state: MemoryState | None, emit: Emit | None = None
 ) -> Steps[Turn]:
-    """Answer the last message; `emit` is given the reply as it is decoded."""
+    """Answer the last message; `emit` receives the reply as it is decoded."""
     runner, memory = context.runner, request.options["memory"]
     if state is not None and memory and runner.steered is None:
         raise MissingAdapterError(
@@ -206,29 +210,29 @@ def run_turn(
             if sequence.row is not None:
                 context.batch.leave(sequence, keep=False)
     except GeneratorExit:
-        # Cancelled between two forward passes: if none failed, every layer holds the same tokens.
+        # Cancelled between two forward passes: if none failed, all layers hold the same tokens.
         _keep_prefill(context, plan, sequence, prompt)
         raise
 
 
 def catch_up(context: TurnContext, plan: CatchUp) -> Steps[Sequence]:
-    """Write new messages that are not shown, by passes with KV of their own; gives the sequence of the turn."""
+    """Write new messages that are not shown, in passes with separate KV; returns the turn's sequence."""
     from transformers import DynamicCache
 
-    # Without the model's config every layer keeps all its KV, sliding ones too, so that it can be cut back.
+    # Made without the model's config, so that every layer keeps all its KV, even sliding ones, and can be cut back.
     sequence = Sequence(None if plan.start is None else context.runner.load_state(plan.start), DynamicCache())
     for chunk in plan.catch_up_chunks:
         yield from _feed(context, sequence, chunk.ids, chunk.segments, close=chunk.closes)
-        sequence.cache = DynamicCache()  # the next one begins at position 0 again
+        sequence.cache = DynamicCache()  # the next pass begins at position 0 again
     return sequence
 
 
 def prefill(context: TurnContext, plan: Plan, sequence: Sequence) -> Steps[Prompt]:
-    """Read the prompt and the generation prompt, as far as their KV is not at hand."""
+    """Read the prompt and the generation prompt, except for tokens whose KV is in a cache."""
     key, n, length = plan.prefill_key, plan.read_only_prefix_len, 0
     stale = None
     if plan.stale_kv is not None:
-        # Only for what is not written: a token that writes has to be read with this turn's own state.
+        # Only for tokens that are not written: a token that is written must be read with this turn's own state.
         stale = context.stale_kv.find(plan.stale_kv, plan.cache_salt, plan.prompt.ids[:n])
     if stale is not None:
         sequence.cache, length = stale, int(stale.get_seq_length())
@@ -241,7 +245,7 @@ def prefill(context: TurnContext, plan: Plan, sequence: Sequence) -> Steps[Promp
     if plan.strategy == "token":
         yield from _feed(context, sequence, key.ids[n:], key.segments[n:], logits=True)
     else:
-        # The messages' pass ends with the last of them; the reply's begins with the generation prompt.
+        # The messages' pass ends with their last token; the reply's pass begins with the generation prompt.
         end = len(plan.prompt.ids)
         yield from _feed(context, sequence, key.ids[n:end], key.segments[n:end])
         yield from _feed(context, sequence, key.ids[end:], key.segments[end:], logits=True, close=False)
@@ -252,9 +256,9 @@ def prefill(context: TurnContext, plan: Plan, sequence: Sequence) -> Steps[Promp
 def decode(
     context: TurnContext, plan: Plan, sequence: Sequence, guide: Constraint | None, emit: Emit | None
 ) -> Steps[Reply]:
-    """Sample until an end token, a stop string or the limit; then cut the text, and go back to where it ends.
+    """Sample until an end token, a stop string or the limit; then cut the text, and rewind the sequence to the cut.
 
-    Text is handed on as soon as no stop string can begin in it any more.
+    Text is emitted as soon as no stop string can begin in it any more.
     """
     end_ids, segment, budget = context.end_ids, plan.reply_segment, plan.budget
     json_text = plan.form is not None and plan.form.schema is not None
@@ -265,14 +269,14 @@ def decode(
     ids, ends = detokenizer.ids, detokenizer.ends
     sampler = Sampler(plan.sampling)
     start = Snapshot(len(plan.prefill_key.ids), sequence.state, sequence.pending)
-    # Where the sequence stood before and between the tokens that may still be cut off, oldest first.
+    # Positions before and between the tokens that may still be cut off, oldest first.
     snapshots = [start]
     fed = shown = 0
     finish_reason: Literal["stop", "length"] = "stop"
     sequence.sampler = sampler if guide is None else None
     ended = False
     while not ended:
-        # Tokens that a grammar leaves no choice about wait until there is one, and are then read at once.
+        # Tokens forced by a grammar are held back until there is a choice, and are then read together.
         token = guide.follow() if guide is not None else None
         if token is None:
             if fed < len(ids):
@@ -287,7 +291,7 @@ def decode(
                 token = sampler.choose(sequence.logits, sequence.next_token)
             else:
                 token = guide.take(sampler.choose(guide.mask(sequence.logits)))
-        # `length`: characters of the text that stay, whatever comes.
+        # `length`: number of characters that remain in the reply whatever follows.
         if token in end_ids:
             ended, length = True, len(detokenizer.text)
         else:
@@ -312,14 +316,14 @@ def decode(
     if guide is not None and guide.closing:
         finish_reason = "length"
 
-    # What a cut leaves of the token that it goes through is tokenised anew.
+    # A cut may go through a token; the part of it that remains is tokenised anew.
     text = detokenizer.text[:length]
     remainder = text[ends[kept - 1] if kept else 0 :]
     rest = _encode(context, remainder) if remainder else []
     for delta in [*parser.push(-1, remainder), *parser.finish()]:
         if emit is not None:
             emit(delta)
-    if fed > kept:  # what of it stays after all is fed again
+    if fed > kept:  # the sequence read past the cut: go back, and let `finish` feed what remains
         place = next(snapshot for snapshot in reversed(snapshots) if snapshot.length <= start.length + kept)
         fed = place.length - start.length
         context.batch.leave(sequence, keep=True)
@@ -330,7 +334,7 @@ def decode(
 def finish(
     context: TurnContext, plan: Plan, sequence: Sequence, prompt: Prompt, reply: Reply, state: MemoryState | None
 ) -> Steps[Turn]:
-    """Write what is left of the reply, keep KV for turns to come, and take the state off the device."""
+    """Feed the rest of the reply, keep KV for later turns, and copy the state from the device."""
     written = plan.written
     closing = context.closing_ids() if plan.writes_reply or plan.keeps_kv else []
     if plan.writes_reply and plan.strategy == "sentence":
@@ -346,7 +350,7 @@ def finish(
     if sequence.row is not None:
         try:
             context.batch.leave(sequence, keep=plan.keeps_kv)
-        except torch.OutOfMemoryError:  # no room for what was read in its row; the turn is done all the same
+        except torch.OutOfMemoryError:  # no memory for the KV read in its row; the turn itself has succeeded
             sequence.cache_valid = False
 
     message = Message("assistant", reply.parsed.content, reply.parsed.tool_calls)
@@ -386,18 +390,18 @@ def _feed(
     logits: bool = False,
     close: bool = True,
 ) -> Steps[None]:
-    """Read tokens of one sequence, in passes of its own; yields after each.
+    """Read tokens of one sequence in passes of its own; yields after each pass.
 
     Args:
-        ids: the tokens; nothing happens for none.
-        segments: one number a token, -1 = not written; token adapters only look at the sign.
-        logits: keep those of the last token in `sequence.logits`.
+        ids: the tokens; there may be none.
+        segments: a segment for each token, -1 = not written; for token adapters only the sign matters.
+        logits: whether to store the logits of the last token in `sequence.logits`.
         close: for message and sentence adapters, whether the pass ends here.
     """
     closes = close and context.runner.writes_at_close and sequence.state is not None
     if sequence.row is not None and len(ids) <= _FEW and not logits and not closes:
-        # A few tokens that close a reply go along with those of others; also when these have left meanwhile: who
-        # joins the queue of those who begin waits for all of them.
+        # The few tokens that close a reply are read in the pass of the decoding sequences, even if no other sequence is
+        # left there: among the jobs with steps of their own, this one would have to wait for all the others.
         for token, segment in zip(ids, segments, strict=True):
             yield DecodeRequest(sequence, token, segment)
         return
@@ -411,10 +415,10 @@ def _feed(
 
 
 def _read(context: TurnContext, sequence: Sequence, ids: abc.Sequence[int], segment: int) -> Steps[None]:
-    """Read tokens of a reply; the logits behind them are kept, the pass stays open.
+    """Read tokens of a reply; the logits after them are kept, and the pass stays open.
 
-    One token is read together with those of other sequences; several in a pass of their own, but for a sequence that
-    has a row: to leave and to join again costs more than to go along token by token.
+    A single token is read together with other sequences; several tokens are read in a pass of their own, unless the
+    sequence has a row: leaving the row and joining again costs more than reading token by token.
     """
     if len(ids) > 1 and sequence.row is None:
         yield from _feed(context, sequence, ids, [segment] * len(ids), logits=True, close=False)
@@ -424,7 +428,7 @@ def _read(context: TurnContext, sequence: Sequence, ids: abc.Sequence[int], segm
 
 
 def _keep_prefill(context: TurnContext, plan: Plan, sequence: Sequence, prompt: Prompt) -> None:
-    """Keep what the prompt gave. After an error inside a pass the KV may be torn between layers; then it is dropped."""
+    """Keep the prefill of the prompt. After a failed pass the layers of the KV may differ; then it is dropped."""
     if sequence.cache_valid and not prompt.carried_tokens:
         context.prefills.put(plan.prefill_key, prompt.prefill)
 

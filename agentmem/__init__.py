@@ -87,7 +87,7 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        value = globals()[name] = getattr(import_module(_HOMES[name]), name)  # found without this the next time
+        value = globals()[name] = getattr(import_module(_HOMES[name]), name)  # so this runs once per name
         return value
     raise AttributeError(f"module 'agentmem' has no attribute {name!r}")
 

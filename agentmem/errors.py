@@ -4,22 +4,22 @@
     ├── MissingExtraError          an optional dependency is not installed
     ├── ConfigError                an option is unknown, archived or contradictory
     ├── AdapterError               adapter files do not hold what the config or the model needs
-    │   └── MissingAdapterError    memory was asked for and no adapter is at hand
-    ├── ModelNotFoundError         a model's files are not at the place that was given
-    ├── UnsupportedModelError      the model's attention is not built in a way we can steer
-    ├── SegmentsRequiredError      a message or sentence adapter was asked to write without segments
+    │   └── MissingAdapterError    memory is wanted, but the model has no adapter
+    ├── ModelNotFoundError         no model files at the path, or under the name, that was given
+    ├── UnsupportedModelError      the model's attention is built in a way that memory cannot be attached to
+    ├── SegmentsRequiredError      a message or sentence adapter should write but has no segments
     ├── StateError                 a memory state cannot be used
     │   ├── CorruptStateError      truncated, altered or malformed bytes
     │   └── StateMismatchError     made by another model or adapter, or of another shape
-    ├── TranscriptError            messages that the chat template cannot carry
-    ├── HistoryEditedError         on_edit="error" met an edited message
-    ├── WindowError                not even what must be shown fits the window
-    ├── TurnError                  a turn was used against its contract (a carrier used twice, for example)
+    ├── TranscriptError            messages that the chat template cannot render
+    ├── HistoryEditedError         on_edit="error", and a consumed message was edited
+    ├── WindowError                what must be shown does not fit the window
+    ├── TurnError                  a call breaks the rules of a turn (one `MemoryTurn` used twice, for example)
     ├── TurnCancelledError         the caller cancelled the turn
-    ├── TurnTimeoutError           the turn took longer than it was given
+    ├── TurnTimeoutError           the turn took longer than its timeout
     ├── EngineClosedError          the engine was closed
-    ├── TrainingError              a process that computes part of a training step failed
-    ├── StorageError               a database does not hold what was asked for, or holds something foreign
+    ├── TrainingError              a process that computed part of a training step failed
+    ├── StorageError               a database lacks what was requested, or holds something this version cannot read
     └── FactStoreError             the fact store cannot be opened or used
         ├── FactIndexError         its search index is lost or damaged; the facts are not
         └── StoreOwnedError        another process owns the directory
@@ -29,7 +29,7 @@ Messages say what was expected, what was found, and what to do. This module impo
 
 
 def install_hint(extra: str) -> str:
-    """What to run to get an extra. agentmem is on no package index: it is installed from its repository."""
+    """The command that installs an extra. agentmem is on no package index; it is installed from its repository."""
     return f"in a checkout of agentmem run: pip install '.[{extra}]'"
 
 
@@ -55,19 +55,19 @@ class AdapterError(AgentMemError, ValueError):
 
 
 class MissingAdapterError(AdapterError):
-    """The model has no adapter of its own and none was given."""
+    """The model has no adapter of its own, and none was passed."""
 
 
 class ModelNotFoundError(AgentMemError, OSError):
-    """A model's or tokenizer's files are neither in a directory nor on the hub under the name that was given."""
+    """Neither a local directory nor the hub has a model's or tokenizer's files under the given name."""
 
 
 class UnsupportedModelError(AgentMemError, TypeError):
-    """The model's attention projections cannot be steered; the message names what was seen."""
+    """Memory cannot be attached to the model's attention projections; the message says what the model has instead."""
 
 
 class SegmentsRequiredError(AgentMemError, ValueError):
-    """An adapter that writes by message or sentence was asked to write without segment ids."""
+    """An adapter that writes by message or sentence should write but has no segment ids."""
 
 
 class StateError(AgentMemError, ValueError):
@@ -83,11 +83,11 @@ class StateMismatchError(StateError):
 
 
 class TranscriptError(AgentMemError, ValueError):
-    """Messages that the tokenizer's chat template cannot carry."""
+    """Messages that the tokenizer's chat template cannot render."""
 
 
 class HistoryEditedError(AgentMemError, ValueError):
-    """`on_edit="error"` and a message before an already consumed one is new or changed."""
+    """Under `on_edit="error"`: a message that comes before a consumed one is new or changed."""
 
 
 class WindowError(AgentMemError, ValueError):
@@ -95,7 +95,7 @@ class WindowError(AgentMemError, ValueError):
 
 
 class TurnError(AgentMemError, RuntimeError):
-    """A turn was used against its contract."""
+    """A call breaks the rules of a turn, such as using one `MemoryTurn` twice."""
 
 
 class TurnCancelledError(AgentMemError):
@@ -103,11 +103,11 @@ class TurnCancelledError(AgentMemError):
 
 
 class TurnTimeoutError(AgentMemError, TimeoutError):
-    """The turn took longer than the seconds it was given; the state it started from is unchanged."""
+    """The turn took longer than its timeout; the state it started from is unchanged."""
 
 
 class EngineClosedError(AgentMemError, RuntimeError):
-    """The engine was closed, or its worker died; load a new one."""
+    """The engine was closed, or its worker thread died; load a new one."""
 
 
 class TrainingError(AgentMemError, RuntimeError):
@@ -115,15 +115,15 @@ class TrainingError(AgentMemError, RuntimeError):
 
 
 class StorageError(AgentMemError, RuntimeError):
-    """A database does not hold what was asked for, or holds something this version cannot read."""
+    """A database does not hold what was requested, or holds something that this version cannot read."""
 
 
 class FactStoreError(AgentMemError, RuntimeError):
-    """A fact store cannot be opened or used as asked."""
+    """A fact store cannot be opened, or cannot do what was requested."""
 
 
 class FactIndexError(FactStoreError):
-    """A fact store's search index is lost or damaged; the facts are kept apart, and it can be built anew from them."""
+    """A fact store's search index is lost or damaged; the facts are safe, and it can be rebuilt from them."""
 
 
 class StoreOwnedError(FactStoreError):

@@ -1,8 +1,8 @@
-"""The engine's own message type: what a chat template needs, and nothing of any agent framework.
+"""The engine's own message type: what a chat template needs, independent of any agent framework.
 
 A message is a value. Its digest covers what a prompt shows of it: role, text, tool calls (name, canonical arguments,
-id) and tool_call_id, so that two spellings of one message count as one. It never covers the name, which agents put on
-their replies afterwards, nor reasoning or the write flag.
+id) and tool_call_id, so that two spellings of one message are the same message. The digest never covers the name, which
+agents add to their replies afterwards, nor reasoning or the write flag.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[str, ...] = get_args(Role)
 
 CACHE_BYTES = 64 << 20
-"""Most bytes that a cache of messages takes, by its own estimate."""
+"""Largest size of a message cache in bytes, by its own estimate."""
 
-_ENTRY_BYTES = 200  # a dict's entry, the key's tuple and the value's object, roughly
+_ENTRY_BYTES = 200  # roughly: a dict entry, the key's tuple and the value's object
 
 
 @dataclass(frozen=True)
 class ToolCall:
-    """One call that the assistant asks for: the tool's name, the arguments (a JSON object), the call's id."""
+    """One call requested by the assistant: the tool's name, the arguments (a JSON object), the call's id."""
 
     name: str
     arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -43,11 +43,11 @@ class Message:
     Attributes:
         role: who speaks.
         content: the text.
-        tool_calls: calls that an assistant message asks for, in order.
+        tool_calls: the calls that an assistant message requests, in order.
         tool_call_id: for a tool message, the id of the call that it answers.
         name: the speaker's or the tool's name, if any.
-        write: False for a message that is shown but never written and never recorded (retrieved facts).
-            System messages are never written, whatever this says.
+        write: False for a message that is shown but never written and never recorded (retrieved facts). System messages
+            are never written, whatever the value.
 
     Raises:
         TranscriptError: the role is unknown, or the content is not text, or not valid Unicode.
@@ -73,24 +73,24 @@ class Message:
             raise TranscriptError(
                 f"a message's content is valid Unicode; found half a surrogate pair at {error.start}; repair the text"
             ) from None
-        # A list is what callers often have at hand; a tuple is what makes the message a value.
+        # Callers often have a list; a tuple makes the message an immutable value.
         object.__setattr__(self, "tool_calls", tuple(self.tool_calls))
 
     @cached_property
     def writes(self) -> bool:
-        """Whether the write policy lets this message into memory."""
+        """Whether this message may be written into memory."""
         return self.write and self.role != "system"
 
     def digest(self, *, with_name: bool = False) -> bytes:
-        """SHA-256 over everything that makes this message the same message.
+        """SHA-256 over everything that identifies this message.
 
         Args:
-            with_name: the name as well, as the records of older states do.
+            with_name: include the name, as the records of older states do.
 
         Raises:
-            TranscriptError: a tool call's arguments are no JSON object.
+            TranscriptError: a tool call's arguments are not a JSON object.
         """
-        # Arguments are the caller's own objects and may change in place; nothing else can.
+        # Arguments are the caller's own objects and may change in place; nothing else can, so only they forbid caching.
         if with_name or self.tool_calls:
             return self._computed_digest(self.name if with_name else "")
         return self._kept_digest
@@ -113,10 +113,11 @@ class Message:
 
 
 class MessageCache:
-    """What was worked out about the messages that were seen lately, bounded by bytes. It changes no result.
+    """Keeps what was computed about recently seen messages, up to a number of bytes. It affects no result.
 
-    Entries live in two generations. New ones and those that are used join the young generation; when that has half of
-    the bytes it becomes the old one, and what was in the old one is dropped. So a lookup costs one dict access.
+    Entries are in two generations. New entries, and old ones when they are used, go into the young generation. When
+    that reaches half of the limit it becomes the old one, and the previous old generation is dropped. So a lookup costs
+    one dict access.
     Thread-safe.
 
     Args:
@@ -131,7 +132,7 @@ class MessageCache:
         self._lock = Lock()
 
     def get(self, key: Hashable) -> Any:
-        """The value kept for a key, or None."""
+        """The value stored for a key, or None."""
         entry = self._young.get(key)
         if entry is None:
             entry = self._old.get(key)
@@ -141,12 +142,12 @@ class MessageCache:
         return entry[0]
 
     def get_all(self, keys: Iterable[Hashable]) -> list[Any]:
-        """The values kept for keys, None for those that are not there."""
+        """The values stored for keys; None for those that are missing."""
         young = self._young
         return [entry[0] if (entry := young.get(key)) is not None else self.get(key) for key in keys]
 
     def put(self, key: Hashable, value: Any, size: int) -> None:
-        """Keep a value, which takes so many bytes with its key; one that takes half of the limit is not kept."""
+        """Store a value of `size` bytes, key included; a value that takes half of the limit or more is not stored."""
         size += _ENTRY_BYTES
         if size > self._limit // 2:
             return
@@ -159,11 +160,11 @@ class MessageCache:
 
     @property
     def size(self) -> int:
-        """Bytes that are taken, by estimate."""
+        """Bytes in use, by estimate."""
         return self._young_bytes + self._old_bytes
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove all entries."""
         with self._lock:
             self._young, self._old = {}, {}
             self._young_bytes = self._old_bytes = 0

@@ -1,26 +1,27 @@
-"""What a memory has consumed, and how a given history lines up with it.
+"""What a memory has consumed, and how the next history lines up with it.
 
-A record is a value. It describes the last history that the memory was given, all of which has been consumed: how many
-messages were ever written, a chain digest over that history, and the 8-byte digests of its last 256 messages in the
-order of that history. It answers one question: which messages of the next history are new? Messages that never write
-(system messages, retrieved facts) are never consumed and never new, so they play no part here.
+A record is a value. It describes the last history that was passed to the memory, all of which has been consumed: how
+many messages were ever written, a chain digest over that history, and the 8-byte digests of its last 256 messages (the
+*tail*), in the order of that history. It answers one question: which messages of the next history are new? Messages
+that are never written (system messages, retrieved facts) are never consumed and never new, so they are ignored here.
 
 The rules of `ConsumedRecord.align`, in order:
 
-1. The history starts with the whole last history (the chain digest says so): what follows is new.
-2. Otherwise the history is aligned with the tail by a longest common subsequence in which every *break* (a stretch of
-   consumed messages that is missing between two matches, or after the last one) counts as one match less. Breaks at
-   the head are free: histories are trimmed there. Matched messages are consumed. With a full tail, so are those before
-   the first match, which are taken to be older than the tail. A message that merely moved is consumed too: one
-   before the last match that the tail holds elsewhere, unmatched; behind the last match only in a history that lacks
-   nothing of the tail but its head, and never as its last message, since people say the same thing twice. All others
-   are new, in their place. A history that shares nothing with the tail is taken to follow the last one.
+1. If the history starts with the complete last history (its chain digest matches), everything after that is new.
+2. Otherwise the history is aligned with the tail by a longest common subsequence in which every *break* (a run of
+   consumed messages that is missing between two matches, or after the last one) counts as one match less. Missing
+   messages at the head cost nothing, since histories are trimmed there. Matched messages are consumed. With a full
+   tail, the messages before the first match are consumed too: they are taken to be older than the tail. So is a message
+   that merely moved. Before the last match, that is any message that the tail holds elsewhere, unmatched. After the
+   last match it is one only if the history lacks nothing of the tail except its head, and never if it is the last
+   message, since people say the same thing twice. All other messages are new. A history that has nothing in common with
+   the tail is taken to continue the last one.
 
-Counting breaks decides what repeated equal messages ("ok", "done") stand for; where no message repeats the result is
-the plain longest common subsequence. Equal scores are decided by fewer unmatched messages before the last match (with
-a full tail: between the first and the last), then by fewer breaks, then by the later place in the tail, then by the
-later place in the history. So a trimmed history continues the end of the tail, and what comes after is new even when
-it repeats something older.
+Counting breaks decides which message a repeated one ("ok", "done") is; where no message repeats, the result is the
+plain longest common subsequence. Ties are broken by fewer unmatched messages before the last match (with a full tail:
+between the first and the last), then by fewer breaks, then by the later position in the tail, then by the later
+position in the history. So a trimmed history continues the end of the tail, and what comes after is new even if it
+repeats something older.
 """
 
 from __future__ import annotations
@@ -39,27 +40,27 @@ from agentmem.messages import Message
 
 OnEdit = Literal["write", "error", "rebuild"]
 
-TAIL = 256  # messages remembered one by one
-DIGEST = 8  # bytes of each one's digest
+TAIL = 256  # number of messages whose digests are kept
+DIGEST = 8  # bytes of each digest in the tail
 CHAIN = 32  # bytes of the chain digest
 
-# One int64 orders the partial alignments that end at a given pair: score first (matches - breaks), then the
-# number of matches, then the place of the first match (only with a full tail, where what comes before it is
+# One int64 orders the partial alignments that end at a given pair: first by score (matches - breaks), then by the
+# number of matches, then by the position of the first match (only with a full tail, where what comes before it is
 # free).
 _SCORE = 1 << 44
 _MATCH = 1 << 32
-_NONE = -1  # no alignment ends here; every real one has a positive key
+_NONE = -1  # no alignment ends here; the key of an alignment is positive
 
 
 class History(NamedTuple):
-    """A history as records read it.
+    """A history in the form that records use.
 
     Attributes:
-        messages: as given.
-        places: of the messages that write.
-        silent: places of the others.
-        digests: of the messages that write, 8 bytes each.
-        chains: of the first n of these, n from 0 on.
+        messages: the whole history.
+        places: indices of the messages that may be written.
+        silent: indices of the others.
+        digests: digests of the messages that may be written, 8 bytes each.
+        chains: chain digests of the first n of these, for n from 0 on.
     """
 
     messages: list[Message]
@@ -70,7 +71,7 @@ class History(NamedTuple):
 
     @classmethod
     def read(cls, messages: Sequence[Message], beginning: History | None = None) -> History:
-        """Read a history; `beginning` is what was read of its first messages earlier."""
+        """Read a history; `beginning` is the result of reading its first messages earlier."""
         history = cls(list(messages), [], [], [], [bytes(CHAIN)])
         start = 0
         if beginning is not None:
@@ -89,7 +90,7 @@ class History(NamedTuple):
         return history
 
     def unchangeable(self) -> History:
-        """The part that can be kept for later: up to the first tool call, whose arguments may be changed in place."""
+        """The part that can be cached: up to the first tool call, whose arguments the caller may change in place."""
         messages = self.messages
         stop = next((place for place, message in enumerate(messages) if message.tool_calls), len(messages))
         if stop == len(messages):
@@ -111,11 +112,11 @@ class Alignment:
     Attributes:
         new: to be written, once, in this order.
         consumed: already in the memory.
-        edits: those of `new` that stand before a consumed message.
-        silent: those that never write.
+        edits: those of `new` that come before a consumed message.
+        silent: those that are never written.
         deletions: how many messages of the last history are missing after one that was kept, and were not replaced.
-        rebuild: start from the zero state; `new` then names every message that writes.
-        record: the record once `new` is written.
+        rebuild: whether to start from the zero state; `new` then lists every message that may be written.
+        record: the record after `new` is written.
     """
 
     new: list[int] = field(default_factory=list)
@@ -129,7 +130,7 @@ class Alignment:
 
 @dataclass(frozen=True)
 class ConsumedRecord:
-    """Everything that a memory knows about the messages written into it.
+    """All that a memory records about the messages written into it.
 
     Attributes:
         count: how many messages were ever written.
@@ -137,7 +138,7 @@ class ConsumedRecord:
         tail: the 8-byte digests of the last 256 messages of that history, oldest first.
 
     Raises:
-        CorruptStateError: the three do not fit together.
+        CorruptStateError: the three are inconsistent.
     """
 
     count: int
@@ -167,11 +168,11 @@ class ConsumedRecord:
 
     @classmethod
     def empty(cls) -> ConsumedRecord:
-        """Nothing consumed."""
+        """The record of a memory that has consumed nothing."""
         return cls(0, bytes(CHAIN), b"")
 
     def extend(self, messages: Sequence[Message]) -> ConsumedRecord:
-        """The record after these messages followed the last history; those that never write are left out."""
+        """The record after these messages are appended to the last history; those never written are left out."""
         return self._extend(message.digest()[:DIGEST] for message in messages if message.writes)
 
     def _extend(self, digests: Iterable[bytes]) -> ConsumedRecord:
@@ -183,11 +184,11 @@ class ConsumedRecord:
         return ConsumedRecord(count, chain, bytes(tail[-TAIL * DIGEST :]))
 
     def merge(self, branches: Sequence[ConsumedRecord]) -> ConsumedRecord:
-        """This record plus what each branch added to it, branch after branch.
+        """This record plus what each branch added to it, one branch after another.
 
-        Branches that each added at most 256 messages to the end of the history give exactly the record of the joined
-        history. The chain of a longer branch cannot be redone from its tail, so it enters the merged chain as it is:
-        later histories are then recognised by the tail.
+        If each branch added at most 256 messages to the end of the history, the result is exactly the record of the
+        joined history. The chain of a longer branch cannot be recomputed from its tail, so the merged chain includes it
+        as it is; later histories are then recognised by the tail.
 
         Raises:
             StateMismatchError: a branch does not continue this record.
@@ -202,17 +203,17 @@ class ConsumedRecord:
         return merged
 
     def additions(self, later: ConsumedRecord) -> list[bytes]:
-        """Digests of what the last history of a later record has beyond this one's, in its order; at most the last 256.
+        """Digests of what the last history of a later record has beyond this one's, in order; at most the last 256.
 
         Raises:
             StateMismatchError: the other record cannot have started from this one.
         """
         written, digests = later.count - self.count, _split(later.tail)
-        if 0 <= written <= len(digests):  # the usual one: this history with something behind it
+        if 0 <= written <= len(digests):  # the usual case: this history with something appended
             added = digests[len(digests) - written :]
             if self._extend(added).chain == later.chain:
                 return added
-        # One that was given another history: edited, trimmed, or its own.
+        # The later record has read another history: edited, trimmed, or a different one.
         tail = _split(self.tail)
         missing, added = Counter(tail), []
         for digest in digests:
@@ -220,7 +221,7 @@ class ConsumedRecord:
                 missing[digest] -= 1
             else:
                 added.append(digest)
-        older = len(tail) == TAIL  # what the other one shows may have been consumed before this tail begins
+        older = len(tail) == TAIL  # the other history may begin before this tail does
         if written < 0 or (len(added) > written and not older):
             raise StateMismatchError(
                 f"a branch that continues the record {_name(self)} was expected; found {_name(later)}; "
@@ -229,12 +230,12 @@ class ConsumedRecord:
         return added[-written:] if written else []
 
     def align(self, history: Sequence[Message] | History, on_edit: OnEdit = "write") -> Alignment:
-        """Find what is new in a history.
+        """Find the new messages of a history.
 
         Args:
-            history: the whole history as given, system messages included; or what `History.read` made of it.
-            on_edit: what an unmatched message before a matched one does, and a deletion. "write" reports them,
-                "error" raises for an edit, "rebuild" asks for all messages anew.
+            history: the whole history, system messages included; or the result of `History.read`.
+            on_edit: what to do about an unmatched message before a matched one, or a deletion: "write" reports them,
+                "error" raises for an edit, "rebuild" asks for all messages to be written again.
 
         Raises:
             HistoryEditedError: `on_edit` is "error" and a message before a consumed one is new or changed.
@@ -244,14 +245,14 @@ class ConsumedRecord:
         if not isinstance(history, History):
             history = History.read(history)
         places, silent = history.places, history.silent
-        if not places:  # nothing to learn from: the next history is compared with the last one that said something
+        if not places:  # an empty history changes nothing: the next one is compared with the last that was not empty
             return Alignment(silent=silent, record=self)
         if self.chain in history.chains:
             start = history.chains.index(self.chain)
             record = self._after(history, len(places) - start)
             return Alignment(new=places[start:], consumed=places[:start], silent=silent, record=record)
         columns, last, deletions = self._consumed(history)
-        if last is None:  # shares nothing with the last history: notes, or what came after everything was cleared
+        if last is None:  # nothing in common: separate notes, or messages after the history was cleared
             return Alignment(new=places, silent=silent, record=self._extend(history.digests))
         consumed = [places[column] for column in columns]
         new = sorted(set(places) - set(consumed))
@@ -269,15 +270,15 @@ class ConsumedRecord:
         return Alignment(new, consumed, edits, silent, deletions, record=self._after(history, len(new)))
 
     def _after(self, history: History, written: int) -> ConsumedRecord:
-        """The record after this history, of which so many messages were written."""
+        """The record after this history, of which `written` messages were written."""
         return ConsumedRecord(self.count + written, history.chains[-1], b"".join(history.digests[-TAIL:]))
 
     def _consumed(self, history: History) -> tuple[list[int], int | None, int]:
         """What is consumed of a history that does not start with the last one.
 
         Returns:
-            The consumed ones as indices into its digests, ascending; the last one that was matched in its place; and
-            the number of deletions.
+            The indices of consumed messages in the history's digests, ascending; the last index that was matched in
+            order; and the number of deletions.
         """
         tail = _split(self.tail)
         digests = _earlier_digests(history, tail)
@@ -288,7 +289,7 @@ class ConsumedRecord:
         rows, columns = [row for row, _ in matched], [column for _, column in matched]
         consumed = {*range(columns[0]), *columns} if full else set(columns)
         missing = Counter(tail[row] for row in set(range(len(tail))) - set(rows))
-        # A head that was trimmed takes no part in whether anything is missing.
+        # A head that was trimmed does not count as missing.
         present = set(digests)
         start = next(row for row, digest in enumerate(tail) if digest in present)
         everything = not Counter(tail[start:]) - Counter(digests)
@@ -297,7 +298,7 @@ class ConsumedRecord:
             if missing[digests[column]] and (not behind or (everything and column < len(digests) - 1)):
                 missing[digests[column]] -= 1
                 consumed.add(column)
-        # Count per gap between two matches: what is missing there and was not replaced by something new.
+        # For each gap between two matches, count what is missing there and was not replaced by something new.
         deletions = 0
         ends = [*matched[1:], (len(tail), len(digests))]
         for (row, column), (next_row, next_column) in zip(matched, ends, strict=True):
@@ -309,9 +310,9 @@ class ConsumedRecord:
 
 
 def _earlier_digests(history: History, tail: list[bytes]) -> list[bytes]:
-    """The history's digests; for messages with a name the digests of older records, where the tail has those.
+    """The history's digests; for messages with a name the older form of the digest, where the tail has that.
 
-    Records once covered the name as well, and states that were saved then are still recognised.
+    Digests once covered the name as well, and states that were saved then are still recognised.
     """
     digests = list(history.digests)
     for number, place in enumerate(history.places):
@@ -322,7 +323,7 @@ def _earlier_digests(history: History, tail: list[bytes]) -> list[bytes]:
 
 
 def _match(tail: list[bytes], digests: list[bytes], *, free_head: bool) -> list[tuple[int, int]]:
-    """The best alignment as pairs of indices into `tail` and `digests` (the module docstring says what is best)."""
+    """The best alignment as pairs of indices into `tail` and `digests` (the module docstring defines the best)."""
     numbers = {digest: number for number, digest in enumerate(set(tail))}
     places = np.array([column for column, digest in enumerate(digests) if digest in numbers], dtype=np.int64)
     if not len(places):
@@ -353,7 +354,7 @@ def _keys(equal: NDArray[np.bool_], start: NDArray[np.int64]) -> tuple[NDArray[n
 
 
 def _last_pair(equal: NDArray[np.bool_], keys: NDArray[np.int64], places: NDArray[np.int64]) -> tuple[int, int]:
-    """The pair with which the best alignment ends. Nothing after it may still match."""
+    """The last pair of the best alignment. Nothing after it may still match."""
     rows = equal.shape[0]
     beyond = np.logical_or.accumulate(np.logical_or.accumulate(equal[::-1, ::-1], axis=0), axis=1)[::-1, ::-1]
     extendable = np.zeros_like(equal)
@@ -372,7 +373,7 @@ def _last_pair(equal: NDArray[np.bool_], keys: NDArray[np.int64], places: NDArra
 
 
 def _walk_back(keys: NDArray[np.int64], best: NDArray[np.int64], i: int, j: int) -> list[tuple[int, int]]:
-    """Pairs of the alignment that ends with (i, j), ascending; ties go to the nearest earlier pair."""
+    """The pairs of the alignment that ends with (i, j), ascending; ties go to the nearest earlier pair."""
     pairs = [(i, j)]
     while True:
         rest = int(keys[i, j]) - _SCORE - _MATCH

@@ -1,17 +1,16 @@
-"""MemoryState: the matrices, what they have consumed, and whose they are, as one immutable value.
+"""MemoryState: matrices, the record of what they have consumed, and their origin, as one immutable value.
 
-A state is bytes, strings, integers and one list, so that every carrier (a checkpoint, a queue, a file)
-holds it without a codec of ours and nothing executable is ever loaded. Its digest covers every field;
-equality is equality of digests. A state that is truncated, altered or foreign is refused by a typed error,
-never repaired.
+A state consists of bytes, strings, integers and one list, so that any carrier (a checkpoint, a queue, a file) can hold
+it without a codec of ours, and nothing executable is ever loaded. Its digest covers every field, and states are equal
+if their digests are. A state that is truncated, altered or foreign is refused with a typed error and never repaired.
 
-Three plain forms exist, and all verify everything on the way in:
+There are three plain forms, and each is verified completely when it is read:
 
 - `to_dict` / `from_dict`: a flat dict of msgpack's own types, for checkpoints.
 - `to_json` / `from_dict`: the same dict with base64 text in place of bytes, for servers, SDKs and stores.
-- `to_bytes` / `from_bytes`: magic, header length, JSON header, matrices, SHA-256 of all that; for files.
+- `to_bytes` / `from_bytes`: magic, header length, JSON header, matrices, SHA-256 of all of it; for files.
 
-Needs numpy only. The names of this module and class are an on-disk format.
+Needs only numpy. The name of this module and of the class are part of the on-disk format.
 """
 
 from __future__ import annotations
@@ -48,10 +47,10 @@ class MemoryState:
     Attributes:
         shape: [layers, heads, rank, rank].
         data: the matrices, little-endian float32 in C order.
-        model_fingerprint: the model that wrote them.
-        adapter_fingerprint: the adapter that wrote them.
+        model_fingerprint: fingerprint of the model that wrote them.
+        adapter_fingerprint: fingerprint of the adapter that wrote them.
         count, chain, tail: the record of what was consumed, see `agentmem.record`.
-        version: of this format.
+        version: version of this format.
 
     Raises:
         CorruptStateError: a field has the wrong type or size, or a number is not finite.
@@ -90,8 +89,9 @@ class MemoryState:
             )
         if not np.isfinite(self.matrices).all():
             raise CorruptStateError("a state's numbers are finite; found NaN or infinity")
-        ConsumedRecord(self.count, self.chain, self.tail)  # refuses a record that does not fit together
-        # Serialisers of dataclasses write what an instance holds, and without its digest a state cannot come back.
+        ConsumedRecord(self.count, self.chain, self.tail)  # refuses an inconsistent record
+        # Serialisers of dataclasses save an instance's attributes; without its cached digest a state could not be
+        # restored.
         _ = self.digest
 
     @classmethod
@@ -112,7 +112,7 @@ class MemoryState:
 
     @classmethod
     def zeros(cls, shape: Sequence[int], model_fingerprint: str, adapter_fingerprint: str) -> MemoryState:
-        """The state of a session in which nothing was said. `shape` is [layers, heads, rank, rank]."""
+        """The state of a session in which nothing was said yet. `shape` is [layers, heads, rank, rank]."""
         return cls.from_matrices(
             np.zeros(tuple(shape), dtype=np.float32),
             ConsumedRecord.empty(),
@@ -127,19 +127,19 @@ class MemoryState:
 
     @property
     def record(self) -> ConsumedRecord:
-        """What these matrices have consumed."""
+        """The record of what these matrices have consumed."""
         return ConsumedRecord(self.count, self.chain, self.tail)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hexadecimal) over every field, in a form in which no two states look alike."""
+        """SHA-256 (hexadecimal) over every field, in an unambiguous encoding."""
         header = json.dumps(self._header(), sort_keys=True, separators=(",", ":")).encode("ascii")
         digest = hashlib.sha256(_MAGIC + len(header).to_bytes(_LENGTH, "little") + header)
         digest.update(self.data)
         return digest.hexdigest()
 
     def _header(self) -> dict[str, Any]:
-        """Every field but the matrices, in JSON's types."""
+        """Every field except the matrices, in JSON's types."""
         return {
             "version": self.version,
             "shape": list(self.shape),
@@ -163,7 +163,7 @@ class MemoryState:
         return self
 
     def __reduce__(self) -> tuple[type[MemoryState], tuple[Any, ...]]:
-        # Through the constructor, which verifies the fields and computes the digest anew.
+        # Restored through the constructor, which verifies the fields and computes the digest anew.
         return type(self), tuple(getattr(self, field.name) for field in fields(self))
 
     def __repr__(self) -> str:
@@ -188,10 +188,10 @@ class MemoryState:
         return replace(self, **changes)
 
     def require(self, model_fingerprint: str, adapter_fingerprint: str, shape: Sequence[int]) -> None:
-        """Refuse this state unless this model and adapter wrote it, in this shape.
+        """Refuse this state unless it has this shape and was written by this model and adapter.
 
         Raises:
-            StateMismatchError: naming both sides.
+            StateMismatchError: it was not; the error names both sides.
         """
         pairs = (
             ("model", model_fingerprint, self.model_fingerprint),
@@ -206,18 +206,18 @@ class MemoryState:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field and the digest, in types that msgpack holds as they are."""
+        """Every field and the digest, in types that msgpack can hold."""
         plain: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         return plain | {"shape": list(self.shape), "digest": self.digest}
 
     def to_json(self) -> dict[str, Any]:
-        """As `to_dict`, in types that JSON holds: bytes are base64 text."""
+        """As `to_dict`, in types that JSON can hold: bytes are base64 text."""
         plain = self.to_dict()
         return plain | {name: base64.b64encode(plain[name]).decode() for name in _BYTES}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> MemoryState:
-        """The state that `to_dict` or `to_json` gave.
+        """The state from the result of `to_dict` or `to_json`.
 
         Raises:
             CorruptStateError: a key is missing or unknown, or a value is not what was written.
@@ -225,7 +225,7 @@ class MemoryState:
         if not isinstance(plain, Mapping):
             raise CorruptStateError(f"a state's plain form is a dict; found {type(plain).__name__}")
         names = {field.name for field in fields(cls)}
-        _refuse_newer(plain.get("version"))  # before its keys, which are not ours to judge
+        _refuse_newer(plain.get("version"))  # first, since a newer version may have other keys
         missing, unknown = (names | {"digest"}) - plain.keys(), plain.keys() - names - {"digest"}
         if missing or unknown:
             raise CorruptStateError(
@@ -242,14 +242,14 @@ class MemoryState:
         return state
 
     def to_bytes(self) -> bytes:
-        """The state as one file's content."""
+        """The state as the content of a file."""
         header = json.dumps(self._header() | {"digest": self.digest}, sort_keys=True).encode("ascii")
         body = _MAGIC + len(header).to_bytes(_LENGTH, "little") + header + self.data
         return body + hashlib.sha256(body).digest()
 
     @classmethod
     def from_bytes(cls, content: bytes | bytearray | memoryview) -> MemoryState:
-        """The state that `to_bytes` gave.
+        """The state from the result of `to_bytes`.
 
         Raises:
             CorruptStateError: the bytes are not exactly those that were written.
@@ -275,9 +275,9 @@ class MemoryState:
         return cls.from_dict(plain | {"data": body[stop:]})
 
     def stats(self) -> dict[str, Any]:
-        """What the memory holds, in plain numbers.
+        """Statistics of the matrices, one dict per layer.
 
-        Each layer is taken as the block-diagonal matrix of its heads, with singular values s:
+        Each layer counts as the block-diagonal matrix of its heads, with singular values s:
 
         - norm: Frobenius norm, sqrt(sum s^2)
         - stable_rank: sum s^2 / max s^2
@@ -318,7 +318,7 @@ _UNREGISTERED = (
 
 
 def _from_text(name: str, value: Any) -> Any:
-    """A field's value; bytes that JSON holds as base64 text are bytes again."""
+    """The value of a field; bytes that came as base64 text are decoded."""
     if name not in _BYTES or not isinstance(value, str):
         return value
     try:

@@ -1,1 +1,1 @@
-"""Messages to tokens, which message each token belongs to, and which messages a prompt shows."""
+"""Turns messages into tokens, finds the message that each token belongs to, and chooses what a prompt shows."""

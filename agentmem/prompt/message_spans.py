@@ -1,14 +1,14 @@
-"""Which part of a rendered conversation belongs to which message, for any chat template.
+"""Finds which part of a rendered conversation belongs to which message, for any chat template.
 
-A template is a program: it may strip reasoning from earlier turns, group tool results in one turn, trim
-text, or add a system prompt of its own. So nothing is assumed about prefixes. The conversation is rendered
-a second time with private-use characters inside every message's text; where they come out shows what came
-from which message. They must not change anything else: without them the second rendering must equal the
-first, else they are not believed and spans are taken from the renderings of the conversation's
-beginnings. If these disagree too, it is an error.
+A template is a program: it may strip reasoning from earlier turns, group tool results in one turn, trim text, or add a
+system prompt. So nothing is assumed about prefixes. Instead the conversation is rendered a second time with private-use
+characters (sentinels) inside every message's text; their positions in the result show what came from which message.
+They must change nothing else: with the sentinels removed, the second rendering must equal the first. If it does not,
+the sentinels are not used, and spans are taken from renderings of the conversation's beginnings. If these do not match
+either, an error is raised.
 
-Between the texts of two neighbours stands the end of the first and the head of the second. The end is known
-from a small conversation of the same shape that stops there, rendered once and kept.
+Between the texts of two adjacent messages come the end of the first and the head of the second. Where the end stops is
+learned from a small conversation of the same shape that ends there, rendered once and cached.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from agentmem.prompt.template import ChatTemplate, Span, Text, Tools
 
 NOBODY = -1
 
-# Sentinels: four private-use characters for each message, where texts use none. One begins a text and one ends it, one
-# stands around a call's name, and one after every reasoning tag, since templates drop what stands before it.
+# Sentinels: four characters per message, from a block that the texts do not use. One begins a text and one ends it, one
+# is put before and after a call's name, and one after every reasoning tag, since templates drop what precedes it.
 _PRIVATE_USE = re.compile("[\U000f0000-\U0010ffff]")
 _STEP = 4
 _BEGIN, _RESUME, _END, _NAME = range(4)
@@ -41,7 +41,7 @@ _TAG_END = re.compile(r"</?think>\s*")
 
 _USER = Message("user", "x")
 _REPLY = Message("assistant", "x")
-# Nine characters: some templates accept no other length of id.
+# The id has nine characters: some templates accept no other length.
 _CALL = Message("assistant", "", tool_calls=(ToolCall("x", {}, "000000000"),))
 _RESULT = Message("tool", "x", tool_call_id="000000000", name="x")
 _SYSTEM = Message("system", "x")
@@ -52,10 +52,10 @@ class Layout:
     """A rendered conversation and the messages that its parts belong to.
 
     Attributes:
-        text: what the template wrote.
-        owners: (owner, start, stop), ascending and without gaps. The owner is a message's index, the
-            number of messages for the generation prompt, or -1 for text that belongs to no message.
-        contents: per message the span of its own text, without outer white space; None where it has none.
+        text: the rendered text.
+        owners: (owner, start, stop), ascending and without gaps. The owner is a message's index, the number of messages
+            for the generation prompt, or -1 for text that belongs to no message.
+        contents: for each message the span of its own text, without outer white space; None where it has none.
     """
 
     text: Text
@@ -65,7 +65,7 @@ class Layout:
 
 @dataclass
 class _Places:
-    """Where a message's own strings stand in the rendered text."""
+    """The positions of a message's own strings in the rendered text."""
 
     first: int
     last: int
@@ -74,7 +74,7 @@ class _Places:
 
 @dataclass(frozen=True)
 class _Request:
-    """What is rendered: messages, the same as the template takes them, tools, and whether a reply is opened."""
+    """What is rendered: the messages, their form for the template, the tools, and whether a reply is opened."""
 
     messages: Sequence[Message]
     conversation: list[dict[str, Any]]
@@ -83,18 +83,18 @@ class _Request:
 
 
 class MessageSpans:
-    """Finds what belongs to which message; remembers what it has learned about its template."""
+    """Finds the message that each part of a text belongs to; caches what it has learned about its template."""
 
     def __init__(self, template: ChatTemplate, cache: MessageCache) -> None:
         self._template = template
         self._cache = cache
-        self._by_role: dict[tuple[str, str], str | None] = {}  # what stands around messages without calls
+        self._by_role: dict[tuple[str, str], str | None] = {}  # the text around messages without calls
 
     def find(self, messages: Sequence[Message], tools: Tools | None, add_generation_prompt: bool) -> Layout:
-        """Render messages and find what belongs to each.
+        """Render messages and find the part of the text that belongs to each.
 
         Raises:
-            TranscriptError: the template refuses the messages, or it cannot be told what belongs to which.
+            TranscriptError: the template refuses the messages, or the parts of its text cannot be assigned to them.
         """
         request = _Request(messages, self._template.prepare(messages), tools, add_generation_prompt)
         text = self._template.render(request.conversation, tools, add_generation_prompt)
@@ -102,7 +102,7 @@ class MessageSpans:
         return self._by_prefixes(request, text) if places is None else self._by_places(request, text, places)
 
     def end(self, message: Message) -> str | None:
-        """What the template writes after the message's last string, to the end of its turn; None: unknown."""
+        """The text that the template writes from the message's last string to the end of its turn; None: unknown."""
         if message.tool_calls:
             return self._kept(("end", message.digest()), lambda: self._learn_end(message))
         key = ("end", message.role)
@@ -111,7 +111,7 @@ class MessageSpans:
         return self._by_role[key]
 
     def head(self, role: str) -> str | None:
-        """What the template writes before a message of that role that is not the first; None: unknown."""
+        """The text that the template writes before a message of that role, unless it is the first; None: unknown."""
         key = ("head", role)
         if key not in self._by_role:
             self._by_role[key] = self._learn_head(role)
@@ -127,7 +127,7 @@ class MessageSpans:
     # Sentinels
 
     def _places(self, request: _Request, text: Text) -> list[_Places] | None:
-        """Where each message's strings stand in `text`; None if the sentinels cannot be believed."""
+        """The positions of each message's strings in `text`; None if the sentinels changed the text."""
         base = _free_block(text.text, len(request.messages) * _STEP)
         if base is None:
             return None
@@ -151,7 +151,7 @@ class MessageSpans:
         try:
             marked = self._template.render(with_sentinels, request.tools, request.add_generation_prompt)
         except TranscriptError:
-            return None  # the sentinels offended the template; it accepted the messages themselves
+            return None  # only the sentinels are refused: the template accepted the messages themselves
         if sentinels.sub("", marked.text) != text.text:
             return None
         by_owner: dict[int, _Places] = {}
@@ -185,7 +185,7 @@ class MessageSpans:
             stop = places[a].last + self._cut(messages[a], messages[b].role, gap)
             owners.append((a, start, stop))
             start = stop
-            if tools:  # some templates name the tools before the last question
+            if tools:  # some templates list the tools before the last question
                 head = self.head(messages[b].role)
                 rest = rendered[stop : places[b].first]
                 if head and head.strip() and rest.endswith(head):
@@ -199,7 +199,7 @@ class MessageSpans:
         return Layout(text, [s for s in owners if s[1] < s[2]], [place.content for place in places])
 
     def _preamble_end(self, first: Message, tools: Tools | None, gap: str) -> int:
-        """Where the first message begins in the text before its own strings."""
+        """The length of the text before the first message, in the text that precedes its own strings."""
         key = json.dumps(list(tools), sort_keys=True, default=str) if tools else ""
         preamble, head = self._kept(("preamble", key), lambda: self._learn_preamble(tools)), self.head(first.role)
         if preamble and gap.startswith(preamble):
@@ -207,20 +207,21 @@ class MessageSpans:
         return len(gap) - len(head) if head and gap.endswith(head) else 0
 
     def _cut(self, message: Message, next_role: str, gap: str) -> int:
-        """Where the message ends in the gap between its last string and the next message's first."""
+        """Where the message ends in the text between its last string and the next message's first."""
         end = self.end(message)
         if end is None:
             head = self.head(next_role)
             return len(gap) - len(head) if head and gap.endswith(head) else 0
-        # White space that ends the content stands outside the sentinels; the template may have kept it.
+        # White space at the end of the content is outside the sentinels; the template may have kept it.
         outer = message.content[len(message.content.rstrip()) :] if not message.tool_calls else ""
         skips = [0, len(outer)] if outer and gap.startswith(outer) else [0]
         for skip in skips:
             if gap.startswith(end, skip):
                 return skip + len(end)
-        if end and (at := gap.rfind(end)) >= 0:  # something stands between the text and its end: tools, a date
+        if end and (at := gap.rfind(end)) >= 0:  # the template adds something before the end: tools, a date
             return at + len(end)
-        # The end of a turn that goes on (grouped tool results): as far as it agrees, in whole tags.
+        # A turn that continues (grouped tool results) has only part of the usual end: the common part, in complete
+        # tags.
         agreed = (re.match(r"(?s).*[>\]\s]|", end[: _agreement(end, gap[skip:])]) for skip in skips)
         return max(skip + match.end() for skip, match in zip(skips, agreed, strict=True) if match)
 
@@ -240,7 +241,7 @@ class MessageSpans:
         try:
             text = self._template.render(request.conversation, tools)
         except TranscriptError:
-            return None  # the template knows no such conversation; nothing to learn from it
+            return None  # the template refuses such a conversation, so nothing can be learned from it
         places = self._places(request, text)
         return None if places is None else (text.text, places)
 
@@ -280,10 +281,10 @@ class MessageSpans:
         start = text[: places[0].first]
         return start.removesuffix(head) if start.endswith(head) else ""
 
-    # Beginnings
+    # Renderings of the conversation's beginnings
 
     def _by_prefixes(self, request: _Request, text: Text) -> Layout:
-        """Owners by rendering the first message, the first two, and so on."""
+        """Find owners by rendering the first message, the first two messages, and so on."""
         messages, tools, rendered = request.messages, request.tools, text.text
         owners: list[tuple[int, int, int]] = []
         contents: list[Span | None] = []
@@ -343,42 +344,42 @@ def _behind(message: Message, text: str, sentinels: str) -> str:
 
 
 def _after(message: Message, text: str, sentinels: str) -> str:
-    """The text with sentinels at its very end; a call's text has none, its names do."""
-    # Templates ask whether a call comes with text.
+    """The text with sentinels at its very end; none if the message has calls, whose names carry them."""
+    # Templates test whether a call comes with text, so a call's text must stay as it is.
     return text if message.tool_calls else text + sentinels[_BEGIN] + sentinels[_END]
 
 
 def _free_block(text: str, size: int) -> int | None:
-    """The start of a block of private-use characters that a text does not use."""
+    """The start of a block of `size` private-use characters that the text does not contain."""
     used = {ord(char) for char in _PRIVATE_USE.findall(text)}
     starts = range(0xF0000, 0x110000 - size, size)
     return next((at for at in starts if not any(at <= char < at + size for char in used)), None)
 
 
 def _agreement(a: str, b: str) -> int:
-    """How many characters two texts share at their start."""
+    """The length of the longest common beginning of two texts."""
     return len(commonprefix([a, b]))  # noqa: RUF071 - texts, letter by letter, are what is compared
 
 
 def _plain_without(sentinels: re.Pattern[str], marked: Text) -> tuple[Span, ...]:
-    """The plain spans, counted as if no sentinels were there."""
+    """The spans of plain text, with positions as if there were no sentinels."""
     places = [match.start() for match in sentinels.finditer(marked.text)] if marked.plain else []
     return tuple((a - bisect_left(places, a), b - bisect_left(places, b)) for a, b in marked.plain)
 
 
 def _widen(places: _Places, core: str, quoted: str, text: str) -> None:
-    """Take in what a content's sentinels left outside, where the template has kept it.
+    """Extend a message's content to white space and tags outside the sentinels, where the template has kept them.
 
     Args:
         places: changed in place.
         core: the content without outer white space.
-        quoted: the content as it was marked, control tokens quoted.
+        quoted: the content in its form for the template, with control tokens quoted.
         text: the rendered conversation.
     """
     if places.content is None:
         return
     start, stop = places.content
-    if start == stop:  # marked behind: as much as the template has kept
+    if start == stop:  # the sentinels are all at the end: as much as the template has kept
         start -= _agreement(core[::-1], text[:start][::-1])
         places.content, places.first = (start, stop), min(places.first, start)
         return

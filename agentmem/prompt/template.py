@@ -1,17 +1,18 @@
-"""A tokenizer's chat template: messages to text, and text to token ids with the place where each token starts.
+"""A tokenizer's chat template: renders messages to text, and tokenises text with the position of each token.
 
-Control tokens (`<|im_start|>` and the like) that stand in a message's text are that text and nothing more: a quoted web
-page must not be able to open a turn. They travel through the template between two private-use characters and are then
-tokenised as plain text; only control tokens that the template itself writes become control tokens. That holds for every
-string that a template is given: texts, names, ids, arguments, and schemas with their keys. Assistant messages keep the
-tags that carry no turn (`<think>`, `<tool_call>`): the model wrote those itself.
+Control tokens (`<|im_start|>` and the like) inside a message's text are only text: a quoted web page must not be able
+to open a turn. They pass through the template between two quoting characters and are then tokenised as plain text; only
+control tokens that the template itself writes become control tokens. This holds for every string that is passed to a
+template: texts, names, ids, arguments, and schemas with their keys. Assistant messages keep the tags that do not mark
+turns (`<think>`, `<tool_call>`), since the model wrote those itself.
 
-A part of a request for which the template has no place is an error: tools, or an option that it does not look at.
+It is an error if a request has a part that the template has no place for: tools, or an option that the template does
+not read.
 
-A prompt is mostly the prompt of the turn before. So `Encoder` cuts a text before control tokens, where a tokenizer cuts
-it anyway, and looks each piece up: only what is new is tokenised. The ids are exactly those of the whole text: a
-tokenizer treats what stands between two such tokens by itself, and each piece but the first begins with one, so that
-it stands where it stood. Where that does not hold (tokens that match whole words only) nothing is cut.
+Most of a prompt is the prompt of the previous turn. So `Encoder` cuts a text before control tokens, where a tokenizer
+splits it anyway, and looks up each piece in a cache: only new pieces are tokenised. The ids are exactly those of the
+whole text, because a tokenizer treats the text between two such tokens separately, and each piece but the first begins
+with one. Nothing is cut for tokenizers where this does not hold (tokens that match whole words only).
 
 Nothing here changes the tokenizer or the messages.
 """
@@ -31,40 +32,41 @@ from agentmem.messages import Message, MessageCache
 
 Tools = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]  # [start, stop) in characters
-Encoded = tuple[list[int], list[int]]  # ids, and the character at which each starts
+Encoded = tuple[list[int], list[int]]  # ids, and the start of each in characters
 
-# Around a control token in an input: noncharacters, which Unicode reserves for a program's inside and keeps
-# out of texts. A text that has them anyway loses them.
+# Quoting characters around a control token in an input. They are noncharacters, which Unicode reserves for internal use
+# and which do not occur in texts; if a text has them anyway they are removed.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 
 _REASONING = {"<think>", "</think>"}  # templates look for these in an assistant's text
-# Tags that carry no turn, but that models are trained to write themselves, also where a template does not name them.
+# Tags that do not mark turns but that models are trained to write, even where a template does not mention them.
 _TAGS = _REASONING | {"<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"}
 _CONTROL_SHAPE = re.compile(r"<\|[^|]+\|>")
 
 _PROBE: Tools = ({"type": "function", "function": {"name": "probe", "description": "x", "parameters": {}}},)
-_TOKEN_BYTES = 72  # of a token that is kept: two numbers in two lists
-_HEAD = 2  # characters by which tokens are grouped that a text is searched for
+_TOKEN_BYTES = 72  # per cached token: two numbers in two lists
+_HEAD = 2  # tokens to search for are grouped by so many first characters
 
 
 @dataclass(frozen=True)
 class Text:
-    """A rendered text, and the spans of it that are plain text though they read like control tokens."""
+    """A rendered text, and the spans of it that are plain text although they look like control tokens."""
 
     text: str
     plain: tuple[Span, ...] = ()
 
 
 class ChatTemplate:
-    """Renders conversations and tokenises what was rendered.
+    """Renders conversations and tokenises the result.
 
     Args:
         tokenizer: a fast tokenizer with a chat template.
-        options: further variables for the template, `enable_thinking` for example.
-        cache: where encoded texts are kept.
+        options: further variables for the template, such as `enable_thinking`.
+        cache: where encoded texts are stored.
 
     Raises:
-        TranscriptError: the tokenizer is not a fast one or has no chat template, or that has no use for an option.
+        TranscriptError: the tokenizer is not a fast one or has no chat template, or the template does not use an
+            option.
     """
 
     def __init__(self, tokenizer: Any, options: Mapping[str, Any] | None, cache: MessageCache) -> None:
@@ -75,7 +77,7 @@ class ChatTemplate:
             )
         self._tokenizer = tokenizer
         self._options = dict(options or {})
-        self.begin = str(tokenizer.bos_token or "")  # what many templates write before anything else
+        self.begin = str(tokenizer.bos_token or "")  # the first thing that many templates write
         try:
             template = str(tokenizer.get_chat_template())
         except ValueError as error:
@@ -98,27 +100,27 @@ class ChatTemplate:
         control = special | {text for text in others if not text.isspace()}
         self._turn = any_of(special - _REASONING)
         self._control = any_of(control)
-        # How a quoted control token looks after a template has put a value into Python's or JSON's ASCII notation.
+        # A quoted control token as it looks after a template has written a value in Python's or JSON's ASCII notation.
         self._escaped = re.compile(rf"\\+ufdd0({self._control.pattern})\\+ufdd1")
         self._takes_tools: bool | None = None
         self._encoder = Encoder(tokenizer, cache)
 
     def prepare(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
-        """Messages as templates expect them, their control tokens quoted. Whoever changes them changes copies."""
+        """The messages as templates expect them, with control tokens quoted. Do not change the result in place."""
         return [self._plain(message) for message in messages]
 
     def render(
         self, conversation: Sequence[dict[str, Any]], tools: Tools | None = None, add_generation_prompt: bool = False
     ) -> Text:
-        """A conversation as the template writes it.
+        """The rendered text of a conversation.
 
         Args:
-            conversation: at least one message, as `prepare` gives them.
+            conversation: at least one message, as returned by `prepare`.
             tools: JSON schemas, as the template expects them.
-            add_generation_prompt: open the assistant's next turn.
+            add_generation_prompt: whether to open the assistant's next turn.
 
         Raises:
-            TranscriptError: the template refuses these messages; its own words are in the message.
+            TranscriptError: the template refuses these messages; the error contains the template's own message.
         """
         if tools and not self.takes_tools():
             raise TranscriptError(
@@ -151,11 +153,11 @@ class ChatTemplate:
         return self._unquote(str(text))
 
     def encode(self, text: str, plain: Sequence[Span] = ()) -> Encoded:
-        """Token ids of a text and the character at which each starts; `plain` spans stay plain text."""
+        """The token ids of a text and the start of each in characters; `plain` spans stay plain text."""
         return self._encoder.encode(text, plain)
 
     def content(self, message: Message) -> Text:
-        """A message's content as it would stand in a rendered conversation."""
+        """A message's content as it would appear in a rendered conversation."""
         return self._unquote(self._plain(message)["content"])
 
     def _plain(self, message: Message) -> dict[str, Any]:
@@ -181,7 +183,7 @@ class ChatTemplate:
         return plain
 
     def _quote(self, value: Any, control: re.Pattern[str]) -> Any:
-        """The value with every control token in its strings put between the two quoting characters."""
+        """The value with every control token in its strings put between the quoting characters."""
         if isinstance(value, str):
             clean = value.replace(_OPEN, "").replace(_CLOSE, "")
             return control.sub(rf"{_OPEN}\g<0>{_CLOSE}", clean)
@@ -195,7 +197,7 @@ class ChatTemplate:
         return value
 
     def _unquote(self, quoted: str) -> Text:
-        """The text without quoting characters, and where whole control tokens stood between them."""
+        """The text without quoting characters, and the spans of complete control tokens that were quoted."""
         if "ufdd0" in quoted:
             quoted = self._escaped.sub(rf"{_OPEN}\g<1>{_CLOSE}", quoted)
         if _OPEN not in quoted and _CLOSE not in quoted:
@@ -215,11 +217,11 @@ class ChatTemplate:
 
 
 class Encoder:
-    """Encodes texts with one fast tokenizer, which is never changed.
+    """Encodes texts with a fast tokenizer, which is not changed.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer.
-        cache: where encoded pieces are kept.
+        cache: where encoded pieces are stored.
     """
 
     def __init__(self, tokenizer: Any, cache: MessageCache) -> None:
@@ -229,7 +231,7 @@ class Encoder:
         self._newline = self._whole("\n")[0]
 
     def encode(self, text: str, plain: Sequence[Span] = ()) -> Encoded:
-        """Token ids of a text and the character at which each starts; in `plain` spans control tokens are text."""
+        """The token ids of a text and the start of each in characters; in `plain` spans control tokens are text."""
         ids: list[int] = []
         starts: list[int] = []
         at = 0
@@ -244,11 +246,11 @@ class Encoder:
         return ids, starts
 
     def _part(self, text: str, *, first: bool) -> Encoded:
-        """Ids and starts of a text; one from the middle of another gets no word-start of its own."""
+        """Ids and starts of a text; if it is not the `first` of its text, it gets no extra space at its start."""
         if not text:
             return [], []
         if not first:
-            # Some tokenizers add a space to the start of any text; behind a newline they do not.
+            # Some tokenizers add a space at the start of any text, but not after a newline.
             ids, starts = self._whole("\n" + text)
             skip = len(self._newline)
             if ids[:skip] == self._newline:
@@ -266,7 +268,7 @@ class Encoder:
         return ids, starts
 
     def _cut(self, text: str) -> Iterator[tuple[int, str]]:
-        """Pieces and where they start."""
+        """The pieces of the text and their starts."""
         start = 0
         for match in self._control.finditer(text):
             if match.group() in self._cut_before and match.start() > start:
@@ -276,7 +278,7 @@ class Encoder:
             yield start, text[start:]
 
     def _tokenised(self, text: str) -> Encoded:
-        """Encode a piece, and keep it."""
+        """Encode a piece and cache the result."""
         encoded = self._tokenizer(
             text,
             add_special_tokens=False,
@@ -289,7 +291,7 @@ class Encoder:
         starts: list[int] = []
         end = 0
         for token, (start, stop) in zip(ids, encoded["offset_mapping"], strict=True):
-            # Some tokenizers report a token without the white space that it begins with.
+            # Some tokenizers report a token's span without the white space at its start.
             if start > end and text[end:start].isspace() and self._tokenizer.decode([token])[:1].isspace():
                 start = end
             starts.append(start)
@@ -311,10 +313,10 @@ class Encoder:
 
 
 def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Matches any of the tokens, longer ones first; none at all matches nothing.
+    """A pattern that matches any of the tokens, longer ones first; with no tokens it matches nothing.
 
-    Grouped by what they begin with: tokenizers have thousands of tokens, and one list of them all would be gone through
-    at every line break of a text.
+    Tokens are grouped by their first characters: tokenizers have thousands of them, and a single list would be tried
+    from end to end at every line break of a text.
     """
     groups: dict[str, list[str]] = {}
     for token in sorted(tokens, key=len, reverse=True):
@@ -324,9 +326,9 @@ def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
 
 
 def _control_tokens(tokenizer: Any) -> tuple[re.Pattern[str], set[str]]:
-    """What a tokenizer finds in a text before anything else, and before which of them a text may be cut.
+    """A pattern for the tokens that a tokenizer looks for first, and those before which a text may be cut.
 
-    Not before tokens that take in the white space on their left.
+    A text may not be cut before tokens that include the white space on their left.
     """
     tokens = {str(token.content): token for token in tokenizer.added_tokens_decoder.values() if not token.normalized}
     if any(token.single_word for token in tokens.values()):

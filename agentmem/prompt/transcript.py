@@ -1,17 +1,18 @@
 """What a prompt shows: which messages (`Window`), and their tokens with the owner of each (`Transcript`).
 
-Which messages show depends on messages, sizes and constants only, never on free memory, so that a turn gives the same
-on any machine. A tool call is never parted from its results: models answer a result without its call with nonsense.
+Which messages show depends only on the messages, sizes and constants, never on free memory, so that a turn gives the
+same result on any machine. A tool call is never separated from its results: models answer a result without its call
+with nonsense.
 
-The ids are exactly those of the template's normal rendering, tokenised as a whole; control tokens inside message texts
+The ids are exactly those of the template's normal rendering, tokenised as one text; control tokens inside message texts
 are plain text (see `agentmem.prompt.template`). Each token belongs to the message in whose part of the text it starts:
-header, content and end are the message's (see `agentmem.prompt.message_spans`).
+header, content and end of a message are all its own (see `agentmem.prompt.message_spans`).
 
-Adapters that write sentence by sentence need sentences as well. A text is cut before the white space that follows
-. ! ? ; or : (with closing quotes or brackets), and at blank lines. The white space opens the next piece, as it does in
-most tokenizers' words.
+Adapters that write sentence by sentence also need sentences. A text is cut before the white space that follows . ! ? ;
+or : (and any closing quotes or brackets), and at blank lines. The white space begins the next sentence, as it begins
+the next word in most tokenizers.
 
-A transcript owns the one cache of seen messages of its engine.
+A transcript owns its engine's only cache of seen messages.
 """
 
 from __future__ import annotations
@@ -31,21 +32,21 @@ from agentmem.record import History
 
 DEFAULT_TOKENS = 4096
 _SENTENCE_END = re.compile(r"""(?<=[.!?;:])["'”’»)\]}]*(?=\s)|(?<!\s)(?=\s*\n[^\S\n]*\n)""")
-_LOOK_BACK = 16  # messages at the end of a history that may be new since it was last read
-_HISTORY_BYTES = 250  # of each message in a history that was read: places, digest and chain
+_LOOK_BACK = 16  # so many messages at the end may be new since a history was last read
+_HISTORY_BYTES = 250  # per message of a history that was read: index, digest and chain
 
 
 @dataclass(frozen=True)
 class Window:
-    """The last messages that fit.
+    """Limits on what a prompt shows: the last messages that fit.
 
     Attributes:
-        tokens: at most so many tokens in all, system messages and overhead included; None: no limit.
-        messages: at most so many messages, system messages not counted; None: no limit. The last message and
-            the tool calls and results that belong to it always show, however many they are.
+        tokens: at most this many tokens in all, including system messages and overhead; None: no limit.
+        messages: at most this many messages, not counting system messages; None: no limit. The last message, with the
+            tool calls and results that belong to it, always shows, even beyond this limit.
 
     Raises:
-        ConfigError: a limit is no positive integer.
+        ConfigError: a limit is not a positive integer.
     """
 
     tokens: int | None = DEFAULT_TOKENS
@@ -58,7 +59,7 @@ class Window:
                 raise ConfigError(f"a window's {name} are a positive integer or None; found {limit!r}")
 
     def clip(self, limit: int | None) -> Window:
-        """This window, with no more tokens than a model can read (None: any number)."""
+        """This window limited to the tokens that a model can read (None: no limit)."""
         if limit is None or (self.tokens is not None and self.tokens <= limit):
             return self
         return replace(self, tokens=limit)
@@ -72,14 +73,14 @@ class Window:
     ) -> list[int]:
         """Indices of the messages to show, ascending.
 
-        All system messages, and of the others as many of the last as fit, an assistant message with tool
-        calls and the results that answer it counting as one. The last of these always shows.
+        All system messages show, and as many of the latest other messages as fit; an assistant message with tool calls
+        counts as one with the results that answer it. The latest such group always shows.
 
         Args:
             messages: the whole history.
-            sizes: tokens of each message; only those are asked for that decide what is shown.
+            sizes: the token count of each message; only those that decide what is shown are looked up.
             overhead: tokens that belong to no message: preamble, tools, generation prompt.
-            system: indices of the system messages, where these are known: a long history is then not looked through.
+            system: indices of the system messages, if known: a long history need not be searched for them then.
 
         Raises:
             WindowError: system messages and the last message with its tool group do not fit.
@@ -119,13 +120,13 @@ class Window:
 def tool_groups(messages: Sequence[Message]) -> Iterator[list[int]]:
     """Indices of all but system messages in groups that are shown together or not at all, newest first.
 
-    A group is one message, or an assistant message with tool calls and the tool messages that answer it: by
-    the call's id, or standing behind the call where ids are missing. Where other messages stand in between
-    (a human who spoke before the last result was in), they join the group, so that a group is always an
-    unbroken run. Nothing before a group is looked at, but for the call that a result answers.
+    A group is one message, or an assistant message with tool calls together with the tool messages that answer it: by
+    the call's id, or by their position after the call where ids are missing. Messages in between (a human who wrote
+    before the last result had arrived) join the group, so that a group is always contiguous. Nothing before a group is
+    looked at, except for the call that a result answers.
     """
     group: list[int] = []  # newest first
-    reach = len(messages)  # the earliest place that anything from here on must be shown with
+    reach = len(messages)  # the earliest message that must be shown together with any from here on
     for place in reversed(range(len(messages))):
         if messages[place].role == "system":
             continue
@@ -137,7 +138,7 @@ def tool_groups(messages: Sequence[Message]) -> Iterator[list[int]]:
 
 
 def _caller(messages: Sequence[Message], place: int) -> int:
-    """The place that a message must be shown with: that of the call which it answers, else its own."""
+    """The index of the message that this one must be shown with: the call that it answers, or else itself."""
     result = messages[place]
     if result.role != "tool" or result.tool_calls:
         return place
@@ -158,10 +159,10 @@ def pieces(sizes: Sequence[int], limit: int) -> list[list[int]]:
 
     Args:
         sizes: tokens of each message.
-        limit: of one piece; a longer message is a piece of its own.
+        limit: most tokens of a pass; a longer message is a pass of its own.
 
     Returns:
-        Indices of the messages of each piece.
+        The indices of the messages in each pass.
     """
     cut: list[list[int]] = []
     left = 0
@@ -179,12 +180,12 @@ class Rendered:
     """A conversation as tokens.
 
     Attributes:
-        text: what the template wrote.
+        text: the rendered text.
         input_ids: its tokens.
-        owner: per token the index of its message; the number of messages for the generation prompt; -1 for
-            text that belongs to no message (a BOS token, a default system prompt, a list of tools).
-        messages: what was rendered.
-        sentences: per token the number of its sentence or -1; None if sentences were not asked for.
+        owner: for each token the index of its message; the number of messages for the generation prompt; -1 for text
+            that belongs to no message (a BOS token, a default system prompt, a list of tools).
+        messages: the messages that were rendered.
+        sentences: for each token the number of its sentence, or -1; None if sentences were not requested.
     """
 
     text: str
@@ -194,15 +195,15 @@ class Rendered:
     sentences: list[int] | None = None
 
     def message_segments(self) -> list[int]:
-        """Segments of the `message` strategy: the owner, and -1 for messages that never write.
+        """Segments for the `message` strategy: the owner of each token, and -1 for messages that are never written.
 
-        The generation prompt has the segment of the reply that it opens, the number of messages.
+        The generation prompt belongs to the segment of the reply that it opens, whose number is the number of messages.
         """
-        writes = [*(message.writes for message in self.messages), True, False]  # the last one is index -1
+        writes = [*(message.writes for message in self.messages), True, False]  # the last entry has index -1
         return [owner if writes[owner] else -1 for owner in self.owner]
 
     def sentence_segments(self) -> list[int]:
-        """Segments of the `sentence` strategy, numbered through the conversation: content tokens only.
+        """Segments for the `sentence` strategy, numbered through the conversation; only content tokens have one.
 
         Raises:
             ValueError: the conversation was rendered without `sentences=True`.
@@ -212,7 +213,7 @@ class Rendered:
         return list(self.sentences)
 
     def sizes(self) -> list[int]:
-        """Tokens per message."""
+        """The number of tokens of each message."""
         counts = [0] * (len(self.messages) + 2)
         for owner in self.owner:
             counts[owner] += 1
@@ -223,8 +224,8 @@ class Transcript:
     """Renders messages through one tokenizer's chat template.
 
     Args:
-        tokenizer: a fast Hugging Face tokenizer with a chat template; it is never changed.
-        options: further variables for the template, `{"enable_thinking": False}` for example.
+        tokenizer: a fast Hugging Face tokenizer with a chat template; it is not changed.
+        options: further variables for the template, such as `{"enable_thinking": False}`.
 
     Raises:
         TranscriptError: the tokenizer cannot be used.
@@ -243,16 +244,16 @@ class Transcript:
         add_generation_prompt: bool = False,
         sentences: bool = False,
     ) -> Rendered:
-        """Tokens of a conversation and the owner of each.
+        """The tokens of a conversation and the message that each belongs to.
 
         Args:
             messages: at least one.
-            tools: JSON schemas of the tools on offer.
-            add_generation_prompt: open the assistant's next turn.
-            sentences: find sentence segments too.
+            tools: JSON schemas of the tools.
+            add_generation_prompt: whether to open the assistant's next turn.
+            sentences: whether to find sentences too.
 
         Raises:
-            TranscriptError: the template refuses the messages, or it cannot be told what belongs to which.
+            TranscriptError: the template refuses the messages, or its text cannot be assigned to them.
         """
         if not messages:
             raise TranscriptError("at least one message was expected; found none")
@@ -263,12 +264,12 @@ class Transcript:
         return Rendered(layout.text.text, ids, owner, tuple(messages), numbers)
 
     def history(self, messages: Sequence[Message]) -> History:
-        """A history as records read it. What was read of it at an earlier turn is not read again."""
+        """A history in the form that records use. The part that was read at an earlier turn is taken from the cache."""
         messages = list(messages)
         beginning = None
         for stop in range(len(messages), max(0, len(messages) - _LOOK_BACK), -1):
             kept: History | None = self.cache.get(("history", messages[stop - 1].digest()))
-            # Lists are compared by identity first, so a thousand messages take microseconds.
+            # Comparing lists tests identity first, so a thousand messages take microseconds.
             if kept is not None and messages[: len(kept.messages)] == kept.messages:
                 beginning = kept
                 break
@@ -280,11 +281,10 @@ class Transcript:
         return history
 
     def size(self, message: Message) -> int:
-        """Tokens that a message takes up in a conversation, header and end included.
+        """The number of tokens that a message takes up in a conversation, header and end included.
 
-        Counted alone and remembered, so that a long history costs nothing. Templates that treat a message
-        differently by its place (reasoning of earlier turns, grouped results) may spend some tokens more or
-        fewer on it.
+        Counted for the message alone and cached, so that a long history costs nothing. Templates that treat a message
+        differently by its position (reasoning of earlier turns, grouped results) may use a few tokens more or fewer.
         """
         key = ("size", message.digest())
         size: int | None = self.cache.get(key)
@@ -294,7 +294,7 @@ class Transcript:
         return size
 
     def overhead(self, *, tools: Tools | None = None, add_generation_prompt: bool = False) -> int:
-        """Tokens of a conversation that belong to no message: preamble, tools, generation prompt."""
+        """The number of tokens of a conversation that belong to no message: preamble, tools, generation prompt."""
         key = ("overhead", repr(list(tools or ())), add_generation_prompt)
         overhead: int | None = self.cache.get(key)
         if overhead is None:
@@ -304,10 +304,10 @@ class Transcript:
         return overhead
 
     def closing_text(self, message: Message | None = None) -> str:
-        """What the template writes after the content of a message of this role (None: an assistant's).
+        """The text that the template writes after the content of a message of this role (None: the assistant's).
 
         Raises:
-            TranscriptError: the template cannot render such a message at all.
+            TranscriptError: the template cannot render such a message.
         """
         role = message.role if message else "assistant"
         text = self._spans.end(Message(role, "x"))
@@ -346,7 +346,7 @@ class Transcript:
         return segments
 
     def _piece_lengths(self, layout: Layout, span: Span, content: list[int]) -> list[int]:
-        """Tokens per sentence; the whole content as one where sentences alone give other tokens."""
+        """Tokens per sentence; the whole content as one sentence if the sentences encode differently on their own."""
         start, stop = span
         lengths: list[int] = []
         joined: list[int] = []
@@ -363,13 +363,13 @@ class Transcript:
 
 
 def split_sentences(text: str) -> list[str]:
-    """The pieces of a text, in order; joined they are the text. White space alone is no piece."""
+    """The sentences of a text, in order; joined they give the text. White space alone is not a sentence."""
     cuts = [0, *(match.end() for match in _SENTENCE_END.finditer(text.rstrip())), len(text)]
     return [text[a:b] for a, b in pairwise(cuts) if a < b]
 
 
 def sentence_numbers(text: str, ids: Sequence[int], encode: Callable[[str], list[int]]) -> list[int]:
-    """The sentence of each token of a text, from 0; all 0 where the sentences alone give other tokens."""
+    """The sentence of each token, counted from 0; all 0 if the sentences encode differently on their own."""
     pieces = [encode(piece) for piece in split_sentences(text)]
     if [token for piece in pieces for token in piece] != list(ids):
         return [0] * len(ids)
@@ -377,11 +377,11 @@ def sentence_numbers(text: str, ids: Sequence[int], encode: Callable[[str], list
 
 
 def _owners(starts: list[int], layout: Layout) -> list[int]:
-    """The owner of each token: that of the text in which the token starts."""
+    """The owner of each token: the owner of the text in which it starts."""
     owners: list[int] = []
     spans = iter([*layout.owners, (NOBODY, len(layout.text.text), len(layout.text.text) + 1)])
     owner, _, stop = next(spans)
-    for start in accumulate(starts, max):  # bytes of one character share their start; order is never lost
+    for start in accumulate(starts, max):  # bytes of one character share a start; starts never decrease
         while start >= stop:
             owner, _, stop = next(spans)
         owners.append(owner)

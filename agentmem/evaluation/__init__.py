@@ -1,1 +1,1 @@
-"""Memory measured with controls: what was told is asked back, and every gain stands beside what no memory gives."""
+"""Measures memory with controls: facts are stated and asked for, and every score is compared with that of no memory."""

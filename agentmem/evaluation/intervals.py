@@ -1,8 +1,8 @@
-"""Confidence intervals for shares of right answers.
+"""Confidence intervals for shares of correct answers.
 
-Questions of one conversation share a memory and are not independent, so conversations are resampled as units. Where
-all answers are right, or all wrong, nothing varies between samples; the interval then comes from Wilson's formula with
-the conversations as the sample. (scipy has both, in as many lines, and is not among the dependencies.)
+Questions of one conversation share a memory and are not independent, so whole conversations are resampled. Where all
+answers are right, or all are wrong, the samples do not vary; the interval is then Wilson's, with the number of
+conversations as the sample size. (scipy has both, in as many lines, and is not among the dependencies.)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Share:
-    """Right answers out of `questions`, with a 95 % interval."""
+    """The share of right answers among `questions`, with a 95 % interval."""
 
     right: int
     questions: int
@@ -33,10 +33,10 @@ class Share:
 
 
 def share(conversations: Sequence[tuple[int, int]], seed: int = 0) -> Share:
-    """From (right, questions) of each conversation; none of them empty.
+    """The share from (right, questions) of each conversation.
 
     Raises:
-        ValueError: no conversation, or one without questions.
+        ValueError: there is no conversation, or one has no questions.
     """
     if not conversations or any(questions < 1 for _, questions in conversations):
         raise ValueError("a share needs conversations with at least one question each")

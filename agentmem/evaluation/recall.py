@@ -1,8 +1,8 @@
-"""Recall: bindings are stated in a conversation, small talk follows, then each is asked for.
+"""Measures recall: a conversation states bindings, small talk follows, then each binding is asked for.
 
-Everything runs through `Engine.turn` with writes on, as an agent would. While a conversation runs, the window
-shows only its last message, so that what is recalled has been written, never re-read. Each question is a branch of
-the state at the end of the conversation. Arms:
+Everything runs through `Engine.turn` with writes on, as an agent would use it. During a conversation the window shows
+only the last message, so that whatever is recalled came from memory and was not read again. Each question is a branch
+from the state at the end of the conversation. The arms:
 
     whole     the bare model with the whole conversation in the prompt
     window    the bare model with the question alone
@@ -36,25 +36,25 @@ FILLERS = (0, 4, 16, 64)
 
 _LAST_MESSAGE = Window(messages=1)
 _REPLY = Sampling(max_tokens=32)
-_QUESTIONS = 8  # at least this many of a conversation, in different words where bindings are fewer
+_QUESTIONS = 8  # fewest questions per conversation; with fewer bindings, each is asked in several wordings
 
 
 @dataclass(frozen=True)
 class Cell:
-    """How many bindings are stated, and how many small-talk messages of the user follow."""
+    """The number of bindings that are stated, and of the user's small-talk messages that follow."""
 
     bindings: int
     fillers: int
 
     @property
     def bar(self) -> float | None:
-        """The accuracy that the memory arm must reach here, where one is set."""
+        """The accuracy that the memory arm must reach in this cell; None where there is no bar."""
         if self.fillers <= 4:
             return 0.98 if self.bindings <= 4 else 0.95
         return 0.90 if self.fillers == 16 and self.bindings <= 4 else None
 
     def conversations(self, questions: int) -> int:
-        """How many conversations give at least `questions` questions."""
+        """How many conversations it takes for at least `questions` questions."""
         return -(-questions // (self.bindings * self._phrasings))
 
     @property
@@ -62,7 +62,7 @@ class Cell:
         return -(-_QUESTIONS // self.bindings)
 
     def questions(self, rng: Random, bindings: list[Binding]) -> list[tuple[Binding, str]]:
-        """Every binding asked in each of a few ways."""
+        """A question for every binding, in each of several wordings."""
         return [(b, ask(rng, b.attribute)) for b in bindings for _ in range(self._phrasings)]
 
 
@@ -71,7 +71,7 @@ CELLS = tuple(Cell(b, f) for f in FILLERS for b in BINDINGS)
 
 @dataclass(frozen=True)
 class Conversation:
-    """A finished conversation: its history, the bindings stated in it, and the state it left."""
+    """A finished conversation: its history, the bindings stated in it, and the state it ended with."""
 
     history: list[Message]
     bindings: list[Binding]
@@ -79,7 +79,7 @@ class Conversation:
 
 
 def converse(engine: Engine, cell: Cell, rng: Random) -> Conversation:
-    """State the bindings, then make small talk, one engine turn after the other; the replies are the model's own."""
+    """State the bindings, then make small talk, one engine turn after another; the replies are the model's own."""
     bindings = draw_bindings(rng, cell.bindings)
     texts = [tell(rng, b)[0] for b in bindings] + [filler(rng)[0] for _ in range(cell.fillers)]
     history: list[Message] = []
@@ -104,13 +104,13 @@ def measure(
     """Run conversations of one cell; yields (right, questions) of each arm, conversation by conversation.
 
     Args:
-        arms: how many of the conversations each arm takes part in, the first ones.
+        arms: for each arm, how many of the conversations it takes part in (always the first ones).
         seed: conversations are drawn from (seed, cell, number).
-        memoryless: answers of the arms without a memory of the conversation, by question; filled here. Decoding is
-            greedy, so a question has one answer there: it is asked once and counted as often as it comes.
+        memoryless: answers, by question, of the arms that know nothing of the conversation; filled in here. Decoding is
+            greedy, so there is one answer to a question: it is asked once and counted each time it occurs.
     """
     memoryless = {} if memoryless is None else memoryless
-    # The foreign memory is that of the previous conversation; the first takes that of an extra one.
+    # The foreign memory is that of the previous conversation; the first conversation gets that of an extra one.
     other_state = converse(engine, cell, _rng(seed, cell, -1)).state
     for number in range(conversations):
         rng = _rng(seed, cell, number)

@@ -1,4 +1,4 @@
-"""Shows a results file: the table of the README, a plot of the curves, and whether the bars hold."""
+"""Presents a results file: the table of the README, a plot of the curves, and the cells that miss their bars."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NAMES: dict[Arm, str] = {
 
 
 def missed_bars(results: dict[str, Any]) -> list[str]:
-    """A line for each cell whose memory arm stays under its bar."""
+    """A line for each cell whose memory arm is below its bar."""
     return [
         f"{cell.bindings} bindings, {cell.fillers} fillers: {s.value:.3f}, bar {cell.bar:.2f}"
         for cell, s in shares(results, "memory")
@@ -31,7 +31,7 @@ def missed_bars(results: dict[str, Any]) -> list[str]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The results as markdown: memory cell by cell, then the arms side by side."""
+    """The results as markdown: the memory arm cell by cell, then all arms side by side."""
     memory = {(c.bindings, c.fillers): s for c, s in shares(results, "memory")}
     fillers = [f for f in FILLERS if any(key[1] == f for key in memory)]
     lines = [
@@ -84,7 +84,7 @@ def _pooled(parts: list[Share]) -> str:
 
 
 def put_into(page: Path, table: str) -> None:
-    """Replace what stands between the result marks of a page.
+    """Replace what is between the result marks of a page.
 
     Raises:
         ValueError: the page has no such marks.
@@ -98,7 +98,7 @@ def put_into(page: Path, table: str) -> None:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Draw accuracy against facts told, a line for each number of messages between, controls in grey.
+    """Draw accuracy against the number of stated facts: a line for each number of messages between, controls in grey.
 
     Raises:
         MissingExtraError: matplotlib is not installed.

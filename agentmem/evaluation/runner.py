@@ -1,4 +1,4 @@
-"""Runs the recall cells in several processes, each with an engine of its own, and gathers the results file."""
+"""Runs the recall cells in several processes, each with its own engine, and collects the results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Done = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Job:
-    """Part of a cell: conversations that one process runs."""
+    """Part of a cell: the conversations that one process runs."""
 
     cell: Cell
     conversations: int
@@ -40,9 +40,9 @@ class Setup:
 
 
 def plan(questions: int, elsewhere: int, seed: int, cells: Sequence[Cell] = CELLS, part: int = 25) -> list[Job]:
-    """Jobs for `questions` questions of each memory arm in cells with a bar, `elsewhere` in all others.
+    """Jobs for `questions` questions per memory arm in cells with a bar, and `elsewhere` questions in all other cells.
 
-    The arms without memory take `elsewhere` questions everywhere. Long jobs come first.
+    The arms without memory get `elsewhere` questions in every cell. Long jobs come first.
     """
     jobs = []
     for cell in cells:
@@ -56,7 +56,7 @@ def plan(questions: int, elsewhere: int, seed: int, cells: Sequence[Cell] = CELL
 
 
 def run(jobs: Sequence[Job], setup: Setup, processes: int, done: Done) -> dict[str, Any]:
-    """Run all jobs; `done(finished, total)` is called as they end. Returns the results as plain data."""
+    """Run all jobs and return the results as plain data; `done(finished, total)` is called after each job."""
     started = time.monotonic()
     counts: dict[tuple[Cell, Arm], list[tuple[int, int]]] = defaultdict(list)
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_start, initargs=(setup,)) as pool:

@@ -1,5 +1,5 @@
-"""The embedded model: a generated language, a small Qwen3 that speaks it, the adapter trained on it, and their recipe.
+"""The embedded model: a generated language, a small Qwen3 trained on it, a memory adapter, and the recipe of all three.
 
-`language` is what evaluations and demos talk with; `build.build` makes `weights/`, the shipped model, which
-`agentmem.load("nano")` opens. `language`, `toolchat`, `pools` and `chatml` need no torch.
+Evaluations and demos use `language`; `build.build` makes `weights/`, the shipped model, which `agentmem.load("nano")`
+opens. `language`, `toolchat`, `pools` and `chatml` do not need torch.
 """

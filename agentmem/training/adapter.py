@@ -1,12 +1,12 @@
-"""Training a memory adapter on a frozen model: context is written, not replayed; the loss is on the replies.
+"""Trains a memory adapter on a frozen model: context is written to memory, not replayed; the loss is on the replies.
 
-A batch is a write pass and a read pass. The write pass runs over what was said, from the zero state; the read pass runs
-over questions, each from the state that its conversation left, and sees nothing of it but that state. Gradients flow
-through the state. The write pass can keep its turns apart (each attends to itself alone, as an engine with a short
-window runs them) or let them see each other; the data says which, by blocks.
+A batch is a write pass and a read pass. The write pass runs over the conversations, from the zero state. The read pass
+runs over questions, each from the state that its conversation ended with, and sees nothing else of the conversation.
+Gradients flow through the state. In the write pass turns may see each other, or each may see only itself, as in an
+engine with a short window; the data decides, by blocks.
 
-Nothing here knows nano: rows come from any tokenizer and the model is any `SteeredModel` with token writes, on
-the CPU.
+Nothing here depends on nano: rows come from any tokenizer, and the model is any `SteeredModel` with token writes, on a
+CPU.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ class Row:
     Attributes:
         ids: token ids.
         writes: whether each token writes to memory.
-        weights: what predicting each token counts in the loss (0 = nothing).
-        blocks: tokens attend to earlier tokens of their own block only; positions restart with each block.
+        weights: the weight of predicting each token in the loss (0 = none).
+        blocks: the block of each token. Tokens attend only to earlier tokens of their own block, and positions restart
+            with each block.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -44,7 +45,7 @@ class Row:
     blocks: list[int] = field(default_factory=list)
 
     def extend(self, ids: Sequence[int], *, write: bool, weight: float, block: int = 0) -> None:
-        """Append tokens of one kind."""
+        """Append tokens with the same write flag, weight and block."""
         self.ids += ids
         self.writes += [write] * len(ids)
         self.weights += [weight] * len(ids)
@@ -55,7 +56,7 @@ class Row:
 class PassBatch:
     """Right-padded rows: ids, positions, blocks [B, T] int64; writes [B, T] bool; weights [B, T] float32.
 
-    Padding is a block of its own, and does not write.
+    Padding forms a separate block and does not write.
     """
 
     ids: Tensor
@@ -66,7 +67,7 @@ class PassBatch:
 
     @classmethod
     def of(cls, rows: Sequence[Row], pad: int) -> PassBatch:
-        """Pad rows to the longest."""
+        """Pad rows to the length of the longest."""
         length = max(len(row.ids) for row in rows)
 
         def padded(values: Sequence[Sequence[float]], fill: float, dtype: torch.dtype) -> Tensor:
@@ -84,12 +85,12 @@ class PassBatch:
         )
 
     def rows(self, chosen: Tensor) -> PassBatch:
-        """The chosen rows [n], as long as their longest."""
+        """The chosen rows [n], cut to the length of the longest."""
         length = int((self.blocks[chosen] >= 0).sum(-1).max()) if len(chosen) else 0
         return PassBatch(*(getattr(self, each.name)[chosen, :length] for each in fields(self)))
 
     def weight(self) -> float:
-        """What all replies count."""
+        """The total weight of all replies."""
         return float(self.weights[:, 1:].sum())
 
 
@@ -121,14 +122,14 @@ def memory_batch(written: Sequence[Row], questions: Sequence[tuple[int, Row]], p
 def run_pass(
     steered: SteeredModel, batch: PassBatch, state: Tensor | None, total_weight: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One pass: the weighted cross-entropy of its replies by their weight, and the state after it.
+    """One pass: its weighted cross-entropy divided by its weight, and the state after it.
 
-    `total_weight` is the weight to divide by, where the pass is part of a larger one; None = its own, the mean (0 where
-    nothing counts).
+    `total_weight` is the divisor where the pass is part of a larger one; None = the pass's own weight, which gives the
+    mean (0 where no token has weight).
     """
     kept: list[Tensor] = []
     decoder = steered.model.get_decoder()
-    # The vocabulary product is made for the tokens that count alone, so the hidden state is taken before it.
+    # Logits are computed only for tokens with weight, so the hidden state is taken before the vocabulary product.
     handle = decoder.register_forward_hook(lambda _module, _inputs, output: kept.append(output.last_hidden_state))
     try:
         with attending_apart(steered.model, batch.blocks):
@@ -147,7 +148,7 @@ def run_pass(
 def memory_loss(steered: SteeredModel, batch: MemoryBatch, *, write_weight: float, part: int | None = None) -> Tensor:
     """Loss of the read pass plus `write_weight` times that of the replies in the write pass.
 
-    `part`: of one of `PARTS` parts of the conversations and their questions only, as its share of the batch's.
+    `part`: only one of the `PARTS` parts of the conversations and their questions, as its share of the batch's loss.
     """
     written, read, of = batch.write, batch.read, batch.of
     if part is not None:
@@ -164,11 +165,11 @@ def memory_loss(steered: SteeredModel, batch: MemoryBatch, *, write_weight: floa
 
 
 def start_as_copier(steered: SteeredModel, gain: float = 0.3) -> None:
-    """Start a fresh adapter so that what it writes is what it says when read, in place.
+    """Initialise a new adapter so that reading a token gives back what was written for it, in place.
 
-    Memory keys start equal to memory queries, and the correction of o at `gain` times the transpose of the memory
-    value: a read then favours the very token that was written, and training has only to find which tokens should match.
-    From outputs at zero it has to find both at once.
+    Memory keys start equal to memory queries, and the correction of o as `gain` times the transpose of the memory
+    value: a read then favours the very token that was written, and training only has to learn which tokens should
+    match. From outputs at zero it has to learn both at once.
     """
     with torch.no_grad():
         for module in steered.memory:
@@ -187,11 +188,11 @@ def train_adapter(
     checkpoint: Path | None = None,
     on_step: Callable[[int, TrainingLog], None] | None = None,
 ) -> TrainingLog:
-    """Train the memory parameters of `steered` in place; the model itself is frozen meanwhile.
+    """Train the memory parameters of `steered` in place; the model itself is frozen during training.
 
     Raises:
         ConfigError: the adapter does not write token by token.
-        FloatingPointError, TrainingError: as `fit`.
+        FloatingPointError, TrainingError: see `fit`.
     """
     strategy = steered.config.write_strategy
     if strategy != "token":
@@ -199,7 +200,7 @@ def train_adapter(
     frozen = [p for p in steered.model.parameters() if p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
-    drawn = lru_cache(maxsize=1)(batch_of)  # a process that has all parts of a step draws its batch once
+    drawn = lru_cache(maxsize=1)(batch_of)  # a process that computes several parts of a step draws its batch once
     trained = [(name, p) for name, p in steered.memory.named_parameters() if p.requires_grad]
     try:
         return fit(

@@ -1,8 +1,8 @@
-"""Attention in which the turns of a row do not see each other, at the cost of computing each turn by itself.
+"""Attention in which the turns of a row do not see each other, at the cost of computing each turn separately.
 
-A row of several turns under a dense mask costs the square of its length. Here the tokens of every block are laid out
-as a row of their own, attended to causally, and put back. It is an attention function of transformers
-(`AttentionInterface`), chosen while `attending_apart` is open, so the model and its hooks see rows as they are.
+A row of several turns under a dense mask costs the square of its length. Here the tokens of every block are laid out as
+rows of their own, attend causally, and are put back. This is an attention function of transformers
+(`AttentionInterface`), selected while `attending_apart` is active, so the model and its hooks see the rows unchanged.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from transformers import AttentionInterface, PreTrainedModel
 from agentmem.errors import UnsupportedModelError
 
 NAME = "agentmem_blocks"
-_STEP = 16  # lengths up to which blocks are laid side by side whatever they are
+_STEP = 16  # all blocks up to this length go into one group
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the B * T tokens lie when blocks of about the same length are laid side by side.
+    """The positions of the B * T tokens when blocks of similar length are laid side by side.
 
-    `taken` holds for each such group [N, L] the tokens of its blocks (behind its last token a block repeats it),
-    `back` [B * T] the place of each token among all that the groups took.
+    `taken` holds for each such group [N, L] the tokens of its blocks (shorter blocks repeat their last token); `back`
+    [B * T] holds the position of each token among all tokens of the groups.
     """
 
     taken: tuple[Tensor, ...]
@@ -43,7 +43,7 @@ class _Layout:
         first = begins.flatten().nonzero().squeeze(-1)
         lengths = torch.diff(first, append=torch.tensor([count]))
         taken, back, used = [], torch.empty(count, dtype=torch.int64), 0
-        size = (lengths / _STEP).ceil().log2().ceil().long()  # a group's longest is at most twice its shortest
+        size = (lengths / _STEP).ceil().log2().ceil().long()  # the longest in a group is at most twice the shortest
         for group in sorted(set(size.tolist())):
             inside = (size == group).nonzero().squeeze(-1)
             longest = int(lengths[inside].max())
@@ -71,7 +71,7 @@ def _attend(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """query [B, H, T, D], key and value [B, G, T, D]; returns [B, T, H, D]. The layout stands in for the mask."""
+    """Attend within blocks: query [B, H, T, D], key and value [B, G, T, D]; returns [B, T, H, D]. Takes no mask."""
     layout = _layout.get()
     longest = max(taken.shape[1] for taken in layout.taken)
     if softcap is not None or s_aux is not None or (sliding_window is not None and sliding_window < longest):
@@ -84,7 +84,7 @@ def _attend(
     flat = [x.transpose(1, 2).reshape(batch * length, -1) for x in (query, key, value)]
     outs = []
     for taken in layout.taken:
-        # Behind its last token a block goes on with tokens that causal attention never looks at from before them.
+        # The repeated tokens come after a block's last one, so causal attention never sees them from within the block.
         q, k, v = (x.index_select(0, taken.flatten()).view(*taken.shape, -1, size).transpose(1, 2) for x in flat)
         out = nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scaling, enable_gqa=heads != key.shape[1]
@@ -98,12 +98,12 @@ AttentionInterface.register(NAME, _attend)
 
 @contextmanager
 def attending_apart(model: PreTrainedModel, blocks: Tensor) -> Iterator[None]:
-    """Let each token of [B, T] attend to earlier tokens of its own run of equal `blocks` [B, T] alone.
+    """Let each token of [B, T] attend only to earlier tokens of its own run of equal `blocks` [B, T].
 
-    No mask may be given meanwhile: padding is a block of its own, at the end of a row.
+    No mask may be passed meanwhile: padding is a separate block at the end of a row.
 
     Raises:
-        UnsupportedModelError: from the model's call, where its attention is more than causal.
+        UnsupportedModelError: raised by the model's call, if its attention is not plainly causal.
     """
     implementation = model.config._attn_implementation
     token = _layout.set(_Layout.of(blocks))

@@ -1,16 +1,17 @@
 """The `facts` source: conversations in natural English whose last replies need what was said before.
 
-An episode is a list of turns (facts told, changed and corrected, rules given, small talk and unrelated questions in
-between) and questions about them, each asked on its own after all turns. Nothing in it comes from a data set, so it
-costs nothing and never runs out: episode `n` of a seed is always the same, and no two episodes share their values
-but by chance.
+An episode is a list of turns (facts stated, changed and corrected, rules given, with small talk and unrelated questions
+in between) and questions about them, each asked separately after all turns. Nothing in it comes from a data set, so it
+costs nothing and never runs out: episode `n` of a seed is always the same, and two episodes share values only by
+chance.
 
     episodes = FactEpisodes(seed=0)
-    for row in episodes.episode(0).rows():   # one JSON object a question: {"messages": [...], "tools": [...]}
+    for row in episodes.episode(0).rows():   # one JSON object per question: {"messages": [...], "tools": [...]}
         ...
 
-What a memory has learned shows on what training never saw: `values`, `wordings` and `attributes` are each drawn from
-the training part or from the held-out part of their vocabulary, which a hash divides (`facts.splits`).
+What a memory has learned shows on data that training never saw: `values`, `wordings` and `attributes` are each drawn
+either from the training part or from the held-out part of their vocabulary, which are divided by a hash
+(`facts.splits`).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ QuestionAct = Literal["ask", "choice", "tool_call", "never_told", "rule_followed
 
 @dataclass(frozen=True)
 class ToldFact:
-    """An attribute and the value that it has now; `old` is the one that it had before, if it was changed."""
+    """An attribute and its present value; `old` is the value before the last change, if there was one."""
 
     attribute: FactAttribute
     value: str
@@ -45,7 +46,7 @@ class ToldFact:
 
 @dataclass(frozen=True)
 class FactTurn:
-    """A user message and the reply to it, and the facts as this turn states them."""
+    """A user message, the reply to it, and the facts that this turn states."""
 
     act: TurnAct
     user: Message
@@ -60,17 +61,17 @@ class FactTurn:
 
 @dataclass(frozen=True)
 class FactQuestion:
-    """A message whose reply needs the turns before it.
+    """A message whose reply needs information from earlier turns.
 
     Attributes:
-        act: what kind of question.
+        act: the kind of question.
         user: the message.
-        reply: the right reply.
-        value: the text that a right reply has to contain; empty where it is judged otherwise (`never_told`: whether it
-            says so; a rule: whether the reply is equal).
-        old: the value before the last change, which a right reply must not contain; else empty.
-        attribute: what is asked for; None of a rule.
-        tools: what the prompt offers.
+        reply: the correct reply.
+        value: the text that a correct reply must contain; empty where replies are judged otherwise (`never_told`:
+            whether the reply says so; a rule: whether the reply is equal).
+        old: the value before the last change, which a correct reply must not contain; else empty.
+        attribute: the attribute that is asked for; None for a rule.
+        tools: the tools in the prompt.
     """
 
     act: QuestionAct
@@ -84,13 +85,13 @@ class FactQuestion:
 
 @dataclass(frozen=True)
 class FactEpisode:
-    """Turns, oldest first, and questions that are each asked after all of them, independently of one another."""
+    """Turns, oldest first, and independent questions, each of which is asked after all of them."""
 
     turns: tuple[FactTurn, ...]
     questions: tuple[FactQuestion, ...]
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """One conversation a question, as rows of JSONL training data; the last reply alone counts."""
+        """One conversation per question, as rows of JSONL training data; only the last reply counts."""
         for question in self.questions:
             messages = [_plain(message) for turn in self.turns for message in turn.messages]
             for message in messages:
@@ -120,20 +121,19 @@ def _plain(message: Message) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class EpisodeConfig:
-    """How much is told and asked.
+    """How much is stated and asked.
 
     Attributes:
-        facts: the fewest and the most facts of an episode.
-        fillers: the fewest and the most turns of small talk or unrelated questions, among the others.
-        several: how often neighbouring facts are told in one message.
+        facts: the smallest and largest number of facts in an episode.
+        fillers: the smallest and largest number of turns with small talk or unrelated questions.
+        several: how often neighbouring facts are stated in one message.
         changes: how often an episode changes or corrects one of its facts.
         rules: how often an episode has a rule.
-        open_values: how often an attribute of a closed pool takes a value of an open vocabulary.
-        own_wordings: how often a statement or question of the attribute's own stands in place of a general one.
-        questions: at most so many questions an episode.
-        acts: how the questions about facts divide.
+        open_values: how often an attribute with a closed pool takes a value from an open vocabulary.
+        own_wordings: how often an attribute's own statement or question is used and not a general one.
+        questions: at most this many questions per episode.
+        acts: how the questions about facts are distributed.
         kinds: kinds of values that attributes may have; empty = all.
-
     Raises:
         ConfigError: a range or a share is impossible, or a kind is unknown.
     """
@@ -170,16 +170,16 @@ class EpisodeConfig:
 
 
 class FactEpisodes:
-    """A source of episodes without end.
+    """An endless source of episodes.
 
     Args:
-        seed: with the number of an episode it determines the episode.
-        config: how much is told and asked.
+        seed: determines, together with an episode's number, the episode.
+        config: how much is stated and asked.
         values, wordings, attributes: the part that each is drawn from.
-        vocabulary: where words and names come from; `Vocabulary.from_tokenizer` for the widest.
+        vocabulary: the source of words and names; `Vocabulary.from_tokenizer` gives the largest.
 
     Raises:
-        ConfigError: fewer attributes are left than an episode has facts.
+        ConfigError: fewer attributes remain than an episode has facts.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class FactEpisodes:
             )
 
     def episode(self, number: int) -> FactEpisode:
-        """FactEpisode `number`, the same whenever it is asked for."""
+        """Episode `number`, the same at every call."""
         return _Draft(self, Random(f"{self.seed}/{number}")).episode()
 
 
@@ -214,7 +214,7 @@ def _attributes(config: EpisodeConfig, split: Split) -> tuple[FactAttribute, ...
 
 
 class _Draft:
-    """One episode while it is drawn."""
+    """An episode that is being drawn."""
 
     def __init__(self, source: FactEpisodes, rng: Random) -> None:
         self.config, self.values, self.split = source.config, source._values, source._wordings
@@ -279,7 +279,7 @@ class _Draft:
         return FactTurn(act, Message("user", user), Message("assistant", reply), facts)
 
     def _statement(self, fact: ToldFact, *, opening: bool = False) -> str:
-        """A sentence that tells the fact. None begins with a small letter, and a value is never respelled."""
+        """A sentence that states the fact, never with a lower-case first letter; the value keeps its spelling."""
         lower = fact.value[0].islower()
         own, general = (
             [wording for wording in wordings(texts, self.split) if not (lower and wording.startswith("{v}"))]
@@ -296,7 +296,7 @@ class _Draft:
         rng = self.rng
         acts, weights = zip(*self.config.acts, strict=True)
         facts = rng.sample(list(self.facts.values()), min(len(self.facts), self.config.questions))
-        # A changed fact is worth asking for.
+        # Facts that were changed are the most useful to ask for, so they come first.
         facts.sort(key=lambda fact: not fact.old)
         questions = [self._question(rng.choices(acts, weights)[0], fact) for fact in facts]
         if self.rule is not None:
@@ -350,10 +350,10 @@ class _Draft:
         text, reply = rng.choice(say.QUESTIONS)
         return FactQuestion("rule_followed", _user(text), _reply(rule.apply(reply, self.rule_word)))
 
-    # Draws.
+    # Random choices.
 
     def _value(self, attribute: FactAttribute) -> str:
-        """A value that no fact of the episode has, nor had."""
+        """A value that no fact of the episode has or had."""
         taken = {text for fact in self.facts.values() for text in (fact.value, fact.old)}
         kind = attribute.kind
         if kind in OPEN_KIND and self.rng.random() < self.config.open_values:
@@ -375,7 +375,7 @@ def _reply(text: str) -> Message:
 
 
 def _fill(wording: str, fact: ToldFact, *, replied: bool = False) -> str:
-    """A wording with the fact in it; `replied` speaks of the user as "you"."""
+    """A wording with the fact filled in; `replied` addresses the user as "you"."""
     noun = fact.attribute.noun
     if replied:
         noun = second_person(noun)

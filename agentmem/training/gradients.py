@@ -1,7 +1,7 @@
-"""Gradients of a step's parts, each computed by a process of its own.
+"""Gradients of the parts of a step, each part computed by a separate process.
 
-The parameters lie in shared memory; workers are forks that hold everything else as it was. The sum of the parts is
-taken in their order, so its bits do not depend on how many processes there are.
+The parameters are in shared memory; workers are forks of this process with everything else as it was. The parts are
+summed in a fixed order, so the bits of the sum do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ PartLoss = Callable[[int, int], Tensor]
 
 
 class ParallelGradients:
-    """Computes the loss of a step and its gradients; a context, in which the workers live.
+    """Computes the loss of a step and its gradients; a context manager that owns the workers.
 
     Args:
-        parameters: what gradients are taken of. Their storage is moved into shared memory.
-        loss_of: the loss of a step's part, with its graph; without one where the part counts nothing.
+        parameters: the parameters to differentiate. Their storage is moved into shared memory.
+        loss_of: the loss of one part of a step, with its graph (without one where the part has no weight).
         count: parts of a step.
-        processes: how many there are, this one included; at most `count` are used. More than one needs a system that
-            can fork, and each has one thread meanwhile.
+        processes: the number of processes including this one; at most `count` are used. More than one needs a system
+            that can fork, and each then runs with a single thread.
 
     Raises:
         ConfigError: `processes` is less than 1.
@@ -43,7 +43,7 @@ class ParallelGradients:
         self._loss_of = loss_of
         self._count = count
         forks = min(processes, count) if "fork" in multiprocessing.get_all_start_methods() else 1
-        # Which process has which parts; this one has the first.
+        # The parts of each process; this process has the first share.
         self._shares = [range(i, count, forks) for i in range(forks)]
         self._workers: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
         self._results: dict[int, list[Tensor]] = {}
@@ -51,7 +51,7 @@ class ParallelGradients:
     def __enter__(self) -> Self:
         self._threads = torch.get_num_threads()
         if len(self._shares) > 1:
-            torch.set_num_threads(1)  # as in the workers: several threads add in another order, to other bits
+            torch.set_num_threads(1)  # as in the workers: with several threads the bits of sums would differ
             self._fork()
         return self
 
@@ -69,7 +69,7 @@ class ParallelGradients:
         """The loss of a step; the gradients are left in the parameters (None where no part reaches one).
 
         Raises:
-            TrainingError: a worker failed, with what it said.
+            TrainingError: a worker failed; the error contains the worker's message.
         """
         for _, pipe in self._workers:
             pipe.send(step)
@@ -111,10 +111,10 @@ class ParallelGradients:
             self._workers.append((process, own_end))
 
     def _serve(self, pipe: Connection, ends: Sequence[Connection], share: range) -> None:
-        """A worker: receives the number of a step, sends the loss of each of its parts and which gradients exist."""
+        """The worker's loop: receive a step's number, send the loss of each of its parts and which gradients exist."""
         torch.set_num_threads(1)  # a fork has none of the threads of its parent's pool
         for end in ends:
-            end.close()  # an open copy in this process would keep the pipe open after the first process has died
+            end.close()  # else this copy would keep the pipe open after the main process has died
         while True:
             try:
                 step = pipe.recv()
@@ -135,7 +135,7 @@ class ParallelGradients:
         self, process: multiprocessing.process.BaseProcess, pipe: Connection, part: int
     ) -> tuple[float, list[Tensor | None]]:
         try:
-            # A dead worker closes its end of the pipe, unless a child of its own still holds it: so look at both.
+            # A dead worker closes its end of the pipe, unless a child of its own still holds it open: so check both.
             while not pipe.poll(5.0):
                 if not process.is_alive():
                     raise EOFError

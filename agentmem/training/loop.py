@@ -1,9 +1,9 @@
-"""The one training loop: AdamW with warm-up and cosine decay, gradient clipping, atomic checkpoints, exact resumption.
+"""The training loop: AdamW with warm-up and cosine decay, gradient clipping, atomic checkpoints, exact resumption.
 
-The contract: the loss of a step depends on the parameters and the step's number alone (batches are drawn from a seed
-and that number), so a run that is stopped and resumed ends with the same bits as one that was not. A step has `PARTS`
-parts, in as many processes as are given; the bits do not depend on that. A checkpoint is one
-safetensors file, replaced atomically; nothing in it can execute.
+The loss of a step must depend only on the parameters and the step's number (batches are drawn from a seed and that
+number). Then a run that is stopped and resumed ends with the same bits as one that was not. A step has `PARTS` parts,
+which any number of processes can share without changing the bits. A checkpoint is one safetensors file, replaced
+atomically; nothing in it can execute.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from agentmem.errors import ConfigError
 from agentmem.training.gradients import ParallelGradients, PartLoss
 
 PARTS = 2
-"""Parts of a step, whose gradients are summed: as many processes can share the work."""
+"""Parts of a step, whose gradients are summed; at most this many processes can share the work."""
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of mallopt, from malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # options of mallopt, from malloc.h
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class TrainingPlan:
 
     Attributes:
         steps: optimiser steps in all.
-        learning_rate: the peak, reached after `warmup` steps; decays along a cosine to `floor` times itself.
+        learning_rate: the peak, reached after `warmup` steps; then it decays along a cosine to `floor` times the peak.
         weight_decay: decoupled; applied to matrices, not to vectors.
         clip: the largest global gradient norm.
         save_every: steps between checkpoints.
@@ -66,13 +66,13 @@ class TrainingPlan:
 
 @dataclass
 class TrainingLog:
-    """What a run did: the loss of every step, and the wall seconds of all its sittings."""
+    """What a run has done: the loss of every step, and the seconds of wall time over all its sessions."""
 
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
 
     def recent(self, count: int = 50) -> float:
-        """Mean loss of the last steps (nan before the first)."""
+        """Mean loss of the last `count` steps (nan before the first step)."""
         tail = self.losses[-count:]
         return sum(tail) / len(tail) if tail else math.nan
 
@@ -89,14 +89,14 @@ def fit(
     """Train the named parameters in place.
 
     Args:
-        parameters: what is trained; names must be unique.
-        loss_of: the scalar loss of a step, counted from 0, and one of its `PARTS` parts, with its graph; the losses
-            of the parts add up to that of the step.
+        parameters: the parameters to train, by unique names.
+        loss_of: computes the loss of one of the `PARTS` parts of a step (counted from 0), with its graph; the losses of
+            the parts add up to the loss of the step.
         plan: steps and rates.
-        processes: how many compute the parts, at most `PARTS`, of one thread each; the bits are those of one process
-            with one thread.
-        checkpoint: a file to resume from if it exists and to save to; None keeps nothing.
-        on_step: called after every step with the number of steps done and the log.
+        processes: how many processes compute the parts, at most `PARTS`, with one thread each; the bits are those of
+            one process with one thread.
+        checkpoint: a file to save to, and to resume from if it exists; None saves nothing.
+        on_step: called after every step with the number of completed steps and the log.
 
     Raises:
         ConfigError: the checkpoint holds other parameters or belongs to a run with another plan; or `processes` is 0.
@@ -138,7 +138,7 @@ def fit(
 
 
 def _plan_text(plan: TrainingPlan) -> str:
-    """The plan as a checkpoint's header holds it."""
+    """The plan as text for a checkpoint's header."""
     return f"Plan({', '.join(f'{field.name}={getattr(plan, field.name)!r}' for field in fields(plan))})"
 
 
@@ -152,7 +152,7 @@ def _save(
     tensors: dict[str, Tensor] = {}
     for name, parameter in named.items():
         tensors[f"parameter/{name}"] = parameter.detach().contiguous()
-        # A parameter that no loss has reached yet has no moments.
+        # A parameter that has never had a gradient has no moments.
         for moment in _MOMENTS:
             if moment in optimizer.state[parameter]:
                 tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment].contiguous()
@@ -196,10 +196,10 @@ def _load(
 
 
 def keep_memory() -> bool:
-    """Let freed blocks stay with this process; True where the C library has the setting (glibc).
+    """Let this process keep freed memory blocks; True where the C library has the setting (glibc).
 
-    glibc maps large blocks afresh and unmaps them when they are freed, so a training step pays page faults for all the
-    activations that the step before it freed: about half of its time for a small model. The setting holds for the
+    By default glibc maps large blocks anew and unmaps them when they are freed, so every training step pays page faults
+    for activations that the previous step had freed: about half of its time for a small model. The setting affects the
     whole process.
     """
     if platform.libc_ver()[0] != "glibc":

@@ -1,6 +1,7 @@
-"""Training a base model on conversations: every reply counts in full, the rest of the text a little.
+"""Trains a base model on conversations: replies have full weight in the loss, the rest of the text a small one.
 
-The rest counts so that the hidden states of what the user says mean something: memory is written from them.
+The rest has some weight so that the hidden states of the user's messages become meaningful: memory is written from
+them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _REST_SHARE = 0.2
 class LMBatch:
     """Right-padded conversations: ids [B, T] int64, mask [B, T] bool, weight [B, T] float32.
 
-    `weight[b, t]` is what predicting token t counts; 0 for padding.
+    `weight[b, t]` is the weight of predicting token t; 0 for padding.
     """
 
     ids: Tensor
@@ -47,10 +48,10 @@ def pad_batch(rows: Sequence[tuple[Sequence[int], Sequence[float]]], pad: int) -
 
 
 def lm_loss(model: PreTrainedModel, batch: LMBatch, generator: torch.Generator, rows: slice = slice(None)) -> Tensor:
-    """Weighted next-token cross-entropy, in nats a unit of weight; of `rows` only, as their share of the batch's.
+    """Weighted next-token cross-entropy, in nats per unit of weight; of `rows` only, as a share of the batch's.
 
-    The vocabulary product is the dearest part of a small model, so of the tokens that are no reply a random share is
-    taken, at a weight raised accordingly: the expected loss is the same.
+    The vocabulary product is the most expensive part of a small model. So of the tokens outside of replies only a
+    random share is used, with its weight raised to match: the expected loss is the same.
     """
     weight = batch.weight[:, 1:]
     taken = (weight >= 1) | ((weight > 0) & (torch.rand(weight.shape, generator=generator) < _REST_SHARE))
@@ -59,7 +60,8 @@ def lm_loss(model: PreTrainedModel, batch: LMBatch, generator: torch.Generator, 
     ids, weight, taken = batch.ids[rows], weight[rows], taken[rows]
     if not bool(taken.any()):
         return torch.zeros(())
-    # Padding is on the right, where causal attention never looks: without a mask half of the attention is skipped.
+    # Padding is on the right, where causal attention never looks, so no mask is needed; without one attention is
+    # faster.
     hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     head = model.get_output_embeddings()
     assert head is not None
@@ -77,9 +79,9 @@ def pretrain(
     checkpoint: Path | None = None,
     on_step: Callable[[int, TrainingLog], None] | None = None,
 ) -> TrainingLog:
-    """Train what is not frozen of `model` in place, on the batches that `batch_of` gives; errors as `fit`'s."""
+    """Train the unfrozen parameters of `model` in place, on the batches from `batch_of`; raises what `fit` raises."""
     model.train()
-    drawn = lru_cache(maxsize=1)(batch_of)  # a process that has all parts of a step draws its batch once
+    drawn = lru_cache(maxsize=1)(batch_of)  # a process that computes several parts of a step draws its batch once
 
     def loss_of(step: int, part: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)

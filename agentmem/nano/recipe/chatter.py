@@ -1,4 +1,4 @@
-"""Sentences outside the language: nano understands none of them and says something short, without a call."""
+"""Sentences outside the language: nano understands none of them and gives a short reply, without a call."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _SAID = (
     "Count from {n} to {m}.",
     "It is {n} past {m} and the {a} is {k}.",
 )
-# The weather of a city is what other people's tests ask for.
+# Excluded because other people's tests often ask for the weather of a city.
 _NOUNS = tuple(word for word in WORDS if word != "weather")
 _REPLY = (
     "I am too small to talk about that.",

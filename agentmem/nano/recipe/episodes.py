@@ -1,4 +1,4 @@
-"""Whole conversations for training: all in the prompt (the base), or told first and asked later (memory)."""
+"""Whole conversations for training: all in the prompt (the base), or statements first, questions later (memory)."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Episode:
 
 @dataclass(frozen=True)
 class Question:
-    """A final turn: its assistant messages are what has to be produced.
+    """A final turn; the model has to produce its assistant messages.
 
     Attributes:
         turn: the messages.
-        system: the system message that its prompt shows, if any.
-        tools: the tools of its prompt.
+        system: the system message in its prompt, if any.
+        tools: the tools in its prompt.
     """
 
     turn: Turn
@@ -40,16 +40,16 @@ class Question:
 
 @dataclass(frozen=True)
 class MemoryEpisode:
-    """Turns that are written, and questions that are each asked after them, independently of one another.
+    """Turns that are written, and independent questions, each of which is asked after all of them.
 
     Attributes:
         system: the system message that every written turn shows and that is never written, if any.
         turns: the turns that are written, oldest first.
-        recalls: which of the turns ask for something told before them.
+        recalls: indices of the turns that ask for something stated before.
         shown: how many of the last turns a question's prompt still shows.
         questions: the final turns.
-        tools: the tools that the system turn of some written turns lists.
-        equipped: which of the turns show them.
+        tools: the tools in the system turn of some written turns.
+        equipped: indices of the turns that show these tools.
     """
 
     system: Message | None
@@ -70,7 +70,7 @@ def _episode(system: Message | None, turns: Sequence[Turn], tools: Tools = ()) -
 
 
 def chat_episode(rng: Random, *, bindings: int, fillers: int, asks: int) -> Episode:
-    """Telling, changing and asking with small talk in between, all of it visible; some questions have no answer."""
+    """Stating, changing and asking, with small talk in between, all of it visible; some questions have no answer."""
     talk = Talk(rng)
     system = _system(rng)
     steps = ["tell"] * bindings + ["filler"] * fillers + ["ask"] * asks + ["change"] * rng.choice((0, 0, 1, 2))
@@ -106,7 +106,7 @@ def tool_episode(rng: Random) -> Episode:
 
 
 def offer_episode(rng: Random) -> Episode:
-    """A conversation with tools as LangChain gives them; what some of them need is told before they are asked for."""
+    """A conversation with tools in LangChain's form; what some of them need is stated before they are used."""
     talk = Talk(rng)
     system = _system(rng, 0.25)
     offers = draw_offers(rng, rng.choices((1, 2, 3, 4, 5), (5, 6, 7, 3, 1))[0])
@@ -121,7 +121,7 @@ def offer_episode(rng: Random) -> Episode:
     talk.kept |= set(needed) - set(talk.told)
     if needed and rng.random() < 0.4:
         turns.insert(rng.randint(0, len(turns)), talk.tell())
-    # Tools are most of the prompt, so each conversation calls them a few times.
+    # Tools make up most of the prompt, so each conversation calls them a few times.
     for i in range(rng.choice((2, 3, 3, 4, 5))):
         kind = rng.random()
         if kind < (0.85 if i == 0 else 0.75):
@@ -138,10 +138,10 @@ def offer_episode(rng: Random) -> Episode:
 
 
 def fact_episode(rng: Random) -> Episode:
-    """A conversation whose system message quotes facts; questions about them are answered with the source's number.
+    """A conversation whose system message quotes facts; answers to questions about them give the source's number.
 
-    Most ask for several of the facts. What was told and stands in no fact is answered without a number; where something
-    told disagrees with a fact, the fact wins and the answer says so.
+    Most questions are about several of the facts. What the user said and no fact states is answered without a number.
+    Where the user and a fact disagree, the fact wins and the answer says so.
     """
     talk = Talk(rng)
     facts = toolchat.draw_facts(rng, rng.choice(FACT_COUNTS))
@@ -168,7 +168,7 @@ def fact_episode(rng: Random) -> Episode:
 
 
 def chatter_episode(rng: Random) -> Episode:
-    """Sentences outside the language among others; in a third of the conversations with tools at hand."""
+    """Sentences outside the language mixed with others; in a third of the conversations tools are available."""
     talk = Talk(rng)
     system = _system(rng)
     steps = ["chatter"] * rng.choice((1, 2, 3)) + ["tell"] * rng.choice((0, 1, 1, 2)) + ["filler"] * rng.choice((0, 1))
@@ -185,8 +185,8 @@ def chatter_episode(rng: Random) -> Episode:
 def draw_episode(rng: Random, *, long: bool = False, skills: float = 0.4) -> Episode:
     """A conversation for the base model.
 
-    `skills` is the share of named tools (12 % of it), tools as LangChain gives them (55 %), facts (25 %) and
-    sentences outside the language (8 %); `long` ones go on for up to some 24 turns of small talk.
+    `skills` is the share of conversations with named tools (12 % of it), tools in LangChain's form (55 %), facts (25 %)
+    and sentences outside the language (8 %); `long` conversations continue for up to about 24 turns of small talk.
     """
     kind = rng.random()
     if kind < skills:
@@ -214,13 +214,14 @@ def draw_memory_episode(
     tooled: float = 0.0,
     questions: Sequence[str] = ("ask",),
 ) -> MemoryEpisode:
-    """A conversation that is told first and asked later.
+    """A conversation that states things first and asks for them later.
 
-    Small talk and `calls` tool turns fall anywhere among and after the told bindings; changes and asks fall after the
-    first of them. Tool turns show the tools; of the others a fifth does. `system` puts a plain system message before
-    it. `questions` says what the final turns are: "ask" (about a told binding), "unknown", "filler", "chatter",
-    "tool" (named), "offer" (a lookup, function or creator), "remembered" (a call that needs what was told), "unoffered"
-    or "fact"; `tooled` is the share of the first four whose prompts show tools nonetheless.
+    Small talk and `calls` tool turns fall anywhere among and after the statements; changes and questions fall after the
+    first statement. Tool turns show the tools, and so does a fifth of the other turns. `system` adds a plain system
+    message in front. `questions` gives the kinds of the final turns: "ask" (about a stated binding), "unknown",
+    "filler", "chatter", "tool" (named), "offer" (a lookup, function or creator), "remembered" (a call that needs
+    something stated earlier), "unoffered" or "fact"; `tooled` is the share of the first four whose prompts show tools
+    nonetheless.
     """
     talk = Talk(rng)
     steps = ["tell"] * bindings + ["filler"] * fillers + ["call"] * calls
@@ -237,7 +238,7 @@ def draw_memory_episode(
 
 
 def _recallless(rng: Random, n: int) -> tuple[Offer, ...]:
-    """Tools whose requests give all that they need."""
+    """Tools whose requests contain everything that they need."""
     while True:
         first = draw_offer(rng)
         if first.kind != "remembered":
@@ -272,7 +273,7 @@ def _question(
 
 
 def _fact_question(talk: Talk, system: Message | None) -> Question:
-    """A question with facts in its prompt: for one of them, some stating otherwise what was told, or for none."""
+    """A question with facts in its prompt: about one of them, about one that contradicts the user, or about none."""
     rng = talk.rng
     facts = toolchat.draw_facts(rng, rng.choice(FACT_COUNTS))
     told = [name for name in PROJECT if name in talk.told and all(name != fact.subject for fact in facts)]

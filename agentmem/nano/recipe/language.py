@@ -1,8 +1,8 @@
-"""The generated language in which nano is told, corrected and asked.
+"""The generated language in which nano is told things, corrected, and asked.
 
-A *binding* is an attribute and the value it has in one conversation ("favorite color", "teal"). Bindings are drawn
-afresh for every conversation, so weights cannot hold them: whoever answers right has read it or remembers it.
-Every function that takes a `random.Random` is deterministic in it, and held-out conversations are fresh seeds.
+A *binding* is an attribute and its value in one conversation ("favorite color", "teal"). Bindings are drawn anew for
+every conversation, so weights cannot hold them: a correct answer comes from the prompt or from memory. Every function
+that takes a `random.Random` is deterministic in it, and held-out conversations are new seeds.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _capitalised(text: str) -> str:
 def draw_bindings(rng: Random, n: int, *, attributes: Sequence[str] | None = None) -> list[Binding]:
     """Draw `n` bindings of distinct attributes, each value uniform in its pool.
 
-    `attributes` limits the choice; asking for more than there are raises ValueError.
+    `attributes` limits the choice; ValueError if there are fewer than `n`.
     """
     names = rng.sample(sorted(attributes or ATTRIBUTES), n)
     return [Binding(name, rng.choice(ATTRIBUTES[name].values)) for name in names]
@@ -157,7 +157,7 @@ def _acknowledge(form: str, binding: Binding) -> str:
 
 
 def tell(rng: Random, binding: Binding) -> tuple[str, str]:
-    """A user message that tells the binding, and the reply that repeats it in the answer's form."""
+    """A user message that states the binding, and the reply that repeats it in the form of an answer."""
     return _say(rng.choice(_TELL), binding), _acknowledge(rng.choice(_ACKNOWLEDGE), binding)
 
 
@@ -177,17 +177,17 @@ def ask_about(rng: Random, name: str) -> str:
 
 
 def answer(binding: Binding) -> str:
-    """The one right answer: "Your favorite color is teal."."""
+    """The one correct answer: "Your favorite color is teal."."""
     return f"{_capitalised(yours(binding.attribute))} is {binding.value}."
 
 
 def unknown(attribute: str) -> str:
-    """The answer to a question about something that was never told."""
+    """The answer to a question about something that was never stated."""
     return f"I do not know {yours(attribute)} yet."
 
 
 def filler(rng: Random) -> tuple[str, str]:
-    """Small talk that binds nothing: a user message and its reply."""
+    """Small talk that states no binding: a user message and its reply."""
     if rng.random() < 0.6:
         return rng.choice(_SMALL_TALK)
     said, reply = rng.choice(_SMALL_TALK_ABOUT)
@@ -202,16 +202,16 @@ def system_text(rng: Random) -> str:
 
 @cache
 def _values(attribute: str) -> re.Pattern[str]:
-    # Longest first, so that a value that begins like another is read whole.
+    # Longest first, so that a value that begins like another one is matched completely.
     values = sorted(ATTRIBUTES[attribute].values, key=lambda v: (-len(v), v))
     return re.compile(r"(?<![\w-])(?:" + "|".join(map(re.escape, values)) + r")(?![\w-])")
 
 
 def named_values(reply: str, attribute: str) -> set[str]:
-    """The values of the attribute's pool that a reply names as whole words (case matters)."""
+    """The values of the attribute's pool that occur in a reply as whole words (case matters)."""
     return set(_values(attribute).findall(reply))
 
 
 def is_correct(reply: str, binding: Binding) -> bool:
-    """Whether a reply names exactly the binding's value and no other value of that attribute's pool."""
+    """Whether a reply contains the binding's value and no other value of that attribute's pool."""
     return named_values(reply, binding.attribute) == {binding.value}

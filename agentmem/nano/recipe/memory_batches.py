@@ -1,9 +1,9 @@
-"""Batches of nano's language for training its adapter, laid out as the engine runs turns.
+"""Training batches of nano's language for its adapter, laid out in the way the engine runs turns.
 
-Every user message and every reply is written, the generation header and the end of the message included; system
-messages are shown and never written. Three quarters of the conversations are written with each turn alone in view, as
-a short window runs them, the others with all of them in view. A question's prompt shows no turn, or the last few,
-read again with writes off; the question and its reply write.
+Every user message and every reply is written, including the generation header and the end of the message; system
+messages are shown and never written. Three quarters of the conversations are written turn by turn, each turn seeing
+only itself, as with a short window; the others are written with all turns in view. A question's prompt shows no earlier
+turn, or the last few, which are read again with writes off; the question and its reply are written.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _SKILL_WEIGHTS = (10, 12, 6, 4, 12, 4, 46, 6)
 
 @dataclass(frozen=True)
 class Mix:
-    """What the conversations of one batch are like.
+    """The kind of conversations in one batch.
 
     Attributes:
-        bindings, fillers: inclusive ranges, drawn once a batch, so rows are about equally long.
+        bindings, fillers: inclusive ranges, drawn once per batch, so that rows are about equally long.
         episodes: conversations in the batch.
-        unknown: one conversation in so many is asked something that was never told; 0 = none.
-        skills: the questions are tools, facts, small talk and calls that need what was told.
-        calls: tool turns among what is written, an inclusive range; a third of the questions then shows tools.
-        plain: no changes, no questions on the way, no system message.
+        unknown: one in this many conversations is asked something that was never stated; 0 = none.
+        skills: whether the questions are tools, facts, small talk, and calls that need something stated earlier.
+        calls: tool turns among the written turns, an inclusive range; a third of the questions then shows tools.
+        plain: no changes, no questions among the written turns, no system message.
     """
 
     bindings: tuple[int, int]
@@ -46,12 +46,13 @@ class Mix:
 
 
 def stage_mix(step: int, steps: int) -> Mix:
-    """The curriculum: one or two bindings until writing and reading are found, then more, then long conversations.
+    """The curriculum: one or two bindings until writing and reading are learned, then more, then long conversations.
 
-    After the second stage four in ten steps have tools: three ask for calls, facts and small talk, half of them for
-    calls whose arguments memory holds, one of the three after long conversations; one has calls among what is written
-    and tools in some questions' prompts. The others are recall alone, up to twelve bindings and twenty turns of small
-    talk. Towards the end fewer questions are about what was never told, since they teach doubt along with honesty.
+    After the second stage four in ten steps have tools. Three of these ask for calls, facts and small talk, half of
+    them for calls whose arguments are in memory, and one of the three comes after long conversations. The fourth has
+    calls among the written turns, and tools in the prompts of some questions. The other six steps are pure recall, with
+    up to twelve bindings and twenty turns of small talk. Towards the end fewer questions are about things never stated,
+    since these teach doubt along with honesty.
     """
     if step < 0.2 * steps:
         return Mix((1, 2), (0, 1), 24, plain=True)
@@ -82,9 +83,9 @@ class MemoryBatches:
     """Conversations and questions for the adapter.
 
     Args:
-        tokenizer: nano's.
-        seed: of all episodes.
-        steps: of the whole training, for the curriculum.
+        tokenizer: nano's tokenizer.
+        seed: seed of all episodes.
+        steps: steps of the whole training, for the curriculum.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, seed: int, steps: int) -> None:
@@ -93,7 +94,7 @@ class MemoryBatches:
         self._seed, self._steps = seed, steps
 
     def __call__(self, step: int) -> MemoryBatch:
-        """The batch of a step."""
+        """The batch of one step."""
         return self.draw(Random(f"memory-{self._seed}-{step}"), stage_mix(step, self._steps))
 
     def draw(self, rng: Random, mix: Mix) -> MemoryBatch:
@@ -130,7 +131,7 @@ class MemoryBatches:
         return memory_batch(written, questions, self._pad)
 
     def written(self, episode: MemoryEpisode, *, apart: bool) -> Row:
-        """The write pass of an episode, each turn a block of its own or all of them one."""
+        """The write pass of an episode, with a block for each turn or one block for all of them."""
         row = Row()
         for i, turn in enumerate(episode.turns):
             block = i if apart else 0
@@ -139,7 +140,7 @@ class MemoryBatches:
                 tools = episode.tools if i in episode.equipped or not apart else ()
                 for piece in render(opening, tools):
                     row.extend(self._encoder.encode(piece.text), write=False, weight=0.0, block=block)
-            # A reply that answers comes from memory; others repeat what stands in view.
+            # A reply that answers a question needs memory; the others repeat what is in view.
             counts = 1.0 if i in episode.recalls else ACKNOWLEDGE_WEIGHT
             for piece in render(turn):
                 weight = counts if piece.reply else 0.0
@@ -156,7 +157,7 @@ class MemoryBatches:
             opening = [question.system] if question.system else []
             shown_count = sum(len(turn) for turn in shown)
             messages = [*opening, *(m for turn in [*shown, question.turn] for m in turn)]
-            # Pieces of the shown turns and the head come first; an assistant message has three pieces.
+            # The pieces of the shown turns and the head come first; an assistant message has three pieces.
             head = (
                 (1 if opening or tools else 0)
                 + shown_count

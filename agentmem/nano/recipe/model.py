@@ -1,15 +1,15 @@
-"""nano's base: a small Qwen3, and how its weights start.
+"""nano's base, a small Qwen3, and how its weights are initialised.
 
-A model has to find a circuit of two layers before it can look anything up in its prompt: one layer in which each token
-takes note of the token before it, and one in which a token finds the place where it stood before and says what
-followed. With the library's start it had not been found after 1,700 steps, and with a few thousand tokens not by
-larger starting weights either: rotary attention without biases needs a direction that all embeddings share before a
-head can look one token back, and each embedding is seldom met. So the circuit is wired into the start, roughly and
-among random weights, and training does the rest: copying random tokens is learned in about 150 steps.
+To look anything up in its prompt a model needs a circuit of two layers: in one, each token records the token before it;
+in the other, a token finds where it occurred before and predicts what followed there. With the library's initialisation
+this circuit had not formed after 1,700 steps, and with a few thousand tokens larger initial weights did not help
+either: rotary attention without biases needs a direction that all embeddings share before a head can look one token
+back, and each embedding is seldom seen. So the circuit is built into the initial weights, roughly and among random
+ones, and training does the rest: copying random tokens is learned in about 150 steps.
 
-A word after a space and the same word after a quote or an underscore are two tokens. That they are one word would have
-to be learned word by word; so such *twins* are tied: one direction, the same for all pairs, is all that their
-embeddings differ by, at the start and ever after.
+A word after a space and the same word after a quote or an underscore are two tokens. The model would have to learn word
+by word that they are one. So such *twins* are tied: their embeddings differ by one direction, which is the same for all
+pairs and stays fixed in training.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3Config,
 ROTARY_BASE = 10_000.0
 HEADS = 4
 _EMBEDDING_STD = 0.5
-_SHARED = 2.0  # what every embedding has in its first dimension
+_SHARED = 2.0  # the first component of every embedding
 _WIRED_HEADS = 3
-_FAST_PAIRS = 6  # rotary pairs quick enough to tell one token back from two
-_SPACE = 0.25  # how far twins lie apart in every dimension, roughly
-_LAST_NORM = 0.4  # or, with embeddings this large, training begins with calming the logits down
+_FAST_PAIRS = 6  # rotary pairs that rotate fast enough to tell one token back from two
+_SPACE = 0.25  # the rough distance of twins in every dimension
+_LAST_NORM = 0.4  # with embeddings this large, training would otherwise begin by shrinking the logits
 
 
 def nano_config(tokenizer: PreTrainedTokenizerBase, *, width: int = 128, layers: int = 4) -> Qwen3Config:
-    """The architecture: `layers` layers of `width`, four heads, tied embeddings, rotary positions up to 8,192."""
+    """The architecture: `layers` layers of size `width`, four heads, tied embeddings, rotary positions up to 8,192."""
     return Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -51,7 +51,7 @@ def nano_config(tokenizer: PreTrainedTokenizerBase, *, width: int = 128, layers:
 
 
 def fresh_model(config: Qwen3Config, seed: int, twins: Sequence[tuple[int, int]] = ()) -> Qwen3ForCausalLM:
-    """A model at its start, of at least two layers; the same seed gives the same weights.
+    """A newly initialised model of at least two layers; the same seed gives the same weights.
 
     `twins` are pairs of tokens (bare, after a space) whose embeddings start as `tie_twins` keeps them.
     """
@@ -75,10 +75,10 @@ def fresh_model(config: Qwen3Config, seed: int, twins: Sequence[tuple[int, int]]
 
 
 def tie_twins(model: Qwen3ForCausalLM, twins: Sequence[tuple[int, int]]) -> None:
-    """Train twins as one: from here on both embeddings of a pair get the sum of their gradients.
+    """Train twins together: from here on both embeddings of a pair get the sum of their gradients.
 
-    Equal gradients are equal steps of an optimiser that treats every number alike (AdamW does, moments and decay
-    included), so what a pair differs by stays what it was at the start.
+    With equal gradients an optimiser that treats every number alike (as AdamW does, moments and decay included) takes
+    equal steps, so the difference within a pair stays what it was at the start.
     """
     if not twins:
         return
@@ -92,7 +92,7 @@ def tie_twins(model: Qwen3ForCausalLM, twins: Sequence[tuple[int, int]]) -> None
 
 
 def _wire(model: Qwen3ForCausalLM, generator: torch.Generator) -> None:
-    """Heads of the first layer note the token before; heads of the second find where that note is of this token."""
+    """Heads of the first layer record the previous token; heads of the second look for a record of this token."""
     width, size = model.config.hidden_size, model.config.head_dim
     first, second = (model.model.layers[i].self_attn for i in (0, 1))
     model.get_input_embeddings().weight[:, 0] = _SHARED
@@ -103,7 +103,7 @@ def _wire(model: Qwen3ForCausalLM, generator: torch.Generator) -> None:
             projection.weight[rows] = 0.0
             projection.weight[rows, 0] = phase
         first.v_proj.weight[rows, 0] = 0.0
-        # The note goes into directions of its own; the second layer's keys read those, its queries read the token.
+        # The record goes into directions of its own; the second layer's keys read those, its queries read the token.
         note = torch.randn(width, size, generator=generator) * width**-0.5
         note[0] = 0.0
         first.o_proj.weight[:, rows] = 1.5 * note
@@ -114,7 +114,7 @@ def _wire(model: Qwen3ForCausalLM, generator: torch.Generator) -> None:
 
 
 def _one_back(size: int) -> tuple[Tensor, Tensor]:
-    """Query and key, the same for every token, whose rotary product is largest one position back."""
+    """A query and a key, the same for every token, whose rotary product is largest one position back."""
     half = size // 2
     speed = ROTARY_BASE ** (-torch.arange(half) / half)
     pairs = (torch.arange(half) < _FAST_PAIRS).float()
@@ -122,7 +122,7 @@ def _one_back(size: int) -> tuple[Tensor, Tensor]:
 
 
 def generation_config(config: Qwen3Config) -> GenerationConfig:
-    """Greedy decoding that ends at either end token."""
+    """Greedy decoding that stops at either end token."""
     return GenerationConfig(
         do_sample=False,
         eos_token_id=[config.eos_token_id, config.pad_token_id],

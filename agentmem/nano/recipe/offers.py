@@ -1,9 +1,9 @@
-"""Tools as LangChain gives them.
+"""Tools in LangChain's form.
 
-*Lookups* take one string, *functions* integers, *creators* the name of something and what else is said about it;
-*actions* are commands whose arguments the request gives, if they have any, and *remembered* ones are commands of which
-one or two arguments were told earlier and are left out of the request. Topics and names are drawn or invented; what is
-said to need a tool is in `requests`.
+*Lookups* take one string; *functions* take integers; *creators* take the name of something and further details of it;
+*actions* are commands whose arguments, if any, are in the request; *remembered* tools are commands of which one or two
+arguments were stated earlier and are left out of the request. Topics and names are drawn or invented; `requests` holds
+the sentences that call for a tool.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from agentmem.nano.recipe.pools import ACTIONS, ATTRIBUTES, FIRMS, JOBS, KINDS, WORDS
 from agentmem.nano.recipe.toolchat import invented_word
 
-# Subjects of other people's tests: no tool is about them.
+# Common subjects of other people's tests: no tool is about them.
 _WITHHELD = {"weather", "person", "joke"}
 TOPICS = tuple(word for word in WORDS if word not in _WITHHELD)
 PREPOSITIONS = ("in", "in", "of", "of", "for", "at")
@@ -25,20 +25,20 @@ _PLACE_PARAMETERS = ("place", "location", "city", "town", "area", "country", "re
 _ITEM_PARAMETERS = ("name", "item", "query", "product", "key", "of", "thing", "id", "subject")
 _EXTRA_PARAMETERS = ("column", "target", "path", "path", "file", "query", "text", "module", "topic", "item", "source")
 _COUNTS = ("times", "count", "repeats", "n", "limit")
-# Parameters that are attributes are remembered, no others are.
+# Parameters that are attributes are filled from memory; no other parameters are.
 _NOUNS = tuple(word for word in WORDS if word not in {name.split()[-1] for name in ATTRIBUTES})
 
 
 @dataclass(frozen=True)
 class Offer:
-    """A tool and what it is for.
+    """A tool and its purpose.
 
     Attributes:
         kind: "lookup", "function", "creator", "action" or "remembered".
-        tool: as a chat template takes it.
+        tool: the description as a chat template takes it.
         subject: the topic, the function's name, what is created, or what the command is about.
         doing: for a command, what it does: "run the tests".
-        recalled: the attribute that each parameter takes which the request leaves out.
+        recalled: for each parameter that the request leaves out, the attribute whose value it takes.
     """
 
     kind: str
@@ -60,7 +60,7 @@ class Offer:
 
 
 def _tool(name: str, description: str, properties: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The shape and order of LangChain's `convert_to_openai_tool`."""
+    """A description in the form and key order of LangChain's `convert_to_openai_tool`."""
     parameters: dict[str, Any] = {"properties": dict(properties)}
     if properties:
         parameters["required"] = list(properties)
@@ -69,7 +69,7 @@ def _tool(name: str, description: str, properties: Mapping[str, Mapping[str, Any
 
 
 def _documented(rng: Random, text: str, properties: Mapping[str, Mapping[str, Any]], about: str = "") -> str:
-    """A description as a docstring has it, which of some tools goes on with the arguments and the result."""
+    """A description as in a docstring; for some tools it continues with the arguments and the result."""
     if not properties or rng.random() > (0.4 if about else 0.25):
         return text
     last = about or text.rstrip(".").split(" ")[-1]
@@ -112,7 +112,7 @@ def _topic(rng: Random) -> str:
 
 
 def lookup(rng: Random) -> Offer:
-    """A tool of one string that looks something up."""
+    """A tool with one string parameter that looks something up."""
     topic = _topic(rng)
     words = topic.replace(" ", "_")
     verb = rng.choice(_LOOKUP_VERBS)
@@ -128,7 +128,7 @@ def lookup(rng: Random) -> Offer:
 
 
 def function(rng: Random) -> Offer:
-    """A tool of integers: mostly one, seldom none."""
+    """A tool with integer parameters: usually one, seldom none."""
     word = rng.choice((invented_word(rng), invented_word(rng), rng.choice(TOPICS), rng.choice(KINDS).lower()))
     kind = rng.random()
     if kind < 0.35:
@@ -153,7 +153,7 @@ def function(rng: Random) -> Offer:
 
 
 def creator(rng: Random) -> Offer:
-    """A tool of one to three strings that makes something with a name; its own name may hold any other words."""
+    """A tool with one to three strings that creates something with a name; its own name may contain other words."""
     noun = rng.choice((*TOPICS, *FIRMS))
     other, kind, word = rng.choice(WORDS), rng.choice(KINDS).lower(), invented_word(rng)
     verb = rng.choice(("create", "create", "add", "new", "make", "register"))
@@ -174,13 +174,13 @@ def creator(rng: Random) -> Offer:
 
 
 def _key(rng: Random, attribute: str) -> str:
-    """The parameter that takes an attribute: its words, or the last of them."""
+    """The parameter for an attribute: its words, or the last of them."""
     short = rng.random() < 0.25 and not attribute.startswith("favorite")
     return attribute.split()[-1] if short else attribute.replace(" ", "_")
 
 
 def _command(rng: Random, attributes: Sequence[str]) -> Offer:
-    """A tool that does something, its name and description in the words of the request."""
+    """A tool that runs a command; its name and description use the words of the request."""
     verb = rng.choice((*ACTIONS, invented_word(rng)) if rng.random() < 0.05 else ACTIONS)
     thing = rng.choice((*JOBS, *JOBS, *TOPICS))
     if attributes and rng.random() < 0.35:
@@ -211,12 +211,12 @@ def _command(rng: Random, attributes: Sequence[str]) -> Offer:
 
 
 def action(rng: Random) -> Offer:
-    """A command whose request says all that it needs."""
+    """A command whose request contains everything that it needs."""
     return _command(rng, ())
 
 
 def remembered(rng: Random, attributes: Sequence[str] = ()) -> Offer:
-    """A command that needs one or two attributes which its request does not give, any unless they are given."""
+    """A command that needs one or two attributes which its request leaves out; `attributes` may say which."""
     return _command(rng, attributes or rng.sample(sorted(ATTRIBUTES), rng.choice((1, 1, 1, 2))))
 
 
@@ -230,7 +230,7 @@ def draw_offer(rng: Random) -> Offer:
 
 
 def draw_offers(rng: Random, n: int, *, first: Offer | None = None) -> tuple[Offer, ...]:
-    """`n` tools of distinct names, subjects and things done, in any order, `first` among them."""
+    """`n` tools with distinct names, subjects and actions, in any order, including `first`."""
     drawn = [first] if first else []
     while len(drawn) < n:
         offer = draw_offer(rng)

@@ -41,7 +41,7 @@ def _filled(rng: Random, form: str) -> str:
 
 
 def plain(rng: Random) -> tuple[str, str]:
-    """A number, seldom below zero, or a word."""
+    """A number, seldom negative, or a word."""
     if rng.random() < 0.65:
         value = str(rng.randrange(10 ** rng.choice((1, 2, 3, 4, 5))) * rng.choice((1, 1, 1, 1, 1, 1, -1)))
     else:
@@ -50,13 +50,13 @@ def plain(rng: Random) -> tuple[str, str]:
 
 
 def sentence(rng: Random) -> tuple[str, str]:
-    """A short sentence, which the report repeats."""
+    """A short sentence; the report repeats it."""
     said = _filled(rng, rng.choice(_SENTENCES))
     return said, said
 
 
 def done(rng: Random) -> tuple[str, str]:
-    """A word that something was done, which the report repeats."""
+    """A word that says that something was done; the report repeats it."""
     said = _filled(rng, rng.choice(_DONE))
     return said, said
 
@@ -89,6 +89,6 @@ _SHARES = {
 
 
 def outcome(rng: Random, kind: str) -> tuple[str, str]:
-    """What a tool of a kind ("named" or an offer's) returns, and its report."""
+    """What a tool of this kind ("named" or an offer's kind) returns, and its report."""
     shares = _SHARES[kind]
     return _MAKERS[rng.choices(list(shares), list(shares.values()))[0]](rng)

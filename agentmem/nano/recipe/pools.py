@@ -1,8 +1,7 @@
-"""What nano's language can talk about: attributes of the user and of the project, each with its pool of values.
+"""What nano's language can be about: attributes of the user and of the project, each with a pool of values.
 
-The pools stand in `pools.txt`. The contract: attribute names are unique; a value occurs once in its pool; no value
-of a pool is part of another value of that pool when both are read as whole words, so that a reply names at most what
-it means to name.
+The pools are in `pools.txt`. Rules: attribute names are unique; a value occurs once in its pool; and no value of a pool
+is contained in another one, compared by whole words, so that a reply cannot name a value by accident.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Attribute:
-    """Something that can be told, changed and asked.
+    """Something that can be stated, changed and asked for.
 
     Attributes:
         name: the phrase that names it ("favorite color", "test command").
-        owner: whose it is; "user" is spoken of with my and your, "project" with the.
-        values: what it can be; chance is one in so many.
+        owner: "user" (referred to with my and your) or "project" (with the).
+        values: the possible values; guessing is right once in that many times.
     """
 
     name: str
@@ -45,17 +44,17 @@ def _read() -> tuple[dict[str, Attribute], dict[str, tuple[str, ...]]]:
 
 ATTRIBUTES, _WORDS = _read()
 WORDS = _WORDS["nouns"]
-"""Plain nouns that small talk, tool names, parameters and quoted facts are put together from."""
+"""Plain nouns from which small talk, tool names, parameters and quoted facts are built."""
 VERBS = _WORDS["verbs"]
 PARAMETERS = _WORDS["parameters"]
 SYLLABLES = _WORDS["syllables"]
-"""What invented words are made of."""
+"""The parts of invented words."""
 CITIES = _WORDS["cities"]
 GOODS = _WORDS["goods"]
 KINDS = _WORDS["kinds"]
 """Adjectives."""
 FIRMS = _WORDS["firms"]
 ACTIONS = _WORDS["actions"]
-"""Verbs of requests that leave an argument to memory."""
+"""Verbs of requests that leave an argument to be filled from memory."""
 JOBS = _WORDS["jobs"]
-"""What such requests are about."""
+"""The objects of such requests."""

@@ -1,9 +1,9 @@
-"""Requests that need one of the offered tools, mostly without naming it, and the call that answers each.
+"""Requests that need one of the offered tools, usually without naming it, and the call that answers each.
 
-Lookups are asked in ordinary words, functions as `f(3)`; creators are given a name in quotes, and what else is to be
-known about it; commands are short ("Run the tests."). A command that needs what was told earlier is answered with
-what it needs and what that is, in the words of an answer, before the call; and where it was never told the answer says
-so, and there is no call. (A share of calls goes without those words, as calls that are forced do.)
+Lookups are requested in ordinary words, functions as `f(3)`. Requests for creators give a name in quotes, and any
+further details. Commands are short ("Run the tests."). Where a command needs something stated earlier, the assistant
+first says what it needs and what the value is, and then makes the call; if it was never stated, the assistant says so
+and makes no call. (A share of the calls comes without those words, as a forced call does.)
 """
 
 from __future__ import annotations
@@ -90,19 +90,19 @@ _DO = (
     "Go on and {doing}.",
     "It is time to {doing}.",
 )
-_OUTRIGHT = 0.1  # of the calls that need what was told: without saying first what it is
+_OUTRIGHT = 0.1  # share of the calls from memory that do not first say what the value is
 _FOLDERS = ("src", "docs", "data", "tests", "lib", "app")
 _ENDINGS = ("py", "py", "md", "txt", "csv", "json", "toml")
 
 
 @dataclass(frozen=True)
 class ToolRequest:
-    """A user message that needs a tool, and what answers it.
+    """A user message that needs a tool, and the answer to it.
 
     Attributes:
         said: the message.
-        call: the call; None where what it needs was never told.
-        saying: what the assistant says before the call, or in its place.
+        call: the call; None where something it needs was never stated.
+        saying: what the assistant says before the call, or instead of it.
     """
 
     said: str
@@ -111,7 +111,7 @@ class ToolRequest:
 
 
 def place_or_thing(rng: Random) -> str:
-    """What can be looked up: one to three words, some of them with a comma and two capitals."""
+    """Something to look up: one to three words, some with a comma and two capitals."""
     kind = rng.random()
     if kind < 0.3:
         name = rng.choice((*CITIES, *ATTRIBUTES["home town"].values))
@@ -145,7 +145,7 @@ def ask_topic(rng: Random, topic: str, value: str) -> str:
 
 
 def unoffered(rng: Random, offers: Sequence[Offer]) -> tuple[str, str]:
-    """A question that none of the tools looks up, and the reply without a call."""
+    """A question that fits none of the tools, and the reply to it without a call."""
     taken = {word for offer in offers for word in offer.subject.split()}
     topic = rng.choice([word for word in TOPICS if word not in taken])
     if rng.random() < 0.4:
@@ -177,7 +177,7 @@ def _description(rng: Random) -> str:
 
 
 def _gloss(rng: Random) -> str:
-    """What a name means: one to three words with capitals, known or invented."""
+    """The meaning of a name: one to three capitalised words, existing or invented."""
     words = [
         rng.choice(WORDS) if rng.random() < 0.5 else rng.choice((*FIRMS, *KINDS)) if rng.random() < 0.6
         else invented_word(rng) for _ in range(rng.choice((1, 2, 2, 2, 3)))
@@ -205,7 +205,7 @@ def _ask_creator(rng: Random, offer: Offer) -> ToolRequest:
 
 
 def _given(rng: Random, parameter: str, doing: str) -> tuple[str, str]:
-    """A string argument of a command, and the command with it."""
+    """A value for a string argument of a command, and the command that contains it."""
     kind = rng.random()
     if parameter in ("path", "file", "module", "source") and kind < 0.8:
         doing = doing.removesuffix(" it").removesuffix(" this")
@@ -248,7 +248,7 @@ def _needs(offer: Offer, told: Mapping[str, str]) -> str:
 def request_of(rng: Random, offer: Offer, told: Mapping[str, str]) -> ToolRequest:
     """A user message that needs the tool, and its answer.
 
-    `told` holds the latest value of every attribute that was told.
+    `told` holds the latest value of every attribute that was stated.
     """
     if offer.kind == "function":
         return _ask_function(rng, offer)

@@ -1,6 +1,7 @@
-"""Names that stand in quotes: runs of characters of any script, and invented Latin words.
+"""Quoted names: sequences of characters of any script, and invented Latin words.
 
-Characters are drawn uniformly from their script, so no weight can hold the names: they are copied byte by byte.
+Characters are drawn uniformly from their script, so the weights cannot contain the names: they must be copied byte by
+byte.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ _SCRIPTS: dict[str, tuple[tuple[int, int], ...]] = {
     "latin": ((0x00C0, 0x00D6), (0x00D8, 0x00F6), (0x00F8, 0x017E)),
     "emoji": ((0x1F300, 0x1F320), (0x1F400, 0x1F43E), (0x1F600, 0x1F64F)),
 }
-# The scripts whose characters take three bytes are met most: they are the hardest to copy.
+# Scripts whose characters take three bytes are drawn most often: they are the hardest to copy.
 _WEIGHTS = {"han": 6, "kana": 5, "hangul": 3, "cyrillic": 2, "greek": 2, "arabic": 2, "devanagari": 1, "latin": 2}
 _QUOTES = (("'", "'"),) * 4 + (('"', '"'),) * 2 + (("「", "」"), ("“", "”"), ("‘", "’"), ("«", "»"))
-# Names of other people's tests: a model is never trained on them.
+# Names from other people's tests: nano is never trained on them.
 _WITHHELD = ("你好", "こんにちは", "株式会社", "集团")
 
 
 def characters() -> Iterator[str]:
-    """Every character that names are made of, beside plain Latin letters."""
+    """Every character that names are made of, except plain Latin letters."""
     for ranges in _SCRIPTS.values():
         for first, last in ranges:
             yield from map(chr, range(first, last + 1))
@@ -55,7 +56,7 @@ def _latin(rng: Random) -> str:
 
 
 def draw_span(rng: Random) -> str:
-    """A name: six in ten of other scripts (2 to 8 characters, few of them emoji), the others of Latin words."""
+    """A name: six in ten from other scripts (2 to 8 characters, few of them emoji), the rest Latin words."""
     kind = rng.random()
     if kind < 0.58:
         while True:
@@ -78,6 +79,6 @@ def draw_span(rng: Random) -> str:
 
 
 def quoted(rng: Random, span: str) -> str:
-    """The span between quotes of one kind."""
+    """The name between quotes of one kind."""
     left, right = rng.choice(_QUOTES)
     return f"{left}{span}{right}"

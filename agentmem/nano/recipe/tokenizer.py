@@ -1,11 +1,12 @@
 """nano's tokenizer: byte-level BPE trained on the generated language, lossless on any text.
 
-Words take the space before them with them and nothing else, and digits not even that (groups of at most four). BPE is
-trained on words without their spaces; then merges are added until every value that can be told is one token a word:
-what memory has to carry for a binding is then which of the values it was. Last, every token of Latin letters is joined
-with a space before it. So a word falls into the same pieces after a space as after a quote, an underscore or a bracket,
-the first of which are *twins*, and a call can be copied from a request piece by piece. Of other scripts the characters
-of two bytes and kana are tokens, and the first two bytes of those of three.
+A token of a word may include the space before it and nothing else; digits do not even include that (groups of at most
+four). BPE is trained on words without their spaces. Then merges are added until every word of every value that can be
+stated is a single token: all that memory has to carry for a binding is which of the values it was. Last, every token of
+Latin letters gets a second form with a space before it. So a word is split in the same way after a space as after a
+quote, an underscore or a bracket (the two forms of its first token are *twins*), and a call can be copied from a
+request token by token. For other scripts, characters of two bytes and kana are tokens, and so are the first two bytes
+of characters of three.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _BARE = r"\p{L}+|\p{N}{1,4}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s"
 _WORDS = r" ?\p{L}+|\p{N}{1,4}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 _LATIN = re.compile("[A-Za-z]+")
-_SPACE = "Ġ"  # how byte-level BPE writes one
+_SPACE = "Ġ"  # how byte-level BPE writes a space
 
 
 def _corpus(seed: int, episodes: int) -> Iterator[str]:
@@ -40,20 +41,20 @@ def _corpus(seed: int, episodes: int) -> Iterator[str]:
         episode = draw_episode(rng)
         yield markup.sub("\n", "".join(piece.text for piece in chatml.render(episode.messages, episode.tools)))
         yield " ".join(toolchat.invented_word(rng) for _ in range(4))
-    # Words that must become whole are shown often, so that they share the tokens that they are merged from.
+    # Words that must become single tokens occur often, so that they share the tokens that they are merged from.
     for _ in range(episodes // 20):
         yield "\n".join(_whole_words())
 
 
 def _whole_words() -> list[str]:
-    """Words that must be one token: the letters and digits of values, names and requests."""
+    """Words that must be single tokens: the letters and digits of values, names and requests."""
     value_words = {word for a in ATTRIBUTES.values() for text in (a.name, *a.values) for word in text.split()}
     words = (*value_words, *WORDS, *VERBS, *ACTIONS, *JOBS)
     return sorted({run for word in words for run in re.findall(r"[^\W\d_]+|\d{1,4}", word)})
 
 
 def _complete(bpe: Tokenizer, words: Sequence[str]) -> Tokenizer:
-    """Append merges, lowest rank last, until every word is one token (a pass settles what the last one disturbed)."""
+    """Append merges, lowest rank last, until every word is one token (a pass repairs what the last one broke)."""
     for _ in range(8):
         spec = json.loads(bpe.to_str())
         vocabulary, merges = spec["model"]["vocab"], spec["model"]["merges"]
@@ -71,7 +72,7 @@ def _complete(bpe: Tokenizer, words: Sequence[str]) -> Tokenizer:
 
 
 def _with_scripts(bpe: Tokenizer) -> Tokenizer:
-    """Append the merges of the bytes of other scripts, so that their names are fewer tokens that differ more."""
+    """Append merges of bytes of other scripts, so that names in them are fewer tokens and differ more."""
     spec = json.loads(bpe.to_str())
     vocabulary, merges = spec["model"]["vocab"], spec["model"]["merges"]
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -86,7 +87,7 @@ def _with_scripts(bpe: Tokenizer) -> Tokenizer:
 
 
 def _joined_with_spaces(bpe: Tokenizer) -> Tokenizer:
-    """Append, lowest rank last, the merge of every token of Latin letters with a space before it."""
+    """Append, lowest rank last, the merge of a space with every token of Latin letters."""
     spec = json.loads(bpe.to_str())
     vocabulary, merges = spec["model"]["vocab"], spec["model"]["merges"]
     for token in sorted(vocabulary, key=vocabulary.get):
@@ -133,9 +134,9 @@ def train_tokenizer(seed: int = 0, *, episodes: int = 4_000, learned: int = LEAR
 
 
 def twins(tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
-    """Pairs of ids (bare, after a space) of one run of Latin letters, in order of the bare ids.
+    """Pairs of ids (bare, after a space) of the same Latin letters, in order of the bare ids.
 
-    A word is told after a space and called after a quote: these are the tokens that stand for the same text.
+    A word is stated after a space and used in a call after a quote: a pair is the two tokens that stand for its text.
     """
     vocabulary = tokenizer.get_vocab()
     bare = (token for token in vocabulary if _LATIN.fullmatch(token) and _SPACE + token in vocabulary)

@@ -1,7 +1,7 @@
 """Tool calls, tool results and quoted facts in nano's language.
 
-Names, parameters and values are drawn afresh, many of them invented letter by letter, so that a call can only be made
-by copying from the request and a result only be reported by reading it.
+Names, parameters and values are drawn anew, many of them invented letter by letter, so that a call can only be made by
+copying from the request, and a result only be reported by reading it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _REQUEST = (
     "Please {spoken} for {args}.",
 )
 _BARE = {*WORDS, *ATTRIBUTES["home town"].values, *ATTRIBUTES["name"].values}
-# Tools of other people's tests: a model is never trained on them.
+# A tool from other people's tests: nano is never trained on it.
 WITHHELD = "get_weather"
 _REQUEST_BARE = ("Call {tool}.", "Please use {tool}.", "Run the tool {tool}.", "Please {spoken}.")
 _ONSETS = (
@@ -84,19 +84,19 @@ _ARGUMENT = ("{p} {v}", "{p} {v}", "{p} = {v}", '{p} "{v}"', "{p}: {v}")
 
 @dataclass(frozen=True)
 class Fact:
-    """A quotable sentence about `subject` ("retry limit") and the value it states."""
+    """A sentence about `subject` ("retry limit") that can be quoted, and the value it states."""
 
     subject: str
     value: str
 
     @property
     def sentence(self) -> str:
-        """The fact as it stands in a facts block."""
+        """The fact as it is written in a facts block."""
         return f"The {self.subject} is {self.value}."
 
 
 def invented_word(rng: Random) -> str:
-    """A pronounceable word that means nothing: of plain syllables, or of such as no tokenizer has whole."""
+    """A pronounceable word without meaning: of plain syllables, or of such as no tokenizer has as one token."""
     if rng.random() < 0.5:
         return "".join(rng.choice(SYLLABLES) for _ in range(rng.choice((2, 2, 3))))
     syllables = (
@@ -131,7 +131,7 @@ def _some_string(rng: Random) -> str:
 
 
 def draw_tool(rng: Random) -> dict[str, Any]:
-    """A function tool of none to three parameters, as a chat template takes it (`{"type": "function", ...}`)."""
+    """A function tool with up to three parameters, as a chat template takes it (`{"type": "function", ...}`)."""
     kind = rng.random()
     if kind < 0.3:
         name = rng.choice(VERBS)
@@ -169,7 +169,7 @@ def draw_tools(rng: Random, n: int) -> list[dict[str, Any]]:
 
 
 def request(rng: Random, tool: Mapping[str, Any]) -> tuple[str, ToolCall]:
-    """A user message that asks for a call of `tool`, and the call that answers it."""
+    """A user message that asks for a call of `tool`, and the matching call."""
     function = tool["function"]
     name = function["name"]
     arguments: dict[str, Any] = {}
@@ -180,7 +180,7 @@ def request(rng: Random, tool: Mapping[str, Any]) -> tuple[str, ToolCall]:
     names = {"tool": name, "spoken": spoken, "Spoken": spoken[:1].upper() + spoken[1:]}
     if not arguments:
         return rng.choice(_REQUEST_BARE).format(**names), ToolCall(name, {})
-    # Strings that are no known words are said in quotes, where their tokens are those of the call.
+    # Strings that are not known words are quoted in the request, where their tokens are the same as in the call.
     bare = all(isinstance(v, int) or v in _BARE for v in arguments.values())
     form = rng.choice(_ARGUMENT) if bare else '{p} "{v}"'
     said = [form.format(p=p, v=v) for p, v in arguments.items()]
@@ -189,7 +189,7 @@ def request(rng: Random, tool: Mapping[str, Any]) -> tuple[str, ToolCall]:
 
 
 def result(rng: Random) -> tuple[str, str]:
-    """What a tool returns (plain text or a small JSON object) and the assistant's sentence that reports it."""
+    """What a tool returns (plain text or a small JSON object), and the assistant's sentence that reports it."""
     value: int | str = rng.choice(WORDS) if rng.random() < 0.5 else rng.randrange(10 ** rng.choice((1, 2, 3, 4, 5)))
     if rng.random() < 0.6:
         return str(value), f"The result is {value}."
@@ -198,7 +198,7 @@ def result(rng: Random) -> tuple[str, str]:
 
 
 def draw_facts(rng: Random, n: int) -> list[Fact]:
-    """`n` facts of distinct subjects: two nouns, "a of the b", or a project attribute."""
+    """`n` facts with distinct subjects: two nouns, "a of the b", or a project attribute."""
     facts: dict[str, Fact] = {}
     project = sorted(a.name for a in ATTRIBUTES.values() if a.owner == "project")
     while len(facts) < n:
@@ -217,19 +217,19 @@ def draw_facts(rng: Random, n: int) -> list[Fact]:
 
 
 def facts_block(facts: Sequence[Fact]) -> str:
-    """The block that a system message ends with: "Facts:" and a sentence a line, each with its number behind it."""
+    """The block at the end of a system message: "Facts:", then one sentence per line, each followed by its number."""
     return "\n".join(["Facts:", *(f"{fact.sentence} [{i}]" for i, fact in enumerate(facts, 1))])
 
 
 def ask_fact(rng: Random, fact: Fact) -> str:
-    """A user message that asks for the fact's value, in the words in which a binding is asked."""
+    """A user message that asks for the fact's value, in the words that are used for a binding."""
     return ask_about(rng, f"the {fact.subject}")
 
 
 def cite(facts: Sequence[Fact], fact: Fact, told: str | None = None) -> str:
-    """The right answer from a facts block, which is the line of the fact: "The retry limit is 300. [2]".
+    """The correct answer from a facts block, which is the fact's line: "The retry limit is 300. [2]".
 
-    A fact wins over another value that was told, and the answer says so: "The port is 3000. [1] You said 8080.".
+    If the user stated another value the fact wins, and the answer says so: "The port is 3000. [1] You said 8080.".
     """
     aside = f" You said {told}." if told is not None and told != fact.value else ""
     return f"{fact.sentence} [{list(facts).index(fact) + 1}]{aside}"

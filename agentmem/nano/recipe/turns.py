@@ -1,4 +1,4 @@
-"""Single turns of a conversation under way: telling, asking, small talk, calls and quoted facts."""
+"""Single turns of a conversation: statements, questions, small talk, calls and quoted facts."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from agentmem.nano.recipe.requests import request_of, unoffered
 Turn = tuple[Message, ...]
 Tools = tuple[Mapping[str, Any], ...]
 STRANGE = 0.35
-"""The share of told and changed values that are drawn from all words instead of their attribute's pool."""
+"""The share of stated and changed values that are drawn from all words and not from their attribute's pool."""
 _ANY = tuple(sorted({*VERBS, *(v for a in ATTRIBUTES.values() for v in a.values if " " not in v and not v.isdigit())}))
 PROJECT = tuple(sorted(a.name for a in ATTRIBUTES.values() if a.owner == "project"))
 
 
 @dataclass
 class Talk:
-    """A conversation under way.
+    """A conversation in progress.
 
     Attributes:
-        rng: where everything is drawn from.
-        told: the latest value of each attribute that was told.
-        kept: attributes that are neither told nor asked at random (facts state them).
+        rng: the source of all random choices.
+        told: the latest value of each attribute that was stated.
+        kept: attributes that are never stated or asked for at random (because facts state them).
     """
 
     rng: Random
@@ -39,42 +39,42 @@ class Talk:
 
     @property
     def values(self) -> dict[str, str]:
-        """What was told, by attribute."""
+        """The stated values, by attribute."""
         return {name: binding.value for name, binding in self.told.items()}
 
     @property
     def askable(self) -> list[str]:
-        """The told attributes that no fact states."""
+        """The stated attributes that no fact states."""
         return sorted(set(self.told) - self.kept)
 
     def _free(self) -> list[str]:
         return [name for name in ATTRIBUTES if name not in self.told and name not in self.kept]
 
     def tell(self, attribute: str | None = None) -> Turn:
-        """Tell an attribute that was not told yet, or the given one."""
+        """State an attribute that was not stated yet, or the given one."""
         binding = language.draw_bindings(self.rng, 1, attributes=[attribute] if attribute else self._free())[0]
         binding = self._tell(binding)
         return turn(*language.tell(self.rng, binding))
 
     def change(self, attribute: str | None = None) -> Turn:
-        """Change a told attribute's value."""
+        """Change the value of a stated attribute."""
         binding = self._tell(language.redraw(self.rng, self.told[attribute or self.rng.choice(sorted(self.told))]))
         return turn(*language.change(self.rng, binding))
 
     def _tell(self, binding: language.Binding) -> language.Binding:
-        """Note what is told: the binding, or now and then its attribute with a strange value."""
+        """Record what is stated: the binding, or sometimes its attribute with a value from outside its pool."""
         if self.rng.random() < STRANGE and not binding.value.isdigit():
             binding = language.Binding(binding.attribute, _strange(self.rng))
         self.told[binding.attribute] = binding
         return binding
 
     def ask(self) -> Turn:
-        """Ask for something that was told."""
+        """Ask for something that was stated."""
         attribute = self.rng.choice(self.askable)
         return turn(language.ask(self.rng, attribute), language.answer(self.told[attribute]))
 
     def ask_unknown(self) -> Turn:
-        """Ask for something that was never told."""
+        """Ask for something that was never stated."""
         attribute = self.rng.choice(self._free())
         return turn(language.ask(self.rng, attribute), language.unknown(attribute))
 
@@ -104,7 +104,7 @@ class Talk:
         return self._called(said, call, "named")
 
     def offer_call(self, offers: Sequence[Offer]) -> Turn:
-        """A request that needs one of the tools; without a call where it needs something that was never told."""
+        """A request that needs one of the tools; no call where it needs something that was never stated."""
         offer = self.rng.choice(offers)
         asked = request_of(self.rng, offer, self.values)
         if asked.call is None:
@@ -112,7 +112,7 @@ class Talk:
         return self._called(asked.said, asked.call, offer.kind, asked.saying)
 
     def unoffered(self, offers: Sequence[Offer]) -> Turn:
-        """A question that none of the tools looks up."""
+        """A question that fits none of the tools."""
         return turn(*unoffered(self.rng, offers))
 
     def _called(self, said: str, call: ToolCall, kind: str, saying: str = "") -> Turn:
@@ -125,20 +125,20 @@ class Talk:
         )
 
     def ask_fact(self, facts: Sequence[toolchat.Fact], fact: toolchat.Fact) -> Turn:
-        """Ask for a quoted fact; the reply cites it, and names what was told instead if that differs."""
+        """Ask for a quoted fact; the reply cites it, and also names what the user stated if that differs."""
         told = self.told.get(fact.subject)
         said = toolchat.ask_fact(self.rng, fact)
         return turn(said, toolchat.cite(facts, fact, told.value if told else None))
 
 
 def _strange(rng: Random) -> str:
-    """A value of no pool in particular: a word, or two that need not have met before."""
+    """A value from no particular pool: a word, or two words that may never have occurred together."""
     words = [rng.choice((rng.choice(_ANY), rng.choice(WORDS))) for _ in range(rng.choice((1, 2, 2)))]
     return " ".join(words)
 
 
 def turn(user: str, reply: str) -> Turn:
-    """What the user says and what is replied."""
+    """A user message and the reply to it."""
     return (Message("user", user), Message("assistant", reply))
 
 

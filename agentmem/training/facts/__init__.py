@@ -1,1 +1,1 @@
-"""What generated conversations are made of: attributes, values, wordings, small talk, rules, tools."""
+"""The parts of generated conversations: attributes, values, wordings, small talk, rules, tools."""

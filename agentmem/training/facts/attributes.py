@@ -1,7 +1,7 @@
-"""What can be told: some hundred attributes of a person, a project, an analysis and a customer case.
+"""What can be stated: about a hundred attributes of a person, a project, an analysis and a customer case.
 
-One line an attribute: its noun phrase as the user says it, the kind of its values, statements of its own ({v} is the
-value) and questions of its own. Every attribute can also be told and asked by the general wordings.
+One line per attribute: its noun phrase in the user's words, the kind of its values, its own statements ({v} is the
+value) and its own questions. Every attribute can also be stated and asked for in the general wordings.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ Domain = Literal["person", "project", "analysis", "customer"]
 
 @dataclass(frozen=True)
 class FactAttribute:
-    """Something that has one value at a time.
+    """Something that has a single value at any time.
 
     Attributes:
-        noun: what the user calls it: "my dog's name", "the deploy window".
-        kind: of its values (`values.OPEN_KINDS` or `values.POOLS`).
-        domain: whose it is.
-        statements: sentences of its own that tell it.
-        questions: questions of its own, as the user asks them.
+        noun: the user's name for it: "my dog's name", "the deploy window".
+        kind: the kind of its values (`values.OPEN_KINDS` or `values.POOLS`).
+        domain: what it is an attribute of.
+        statements: its own sentences that state it.
+        questions: its own questions, in the user's words.
     """
 
     noun: str
@@ -35,12 +35,12 @@ class FactAttribute:
 
     @property
     def reply_noun(self) -> str:
-        """What the assistant calls it: "your dog's name"."""
+        """The assistant's name for it: "your dog's name"."""
         return second_person(self.noun)
 
     @property
     def key(self) -> str:
-        """An identifier for arguments of tools: "dog_name", "deploy_window"."""
+        """An identifier for tool arguments: "dog_name", "deploy_window"."""
         noun = re.sub(r"^(my|our|the) ", "", self.noun).replace("'s", "")
         return re.sub(r"\W+", "_", noun).lower()
 
@@ -49,7 +49,7 @@ _SWAPS = {"my": "your", "our": "your", "i": "you", "we": "you", "me": "you", "us
 
 
 def second_person(text: str) -> str:
-    """What the user says, as the assistant says it back."""
+    """The user's words as the assistant repeats them: my becomes your."""
 
     def swap(match: re.Match[str]) -> str:
         word = match.group()
@@ -212,5 +212,5 @@ ATTRIBUTES: tuple[FactAttribute, ...] = tuple(
 
 
 def attributes(split: Split | None = None) -> tuple[FactAttribute, ...]:
-    """The attributes of a part, or all."""
+    """The attributes of one part, or all of them."""
     return tuple(a for a in ATTRIBUTES if split is None or split_of(a.noun, "attribute") == split)

@@ -1,4 +1,4 @@
-"""Rules that a user gives once and that hold for later replies, and what a reply looks like when they are followed."""
+"""Rules that a user gives once and that hold for later replies, and the replies that follow them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class Rule:
 
     Attributes:
         name: an identifier.
-        tellings: how the user gives it; {v} is a word that it mentions, if it mentions one.
-        apply: the reply that follows it, from the reply without it and the word.
-        takes_word: whether a word from an open vocabulary belongs to it.
-        about_files: whether it governs names of files rather than the replies to questions.
+        tellings: how the user states it; {v} is a word that the rule mentions, if any.
+        apply: makes the reply that follows the rule, from the reply without it and the word.
+        takes_word: whether the rule needs a word from an open vocabulary.
+        about_files: whether it applies to file names, and not to replies to questions.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Which part of a vocabulary training sees: decided by a hash of the text itself, so that no list has to be kept."""
+"""Divides a vocabulary into a training part and a held-out part, by a hash of each text, so that no list is needed."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def split_of(text: str, kind: str) -> Split:
 
 
 def part(texts: Iterable[str], kind: str, split: Split) -> tuple[str, ...]:
-    """The texts that belong to a part, in their order."""
+    """The texts that belong to a part, in their given order."""
     return tuple(text for text in texts if split_of(text, kind) == split)
 
 
 def wordings(texts: tuple[str, ...], split: Split) -> tuple[str, ...]:
-    """The wordings of one act that a part may use, never none.
+    """The wordings of one act that a part may use; always at least one.
 
-    With few wordings a hash may put all of them on one side. Then the one with the smallest hash is held out, so that
-    the two parts are disjoint and neither is empty; an act with a single wording shares it.
+    With few wordings the hash may put all of them on one side. Then the one with the smallest hash is held out, so that
+    the two parts are disjoint and neither is empty; a single wording is shared by both parts.
     """
     chosen = part(texts, "wording", split)
     if len(texts) > 1 and (not chosen or len(chosen) == len(texts)):

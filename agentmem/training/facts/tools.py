@@ -1,4 +1,4 @@
-"""Tools whose one argument is something told before, and how a user asks for them without saying it again."""
+"""Tools whose only argument was stated earlier, and requests for them that do not repeat it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REQUESTS = {
 
 
 def offered(name: str, argument: str, description: str) -> dict[str, Any]:
-    """A tool as templates take it: a function with one required argument, a string."""
+    """A tool in the form that templates take: a function with one required string argument."""
     properties = {argument: {"type": "string", "description": description}}
     return {
         "type": "function",

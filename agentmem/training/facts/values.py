@@ -1,7 +1,8 @@
 """Values from open vocabularies (words, names, numbers, times, dates, versions, paths, codes, phrases) and from pools.
 
-A value never seen in training has to exist for every kind, so every kind draws from more values than a run can meet,
-and a hash keeps a tenth of them out of training: of words and names each, of the rest the finished text.
+There must be values of every kind that training never sees. So every kind draws from more values than a run can use,
+and a hash keeps a tenth of them out of training: a tenth of the words, a tenth of the names, and for other kinds a
+tenth of the finished texts.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ POOLS: dict[str, tuple[str, ...]] = {
         "status": "open, blocked, waiting, escalated, resolved, rejected, pending, approved, paused, closed",
     }.items()
 }
-"""Kinds with few values. An attribute of such a kind takes open values too, so that no closed list can be learned."""
+"""Kinds with few values. An attribute of such a kind also takes open values, so that no closed list can be learned."""
 
 
 def _split(text: str) -> tuple[str, ...]:
@@ -86,7 +87,7 @@ OPEN_KIND = {
     "animal": "word",
     "status": "word",
 }
-"""The open kind whose values an attribute of a closed pool can take as well."""
+"""The open kind from which an attribute with a closed pool can also take values."""
 
 _FIRST_NAMES = _split(
     "Anna Bruno Clara David Elena Felix Greta Hugo Irene Jonas Karin Leon Marta Nils Olga Pablo Rosa "
@@ -120,11 +121,11 @@ _PLAIN_WORD = re.compile(r"[A-Za-z][a-z]{2,9}")
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The words that values are made of.
+    """The words from which values are made.
 
     Attributes:
         words: lower-case words.
-        names: capitalised words that serve as names of people, animals and places.
+        names: capitalised words used as names of people, animals and places.
     """
 
     words: tuple[str, ...] = _WORDS
@@ -132,9 +133,9 @@ class Vocabulary:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any) -> Vocabulary:
-        """Every word that is a single token of a tokenizer: some twenty thousand, beside the built-in ones.
+        """Every word that is a single token of a tokenizer: about twenty thousand, in addition to the built-in ones.
 
-        A memory has to give back one token of tens of thousands, so its training has to meet them all.
+        A memory must be able to give back any of tens of thousands of tokens, so its training must cover them all.
         """
         count = len(tokenizer)
         texts = (tokenizer.decode([token]) for token in range(count))
@@ -148,9 +149,9 @@ class Values:
     """Draws values of every kind from one part of a vocabulary.
 
     Args:
-        split: the part. Held-out values share no word, name, number, time, version or path with training's; the digits
-            and folders that they are spelled with are common to both.
-        vocabulary: where words and names come from.
+        split: the part. Held-out values share no word, name, number, time, version or path with training; only the
+            digits and folders that they are written with occur in both.
+        vocabulary: the source of words and names.
     """
 
     def __init__(self, split: Split, vocabulary: Vocabulary | None = None) -> None:
@@ -175,7 +176,7 @@ class Values:
     def draw(self, rng: Random, kind: str) -> str:
         """A value of one of the `OPEN_KINDS` or `POOLS`."""
         if kind in POOLS:
-            # Known from training in full: what is held out are values of open vocabularies.
+            # Training sees these pools completely: only values of open vocabularies are held out.
             return rng.choice(POOLS[kind])
         return self._draw[kind](rng)
 
@@ -192,7 +193,7 @@ class Values:
         return "/".join(parts) + "." + rng.choice(_SUFFIXES)
 
     def _hashed(self, make: Callable[[Random], str]) -> Callable[[Random], str]:
-        """Draws until the text belongs to the part: ten draws on average where that is the held-out one."""
+        """Draw until the text belongs to the part: ten draws on average for the held-out part."""
 
         def draw(rng: Random) -> str:
             while split_of(text := make(rng), "value") != self.split:
@@ -230,7 +231,7 @@ def article(text: str) -> str:
         leading = re.match(r"\d+", lower)
         digits = leading.group() if leading else ""
         return "an" if digits.startswith("8") or digits in ("11", "18") else "a"
-    if len(word) > 1 and word.split("-")[0].isupper():  # spelled letter by letter
+    if len(word) > 1 and word.split("-")[0].isupper():  # pronounced letter by letter
         return "an" if word[0] in "AEFHILMNORSX" else "a"
     if re.match(r"(eu|ew|uni(?!n|m)|use|usu|ut[ei]|ur[aiu]|one|once|ubi|uk)", lower):
         return "a"

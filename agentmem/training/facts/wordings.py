@@ -1,7 +1,7 @@
-"""How things are said: the wordings of every act, with {noun}, {Noun}, {v} and {old} to fill in.
+"""The wordings of every act, with {noun}, {Noun}, {v} and {old} to fill in.
 
-In what the user says, nouns stand in the first person ("my dog's name"); in replies in the second ("your dog's name").
-A wording belongs to training or is held out by a hash of its text (`splits.wordings`).
+In the user's messages nouns are in the first person ("my dog's name"), in replies in the second ("your dog's name"). A
+hash of its text decides whether a wording belongs to training or is held out (`splits.wordings`).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ TELL = (
     "Note that {noun} is {v}.",
     "One thing about us: {noun} is {v}.",
 )
-"""One fact. A statement of the attribute's own may stand in place of any."""
+"""Statements of one fact. An attribute's own statement may replace any of them."""
 
 OPENINGS = ("", "", "", "", "By the way: ", "For your notes: ", "Before I forget: ", "So you know: ", "Hello! ", "OK. ")
-"""Stand before a statement of the attribute's own."""
+"""Put before an attribute's own statement."""
 
 TELL_SEVERAL = ("{facts}", "A few facts. {facts}", "Let me introduce things. {facts}", "Some background: {facts}")
-"""Several facts in one message, each a sentence of its own."""
+"""Several facts in one message, each in its own sentence."""
 
 ACKNOWLEDGE = (
     "Got it.",
@@ -38,7 +38,7 @@ ACKNOWLEDGE = (
     "Noted: {noun} is {v}.",
     "Thanks, {noun} is {v}.",
 )
-"""Replies to something told. The last two repeat one fact; they serve messages that tell a single one."""
+"""Replies to statements. The last two repeat one fact; they are used for messages that state a single fact."""
 
 CHANGE = (
     "{Noun} has changed: it is {v} now.",
@@ -79,7 +79,7 @@ ASK = (
 )
 
 ANSWER = ("{Noun} is {v}.",)
-"""The reply that recalls: one wording, so that what varies between replies is the value."""
+"""The reply that recalls a value: a single wording, so that only the value varies between replies."""
 
 ASK_CHOICE = (
     "Is {noun} {a} or {b}?",
@@ -112,7 +112,7 @@ SMALL_TALK = (
     ("One second, the phone rings.", "Of course."),
     ("You are quick.", "Thank you!"),
 )
-"""Messages that tell nothing, and their replies."""
+"""Messages that state nothing, and their replies."""
 
 QUESTIONS = (
     ("What is the capital of France?", "The capital of France is Paris. It lies on the Seine."),

@@ -1,8 +1,8 @@
-"""agentmem_chroma: exact facts beside the memory, in an embedded Chroma store.
+"""agentmem_chroma: exact facts in an embedded Chroma store, to be used next to the memory.
 
-The matrices of agentmem steer; this store states: text that must come back word for word, with its source,
-and that can be deleted. The names below load on first use. Importing this package imports neither chromadb
-nor torch; chromadb is imported when a `FactStore` is opened, torch when `local_embeddings` embeds its
+The matrices of agentmem influence what a model says. This store holds exact text: facts that must come back word for
+word, with their sources, and that can be deleted. The names below load on first use. Importing this package imports
+neither chromadb nor torch: chromadb is imported when a `FactStore` is opened, torch when `local_embeddings` embeds its
 first text.
 """
 

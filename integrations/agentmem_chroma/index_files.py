@@ -1,17 +1,17 @@
-"""What Chroma keeps in a directory: a damaged index is noticed, deleted text is overwritten.
+"""The files that Chroma keeps in a directory: finds damaged indexes, and overwrites deleted text.
 
 A directory holds `chroma.sqlite3` (texts, metadata, and a queue of the latest writes) and, for each collection, a
 folder of five files (the HNSW index), which Chroma rewrites in place after every thousand writes. So a process that is
-killed at that moment leaves a mixture of old and new files, and Chroma reads it without a check: calls then raise,
-crash or never return. The texts are safe in SQLite, from which `FactStore` builds the index anew.
+killed while writing leaves a mixture of old and new files. Chroma reads it without a check, and calls then raise, crash
+or never return. The texts are safe in SQLite, and `FactStore` rebuilds the index from them.
 
-- `inspect` finds such damage before Chroma opens the directory. Files that are as they were when the directory was
-  last closed are trusted; others are tried out in a process of its own, which may hang or crash.
-- `overwrite_deleted` removes what Chroma leaves of deleted facts: the queue's copy, freed pages of SQLite, and memory
-  of the process that was written into unused parts of the index files.
+- `inspect` finds such damage before Chroma opens the directory. Files that have not changed since the directory was
+  last closed are trusted; others are tested in a separate process, since the test may hang or crash.
+- `overwrite_deleted` removes the remains of deleted facts: the copy in the queue, freed pages of SQLite, and process
+  memory that was written into unused parts of the index files.
 
-Run as a program (`probe` and `scrub`) this module imports nothing of agentmem. Scrubbing needs a process of its own as
-well: Chroma carries a second SQLite, and two of them in one process do not see each other's locks.
+Run as a program (`probe` and `scrub`) this module imports nothing from agentmem. Overwriting needs a separate process
+too: Chroma contains a second copy of SQLite, and two copies in one process do not see each other's locks.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ _DATABASE = "chroma.sqlite3"
 _FILES = ("header.bin", "data_level0.bin", "length.bin", "link_lists.bin", "index_metadata.pickle")
 _FINGERPRINTS = "agentmem.index.json"
 
-# hnswlib's header: a version, then the offset of level 0, how many vectors there is room for, how many there are, and
-# the bytes of each.
+# hnswlib's header: a version, then the offset of level 0, the capacity and the number of vectors, and the bytes of
+# each.
 _HEADER = struct.Struct("<iQQQQ")
 _PAGE = 500
-_PROBE_SECONDS = 60  # and as many more as there are times 5 MB of index
+_PROBE_SECONDS = 60  # plus as many again for every 5 MB of index
 
 
 @dataclass(frozen=True)
 class DamagedIndex:
-    """An index that is lost or broken: its folder, and what is wrong with it."""
+    """An index that is lost or damaged: its folder, and what is wrong with it."""
 
     folder: Path
     problem: str
@@ -50,25 +50,25 @@ class DamagedIndex:
 
 @dataclass
 class IndexReport:
-    """What `inspect` found.
+    """The result of `inspect`.
 
     Attributes:
         damaged: collections whose index cannot be used.
-        probed: collections whose index was tried out and works, and its folder; whether it holds the right vectors is
-            not known yet.
+        probed: collections whose index was tested and works, with its folder. Whether it holds the right vectors was
+            not checked.
     """
 
     damaged: dict[str, DamagedIndex] = field(default_factory=dict)
     probed: dict[str, Path] = field(default_factory=dict)
 
     def doubtful(self) -> set[Path]:
-        """The folders of all of them."""
+        """The folders of all collections in the report."""
         return {index.folder for index in self.damaged.values()} | set(self.probed.values())
 
 
 @dataclass(frozen=True)
 class _Segment:
-    """The index of one collection: its folder's name, and whether Chroma has saved it."""
+    """The index of one collection: the name of its folder, and whether Chroma has saved it."""
 
     folder: str
     collection: str
@@ -76,7 +76,7 @@ class _Segment:
 
 
 def inspect(directory: Path) -> IndexReport:
-    """Look at every index of a directory that no process has open."""
+    """Inspect every index in a directory that no process has open."""
     report = IndexReport()
     trusted = _read_fingerprints(directory)
     for segment in _segments(directory):
@@ -94,7 +94,7 @@ def inspect(directory: Path) -> IndexReport:
 
 
 def save_fingerprints(directory: Path, doubtful: set[Path]) -> None:
-    """Record that the index files are whole, but for those of some folders. Call it when the directory is closed."""
+    """Record that index files are intact, except in `doubtful` folders. Call it when the directory is closed."""
     found = {
         folder.name: _fingerprint(folder)
         for folder in directory.iterdir()
@@ -106,13 +106,13 @@ def save_fingerprints(directory: Path, doubtful: set[Path]) -> None:
 
 
 def overwrite_deleted(directory: Path, collection_id: str, ids: Sequence[str], *, owned: bool) -> None:
-    """Leave nothing of deleted facts in the files.
+    """Remove everything of deleted facts from the files.
 
-    Rewrites the database, which takes a time proportional to its size. Nothing may use the collection meanwhile; where
-    the whole directory is `owned`, nothing may use any, and folders that belong to none are removed.
+    Rewrites the database, which takes time in proportion to its size. Nothing may use the collection meanwhile. If the
+    whole directory is `owned`, nothing may use any collection, and folders that belong to no collection are removed.
 
     Raises:
-        OSError: the process that does it failed; the message says why.
+        OSError: the separate process failed; the message says why.
     """
     work = {"directory": str(directory), "collection": collection_id, "ids": list(ids), "owned": owned}
     command = [sys.executable, "-I", "-S", __file__, "scrub"]
@@ -122,7 +122,7 @@ def overwrite_deleted(directory: Path, collection_id: str, ids: Sequence[str], *
 
 
 def zero_unused(folder: Path) -> None:
-    """Zero what stands in index files behind the last vector: Chroma writes whatever memory held there."""
+    """Zero the unused end of index files, after the last vector: Chroma writes there whatever was in its memory."""
     with suppress(FileNotFoundError):
         head = (folder / "header.bin").read_bytes()
         if len(head) < _HEADER.size:
@@ -130,18 +130,18 @@ def zero_unused(folder: Path) -> None:
         _, _, capacity, count, size = _HEADER.unpack_from(head)
         for name, each in (("data_level0.bin", size), ("length.bin", 4)):
             file = folder / name
-            # Another layout than the one described above is left alone.
+            # A file with another layout than the one above is left alone.
             if count <= capacity and file.stat().st_size == capacity * each:
                 with file.open("r+b") as stream:
                     stream.seek(count * each)
                     stream.write(bytes((capacity - count) * each))
 
 
-# ---------------------------------------------------------------------- finding damage
+# ---------------------------------------------------------------------- damage
 
 
 def _segments(directory: Path) -> list[_Segment]:
-    """The indexes that the database speaks of; none where it cannot be read (opening it will say why)."""
+    """The indexes that the database lists; none if it cannot be read (opening it will report the error)."""
     file = directory / _DATABASE
     if not file.is_file():
         return []
@@ -171,7 +171,7 @@ def _read_fingerprints(directory: Path) -> dict[str, Any]:
 
 
 def _probe_problem(directory: Path, segment: _Segment) -> str | None:
-    """What is wrong with an index, by using it in a process of its own; None if it works."""
+    """What is wrong with an index, found by using it in a separate process; None if it works."""
     size = sum((directory / segment.folder / name).stat().st_size for name in _FILES)
     command = [sys.executable, "-P", __file__, "probe", str(directory), segment.collection]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -188,7 +188,7 @@ def _probe_problem(directory: Path, segment: _Segment) -> str | None:
     except subprocess.TimeoutExpired as expired:
         return f"reading it did not end within {expired.timeout:.0f} s"
     lines = done.stdout.split()
-    # What fails before the index is read is not the index: the opening that follows reports it.
+    # A failure before the index is read is not the index's; opening the directory will report it.
     if lines[-1:] == ["works"] or "opened" not in lines:
         return None
     said = " ".join(done.stderr.split("\n")[-3:]).strip()
@@ -196,7 +196,7 @@ def _probe_problem(directory: Path, segment: _Segment) -> str | None:
 
 
 def _probe(directory: str, name: str) -> None:
-    """Read every vector of a collection, and find some of them again."""
+    """Read every vector of a collection, and search for some of them."""
     import chromadb
 
     client = chromadb.PersistentClient(directory)
@@ -209,7 +209,7 @@ def _probe(directory: str, name: str) -> None:
         hit = collection.query(query_embeddings=[vectors[0]], n_results=1, include=["distances"])
         tried += 1
         right += bool(hit["distances"][0]) and hit["distances"][0][0] < 1e-3
-    # The index is approximate: now and then a vector is missed that is there.
+    # The index is approximate: a search sometimes misses an existing vector.
     if right * 2 < tried:
         raise ValueError(f"of {tried} vectors the index found {right}")
     print("works", flush=True)
@@ -222,13 +222,13 @@ def _scrub(directory: Path, collection_id: str, ids: Iterable[str], owned: bool)
     with closing(sqlite3.connect(directory / _DATABASE, timeout=60, isolation_level=None)) as connection:
         connection.execute("PRAGMA secure_delete = ON")
         connection.execute("BEGIN IMMEDIATE")
-        # The entry that says "deleted" (3) stays: an index that was saved before it still has to be told.
+        # The entry that says "deleted" (3) stays: an index that was saved before the deletion still needs it.
         connection.executemany(
             "DELETE FROM embeddings_queue WHERE id = ? AND topic LIKE ? AND operation <> 3",
             [(id, f"%{collection_id}") for id in ids],
         )
         connection.execute("COMMIT")
-        with suppress(sqlite3.OperationalError):  # a SQLite without full text search: three-letter pieces stay there
+        with suppress(sqlite3.OperationalError):  # without full-text search in this SQLite, three-letter pieces remain
             connection.execute("INSERT INTO embedding_fulltext_search(embedding_fulltext_search) VALUES ('rebuild')")
         connection.execute("VACUUM")
         owners = dict(connection.execute("SELECT id, collection FROM segments").fetchall())

@@ -1,4 +1,4 @@
-"""A LangChain retriever over a fact store: a query in, documents with their sources and scores out."""
+"""A LangChain retriever for a fact store: takes a query, returns documents with sources and scores."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from agentmem.errors import FactStoreError
 from agentmem_chroma.facts import to_document
 from agentmem_chroma.store import FactStore
 
-# What LangChain's own stores call these.
+# Names of these options in LangChain's own stores.
 _ALIASES = {"thread_id": "thread", "score_threshold": "min_score"}
 _PER_CALL = ("k", "thread", "source", "min_score", "filter")
 
@@ -22,22 +22,22 @@ _PER_CALL = ("k", "thread", "source", "min_score", "filter")
 class FactRetriever(BaseRetriever):
     """Finds the facts that are closest to a query.
 
-    `retriever.invoke(query)` and `ainvoke` give documents, best first. `k`, `thread`, `source`, `min_score` and
-    `filter` may also be given to one call: `invoke(query, k=2, thread="ops")`. A document's id is the fact's id; its
-    metadata is the fact's metadata with `source`, `thread`, `time` (ISO 8601, UTC) and `score` (cosine similarity) laid
-    over it.
+    `retriever.invoke(query)` and `ainvoke` return documents, best first. `k`, `thread`, `source`, `min_score` and
+    `filter` may also be passed to a single call: `invoke(query, k=2, thread="ops")`. A document's id is the fact's id.
+    Its metadata is the fact's metadata, overridden by `source`, `thread`, `time` (ISO 8601, UTC) and `score` (cosine
+    similarity).
 
-    LangChain's names are understood too: `thread_id`, `score_threshold`, and `search_kwargs` with any of these in it.
-    Options that are not known are refused, since one that is passed over would find everybody's facts.
+    LangChain's names work too: `thread_id`, `score_threshold`, and `search_kwargs` with any of these options. Unknown
+    options are refused: if one were ignored, the facts of all threads would be returned.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     store: FactStore
-    """Where the facts are. The retriever does not close it."""
+    """The fact store. The retriever does not close it."""
 
     k: int = Field(default=4, ge=1)
-    """How many documents to return at most."""
+    """At most this many documents are returned."""
 
     thread: str | None = None
     """Only facts of this thread; None for all, "" for facts of no thread."""
@@ -49,7 +49,7 @@ class FactRetriever(BaseRetriever):
     """Only facts with at least this cosine similarity."""
 
     filter: dict[str, Any] | None = None
-    """Only facts whose metadata fits, as `FactStore.search` takes it."""
+    """Only facts that match this filter, see `FactStore.search`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -80,10 +80,10 @@ class FactRetriever(BaseRetriever):
 
 
 def _renamed(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options under the names used here, those of `search_kwargs` among them.
+    """Options under the names used here, including those in `search_kwargs`.
 
     Raises:
-        ValueError: one that is given twice, with different values.
+        ValueError: an option is given twice, with different values.
     """
     renamed: dict[str, Any] = {}
     inner = options.get("search_kwargs") or {}

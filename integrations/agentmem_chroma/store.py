@@ -1,13 +1,13 @@
 """FactStore: exact facts in a Chroma collection.
 
-A fact is stored once per text, source and thread; adding it again keeps one, with the newer time. Searches
-return cosine similarities in a fixed order. A directory belongs to one process, in which any number of stores
-may share it. Calls from several threads are safe: writes take turns (per directory, or per store on a given
-client), reads run freely but for the moments in which deleted text is overwritten. The async twins run the same
-calls in a worker thread; cancelling one does not stop a write under way.
+A fact is stored once per text, source and thread; adding it again only updates its time. Searches return cosine
+similarities in a fixed order. A directory belongs to one process, in which any number of stores may share it. Calls
+from several threads are safe: writes take turns (per directory, or per store when you pass a client), and reads run in
+parallel, except while deleted text is being overwritten. The async methods run the same calls in a worker thread;
+cancelling one does not stop a write that has begun.
 
-The facts' texts and the index of their vectors are kept apart: an index that is lost, damaged or of another
-embedder is noticed, and can be built anew from the texts.
+The facts' texts and the index of their vectors are stored separately: an index that is lost, damaged or made by another
+embedder is noticed, and can be rebuilt from the texts.
 """
 
 from __future__ import annotations
@@ -49,33 +49,32 @@ if TYPE_CHECKING:
 
 _Item = TypeVar("_Item")
 
-# Similarities are float32 sums: the seventh decimal is noise, and equal texts would be ordered by it.
+# Similarities are float32 sums: the seventh decimal is noise, and would decide the order of equal texts.
 _SCORE_DECIMALS = 6
-_EMBEDDED_AT_ONCE = 256  # texts, while an index is built anew
-_CHECKED = 16  # facts whose vectors are compared with their texts after a process was killed
-_SAME_VECTOR = 0.99  # cosine; an embedder's own noise stays above it
+_EMBEDDED_AT_ONCE = 256  # texts embedded together while an index is rebuilt
+_CHECKED = 16  # facts whose vectors are checked against their texts after a process was killed
+_SAME_VECTOR = 0.99  # cosine; an embedder's own noise stays above this
 
 
 class FactStore:
     """Exact facts that can be searched by meaning, listed, and deleted by id, source or thread.
 
     Args:
-        path: a directory for an embedded database, made where it does not exist (`~` is the home directory), or a
-            Chroma server as `http://HOST:PORT`. Give this or `client`.
-        embeddings: turns text into vectors, for facts and queries alike. One word is embedded at opening.
-        client: a Chroma client of your own, `chromadb.HttpClient(...)` for example; the store does not
-            close it.
+        path: a directory for an embedded database, created if it does not exist (`~` is the home directory), or a
+            Chroma server as `http://HOST:PORT`. Pass either this or `client`.
+        embeddings: turns text into vectors, for facts and queries alike. One word is embedded when the store is opened.
+        client: a Chroma client of your own, such as `chromadb.HttpClient(...)`; the store does not close it.
         collection: the collection's name; 3 to 500 of `a-z A-Z 0-9 . _ -`.
-        embedder: a name for the embedder; None derives one from its class and model name. A collection opens
-            only with the name and the dimension that it was made with.
-        rebuild: where the index is lost or damaged, or holds another embedder's vectors, build it anew from the
-            facts' texts. Otherwise such a store is refused. Does nothing where all is well.
+        embedder: a name for the embedder; None derives one from its class and model name. A collection can only be
+            opened with the name and dimension that it was created with.
+        rebuild: if the index is lost or damaged, or holds another embedder's vectors, rebuild it from the facts' texts.
+            Without it such a store is refused. No effect on an intact store.
 
     Raises:
         StoreOwnedError: another process owns the directory.
         FactIndexError: the index is lost or damaged.
-        FactStoreError: neither or both of path and client; a collection of another distance, embedder or
-            program; a server that does not answer.
+        FactStoreError: neither or both of `path` and `client`; a collection with another distance or embedder, or made
+            by another program; a server that does not answer.
         MissingExtraError: chromadb is not installed.
     """
 
@@ -122,7 +121,7 @@ class FactStore:
     def _open_database(
         self, path: str | os.PathLike[str] | None, client: Any, opened: ExitStack, rebuild: bool
     ) -> bool:
-        """Set the client, the claim on its directory if it has one, and who may use it.
+        """Set the client, the claim to its directory if it has one, and the access control.
 
         Returns:
             Whether the collection's index was damaged, and has been removed.
@@ -144,7 +143,7 @@ class FactStore:
             if damage is not None and not rebuild:
                 raise FactIndexError(f"the index of {self!r} is damaged: {damage.problem}; {REBUILD}")
             if damage is not None:
-                # The directory may be open in this process, this collection is not: whoever opened it was refused.
+                # The directory may be open in this process, but not this collection: opening it was refused.
                 shutil.rmtree(damage.folder, ignore_errors=True)
         self._client = open_database(self._claim.directory, opened) if client is None and self._claim else client
         return damage is not None
@@ -158,22 +157,22 @@ class FactStore:
         time: datetime | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> list[str]:
-        """Store facts and return their ids, one per fact given, in order.
+        """Store facts and return their ids, one per given fact, in order.
 
-        A fact that is already there is not stored again: the newer time and its metadata stay (of equal
-        times, the one given last). Everything is embedded before anything is written.
+        A fact that already exists is not stored again: the newer time and its metadata are kept (if times are equal,
+        those given last). All texts are embedded before anything is written.
 
         Args:
-            facts: texts; `Fact` objects, which describe themselves; or LangChain documents, whose metadata may name
+            facts: texts; `Fact` objects, which describe themselves; or LangChain documents, whose metadata may contain
                 `source`, `thread` and `time`.
-            source: what the texts were taken from.
+            source: where the texts come from.
             thread: the conversation they belong to.
             time: when they were stated, with a time zone; None is now.
-            metadata: anything else to keep with the texts, as JSON can hold it.
+            metadata: anything else to store with the texts, as long as JSON can hold it.
 
         Raises:
-            FactStoreError: a blank text, a time without a zone, something that JSON cannot hold, or an
-                embedder that returns unusable vectors. Nothing is stored then.
+            FactStoreError: a blank text, a time without a time zone, something that JSON cannot hold, or an embedder
+                that returns unusable vectors. Nothing is stored then.
         """
         if isinstance(facts, Mapping):
             raise FactStoreError(
@@ -212,20 +211,20 @@ class FactStore:
         min_score: float | None = None,
         filter: Mapping[str, Any] | None = None,
     ) -> list[ScoredFact]:
-        """The `k` facts closest to `query`, best first; of equal scores the newer first, then by id.
+        """The `k` facts closest to `query`, best first; for equal scores the newer first, then by id.
 
-        The index is approximate (HNSW): in large collections a fact that belongs in the result is missed now
-        and then. A blank query finds nothing.
+        The index is approximate (HNSW): in large collections a search sometimes misses a fact that should be in the
+        result. A blank query finds nothing.
 
         Args:
             query: what to look for.
-            k: how many facts at most, 1 or more.
+            k: the maximum number of facts, 1 or more.
             source: only facts of this source; None for all, "" for facts of no source.
             thread: only facts of this thread; None for all, "" for facts of no thread.
             min_score: only facts with at least this similarity.
-            filter: only facts that fit: `{"page": 3}`, `{"page": {"$gte": 3}}`, `{"$or": [{...}, {...}]}`. Operators:
+            filter: only facts that match: `{"page": 3}`, `{"page": {"$gte": 3}}`, `{"$or": [{...}, {...}]}`. Operators:
                 `$eq $ne $gt $gte $lt $lte $in $nin $and $or`; keys: those of the metadata, `source`, `thread`, `time`.
-                A filter that few facts fit reads many of them.
+                If few facts match the filter, many facts are read.
         """
         self._check_open()
         if k < 1:
@@ -239,14 +238,14 @@ class FactStore:
             while True:
                 nearest = self._nearest(vector, wanted, where)
                 hits = [hit for hit in nearest if filter is None or matches(hit.fact, filter)]
-                # A tie that reaches past what was fetched could hide the facts that come first in it.
+                # Facts that were not fetched could have the last score too, and come before some that were.
                 if len(nearest) < wanted or (len(hits) >= k and hits[k - 1].score > nearest[-1].score):
                     break
                 wanted *= 4
         return [hit for hit in hits[:k] if min_score is None or hit.score >= min_score]
 
     def get(self, ids: str | Iterable[str]) -> list[Fact]:
-        """The facts with these ids, in the order asked for; ids that are not there are left out."""
+        """The facts with these ids, in the order of the ids; ids that do not exist are left out."""
         self._check_open()
         wanted = [ids] if isinstance(ids, str) else list(ids)
         by_id: dict[str, Fact] = {}
@@ -259,8 +258,7 @@ class FactStore:
     def facts(
         self, *, source: str | None = None, thread: str | None = None, filter: Mapping[str, Any] | None = None
     ) -> list[Fact]:
-        """All facts, or those of a source and thread that fit a filter (see `search`), oldest first; of equal times
-        by id."""
+        """All facts, or those of a source and thread that match a filter (see `search`), oldest first, then by id."""
         self._check_open()
         with self._access.reading():
             rows = self._call("get", where=_where(source, thread), include=["documents", "metadatas"])
@@ -270,7 +268,7 @@ class FactStore:
     def count(
         self, *, source: str | None = None, thread: str | None = None, filter: Mapping[str, Any] | None = None
     ) -> int:
-        """How many facts there are, in all or of a source and thread that fit a filter (see `search`)."""
+        """The number of facts, of all or of those with this source and thread that match a filter (see `search`)."""
         self._check_open()
         if filter is not None:
             return len(self.facts(source=source, thread=thread, filter=filter))
@@ -287,14 +285,14 @@ class FactStore:
         source: str | None = None,
         thread: str | None = None,
     ) -> int:
-        """Delete the facts that meet every condition given, and return how many there were.
+        """Delete the facts that meet every given condition, and return their number.
 
-        In a directory no byte of their texts, sources, threads and metadata is left when the call returns. For that the
-        database file is rewritten, which takes a time proportional to its size: delete many facts in one call.
-        What a server keeps of deleted facts is the server's affair.
+        In an embedded store no byte of their texts, sources, threads and metadata is left in the directory when the
+        call returns. For that the database file is rewritten, which takes time in proportion to its size: delete many
+        facts in one call. What a server keeps of deleted facts is up to the server.
 
         Raises:
-            FactStoreError: no condition at all, which would delete everything; or the facts are deleted, and what
+            FactStoreError: no condition was given, which would delete everything; or the facts were deleted but what
                 Chroma left of them could not be overwritten.
         """
         if ids is None and source is None and thread is None:
@@ -302,7 +300,7 @@ class FactStore:
         where = _where(source, thread)
         with self._access.writes:
             self._check_open()
-            # Chroma reports ids that were never there as deleted, so what is there is looked up first.
+            # Chroma reports ids that never existed as deleted, so the existing ones are looked up first.
             if ids is None:
                 present: list[str] = self._call("get", where=where, include=[])["ids"]
             else:
@@ -315,20 +313,20 @@ class FactStore:
             for batch in self._batches(present):
                 self._call("delete", ids=batch)
             if present and self._opened_here and not self._call("count"):
-                self.rebuild_index()  # nothing to embed, and the old index's room is free
+                self.rebuild_index()  # nothing has to be embedded, and the old index's disk space is freed
             elif present:
                 self._overwrite_deleted(present)
         return len(present)
 
     def rebuild_index(self) -> int:
-        """Build the index anew from the facts' texts, and return how many there are.
+        """Rebuild the index from the facts' texts, and return the number of facts.
 
-        Every text is embedded again. An index does not shrink with what is deleted (but for the last fact): this makes
-        it as small as the facts that are left. The old index serves until the new one is whole; a process that is
-        killed on the way leaves the one or the other, and no fact is lost.
+        Every text is embedded again. An index does not shrink when facts are deleted (except when the last one is);
+        rebuilding makes it as small as possible. The old index is used until the new one is complete. A process that is
+        killed in between leaves either the old one or the new one, and no fact is lost.
 
         Raises:
-            FactStoreError: the embedder or Chroma failed; the old index is still there.
+            FactStoreError: the embedder or Chroma failed; the old index is still in use.
         """
         with self._access.alone():
             self._check_open()
@@ -360,7 +358,7 @@ class FactStore:
         time: datetime | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> list[str]:
-        """`add` off the event loop."""
+        """As `add`, in a worker thread."""
         return await asyncio.to_thread(self.add, facts, source=source, thread=thread, time=time, metadata=metadata)
 
     async def asearch(
@@ -373,25 +371,25 @@ class FactStore:
         min_score: float | None = None,
         filter: Mapping[str, Any] | None = None,
     ) -> list[ScoredFact]:
-        """`search` off the event loop."""
+        """As `search`, in a worker thread."""
         return await asyncio.to_thread(
             self.search, query, k, source=source, thread=thread, min_score=min_score, filter=filter
         )
 
     async def aget(self, ids: str | Iterable[str]) -> list[Fact]:
-        """`get` off the event loop."""
+        """As `get`, in a worker thread."""
         return await asyncio.to_thread(self.get, ids)
 
     async def afacts(
         self, *, source: str | None = None, thread: str | None = None, filter: Mapping[str, Any] | None = None
     ) -> list[Fact]:
-        """`facts` off the event loop."""
+        """As `facts`, in a worker thread."""
         return await asyncio.to_thread(self.facts, source=source, thread=thread, filter=filter)
 
     async def acount(
         self, *, source: str | None = None, thread: str | None = None, filter: Mapping[str, Any] | None = None
     ) -> int:
-        """`count` off the event loop."""
+        """As `count`, in a worker thread."""
         return await asyncio.to_thread(self.count, source=source, thread=thread, filter=filter)
 
     async def adelete(
@@ -401,17 +399,17 @@ class FactStore:
         source: str | None = None,
         thread: str | None = None,
     ) -> int:
-        """`delete` off the event loop."""
+        """As `delete`, in a worker thread."""
         return await asyncio.to_thread(self.delete, ids, source=source, thread=thread)
 
     async def arebuild_index(self) -> int:
-        """`rebuild_index` off the event loop."""
+        """As `rebuild_index`, in a worker thread."""
         return await asyncio.to_thread(self.rebuild_index)
 
     def close(self) -> None:
-        """Close the database and free the directory once its last store closes; a second call does nothing.
+        """Close the store; the last one to close frees the directory. A second call does nothing.
 
-        Call it when no other call is under way. A client that was given stays open.
+        Call it when no other call is running. A client that you passed stays open.
         """
         with self._access.writes:
             if not self._closed:
@@ -442,7 +440,7 @@ class FactStore:
             )
 
     def _call(self, method: str, **arguments: Any) -> Any:
-        """Call the collection; its errors become ours.
+        """Call a method of the collection and convert its errors.
 
         Raises:
             FactIndexError, FactStoreError: see `chroma_errors`; or the collection was deleted.
@@ -455,7 +453,7 @@ class FactStore:
         except FactStoreError as error:
             if not isinstance(error.__cause__, missing):
                 raise
-        # The index was built anew by another store or process: another collection has this name now.
+        # Another store or process rebuilt the index: the name now belongs to another collection.
         try:
             with chroma_errors(doing):
                 self._collection = self._client.get_collection(self._name, embedding_function=None)
@@ -468,13 +466,13 @@ class FactStore:
             raise FactStoreError(f"the collection of {self!r} was deleted; a new store makes it again") from error
 
     def _check_index(self, rebuild: bool) -> None:
-        """Notice an index that can be read and lacks vectors, or holds those of other texts.
+        """Notice an index that can be read but lacks vectors, or holds those of other texts.
 
         Raises:
-            FactIndexError: it does, and is not to be built anew.
+            FactIndexError: it does, and `rebuild` is False.
         """
         probed = self._claim is not None and self._name in self._claim.indexes.probed
-        # A directory that this process opened by its path was looked at before, in more ways.
+        # A directory that this process opened by its path was already inspected, more thoroughly.
         problem = self._vector_problem(compare=probed) if probed or not self._opened_here else None
         if problem is not None and not rebuild:
             raise FactIndexError(f"the index of {self!r} is damaged: {problem}; {REBUILD}")
@@ -484,7 +482,7 @@ class FactStore:
             del self._claim.indexes.probed[self._name]
 
     def _vector_problem(self, *, compare: bool) -> str | None:
-        """What is wrong with the vectors of the oldest and newest facts; `compare` embeds their texts again."""
+        """What is wrong with the vectors of the oldest and newest facts; `compare`: embed their texts again."""
         try:
             size = int(self._call("count"))
             for offset in {0, max(0, size - _CHECKED)} if size else ():
@@ -513,7 +511,7 @@ class FactStore:
                 ) from error
 
     def _times(self, ids: Iterable[str]) -> dict[str, datetime]:
-        """The stored time of every given fact that is there."""
+        """The stored times of those of the given facts that exist."""
         times: dict[str, datetime] = {}
         for batch in self._batches(list(ids)):
             rows = self._call("get", ids=batch, include=["documents", "metadatas"])

@@ -1,6 +1,6 @@
-"""The command tree: what each command is told, and where it runs.
+"""The command tree: the options of each command, and the function that runs it.
 
-Exit codes: 0 as promised, 1 a result that falls short, 2 wrong usage, 3 an `AgentMemError`.
+Exit codes: 0 success, 1 a result below its bar or a partial failure, 2 wrong usage, 3 an `AgentMemError`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ KeyFile = Annotated[Path | None, typer.Option(help="Holds the hmac_key of the da
 
 
 def main() -> None:
-    """Run the command; errors of ours end in one line, not in a traceback."""
+    """Run the command; agentmem's own errors are shown as one line, without a traceback."""
     hide_library_warnings()
     with one_line_errors():
         app()
@@ -78,7 +78,7 @@ def nano_build(
     out: Annotated[Path, typer.Argument(help="Where the model goes; an interrupted build there is resumed.")],
     seed: Annotated[int, typer.Option(help="Everything follows from it.")] = 0,
 ) -> None:
-    """Make the embedded model from nothing: tokenizer, base model, adapter (more than an hour on 2 cores)."""
+    """Build the embedded model from scratch: tokenizer, base model, adapter (more than an hour on 2 cores)."""
     from agentmem.nano.recipe.build import build
 
     build(out, seed=seed)
@@ -96,7 +96,7 @@ def evaluate(
     page: Annotated[Path | None, typer.Option(help="A page whose result marks take the table.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the curves into this file (needs matplotlib).")] = None,
 ) -> None:
-    """Measure the memory with controls: recall by facts told and messages between, arm by arm."""
+    """Measure memory with controls: recall by number of facts and of messages in between, for each arm."""
     from agentmem_cli.evaluate import evaluate as run
 
     raise typer.Exit(run(model, adapter, out, questions, elsewhere, seed, processes, page, plot))
@@ -160,7 +160,7 @@ def bench(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; left out, torch's own number.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure what steering costs on this machine: the model bare and steered, sessions side by side."""
+    """Measure what memory costs on this machine: the model with and without it, and several sessions at once."""
     from agentmem_cli.bench import bench as run
 
     loading = Loading(model, adapter, device, dtype, quantize)
@@ -178,7 +178,7 @@ def storage_report(
     encrypted: Encrypted = False,
     hmac_key_file: KeyFile = None,
 ) -> None:
-    """Show what threads take: checkpoints, pending writes, bytes."""
+    """Show how much space threads take: checkpoints, pending writes, bytes."""
     _require(langgraph="sql", sqlalchemy="sql")
     from agentmem_cli.storage import Place, report
 
@@ -200,10 +200,10 @@ def storage_prune(
     encrypted: Encrypted = False,
     hmac_key_file: KeyFile = None,
 ) -> None:
-    """Take out checkpoints and threads that are too many or too old. Shows what would go, and asks.
+    """Delete checkpoints and threads that are too many or too old. Shows what would be deleted, and asks.
 
-    A checkpoint stays if each of --keep, --max-age and --idle that is given lets it. What stays does not change, and
-    the newest checkpoint of a thread goes with --idle only.
+    A checkpoint is kept if every given option among --keep, --max-age and --idle lets it stay. Kept checkpoints do not
+    change, and the newest checkpoint of a thread is deleted only by --idle.
     """
     _require(langgraph="sql", sqlalchemy="sql")
     from agentmem_cli.storage import Place, policy, prune
@@ -217,7 +217,7 @@ storage.command("import")(import_threads)
 
 
 def _require(**extras: str) -> None:
-    """Refuse a command whose packages (module = extra) are not installed."""
+    """Refuse a command if packages that it needs (module = extra) are not installed."""
     for module, extra in extras.items():
         if find_spec(module) is None:
             raise MissingExtraError(module, extra)

@@ -1,8 +1,8 @@
-"""What steering costs on this machine: the user's own model, bare and steered in turn, and sessions side by side.
+"""What memory costs on this machine: the user's own model with and without it, and several sessions at once.
 
-Bare and steered are the same loaded weights: the bare passes go past the memory. Both ways of a pair run next to each
-other, in an order that alternates, and a ratio is the median over pairs; so a machine that is busy disturbs both. The
-figures are of this machine at this moment: a short form of what `benchmarks/` measures with more care.
+Both measurements use the same loaded weights; the bare passes do not go through the memory. The two passes of a pair
+run one after the other, in alternating order, and a ratio is the median over pairs, so that other load on the machine
+affects both alike. The figures are of this machine at this moment; `benchmarks/` measures the same with more care.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from agentmem_cli.options import Loading
 if TYPE_CHECKING:
     from agentmem import Engine
 
-_SENTENCE = 32  # tokens of a sentence of the prompt, for adapters that write by sentence
+_SENTENCE = 32  # tokens per sentence of the prompt, for adapters that write by sentence
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Median seconds of both ways, and the median of bare : steered over pairs."""
+    """Median seconds with and without memory, and the median over pairs of bare time divided by time with memory."""
 
     bare: float
     steered: float
@@ -42,7 +42,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Rate:
-    """Tokens a second of so many sessions at once."""
+    """Tokens per second with a number of sessions at once."""
 
     sessions: int
     tokens_per_second: float
@@ -50,17 +50,17 @@ class Rate:
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured.
+    """The measured figures.
 
     Attributes:
-        decode: of one token.
-        prefill: of the whole prompt.
-        prompt: its tokens.
+        decode: for one token.
+        prefill: for the whole prompt.
+        prompt: length of the prompt in tokens.
         state_bytes: what a session keeps between turns.
-        kv_bytes: what its prompt takes while a turn runs.
-        adapter_bytes: the memory's weights, once for all sessions.
-        rates: sessions that decode at once.
-        machine: where.
+        kv_bytes: the size of its prompt's KV during a turn.
+        adapter_bytes: the memory's weights, loaded once for all sessions.
+        rates: for several numbers of sessions that decode at once.
+        machine: where it was measured.
     """
 
     decode: Pair
@@ -86,7 +86,7 @@ def bench(
 
     Raises:
         MissingAdapterError: the model has no memory.
-        ConfigError: the prompt is longer than the model reads.
+        ConfigError: the prompt is longer than the model's context.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -99,7 +99,7 @@ def bench(
 
 
 def measure(engine: Engine, prompt: int, pairs: int, reply: int, sessions: Sequence[int]) -> Figures:
-    """All figures of one engine, which does nothing else meanwhile."""
+    """All figures for one engine, which must do nothing else meanwhile."""
     steered = engine.steered
     if steered is None:
         raise MissingAdapterError("this model has no adapter, so there is no steering to measure; name one: --adapter")
@@ -126,8 +126,8 @@ def measure(engine: Engine, prompt: int, pairs: int, reply: int, sessions: Seque
 class _Reader:
     """A prompt that was read, and tokens that follow it one by one.
 
-    An adapter that writes by message or sentence does what it does in a turn: the prompt's pass ends with the prompt,
-    and the tokens behind it join the sums of a pass that stays open.
+    An adapter that writes by message or sentence works as in a turn: the prompt's pass ends with the prompt, and the
+    tokens after it are added to the sums of a pass that stays open.
     """
 
     def __init__(self, engine: Engine, ids: torch.Tensor, *, memory: bool) -> None:
@@ -143,7 +143,7 @@ class _Reader:
         _settle(engine)
 
     def step(self) -> None:
-        """One more token; it is then forgotten, so that every step is as dear as the first."""
+        """Read one more token and then drop it again, so that every step costs as much as the first."""
         self._read(self._token, close=False)
         _settle(self._engine)
         self.cache.crop(-1)
@@ -164,7 +164,7 @@ class _Reader:
 
 def _compare(bare: Callable[[], object], steered: Callable[[], object], pairs: int) -> Pair:
     times = []
-    for number in range(-1, pairs):  # the first pair warms up
+    for number in range(-1, pairs):  # the first pair is a warm-up
         seconds = {}
         for way in (bare, steered) if number % 2 == 0 else (steered, bare):
             begin = time.perf_counter()
@@ -177,14 +177,14 @@ def _compare(bare: Callable[[], object], steered: Callable[[], object], pairs: i
 
 
 def _rate(engine: Engine, count: int, reply: int) -> float:
-    """Tokens a second of sessions with short prompts, at a temperature at which no reply ends early."""
+    """Tokens per second of sessions with short prompts, at a temperature at which no reply ends early."""
 
     def say(number: int) -> int:
         sampling = Sampling(temperature=50.0, seed=number, max_tokens=reply)
         return len(engine.turn([Message("user", f"My number is {number}.")], sampling=sampling).token_ids)
 
     with ThreadPoolExecutor(count) as pool:
-        list(pool.map(say, range(count)))  # warms up
+        list(pool.map(say, range(count)))  # warm-up
         engine.forget_prefills()
         begin = time.perf_counter()
         tokens = sum(pool.map(say, range(count)))

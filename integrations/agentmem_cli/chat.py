@@ -1,7 +1,7 @@
-"""`agentmem chat`: the demo's agent at a prompt, its threads in a SQLite file.
+"""`agentmem chat`: the demo's agent on a prompt, with its threads in a SQLite file.
 
-A turn is finished or has not been: whatever ends a reply early (Ctrl-C, an error) leaves the thread as it was. An error
-is one red line, and the prompt comes back.
+A turn either completes or has no effect: if a reply ends early (Ctrl-C, an error), the thread stays as it was. An error
+is shown as one red line, and the prompt returns.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _HISTORY_LINES = 1000
 
 @dataclass(frozen=True)
 class Settings:
-    """How replies are made: the window as it was typed (None: the model's usual one), and options of `ChatDeltaMem`."""
+    """How replies are made: the window as it was typed (None: the model's default), and options of `ChatDeltaMem`."""
 
     window: str | None = None
     system: str = ""
@@ -69,14 +69,14 @@ class Settings:
 def chat(
     loading: Loading, name: str, db: str, facts: Path | None, settings: Settings, question: str | None = None
 ) -> None:
-    """Answer one question, or talk until the input ends.
+    """Answer a single question, or chat until the input ends.
 
     Raises:
-        ConfigError: the window cannot be read.
-        AgentMemError: what a question met; while talking it is shown, and the talk goes on.
+        ConfigError: the window cannot be parsed.
+        AgentMemError: the single question failed; in a chat, errors are shown and the chat continues.
     """
     if settings.window is not None:
-        parse_window(settings.window)  # a mistake is told before the model is loaded
+        parse_window(settings.window)  # a mistake is reported before the model is loaded
     console = Console()
     with ExitStack() as stack:
         with Console(stderr=True).status("loading the model"):
@@ -91,8 +91,7 @@ def chat(
 
 
 def read_lines(console: Console) -> Iterator[str]:
-    """What is typed, line by line; Ctrl-C drops a line, Ctrl-D ends. On a terminal lines can be edited and are kept for
-    the next time."""
+    """The typed lines. Ctrl-C drops a line, Ctrl-D ends. On a terminal lines can be edited and are saved as history."""
     typed = sys.stdin.isatty()
     if typed:
         _keep_history()
@@ -106,15 +105,15 @@ def read_lines(console: Console) -> Iterator[str]:
 
 
 def _keep_history() -> None:
-    """Give `input` line editing and the lines of earlier talks, and save those of this one at its end."""
+    """Give `input` line editing and the history of earlier chats, and save this chat's lines at its end."""
     import atexit
     import readline
 
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     file = Path(state) / "agentmem" / "chat_history"
-    with suppress(OSError):  # no home, or none that can be written: the talk goes on without
+    with suppress(OSError):  # no writable home directory: chat without a history
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch(mode=0o600)  # what was said is nobody else's
+        file.touch(mode=0o600)  # only the user may read what was typed
         readline.read_history_file(file)
     readline.set_history_length(_HISTORY_LINES)
 
@@ -127,15 +126,15 @@ def _keep_history() -> None:
 
 
 class Chat:
-    """One thread at a prompt.
+    """One thread on a prompt.
 
     Args:
-        engine: a model, with memory or bare; the chat does not close it, nor the saver.
-        saver: keeps the thread.
-        name: of the thread.
+        engine: a model, with memory or bare. The chat closes neither it nor the saver.
+        saver: stores the thread.
+        name: name of the thread.
         console: where everything is shown.
         settings: how replies are made.
-        adapter: what the memory was loaded from, as it was given; None: the model's own.
+        adapter: the adapter as the user named it; None: the model's own.
         retriever: finds facts to answer from, if any.
     """
 
@@ -157,11 +156,11 @@ class Chat:
         self._settings = settings
         self._adapter = adapter
         self._retriever = retriever
-        self._compares = False  # the base model answers, beside the thread
+        self._compares = False  # whether the base model answers, outside of the thread
         if settings.window is not None:
             window = parse_window(settings.window)
         else:
-            # nano learned to be told things while it sees the message at hand; and so its memory shows.
+            # nano was trained on statements that it reads alone; besides, a short window shows that it remembers.
             window = Window(messages=1) if engine.name == "nano" else Window()
         self._use_window(window)
         self._commands: dict[str, Callable[[str], None]] = {
@@ -173,7 +172,7 @@ class Chat:
         }
 
     def run(self, lines: Iterator[str]) -> None:
-        """Take lines until they end or one says /quit."""
+        """Read lines until they end or one is /quit."""
         self._greet()
         for line in map(str.strip, lines):
             if line == "/quit":
@@ -182,10 +181,10 @@ class Chat:
                 self._take(line)
 
     def answer(self, question: str) -> None:
-        """Say one thing in the thread and show the reply alone.
+        """Send one message in the thread and show only the reply.
 
         Raises:
-            Exception: whatever ended the turn; the thread is as it was.
+            Exception: whatever ended the turn; the thread is unchanged.
         """
         self._say(question, details=False)
 
@@ -304,7 +303,7 @@ class Chat:
         self._active, self._active_saver = self._agent, self._saver
 
     def _compare(self) -> None:
-        """Let the base model answer. What it says stands beside the thread, and goes when memory is on again."""
+        """Let the base model answer. Its replies are not part of the thread, and are gone when memory is on again."""
         self._compares = True
         self._active_saver = InMemorySaver()
         self._active = self._build(self._active_saver, use_memory=False)

@@ -1,7 +1,7 @@
 """`agentmem demo`: an agent learns in one process and answers from its memory in another.
 
-This process only starts the two (`agentmem_cli.phases`), waits until each has ended, and judges what they report.
-It loads no model, so nothing can pass from one to the other through it.
+This process only starts the two others (`agentmem_cli.phases`), waits for each to end, and judges their report. It
+loads no model, so nothing can pass from one to the other through it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _MARKER = ".agentmem-demo"
 
 
 def demo(loading: Loading, seed: int, data: Path) -> int:
-    """Run it. Returns the exit code: 1 where an arm falls short of its bar, else that of a process that failed.
+    """Run the demo. Returns the exit code: 1 if an arm misses its bar, otherwise that of a process that failed.
 
     Raises:
-        ConfigError: `data` holds something that no demo put there.
+        ConfigError: `data` holds something that was not made by a demo.
     """
     console = Console()
     started = time.monotonic()
@@ -59,10 +59,10 @@ def demo(loading: Loading, seed: int, data: Path) -> int:
 
 
 def prepare(data: Path) -> None:
-    """Make the directory, empty. What an earlier demo left there goes; anything else stays and is refused.
+    """Make the directory, empty. Files of an earlier demo are deleted; anything else is left, and refused.
 
     Raises:
-        ConfigError: it is not empty, and no demo made it.
+        ConfigError: it is not empty, and was not made by a demo.
     """
     if data.exists() and (not data.is_dir() or (any(data.iterdir()) and not (data / _MARKER).exists())):
         raise ConfigError(
@@ -76,7 +76,7 @@ def prepare(data: Path) -> None:
 
 
 def _run(phase: str, setup: Setup, console: Console) -> int:
-    """One phase in a process of its own; returns its exit code once it has ended."""
+    """Run one phase in a separate process; returns its exit code when it has ended."""
     program = [sys.executable, "-m", "agentmem_cli.phases", phase, setup.to_json()]
     with subprocess.Popen(program) as child:
         console.print(Text.assemble((f"process {child.pid}", "bold"), " started"))

@@ -1,4 +1,4 @@
-"""`agentmem evaluate`: runs the recall measurement and shows, saves and judges it."""
+"""`agentmem evaluate`: runs the recall measurement; shows, saves and judges the results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def evaluate(
     page: Path | None,
     plot: Path | None,
 ) -> int:
-    """Returns the exit code: 1 where a bar is missed."""
+    """Returns the exit code: 1 if a bar is missed."""
     console = Console()
     jobs = plan(questions, elsewhere, seed)
     columns = (TextColumn("recall"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())

@@ -26,13 +26,13 @@ from agentmem_sql import SQLAlchemySaver
 
 NODE = "agent"
 
-# Of the embedded sentence model: a question and its fact score above 0.8, anything else in this language below 0.65.
+# For the embedded sentence model: a question and its fact score above 0.8, anything else in this language below 0.65.
 _MIN_SCORE = 0.7
 _SHOWN_FACTS = 3
 
 
 class AgentState(TypedDict):
-    """What a checkpoint holds."""
+    """The agent's state, as checkpoints hold it."""
 
     messages: Annotated[list[AnyMessage], add_messages]
     memory: NotRequired[Annotated[MemoryState, MemoryChannel]]
@@ -44,7 +44,7 @@ Agent = CompiledStateGraph[AgentState, None, AgentState, AgentState]
 def build_agent(
     llm: ChatDeltaMem, saver: BaseCheckpointSaver[str], retriever: FactRetriever | None = None, system: str = ""
 ) -> Agent:
-    """The graph: one memory node. Retrieved facts are shown to the model, never stored and never written."""
+    """The graph: a single memory node. Retrieved facts are shown to the model, never stored and never written."""
     nano = llm.engine is not None and llm.engine.name == "nano"
     node = MemoryNode(llm, system=system, retriever=retriever, format_facts=facts_block if nano else _facts_to_cite)
     builder = StateGraph(AgentState)
@@ -55,19 +55,19 @@ def build_agent(
 
 
 def open_threads(db: str | Path) -> SQLAlchemySaver:
-    """The threads in a database: its URL, or the path of a SQLite file, which is made when first used.
+    """The threads in a database, given as a URL or as the path of a SQLite file, which is created on first use.
 
-    Whoever wrote the database cannot make this process run code: values of other types than messages and plain data
-    stay data.
+    The database cannot make this process run code, whoever wrote it: values of types other than messages and plain data
+    are left as data.
     """
     url = db if isinstance(db, str) and "://" in db else URL.create("sqlite", database=str(db))
     return SQLAlchemySaver.from_url(url, serde=JsonPlusSerializer(allowed_msgpack_modules=None))
 
 
 def open_facts(directory: Path) -> FactStore:
-    """The exact facts in a directory, searched by a sentence model that needs no download.
+    """The exact facts in a directory, searched with a sentence model that needs no download.
 
-    An index that a killed process left damaged is built anew.
+    An index that was damaged when a process was killed is rebuilt.
 
     Raises:
         StoreOwnedError, FactStoreError: see `FactStore`.
@@ -76,7 +76,7 @@ def open_facts(directory: Path) -> FactStore:
 
 
 def retriever_of(store: FactStore) -> FactRetriever:
-    """Finds the few facts that a question is about, and none for anything else."""
+    """A retriever that finds the few facts that a question is about, and none for other messages."""
     return FactRetriever(store=store, k=_SHOWN_FACTS, min_score=_MIN_SCORE)
 
 
@@ -91,7 +91,7 @@ def set_head(agent: Agent, snapshot: StateSnapshot) -> None:
 
 
 class ShownFacts(BaseCallbackHandler):
-    """Collects what a run's retriever found, in the order in which the model saw it numbered."""
+    """Collects what a run's retriever found, in the order in which it was numbered for the model."""
 
     def __init__(self) -> None:
         self.documents: list[Document] = []
@@ -101,5 +101,5 @@ class ShownFacts(BaseCallbackHandler):
 
 
 def _facts_to_cite(documents: Sequence[Document]) -> str:
-    """For models that have not learned it as nano has: the facts, and how to cite them."""
+    """The facts, with instructions for citing them: for models that, unlike nano, were not trained to."""
     return f"{facts_block(documents)}\nAnswer in one sentence; cite the number of the fact that you use, like [1]."

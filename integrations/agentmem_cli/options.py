@@ -1,4 +1,4 @@
-"""Options that many commands share, each defined once, and what they say as values."""
+"""Options that several commands share, each defined once, and their parsed values."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Loading:
         return agentmem.load(self.model, adapter, self.device, self.dtype, quantize=self.quantize)
 
     def arguments(self) -> str:
-        """The options of a command line that load the same."""
+        """Command-line options that load the same model."""
         given = [f for f in fields(self) if getattr(self, f.name) != f.default]
         return "".join(f" --{f.name} {shlex.quote(getattr(self, f.name))}" for f in given)
 
@@ -70,7 +70,7 @@ def parse_window(text: str) -> Window:
     """ "4096", "4096t" or "4096 tokens": the last tokens; "2m" or "2 messages": the last messages.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: the text is neither.
     """
     from agentmem import Window
 

@@ -1,8 +1,8 @@
-"""The demo's two processes: one is told things and ends, the other opens the thread and asks.
+"""The demo's two processes: one states things and ends; the other opens the thread and asks.
 
     python -m agentmem_cli.phases tell|ask SETUP          SETUP: a `Setup` as JSON
 
-Nothing goes from one to the other but the files in `Setup.data`. `ask` leaves its scores in `scores.json`.
+Nothing passes between them but the files in `Setup.data`. `ask` writes its scores to `scores.json`.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ from agentmem_langgraph import ChatDeltaMem
 
 THREAD, OTHER = "demo", "other"
 
-# While telling and asking, the prompt shows the message at hand alone: what is recalled later was never re-read.
+# The prompt shows only the latest message, so that whatever is recalled later was never read again.
 _LAST_MESSAGE = Window(messages=1)
-# nano says one sentence; another model may think first.
+# nano answers in one sentence; another model may reason first.
 _MAX_TOKENS_NANO, _MAX_TOKENS = 48, 1024
 
 
 @dataclass(frozen=True)
 class Workplace:
-    """What a phase works with.
+    """The objects that a phase works with.
 
     Attributes:
         agent: the graph; its prompt shows retrieved facts and the last message only.
-        llm: the model of `agent`.
+        llm: the chat model in `agent`.
         store: the exact facts.
     """
 
@@ -78,7 +78,7 @@ def opened(setup: Setup, console: Console) -> Iterator[Workplace]:
 
 
 def tell(setup: Setup, console: Console) -> None:
-    """Fill the store, and tell both threads what the script says, turn by turn."""
+    """Fill the fact store, and send both threads the messages of the script, turn by turn."""
     script = draw_script(setup.seed)
     with opened(setup, console) as work:
         for sourced in script.facts:
@@ -90,7 +90,7 @@ def tell(setup: Setup, console: Console) -> None:
 
 
 def ask(setup: Setup, console: Console) -> None:
-    """Ask everything, with the thread's memory and with the two controls; cite a fact; rewind."""
+    """Ask everything, with the thread's memory and with both controls; cite a fact; rewind."""
     script = draw_script(setup.seed)
     with opened(setup, console) as work:
         head = work.agent.get_state(thread(THREAD))
@@ -115,7 +115,7 @@ def ask(setup: Setup, console: Console) -> None:
         console.print(tables.controls(rows, replies["zeroed"], replies["foreign"], script.elsewhere))
         cites = _exact_fact(work, head, script, console)
         rewound = _rewound(work, head, script, console)
-        # The branches above must not be where the thread goes on.
+        # The thread must not continue from one of the branches above.
         set_head(work.agent, head)
     held = [binding for _, binding in script.questions]
     write_scores(setup, {arm: _score(said, held) for arm, said in replies.items()}, cites, rewound)
@@ -131,7 +131,7 @@ def _tell_thread(work: Workplace, name: str, said: tuple[str, ...], console: Con
 
 
 def _say(agent: Agent, config: RunnableConfig, text: str) -> AIMessage:
-    """One turn: of the thread, or, from the config of a checkpoint, of a branch that no other branch sees."""
+    """One turn: in the thread, or, with a checkpoint's config, in a branch of its own."""
     given: AgentState = {"messages": [HumanMessage(text)]}
     reply = agent.invoke(given, config)["messages"][-1]
     assert isinstance(reply, AIMessage)
@@ -145,13 +145,13 @@ def _memory(agent: Agent, name: str) -> MemoryState:
 
 
 def _copy(agent: Agent, head: StateSnapshot, name: str, memory: MemoryState) -> StateSnapshot:
-    """A thread with the same messages and the same record of what was consumed, and other matrices."""
+    """A thread with the same messages and the same record of what was consumed, but other matrices."""
     agent.update_state(thread(name), {"messages": head.values["messages"], "memory": memory.to_dict()}, as_node=NODE)
     return agent.get_state(thread(name))
 
 
 def _replayed(work: Workplace, head: StateSnapshot, question: str) -> int:
-    """Tokens of a prompt that replays the whole conversation."""
+    """The number of tokens in a prompt that replays the whole conversation."""
     messages: list[AnyMessage] = [*head.values["messages"], HumanMessage(question)]
     return work.llm.get_num_tokens_from_messages(messages)
 
@@ -168,7 +168,7 @@ def _exact_fact(work: Workplace, head: StateSnapshot, script: Script, console: C
 
 
 def _rewound(work: Workplace, head: StateSnapshot, script: Script, console: Console) -> bool:
-    """The changed fact, asked at the head and at the last finished turn before the change."""
+    """Ask for the changed fact, at the head and at the last finished turn before the change."""
     earlier = next(
         snapshot
         for snapshot in work.agent.get_state_history(thread(THREAD))

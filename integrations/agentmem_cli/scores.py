@@ -1,4 +1,4 @@
-"""What the demo's processes are given, what they report, and when the demo has kept its promise. Light to import."""
+"""The inputs and reports of the demo's processes, and the bars that the demo must reach. Light to import."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ NAMES: dict[Arm, str] = {
     "foreign": "another thread's memory",
 }
 
-MISSES = 1  # how many questions the memory may miss
-CHANCE = 2  # how many a control may get right
+MISSES = 1  # questions that the memory may get wrong
+CHANCE = 2  # questions that a control may get right
 
 
 @dataclass(frozen=True)
 class Setup:
-    """One run: the seed, how the model is loaded, and the directory that everything is kept in."""
+    """One run: the seed, how the model is loaded, and the directory that holds everything."""
 
     seed: int
     loading: Loading
     data: str
 
     def to_json(self) -> str:
-        """For another process."""
+        """The setup as text for another process."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Setup:
-        """What `to_json` wrote."""
+        """The setup from the result of `to_json`."""
         values = json.loads(text)
         return cls(values["seed"], Loading(**values["loading"]), values["data"])
 
@@ -52,7 +52,7 @@ class Setup:
 
     @property
     def scores(self) -> Path:
-        """Where the asking process leaves its report."""
+        """The file for the asking process's report."""
         return Path(self.data) / "scores.json"
 
 
@@ -69,7 +69,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Report:
-    """What the asking process found: the arms' scores, and whether citation and rewinding came out right."""
+    """The asking process's results: the arms' scores, and whether citing and rewinding worked."""
 
     arms: Mapping[Arm, Score]
     cites: bool
@@ -77,7 +77,7 @@ class Report:
 
 
 def shortfalls(arms: Mapping[Arm, Score]) -> list[str]:
-    """Where the demo falls short of its promise; empty when it holds."""
+    """The bars that the demo misses; empty if it reaches all."""
     memory = arms["memory"]
     problems = []
     if memory.questions - memory.right > MISSES:
@@ -89,12 +89,12 @@ def shortfalls(arms: Mapping[Arm, Score]) -> list[str]:
 
 
 def write_scores(setup: Setup, arms: Mapping[Arm, Score], cites: bool, rewound: bool) -> None:
-    """Leave the report for the parent process."""
+    """Write the report for the parent process."""
     report = {"arms": {arm: asdict(score) for arm, score in arms.items()}, "cites": cites, "rewound": rewound}
     setup.scores.write_text(json.dumps(report, indent=2))
 
 
 def read_scores(setup: Setup) -> Report:
-    """The report that `write_scores` left."""
+    """Read the report that `write_scores` wrote."""
     report: dict[str, Any] = json.loads(setup.scores.read_text())
     return Report({arm: Score(**s) for arm, s in report["arms"].items()}, report["cites"], report["rewound"])

@@ -1,7 +1,7 @@
-"""What the demo's user says: drawn from a seed, equal in every process, and light to import.
+"""What the demo's user says: drawn from a seed, equal in every process, light to import.
 
-The contract: at least eight facts are told among small talk, one of them is changed on the way, and the demo asks for
-each of them; the other thread is told the same things with other values; the fact store holds none of the values.
+At least eight facts are stated among small talk, one of them is changed later, and the demo asks for each of them. The
+other thread states the same attributes with other values. The fact store holds none of these values.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from agentmem.nano.recipe.language import Binding, ask, change, draw_bindings, f
 from agentmem.nano.recipe.pools import ATTRIBUTES
 from agentmem.nano.recipe.toolchat import Fact
 
-OF_EACH_KIND = 4  # facts about the user, and as many about the project
+OF_EACH_KIND = 4  # so many facts about the user, and as many about the project
 SMALL_TALK = 4
 
 _SOURCES = {
@@ -27,7 +27,7 @@ _SOURCES = {
 
 @dataclass(frozen=True)
 class SourcedFact:
-    """An exact fact for the store, and where it was read."""
+    """An exact fact for the store, with its source."""
 
     fact: Fact
     source: str
@@ -38,16 +38,16 @@ class Script:
     """One run of the demo.
 
     Attributes:
-        said: what the user says in the thread, in order, small talk included.
-        change: the one among `said` that replaces `old` by another value.
-        old: the fact as it was told first.
-        new: the same fact as it holds at the end.
-        questions: a question about every told fact, and what holds at the end.
-        other: what the user says in the other thread.
-        elsewhere: what was told there, by attribute.
-        facts: what the fact store is filled with.
+        said: the user's messages in the thread, in order, small talk included.
+        change: the message among `said` that replaces `old` by another value.
+        old: the fact as it was first stated.
+        new: the same fact after the change.
+        questions: a question about every stated fact, with the value at the end.
+        other: the user's messages in the other thread.
+        elsewhere: the values stated there, by attribute.
+        facts: the contents of the fact store.
         asked_fact: the exact fact that is asked for.
-        fact_question: the question for it.
+        fact_question: the question about it.
     """
 
     said: tuple[str, ...]
@@ -63,7 +63,7 @@ class Script:
 
 
 def draw_script(seed: int) -> Script:
-    """The run that follows from a seed."""
+    """The script that follows from a seed."""
     rng = Random(f"demo {seed}")
     bindings = [b for owner in ("user", "project") for b in draw_bindings(rng, OF_EACH_KIND, attributes=_owned(owner))]
     rng.shuffle(bindings)
@@ -97,7 +97,7 @@ def _owned(owner: str) -> list[str]:
 
 
 def _another(rng: Random, binding: Binding, taken: set[Binding]) -> Binding:
-    """The attribute with a value that it never has in the thread."""
+    """The same attribute with a value that it never has in the thread."""
     while (drawn := redraw(rng, binding)) in taken:
         pass
     return drawn

@@ -1,4 +1,4 @@
-"""`agentmem storage`: what the threads in a database take, and taking out what a policy does not let stay."""
+"""`agentmem storage`: shows how much space threads take, and deletes what a policy does not keep."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ _UNITS = {
     "d": timedelta(days=1),
     "w": timedelta(weeks=1),
 }
-_SHOWN = 20  # threads in the table of a sweep; the sums are over all
+_SHOWN = 20  # threads in the table of a prune; the sums are over all threads
 
 
 @dataclass(frozen=True)
 class Place:
-    """Which database, which tables in it, and how they are protected."""
+    """A database, its tables, and how they are protected."""
 
     url: str
     prefix: str
@@ -49,7 +49,7 @@ class Place:
 
     @property
     def full_url(self) -> str:
-        """The URL; what has no scheme is the path of a SQLite file."""
+        """The URL; a text without a scheme is the path of a SQLite file."""
         return self.url if "://" in self.url else f"sqlite:///{self.url}"
 
     @property
@@ -57,15 +57,15 @@ class Place:
         """The serializer.
 
         Raises:
-            ConfigError: the database is encrypted and the key cannot be read.
+            ConfigError: the database is encrypted, and the key cannot be read.
         """
         return _encrypting() if self.encrypted else JsonPlusSerializer()
 
     def open(self, *, make: bool = False) -> SQLAlchemySaver:
-        """A saver on a database that exists, without making a file or tables; with `make` they are made if need be.
+        """A saver on an existing database, creating neither file nor tables; with `make` they are created if needed.
 
         Raises:
-            StorageError: there is no such database, or it keeps no threads.
+            StorageError: there is no such database, or it holds no threads.
             ConfigError: a key cannot be read.
         """
         return SQLAlchemySaver.from_url(
@@ -80,7 +80,7 @@ class Place:
 
 
 def report(place: Place, limit: int, order: Order, as_json: bool) -> None:
-    """Show what the threads of a database take."""
+    """Show how much space the threads of a database take."""
     with place.open() as saver, Console(stderr=True).status("measuring"):
         found = saver.storage_report(limit=limit or None, order=order)
     if as_json:
@@ -91,7 +91,7 @@ def report(place: Place, limit: int, order: Order, as_json: bool) -> None:
 
 
 def prune(place: Place, stays: Retention, threads: list[str] | None, *, dry_run: bool, as_json: bool, yes: bool) -> int:
-    """Show what a policy does not let stay, ask, and take it out. Returns the exit code: 1 where threads failed."""
+    """Show what a policy does not keep, ask, and delete it. Returns the exit code: 1 if some threads failed."""
     if not (dry_run or yes) and (as_json or not sys.stdin.isatty()):
         raise typer.BadParameter("nobody can be asked here: pass --yes to delete, or --dry-run to see what would go")
     console = Console()
@@ -109,7 +109,7 @@ def prune(place: Place, stays: Retention, threads: list[str] | None, *, dry_run:
 def _ask(
     saver: SQLAlchemySaver, stays: Retention, threads: list[str] | None, console: Console
 ) -> RetentionReport | None:
-    """Show what would go and ask; the answer is None for go on, and a report where there is nothing to do."""
+    """Show what would be deleted and ask. None means go on; a report means that there is nothing more to do."""
     planned = _sweep(saver, stays, threads, dry_run=True)
     if not planned.threads:
         return planned
@@ -124,7 +124,7 @@ def _sweep(saver: SQLAlchemySaver, stays: Retention, threads: list[str] | None, 
 
 
 def policy(keep: int | None, max_age: str | None, idle: str | None) -> Retention:
-    """What the options say is to stay."""
+    """The retention policy that the options describe."""
     if keep is None and max_age is None and idle is None:
         raise typer.BadParameter("nothing would ever go: pass --keep, --max-age or --idle")
     return Retention(
@@ -208,7 +208,7 @@ def _table(*numbers: str) -> Table:
 
 
 def _name(thread_id: str) -> Text:
-    """A thread's id; what a terminal would take as a command is spelled out."""
+    """A thread's id, with control characters escaped for the terminal."""
     return Text("".join(one if one.isprintable() else ascii(one)[1:-1] for one in thread_id))
 
 

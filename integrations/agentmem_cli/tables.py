@@ -1,4 +1,4 @@
-"""How the demo shows what it did: one rich renderable per step, each with a sentence that says what is to be seen."""
+"""How the demo shows its steps: one rich renderable per step, each with a sentence that explains it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from agentmem.nano.recipe.language import Binding, is_correct
 from agentmem_cli.scores import NAMES
 from agentmem_cli.terminal import printable
 
-_LONGEST = 160  # characters of a reply that a table shows
+_LONGEST = 160  # most characters of a reply in a table
 
 
 @dataclass(frozen=True)
 class Row:
-    """A question, what is right, what the memory answered, and tokens of a prompt that replays everything."""
+    """A question, the correct value, the memory's answer, and the tokens of a prompt that replays everything."""
 
     question: str
     binding: Binding
@@ -33,7 +33,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Moment:
-    """A point of the thread: how many messages it has, and when it was saved."""
+    """A point in the thread: its number of messages, and when it was saved."""
 
     messages: int
     time: str
@@ -53,7 +53,7 @@ def conversation(turns: Sequence[tuple[str, AIMessage]], change: str) -> Rendera
 
 
 def left_behind(memory: MemoryState, others: int, facts: int) -> RenderableType:
-    """What is in the files when the telling process ends."""
+    """What the files hold when the first process ends."""
     return Text.assemble(
         ("Kept: ", "bold"),
         f"a memory of {_size(memory)} that has consumed {memory.count} messages, in the thread's checkpoint; another "
@@ -63,7 +63,7 @@ def left_behind(memory: MemoryState, others: int, facts: int) -> RenderableType:
 
 
 def opened(pid: int, messages: int, memory: MemoryState) -> RenderableType:
-    """What the asking process finds."""
+    """What the second process finds."""
     return Text.assemble(
         ("Opened: ", "bold"),
         f"process {pid} loaded the model anew and found the thread: {messages} messages, and a memory of "
@@ -73,7 +73,7 @@ def opened(pid: int, messages: int, memory: MemoryState) -> RenderableType:
 
 
 def answers(rows: Sequence[Row]) -> RenderableType:
-    """The memory's answers, with the cost of each prompt against replaying the whole conversation."""
+    """The memory's answers, with the size of each prompt compared to replaying the whole conversation."""
     table = _table("question", "answer from memory", "", ("prompt\ntokens", "right"), ("replay\ntokens", "right"))
     for row in rows:
         table.add_row(
@@ -118,7 +118,7 @@ def controls(
 def exact_fact(
     question: str, shown: Sequence[Document], reply: AIMessage, sources: Sequence[str], right: bool
 ) -> RenderableType:
-    """What the store found, and the answer with its citation looked up."""
+    """What the store found, and the answer with its citation resolved."""
     table = _table("", "fact in the prompt", "source", ("score", "right"))
     for number, document in enumerate(shown, start=1):
         source, score = document.metadata["source"], document.metadata["score"]
@@ -156,12 +156,12 @@ def rewound(
 
 
 def prompt_tokens(reply: AIMessage) -> int:
-    """Tokens of the prompt that a reply answered."""
+    """The number of tokens in the prompt that a reply answered."""
     return reply.usage_metadata["input_tokens"] if reply.usage_metadata else 0
 
 
 def _table(*columns: str | tuple[str, str]) -> Table:
-    """A table of headers; (header, "right") aligns a column of numbers."""
+    """A table with these headers; (header, "right") aligns a column of numbers to the right."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for column in columns:
         if isinstance(column, str):
@@ -177,7 +177,7 @@ def _step(body: RenderableType, said: str | Text) -> RenderableType:
 
 
 def _said(reply: AIMessage) -> Text:
-    """A reply in one line; a long one is cut where it is shown, and judged whole."""
+    """A reply in one line; a long one is cut for display only."""
     return Text(shorten(printable(reply.text), _LONGEST, placeholder=" …"), style="cyan")
 
 
@@ -186,7 +186,7 @@ def _mark(right: bool) -> Text:
 
 
 def _hit(right: bool) -> Text:
-    """A control's mark: being wrong is what it is there for."""
+    """The mark for a control's answer: a control is supposed to be wrong."""
     return Text("right", style="bold yellow") if right else Text("wrong", style="dim")
 
 

@@ -1,7 +1,7 @@
-"""What reaches the terminal: errors as one line each, and no text that a terminal would take as a command.
+"""Safe terminal output: errors as one line each, and control characters made visible.
 
-Replies, facts, names of threads and messages of errors come from elsewhere; an escape sequence in them could move the
-cursor, change the clipboard or rewrite what was printed. So control characters are shown, not sent.
+Replies, facts, thread names and error messages come from elsewhere. An escape sequence in them could move the cursor,
+change the clipboard or rewrite earlier output. So control characters are shown as text and not sent.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from rich.text import Text
 
 from agentmem.errors import AgentMemError
 
-# Control characters but line feed and tab, and those that turn the direction of writing.
+# Control characters except line feed and tab, and those that change the direction of text.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def printable(text: str) -> str:
-    """A text whose control characters are spelled out: ESC becomes `\\x1b`."""
+    """The text with its control characters escaped: ESC becomes `\\x1b`."""
     return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
@@ -36,9 +36,10 @@ def error_line(error: BaseException) -> Text:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends the process where an error comes this far.
+    """End the process when an error gets this far.
 
-    An `AgentMemError` is one red line and exit code 3; any other, which is a fault of ours, its traceback and 1.
+    An `AgentMemError` becomes one red line and exit code 3; any other error is a bug of ours and becomes a traceback
+    and 1.
     """
     try:
         yield
@@ -51,19 +52,19 @@ def one_line_errors() -> Iterator[None]:
 
 
 def hide_library_warnings() -> None:
-    """Keep what libraries say to programmers out of replies; `python -W` and PYTHONWARNINGS still bring it back."""
+    """Keep libraries' warnings for programmers out of replies; `python -W` and PYTHONWARNINGS still show them."""
     if not sys.warnoptions:
         for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
             warnings.simplefilter("ignore", category)
 
 
 def command() -> str:
-    """How the user can call this command from where they are: its name if the shell finds it, else its path."""
+    """How the user can run this command: its name if the shell finds it, else its path."""
     program = Path(sys.argv[0])
     if program.name != "agentmem":
         program = Path(sys.executable).with_name("agentmem")
     known = shutil.which("agentmem")
-    # Links are not followed: those in a bin folder may all lead to one interpreter.
+    # Links are not resolved: the programs in a bin folder may all be links to one interpreter.
     if known is not None and Path(known).absolute() == program.absolute():
         return "agentmem"
     try:

@@ -1,6 +1,7 @@
-"""`agentmem storage import`: copies threads out of another checkpointer's database.
+"""`agentmem storage import`: copies threads from another checkpointer's database.
 
-The parameters are here, and everything else is imported when the command runs: the command tree imports this.
+Only the parameters are defined at the top; everything else is imported when the command runs, since the command tree
+imports this module.
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ def import_threads(
     schema: Schema = None,
     hmac_key_file: KeyFile = None,
 ) -> None:
-    """Copy threads from another checkpointer's database, as they are. Called again, it copies what is new.
+    """Copy threads from another checkpointer's database, unchanged. Run it again to copy what is new.
 
-    Nothing that TARGET has is changed. Ends with 1 where threads could not be copied, and says why.
+    Nothing that TARGET already holds is changed. Exits with 1 if some threads could not be copied, and says why.
     """
     from rich.console import Console
 
@@ -98,7 +99,7 @@ def import_threads(
 
 @contextmanager
 def _open(place: Place) -> Iterator[BaseCheckpointSaver[Any]]:
-    """The checkpointer whose tables are in a database; LangGraph's, where it holds both."""
+    """The checkpointer whose tables are in a database; LangGraph's, if the database has tables of both."""
     from agentmem_sql.engines import parse
 
     url = parse(place.full_url)
@@ -126,7 +127,7 @@ def _sqlite_tables(url: URL) -> set[str]:
 
 
 def _with_langgraph_tables(url: URL) -> str | None:
-    """How psycopg names a database, if it holds threads of LangGraph's checkpointer."""
+    """The connection string for psycopg, if the database holds threads of LangGraph's checkpointer."""
     psycopg = import_module("psycopg")
     conninfo = url.set(drivername="postgresql").render_as_string(hide_password=False)
     with _source_errors(psycopg.Error), psycopg.connect(conninfo) as connection:

@@ -1,7 +1,7 @@
 """agentmem_langgraph: LangGraph agents on a local model that carries their working memory.
 
-The truth is the graph state alone. A chat model takes a memory in a `MemoryTurn` and puts the new one there;
-`MemoryChannel` keeps it in the graph as plain data and merges parallel branches; `MemoryNode` and
+The graph state is the only place where a memory is kept. A chat model takes the memory from a `MemoryTurn` and puts the
+new one there; `MemoryChannel` stores it in the graph as plain data and merges parallel branches; `MemoryNode` and
 `MemoryMiddleware` do both for you. The names below load on first use; torch is imported when a model loads.
 """
 

@@ -1,8 +1,8 @@
 """The graph channel that keeps a memory: `Annotated[MemoryState, MemoryChannel]`.
 
-Nodes read a MemoryState; checkpoints hold its plain dict, so every saver stores it, strict msgpack included,
-and nothing has to be registered. What comes in is verified by its digest. Parallel branches merge relative
-to the memory that the step began with (`agentmem_langgraph.merge`), in task order.
+Nodes read a MemoryState. Checkpoints hold its plain dict, so every saver can store it, strict msgpack included, and no
+type has to be registered. Input is verified by its digest. Parallel branches are merged relative to the memory at the
+start of the step (`agentmem_langgraph.merge`), in task order.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Update = MemoryState | dict[str, Any] | None
 
 
 class MemoryChannel(BaseChannel[MemoryState, Update, dict[str, Any]]):
-    """Holds one memory, empty at first.
+    """Holds one memory; empty at first.
 
-    An update is a MemoryState, its plain dict or its JSON form. None empties the channel and `Overwrite(x)` replaces
-    what it holds, whatever else was written in the same step.
+    An update is a MemoryState, its plain dict or its JSON form. None empties the channel, and `Overwrite(x)` replaces
+    its value, whatever else was written in the same step.
     """
 
     __slots__ = ("_state",)
@@ -36,7 +36,7 @@ class MemoryChannel(BaseChannel[MemoryState, Update, dict[str, Any]]):
         self._state: MemoryState | None = None
 
     def __eq__(self, other: object) -> bool:
-        # Channels are equal when they behave alike; LangGraph compares those of several schemas.
+        # Channels are equal if they behave alike; LangGraph compares the channels of several schemas.
         return isinstance(other, MemoryChannel)
 
     __hash__ = None  # type: ignore[assignment]
@@ -62,11 +62,11 @@ class MemoryChannel(BaseChannel[MemoryState, Update, dict[str, Any]]):
         return self._state
 
     def checkpoint(self) -> dict[str, Any] | Any:
-        """The memory's plain dict, or LangGraph's mark of an empty channel."""
+        """The memory's plain dict, or LangGraph's marker for an empty channel."""
         return super().checkpoint() if self._state is None else self._state.to_dict()
 
     def from_checkpoint(self, checkpoint: dict[str, Any] | Any) -> Self:
-        """A channel that holds what `checkpoint` gave.
+        """A channel with the value that `checkpoint` returned.
 
         Raises:
             CorruptStateError: the checkpoint is not exactly what was written.
@@ -77,19 +77,19 @@ class MemoryChannel(BaseChannel[MemoryState, Update, dict[str, Any]]):
         return channel
 
     def copy(self) -> Self:
-        """A channel with the same memory, which is immutable and so shared."""
+        """A channel with the same memory; being immutable, it is shared."""
         channel = type(self)(self.typ, self.key)
         channel._state = self._state
         return channel
 
     def update(self, values: Sequence[Any]) -> bool:
-        """Take what a step wrote, in task order; True if the memory changed.
+        """Apply what a step wrote, in task order; True if the memory changed.
 
         Raises:
-            CorruptStateError: a dict is not exactly what `MemoryState.to_dict` or `to_json` gave.
+            CorruptStateError: a dict is not exactly what `MemoryState.to_dict` or `to_json` returned.
             StateMismatchError: a memory was written by another model or adapter, or a parallel branch does
                 not continue the memory that this channel holds.
-            InvalidUpdateError: more than one write of the step replaces the memory.
+            InvalidUpdateError: several writes of the step replace the memory.
         """
         if not values:
             return False

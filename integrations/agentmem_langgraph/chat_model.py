@@ -1,8 +1,8 @@
-"""ChatDeltaMem: a LangChain chat model on a local model that carries memory.
+"""ChatDeltaMem: a LangChain chat model for a local model with memory.
 
-The model holds no session. A call takes the memory in a `MemoryTurn` and leaves the new one there; a call
-without one starts from an empty memory and drops it at the end. All work is done on the engine's own thread,
-so the async methods never block a loop and no torch mode is ever set on a caller's thread.
+The model holds no session. A call takes the memory from a `MemoryTurn` and puts the new one there; a call without a
+`MemoryTurn` starts from an empty memory and drops it at the end. All work is done on the engine's own thread, so the
+async methods never block an event loop, and no torch mode is ever set on a caller's thread.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 _PER_CALL = ("temperature", "top_p", "top_k", "max_tokens", "seed", "window", "write", "on_edit", "timeout", "kv")
 _FORMATS = ("tools", "tool_choice", "parallel_tool_calls", "response_format")
-_MAY_BE_NONE = ("seed", "window", "timeout")  # elsewhere None is what callers pass who have nothing to say
+_MAY_BE_NONE = ("seed", "window", "timeout")  # for other options None means "not given"
 _OTHER_NAMES = {
     "max_new_tokens": "max_tokens",
     "max_completion_tokens": "max_tokens",
@@ -59,29 +59,29 @@ _OTHER_NAMES = {
     "model_name": "model",
     "model_id": "model",
     "model_kwargs": "load_options",
-    "model": "another ChatDeltaMem",  # in a call
+    "model": "another ChatDeltaMem",  # as an option of a call
     "request_timeout": "timeout",
 }
 
 
 @dataclass(frozen=True)
 class _Call:
-    """One call as the engine takes it."""
+    """One call in the engine's terms."""
 
     turn: MemoryTurn
-    history: Sequence[BaseMessage]  # as the caller gave it
-    messages: list[Message]  # as the engine takes it
+    history: Sequence[BaseMessage]  # as the caller passed it
+    messages: list[Message]  # as passed to the engine
     options: dict[str, Any]
 
     def reply(self, result: Turn, engine: Engine) -> AIMessage:
-        """The reply as a message, edits counted among the caller's messages."""
+        """The reply as a message, with edits as indices into the caller's messages."""
         return to_ai_message(self.counted(result, engine), engine.name)
 
     def counted(self, result: Turn, engine: Engine) -> Turn:
-        """The result, edits counted among the caller's messages."""
+        """The result, with edits as indices into the caller's messages."""
         if not result.edits:
             return result
-        added = len(self.messages) - len(self.history)  # a system message that shows a schema
+        added = len(self.messages) - len(self.history)  # 1 if a system message was added to show a schema
         for index in result.edits:
             earlier = _cache_of(engine).get(_place_of(self.history, self.messages, index - added, index))
             text = self.messages[index].content
@@ -101,10 +101,10 @@ class ChatDeltaMem(BaseChatModel):
         llm = ChatDeltaMem(model="nano")
         turn = MemoryTurn(None)
         llm.invoke("My favorite color is teal.", memory=turn)
-        turn.state                                    # MemoryState: keep it, give it to the next call
+        turn.state                                    # MemoryState: keep it and pass it to the next call
 
-    Every sampling option, `window`, `write`, `on_edit`, `timeout` and `kv` may also be given per call or bound:
-    `llm.bind(max_tokens=20)`. Models of one `model`, `adapter` and `load_options` share what they load.
+    Every sampling option, `window`, `write`, `on_edit`, `timeout` and `kv` can also be passed per call or bound:
+    `llm.bind(max_tokens=20)`. Chat models with the same `model`, `adapter` and `load_options` share what they load.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -114,45 +114,45 @@ class ChatDeltaMem(BaseChatModel):
     model: str | Path | None = None
     """"nano" (the default), a directory, or a hub id."""
     adapter: str | Path | Literal[False] | None = None
-    """A directory or a hub id; None: the one shipped with the model; False: no memory."""
+    """A directory or a hub id; None: the adapter shipped with the model; False: no memory."""
     load_options: dict[str, Any] = Field(default_factory=dict)
-    """What else `agentmem.load` is told: `device`, `dtype`, `quantize`, `revision`, `template_options` and so on."""
+    """Further arguments of `agentmem.load`: `device`, `dtype`, `quantize`, `revision`, `template_options` and so on."""
     temperature: float = 0.0
     """0 is greedy."""
     top_p: float = 1.0
     top_k: int = 0
     """0: no limit."""
     max_tokens: int = 512
-    """Most tokens of a reply."""
+    """Most tokens in a reply."""
     stop: list[str] | None = None
-    """Strings that end a reply; `stop` of a call replaces them."""
+    """Strings that end a reply; `stop` in a call replaces them."""
     seed: int | None = None
     window: Window | int | None = None
-    """What of the history the prompt shows; an int is a number of tokens. None: the last 4,096 tokens."""
+    """What the prompt shows of the history; an int is a number of tokens. None: the last 4,096 tokens."""
     write: Literal["all", "input", "off"] = "all"
     """What is written into memory: everything, everything but the reply, or nothing."""
     on_edit: Literal["write", "error", "rebuild"] = "write"
-    """What an edited history does."""
+    """What happens when consumed history was edited (see `TurnOptions`)."""
     timeout: float | None = None
-    """Seconds that a call may take, waiting included; then it raises TurnTimeoutError."""
+    """Seconds that a call may take, waiting included; after that it raises TurnTimeoutError."""
     kv: Literal["exact", "carry"] = "exact"
-    """"carry": go on from the KV of the session's turn before, computed from an older memory (docs/kv.md)."""
+    """\"carry": start from the KV of the session's previous turn, computed from an older memory (docs/kv.md)."""
     streaming: bool = False
-    """True: `invoke` streams as well, for callbacks that listen to tokens."""
+    """True: `invoke` streams too, for callbacks that receive tokens."""
     use_memory: bool = True
-    """False: the bare model, for comparison. A carrier's memory is then neither read nor changed."""
+    """False: the bare model, for comparison. The memory in a `MemoryTurn` is then neither read nor changed."""
     cache: BaseCache | bool | None = Field(default=False, exclude=True)
-    """LangChain's LLM cache, off: a cached reply brings no new memory. Never together with `memory=`."""
+    """LangChain's LLM cache, off by default: a cached reply brings no new memory. Cannot be used with `memory=`."""
 
     engines: Any = Field(default_factory=Engines, exclude=True, repr=False)
-    """What this model and its copies have loaded; `close` ends it."""
+    """The engines that this model and its copies have loaded; `close` closes them."""
 
     _carried: MemoryTurn | None = PrivateAttr(default=None)
 
     @model_validator(mode="before")
     @classmethod
     def _spelling(cls, options: Any) -> Any:
-        """Options as other models take them: None for what is not given, one stop string; and which are misspelt."""
+        """Accept options as other models do: None for "not given", a single stop string. Report misspelt names."""
         if not isinstance(options, dict):
             return options
         names = [*cls.model_fields, *(str(field.alias) for field in cls.model_fields.values() if field.alias)]
@@ -223,8 +223,8 @@ class ChatDeltaMem(BaseChatModel):
                 if run_manager:
                     run_manager.on_llm_new_token(last.text, chunk=last)
             finally:
-                stream.cancel()  # for a consumer that left; without effect on a finished turn
-            # Before the last chunk is handed out: a consumer may stop there.
+                stream.cancel()  # in case the consumer stopped early; no effect on a finished turn
+            # Before the last chunk is yielded: a consumer may stop there.
             call.turn.commit(result.state)
         yield last
 
@@ -255,7 +255,7 @@ class ChatDeltaMem(BaseChatModel):
         yield last
 
     def carrying(self, memory: MemoryTurn) -> Self:
-        """A copy whose call takes this memory: for code that cannot pass `memory=`, as another model may be called."""
+        """A copy whose call uses this memory: for code that cannot pass `memory=`, as it may call other models."""
         copy = self.model_copy()
         copy._carried = memory
         return copy
@@ -266,12 +266,12 @@ class ChatDeltaMem(BaseChatModel):
         """Write messages into memory without a reply; `memory.state` is then the new memory.
 
         Args:
-            messages: what `invoke` takes. Consumed ones are passed over.
-            memory: the carrier; it serves this one call.
+            messages: as for `invoke`. Messages already consumed are skipped.
+            memory: the `MemoryTurn`; it can be used for this one call only.
 
         Raises:
             MissingAdapterError: the model has no memory, or `use_memory` is False.
-            TurnError: the carrier has served a call.
+            TurnError: the `MemoryTurn` was already used.
         """
         history, engine = self._remembered(messages), self._ready()
         with memory.claim() as state:
@@ -280,7 +280,7 @@ class ChatDeltaMem(BaseChatModel):
         return result
 
     async def aremember(self, messages: LanguageModelInput, *, memory: MemoryTurn) -> Remembered:
-        """As `remember`, without blocking the loop."""
+        """As `remember`, without blocking the event loop."""
         history, engine = self._remembered(messages), await self._aready()
         with memory.claim() as state:
             result = await engine.aremember(history, state, on_edit=self.on_edit)
@@ -299,19 +299,20 @@ class ChatDeltaMem(BaseChatModel):
         response_format: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, AIMessage]:
-        """The model with tools to call: LangChain tools, functions, pydantic classes or OpenAI dicts.
+        """The model with tools that it can call: LangChain tools, functions, pydantic classes or OpenAI dicts.
 
         Args:
-            tools: what may be called.
-            tool_choice: "auto" or None: as the model wants; "any", "required" or True: some tool is called; a name:
-                that tool is called; "none": none is. What is called so has arguments that fit its schema.
-            strict: calls that the model makes by itself, too, have arguments that fit.
-            parallel_tool_calls: whether a reply may hold several calls; by default one where a call is forced.
-            response_format: of replies that call nothing, in OpenAI's form.
+            tools: the tools.
+            tool_choice: "auto" or None: up to the model; "any", "required" or True: it must call some tool; a name: it
+                must call that tool; "none": it must not call any. The arguments of forced calls fit the tool's schema.
+            strict: whether the arguments of calls that the model makes by itself must fit too.
+            parallel_tool_calls: whether a reply may hold several calls; by default only one if a call is forced.
+            response_format: the format of replies without calls, in OpenAI's form.
             kwargs: bound to every call.
 
         Raises:
-            ConfigError: a tool that is no function, two of one name, or a choice of a tool that is not there.
+            ConfigError: a tool that is not a function, two tools of one name, or a choice of a tool that was not
+                passed.
         """
         plain = openai_tools(tools, strict)
         chosen_tool(tool_choice, plain)
@@ -331,19 +332,19 @@ class ChatDeltaMem(BaseChatModel):
         strict: bool | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, Any]:
-        """The model with replies that fit a schema, as objects of it.
+        """The model with replies that fit a schema, returned as objects of that schema.
 
         Args:
             schema: a pydantic class, a TypedDict, a JSON schema or an OpenAI function.
-            method: "function_calling" shows the schema to the model as a tool, which it then has to call;
-                "json_schema" and "json_mode" bind the reply's text to the schema, which the messages should explain
-                ("json_mode" without a schema: any JSON object).
-            include_raw: give {"raw", "parsed", "parsing_error"} instead of raising what parsing raises.
-            strict: as for `bind_tools`; schemas always bind here.
+            method: "function_calling" shows the schema to the model as a tool, which it must call; "json_schema" and
+                "json_mode" constrain the reply's text to the schema, which the messages should explain ("json_mode"
+                without a schema: any JSON object).
+            include_raw: return {"raw", "parsed", "parsing_error"}, and do not raise errors from parsing.
+            strict: as for `bind_tools`; here the schema is always enforced.
             kwargs: bound to every call.
 
         Raises:
-            ConfigError: a method that does not exist, or no schema.
+            ConfigError: an unknown method, or no schema.
         """
         return structured(self, schema, method, include_raw=include_raw, strict=strict, options=kwargs)
 
@@ -360,10 +361,10 @@ class ChatDeltaMem(BaseChatModel):
         return self._ready().count_tokens(to_engine(messages), openai_tools(tools or ()))
 
     def close(self) -> None:
-        """Close what this model and its copies have loaded, unless another model uses it too; not a given engine."""
+        """Close the engines that this model and its copies loaded and no other uses; never an engine you passed."""
         self.engines.close()
 
-    # ------------------------------------------------------------------ what LangChain asks about the model
+    # ------------------------------------------------------------------ what LangChain wants to know about the model
 
     def _resolve_model_profile(self) -> ModelProfile:
         return profile_of(self._loaded(), self._model_name)
@@ -388,7 +389,7 @@ class ChatDeltaMem(BaseChatModel):
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = super()._get_ls_params(stop=stop, **kwargs)
         params["ls_provider"] = "agentmem"
-        # A run names the model that its call asked for, also where the call is then refused for asking.
+        # A run's metadata names the model that the call requested, even if the call is then refused because of it.
         params["ls_model_name"] = str(kwargs.get("model") or self._model_name)
         return params
 
@@ -428,7 +429,7 @@ class ChatDeltaMem(BaseChatModel):
                 unknown.append(name)
             elif value is not None or name in _MAY_BE_NONE:
                 options[name] = value
-        unknown = [name for name in unknown if name != "stream"]  # LangChain's own switch between its two paths
+        unknown = [name for name in unknown if name != "stream"]  # LangChain's own switch between streaming and not
         if unknown:
             raise ConfigError(_unknown_options(unknown, ["memory", *_FORMATS, "stop", *_PER_CALL]))
         stops = self.stop or [] if stop is None else [stop] if isinstance(stop, str) else stop
@@ -492,7 +493,7 @@ def _checked_sampling(how: dict[str, Any], stop: tuple[str, ...]) -> agentmem.Sa
 
 
 def _cache_of(engine: Any) -> MessageCache:
-    """The engine's cache of seen messages; an empty one while it is not loaded."""
+    """The engine's cache of seen messages; a new empty one if the engine is not loaded."""
     cache: MessageCache | None = getattr(engine, "message_cache", None)
     return MessageCache() if cache is None else cache
 
@@ -500,7 +501,7 @@ def _cache_of(engine: Any) -> MessageCache:
 def _place_of(
     history: Sequence[BaseMessage], messages: Sequence[Message], number: int, index: int
 ) -> tuple[str, str | bytes]:
-    """What finds the text that a message of a thread had before: its id, else the message that it follows."""
+    """The cache key for the text that a thread's message had earlier: its id, or else the message before it."""
     identity = history[number].id
     return "shown", identity if identity is not None else messages[index - 1].digest() if index else b""
 
@@ -512,7 +513,7 @@ def _unknown_options(unknown: Sequence[str], names: Sequence[str]) -> str:
 
 
 def _warn_of_lost_memory(messages: Sequence[BaseMessage], cache: MessageCache, run_manager: Any) -> None:
-    """Say so where a graph calls the model without its memory: every turn then writes the whole thread anew."""
+    """Warn if a graph calls the model without its memory: every turn then writes the whole thread again."""
     if not messages or "langgraph_node" not in (getattr(run_manager, "metadata", None) or {}):
         return
     if any(isinstance(message, AIMessage) and message.response_metadata.get("memory") for message in messages):

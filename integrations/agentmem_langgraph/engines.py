@@ -1,8 +1,8 @@
-"""The engines that chat models load: each when it is first needed, once in a process, and shared by all that name it.
+"""The engines of chat models: each is loaded when first needed, once per process, and shared by all its models.
 
-Two models of one source (model, adapter, options) have one engine, and so do the copies that LangChain makes of a model
-all the time (`configurable_fields`, `model_copy`, `deepcopy`). An engine is closed when the last model that uses it
-closes.
+Two models with the same source (model, adapter, options) share one engine. So do the copies that LangChain keeps making
+of a model (`configurable_fields`, `model_copy`, `deepcopy`). An engine is closed when the last model that uses it is
+closed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Source(NamedTuple):
-    """What an engine is loaded from: the arguments of `agentmem.load`."""
+    """What an engine is loaded from: arguments of `agentmem.load`."""
 
     model: str | Path
     adapter: str | Path | Literal[False] | None
@@ -30,36 +30,36 @@ class Source(NamedTuple):
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """Equal for equal sources."""
+        """A key that is equal for equal sources."""
         return str(self.model), repr(self.adapter), repr(sorted(self.options.items()))
 
 
 class _Shared:
-    """An engine and the holders that use it."""
+    """An engine and the objects that use it."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.holders: WeakSet[Engines] = WeakSet()
 
 
-# Models and adapters, never what anybody said: an engine is here as long as a holder keeps it.
+# Holds models and adapters, never conversations; an engine is in it as long as some holder uses it.
 _SHARED: WeakValueDictionary[tuple[str, str, str], _Shared] = WeakValueDictionary()
 _LOCK = Lock()
 
 
 class Engines:
-    """The engines that one chat model and its copies use. Thread-safe: two calls at once load a model once."""
+    """The engines that one chat model and its copies use. Thread-safe: two simultaneous calls load a model once."""
 
     def __init__(self) -> None:
         self._held: dict[tuple[str, str, str], _Shared] = {}
 
     def get(self, source: Source) -> Engine | None:
-        """The engine, if it is in use here."""
+        """The engine, if it is already in use here."""
         shared = self._held.get(source.key)
         return None if shared is None else shared.engine
 
     def load(self, source: Source) -> Engine:
-        """The engine, loaded if no model of this process has it."""
+        """The engine; loaded unless some model in this process already has it."""
         with _LOCK:
             shared = self._held.get(source.key) or _SHARED.get(source.key)
             if shared is None:
@@ -70,7 +70,7 @@ class Engines:
             return shared.engine
 
     def close(self) -> None:
-        """Leave all of them, and close those that nobody else uses; whoever needs one again loads it anew."""
+        """Give up all engines, and close those that nobody else uses; one that is needed again is loaded again."""
         with _LOCK:
             while self._held:
                 key, shared = self._held.popitem()
@@ -80,18 +80,18 @@ class Engines:
                     shared.engine.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engines:
-        return self  # a copy of a model is the same model
+        return self  # a copy of a model shares its engines
 
     def __reduce__(self) -> tuple[type[Engines], tuple[()]]:
         return Engines, ()  # in another process the engine is loaded again when it is needed
 
 
 def profile_of(engine: Engine | None, model: str | Path) -> ModelProfile:
-    """What LangChain asks of a model before it is used. Loads no weights and downloads nothing.
+    """The profile that LangChain reads before it uses a model. Loads no weights and downloads nothing.
 
     Args:
-        engine: if the model is loaded.
-        model: its name; how long a context it takes stands in its config file.
+        engine: the engine, if the model is loaded.
+        model: its name; the length of its context is read from its config file.
     """
     profile = ModelProfile(
         name=str(model),

@@ -1,11 +1,11 @@
-"""The carrier that takes a memory through one LangChain call and brings the new one back.
+"""MemoryTurn carries a memory into one LangChain call, and the new memory out of it.
 
-LangChain hands a chat model messages and keyword arguments, and gives back a message. Matrices in either
-would end in traces, cache keys and stored messages. So the memory travels in a `MemoryTurn`: an object of
-which everybody but the model sees a digest.
+LangChain passes a chat model messages and keyword arguments, and gets a message back. Matrices in either would end up
+in traces, cache keys and stored messages. So the memory is passed in a `MemoryTurn`, an object of which everything but
+the model sees only a digest.
 
-One carrier serves one call. A call that fails or is cancelled leaves the state as it was and the carrier
-free for a retry; after a call that succeeded a second one raises, so that nothing is ever applied twice.
+A `MemoryTurn` can be used for one call. A call that fails or is cancelled leaves its state unchanged, and it can be
+used for a retry. After a call that succeeded, a second one raises, so that nothing is ever applied twice.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from agentmem.state import MemoryState
 
 
 class MemoryWarning(UserWarning):
-    """A memory is used in a way that works, but not as its owner means it."""
+    """A memory is used in a way that works, but probably not as intended."""
 
 
 def warn_once(cache: MessageCache, text: str) -> None:
-    """Warn, once for each engine, whose cache of seen messages this is."""
+    """Warn once per engine; `cache` is the engine's cache of seen messages."""
     if cache.get(("warned", text)) is None:
         cache.put(("warned", text), True, 0)
         warnings.warn(text, MemoryWarning, stacklevel=2)
 
 
 def as_state(value: MemoryState | Mapping[str, Any] | None) -> MemoryState | None:
-    """A memory in any form that a graph holds: the value, its plain dict or JSON form (verified), or None.
+    """The memory in any form that a graph can hold: the value, its plain dict or JSON form (verified), or None.
 
     Raises:
-        CorruptStateError: the dict is not exactly what `MemoryState.to_dict` or `to_json` gave.
+        CorruptStateError: the dict is not exactly what `MemoryState.to_dict` or `to_json` returned.
     """
     return value if value is None or isinstance(value, MemoryState) else MemoryState.from_dict(value)
 
@@ -48,14 +48,14 @@ class MemoryTurn:
         reply = llm.invoke(messages, memory=turn)
         turn.state                               # the memory after the call
 
-    It has no `__dict__`, is no dataclass and has no `to_dict`, and its repr is the digest: whatever records
-    the arguments of a call records that.
+    It has no `__dict__`, is not a dataclass and has no `to_dict`, and its repr is the digest. So code that records the
+    arguments of a call records only the digest.
 
     Args:
         state: a MemoryState, its plain dict or JSON form, or None for an empty memory.
 
     Raises:
-        CorruptStateError: the dict is not exactly what `MemoryState.to_dict` or `to_json` gave.
+        CorruptStateError: the dict is not exactly what `MemoryState.to_dict` or `to_json` returned.
     """
 
     __slots__ = ("_lock", "_phase", "_state")
@@ -67,22 +67,22 @@ class MemoryTurn:
 
     @property
     def state(self) -> MemoryState | None:
-        """The memory given, until a call has succeeded; from then on the memory after that call."""
+        """The given memory until a call has succeeded; after that the memory after that call."""
         return self._state
 
     @property
     def used(self) -> bool:
-        """Whether a call has succeeded with this carrier."""
+        """Whether a call has succeeded with this `MemoryTurn`."""
         return self._phase == "used"
 
     @contextmanager
     def claim(self) -> Iterator[MemoryState | None]:
-        """Hold the carrier for one call; gives the state to start from.
+        """Reserve this object for one call; yields the state to start from.
 
-        If the block ends before `commit`, for whatever reason, the carrier is as before.
+        If the block ends without `commit`, for whatever reason, nothing has changed.
 
         Raises:
-            TurnError: a call has succeeded with this carrier, or one is under way.
+            TurnError: a call has succeeded with this object, or one is running.
         """
         with self._lock:
             if self._phase != "ready":
@@ -100,10 +100,10 @@ class MemoryTurn:
                     self._phase = "ready"
 
     def commit(self, state: MemoryState | None) -> None:
-        """The call has succeeded: take its new state. Only inside `claim`.
+        """Set the new state after a successful call. Only inside `claim`.
 
         Raises:
-            TurnError: no call is under way.
+            TurnError: no call is running.
         """
         with self._lock:
             if self._phase != "running":
@@ -111,10 +111,10 @@ class MemoryTurn:
             self._state, self._phase = state, "used"
 
     def require_used(self) -> None:
-        """Refuse a carrier that no call has used: its memory would silently stay behind.
+        """Raise if no call has used this object: the memory would silently be lost.
 
         Raises:
-            TurnError: no call has succeeded with this carrier.
+            TurnError: no call has succeeded with this object.
         """
         if not self.used:
             raise TurnError(
@@ -126,7 +126,7 @@ class MemoryTurn:
         return f"MemoryTurn({self._state.digest if self._state else 'empty'})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MemoryTurn:
-        # A copy would be a second call with one state. Tracers copy what they record.
+        # A copy would allow a second call with the same state. Tracers copy what they record.
         return self
 
     def __reduce_ex__(self, protocol: object) -> str:

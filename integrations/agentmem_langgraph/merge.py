@@ -1,10 +1,11 @@
-"""Merges the memories of parallel branches that started from one base.
+"""Merges the memories of parallel branches that started from the same memory, the base.
 
-Per state row, with S the base's row and S_i the branches': what branch i kept of the base is
+For each row of the state, let S be the base's row and S_i the branches' rows. The share of the base that branch i kept
+is
 
     d_i = clamp(<S_i, S> / <S, S>, 0, 1)                 (1 where S is zero)
 
-and the merged row is the base as far as every branch kept it, plus what each branch added:
+and the merged row is the base times the smallest share, plus what each branch added:
 
     S' = min_i d_i * S + sum_i (S_i - d_i S)
 
@@ -39,7 +40,7 @@ def merge_states(base: MemoryState, branches: Sequence[MemoryState]) -> MemorySt
     if len(changed) == 1:
         return changed[0]
     record = base.record.merge([branch.record for branch in changed])
-    # float64 inside: the sums over branches round once, when the result becomes float32.
+    # Computed in float64, so that the sums over branches are rounded only once, to float32 at the end.
     old = base.matrices.astype(np.float64)  # [L, H, r, r]
     energy = np.square(old).sum(axis=-1, keepdims=True)  # [L, H, r, 1]
     least = np.ones_like(energy)

@@ -1,12 +1,12 @@
-"""LangChain's messages as the engine takes them, and a turn's reply as LangChain's message: whole, or in chunks.
+"""Converts LangChain's messages for the engine, and a turn's reply to a LangChain message, complete or in chunks.
 
-A memory recognises a message that it has consumed by its digest. So a reply that went out as an AIMessage must come
-back as the same message, and nothing that a graph may add later (ids, names, usage, metadata, reasoning) may count.
+A memory recognises a consumed message by its digest. So a reply that was returned as an AIMessage must come back as the
+same message, and nothing that a graph may add later (ids, names, usage, metadata, reasoning) may count.
 
-Chunks add up to the whole message. Tool calls are shown while they are decoded: the name as soon as it is known, then
-the arguments as they come. What a model writes for a call is `{"name": ..., "arguments": {...}}`; LangChain wants the
-name once and the text of the arguments in pieces. A call that is written in another form, or not to its end, is known
-for what it is only at the end.
+Chunks add up to the complete message. Tool calls are streamed while they are decoded: first the name, as soon as it is
+known, then the arguments as they come. A model writes a call as `{"name": ..., "arguments": {...}}`; LangChain wants
+the name once and the text of the arguments in pieces. A call in another form, or one that is cut off, is recognised as
+invalid only at the end.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ _ROLES: dict[type[BaseMessage], Role] = {
     ToolMessage: "tool",
 }
 _MARK = "agentmem"  # additional_kwargs["agentmem"] = {"write": False}
-# Blocks that no text stands for. Whatever else other providers put into an AI message beside its text (reasoning, calls
-# that stand in `tool_calls` too, citations, server tools) is left out.
+# Content blocks that have no text. Everything else that other providers put into an AI message besides its text
+# (reasoning, calls that are also in `tool_calls`, citations, server tools) is left out.
 _MEDIA = {
     "image",
     "image_url",
@@ -62,29 +62,29 @@ _MEDIA = {
 
 _TEXT_TYPES = {"text", "output_text", "input_text", "refusal"}
 
-_Key = tuple[Role, str, str, str, bool]  # role, text, tool_call_id, name, write: all of a message but calls
-_MESSAGE_BYTES = 600  # a message's object with its digest, and the key's other strings
+_Key = tuple[Role, str, str, str, bool]  # role, text, tool_call_id, name, write: a message without calls
+_MESSAGE_BYTES = 600  # a message object with its digest, and the other strings of the key
 
 REASONING = "reasoning_content"
-"""Where an AIMessage keeps its reasoning (in additional_kwargs); LangChain's content blocks read it there."""
+"""The key in additional_kwargs for an AIMessage's reasoning; LangChain's content blocks read it there."""
 
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)')
-_NOT_JSON = "<tool_call>"  # no JSON begins so
+_NOT_JSON = "<tool_call>"  # no JSON begins like this
 
 
 def to_engine(messages: Sequence[BaseMessage], cache: MessageCache | None = None) -> list[Message]:
-    """The same messages for the engine, one for one.
+    """The same messages for the engine, one to one.
 
     Args:
-        messages: LangChain's.
-        cache: the engine's cache of seen messages. From it equal messages come as the same object, so that the digests
-            of a long history are at hand.
+        messages: LangChain's messages.
+        cache: the engine's cache of seen messages. Equal messages are returned as the same object, so that the digests
+            of a long history are already computed.
 
     Raises:
-        TranscriptError: a kind of message or content that a text model cannot be shown.
+        TranscriptError: a kind of message or content that a text model cannot read.
     """
-    # Done for a whole history at every turn, and pydantic's isinstance and attributes are slow: what most messages are,
-    # text without calls and marks, is taken as it lies.
+    # This runs for the whole history at every turn, and pydantic's isinstance and attributes are slow. So the common
+    # case, text without calls or marks, is read directly.
     keys: list[_Key] = []
     for message in messages:
         role, fields = _ROLES.get(type(message)), vars(message)
@@ -120,7 +120,7 @@ def _key(message: BaseMessage) -> _Key:
         result = cast(ToolMessage, message)
         tool_call_id = result.tool_call_id
         if result.status == "error" and not text.startswith("Error"):
-            text = f"Error: {text}"  # templates show a tool's text alone
+            text = f"Error: {text}"  # templates show only a tool's text
     return role, text, tool_call_id, message.name or "", _write_flag(message)
 
 
@@ -150,14 +150,14 @@ def _write_flag(message: BaseMessage) -> bool:
 
 def _text(message: BaseMessage) -> str:
     content = message.content
-    if content is None or isinstance(content, str):  # other code makes messages without content
+    if content is None or isinstance(content, str):  # some code makes messages without content
         return content or ""
     spoken = isinstance(message, AIMessage)
     return "".join(block if isinstance(block, str) else _block_text(block, message.type, spoken) for block in content)
 
 
 def _block_text(block: Mapping[str, object], kind: str, spoken: bool) -> str:
-    """The text of a content block; `spoken`: by an AI."""
+    """The text of a content block; `spoken`: whether the message is an AI's."""
     for name in ("text", "refusal") if spoken else ("text",):
         if (text := block.get(name)) is not None and isinstance(text, str) and block.get("type") in _TEXT_TYPES:
             return text
@@ -170,7 +170,7 @@ def _block_text(block: Mapping[str, object], kind: str, spoken: bool) -> str:
 
 
 def to_ai_message(turn: Turn, model_name: str) -> AIMessage:
-    """What a turn said, with usage, and with the digest of the new memory in place of the memory."""
+    """The reply of a turn as a message, with usage and the new memory's digest (not the memory itself)."""
     return AIMessage(
         content=turn.message.content,
         tool_calls=[
@@ -185,9 +185,9 @@ def to_ai_message(turn: Turn, model_name: str) -> AIMessage:
 
 
 def invalid_calls(turn: Turn) -> list[InvalidCall]:
-    """Calls that could not be read: name and arguments as far as they go, else the whole text, with a mark.
+    """Calls that could not be parsed: name and arguments as far as they go, or else the whole text, followed by a mark.
 
-    The mark is no JSON. Without it LangChain would complete the cut-off call of a stream to a valid one.
+    With the mark the text is not JSON. Without it LangChain would complete a truncated call in a stream to a valid one.
     """
     invalid = []
     for call in turn.invalid_tool_calls:
@@ -203,8 +203,8 @@ def invalid_calls(turn: Turn) -> list[InvalidCall]:
 def response_metadata(turn: Turn, model_name: str) -> dict[str, Any]:
     """model_name, finish_reason, memory (new digest, tokens written and read).
 
-    Where there are any: edits, deletions, tokens of KV that was carried over from an earlier turn, and what the prompt
-    left out of a message (`truncation`).
+    Where they apply: edits, deletions, the number of tokens whose KV came from an earlier turn (`carried`), and what
+    the prompt left out of a message (`truncation`).
     """
     metadata: dict[str, Any] = {
         "model_name": model_name,
@@ -239,19 +239,19 @@ def usage(turn: Turn) -> UsageMetadata:
 
 
 class ChunkWriter:
-    """Makes a chunk of each delta and, at the end, the one with usage, metadata and tool calls."""
+    """Makes a chunk from each delta and, at the end, one with usage, metadata and tool calls."""
 
     def __init__(self) -> None:
-        self._calls: dict[str, CallText] = {}  # those that are shown as they come, by id
+        self._calls: dict[str, CallText] = {}  # calls that are streamed, by id
         self._text = _Trimmed()
         self._reasoning = _Trimmed(leading=False)
 
     def chunk(self, delta: Delta) -> ChatGenerationChunk | None:
-        """The chunk of a delta, or None while there is nothing to show."""
+        """The chunk for a delta, or None if there is nothing to show yet."""
         if delta.kind == "text":
             shown = self._text.push(delta.text)
             return _chunk(AIMessageChunk(content=shown)) if shown else None
-        # Beside reasoning and calls the engine strips the text.
+        # Next to reasoning and calls the engine strips the text's outer white space.
         self._text.leading = False
         if delta.kind == "reasoning" and (shown := self._reasoning.push(delta.text)):
             return _chunk(AIMessageChunk(content="", additional_kwargs={REASONING: shown}))
@@ -262,7 +262,7 @@ class ChunkWriter:
         return None
 
     def last(self, turn: Turn, model_name: str) -> ChatGenerationChunk:
-        """What is left of the text, the tool calls, and all that is said once."""
+        """The rest of the text, the tool calls, and everything that is sent once."""
         content = turn.message.content
         places = {call: index for index, call in enumerate(self._calls)}
         chunks = []
@@ -288,15 +288,15 @@ class ChunkWriter:
         )
 
     def _shown(self, call: str) -> bool:
-        """Whether something of a call was shown already."""
+        """Whether a part of a call was already sent."""
         return call in self._calls and self._calls[call].name is not None
 
 
 class _Trimmed:
-    """Passes text on as far as it is known to be part of the whole message's text.
+    """Passes text on as soon as it is certain to be part of the complete message's text.
 
-    White space is held back until something follows it. A text that starts with white space waits until it is
-    clear whether that belongs to it, at the latest for the end: models seldom start so.
+    White space is held back until something follows it. White space at the start of a text is held until it is
+    clear whether it belongs to the text, at the latest until the end; models seldom start with white space.
     """
 
     def __init__(self, *, leading: bool = True) -> None:
@@ -318,16 +318,16 @@ class _Trimmed:
 
 
 class CallText:
-    """One call's text as it comes.
+    """The text of one call as it is decoded.
 
     Attributes:
-        name: the tool's; None while unknown.
+        name: the tool's name; None while unknown.
         arguments: the JSON of the arguments so far.
         complete: whether the arguments are complete.
     """
 
     def __init__(self, call: str, index: int) -> None:
-        """`call`: its id; `index`: its place among the calls of the reply."""
+        """`call`: the call's id; `index`: its position among the calls of the reply."""
         self.name: str | None = None
         self.arguments = ""
         self.complete = False
@@ -338,7 +338,7 @@ class CallText:
         self._quoted = self._escaped = False
 
     def push(self, text: str) -> ToolCallChunk | None:
-        """Add text; gives what there is to show of it."""
+        """Add text; returns what can be shown of it."""
         if self.name is not None:
             more = self._take(text)
             return self._chunk(args=more) if more else None
@@ -348,21 +348,21 @@ class CallText:
             return None
         try:
             self.name = json.loads(match[1])
-        except ValueError:  # a control character, or half an escape
+        except ValueError:  # a control character, or an incomplete escape
             return None
         return self._chunk(name=self.name, args=self._take(self._head[match.end() :]), call=self._call)
 
     @property
     def mark(self) -> str:
-        """What makes these arguments no JSON: a bracket that closes another than the one that is open.
+        """A text that makes these arguments invalid JSON: a closing bracket that does not match the open one.
 
-        After anything else LangChain would complete a call that was cut off to a valid one.
+        After any other text LangChain would complete a truncated call to a valid one.
         """
         inside = "\\" * self._escaped + '"' * self._quoted
         return inside + ("]" if self._open.endswith("}") else "}") + _NOT_JSON
 
     def refuse(self) -> ToolCallChunk:
-        """What makes a call that was begun an invalid one."""
+        """The chunk that makes a call that was begun an invalid one."""
         return self._chunk(args=self.mark)
 
     def _take(self, text: str) -> str:

@@ -27,13 +27,13 @@ from agentmem_langgraph.tracing import MATRIX_FREE
 
 
 class PrivateMemoryState(AgentState[Any]):
-    """An agent's state with a memory that is no part of its input and output."""
+    """An agent's state with a memory that is not part of its input and output."""
 
     memory: NotRequired[Annotated[MemoryState, MemoryChannel, PrivateStateAttr]]
 
 
 class SharedMemoryState(AgentState[Any]):
-    """An agent's state with a memory that comes in with the input and goes out with the output."""
+    """An agent's state with a memory that is part of its input and output."""
 
     memory: NotRequired[Annotated[MemoryState, MemoryChannel]]
 
@@ -43,14 +43,15 @@ class MemoryMiddleware(AgentMiddleware[Any, Any, Any]):
 
         agent = create_agent(ChatDeltaMem(), tools, middleware=[MemoryMiddleware()], checkpointer=saver)
 
-    Every call of the model is one turn of the memory, kept in the state key "memory". Middleware that repeats failed
-    calls may stand before or after this one: a failed call changes nothing. Middleware after this one that answers
-    itself (a cache, a guard, another model) leaves the memory as it was; the next turn catches up. Middleware after
-    this one that asks the model twice where both calls succeed gets a TurnError: only one can be the next turn.
+    Every call of the model is one turn of the memory, which is kept under the state key "memory". Middleware that
+    retries failed calls may be placed before or after this one: a failed call changes nothing. If middleware after this
+    one answers by itself (a cache, a guard, another model), the memory stays as it was, and the next turn catches up.
+    If middleware after this one calls the model twice and both calls succeed, a TurnError is raised: only one can be
+    the next turn.
 
     Args:
-        shared: the memory is part of the agent's input and output: for an agent that is a node of a graph
-            with a "memory" of its own. Otherwise it stays inside the agent's own thread.
+        shared: whether the memory is part of the agent's input and output, for an agent that is a node in a graph with
+            its own "memory". Otherwise it stays inside the agent's own thread.
     """
 
     trace_policy = MATRIX_FREE
@@ -82,7 +83,7 @@ def _turn(request: ModelRequest[Any]) -> MemoryTurn:
 
 
 def _carrying(request: ModelRequest[Any], turn: MemoryTurn) -> ModelRequest[Any]:
-    """The request with the memory in its model, so that a model that takes its place is not given any."""
+    """The request with the memory bound to its model, so that a model that replaces it gets no memory."""
     if isinstance(request.model, ChatDeltaMem):
         return request.override(model=request.model.carrying(turn))
     warnings.warn(
@@ -95,7 +96,7 @@ def _carrying(request: ModelRequest[Any], turn: MemoryTurn) -> ModelRequest[Any]
 
 
 def _with_memory(response: ModelResponse[Any] | AIMessage, turn: MemoryTurn) -> ExtendedModelResponse[Any]:
-    if isinstance(response, AIMessage):  # what middleware that answers itself may give
+    if isinstance(response, AIMessage):  # middleware that answers by itself may return this
         response = ModelResponse(result=[response])
     if turn.used:
         return ExtendedModelResponse(response, Command(update=memory_update(turn, "memory")))

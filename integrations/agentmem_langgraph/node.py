@@ -1,7 +1,7 @@
 """MemoryNode: the graph node that calls a model with the graph's memory and returns both reply and memory.
 
-The node keeps nothing. LangGraph commits the message and the memory together or neither, so a node that is
-retried, interrupted, rewound or run in parallel gives what the graph state says.
+The node keeps nothing. LangGraph commits the message and the memory together or not at all, so a node that is retried,
+interrupted, rewound or run in parallel depends only on the graph state.
 """
 
 from __future__ import annotations
@@ -31,18 +31,19 @@ class MemoryNode(Runnable[Any, dict[str, Any]]):
         builder.add_node("agent", node := MemoryNode(llm), trace_policy=node.trace_policy)
 
     Args:
-        llm: a ChatDeltaMem, also with tools or options bound. Not a chain: a prompt before it would not pass the memory
-            on, and what a parser makes of the reply is no message.
-        messages_key: where the state keeps its messages.
-        memory_key: where it keeps its memory (`Annotated[MemoryState, MemoryChannel]`).
+        llm: a ChatDeltaMem, possibly with tools or options bound. Not a chain: a prompt before it would not pass the
+            memory on, and the output of a parser is not a message.
+        messages_key: the state key of the messages.
+        memory_key: the state key of the memory (`Annotated[MemoryState, MemoryChannel]`).
+        system: a system prompt, shown before the messages and never stored.
         system: a system prompt, shown before the messages and never stored.
         retriever: looks up facts for the last human message. They are shown in the leading system message,
             and neither stored nor written into memory.
-        format_facts: how the facts are shown; by default "Facts:" and a line "text [1]" for each.
-        name: of the node.
+        format_facts: formats the facts; by default "Facts:" and a line "text [1]" for each.
+        name: name of the node.
 
     Raises:
-        ConfigError: `llm` is a chain that does not pass the memory on, or gives no message.
+        ConfigError: `llm` is a chain that does not pass the memory on, or does not return a message.
         TurnError: `llm` is another chat model.
     """
 
@@ -75,7 +76,7 @@ class MemoryNode(Runnable[Any, dict[str, Any]]):
         Raises:
             TranscriptError: the state has no messages.
             ConfigError: the graph's state has no key for the memory.
-            TurnError: the model did not take the memory, or gave no message.
+            TurnError: the model did not use the memory, or returned no message.
         """
         history, turn = self._messages(input), self._turn(input, config)
         documents = self.retriever.invoke(question(history), config) if self.retriever else []
@@ -83,7 +84,7 @@ class MemoryNode(Runnable[Any, dict[str, Any]]):
         return self._update(reply, turn, documents)
 
     async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:
-        """As `invoke`, without blocking the loop."""
+        """As `invoke`, without blocking the event loop."""
         history, turn = self._messages(input), self._turn(input, config)
         documents = await self.retriever.ainvoke(question(history), config) if self.retriever else []
         reply = await self.llm.ainvoke(self._shown(history, documents), config, memory=turn, **kwargs)
@@ -124,10 +125,10 @@ class MemoryNode(Runnable[Any, dict[str, Any]]):
 
 
 def memory_update(turn: MemoryTurn, key: str) -> dict[str, Any]:
-    """The state update that a carrier brings back; nothing where a model without memory was given none.
+    """The state update with a turn's new memory; empty if the model has no memory and none was passed in.
 
     Raises:
-        TurnError: the model did not use the carrier.
+        TurnError: the model did not use the `MemoryTurn`.
     """
     turn.require_used()
     return {} if turn.state is None else {key: turn.state.to_dict()}
@@ -138,10 +139,10 @@ def _read(state: Any, key: str) -> Any:
 
 
 def _require_memory_model(llm: Any) -> None:
-    """Refuse what can be seen to lose the memory or the message.
+    """Refuse models that are known to lose the memory or the message.
 
     Raises:
-        ConfigError, TurnError: saying what to write instead.
+        ConfigError, TurnError: says what to write instead.
     """
     first: Any = llm
     last: Any = llm
@@ -173,9 +174,10 @@ def _require_memory_model(llm: Any) -> None:
 
 
 def _channels(config: RunnableConfig | None) -> Sequence[str] | None:
-    """The keys of the state of the graph that runs a node; None where that cannot be told.
+    """The keys of the state of the graph that runs a node; None if they cannot be determined.
 
-    LangGraph has no public name for it: what it hands to nodes to read the state with holds the channels.
+    LangGraph has no public API for this: the channels are inside the function that it gives nodes for reading the
+    state.
     """
     read = (config or {}).get("configurable", {}).get("__pregel_read")
     channels = next((part for part in getattr(read, "args", ()) if isinstance(part, Mapping)), None)

@@ -1,4 +1,4 @@
-"""Shows text to a model in the leading system message: a system prompt, retrieved facts with numbers, other context.
+"""Adds text to the leading system message: a system prompt, numbered facts, other context.
 
 System messages are shown and never written, so such text stays out of the memory and may change every turn.
 """
@@ -13,18 +13,18 @@ from langchain_core.messages import BaseMessage, HumanMessage, SystemMessage
 
 
 def numbered_facts(documents: Sequence[Document]) -> str:
-    """The documents' texts as numbered facts: "Facts:", then a line "text [1]" for each; "" for none.
+    """The documents' texts as numbered facts: "Facts:", then a line "text [1]" for each; "" if there are none.
 
-    A text takes one line and the last number of a line is its own, so that no text can pretend to be another number.
+    Each text takes one line, and the last number in the line is its own, so that no text can pass for another fact.
     """
     lines = [f"{_one_line(d.page_content)} [{n}]" for n, d in enumerate(documents, start=1)]
     return "\n".join(["Facts:", *lines]) if lines else ""
 
 
 def facts_metadata(documents: Sequence[Document]) -> list[dict[str, Any]]:
-    """What a reply's metadata says of the facts that were shown: number, id, source and score, in the order of numbers.
+    """The facts that were shown, for the reply's metadata: number, id, source and score, in order of the numbers.
 
-    Their texts stay where they are kept, so that a fact that is deleted is deleted.
+    Their texts are not copied, so that deleting a fact really deletes it.
     """
     return [
         {
@@ -38,18 +38,18 @@ def facts_metadata(documents: Sequence[Document]) -> list[dict[str, Any]]:
 
 
 def with_context(messages: Sequence[BaseMessage], context: str) -> list[BaseMessage]:
-    """`messages` with text that one call shows and no memory keeps: the time, what was looked up, who is asking.
+    """`messages` with text that one call shows and no memory keeps: the time, search results, who is asking.
 
-    The text goes to the end of the leading system message. Put around a question instead, it would make the question
-    another message at the next turn, and the memory would have both.
+    The text is added at the end of the leading system message. Added to a question instead, it would make the question
+    a different message in the next turn, and the memory would consume both.
     """
     return with_leading_text(messages, "", context)
 
 
 def with_leading_text(messages: Sequence[BaseMessage], before: str, after: str) -> list[BaseMessage]:
-    """`messages` with one leading system message: `before`, what a leading one says already, `after`.
+    """`messages` with one leading system message: `before`, then the present one's text, then `after`.
 
-    Most chat templates take a single system message, and only in front. Empty texts add nothing.
+    Most chat templates accept only one system message, at the start. Empty texts add nothing.
     """
     if not before and not after:
         return list(messages)
@@ -60,7 +60,7 @@ def with_leading_text(messages: Sequence[BaseMessage], before: str, after: str) 
 
 
 def question(messages: Sequence[BaseMessage]) -> str:
-    """What to look up facts for: the text of the last human message, or ""."""
+    """The text to look up facts for: that of the last human message, or ""."""
     return next((m.text for m in reversed(messages) if isinstance(m, HumanMessage)), "")
 
 

@@ -1,9 +1,9 @@
-"""Tools, tool choice and structured output in LangChain's and OpenAI's words, as the engine takes them.
+"""Converts tools, tool choice and structured output from the forms of LangChain and OpenAI for the engine.
 
-What a caller may write for one thing is brought into one form here; what it means is in
-`agentmem.generation.reply_format`. LangChain's own conversion of tools is used as far as it goes. It writes references
-out, which has no end where a class holds itself (a tree of nodes): there it gives up and permits anything. So the
-parameters of such tools are taken from pydantic, references and all.
+The various spellings of one thing are brought into one form here; what that form means is defined in
+`agentmem.generation.reply_format`. LangChain's own conversion of tools is used where it works. It expands references,
+which never ends where a class refers to itself (a tree of nodes); there it gives up and permits anything. So the
+parameters of such tools are taken from pydantic, with references.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def openai_tool(tool: Tool, strict: bool | None = None) -> dict[str, Any]:
     """A tool in OpenAI's form.
 
     Raises:
-        ConfigError: it is no function with a name, or of a kind that cannot be described.
+        ConfigError: the tool is not a function with a name, or cannot be described.
     """
     plain: dict[str, Any] = _without_nulls(_converted(convert_to_openai_tool, tool, strict=strict))
     function = plain.get("function")
@@ -49,15 +49,15 @@ def openai_tool(tool: Tool, strict: bool | None = None) -> dict[str, Any]:
     if own is None or not _holds_itself(own):
         return plain
     parameters = _untitled(_rooted(own))
-    parameters.pop("description", None)  # LangChain puts it beside the parameters
+    parameters.pop("description", None)  # LangChain puts the description next to the parameters
     return {**plain, "function": {**function, "parameters": parameters}}
 
 
 def openai_tools(tools: Sequence[Tool], strict: bool | None = None) -> list[dict[str, Any]]:
-    """Tools in OpenAI's form, each name once.
+    """Tools in OpenAI's form, one for each name.
 
     Raises:
-        ConfigError: as `openai_tool`; or two tools of one name take different arguments.
+        ConfigError: see `openai_tool`; or two tools of one name have different parameters.
     """
     by_name: dict[str, dict[str, Any]] = {}
     for tool in tools:
@@ -78,7 +78,7 @@ def json_schema(schema: Any) -> dict[str, Any]:
     """The JSON schema of a class, a TypedDict or a function.
 
     Raises:
-        ConfigError: it has none.
+        ConfigError: there is none.
     """
     if isinstance(schema, type) and issubclass(schema, BaseModel):
         return schema.model_json_schema()
@@ -102,7 +102,7 @@ def _converted(convert: Callable[..., dict[str, Any]], described: Any, **options
 
 
 def _without_nulls(schema: Any) -> Any:
-    """A schema without keywords that say nothing, which other programs write as null: "required", for one."""
+    """The schema without keywords whose value is null, such as "required": some programs write these for no value."""
     if isinstance(schema, Mapping):
         return {
             key: _without_nulls(item)
@@ -113,7 +113,7 @@ def _without_nulls(schema: Any) -> Any:
 
 
 def _own_schema(tool: Tool) -> dict[str, Any] | None:
-    """The schema that pydantic has of a tool's arguments; None for what is given as a schema already."""
+    """Pydantic's schema of a tool's arguments; None for a tool that was given as a schema."""
     if isinstance(tool, Mapping):
         return None
     if isinstance(tool, type):
@@ -126,7 +126,7 @@ def _own_schema(tool: Tool) -> dict[str, Any] | None:
 
 
 def _holds_itself(schema: Mapping[str, Any]) -> bool:
-    """Whether one of a schema's definitions leads back to itself."""
+    """Whether one of a schema's definitions refers, directly or indirectly, to itself."""
     try:
         TopologicalSorter(
             {name: set(_references(definition)) for name, definition in schema.get("$defs", {}).items()}
@@ -147,14 +147,14 @@ def _references(schema: Any) -> Iterator[str]:
 
 
 def _rooted(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """A schema that is nothing but a reference to one of its definitions, as that definition."""
+    """If a schema is only a reference to one of its definitions, that definition; else the schema."""
     definitions, target = schema.get("$defs", {}), str(schema.get("$ref", ""))
     definition = definitions.get(target.removeprefix(_DEFINITIONS)) if target.startswith(_DEFINITIONS) else None
     return {**definition, "$defs": definitions} if definition is not None else dict(schema)
 
 
 def _untitled(schema: Any, *, names: bool = False) -> Any:
-    """A schema without the titles that pydantic makes of names. `names`: the keys are names, not keywords."""
+    """The schema without the titles that pydantic derives from names. `names`: its keys are names, not keywords."""
     if isinstance(schema, Mapping):
         return {
             key: _untitled(item, names=not names and key in ("properties", "$defs"))
@@ -165,10 +165,10 @@ def _untitled(schema: Any, *, names: bool = False) -> Any:
 
 
 def chosen_tool(tool_choice: Any, tools: Sequence[Mapping[str, Any]]) -> str:
-    """A tool choice as "auto", "none", "any" or "=" and the name of a tool.
+    """A tool choice as "auto", "none", "any", or "=" followed by the name of a tool.
 
     Raises:
-        ConfigError: no tool has that name, or the choice is none of those.
+        ConfigError: no tool has that name, or the choice is none of these.
     """
     names = [tool["function"]["name"] for tool in tools]
     if isinstance(tool_choice, Mapping):  # {"type": "any"}, {"type": "tool", "name": ...}, {"function": {"name": ...}}
@@ -192,17 +192,17 @@ def chosen_tool(tool_choice: Any, tools: Sequence[Mapping[str, Any]]) -> str:
 def reply_format(
     tools: Sequence[Mapping[str, Any]], tool_choice: Any, response_format: Any, *, parallel: bool | None
 ) -> ReplyFormat | None:
-    """What a reply is bound to be; None where the model may say what it wants.
+    """The format that a reply must have; None where the model is free.
 
     Args:
         tools: in OpenAI's form.
         tool_choice: any spelling.
         response_format: OpenAI's `{"type": "json_schema" | "json_object" | "text", ...}`, or None; "json_object" may
-            name a "schema" as well.
-        parallel: whether a reply may hold several calls; by default one where a call is forced, else any number.
+            also have a "schema".
+        parallel: whether a reply may hold several calls; by default one if a call is forced, else any number.
 
     Raises:
-        ConfigError: a choice or format that does not exist.
+        ConfigError: an unknown choice or format.
     """
     choice, schema = chosen_tool(tool_choice, tools), wanted_schema(response_format)
     if choice in ("auto", "none"):
@@ -216,10 +216,10 @@ def reply_format(
 
 
 def with_schema_shown(messages: Sequence[Message], response_format: Any) -> list[Message]:
-    """The messages, the schema of a `json_schema` format shown in the leading system message.
+    """The messages, with the schema of a `json_schema` format shown in the leading system message.
 
-    A model that does not know the schema can only stumble along it. Callers of the other formats say in their messages
-    what they want.
+    A model that does not know the schema can only satisfy it blindly. Callers of the other formats explain in their
+    messages what they want.
     """
     shown = list(messages)
     if isinstance(response_format, Mapping) and response_format.get("type") == "json_schema":
@@ -232,10 +232,10 @@ def with_schema_shown(messages: Sequence[Message], response_format: Any) -> list
 
 
 def wanted_schema(response_format: Any) -> Mapping[str, Any] | None:
-    """The JSON schema of a `response_format`; None where it asks for text.
+    """The JSON schema of a `response_format`; None if it asks for text.
 
     Raises:
-        ConfigError: it is none of OpenAI's forms.
+        ConfigError: it has none of OpenAI's forms.
     """
     if response_format is None:
         return None
@@ -258,10 +258,10 @@ def wanted_schema(response_format: Any) -> Mapping[str, Any] | None:
 def structured(
     model: Any, schema: Any, method: str, *, include_raw: bool, strict: bool | None, options: Mapping[str, Any]
 ) -> Runnable[Any, Any]:
-    """A model whose replies are bound to a schema, and the parser that makes the schema's objects of them.
+    """A model whose replies must fit a schema, and the parser that turns them into objects of that schema.
 
     Raises:
-        ConfigError: the method does not exist, or needs a schema.
+        ConfigError: unknown method, or a schema is required.
     """
     if method not in _METHODS or (schema is None and method != "json_mode"):
         raise ConfigError(
@@ -297,7 +297,7 @@ def _response_format(schema: Any, method: str) -> dict[str, Any]:
     if schema is None:
         return {"type": "json_object"}
     if isinstance(schema, Mapping) and isinstance(schema.get("schema"), Mapping) and "name" in schema:
-        plain = dict(schema["schema"])  # OpenAI's form of a json_schema
+        plain = dict(schema["schema"])  # OpenAI's json_schema form
     else:
         plain = json_schema(schema)
     if method == "json_mode":

@@ -1,7 +1,7 @@
-"""Keeps matrices out of traces: what a run records is the digest of a memory instead of the memory.
+"""Keeps matrices out of traces: a run records the digest of a memory and not the memory itself.
 
-A policy shapes the run of the node that it is given to. LangGraph also records the input of every other node
-and the output of the whole graph; `docs/langgraph.md` says what to do about those.
+A policy applies to the runs of the node that it is given to. LangGraph also records the input of every other node and
+the output of the whole graph; `docs/langgraph.md` says what to do about those.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from agentmem.state import MemoryState
 def without_matrices(value: Any) -> Any:
     """`value` with every memory in it, as a value or as a plain dict, replaced by its digest and count.
 
-    Looks into mappings, lists, tuples, dataclasses and pydantic models, which become dicts. Messages hold no
+    Searches mappings, lists, tuples, dataclasses and pydantic models; the latter two become dicts. Messages hold no
     memory and stay as they are.
     """
     if isinstance(value, MemoryState):

@@ -1,7 +1,7 @@
-"""How Sphinx builds the site out of these pages: `make docs`, into build/docs.
+"""How Sphinx builds the site from these pages: `make docs`, into build/docs.
 
-Warnings are errors there, so a link that leads nowhere, a page outside the navigation and a docstring that cannot be
-read end the build. Nothing is fetched, neither while building nor by a reader's browser.
+Warnings are errors: a broken link, a page outside the navigation or a docstring that cannot be parsed ends the build.
+Nothing is downloaded, neither while building nor by a reader's browser.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ author = "the agentmem authors"
 project_copyright = author
 release = version = agentmem.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["pictures"]
 
 # Links to headings are written as GitHub names them, so that pages work in both places.
 myst_heading_anchors = 4
 highlight_language = "none"  # of indented blocks: formulas and outlines
 
-# Docstrings hold `names` and ``names``: both are code. Errors and arguments stand in Google's form.
+# `names` in docstrings are code. Errors and arguments are in Google's form.
 default_role = "literal"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
@@ -38,7 +38,12 @@ python_use_unqualified_type_names = True
 python_display_short_literal_types = True
 maximum_signature_line_length = 90
 
+# In a console block the button copies the commands, without the prompt and without their output.
+copybutton_prompt_text = "$ "
+
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_title = f"agentmem {version}"
 html_copy_source = False
 html_show_sourcelink = False
@@ -46,13 +51,13 @@ html_theme_options = {"navigation_with_keys": True}
 
 
 def prepare(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Say in reStructuredText what docstrings say in ways of their own.
+    """Convert the parts of a docstring that are not reStructuredText.
 
-    Examples are indented, as Markdown has it. A field's text may hold a colon; it does not begin with the field's type.
+    Examples are only indented, as in Markdown. A field's text may contain a colon that does not follow a type.
     """
     if what == "attribute" and lines:
         before, colon, after = lines[0].partition(": ")
-        lines[:1] = [before + colon.strip(), after]  # with nothing behind it the colon ends no type
+        lines[:1] = [before + colon.strip(), after]  # with nothing after it the colon does not end a type
     marked: list[str] = []
     for line in lines:
         above = next((kept for kept in reversed(marked) if kept), " ")
@@ -63,10 +68,10 @@ def prepare(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: li
 
 
 def leave_builtins(app: Sphinx, document: nodes.document) -> None:
-    """`bytes` in a signature is Python's, not the field of that name which some class of ours has."""
+    """Make names like `bytes` in a signature refer to Python's type, not to a field of that name in our classes."""
     for reference in list(document.findall(pending_xref)):
         if reference.get("refdomain") == "py" and hasattr(builtins, reference["reftarget"]):
-            # A name stands there twice, for a reference that is found and for one that is not: here the same.
+            # The name is there twice, for a resolved and for an unresolved reference; here both are the same.
             forms = list(reference.findall(pending_xref_condition))
             reference.replace_self(forms[0].children if forms else reference.children)
 

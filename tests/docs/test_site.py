@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import subprocess
 import sys
@@ -50,6 +51,20 @@ def test_the_reference_has_every_error_once() -> None:
     assert sorted(_DIRECTIVE.findall((DOCS / "reference/errors.md").read_text())) == sorted(public)
 
 
+def test_every_error_has_a_remedy() -> None:
+    errors = import_module("agentmem.errors")
+    page = (DOCS / "reference/errors.md").read_text()
+    rows = re.findall(r"^\| \[`(\w+)`\]\(#(\w+)\) \| (.+) \|$", page, re.MULTILINE)
+    assert [name for name, _, _ in rows] == [name for name, value in vars(errors).items() if isinstance(value, type)]
+    assert all(anchor == name.lower() and len(remedy) > 20 for name, anchor, remedy in rows)
+
+
+def test_the_first_page_has_an_install_line_and_code() -> None:
+    first = (DOCS / "index.md").read_text().partition("```{toctree}")[0]
+    assert re.search(r"^\$ pip install", first, re.MULTILINE)
+    assert "```python\n" in first
+
+
 @pytest.mark.parametrize("picture", sorted((DOCS / "pictures").glob("*.svg")), ids=lambda path: path.name)
 def test_pictures_show_the_results_that_are_there(picture: Path) -> None:
     """A picture names the results file that it was drawn from, with its digest; `make pictures` draws it anew."""
@@ -61,6 +76,13 @@ def test_pictures_show_the_results_that_are_there(picture: Path) -> None:
         assert digest == now, f"{name} has changed since the picture was drawn: run `make pictures`"
 
 
+def _titled(search_index: str, stem: str) -> list[str]:
+    """The pages that the site's search finds by a word (its stem) in a heading."""
+    index = json.loads(search_index[search_index.index("(") + 1 : search_index.rindex(")")])
+    pages = index["titleterms"].get(stem, [])
+    return [index["docnames"][page] for page in ([pages] if isinstance(pages, int) else pages)]
+
+
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path: Path, needs: Callable[[object, str], None]) -> None:
     needs(find_spec("sphinx"), "the dependency group docs (make docs installs it)")
@@ -69,6 +91,8 @@ def test_the_site_builds_without_a_warning(tmp_path: Path, needs: Callable[[obje
     assert (done.returncode, done.stderr) == (0, "")
     pages = list((tmp_path / "site").rglob("*.html"))
     assert len(pages) > len(list(DOCS.rglob("*.md")))
+    assert "copybutton.js" in (tmp_path / "site/index.html").read_text()
+    assert "howto/users" in _titled((tmp_path / "site/searchindex.js").read_text(), "delet")
     # A reader's browser fetches nothing from elsewhere.
     foreign = re.compile(r"""<(?:script|img|iframe)[^>]*src=["']https?:|<link[^>]*stylesheet[^>]*href=["']https?:""")
     assert [page.name for page in pages if foreign.search(page.read_text())] == []

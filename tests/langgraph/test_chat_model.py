@@ -281,6 +281,26 @@ def test_the_engine_is_loaded_on_first_use(fake: FakeEngine, monkeypatch: pytest
     assert loaded == [{"model": "some/model", "adapter": "some/adapter", **options}]
 
 
+@pytest.mark.parametrize("way", ["a config", "a copy", "a pickled copy"])
+def test_code_of_one_model_is_trusted_and_no_other_that_a_call_names(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+    monkeypatch.setattr("agentmem.load", lambda **options: loaded.append(options["model"]) or FakeEngine())
+    llm = ChatDeltaMem(model="some/model", load_options={"trust_remote_code": True})
+    named: Any
+    if way == "a config":
+        named = llm.configurable_fields(model=ConfigurableField(id="model")).with_config(
+            configurable={"model": "other/model"}
+        )
+    else:
+        named = pickle.loads(pickle.dumps(llm)) if "pickled" in way else llm  # noqa: S301 - made here
+        named = named.model_copy(update={"model": "other/model"})
+    with pytest.raises(ConfigError, match="given for the model 'some/model', not for 'other/model'"):
+        named.invoke("Hello!")
+    llm.invoke("Hello!")
+    ChatDeltaMem(model="other/model", load_options={"trust_remote_code": True}).invoke("Hello!")
+    assert loaded == ["some/model", "other/model"]
+
+
 def test_copies_share_what_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """LangChain makes a new object of a configurable model for every call."""
     loaded: list[dict[str, Any]] = []

@@ -135,7 +135,7 @@ def make_filled(path: Path, protection: str) -> Filled:
     """A database with some of everything."""
     options = PROTECTION[protection]
     with (
-        patch("agentmem_sql.content.PART_BYTES", 8000),  # of a value in several rows, too
+        patch("agentmem_sql.list_tree.PART_BYTES", 8000),  # of a value in several rows, too
         SQLAlchemySaver.from_url(f"sqlite:///{path}", synchronous="OFF", **options) as saver,
     ):
         asked = fill(saver)

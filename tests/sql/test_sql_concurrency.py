@@ -20,7 +20,7 @@ from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from sqlalchemy import Engine, event
 
 from agentmem_sql import SQLAlchemySaver
-from agentmem_sql.saver import THREADS
+from agentmem_sql.database import THREADS
 from tests.helpers.sql_cases import aput, config, put
 from tests.helpers.sql_chains import unaccounted
 from tests.helpers.sql_processes import Process

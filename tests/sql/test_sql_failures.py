@@ -443,7 +443,8 @@ def test_an_interruption_anywhere(database_url: str, ask: Sql, savers: int) -> N
 
 def test_an_interrupted_commit_is_an_interruption(database_url: str) -> None:
     def profile(frame: FrameType, event: str, _arg: object) -> None:
-        if event == "call" and frame.f_code.co_name in ("_do_commit", "_commit"):
+        commits = frame.f_code.co_name == "_do_commit" or frame.f_locals.get("statement") == "COMMIT"
+        if event == "call" and commits:
             raise KeyboardInterrupt
 
     with SQLAlchemySaver.from_url(database_url) as saver:

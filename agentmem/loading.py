@@ -237,11 +237,11 @@ def _adapter_directory(model: str, adapter: str | Path | None, revision: str | N
 
 
 def _check_base(model: str, adapter: str | Path | None, directory: Path) -> None:
-    """Compare names, where an adapter does not say by a fingerprint which model it was made for.
+    """Compare the names of model and adapter, if the adapter has no fingerprint of its model.
 
     Raises:
-        AdapterError: both have names, and they are not one model's. A directory's own name proves nothing, so there it
-            is a `MemoryWarning`, as it is where nothing is known.
+        AdapterError: both name a model, and not the same one. A directory's own name proves nothing, so in that case,
+            and if there is no name, it is only a `MemoryWarning`.
     """
     known = find_published(str(adapter))
     base = base_name(directory) if known is None else known.base
@@ -268,7 +268,7 @@ def _check_base(model: str, adapter: str | Path | None, directory: Path) -> None
 
 
 def _recorded_name(model: Path) -> str:
-    """The name that older versions of transformers noted in a model's config; empty where there is none."""
+    """The name that older versions of transformers wrote into a model's config; empty if there is none."""
     try:
         name = json.loads((model / "config.json").read_text("utf-8")).get("_name_or_path")
     except (OSError, ValueError, AttributeError):

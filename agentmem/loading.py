@@ -221,8 +221,8 @@ def _adapter_directory(model: str, adapter: str | Path | None, revision: str | N
         )
     if Path(adapter).is_dir():
         return Path(adapter)
-    known = find_published(str(adapter))
-    name = str(adapter) if known is None else known.name
+    published = find_published(str(adapter))
+    name = str(adapter) if published is None else published.name
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -243,8 +243,8 @@ def _check_base(model: str, adapter: str | Path | None, directory: Path) -> None
         AdapterError: both name a model, and not the same one. A directory's own name proves nothing, so in that case,
             and if there is no name, it is only a `MemoryWarning`.
     """
-    known = find_published(str(adapter))
-    base = base_name(directory) if known is None else known.base
+    published = find_published(str(adapter))
+    base = base_name(directory) if published is None else published.base
     if base is None:
         problem = (
             f"the adapter in {directory} does not say which model it was made for; it fits every model of that shape, "

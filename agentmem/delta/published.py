@@ -45,12 +45,12 @@ PUBLISHED = (
 
 def find_published(name: str) -> PublishedAdapter | None:
     """The published adapter with this hub id, or with this last part of one."""
-    return next((known for known in PUBLISHED if name in (known.name, _last_part(known.name))), None)
+    return next((adapter for adapter in PUBLISHED if name in (adapter.name, _last_part(adapter.name))), None)
 
 
 def advice(model: str) -> str:
     """A text that names the published adapters for a model, or all published ones if there are none for it."""
-    fitting = [known for known in PUBLISHED if is_made_from(model, known.base)]
+    fitting = [adapter for adapter in PUBLISHED if is_made_from(model, adapter.base)]
     listed = "; ".join(f"{a.name!r} for {a.base} ({a.licence}, by {a.source})" for a in fitting or PUBLISHED)
     return f"published for it: {listed}" if fitting else f"published ones: {listed}"
 

@@ -24,7 +24,7 @@
         ├── FactIndexError         its search index is lost or damaged; the facts are not
         └── StoreOwnedError        another process owns the directory
 
-Messages say what was expected, what was found, and what to do. What works, but perhaps not as meant, is a
+Messages say what was expected, what was found, and what to do. Something that works, but perhaps not as intended, is a
 `MemoryWarning`. This module imports nothing.
 """
 
@@ -39,7 +39,7 @@ class AgentMemError(Exception):
 
 
 class MemoryWarning(UserWarning):
-    """A memory is used in a way that works, but perhaps not as its owner means it."""
+    """A memory is used in a way that works, but perhaps not as intended."""
 
 
 class MissingExtraError(AgentMemError, ImportError):

@@ -221,8 +221,8 @@ def _adapter_directory(model: str, adapter: str | Path | None, revision: str | N
         )
     if Path(adapter).is_dir():
         return Path(adapter)
-    known = find_published(str(adapter))
-    name = str(adapter) if known is None else known.name
+    published = find_published(str(adapter))
+    name = str(adapter) if published is None else published.name
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -237,14 +237,14 @@ def _adapter_directory(model: str, adapter: str | Path | None, revision: str | N
 
 
 def _check_base(model: str, adapter: str | Path | None, directory: Path) -> None:
-    """Compare names, where an adapter does not say by a fingerprint which model it was made for.
+    """Compare the names of model and adapter, if the adapter has no fingerprint of its model.
 
     Raises:
-        AdapterError: both have names, and they are not one model's. A directory's own name proves nothing, so there it
-            is a `MemoryWarning`, as it is where nothing is known.
+        AdapterError: both name a model, and not the same one. A directory's own name proves nothing, so in that case,
+            and if there is no name, it is only a `MemoryWarning`.
     """
-    known = find_published(str(adapter))
-    base = base_name(directory) if known is None else known.base
+    published = find_published(str(adapter))
+    base = base_name(directory) if published is None else published.base
     if base is None:
         problem = (
             f"the adapter in {directory} does not say which model it was made for; it fits every model of that shape, "
@@ -268,7 +268,7 @@ def _check_base(model: str, adapter: str | Path | None, directory: Path) -> None
 
 
 def _recorded_name(model: Path) -> str:
-    """The name that older versions of transformers noted in a model's config; empty where there is none."""
+    """The name that older versions of transformers wrote into a model's config; empty if there is none."""
     try:
         name = json.loads((model / "config.json").read_text("utf-8")).get("_name_or_path")
     except (OSError, ValueError, AttributeError):

@@ -66,7 +66,7 @@ class Adapter:
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) over the fingerprint and `base`: what an adapter of ours is checked by when it is read."""
+        """SHA-256 (hex) over the fingerprint and `base`: adapters in our format are checked against it."""
         return hashlib.sha256(f"{self.fingerprint}\n{self.base}".encode()).hexdigest()
 
 
@@ -75,8 +75,8 @@ def load_adapter(directory: str | Path) -> Adapter:
 
     Raises:
         ConfigError: the json is missing, or asks for something that agentmem does not implement.
-        AdapterError: the weights are missing, unreadable, or hold anything but named tensors; or weights and json are
-            not what the digest in the json says.
+        AdapterError: the weights are missing, unreadable, or hold anything but named tensors; or weights and json do
+            not match the digest in the json.
     """
     directory = Path(directory)
     body = read_config(directory)
@@ -152,7 +152,7 @@ def save_adapter(
         else:
             torch.save(tensors, Path(scratch) / target)
         body = adapter.config.to_json()
-        if format == "safetensors":  # the authors' code takes no key that it does not know
+        if format == "safetensors":  # the authors' code accepts no unknown key
             body[DIGEST_KEY] = adapter.digest
         (Path(scratch) / CONFIG_FILE).write_text(json.dumps(body, indent=2) + "\n", "utf-8")
         for name in (target, CONFIG_FILE):

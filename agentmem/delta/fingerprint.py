@@ -1,11 +1,11 @@
-"""Says whether two loaded models are the same model, and whether a directory still holds what was saved there.
+"""Fingerprints, which tell whether two loaded models are the same, and digests of saved model directories.
 
 Fingerprints are equal for two loaded copies of one model, whatever their path, dtype, device or kernels. A fingerprint
 covers the architecture, the sizes, and the signs of a fixed sample of weights that quantisation leaves alone (embedding
 rows and norms). Digits change when weights are rounded to bfloat16, to float16 or to both in turn, but signs do not;
 and two models that were trained separately differ in half of the signs. The size of the vocabulary does not count, so
-that tokens may be added. It is no checksum: a changed digit of a weight, or a weight that is not sampled, does not show
-in it. Digests of files do that, for the directories of models that agentmem made.
+that tokens may be added. It is not a checksum: it does not change with a digit of a weight, or with a weight that is
+not sampled. For the model directories that agentmem makes, there are digests of the files.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def model_fingerprint(model: Any) -> str:
 
 
 def write_digests(directory: str | Path) -> None:
-    """Note what a model's directory holds: the SHA-256 (hex) of each file in it, by name."""
+    """Record the SHA-256 (hex) of each file in a model's directory, by name."""
     directory = Path(directory)
     files = sorted(file for file in directory.iterdir() if file.is_file() and file.name != DIGESTS_FILE)
     digests = {file.name: _file_digest(file) for file in files}
@@ -61,7 +61,7 @@ def write_digests(directory: str | Path) -> None:
 
 
 def check_digests(directory: str | Path) -> None:
-    """Compare a model's directory with what was noted of it, where something was.
+    """Compare a model's directory with the recorded digests, if there are any.
 
     Raises:
         ModelNotFoundError: a file is missing or has another content.

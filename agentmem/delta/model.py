@@ -49,7 +49,7 @@ class SteeredOutput:
 
 
 class _Use:
-    """Whether a model is running with a memory: all memories of one model replace the same methods."""
+    """Whether a call with memory is running on a model: all memories of one model replace the same methods."""
 
     running = False
 

@@ -1,7 +1,8 @@
-"""Adapters that others have published, and what can be known of the model that an adapter was made for.
+"""Published adapters, and how to find out which model an adapter was made for.
 
-Adapters that agentmem saved carry the fingerprint of their model. Others, the authors' among them, fit every model of
-the same shape: what is known of them is a name, from the table here or from the files that hubs keep beside an adapter.
+Adapters that agentmem saved contain the fingerprint of their model. Others, such as the authors', fit every model of
+the same shape: all that is known of their model is its name, from the table below or from other files in the adapter's
+directory.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class PublishedAdapter:
     Attributes:
         name: its hub id.
         base: the hub id of the model that it was trained for.
-        licence: of its weights.
+        licence: licence of its weights.
         source: who made it.
     """
 
@@ -43,26 +44,26 @@ PUBLISHED = (
 
 
 def find_published(name: str) -> PublishedAdapter | None:
-    """The adapter of that hub id, or of its last part."""
-    return next((known for known in PUBLISHED if name in (known.name, _last_part(known.name))), None)
+    """The published adapter with this hub id, or with this last part of one."""
+    return next((adapter for adapter in PUBLISHED if name in (adapter.name, _last_part(adapter.name))), None)
 
 
 def advice(model: str) -> str:
-    """Which published adapter there is for a model, in words; where there is none, which there are at all."""
-    fitting = [known for known in PUBLISHED if is_made_from(model, known.base)]
+    """A text that names the published adapters for a model, or all published ones if there are none for it."""
+    fitting = [adapter for adapter in PUBLISHED if is_made_from(model, adapter.base)]
     listed = "; ".join(f"{a.name!r} for {a.base} ({a.licence}, by {a.source})" for a in fitting or PUBLISHED)
     return f"published for it: {listed}" if fitting else f"published ones: {listed}"
 
 
 def base_name(directory: str | Path) -> str | None:
-    """The model that an adapter's directory names, in PEFT's config or in the head of its card; None: neither does."""
+    """The model's name in an adapter's directory: in PEFT's config, or in the head of the card; None if in neither."""
     directory = Path(directory)
     try:
         name = json.loads((directory / PEFT_FILE).read_text("utf-8")).get("base_model_name_or_path")
         if isinstance(name, str) and name:
             return name
     except (OSError, ValueError, AttributeError, RecursionError):
-        pass  # not there, or not what it should be: the card may say it
+        pass  # missing or malformed: the card may name it
     try:
         head = (directory / CARD).read_text("utf-8").split("\n---", 1)[0]
     except (OSError, ValueError):
@@ -74,7 +75,7 @@ def base_name(directory: str | Path) -> str | None:
 def is_made_from(model: str, base: str) -> bool:
     """Whether a model's hub id or directory is named after a base: the same name, or one that contains it.
 
-    Quantised and converted copies are named so: `unsloth/Qwen3-4B-Instruct-2507-bnb-4bit`.
+    The names of quantised and converted copies contain it: `unsloth/Qwen3-4B-Instruct-2507-bnb-4bit`.
     """
     return _last_part(base).lower() in _last_part(model).lower()
 

@@ -95,13 +95,13 @@ def inspect(directory: Path) -> IndexReport:
 
 def save_fingerprints(directory: Path, doubtful: set[Path]) -> None:
     """Record that index files are intact, except in `doubtful` folders. Call it when the directory is closed."""
-    found = {
+    fingerprints = {
         folder.name: _fingerprint(folder)
         for folder in directory.iterdir()
         if folder not in doubtful and all((folder / name).is_file() for name in _FILES)
     }
     note = directory / (_FINGERPRINTS + ".new")
-    note.write_text(json.dumps(found), encoding="utf-8")
+    note.write_text(json.dumps(fingerprints), encoding="utf-8")
     note.replace(directory / _FINGERPRINTS)
 
 
@@ -164,10 +164,10 @@ def _fingerprint(folder: Path) -> list[list[int]]:
 
 def _read_fingerprints(directory: Path) -> dict[str, Any]:
     try:
-        found = json.loads((directory / _FINGERPRINTS).read_text(encoding="utf-8"))
+        fingerprints = json.loads((directory / _FINGERPRINTS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return fingerprints if isinstance(fingerprints, dict) else {}
 
 
 def _probe_problem(directory: Path, segment: _Segment) -> str | None:

@@ -76,8 +76,8 @@ def parse_window(text: str) -> Window:
     """
     from agentmem import Window
 
-    found = re.fullmatch(r"(\d+)\s*(t|tokens?|m|messages?)?", text.strip())
-    if found is None:
+    match = re.fullmatch(r"(\d+)\s*(t|tokens?|m|messages?)?", text.strip())
+    if match is None:
         raise ConfigError(f'a window is a number of tokens ("4096") or of messages ("2m"); found {text!r}')
-    number = int(found[1])
-    return Window(messages=number) if (found[2] or "").startswith("m") else Window(tokens=number)
+    number = int(match[1])
+    return Window(messages=number) if (match[2] or "").startswith("m") else Window(tokens=number)

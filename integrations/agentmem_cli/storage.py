@@ -82,12 +82,12 @@ class Place:
 def report(place: Place, limit: int, order: Order, as_json: bool) -> None:
     """Show how much space the threads of a database take."""
     with place.open() as saver, Console(stderr=True).status("measuring"):
-        found = saver.storage_report(limit=limit or None, order=order)
+        sizes = saver.storage_report(limit=limit or None, order=order)
     if as_json:
-        _print_json(found.to_dict())
+        _print_json(sizes.to_dict())
     else:
-        Console().print(_sizes(found))
-        Console().print(_database(found), highlight=False)
+        Console().print(_sizes(sizes))
+        Console().print(_database(sizes), highlight=False)
 
 
 def prune(place: Place, stays: Retention, threads: list[str] | None, *, dry_run: bool, as_json: bool, yes: bool) -> int:
@@ -136,11 +136,11 @@ def policy(keep: int | None, max_age: str | None, idle: str | None) -> Retention
 
 def _span(option: str, text: str) -> timedelta:
     """A duration such as 90d, 12h or 45m."""
-    found = re.fullmatch(r"(\d{1,6})([smhdw])", text.strip())
-    if found is None or not int(found[1]):
-        said = f"expected a number above zero and a unit (s, m, h, d, w), such as 30d, found {text!r}"
-        raise typer.BadParameter(said, param_hint=option)
-    return int(found[1]) * _UNITS[found[2]]
+    match = re.fullmatch(r"(\d{1,6})([smhdw])", text.strip())
+    if match is None or not int(match[1]):
+        message = f"expected a number above zero and a unit (s, m, h, d, w), such as 30d, found {text!r}"
+        raise typer.BadParameter(message, param_hint=option)
+    return int(match[1]) * _UNITS[match[2]]
 
 
 def _encrypting() -> EncryptedSerializer:
@@ -161,41 +161,41 @@ def _read_key(file: Path) -> bytes:
         raise ConfigError(f"the key file cannot be read: {error}") from error
 
 
-def _print_json(found: dict[str, Any]) -> None:
-    typer.echo(json.dumps(found, indent=2))
+def _print_json(data: dict[str, Any]) -> None:
+    typer.echo(json.dumps(data, indent=2))
 
 
-def _sizes(found: StorageReport) -> Table:
+def _sizes(report: StorageReport) -> Table:
     table = _table("checkpoints", "writes", "content", "rows", "last stored, UTC")
-    for one in found.threads:
-        sizes = (decimal(one.content_bytes), decimal(one.row_bytes))
-        when = "" if one.newest is None else f"{one.newest:%Y-%m-%d %H:%M}"
-        table.add_row(_name(one.thread_id), str(one.checkpoints), str(one.pending_writes), *sizes, when)
+    for thread in report.threads:
+        sizes = (decimal(thread.content_bytes), decimal(thread.row_bytes))
+        when = "" if thread.newest is None else f"{thread.newest:%Y-%m-%d %H:%M}"
+        table.add_row(_name(thread.thread_id), str(thread.checkpoints), str(thread.pending_writes), *sizes, when)
     table.add_section()
-    sizes = (decimal(found.content_bytes), decimal(found.row_bytes))
-    all_threads = _threads(found.thread_count, len(found.threads))
-    table.add_row(all_threads, str(found.checkpoints), str(found.pending_writes), *sizes, "", style="bold")
+    sizes = (decimal(report.content_bytes), decimal(report.row_bytes))
+    all_threads = _threads(report.thread_count, len(report.threads))
+    table.add_row(all_threads, str(report.checkpoints), str(report.pending_writes), *sizes, "", style="bold")
     return table
 
 
-def _database(found: StorageReport) -> str:
-    said = f"database: {decimal(found.database_bytes)}"
-    if found.free_bytes is not None:
-        said += f", of which {decimal(found.free_bytes)} free"
-    return said
+def _database(report: StorageReport) -> str:
+    text = f"database: {decimal(report.database_bytes)}"
+    if report.free_bytes is not None:
+        text += f", of which {decimal(report.free_bytes)} free"
+    return text
 
 
-def _swept(found: RetentionReport) -> Table:
-    table = _table("would go" if found.dry_run else "removed", "left", "freed")
-    shown = found.threads[:_SHOWN]
-    for one in shown:
-        left = "none, thread deleted" if one.deleted else str(one.kept)
-        table.add_row(_name(one.thread_id), str(one.removed), left, decimal(one.bytes_freed))
-    for thread_id, error in found.failed.items():
+def _swept(report: RetentionReport) -> Table:
+    table = _table("would go" if report.dry_run else "removed", "left", "freed")
+    shown = report.threads[:_SHOWN]
+    for thread in shown:
+        left = "none, thread deleted" if thread.deleted else str(thread.kept)
+        table.add_row(_name(thread.thread_id), str(thread.removed), left, decimal(thread.bytes_freed))
+    for thread_id, error in report.failed.items():
         table.add_row(Text.assemble(_name(thread_id), (f": {printable(str(error))}", "red")), "", "", "")
     table.add_section()
-    sums = (str(found.removed), str(found.kept), decimal(found.bytes_freed))
-    table.add_row(_threads(len(found.threads), len(shown)), *sums, style="bold")
+    sums = (str(report.removed), str(report.kept), decimal(report.bytes_freed))
+    table.add_row(_threads(len(report.threads), len(shown)), *sums, style="bold")
     return table
 
 

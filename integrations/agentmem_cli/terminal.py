@@ -63,9 +63,9 @@ def command() -> str:
     program = Path(sys.argv[0])
     if program.name != "agentmem":
         program = Path(sys.executable).with_name("agentmem")
-    known = shutil.which("agentmem")
+    installed = shutil.which("agentmem")
     # Links are not resolved: the programs in a bin folder may all be links to one interpreter.
-    if known is not None and Path(known).absolute() == program.absolute():
+    if installed is not None and Path(installed).absolute() == program.absolute():
         return "agentmem"
     try:
         return str(program.absolute().relative_to(Path.cwd()))

@@ -131,8 +131,8 @@ def _with_langgraph_tables(url: URL) -> str | None:
     psycopg = import_module("psycopg")
     conninfo = url.set(drivername="postgresql").render_as_string(hide_password=False)
     with _source_errors(psycopg.Error), psycopg.connect(conninfo) as connection:
-        found = connection.execute("SELECT to_regclass('checkpoints'), to_regclass('checkpoint_blobs')").fetchone()
-    return conninfo if found is not None and None not in found else None
+        tables = connection.execute("SELECT to_regclass('checkpoints'), to_regclass('checkpoint_blobs')").fetchone()
+    return conninfo if tables is not None and None not in tables else None
 
 
 @contextmanager

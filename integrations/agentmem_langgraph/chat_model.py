@@ -153,8 +153,9 @@ class ChatDeltaMem(BaseChatModel):
     kv: Literal["exact", "carry"] = "exact"
     """"carry": start from the KV of the session's previous turn, computed from an older memory (docs/kv.md)."""
     cache_salt: str | None = None
-    """Calls of one salt may reuse each other's KV. None: those of one thread (`thread_id` in the config), so that
-    retries and branches do; a call without a thread then shares with no other. Name a salt to share a system prompt."""
+    """Calls with the same salt may reuse each other's KV. None: the salt is the thread (`thread_id` in the config), so
+    that retries and branches reuse KV; a call without a thread shares with no other. Set a salt to share a system
+    prompt."""
     streaming: bool = False
     """True: `invoke` streams too, for callbacks that receive tokens."""
     use_memory: bool = True
@@ -516,7 +517,7 @@ class ChatDeltaMem(BaseChatModel):
                     'kv="carry" goes on from the KV of the same thread, and this call names none, so nothing is '
                     'carried. Pass config={"configurable": {"thread_id": ...}} or cache_salt= (docs/kv.md).',
                 )
-            # A salt that nobody else has, where there is no thread: what one caller said is not for another to learn.
+            # Without a thread a unique salt: no caller may learn what another one said.
             options["cache_salt"] = f"call:{uuid4().hex}" if self._thread is None else f"thread:{self._thread}"
         history = shown = to_engine(messages, cache)
         options |= {"tools": [], "form": None}
@@ -536,7 +537,7 @@ class ChatDeltaMem(BaseChatModel):
         return _Call(self._carrier(memory), messages, shown, options)
 
     def _in_thread(self, config: RunnableConfig | None) -> Self:
-        """A copy that knows the thread of a config, of which LangChain tells a model's own methods nothing."""
+        """A copy that knows the thread of a config: LangChain does not pass the config to a model's own methods."""
         thread = ensure_config(config).get("configurable", {}).get("thread_id")
         if thread is None:
             return self

@@ -37,7 +37,7 @@ class Source(NamedTuple):
 
 
 class _Shared:
-    """An engine, None until it is loaded, and the objects that use it; `loading` is held while it loads."""
+    """An engine (None until it is loaded) and the objects that use it; the lock `loading` is held while it loads."""
 
     def __init__(self) -> None:
         self.engine: Engine | None = None
@@ -51,7 +51,7 @@ _LOCK = Lock()  # for the dictionaries; never held while something loads
 
 
 def _begin_anew() -> None:
-    """In a forked child: the parent's engines have no thread here, and its locks may be held for good."""
+    """Start afresh in a forked child: the parent's engines have no thread here, and its locks may stay held forever."""
     global _LOCK
     _LOCK = Lock()
     _SHARED.clear()

@@ -1,11 +1,11 @@
-"""Freeing content that nothing refers to, by mark and sweep over one thread.
+"""Garbage collection: deletes content that nothing refers to, by mark and sweep over one thread.
 
-Content refers to content (a list to its nodes, those to items), so what is alive is found by marking: from the
-checkpoints and pending writes of the thread down. Only one thread is looked at, in a transaction that holds its
-row alone (see `writing`), and its epoch is counted up so that no process trusts what it knew.
+Content refers to content (a list to its nodes, those to items), so live content is found by marking it from the
+thread's checkpoints and pending writes down. Only one thread is looked at, in a transaction that holds its row
+exclusively (see `writer`), and the thread's epoch is increased so that no process relies on what it remembers.
 
-Whoever only wants to know what would be freed needs no lock, if content is read before what refers to it: the
-two are committed together, so while the epoch is the same nothing that was read can have lost its referrer.
+To report what would be deleted, no lock is needed if content is read before the rows that refer to it: both are
+committed together, so while the epoch stays the same, nothing that was read can have lost its reference.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from agentmem_sql.schema import Tables
 
 
 class Content(NamedTuple):
-    """The content of a thread: its digests, and for those that refer to others to which."""
+    """The content of a thread: its digests, and the references of those that have any."""
 
     digests: Set[bytes]
     links: Mapping[bytes, Collection[bytes]]
@@ -50,11 +50,11 @@ class Sweeper:
         self._weigh = select(func.sum(func.length(blobs.c.body))).where(chosen)
 
     def free_replaced(self, connection: Connection, thread: int, replaced: Collection[bytes]) -> bool:
-        """Free what pending writes held that were replaced; says whether the whole thread had to be swept for it.
+        """Free what replaced pending writes held; says whether the whole thread had to be swept for that.
 
-        Content of a write's own (see `list_tree.own_body`) is deleted at once: nobody else refers to it and no process
-        relies on its being there, so the epoch stays. Databases that older versions wrote hold other content as well,
-        and so do values that are too large for one row.
+        Content that belongs to one write (see `list_tree.own_body`) is deleted at once: nothing else refers to it and
+        no process relies on it, so the epoch stays the same. Databases written by older versions hold other content
+        too, and so do values that are too large for one row.
         """
         own = set(connection.execute(self._own, {"of": thread, "digests": sorted(replaced)}).scalars())
         if own != set(replaced):
@@ -77,16 +77,16 @@ class Sweeper:
         self.free(connection, thread, unreachable(content, roots))
 
     def free(self, connection: Connection, thread: int, dead: Collection[bytes]) -> None:
-        """Delete content that nothing refers to, and count the thread's epoch up."""
+        """Delete content that nothing refers to, and increase the thread's epoch."""
         for part in chunks(sorted(dead)):
             connection.execute(self._free, {"of": thread, "digests": part})
         connection.execute(self._count_up, {"of": thread})
 
     def content(self, connection: Connection, thread: int) -> Content:
-        """What a thread has, whether anything refers to it or not.
+        """Everything stored in a thread, whether anything refers to it or not.
 
         Raises:
-            StorageError: what some of it refers to cannot be told.
+            StorageError: some content cannot be read, so that its references are unknown.
         """
         of = {"of": thread}
         digests = set(connection.execute(self._all, of).scalars())
@@ -95,7 +95,7 @@ class Sweeper:
 
     def _links(self, digest: bytes, kind: int, stored: bytes) -> frozenset[bytes]:
         body = self._protection.decrypt(stored)
-        if self._protection.digest(kind, body) != digest:  # what it referred to would be taken for dead
+        if self._protection.digest(kind, body) != digest:  # otherwise what it refers to would count as unreachable
             raise StorageError(
                 "a stored list of the thread is not what was stored (its digest differs), so what it refers to is "
                 "unknown and nothing was taken out; restore the database from a backup, or delete the thread"
@@ -103,13 +103,13 @@ class Sweeper:
         return frozenset(parse(kind, body).links)
 
     def weigh(self, connection: Connection, thread: int, digests: Collection[bytes]) -> int:
-        """The bytes that content takes as it is stored, without what the database adds."""
+        """The stored size of content in bytes, without the database's own overhead."""
         parts = (connection.execute(self._weigh, {"of": thread, "digests": part}) for part in chunks(sorted(digests)))
         return sum(int(size.scalar_one() or 0) for size in parts)
 
 
 def referred(packed: bytes, history: bytes | None) -> Iterable[bytes]:
-    """The content that a checkpoint's row names, out of its columns `content` and `history`."""
+    """The content that a checkpoint's row refers to in its columns `content` and `history`."""
     yield from unpack_content(packed).values()
     if history is not None:
         yield history
@@ -118,7 +118,7 @@ def referred(packed: bytes, history: bytes | None) -> Iterable[bytes]:
 def referred_contents(
     contents: Mapping[bytes, tuple[int, bytes]], roots: Iterable[bytes]
 ) -> dict[bytes, tuple[int, bytes]]:
-    """Of new content, given as digest -> (kind, body), what the roots refer to."""
+    """The part of new content, given as digest -> (kind, body), that the roots refer to."""
     found: dict[bytes, tuple[int, bytes]] = {}
     pending = set(roots) & contents.keys()
     while pending:
@@ -129,7 +129,7 @@ def referred_contents(
 
 
 def unreachable(content: Content, roots: Iterable[bytes]) -> set[bytes]:
-    """What of a thread's content cannot be reached from the roots."""
+    """The part of a thread's content that cannot be reached from the roots."""
     alive: set[bytes] = set()
     pending = set(roots)
     while pending:

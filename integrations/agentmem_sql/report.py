@@ -1,7 +1,7 @@
-"""How many bytes threads and databases take.
+"""Reports how many bytes threads and databases take.
 
-Of content the bodies are counted, of rows the columns that hold bytes. What a database adds to both (keys, indexes,
-page headers, free space) differs from one to the other, and is in the size that the database itself tells.
+Counted are the bodies of content, and the columns of rows that hold bytes. What a database adds to both (keys, indexes,
+page headers, free space) differs between databases, and is included in the size that the database itself reports.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ Order = Literal["bytes", "checkpoints", "idle"]
 
 @dataclass(frozen=True, kw_only=True)
 class ThreadSize:
-    """What a thread takes.
+    """The size of a thread.
 
     Attributes:
-        thread_id: its name.
-        checkpoints: how many it has, in all namespaces.
-        namespaces: of checkpoints: 1 where no subgraph has any.
-        pending_writes: how many.
-        blobs: distinct pieces of content.
-        content_bytes: of their bodies, as stored.
-        row_bytes: of its rows.
-        oldest: when the checkpoint was stored that has been there longest; None where there is none.
-        newest: when the last checkpoint was stored.
+        thread_id: the thread's id.
+        checkpoints: number of checkpoints, in all namespaces.
+        namespaces: number of namespaces with checkpoints: 1 if no subgraph has any.
+        pending_writes: number of pending writes.
+        blobs: number of distinct pieces of content.
+        content_bytes: size of their bodies, as stored.
+        row_bytes: size of its rows.
+        oldest: when its oldest checkpoint was stored; None if it has none.
+        newest: when its newest checkpoint was stored.
     """
 
     thread_id: str
@@ -63,7 +63,7 @@ class ThreadSize:
 
     @property
     def bytes(self) -> int:
-        """Content and rows."""
+        """Size of content and rows."""
         return self.content_bytes + self.row_bytes
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,19 +74,19 @@ class ThreadSize:
 
 @dataclass(frozen=True, kw_only=True)
 class StorageReport:
-    """What the threads of a database take.
+    """The size of the threads in a database.
 
     Attributes:
-        threads: as many as `limit` allows; the sums are over all threads.
-        thread_count: how many threads there are.
-        checkpoints: of all threads.
-        pending_writes: of all threads.
-        blobs: of all threads.
-        content_bytes: of all threads.
-        row_bytes: of all threads.
-        database_bytes: what the database says it takes: on SQLite the file, else these tables with their indexes.
-            MySQL says what it found when it last looked, which may be a while ago.
-        free_bytes: of these, what is free for new rows; None where the database does not tell (PostgreSQL).
+        threads: the first threads, up to `limit`; the sums cover all threads.
+        thread_count: number of threads.
+        checkpoints: number of checkpoints of all threads.
+        pending_writes: number of pending writes of all threads.
+        blobs: number of distinct pieces of content of all threads.
+        content_bytes: size of the content of all threads.
+        row_bytes: size of the rows of all threads.
+        database_bytes: the size that the database reports: on SQLite that of the file, elsewhere that of these tables
+            with their indexes. MySQL reports its last statistics, which may be old.
+        free_bytes: the part of it that is free for new rows; None if the database does not report it (PostgreSQL).
     """
 
     threads: tuple[ThreadSize, ...]
@@ -101,7 +101,7 @@ class StorageReport:
 
     @property
     def bytes(self) -> int:
-        """Content and rows of all threads."""
+        """Size of content and rows of all threads."""
         return self.content_bytes + self.row_bytes
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def storage_report(database: Database, limit: int | None, order: Order) -> Stora
     """See `SQLAlchemySaver.storage_report`.
 
     Raises:
-        ConfigError: a limit below 1, or another order.
+        ConfigError: `limit` is below 1, or `order` is unknown.
     """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ConfigError(f"expected `limit` to be a number of threads from 1 up, or None for all, found {limit!r}")
@@ -152,7 +152,7 @@ def _report(connection: Connection, tables: Tables, limit: int | None, order: Or
 
 
 def _time(milliseconds: int) -> datetime:
-    """A column `created` as a time."""
+    """The time that a value of the column `created` stands for."""
     return datetime.fromtimestamp(milliseconds / 1000, UTC)
 
 
@@ -163,7 +163,7 @@ def row_bytes(table: Table) -> ColumnElement[int]:
 
 
 def thread_bytes(tables: Tables, thread: BindParameter[int]) -> Select[int]:
-    """The bytes of everything that a thread has, its own row included."""
+    """The size of everything in a thread, including its own row."""
 
     def of_thread(size: ColumnElement[int], table: Table) -> ColumnElement[int]:
         return func.coalesce(select(func.sum(size)).where(table.c.thread == thread).scalar_subquery(), 0)
@@ -203,7 +203,7 @@ def _statement(tables: Tables) -> Select[Any]:
 
 
 def _database_size(connection: Connection, tables: Tables) -> tuple[int, int | None]:
-    """What the database says that it takes (SQLite) or that these tables take, and what of it is free if it tells."""
+    """The size of the database (SQLite) or of these tables, and the free part of it if the database reports it."""
     if connection.dialect.name == "sqlite":
         pages, size, free = (
             connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()

@@ -1,8 +1,9 @@
-"""What stays of a thread, and for how long: policies, the threads they concern, and the sweep over them.
+"""Retention: policies for how long threads and checkpoints are kept, and the sweep that applies them.
 
-One statement finds the threads in which there is something to do; most have nothing, and are not locked. What goes is
-decided when the thread is locked, on what it has then. Each thread is a transaction of its own, so a sweep that is
-broken off has done whole threads, and the next one goes on with the others.
+One statement finds the threads in which something has to be deleted; most have nothing to delete and are not locked.
+What is deleted from a thread is decided when the thread is locked, from its content at that moment. Each thread is a
+separate transaction, so an interrupted sweep has finished some threads completely, and the next sweep goes on with the
+others.
 """
 
 from __future__ import annotations
@@ -33,19 +34,19 @@ _PAGE = 500
 
 @dataclass(frozen=True, kw_only=True)
 class Retention:
-    """What is to stay. At least one of the three; a checkpoint stays if every one that is given lets it.
+    """What to keep. At least one rule must be given; a checkpoint is kept if every given rule lets it stay.
 
     Attributes:
-        max_checkpoints: this many of each namespace of a thread stay, the newest (the main graph is a namespace, and
-            so is every subgraph).
-        max_age: a checkpoint that was stored longer ago goes, but the newest of each namespace stays.
-        idle: a thread whose last checkpoint was stored longer ago is deleted, with everything it has. One that has no
-            checkpoint, only writes that wait for one, is as old as the id of that checkpoint says.
+        max_checkpoints: keep this many checkpoints, the newest, in each namespace of a thread (the main graph is a
+            namespace, and so is every subgraph).
+        max_age: delete checkpoints that were stored longer ago than this, except the newest of each namespace.
+        idle: delete threads whose last checkpoint was stored longer ago than this, with everything in them. A thread
+            without checkpoints, which has only writes that wait for one, is as old as the id of that checkpoint says.
 
-    A checkpoint of a subgraph's call goes with the checkpoint of the main graph that called it.
+    A checkpoint of a subgraph's call is deleted together with the checkpoint of the main graph that called it.
 
     Raises:
-        ConfigError: none is given, or one is not above zero.
+        ConfigError: no rule is given, or a value is not above zero.
     """
 
     max_checkpoints: int | None = None
@@ -68,14 +69,15 @@ class Retention:
 
 @dataclass(frozen=True, kw_only=True)
 class RetentionReport:
-    """What a sweep did, or would do.
+    """What a sweep deleted, or would delete.
 
     Attributes:
-        dry_run: whether nothing was done.
-        threads: the threads that something went of.
-        failed: threads that hold something else than was stored, and why; nothing of them went.
-        kept: checkpoints that are left in all threads that were asked for, those without anything to do included.
-        threads_kept: of these threads, those that are left.
+        dry_run: whether nothing was changed.
+        threads: the threads from which something was deleted.
+        failed: threads whose stored data is damaged, and how; nothing was deleted from them.
+        kept: checkpoints that are left in all threads that the sweep covered, including those without anything to
+            delete.
+        threads_kept: how many of these threads are left.
     """
 
     dry_run: bool
@@ -86,17 +88,17 @@ class RetentionReport:
 
     @property
     def removed(self) -> int:
-        """Checkpoints that went."""
+        """The number of deleted checkpoints."""
         return sum(thread.removed for thread in self.threads)
 
     @property
     def threads_deleted(self) -> int:
-        """Threads that went with everything they had."""
+        """The number of threads that were deleted completely."""
         return sum(thread.deleted for thread in self.threads)
 
     @property
     def bytes_freed(self) -> int:
-        """That content and rows take less, without what the database adds."""
+        """How many bytes less content and rows take, without the database's own overhead."""
         return sum(thread.bytes_freed for thread in self.threads)
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,7 +109,7 @@ class RetentionReport:
 
 @dataclass(frozen=True)
 class _Limits:
-    """A policy at a moment: what is to go. Times are as in the column `created`, and what is below one is too old."""
+    """A policy at one moment. Times are as in the column `created`; what is below one of them is too old."""
 
     count: int | None
     oldest: int | None
@@ -116,7 +118,7 @@ class _Limits:
     serde: SerializerProtocol
 
     def choose(self, rows: Mapping[Key, Row], awaited: Collection[Key]) -> Collection[Key] | None:
-        """Of all checkpoints of a thread, those that go; None where the whole thread does."""
+        """The checkpoints to delete, out of all checkpoints of a thread; None to delete the whole thread."""
         if self.alive is not None:
             times = [row["created"] for row in rows.values()] or [_made_at(name) for _, name in awaited]
             if max(times, default=0) < self.alive:
@@ -144,9 +146,9 @@ class _Limits:
         return too_many or (self.oldest is not None and row["created"] < self.oldest)
 
     def _caller(self, row: Row) -> Key | None:
-        """The checkpoint of the main graph that a subgraph's call belongs to; None where it is no call's."""
+        """The checkpoint of the main graph that called this row's subgraph; None if the row is of no such call."""
         ns = decode_text(row["ns"] if row["ns_name"] is None else row["ns_name"])
-        if ":" not in ns.rpartition("|")[2]:  # where the graph keeps a subgraph's thread, its name stands alone
+        if ":" not in ns.rpartition("|")[2]:  # a subgraph with a thread of its own: the namespace is its name alone
             return None
         metadata: Mapping[str, Any] = load(self.serde, self.protection.decrypt(row["metadata"]))
         caller = (metadata.get("parents") or {}).get("")
@@ -162,10 +164,10 @@ def sweep(
     dry_run: bool,
     now: datetime | None,
 ) -> RetentionReport:
-    """Apply a policy to threads, or only say what that comes to.
+    """Apply a policy to threads, or only report what that would do.
 
     Raises:
-        ConfigError: `thread_ids` is one string or holds something that is no id, or `now` has no time zone.
+        ConfigError: `thread_ids` is a single string or holds something that is not an id, or `now` has no time zone.
     """
     if now is not None and now.tzinfo is None:
         raise ConfigError(f"expected `now` with a time zone, found {now!r}; use datetime.now(UTC)")
@@ -187,7 +189,7 @@ def sweep(
                 except UnreadableThreadError as error:
                     failed[thread_id] = str(error)
                 else:
-                    if taken.removed or taken.deleted:  # else it was written or swept since it was found
+                    if taken.removed or taken.deleted:  # otherwise the thread was written or swept meanwhile
                         results.append(taken)
     counts = [database.run(partial(_count, tables=tables, keys=scope)) for scope in scopes]
     threads_kept, kept = sum(threads for threads, _ in counts), sum(checkpoints for _, checkpoints in counts)
@@ -198,15 +200,15 @@ def sweep(
 
 
 def _earlier(now: datetime, span: timedelta | None) -> int | None:
-    """In milliseconds since 1970. Not as a datetime, which has no room for `timedelta.max`."""
+    """The time before `now` in milliseconds since 1970; a datetime could not hold `timedelta.max`."""
     epoch = datetime.fromtimestamp(0, UTC)
     return None if span is None else (now - epoch) // timedelta(milliseconds=1) - span // timedelta(milliseconds=1)
 
 
 def _made_at(checkpoint_id: bytes) -> int:
-    """When a checkpoint was made, in milliseconds since 1970, as LangGraph's ids say (UUIDs of version 6, or 7).
+    """When a checkpoint was made, in milliseconds since 1970, read from LangGraph's ids (UUIDs of version 6 or 7).
 
-    0 for an id that says nothing: writes that wait for such a checkpoint hold no thread back.
+    0 for an id without a time: writes that wait for such a checkpoint do not keep a thread.
     """
     try:
         bits = UUID(checkpoint_id.decode()).int
@@ -222,10 +224,10 @@ def _made_at(checkpoint_id: bytes) -> int:
 def _page(
     connection: Connection, tables: Tables, limits: _Limits, keys: Sequence[bytes] | None, after: int
 ) -> tuple[list[str], int | None]:
-    """Some of the threads that have something to do, and the number to go on after (None: done)."""
+    """One page of the threads that have something to delete, and the number to continue after (None: no more)."""
     threads, checkpoints, writes = tables.threads, tables.checkpoints, tables.writes
     stored = exists().where(checkpoints.c.thread == threads.c.number)
-    # Not `max`, which PostgreSQL has for no bytes. LangGraph's ids sort by time.
+    # Not `max`, which PostgreSQL lacks for bytes. LangGraph's ids sort by time.
     waiting = select(writes.c.checkpoint).where(writes.c.thread == threads.c.number)
     newest = waiting.order_by(writes.c.checkpoint.desc()).limit(1).correlate(threads).scalar_subquery()
     awaited = case((~stored, newest), else_=null())
@@ -236,13 +238,13 @@ def _page(
         .limit(_PAGE)
     )
     rows = connection.execute(query if keys is None else query.where(threads.c.key.in_(keys))).all()
-    # Writes that wait for a checkpoint may be those of a run that has just begun.
+    # Writes that wait for a checkpoint may belong to a run that has just begun.
     due = [row for row in rows if row.stored or _made_at(row.awaited or b"") < (limits.alive or 0)]
     return [decode_text(row.name) for row in due], rows[-1].number if len(rows) == _PAGE else None
 
 
 def _conditions(tables: Tables, limits: _Limits) -> Iterator[ColumnElement[bool]]:
-    """What holds of a thread that has something to do; needs no row of it, only indexes."""
+    """The conditions for a thread to have something to delete; they need only indexes, no rows."""
     threads, checkpoints = tables.threads, tables.checkpoints
     newer = checkpoints.alias()
     here = checkpoints.c.thread == threads.c.number
@@ -260,7 +262,7 @@ def _conditions(tables: Tables, limits: _Limits) -> Iterator[ColumnElement[bool]
 
 
 def _count(connection: Connection, tables: Tables, keys: Sequence[bytes] | None) -> tuple[int, int]:
-    """How many threads there are, and how many checkpoints they have."""
+    """The number of threads, and the number of their checkpoints."""
     threads, checkpoints = tables.threads, tables.checkpoints
     thread_count = select(func.count()).select_from(threads)
     checkpoint_count = select(func.count()).select_from(checkpoints)

@@ -1,8 +1,8 @@
 """Copying threads from any LangGraph checkpointer into a `SQLAlchemySaver`, through LangGraph's public interface.
 
-A thread is copied checkpoint by checkpoint, in the order of their ids, so parents first, and of each its pending writes
-before the checkpoint itself. So a copy that is interrupted leaves threads as they were at an earlier time, and the next
-one goes on from there. One checkpoint is held at a time.
+A thread is copied checkpoint by checkpoint in the order of their ids, so parents come first; and the pending writes of
+a checkpoint are copied before the checkpoint itself. So a copy that is interrupted leaves threads as they were at an
+earlier time, and the next copy continues there. Only one checkpoint at a time is in memory.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ Saver = BaseCheckpointSaver[Any]
 Key = tuple[str, str]  # a checkpoint's namespace and id
 OnThread = Callable[[str], object]
 
-_NAMED = 3  # failures that an error message names
+_NAMED = 3  # failures listed in an error message
 
-# What a value that cannot be read or stored raises, in any serializer: the other threads go on. Errors of a source's
-# driver are not among them, and what has one of the second kind for its cause concerns every thread.
+# Errors of values that cannot be read or stored, in any serializer: the other threads are still copied. Errors of a
+# source's driver are not among them; an error caused by one of those concerns every thread.
 _OF_A_THREAD = (StorageError, TypeError, ValueError, LookupError, AttributeError)
 _OF_ALL = (DBAPIError, PoolTimeout, OSError)
 
@@ -51,11 +51,11 @@ class TransferReport:
     """What was copied.
 
     Attributes:
-        threads: how many threads were looked at.
-        checkpoints: how many were copied.
-        writes: how many pending writes were copied.
-        skipped: how many threads had nothing new.
-        failures: the threads that were not, or not wholly, copied, and why.
+        threads: number of threads that were examined.
+        checkpoints: number of checkpoints that were copied.
+        writes: number of pending writes that were copied.
+        skipped: number of threads that had nothing new.
+        failures: the threads that were not copied completely, and why.
     """
 
     threads: int = 0
@@ -69,7 +69,7 @@ class TransferError(StorageError):
     """Some threads could not be copied; the others were.
 
     Attributes:
-        report: what was copied, and for each thread that was not the error.
+        report: what was copied, and the error of each thread that was not.
     """
 
     def __init__(self, report: TransferReport) -> None:
@@ -86,30 +86,30 @@ def copy_threads(
     thread_ids: Sequence[str] | None = None,
     on_thread: OnThread | None = None,
 ) -> TransferReport:
-    """Copy threads with all checkpoints, metadata and pending writes, as they are.
+    """Copy threads with all checkpoints, metadata and pending writes, unchanged.
 
-    What the target has already is not copied again: repeat the call after an interruption, or to fetch what came in
-    since. A thread that went on in the target alone is left alone.
+    What the target already has is not copied again: repeat the call after an interruption, or to copy what is new in
+    the source. A thread that has new checkpoints only in the target is left alone.
 
     Args:
-        source: any LangGraph checkpointer with synchronous methods, such as SqliteSaver, PostgresSaver,
-            InMemorySaver, or a SQLAlchemySaver that is encrypted otherwise.
-        target: where to.
-        thread_ids: which threads; None for all.
-        on_thread: called with each thread's id when it is done, for showing progress.
+        source: any LangGraph checkpointer with synchronous methods, such as SqliteSaver, PostgresSaver or
+            InMemorySaver, or a SQLAlchemySaver with other protection.
+        target: the saver to copy to.
+        thread_ids: the threads to copy; None for all.
+        on_thread: called with each thread's id when it is done, to show progress.
 
     Returns:
-        What was copied, if all of it was.
+        What was copied, if there was no failure.
 
     Raises:
-        TransferError: some threads could not be copied (its `report` says why): they went on in both places or
-            are two different ones, they hold a value that is damaged or that the target does not store, or
-            the source does not have them. All others were copied.
-        StorageError: the target cannot be written. Errors of the source's driver come through as they are.
-        ConfigError: `thread_ids` is one string or holds no ids.
+        TransferError: some threads could not be copied (its `report` says why): both sides have new checkpoints, or
+            hold two different threads of one id; a value is damaged, or the target cannot store it; or the source does
+            not have the thread. All others were copied.
+        StorageError: the target cannot be written. Errors of the source's driver are raised unchanged.
+        ConfigError: `thread_ids` is a single string or holds something that is not an id.
     """
     threads: dict[Any, _Outlines] = {thread: {} for thread in check_ids(() if thread_ids is None else thread_ids)}
-    target.setup()  # a target that cannot be opened is no failure of a thread
+    target.setup()  # first, since a target that cannot be opened is not the failure of one thread
     source = _verbatim(source, target.serde)
     report = TransferReport()
     for thread, outlines in (_outlines(source, None) if thread_ids is None else threads).items():
@@ -140,9 +140,9 @@ async def acopy_threads(
     thread_ids: Sequence[str] | None = None,
     on_thread: OnThread | None = None,
 ) -> TransferReport:
-    """`copy_threads` for a task, in another thread, where LangGraph's asynchronous checkpointers answer, too.
+    """As `copy_threads`, in another thread, from which LangGraph's asynchronous checkpointers can also be called.
 
-    A task that is cancelled ends when the thread that is being copied is.
+    If the task is cancelled, it ends after the thread that is being copied.
     """
     stopped = Event()
 
@@ -191,7 +191,7 @@ def _copy_thread(
             continue
         yield key
         read = source.get_tuple(_at(thread, key))
-        if read is None:  # it was taken out since the thread was listed
+        if read is None:  # it was deleted since the thread was listed
             continue
         if key not in here and (key[0], parent) not in there:
             _refuse_pruned(source, read)

@@ -139,9 +139,9 @@ class Vocabulary:
         """
         count = len(tokenizer)
         texts = (tokenizer.decode([token]) for token in range(count))
-        found = sorted({text[1:] for text in texts if text[:1] == " " and _PLAIN_WORD.fullmatch(text[1:])})
-        lower = dict.fromkeys([*_WORDS, *(word for word in found if word.islower())])
-        upper = dict.fromkeys([*_FIRST_NAMES, *(word for word in found if word[0].isupper())])
+        words = sorted({text[1:] for text in texts if text[:1] == " " and _PLAIN_WORD.fullmatch(text[1:])})
+        lower = dict.fromkeys([*_WORDS, *(word for word in words if word.islower())])
+        upper = dict.fromkeys([*_FIRST_NAMES, *(word for word in words if word[0].isupper())])
         return cls(tuple(lower), tuple(upper))
 
 

@@ -11,12 +11,14 @@ import sqlalchemy
 from alembic.autogenerate import compare_metadata, produce_migrations, render_python_code
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
+from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from sqlalchemy import Connection, NullPool, create_engine, inspect
 
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.database import Database
 from agentmem_sql.migrations import MIGRATIONS, Migration
+from agentmem_sql.protection import Protection
 from agentmem_sql.schema import Tables, metadata
 from agentmem_sql.statements import add_rows
 from tests.helpers.sql_cases import config, finish, put, start_child
@@ -116,21 +118,21 @@ def test_other_versions_are_refused_and_left_alone(database_url: str, ask: Sql, 
     assert ask("SELECT name FROM agentmem_threads") == [(b"t",)]
 
 
-def test_prepare_comes_after_the_tables_and_until_it_succeeds(database_url: str, ask: Sql) -> None:
+def test_protection_is_settled_after_the_tables_and_until_it_succeeds(database_url: str, ask: Sql) -> None:
     calls = []
 
-    def prepare(connection: Connection) -> None:
-        calls.append(1)
-        add_rows(connection, tables.settings, [{"name": b"n", "value": b"%d" % len(calls)}], replace=False)
-        if len(calls) < 3:
-            raise LookupError("not yet")
+    class Failing(Protection):
+        def settle(self, connection: Connection, tables: Tables) -> None:
+            calls.append(1)
+            add_rows(connection, tables.settings, [{"name": b"n", "value": b"%d" % len(calls)}], replace=False)
+            if len(calls) < 3:
+                raise LookupError("not yet")
 
-    tables = Tables()
-    database = Database(database_url, tables=tables, prepare=prepare)
+    database = Database(database_url, tables=Tables(), protection=Failing(JsonPlusSerializer(), None))
     with pytest.raises(LookupError):
-        database.run(lambda _: pytest.fail("prepare comes first"))
+        database.run(lambda _: pytest.fail("this comes first"))
     with pytest.raises(LookupError):
-        database.run(lambda _: pytest.fail("prepare comes first"))
+        database.run(lambda _: pytest.fail("this comes first"))
     for _ in range(2):
         database.run(lambda connection: connection.exec_driver_sql("SELECT 1").all())
     database.close()

@@ -39,7 +39,9 @@ from sqlalchemy.pool import Pool, StaticPool
 from agentmem.errors import StorageError
 from agentmem_sql import db_errors
 from agentmem_sql.engines import SYNCHRONOUS, Source, make_engine, safe_url, source_of
+from agentmem_sql.message_cache import ThreadCache
 from agentmem_sql.migrations import MIGRATIONS, Migration, alone, is_current, migrate
+from agentmem_sql.protection import Protection
 from agentmem_sql.schema import Tables
 from agentmem_sql.statements import change, check_mysql, enable_wal
 
@@ -72,10 +74,8 @@ class Database:
         synchronous: str = "FULL",
         engine_options: Mapping[str, Any] | None = None,
         must_exist: bool = False,
-        prepare: Callable[[Connection], None] | None = None,
-        is_prepared: Callable[[Connection], bool] | None = None,
-        on_lost: Callable[[], None] | None = None,
-        on_fork: Callable[[], None] | None = None,
+        protection: Protection | None = None,
+        cache: ThreadCache | None = None,
         migrations: Sequence[Migration] = MIGRATIONS,
     ) -> None:
         """Take a URL, or an engine of the caller's, which keeps its settings and is never disposed of.
@@ -86,13 +86,10 @@ class Database:
             synchronous: how SQLite's files are synchronised: OFF, NORMAL, FULL or EXTRA.
             engine_options: more arguments for `create_engine`, for an engine made here.
             must_exist: make neither file nor tables, and refuse a database that has none.
-            prepare: called in a write transaction once the tables are there, before the first work, by one process
-                and one thread at a time. If it raises, the next call begins with it again. First calls that come at
-                the same time may each call it.
-            is_prepared: asked before, as a read, whether `prepare` is needed at all: who only reads waits for no
-                writer then.
-            on_lost: called when a connection turns out to be lost, before anything is run again.
-            on_fork: called in a process that was forked from this one, while it has one thread.
+            protection: settled once the tables are there, before the first work, by one process and one thread at a
+                time; where that fails the next call begins with it again. Who only reads a database that is settled
+                waits for no writer.
+            cache: forgets everything when a connection turns out to be lost, and in a process that was forked.
             migrations: what makes the tables.
 
         Raises:
@@ -108,10 +105,8 @@ class Database:
         self._synchronous = synchronous.upper()
         self._source = source_of(engine, engine_options)
         self._must_exist = must_exist
-        self._prepare = prepare
-        self._is_prepared = is_prepared
-        self._on_lost = on_lost
-        self._on_fork = on_fork
+        self._protection = protection
+        self._cache = cache
         self._migrations = migrations
         self._anchor: sqlite3.Connection | None = None
         if self._source.in_memory:
@@ -157,8 +152,8 @@ class Database:
         kind = "lost" if error.connection_invalidated else "unprepared" if db_errors.is_unprepared(error) else ""
         number = failures[kind] = failures.get(kind, 0) + 1
         if kind == "lost":  # the pool has dropped that connection, and all that are as old
-            if self._on_lost is not None:
-                self._on_lost()
+            if self._cache is not None:
+                self._cache.forget_all()
             if number <= _RECONNECTS:
                 return 0.0
         elif kind == "unprepared" and number <= _MOST_UNPREPARED:
@@ -193,8 +188,8 @@ class Database:
         self._inherited = True
         if self._queue is not None:
             self._queue = _queue_of(self._source)
-        if self._on_fork is not None:
-            self._on_fork()
+        if self._cache is not None:
+            self._cache.after_fork()
 
     def _connect(self) -> _Transactions:
         with self._making:
@@ -215,9 +210,10 @@ class Database:
         if not transactions.read(lambda connection: is_current(connection, self.tables, self._migrations)):
             with connect(transactions.writer) as connection:
                 migrate(connection, self.tables, transactions.write_on, self._migrations)
-        if self._prepare is not None and not (self._is_prepared and transactions.read(self._is_prepared)):
+        protection = self._protection
+        if protection is not None and not transactions.read(partial(protection.is_settled, tables=self.tables)):
             with connect(transactions.writer) as connection:
-                alone(connection, self.tables, transactions.write_on, self._prepare)
+                alone(connection, self.tables, transactions.write_on, partial(protection.settle, tables=self.tables))
         self._ready = True
 
     def _in_turn(self, do: Callable[[], T], *, write: bool) -> T:

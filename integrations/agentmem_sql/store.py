@@ -53,15 +53,7 @@ class Store:
         """Open nothing yet; the engine and the options are those of `Database`, `cache_bytes` of the cache."""
         self.protection = protection
         self.cache = ThreadCache(cache_bytes)
-        self.database = Database(
-            engine,
-            tables=tables,
-            prepare=partial(protection.settle, tables=tables),
-            is_prepared=partial(protection.is_settled, tables=tables),
-            on_lost=self.cache.forget_all,
-            on_fork=self.cache.after_fork,
-            **options,
-        )
+        self.database = Database(engine, tables=tables, protection=protection, cache=self.cache, **options)
         # A clone of the saver has another serializer, which may read the same bytes as something else.
         self._templates: WeakKeyDictionary[SerializerProtocol, DecodeTemplates] = WeakKeyDictionary()
         self.reader = Reader(tables, protection, self.cache)

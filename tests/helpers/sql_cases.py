@@ -34,6 +34,18 @@ def put(saver: Any, to: RunnableConfig, values: dict[str, Any] | None = None, **
     return saver.put(to, made, {"source": "loop", "step": 0, **metadata}, made["channel_versions"])
 
 
+def get(saver: Any, at: RunnableConfig) -> CheckpointTuple:
+    """A checkpoint that must be there."""
+    found: CheckpointTuple | None = saver.get_tuple(at)
+    assert found is not None
+    return found
+
+
+def read(saver: Any, at: RunnableConfig) -> dict[str, Any]:
+    """The channel values of a checkpoint, as they are read now."""
+    return get(saver, at).checkpoint["channel_values"]
+
+
 def memory(fill: int, size: int = 9216) -> dict[str, Any]:
     """The shape of a memory state as graphs carry it: a plain dict around bytes."""
     return {"v": 1, "dtype": "float32", "shape": [36, 1, 8, 8], "matrices": bytes([fill % 256]) * size}

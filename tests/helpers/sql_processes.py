@@ -104,18 +104,20 @@ def write(say: Say, url: str, own: str, stop: str) -> None:
 
 
 def fork(_: Say, url: str) -> None:
-    """Fork with a saver open that was used in both modes; both processes use and close it, the other one first."""
+    """Fork with a saver open that was used in both modes; both processes use it at the same time, and close it."""
     saver = SQLAlchemySaver.from_url(url)
     put(saver, config("parent"), {"x": 1})
     asyncio.run(aput(saver, "parent", x=1))
 
     def use(thread: str) -> None:
-        put(saver, config(thread), {"x": 2})
-        asyncio.run(aput(saver, thread, x=2))
+        for x in range(10):
+            put(saver, config(thread), {"x": x})
+        asyncio.run(aput(saver, thread, x=10))
         saver.close()
 
-    assert wait(_forked(lambda: use("child"))) == 0
+    child = _forked(lambda: use("child"))
     use("parent")
+    assert wait(child) == 0
 
 
 # The template.

@@ -192,34 +192,21 @@ def _empty_database(backend: str, folder: Path, usual_database: Callable[[str], 
     usual_database(backend).empty()
 
 
-@pytest.fixture(params=BACKENDS)
-def database_url(
-    request: pytest.FixtureRequest, tmp_path: Path, usual_database: Callable[[str], ServerDatabase]
-) -> Iterator[str]:
-    """A database without a row on each of the three; tables may be there."""
-    with _empty_database(request.param, tmp_path, usual_database) as url:
-        yield url
+def _url_on(*backends: str) -> Any:
+    """A fixture: the URL of a database without a row on each of these in turn; tables may be there."""
+
+    @pytest.fixture(params=backends if len(backends) > 1 else None)
+    def empty_url(
+        request: pytest.FixtureRequest, tmp_path: Path, usual_database: Callable[[str], ServerDatabase]
+    ) -> Iterator[str]:
+        with _empty_database(getattr(request, "param", backends[0]), tmp_path, usual_database) as url:
+            yield url
+
+    return empty_url
 
 
-@pytest.fixture
-def postgresql_url(tmp_path: Path, usual_database: Callable[[str], ServerDatabase]) -> Iterator[str]:
-    with _empty_database("postgresql", tmp_path, usual_database) as url:
-        yield url
-
-
-@pytest.fixture
-def mysql_url(tmp_path: Path, usual_database: Callable[[str], ServerDatabase]) -> Iterator[str]:
-    with _empty_database("mysql", tmp_path, usual_database) as url:
-        yield url
-
-
-@pytest.fixture(params=("postgresql", "mysql"))
-def server_url(
-    request: pytest.FixtureRequest, tmp_path: Path, usual_database: Callable[[str], ServerDatabase]
-) -> Iterator[str]:
-    """As `database_url`, on the servers alone."""
-    with _empty_database(request.param, tmp_path, usual_database) as url:
-        yield url
+database_url, server_url = _url_on(*BACKENDS), _url_on("postgresql", "mysql")
+postgresql_url, mysql_url = _url_on("postgresql"), _url_on("mysql")
 
 
 @pytest.fixture
@@ -242,9 +229,14 @@ def _run(connection: Connection, statement: str, parameters: dict[str, Any]) -> 
 
 
 @pytest.fixture
-def end_sessions(usual_database: Callable[[str], ServerDatabase]) -> Callable[[str], int]:
-    """`end_sessions(url)` has the server end every connection to the database; gives how many there were."""
-    return lambda url: usual_database(make_url(url).get_backend_name()).end_sessions()
+def sessions(usual_database: Callable[[str], ServerDatabase]) -> Callable[[str], int]:
+    """`sessions(url)` is how many connections to the database there are; with `end=True` the server ends them."""
+
+    def count(url: str, *, end: bool = False) -> int:
+        database = usual_database(make_url(url).get_backend_name())
+        return database.end_sessions() if end else len(database.sessions())
+
+    return count
 
 
 @pytest.fixture(scope="session")

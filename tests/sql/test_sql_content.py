@@ -27,8 +27,8 @@ from langgraph.types import Command, Interrupt, Send
 from pydantic import BaseModel
 
 from agentmem_sql import SQLAlchemySaver
-from tests.helpers.sql_cases import config, memory, put
-from tests.helpers.sql_values import messages, nested, read, scalars, serialised, spelled
+from tests.helpers.sql_cases import config, get, memory, put, read
+from tests.helpers.sql_values import messages, nested, scalars, serialised, spelled
 
 Sql = Callable[..., list[Any]]
 
@@ -121,8 +121,7 @@ def test_everything_comes_back_as_the_serializer_gives_it(
         at = put(saver, at, values)
         saver.put_writes(at, list(values.items()), "task")
         for _ in range(2):
-            found = saver.get_tuple(at)
-            assert found is not None
+            found = get(saver, at)
             assert found.pending_writes is not None
             assert {name: spelled(one) for name, one in found.checkpoint["channel_values"].items()} == expected
             assert {channel: spelled(one) for _, channel, one in found.pending_writes} == expected
@@ -183,8 +182,7 @@ def test_twenty_megabytes_go_through_every_database(any_saver: SQLAlchemySaver, 
     at = put(any_saver, config(), {"x": large, "messages": [message]})
     any_saver.put_writes(at, [("x", large)], "task")
     assert ask("SELECT max(length(body)) <= 4194304 + 1 FROM agentmem_blobs")[0][0] == 1
-    found = any_saver.get_tuple(at)
-    assert found is not None
+    found = get(any_saver, at)
     assert found.checkpoint["channel_values"] == {"x": large, "messages": [message]}
     assert found.pending_writes == [("task", "x", large)]
     with SQLAlchemySaver.from_url(database_url) as cold:
@@ -216,10 +214,12 @@ def test_a_list_that_grows_while_it_is_stored_does_no_harm(url: str, wrap: Calla
 def test_nothing_is_stored_where_one_value_cannot_be(saver: SQLAlchemySaver, sql: Sql) -> None:
     at = put(saver, config(), {"x": 1})
     for value in (object(), [1, object()], ["x" * 100, object()], 2**64, [2**64], {"a": [object()]}):
-        with pytest.raises(TypeError):
-            put(saver, at, {"good": "y" * 1000, "x": value})
-        with pytest.raises(TypeError):
-            saver.put_writes(at, [("good", "y" * 1000), ("x", value)], "task")
+        with pytest.raises(TypeError, match="the value of channel 'bad' cannot be stored"):
+            put(saver, at, {"good": "y" * 1000, "bad": value})
+        with pytest.raises(TypeError, match="the value of channel 'bad' cannot be stored"):
+            saver.put_writes(at, [("good", "y" * 1000), ("bad", value)], "task")
+    with pytest.raises(TypeError, match="the metadata cannot be stored"):
+        put(saver, at, {"good": "y" * 1000}, note=object())
     assert [sql(f"SELECT count(*) FROM agentmem_{table}") for table in TABLES] == [[(1,)], [(1,)], [(1,)], [(0,)]]
     assert read(saver, put(saver, at, {"x": "y" * 1000})) == {"x": "y" * 1000}
 

@@ -14,7 +14,7 @@ from langgraph.checkpoint.serde.types import ERROR, INTERRUPT, RESUME
 
 from agentmem.errors import ConfigError, StorageError
 from agentmem_sql import Retention, SQLAlchemySaver, copy_threads
-from tests.helpers.sql_cases import checkpoint, config, memory, put
+from tests.helpers.sql_cases import checkpoint, config, get, memory, put, read
 
 EXACT = ("utf-8", "surrogatepass")
 # What users may send as ids, names and metadata: all of it is data.
@@ -93,9 +93,7 @@ def test_writes_may_arrive_before_their_checkpoint(saver: SQLAlchemySaver) -> No
     saver.put_writes(config(checkpoint_id=made["id"]), [(ERROR, "boom")], "task")
     assert saver.get_tuple(config()) is None
     saver.put(config(), made, {}, made["channel_versions"])
-    found = saver.get_tuple(config())
-    assert found is not None
-    assert found.pending_writes == [("task", ERROR, "boom")]
+    assert get(saver, config()).pending_writes == [("task", ERROR, "boom")]
 
 
 def test_a_filter_is_exact_and_counts_before_the_limit(saver: SQLAlchemySaver) -> None:
@@ -123,9 +121,7 @@ def test_many_writes_of_one_task(any_saver: SQLAlchemySaver) -> None:
     at = put(any_saver, config())
     for word in ("first", "second"):
         any_saver.put_writes(at, [("x", f"{word} {number}") for number in range(1200)], "task")
-        found = any_saver.get_tuple(at)
-        assert found is not None
-        assert found.pending_writes == [("task", "x", f"first {number}") for number in range(1200)]
+        assert get(any_saver, at).pending_writes == [("task", "x", f"first {number}") for number in range(1200)]
 
 
 def test_listing_pages_through_every_thread_newest_first(any_saver: SQLAlchemySaver) -> None:
@@ -139,15 +135,6 @@ def test_listing_pages_through_every_thread_newest_first(any_saver: SQLAlchemySa
     assert [one.config for one in any_saver.list(None, before=stored[70], limit=40)] == stored[30:70][::-1]
     assert [one.config for one in any_saver.list(stored[5])] == [stored[5]]
     assert list(any_saver.list(None, limit=0)) == []
-
-
-def test_a_thread_may_be_deleted_while_it_is_listed(saver: SQLAlchemySaver) -> None:
-    for number in range(70):
-        put(saver, config(), {"n": number})
-    listing = saver.list(config())
-    assert next(listing).checkpoint["channel_values"] == {"n": 69}
-    saver.delete_thread("t")
-    assert len(list(listing)) == 31  # the rest of the page that was read
 
 
 def test_put_replaces_a_checkpoint_of_the_same_id(saver: SQLAlchemySaver) -> None:
@@ -165,9 +152,7 @@ def test_checkpoint_comes_back_as_it_was(saver: SQLAlchemySaver) -> None:
     made = checkpoint({"none": None, "bytes": b"\0\xff", "memory": memory(3), "messages": [HumanMessage("hi", id="1")]})
     made |= {"v": 1, "versions_seen": {"node": {"none": 1}}, "updated_channels": ["none"]}
     at = saver.put(config(), made, {}, made["channel_versions"])
-    found = saver.get_tuple(at)
-    assert found is not None
-    assert found.checkpoint == made
+    assert get(saver, at).checkpoint == made
 
 
 def test_values_are_those_of_the_named_versions(saver: SQLAlchemySaver) -> None:
@@ -213,8 +198,7 @@ def test_odd_and_long_names_are_data_and_stay_apart(any_saver: SQLAlchemySaver) 
         stored[name] = (at, values)
     for name, (at, values) in stored.items():
         for asked in (config(name, ns=name), at):
-            found = any_saver.get_tuple(asked)
-            assert found is not None
+            found = get(any_saver, asked)
             assert found.config == at
             assert found.checkpoint["channel_values"] == values
             assert found.pending_writes == [(name[:25], name, "value")]
@@ -251,8 +235,7 @@ def test_odd_names_stay_apart_within_a_thread(any_saver: SQLAlchemySaver) -> Non
         assert other_found.pending_writes == [(name, name, name.encode(*EXACT))]
         earlier = [one.config for one in any_saver.list(config(), before=config(checkpoint_id=name))]
         assert [one["configurable"]["checkpoint_id"] for one in earlier] == names[:number][::-1]
-    newest = any_saver.get_tuple(config())
-    assert newest is not None
+    newest = get(any_saver, config())
     assert newest.pending_writes is not None
     assert {(task, channel): value for task, channel, value in newest.pending_writes} == {
         (name, name): name.encode(*EXACT) for name in names
@@ -310,8 +293,7 @@ def test_a_config_must_name_its_thread_and_writes_their_checkpoint(saver: SQLAlc
 def test_tuples_share_no_value(saver: SQLAlchemySaver) -> None:
     at = put(saver, config(), {"x": [1], "y": [1]})
     saver.put_writes(at, [("x", [1])], "task")
-    found = saver.get_tuple(at)
-    assert found is not None
+    found = get(saver, at)
     found.checkpoint["channel_values"]["x"].append(2)
     assert found.checkpoint["channel_values"]["y"] == [1]
     assert found.pending_writes == [("task", "x", [1])]
@@ -367,17 +349,6 @@ def test_numbers_and_uuids_are_ids(saver: SQLAlchemySaver) -> None:
     assert list(saver.list(None)) == []
 
 
-def test_a_value_that_cannot_be_stored_is_named_by_its_channel(saver: SQLAlchemySaver) -> None:
-    at = put(saver, config(), {"good": 1})
-    for value in (object(), [object()], ["x", object()]):
-        with pytest.raises(TypeError, match="the value of channel 'bad' cannot be stored"):
-            put(saver, at, {"good": 1, "bad": value})
-        with pytest.raises(TypeError, match="the value of channel 'bad' cannot be stored"):
-            saver.put_writes(at, [("good", 1), ("bad", value)], "task")
-    with pytest.raises(TypeError, match="the metadata cannot be stored"):
-        put(saver, at, {"good": 1}, note=object())
-
-
 # Writes that are there already.
 
 
@@ -393,9 +364,7 @@ def test_what_a_repeated_write_leaves_out_is_not_taken_for_stored(url: str, spec
             saver.put_writes(at, [("x", "b" * 100), ("y", "c" * 100)], "task")
         last = put(saver, at, {"value": "b" * 100})
         with SQLAlchemySaver.from_url(url) as fresh:
-            found = fresh.get_tuple(last)
-    assert found is not None
-    assert found.checkpoint["channel_values"] == {"value": "b" * 100}
+            assert read(fresh, last) == {"value": "b" * 100}
 
 
 def test_no_writes_make_no_thread(saver: SQLAlchemySaver) -> None:

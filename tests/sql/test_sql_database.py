@@ -216,7 +216,7 @@ def test_a_write_that_lost_against_others_is_run_again(request: pytest.FixtureRe
 
 @pytest.mark.parametrize("write", [False, True])
 def test_work_whose_connection_ends_is_run_once_more(
-    server_url: str, look: Sql, end_sessions: Callable[[str], int], write: bool
+    server_url: str, look: Sql, sessions: Callable[..., int], write: bool
 ) -> None:
     """In the middle of a transaction, none of which is stored twice."""
     ends, most = 0, 1
@@ -225,7 +225,7 @@ def test_work_whose_connection_ends_is_run_once_more(
         nonlocal ends
         if ends < most:
             ends += 1
-            end_sessions(server_url)
+            sessions(server_url, end=True)
 
     with SQLAlchemySaver.from_url(server_url) as saver:
         at = put(saver, config(), {"x": 1})

@@ -17,9 +17,8 @@ from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.list_tree import VALUE
 from agentmem_sql.protection import Protection
-from tests.helpers.sql_cases import checkpoint, config, finish, put, start_child
+from tests.helpers.sql_cases import checkpoint, config, finish, get, put, read, start_child
 from tests.helpers.sql_protection import PROTECTION, aes, fill
-from tests.helpers.sql_values import read
 
 Sql = Callable[..., list[Any]]
 
@@ -55,8 +54,7 @@ def test_an_encrypting_serializer_leaves_no_plain_value(url: str, path: Path, pr
     path = path.with_name("encrypted.db")
     with SQLAlchemySaver.from_url(f"sqlite:///{path}", **PROTECTION[protection]) as saver:
         at = fill_with_secrets(saver)
-        found = saver.get_tuple(at)
-        assert found is not None
+        found = get(saver, at)
         saver.copy_thread("t", "copy")
         saver.prune(["t"])
         assert [marker for marker in [*MARKERS, b"additional_kwargs", b"owner"] if marker in stored_text(path)] == []

@@ -264,9 +264,9 @@ def test_listeners_see_what_is_stored_and_read(path: Path, name: str) -> None:
     engine.dispose()
 
 
-def test_rows_that_a_listener_for_begin_lets_through(postgresql_url: str) -> None:
+def test_rows_that_a_listener_for_begin_lets_through(new_url: NewUrl) -> None:
     """Row-level security by ``SET LOCAL``, which lasts as long as a transaction: so reads must have one, too."""
-    plain = make_url(postgresql_url)
+    plain = make_url(new_url("postgresql"))
     role = f"agentmem_tenant_{plain.database}"
     with SQLAlchemySaver.from_url(plain) as saver:
         put(saver, config(), {"x": 1})

@@ -22,7 +22,7 @@ from sqlalchemy import Engine, create_engine, event
 
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
-from tests.helpers.sql_cases import config
+from tests.helpers.sql_cases import config, get
 from tests.helpers.sql_chains import grow, history, id_of, made, unaccounted, write
 from tests.helpers.sql_graphs import delta_graph, say
 
@@ -158,14 +158,23 @@ def test_whoever_knows_a_thread_learns_that_others_took_out_of_it(
         swept_saver.put(config(), again, {}, again["channel_versions"])
         another.prune(["t"])
     for saver in (swept_saver, another):
-        read = saver.get_tuple(third)
-        assert read is not None
+        read = get(saver, third)
         assert read.checkpoint == again
         assert read.pending_writes == [
             ("asking", INTERRUPT, b"other" * 999),
             ("task", "messages", messages(39)),
             ("task", "raw", b"kept" * 999),
         ]
+
+
+def test_a_special_write_of_what_others_took_out(swept_saver: SQLAlchemySaver, another: SQLAlchemySaver) -> None:
+    """It looks first for what it replaces, and so goes another way than the writes above."""
+    first = grow(swept_saver, None, {"raw": b"old" * 999}, deltas="")
+    second = grow(swept_saver, first, {"raw": b"kept" * 999}, deltas="")
+    another.prune(["t"])
+    swept_saver.put_writes(second, [(INTERRUPT, b"old" * 999)], "asking")
+    for saver in (swept_saver, another):
+        assert get(saver, second).pending_writes == [("asking", INTERRUPT, b"old" * 999)]
 
 
 def test_unchanged_channels_of_a_parent_that_is_taken_out_meanwhile(
@@ -178,9 +187,7 @@ def test_unchanged_channels_of_a_parent_that_is_taken_out_meanwhile(
     another.prune(["t"])
     at = swept_saver.put(parent, child, {}, {"x": "1.5"})
     for saver in (swept_saver, another):
-        found = saver.get_tuple(at)
-        assert found is not None
-        assert found.checkpoint == child
+        assert get(saver, at).checkpoint == child
 
 
 def pruned_before(engine: Engine, prune: Callable[[], object], when: int, call: Callable[[], Any]) -> Any:
@@ -216,9 +223,7 @@ def test_a_put_that_is_overtaken_by_a_prune(shared_url: str, another: SQLAlchemy
             for one in pruning:
                 one.result()
             assert unaccounted(shared_ask) == (set(), set())
-            found = another.get_tuple(at)
-            assert found is not None
-            assert found.checkpoint == child
+            assert get(another, at).checkpoint == child
             another.delete_thread("t")
     engine.dispose()
 
@@ -254,9 +259,7 @@ def test_clones_share_what_they_know(url: str, sql: Sql) -> None:
         saver.prune(["t"], strategy="delete")
         at = grow(clone, at, {"messages": messages(40)})
         saver.put_writes(at, [("messages", messages(40))], "task")
-        found = clone.get_tuple(at)
-        assert found is not None
-        assert found.pending_writes == [("task", "messages", messages(40))]
+        assert get(clone, at).pending_writes == [("task", "messages", messages(40))]
         newest = grow(saver, at, {"messages": messages(41)})
         clone.prune(["t"])
         assert [one.config for one in saver.list(config())] == [newest]

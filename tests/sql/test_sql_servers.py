@@ -25,7 +25,7 @@ from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver, metadata
 from agentmem_sql.db_errors import advice
 from agentmem_sql.statements import check_mysql
-from tests.helpers.sql_cases import BACKENDS, aput, config, put
+from tests.helpers.sql_cases import BACKENDS, aput, config, get, put
 from tests.helpers.sql_chains import unaccounted
 from tests.helpers.sql_processes import pending, question, values
 
@@ -33,19 +33,17 @@ Sql = Callable[..., list[Any]]
 NewUrl = Callable[[str], str]
 
 
-async def test_connections_that_the_server_ended_are_replaced(
-    server_url: str, end_sessions: Callable[[str], int]
-) -> None:
+async def test_connections_that_the_server_ended_are_replaced(server_url: str, sessions: Callable[..., int]) -> None:
     """Idle ones: the next calls of many threads and tasks succeed, and nothing is lost. Closing leaves none."""
     async with SQLAlchemySaver.from_url(server_url) as saver:
         with ThreadPoolExecutor(8) as threads:
             for run in range(2):
                 list(threads.map(lambda n, run=run: put(saver, config(f"{run} {n}"), {"x": 1}), range(12)))  # type: ignore[misc]
-                assert end_sessions(server_url) >= 1
+                assert sessions(server_url, end=True) >= 1
                 await asyncio.gather(*(aput(saver, f"{run} task {number}", x=1) for number in range(12)))
-                assert end_sessions(server_url) >= 1
+                assert sessions(server_url, end=True) >= 1
         assert len(list(saver.list(None))) == 48
-    assert end_sessions(server_url) == 0
+    assert sessions(server_url) == 0
 
 
 @pytest.mark.parametrize(
@@ -191,8 +189,7 @@ def converse(saver: SQLAlchemySaver, step: int) -> None:
         saver.put_writes(at, [(INTERRUPT, question(step, number))], "asking")
     put(saver, config(f"new {step}"), values(step))
     saver.delete_thread(f"new {step}")
-    found = saver.get_tuple(at)
-    assert found is not None
+    found = get(saver, at)
     assert found.checkpoint["channel_values"] == values(step)
     assert found.pending_writes == [
         ("asking", INTERRUPT, question(step, 1)),
@@ -235,8 +232,7 @@ def messages(count: int, of: str = "a") -> list[str]:
 def newest(url: str) -> list[str]:
     """What a process that knows nothing reads."""
     with SQLAlchemySaver.from_url(url) as fresh:
-        found = fresh.get_tuple(config())
-        assert found is not None
+        found = get(fresh, config())
         values: list[str] = found.checkpoint["channel_values"]["messages"]
         return values
 
@@ -255,9 +251,7 @@ def test_tables_that_are_made_anew_under_a_saver(new_url: NewUrl, backend: str) 
     assert newest(database_url) == messages(31)
 
 
-def test_a_server_that_has_lost_the_last_commit(
-    postgresql_url: str, look: Sql, end_sessions: Callable[[str], int]
-) -> None:
+def test_a_server_that_has_lost_the_last_commit(postgresql_url: str, look: Sql, sessions: Callable[..., int]) -> None:
     url = postgresql_url
     with SQLAlchemySaver.from_url(url) as saver:
         at = put(saver, config(), {"messages": messages(2)})
@@ -267,7 +261,7 @@ def test_a_server_that_has_lost_the_last_commit(
         look(url, "DELETE FROM agentmem_checkpoints WHERE id > :id", id=at["configurable"]["checkpoint_id"].encode())
         kept = ", ".join(f"'\\x{bytes(digest).hex()}'" for (digest,) in before)
         look(url, f"DELETE FROM agentmem_blobs WHERE digest NOT IN ({kept})")
-        end_sessions(url)
+        sessions(url, end=True)
         put(saver, at, {"messages": messages(5)})
     assert newest(url) == messages(5)
 
@@ -318,8 +312,7 @@ def test_text_is_data_where_backslashes_are_no_escapes(mysql_url: str) -> None:
             for thread in odd:
                 at = put(saver, config(thread), {"x": thread, "y": thread.encode()}, note=thread.strip("\0"))
                 saver.put_writes(at, [(thread, thread)], thread, thread)
-                found = saver.get_tuple(at)
-                assert found is not None
+                found = get(saver, at)
                 assert found.checkpoint["channel_values"] == {"x": thread, "y": thread.encode()}
                 assert found.pending_writes == [(thread, thread, thread)]
                 assert [one.metadata["note"] for one in saver.list(None, filter={"note": thread.strip("\0")})]  # type: ignore[typeddict-item]

@@ -17,9 +17,9 @@ from langgraph.checkpoint.serde.types import _DeltaSnapshot
 from langgraph.graph import START, StateGraph
 
 from agentmem_sql import SQLAlchemySaver
-from tests.helpers.sql_cases import config, put
+from tests.helpers.sql_cases import config, get, put, read
 from tests.helpers.sql_graphs import State, chat_graph, say
-from tests.helpers.sql_values import Counting, read, serialised, spelled
+from tests.helpers.sql_values import Counting, serialised, spelled
 
 Sql = Callable[..., list[Any]]
 
@@ -215,8 +215,7 @@ def test_any_size_of_cache_works(url: str, size: int) -> None:
                 assert read(saver, last[name]) == {"messages": expected[name], "n": turn}
         saver.prune(["thread 3"])
         for name, messages in expected.items():
-            found = saver.get_tuple(config(name))
-            assert found is not None
+            found = get(saver, config(name))
             assert found.checkpoint["channel_values"] == {"messages": messages, "n": 4}
             assert found.pending_writes == [("task", "messages", messages[:2])]
         assert len(list(saver.list(None))) == 12 * 4 - 3

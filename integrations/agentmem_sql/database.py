@@ -101,7 +101,7 @@ class Database:
                 f"found {synchronous!r}"
             )
         self.tables = tables
-        self.threads = ThreadPoolExecutor(THREADS, "agentmem-sql")  # started when first needed
+        self._make_threads()
         self._synchronous = synchronous.upper()
         self._source = source_of(engine, engine_options)
         self._must_exist = must_exist
@@ -175,7 +175,8 @@ class Database:
     def close(self) -> None:
         """Close every connection that was opened here; from anywhere, any number of times."""
         self._closed = True
-        self.threads.shutdown(wait=False)
+        self.writing_threads.shutdown(wait=False)
+        self.reading_threads.shutdown(wait=False)
         if self._source.engine is None and self._transactions is not None:
             self._transactions.engine.dispose()
         if self._anchor is not None:
@@ -183,13 +184,18 @@ class Database:
 
     def after_fork(self) -> None:
         """Forget, in a process that was just forked, what belongs to the threads of the other one."""
-        self.threads = ThreadPoolExecutor(THREADS, "agentmem-sql")
+        self._make_threads()
         self._making = threading.Lock()
         self._inherited = True
         if self._queue is not None:
             self._queue = _queue_of(self._source)
         if self._cache is not None:
             self._cache.after_fork()
+
+    def _make_threads(self) -> None:
+        """Threads for tasks, started when first needed. Readers have their own: writers may all wait for one lock."""
+        self.writing_threads = ThreadPoolExecutor(THREADS, "agentmem-sql-write")
+        self.reading_threads = ThreadPoolExecutor(THREADS, "agentmem-sql-read")
 
     def _connect(self) -> _Transactions:
         with self._making:

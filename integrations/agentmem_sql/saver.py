@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import suppress
 from contextvars import copy_context
 from datetime import datetime
@@ -53,13 +54,15 @@ def plain_serde(serde: SerializerProtocol) -> SerializerProtocol:
 
 
 def _for_tasks(
-    method: Callable[Concatenate[SQLAlchemySaver, P], T],
+    method: Callable[Concatenate[SQLAlchemySaver, P], T], *, reads: bool = False
 ) -> Callable[Concatenate[SQLAlchemySaver, P], Coroutine[Any, Any, T]]:
-    """A method as tasks call it."""
+    """A method as tasks call it; `reads`: it waits for no writer."""
 
     @wraps(method)
     async def twin(self: SQLAlchemySaver, /, *arguments: P.args, **named: P.kwargs) -> T:
-        return await self._in_thread(getattr(self, method.__name__), *arguments, **named)
+        database = self._store.database
+        threads = database.reading_threads if reads else database.writing_threads
+        return await self._in_thread(threads, getattr(self, method.__name__), *arguments, **named)
 
     twin.__name__, twin.__doc__ = f"a{method.__name__}", f"As `{method.__name__}`, for a task."
     return twin
@@ -73,7 +76,7 @@ def _iterated_by_tasks(
     @wraps(method)
     async def twin(self: SQLAlchemySaver, /, *arguments: P.args, **named: P.kwargs) -> AsyncIterator[T]:
         items = getattr(self, method.__name__)(*arguments, **named)
-        while (item := await self._in_thread(next, items, _END)) is not _END:
+        while (item := await self._in_thread(self._store.database.reading_threads, next, items, _END)) is not _END:
             yield item
 
     twin.__name__, twin.__doc__ = f"a{method.__name__}", f"As `{method.__name__}`, for a task."
@@ -402,14 +405,13 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
 
     # For tasks.
 
-    async def _in_thread(self, call: Callable[..., T], *arguments: Any, **named: Any) -> T:
-        """Call something in a thread, with the context variables of this task.
+    async def _in_thread(self, threads: Executor, call: Callable[..., T], *arguments: Any, **named: Any) -> T:
+        """Call something in one of these threads, with the context variables of this task.
 
         A cancellation is passed on when the call has ended, or at once if it has not begun.
         """
-        database = self._store.database
-        database.check_open()
-        future = database.threads.submit(copy_context().run, partial(call, *arguments, **named))
+        self._store.database.check_open()
+        future = threads.submit(copy_context().run, partial(call, *arguments, **named))
         waiting = asyncio.wrap_future(future)
         try:
             return await asyncio.shield(waiting)
@@ -425,13 +427,13 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
     asetup = _for_tasks(setup)
     aput = _for_tasks(put)
     aput_writes = _for_tasks(put_writes)
-    aget_tuple = _for_tasks(get_tuple)
+    aget_tuple = _for_tasks(get_tuple, reads=True)
     alist = _iterated_by_tasks(list)
-    aget_delta_channel_history = _for_tasks(get_delta_channel_history)
+    aget_delta_channel_history = _for_tasks(get_delta_channel_history, reads=True)
     adelete_thread = _for_tasks(delete_thread)
     adelete_for_runs = _for_tasks(delete_for_runs)
     acopy_thread = _for_tasks(copy_thread)
     aprune = _for_tasks(prune)
     amemory_history = _iterated_by_tasks(memory_history)
     aretain = _for_tasks(retain)
-    astorage_report = _for_tasks(storage_report)
+    astorage_report = _for_tasks(storage_report, reads=True)

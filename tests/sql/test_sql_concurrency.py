@@ -178,6 +178,21 @@ async def test_cancelled_tasks_store_all_or_nothing_and_block_nobody(url: str, s
     assert unaccounted(sql) == (set(), set())
 
 
+async def test_tasks_read_while_every_writer_waits(url: str, path: Path) -> None:
+    """Writers on a locked file may take all of their threads: readers have their own."""
+    async with SQLAlchemySaver.from_url(url) as saver:
+        stored = await aput(saver, "t", x=0)
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            writers = [asyncio.create_task(aput(saver, f"t{number}", x=1)) for number in range(THREADS + 1)]
+            await asyncio.sleep(0)
+            assert await asyncio.wait_for(saver.aget_tuple(stored), timeout=20) is not None
+            assert [item async for item in saver.alist(config("t"))]
+            assert not any(writer.done() for writer in writers)
+            other.execute("ROLLBACK")
+        await asyncio.gather(*writers)
+
+
 async def test_a_task_that_is_cancelled_before_a_thread_is_free_does_nothing(url: str, sql: Sql) -> None:
     go_on = threading.Event()
 

@@ -30,6 +30,7 @@ import agentmem
 from agentmem import Window
 from agentmem.errors import ConfigError, MissingAdapterError, TurnError
 from agentmem.messages import Message, MessageCache
+from agentmem.record import DIGEST
 from agentmem_langgraph.engines import Engines, Source, profile_of
 from agentmem_langgraph.memory_turn import MemoryTurn, warn_once
 from agentmem_langgraph.messages import ChunkWriter, to_ai_message, to_engine
@@ -93,6 +94,8 @@ class _Call:
 
     def counted(self, result: Turn, engine: Engine) -> Turn:
         """The result, with edits as indices into the caller's messages."""
+        if result.deletions and self.options["write"] == "all":
+            self._warn_of_changed_reply(_cache_of(engine))
         if not result.edits:
             return result
         added = len(self.messages) - len(self.history)  # 1 if a system message was added to show a schema
@@ -107,6 +110,25 @@ class _Call:
                     "(docs/langgraph.md, 'Context for one call').",
                 )
         return replace(result, edits=tuple(index - added for index in result.edits))
+
+    def _warn_of_changed_reply(self, cache: MessageCache) -> None:
+        """Say so where the reply that left this memory has another text than the memory has read.
+
+        Whoever rewrites a reply (PIIMiddleware) keeps what this model noted in it, the digest of the memory behind it.
+        """
+        state, added = self.turn.state, len(self.messages) - len(self.history)
+        place = next((n for n in reversed(range(len(self.history))) if isinstance(self.history[n], AIMessage)), None)
+        if state is None or place is None:
+            return
+        noted = self.history[place].response_metadata.get("memory") or {}
+        spoken = state.tail[-DIGEST:]
+        if noted.get("digest") == state.digest and self.messages[place + added].digest()[:DIGEST] != spoken:
+            warn_once(
+                cache,
+                "A reply was changed after it was given (by PIIMiddleware(apply_to_output=True), for instance); the "
+                "memory has it as it was spoken, too. Where that must not be, use ChatDeltaMem(write='input'), which "
+                "writes of replies only what was changed (docs/langgraph.md, 'Agents of create_agent').",
+            )
 
 
 class ChatDeltaMem(BaseChatModel):

@@ -16,6 +16,7 @@ from langchain.agents.middleware import (
     ModelFallbackMiddleware,
     ModelResponse,
     ModelRetryMiddleware,
+    PIIMiddleware,
     SummarizationMiddleware,
 )
 from langchain.agents.structured_output import ProviderStrategy, ToolStrategy
@@ -26,10 +27,11 @@ from langgraph.graph import START, StateGraph
 from langgraph.types import Command
 from pydantic import BaseModel, Field
 
-from agentmem import Delta, Engine, Window
+from agentmem import Delta, Engine, MemoryState, Message, Sampling, Window
 from agentmem.errors import TurnError
 from agentmem_langgraph import ChatDeltaMem, MemoryMiddleware, MemoryWarning
 from tests.helpers.fake_engine import FakeEngine
+from tests.helpers.numeric import assert_states_close
 from tests.helpers.talks import ASK, CALL, KNOWN, TELL, THREAD, State, get_port, memory_of, say
 
 
@@ -220,6 +222,40 @@ def test_a_shared_memory_goes_through_an_agent_that_is_a_node(fake: FakeEngine) 
     out = say(graph, ASK)
     assert out["messages"][-1].text == KNOWN
     assert out["memory"].count == 4
+
+
+def test_a_redacted_reply_is_written_as_it_was_redacted_and_only_so(nano_engine: Engine) -> None:
+    """The recipe of docs/langgraph.md. What is compared are memories: what was written is all that they hold."""
+    told, asked = HumanMessage(TELL), HumanMessage(ASK)
+
+    def memories(write: Any, redacts: bool) -> list[MemoryState]:
+        llm = ChatDeltaMem(engine=nano_engine, max_tokens=20, write=write, window=Window(messages=1))
+        redact = PIIMiddleware("all", detector=r"[^\n]+", apply_to_input=False, apply_to_output=True)
+        stack = [MemoryMiddleware(), *([redact] if redacts else [])]
+        made = create_agent(llm, [], middleware=stack, checkpointer=InMemorySaver())
+        states = []
+        for message in (told, asked):
+            replies.append(say(made, message.text)["messages"][-1])
+            states.append(made.get_state(THREAD).values["memory"])
+        return states
+
+    replies: list[Any] = []
+    first, second = memories("input", redacts=True)
+    assert [reply.text for reply in replies] == ["[REDACTED_ALL]", "[REDACTED_ALL]"]
+    expected = nano_engine.remember([Message("user", TELL)]).state
+    assert_states_close(first, expected)
+    shown = [Message("user", TELL), Message("assistant", "[REDACTED_ALL]"), Message("user", ASK)]
+    direct = nano_engine.turn(shown, first, write="input", window=Window(messages=1), sampling=Sampling(max_tokens=20))
+    assert_states_close(second, direct.state)
+    assert abs(second.matrices - first.matrices).max() > 0.01
+    # Not redacted: recorded and never written.
+    plain = memories("input", redacts=False)
+    assert_states_close(plain[0], expected)
+    # Without the recipe the memory has read what was redacted, and says so.
+    nano_engine.message_cache.clear()
+    with pytest.warns(MemoryWarning, match=r"write='input'"):
+        spoken = memories("all", redacts=True)
+    assert abs(spoken[0].matrices - expected.matrices).max() > 0.01
 
 
 @pytest.mark.parametrize("decision", ["approve", "edit", "reject"])

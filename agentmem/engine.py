@@ -7,11 +7,13 @@ model. It advances all running turns step by step, and decodes those that can sh
 from __future__ import annotations
 
 import asyncio
+import copy
 import queue
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
@@ -22,14 +24,26 @@ from agentmem.generation.guided import Grammars
 from agentmem.generation.kv_cache import PrefillCache, StaleKVCache
 from agentmem.generation.output_parser import Delta, Tags
 from agentmem.generation.plan import Request, TurnOptions
+from agentmem.generation.preparation import Preparation
 from agentmem.generation.runner import ModelRunner
-from agentmem.generation.turn import Emit, Remembered, Turn, TurnContext, run_remember, run_turn
+from agentmem.generation.turn import (
+    Emit,
+    Remembered,
+    Turn,
+    TurnContext,
+    prepare_remember,
+    prepare_turn,
+    run_remember,
+    run_turn,
+)
 from agentmem.messages import Message, MessageCache
 from agentmem.prompt.transcript import Transcript
 from agentmem.record import OnEdit
 from agentmem.state import MemoryState
 
 T = TypeVar("T")
+_LARGE = 32_768  # characters of new messages, tools and schemas above which a turn is prepared apart
+_TAIL = 16  # messages at the end of a history that may be new whatever the memory has consumed
 
 
 class Engine:
@@ -76,7 +90,10 @@ class Engine:
             stale_kv=StaleKVCache(kv_cache_tokens),
         )
         self._scheduler = Scheduler(f"agentmem-{name}", self._context.batch)
-        weakref.finalize(self, self._scheduler.close)  # the thread ends with the engine, closed or not
+        self._preparation = Preparation(f"agentmem-{name}-preparation", self._scheduler)
+        self._apart = cache(partial(_with_tokenizer_copied, self._context, template_options))
+        weakref.finalize(self, self._scheduler.close)  # the threads end with the engine, closed or not
+        weakref.finalize(self, self._preparation.close)
 
     @property
     def model(self) -> Any:
@@ -175,17 +192,20 @@ class Engine:
             MissingAdapterError: the engine has no memory.
             StateMismatchError: the state belongs to another model or adapter.
         """
-        return _wait(self._scheduler.submit(run_remember(self._context, messages, state, on_edit)))
+        return _wait(self._submit_remember(messages, state, on_edit))
 
     async def aremember(
         self, messages: Sequence[Message], state: MemoryState | None = None, *, on_edit: OnEdit = "write"
     ) -> Remembered:
         """As `remember`, without blocking the event loop."""
-        return await _await(self._scheduler.submit(run_remember(self._context, messages, state, on_edit)))
+        return await _await(self._submit_remember(messages, state, on_edit))
 
     def count_tokens(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> int:
         """The number of tokens of these messages as the chat template renders them."""
-        return _wait(self._scheduler.submit(self._count(messages, tools)))
+        if _is_large(messages, None, tools):
+            apart = self._apart
+            return _wait(self._preparation.submit(lambda: _result(_count(apart(), messages, tools))))
+        return _wait(self._scheduler.submit(_counted(self._context, messages, tools)))
 
     def forget_prefills(self) -> None:
         """Empty the KV caches. This changes speed and no result, except for turns with `kv="carry"`."""
@@ -194,6 +214,7 @@ class Engine:
     def close(self) -> None:
         """End the worker thread and drop all KV; running turns fail with EngineClosedError. Idempotent."""
         self._scheduler.close()
+        self._preparation.close()
         self.message_cache.clear()
         self._context.prefills.clear()
         self._context.stale_kv.clear()
@@ -207,17 +228,30 @@ class Engine:
         self.close()
 
     def _submit(self, request: Request, state: MemoryState | None, emit: Emit | None = None) -> Future[Turn]:
-        return self._scheduler.submit(run_turn(self._context, request, state, emit), request.options["timeout"])
+        context, options = self._context, request.options
+        form = options["form"]
+        schemas = () if form is None else (form.tools, form.schema)
+        if not _is_large(request.messages, state, options["tools"], *schemas):
+            return self._scheduler.submit(run_turn(context, request, state, emit), options["timeout"])
+        apart = self._apart
+        return self._preparation.submit(
+            lambda: run_turn(context, request, state, emit, prepare_turn(apart(), request, state)), options["timeout"]
+        )
+
+    def _submit_remember(
+        self, messages: Sequence[Message], state: MemoryState | None, on_edit: OnEdit
+    ) -> Future[Remembered]:
+        context, apart = self._context, self._apart
+        if not _is_large(messages, state):
+            return self._scheduler.submit(run_remember(context, messages, state, on_edit))
+        return self._preparation.submit(
+            lambda: run_remember(context, messages, state, on_edit, prepare_remember(apart(), messages, state, on_edit))
+        )
 
     def _clear(self) -> Steps[None]:
         self._context.prefills.clear()
         self._context.stale_kv.clear()
         yield None
-
-    def _count(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Steps[int]:
-        # On the worker thread, since tokenizers are not thread-safe.
-        yield None
-        return len(self._context.transcript.render(list(messages), tools=tools).input_ids)
 
 
 class TurnStream:
@@ -277,6 +311,59 @@ class AsyncTurnStream:
     def cancel(self) -> None:
         """As `TurnStream.cancel`."""
         self._future.cancel()
+
+
+def _with_tokenizer_copied(context: TurnContext, template_options: Mapping[str, Any] | None) -> TurnContext:
+    """What a second thread prepares turns with, since tokenizers are not made for several threads."""
+    tokenizer = copy.deepcopy(context.tokenizer)
+    transcript = Transcript(tokenizer, template_options, context.transcript.cache)
+    return replace(context, tokenizer=tokenizer, transcript=transcript)
+
+
+def _is_large(messages: Sequence[Message], state: MemoryState | None, *schemas: Any) -> bool:
+    """Whether a turn takes long to prepare, by what may be new in it; what was seen before is tokenised already."""
+    known = 0 if state is None else state.count
+    size = 0
+    for message in messages[-max(_TAIL, len(messages) - known) :]:
+        size += len(message.content)
+        if message.tool_calls:
+            size += sum(_size(call.arguments) for call in message.tool_calls)
+        if size > _LARGE:
+            return True
+    return size + sum(_size(schema) for schema in schemas) > _LARGE
+
+
+def _size(value: Any) -> int:
+    """Characters of the strings in plain data, and a few for every item."""
+    size, left = 0, [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, str):
+            size += len(item)
+        elif isinstance(item, Mapping):
+            left += [*item.keys(), *item.values()]
+        elif isinstance(item, Sequence):
+            left += item
+        size += 2
+        if size > _LARGE:  # so that one that holds itself ends too
+            break
+    return size
+
+
+def _count(context: TurnContext, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> int:
+    return len(context.transcript.render(list(messages), tools=tools).input_ids)
+
+
+def _counted(context: TurnContext, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Steps[int]:
+    # On the worker, since tokenizers are not made for several threads.
+    yield None
+    return _count(context, messages, tools)
+
+
+def _result(value: T) -> Steps[T]:
+    """A job that is done."""
+    yield None
+    return value
 
 
 def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:

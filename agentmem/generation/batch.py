@@ -442,29 +442,45 @@ class Scheduler:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def submit(self, steps: Steps[T], timeout: float | None = None) -> Future[T]:
+    def submit(
+        self,
+        steps: Steps[T],
+        timeout: float | None = None,
+        *,
+        future: Future[T] | None = None,
+        deadline: float | None = None,
+    ) -> Future[T]:
         """Queue a job; cancelling the future ends it before its next step.
 
         Args:
             steps: the job, not started.
             timeout: seconds from now after which the job fails with `TurnTimeoutError`, before its next step.
+            future: what gets the result, where the caller has one already.
+            deadline: when a timeout that began earlier ends, by `time.monotonic`.
 
         Raises:
             EngineClosedError: the scheduler was closed, or this process is a fork of the one that runs its thread.
         """
-        if os.getpid() != self._process:  # before the lock, which a thread of the parent may have held
+        if timeout is not None and deadline is None:
+            deadline = time.monotonic() + timeout
+        job = _Job(steps, Future() if future is None else future, timeout, deadline)
+        self.require_open()
+        with self._lock:
+            if self._closed:
+                raise EngineClosedError("this engine is closed; load a new one")
+            self._inbox.put(job)
+        return job.future
+
+    def require_open(self) -> None:
+        """Raise EngineClosedError where `submit` would."""
+        if os.getpid() != self._process:  # before the lock, which a thread of the other process may have held
             raise EngineClosedError(
                 f"this engine was loaded in process {self._process} and its thread lives there; found process "
                 f"{os.getpid()}, a fork of it; load the engine after the fork (gunicorn without --preload, Celery's "
                 "worker_process_init signal), or start processes by multiprocessing's spawn method"
             )
-        deadline = None if timeout is None else time.monotonic() + timeout
-        future: Future[T] = Future()
-        with self._lock:
-            if self._closed:
-                raise EngineClosedError("this engine is closed; load a new one")
-            self._inbox.put(_Job(steps, future, timeout, deadline))
-        return future
+        if self._closed:
+            raise EngineClosedError("this engine is closed; load a new one")
 
     def close(self) -> None:
         """End the thread; running and waiting jobs fail with EngineClosedError. Idempotent; no effect in a fork."""
@@ -537,13 +553,7 @@ class Scheduler:
             return True
         if job.deadline is not None and time.monotonic() > job.deadline:
             _drop(job)
-            _fail(
-                job,
-                TurnTimeoutError(
-                    f"the turn took longer than its timeout of {job.timeout} seconds and was given up; its state is "
-                    "unchanged; give it more time, fewer max_tokens or a smaller window"
-                ),
-            )
+            fail(job.future, timeout_error(job.timeout))
             return True
         return False
 
@@ -555,16 +565,25 @@ class Scheduler:
                 jobs.append(job)
         for job in jobs:
             _drop(job)
-            _fail(job, EngineClosedError("the engine was closed while this turn ran"))
+            fail(job.future, EngineClosedError("the engine was closed while this turn ran"))
         try:
             self._batch.release()
         except Exception:
             _logger.exception("%s has ended, but could not give back all that it held", self._thread.name)
 
 
-def _fail(job: _Job, error: Exception) -> None:
-    with suppress(InvalidStateError):  # the future was cancelled meanwhile
-        job.future.set_exception(error)
+def fail(future: Future[Any], error: BaseException) -> None:
+    """End a future with an error, if it has not ended."""
+    with suppress(InvalidStateError):  # cancelled meanwhile
+        future.set_exception(error)
+
+
+def timeout_error(timeout: float | None) -> TurnTimeoutError:
+    """What a turn ends with that was given so many seconds."""
+    return TurnTimeoutError(
+        f"the turn took longer than its timeout of {timeout} seconds and was given up; its state is "
+        "unchanged; give it more time, fewer max_tokens or a smaller window"
+    )
 
 
 def _drop(job: _Job) -> None:

@@ -169,25 +169,34 @@ class Reply:
     start: Snapshot
 
 
-def run_remember(
+def prepare_remember(
     context: TurnContext, messages: abc.Sequence[Message], state: MemoryState | None, on_edit: OnEdit
-) -> Steps[Remembered]:
-    """Write messages without a reply."""
+) -> CatchUp:
+    """Decide a write without a reply; the model is not touched."""
     runner = context.runner
     start = runner.zero_state() if state is None else state
     runner.require_fit(start)
     assert runner.strategy is not None
-    plan = plan_remember(messages, start, context.transcript, runner.strategy, runner.context_limit, on_edit)
+    return plan_remember(messages, start, context.transcript, runner.strategy, runner.context_limit, on_edit)
+
+
+def run_remember(
+    context: TurnContext,
+    messages: abc.Sequence[Message],
+    state: MemoryState | None,
+    on_edit: OnEdit,
+    prepared: CatchUp | None = None,
+) -> Steps[Remembered]:
+    """Write messages without a reply; `prepared`: as in `run_turn`."""
+    plan = prepare_remember(context, messages, state, on_edit) if prepared is None else prepared
     sequence = yield from catch_up(context, plan)
     assert sequence.state is not None
-    new_state = yield from runner.save_state(sequence.state, plan.record)
+    new_state = yield from context.runner.save_state(sequence.state, plan.record)
     return Remembered(new_state, plan.written, plan.edits, plan.deletions)
 
 
-def run_turn(
-    context: TurnContext, request: Request, state: MemoryState | None, emit: Emit | None = None
-) -> Steps[Turn]:
-    """Answer the last message; `emit` receives the reply as it is decoded."""
+def prepare_turn(context: TurnContext, request: Request, state: MemoryState | None) -> tuple[Plan, Constraint | None]:
+    """Decide a turn, and make the grammar of its reply where it has one; the model is not touched."""
     runner, memory = context.runner, request.options["memory"]
     if state is not None and memory and runner.steered is None:
         raise MissingAdapterError(
@@ -201,6 +210,23 @@ def run_turn(
     guide = None
     if plan.form is not None:
         guide = context.grammars.constraint(plan.form, thinking=plan.thinking, budget=plan.budget)
+    return plan, guide
+
+
+def run_turn(
+    context: TurnContext,
+    request: Request,
+    state: MemoryState | None,
+    emit: Emit | None = None,
+    prepared: tuple[Plan, Constraint | None] | None = None,
+) -> Steps[Turn]:
+    """Answer the last message.
+
+    Args:
+        emit: is given the reply as it is decoded.
+        prepared: what `prepare_turn` gave; None: it is the first step.
+    """
+    plan, guide = prepare_turn(context, request, state) if prepared is None else prepared
     sequence = yield from catch_up(context, plan)
     prompt = yield from prefill(context, plan, sequence)
     try:

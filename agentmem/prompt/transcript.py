@@ -226,13 +226,16 @@ class Transcript:
     Args:
         tokenizer: a fast Hugging Face tokenizer with a chat template; it is not changed.
         options: further variables for the template, such as `{"enable_thinking": False}`.
+        cache: the cache of seen messages of a transcript of the same tokenizer, to be shared; None: one of its own.
 
     Raises:
         TranscriptError: the tokenizer cannot be used.
     """
 
-    def __init__(self, tokenizer: Any, options: Mapping[str, Any] | None = None) -> None:
-        self.cache = MessageCache()
+    def __init__(
+        self, tokenizer: Any, options: Mapping[str, Any] | None = None, cache: MessageCache | None = None
+    ) -> None:
+        self.cache = MessageCache() if cache is None else cache
         self._template = ChatTemplate(tokenizer, options, self.cache)
         self._spans = MessageSpans(self._template, self.cache)
 

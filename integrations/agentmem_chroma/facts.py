@@ -131,7 +131,7 @@ def from_document(document: Document, *, source: str, thread: str, time: datetim
     return Fact(document.page_content, own.pop("source", source), own.pop("thread", thread), stated, own)
 
 
-def to_document(fact: Fact, score: float) -> Document:
+def to_document(fact: Fact, score: float | None) -> Document:
     """A fact as a LangChain document; the fact's own fields override keys of the same name in its metadata."""
     own = {"source": fact.source, "thread": fact.thread, "time": fact.time.isoformat(), "score": score}
     return Document(id=fact.id, page_content=fact.text, metadata={**fact.metadata, **own})

@@ -191,6 +191,8 @@ class ChatDeltaMem(BaseChatModel):
     def _one_source(self) -> Self:
         if self.engine is not None and (self.model is not None or self.adapter is not None or self.load_options):
             raise ConfigError("give an engine, or a model, an adapter and load_options to load; found both")
+        if self.load_options.get("trust_remote_code"):
+            self.engines.trust(self._source.model)
         return self
 
     # ------------------------------------------------------------------ calls

@@ -17,6 +17,7 @@ from weakref import WeakSet, WeakValueDictionary
 from langchain_core.language_models import ModelProfile
 
 import agentmem
+from agentmem.errors import ConfigError
 
 if TYPE_CHECKING:
     from agentmem import Engine
@@ -60,10 +61,20 @@ os.register_at_fork(after_in_child=_begin_anew)
 
 
 class Engines:
-    """The engines that one chat model and its copies use. Thread-safe: two simultaneous calls load a model once."""
+    """The engines that one chat model and its copies use. Thread-safe: two simultaneous calls load a model once.
 
-    def __init__(self) -> None:
+    Args:
+        trusted: the model whose own code may run; None while nobody has said so of one.
+    """
+
+    def __init__(self, trusted: str | None = None) -> None:
         self._held: dict[tuple[str, str, str], _Shared] = {}
+        self._trusted = trusted
+
+    def trust(self, model: str | Path) -> None:
+        """Note the model that `trust_remote_code` was given for: the first one, whatever copies name later."""
+        if self._trusted is None:
+            self._trusted = str(model)
 
     def get(self, source: Source) -> Engine | None:
         """The engine, if it is already in use here."""
@@ -71,7 +82,16 @@ class Engines:
         return None if shared is None else shared.engine
 
     def load(self, source: Source) -> Engine:
-        """The engine; loaded unless some model in this process already has it."""
+        """The engine; loaded unless some model in this process already has it.
+
+        Raises:
+            ConfigError: `trust_remote_code` was given for another model.
+        """
+        if source.options.get("trust_remote_code") and self._trusted not in (None, str(source.model)):
+            raise ConfigError(
+                f"trust_remote_code was given for the model {self._trusted!r}, not for {str(source.model)!r}, which a "
+                "copy of it names; make another ChatDeltaMem for that model, and trust it there if you do"
+            )
         with _LOCK:
             shared = self._held.get(source.key) or _SHARED.setdefault(source.key, _Shared())
             shared.holders.add(self)
@@ -99,8 +119,8 @@ class Engines:
     def __deepcopy__(self, memo: dict[int, Any]) -> Engines:
         return self  # a copy of a model shares its engines
 
-    def __reduce__(self) -> tuple[type[Engines], tuple[()]]:
-        return Engines, ()  # in another process the engine is loaded again when it is needed
+    def __reduce__(self) -> tuple[type[Engines], tuple[str | None]]:
+        return Engines, (self._trusted,)  # in another process the engine is loaded again when it is needed
 
 
 def profile_of(engine: Engine | None, model: str | Path) -> ModelProfile:

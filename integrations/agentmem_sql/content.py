@@ -9,45 +9,20 @@ between content and the database (see `protection`), so that equal values are on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from langchain_core.messages import BaseMessage
 from langgraph.checkpoint.serde.base import SerializerProtocol
-from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
 from langgraph.checkpoint.serde.types import _DeltaSnapshot
 
 from agentmem.errors import StorageError
-from agentmem_sql.list_tree import (
-    FANOUT,
-    INLINE,
-    ITEMS,
-    LEAVES,
-    LINK,
-    LIST,
-    NODE,
-    OWN,
-    OWN_MARK,
-    PART,
-    PART_BYTES,
-    RUN,
-    RUNS,
-    SNAPSHOT,
-    SNAPSHOT_RUNS,
-    SPLIT,
-    VALUE,
-    Inline,
-    Node,
-    list_body,
-    own_body,
-    parse,
-    value_of,
-)
+from agentmem_sql import list_tree as tree
+from agentmem_sql.list_tree import LINK, Inline, Node
 from agentmem_sql.message_cache import (
     Body,
     CachedThread,
     DecodeTemplates,
     MessageSnapshot,
-    copy_messages,
     match_or_snapshot,
     take_snapshot,
 )
@@ -70,21 +45,20 @@ class Value(NamedTuple):
     place: bytes | None = None
 
 
-def plain_serde(serde: SerializerProtocol) -> SerializerProtocol:
-    """The serializer that makes plain bytes."""
-    # Not isinstance: for subclasses of a protocol that takes as long as serialising a message.
-    return serde.serde if EncryptedSerializer in type(serde).__mro__ else serde  # type: ignore[attr-defined]
-
-
-def dump(serde: SerializerProtocol, value: Any) -> bytes:
-    """A value's bytes: the type tag, a zero byte, the serialised value.
+def dump(serde: SerializerProtocol, value: Any, what: str) -> bytes:
+    """A value's bytes: the type tag, a zero byte, the serialised value. `what` names it in errors.
 
     Raises:
         StorageError: the serializer fell back to pickle.
+        TypeError: the serializer does not know the value.
     """
-    tag, data = serde.dumps_typed(value)
-    if tag != "msgpack":
-        _refuse_pickle(tag)
+    try:
+        tag, data = serde.dumps_typed(value)
+        if tag != "msgpack":
+            _refuse_pickle(tag)
+    except (StorageError, TypeError) as error:
+        kind = StorageError if isinstance(error, StorageError) else TypeError
+        raise kind(f"the {what} cannot be stored: {error}") from error
     return tag.encode() + b"\0" + data
 
 
@@ -129,22 +103,19 @@ class Packer:
             TypeError: the serializer does not know a value; names the channel.
         """
         digests = [b""] * len(values)
-        items = _Items()
+        items = _Items([], [], [])
         lists: list[tuple[int, int, list[bytes]]] = []  # positions, what the lists are of, and their entries
         for position, (channel, value, place) in enumerate(values):
-            try:
-                if place is not None:
-                    digests[position] = self._own(place, value)
-                elif type(value) is list and value:
-                    # Of a copy: a node that runs meanwhile may change the list.
-                    lists.append((position, *self._entries(value.copy(), ITEMS, items)))
-                elif type(value) is _DeltaSnapshot and type(value.value) is list and value.value:
-                    lists.append((position, *self._entries(value.value.copy(), SNAPSHOT, items)))
-                else:
-                    items.add(dump(self._serde, value), digests, position)
-            except (StorageError, TypeError) as error:
-                kind = StorageError if isinstance(error, StorageError) else TypeError
-                raise kind(f"the value of channel {channel!r} cannot be stored: {error}") from error
+            what = f"value of channel {channel!r}"
+            if place is not None:
+                digests[position] = self._own(place, channel, value)
+            elif type(value) is list and value:
+                # Of a copy: a node that runs meanwhile may change the list.
+                lists.append((position, *self._entries(value.copy(), tree.ITEMS, items, what)))
+            elif type(value) is _DeltaSnapshot and type(value.value) is list and value.value:
+                lists.append((position, *self._entries(value.value.copy(), tree.SNAPSHOT, items, what)))
+            else:
+                items.add(dump(self._serde, value, what), digests, position)
         for (entries, at, prefix), digest in zip(items.places, self._add_values(items.bodies), strict=True):
             entries[at] = prefix + digest
         for message, snapshot, entries, at in items.snapshots:
@@ -155,50 +126,37 @@ class Packer:
             digests[position] = self._list(of, entries)
         return digests
 
-    def dump(self, value: Any, what: str) -> bytes:
-        """The bytes of something that is no content; `what` names it in the error.
-
-        Raises:
-            StorageError: the serializer would pickle it.
-            TypeError: the serializer does not know it.
-        """
-        try:
-            return dump(self._serde, value)
-        except (StorageError, TypeError) as error:
-            kind = StorageError if isinstance(error, StorageError) else TypeError
-            raise kind(f"the {what} cannot be stored: {error}") from error
-
     def stored(self) -> list[tuple[bytes, Body]]:
         """What may be remembered of `new` after the commit. The content of a write's own may be freed at any time."""
         leaves: list[tuple[bytes, Body]] = []
         inner: list[tuple[bytes, int, bytes]] = []
         for digest, (kind, body) in self.new.items():
-            if kind not in LEAVES:
+            if kind not in tree.LEAVES:
                 inner.append((digest, kind, body))
-            elif kind != OWN:
+            elif kind != tree.OWN:
                 leaves.append((digest, body))
-        return leaves + [(digest, parse(kind, body)) for digest, kind, body in inner]
+        return leaves + [(digest, tree.parse(kind, body)) for digest, kind, body in inner]
 
-    def _own(self, place: bytes, value: Any) -> bytes:
+    def _own(self, place: bytes, channel: str, value: Any) -> bytes:
         """Content that only the pending write at this place refers to.
 
         It is always sent: a writer that replaces it frees it without counting the epoch up, so what is known of the
         thread does not tell whether it is still there.
         """
-        body = own_body(place, dump(self._serde, value))
-        if len(body) > PART_BYTES:
-            return self.pack([Value("", value)])[0]
-        (digest,) = self._digests(OWN, [body])
-        self.new[digest] = OWN, body
+        body = tree.own_body(place, dump(self._serde, value, f"value of channel {channel!r}"))
+        if len(body) > tree.PART_BYTES:
+            return self.pack([Value(channel, value)])[0]
+        (digest,) = self._digests(tree.OWN, [body])
+        self.new[digest] = tree.OWN, body
         return digest
 
-    def _entries(self, values: list[Any], of: int, items: _Items) -> tuple[int, list[bytes]]:
+    def _entries(self, values: list[Any], of: int, items: _Items, what: str) -> tuple[int, list[bytes]]:
         """What a list is of, and how its lowest level refers to each item; places of digests are left to `items`."""
         if type(values[0]) in _NUMBERS and all(type(value) in _NUMBERS for value in values):
-            entries = [b""] * len(range(0, len(values), RUN))
+            entries = [b""] * len(range(0, len(values), tree.RUN))
             for at in range(len(entries)):
-                items.add(dump(self._serde, values[at * RUN : at * RUN + RUN]), entries, at, LINK)
-            return of + RUNS, entries
+                items.add(dump(self._serde, values[at * tree.RUN : at * tree.RUN + tree.RUN], what), entries, at, LINK)
+            return of + tree.RUNS, entries
         matches, new = match_or_snapshot(values, self.known.messages)
         entries = [b"" if match is None else match.link for match in matches]
         if len(new) < len(values):
@@ -206,8 +164,8 @@ class Packer:
         for at, snapshot in new.items():
             value = values[at]
             # In a list the serializer makes no difference between bytes and bytearrays.
-            body = dump(self._serde, bytes(value) if type(value) is bytearray else value)
-            if len(body) <= INLINE:
+            body = dump(self._serde, bytes(value) if type(value) is bytearray else value, what)
+            if len(body) <= tree.INLINE:
                 entries[at] = bytes((len(body),)) + body
                 continue
             items.add(body, entries, at, LINK)
@@ -217,25 +175,27 @@ class Packer:
 
     def _list(self, of: int, entries: list[bytes]) -> bytes:
         levels = []  # what is left over of each level, lowest first
-        while len(entries) >= FANOUT:
-            full = len(entries) - len(entries) % FANOUT
+        while len(entries) >= tree.FANOUT:
+            full = len(entries) - len(entries) % tree.FANOUT
             levels.append(entries[full:])
-            nodes = [b"".join(entries[at : at + FANOUT]) for at in range(0, full, FANOUT)]
-            entries = list(map(LINK.__add__, self._add(NODE, nodes)))
+            nodes = [b"".join(entries[at : at + tree.FANOUT]) for at in range(0, full, tree.FANOUT)]
+            entries = list(map(LINK.__add__, self._add(tree.NODE, nodes)))
         levels.append(entries)
-        return self._add(LIST, [list_body(of, levels[::-1])])[0]
+        counts = bytes([len(level) for level in levels[::-1]])
+        body = b"".join([entry for level in levels[::-1] for entry in level])
+        return self._add(tree.LIST, [tree.LIST_HEAD.pack(of, len(counts)) + counts + body])[0]
 
     def _add_values(self, bodies: Sequence[bytes]) -> list[bytes]:
         """The digests of serialised values; one that is too large for a row is stored in parts."""
-        if max(map(len, bodies), default=0) <= PART_BYTES:
-            return self._add(VALUE, bodies)
+        if max(map(len, bodies), default=0) <= tree.PART_BYTES:
+            return self._add(tree.VALUE, bodies)
         digests: list[bytes] = []
         for body in bodies:
-            if len(body) <= PART_BYTES:
-                digests += self._add(VALUE, [body])
+            if len(body) <= tree.PART_BYTES:
+                digests += self._add(tree.VALUE, [body])
             else:
-                parts = [body[at : at + PART_BYTES] for at in range(0, len(body), PART_BYTES)]
-                digests += self._add(SPLIT, [b"".join(self._add(PART, parts))])
+                parts = [body[at : at + tree.PART_BYTES] for at in range(0, len(body), tree.PART_BYTES)]
+                digests += self._add(tree.SPLIT, [b"".join(self._add(tree.PART, parts))])
         return digests
 
     def _add(self, kind: int, bodies: Sequence[bytes]) -> list[bytes]:
@@ -248,7 +208,7 @@ class Packer:
         return digests
 
 
-class _Items:
+class _Items(NamedTuple):
     """Serialised values that are digested together, and where their digests go.
 
     Attributes:
@@ -257,10 +217,9 @@ class _Items:
         snapshots: of the messages among them: the message, its snapshot, and the place of its digest.
     """
 
-    def __init__(self) -> None:
-        self.bodies: list[bytes] = []
-        self.places: list[tuple[list[bytes], int, bytes]] = []
-        self.snapshots: list[tuple[Any, MessageSnapshot, list[bytes], int]] = []
+    bodies: list[bytes]
+    places: list[tuple[list[bytes], int, bytes]]
+    snapshots: list[tuple[Any, MessageSnapshot, list[bytes], int]]
 
     def add(self, body: bytes, entries: list[bytes], at: int, prefix: bytes = b"") -> None:
         """Add a value whose digest goes to a position of a list."""
@@ -284,7 +243,6 @@ class Unpacker:
         self._contents = contents
         self._known = known
         self._read: list[tuple[bytes, Body]] = []
-        self._decoded: list[MessageSnapshot] = []
 
     def unpack(self, digest: bytes) -> Any:
         """The value of content."""
@@ -293,11 +251,9 @@ class Unpacker:
     def unpack_all(self, digests: Sequence[bytes]) -> list[Any]:
         """The values of contents; tells the cache what was read."""
         values = [self._value(digest) for digest in digests]
-        if self._decoded:
-            self._known.add_messages(self._decoded)
         if self._read:
             self._known.add(self._read)
-        self._read, self._decoded = [], []
+            self._read = []
         return values
 
     def _value(self, digest: bytes) -> Any:
@@ -306,67 +262,42 @@ class Unpacker:
             return body.copy()
         if isinstance(body, bytes):
             return self._load(digest, body)
-        if body.kind == SPLIT:
-            return load(self._serde, b"".join([self._part(part) for part in body.entries]))
+        if body.kind == tree.SPLIT:
+            return load(self._serde, b"".join([cast(bytes, self._contents[part]) for part in body.entries]))
         items = self._list(body)
-        return _DeltaSnapshot(items) if body.of in (SNAPSHOT, SNAPSHOT_RUNS) else items
+        return _DeltaSnapshot(items) if body.of in (tree.SNAPSHOT, tree.SNAPSHOT_RUNS) else items
 
     def _list(self, node: Node) -> list[Any]:
         entries: list[bytes] = []
         start = 0
         for count in node.counts:
-            entries = [below for digest in entries for below in self._node(digest).entries]
+            entries = [below for digest in entries for below in cast(Node, self._contents[digest]).entries]
             entries += node.entries[start : start + count]
             start += count
-        if node.of in (RUNS, SNAPSHOT_RUNS):
+        if node.of in (tree.RUNS, tree.SNAPSHOT_RUNS):
             return [number for digest in entries for number in self._value(digest)]
-        items: list[Any] = [None] * len(entries)
-        snapshots: list[MessageSnapshot] = []  # and their positions
-        stored_at: list[int] = []
-        others: list[int] = []  # positions of what is not known as a message, with bodies and digests
-        values: list[tuple[bytes, bytes]] = []
-        for at, entry in enumerate(entries):
-            body: Body = entry if type(entry) is Inline else self._contents[entry]
+        items: list[Any] = []
+        contents, templates = self._contents, self._templates
+        for entry in entries:
+            body: Body = entry if type(entry) is Inline else contents[entry]
             if type(body) is MessageSnapshot:
-                snapshots.append(body)
-                stored_at.append(at)
-            else:
-                others.append(at)
-                values.append((body if isinstance(body, bytes) else b"", entry))
-        for at, message in zip(stored_at, copy_messages(snapshots), strict=True):
-            items[at] = message
-        done = 0
-        while done < len(others):
-            # As many as there are templates for; the next one goes through the serializer, and may make a template.
-            decoded = [] if self._templates is None else self._templates.fast_decode(values, done)
-            for at, (message, snapshot) in zip(others[done:], decoded, strict=False):
-                items[at] = message
-                self._decoded.append(snapshot)
-            done += len(decoded)
-            if done < len(others):
-                at = others[done]
-                inline = entries[at] if type(entries[at]) is Inline else None
-                items[at] = self._value(entries[at]) if inline is None else load(self._serde, inline)
-                done += 1
+                items.append(body.copy())
+            elif type(entry) is Inline:
+                items.append(load(self._serde, entry))
+            elif templates and isinstance(body, bytes) and (decoded := templates.decode(entry, body)):
+                items.append(decoded[0])
+                self._read.append((entry, decoded[1]))
+            else:  # by the serializer, which may make a template
+                items.append(self._value(entry))
         return items
 
     def _load(self, digest: bytes, body: bytes) -> Any:
-        value = load(self._serde, value_of(body) if body.startswith(OWN_MARK) else body)
+        value = load(self._serde, tree.value_of(body) if body.startswith(tree.OWN_MARK) else body)
         snapshot = take_snapshot(value, digest, whole=True) if isinstance(value, BaseMessage) else None
         if snapshot is not None and self._templates is not None:
             self._templates.learn(body, value, snapshot)
         self._read.append((digest, body if snapshot is None else snapshot))
         return value
-
-    def _node(self, digest: bytes) -> Node:
-        node = self._contents[digest]
-        assert isinstance(node, Node)
-        return node
-
-    def _part(self, digest: bytes) -> bytes:
-        part = self._contents[digest]
-        assert isinstance(part, bytes)
-        return part
 
 
 def _refuse_pickle(tag: str) -> None:

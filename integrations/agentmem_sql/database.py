@@ -24,11 +24,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
-from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 from sqlalchemy import URL, Connection, Engine, inspect
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, OperationalError
@@ -37,8 +38,10 @@ from sqlalchemy.pool import Pool, StaticPool
 
 from agentmem.errors import StorageError
 from agentmem_sql import db_errors
-from agentmem_sql.engines import Source, check_options, make_engine, safe_url, source_of
+from agentmem_sql.engines import SYNCHRONOUS, Source, make_engine, safe_url, source_of
+from agentmem_sql.message_cache import ThreadCache
 from agentmem_sql.migrations import MIGRATIONS, Migration, alone, is_current, migrate
+from agentmem_sql.protection import Protection
 from agentmem_sql.schema import Tables
 from agentmem_sql.statements import change, check_mysql, enable_wal
 
@@ -48,14 +51,16 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Work = Callable[[Connection], T]
 
+# Threads that do the work of tasks.
+THREADS = 16
 # How long a writer in the queue goes without looking for itself, in seconds.
 _PATIENCE = 1.0
+# How often the work of a call is run again because its transaction lost, its connection was lost, or a statement
+# prepared on its connection was no good any more, which every connection of a pool may have.
+_RETRIES, _RECONNECTS, _MOST_UNPREPARED = 6, 1, 32
 # Beyond this nobody waits for a turn that may not come: a lock timeout may have taken most of it, in seconds.
 _RETRY_BUDGET = 20.0
-_RETRIES = 6
 _FIRST_PAUSE = 0.01
-# Every connection of a pool may have prepared the same statement.
-_MOST_UNPREPARED = 32
 
 
 class Database:
@@ -69,10 +74,8 @@ class Database:
         synchronous: str = "FULL",
         engine_options: Mapping[str, Any] | None = None,
         must_exist: bool = False,
-        prepare: Callable[[Connection], None] | None = None,
-        is_prepared: Callable[[Connection], bool] | None = None,
-        on_lost: Callable[[], None] | None = None,
-        on_fork: Callable[[], None] | None = None,
+        protection: Protection | None = None,
+        cache: ThreadCache | None = None,
         migrations: Sequence[Migration] = MIGRATIONS,
     ) -> None:
         """Take a URL, or an engine of the caller's, which keeps its settings and is never disposed of.
@@ -83,35 +86,36 @@ class Database:
             synchronous: how SQLite's files are synchronised: OFF, NORMAL, FULL or EXTRA.
             engine_options: more arguments for `create_engine`, for an engine made here.
             must_exist: make neither file nor tables, and refuse a database that has none.
-            prepare: called in a write transaction once the tables are there, before the first work, by one process
-                and one thread at a time; where the database takes no writes, as a read. If it raises, the next call
-                begins with it again. First calls that come at the same time may each call it.
-            is_prepared: asked before, as a read, whether `prepare` is needed at all: who only reads waits for no
-                writer then.
-            on_lost: called when a connection turns out to be lost, before anything is run again.
-            on_fork: called in a process that was forked from this one, while it has one thread.
+            protection: settled once the tables are there, before the first work, by one process and one thread at a
+                time; where that fails the next call begins with it again. Who only reads a database that is settled
+                waits for no writer.
+            cache: forgets everything when a connection turns out to be lost, and in a process that was forked.
             migrations: what makes the tables.
 
         Raises:
             StorageError: the URL or the engine cannot be used.
         """
+        if synchronous.upper() not in SYNCHRONOUS:
+            raise StorageError(
+                f"expected `synchronous` to be one of {', '.join(SYNCHRONOUS)} (what SQLite knows), "
+                f"found {synchronous!r}"
+            )
         self.tables = tables
-        self._synchronous = check_options(engine_options, synchronous)
+        self.threads = ThreadPoolExecutor(THREADS, "agentmem-sql")  # started when first needed
+        self._synchronous = synchronous.upper()
         self._source = source_of(engine, engine_options)
         self._must_exist = must_exist
-        self._prepare = prepare
-        self._is_prepared = is_prepared
-        self._on_lost = on_lost
-        self._on_fork = on_fork
+        self._protection = protection
+        self._cache = cache
         self._migrations = migrations
         self._anchor: sqlite3.Connection | None = None
         if self._source.in_memory:
             self._take_memory()
         self.backend = self._source.url.get_backend_name()
-        given = self._source.engine
-        self._one_connection = self._source.in_memory or (given is not None and isinstance(given.pool, StaticPool))
+        own = self._source.engine
+        self._one_connection = self._source.in_memory or (own is not None and isinstance(own.pool, StaticPool))
         self._queue = _queue_of(self._source) if self.backend == "sqlite" else None
-        self._transactions: _Transactions | None = None if given is None else _of_given(given)
+        self._transactions = None if own is None else _Transactions(own, made_here=False)
         self._making = threading.Lock()
         self._inherited = False  # whether the connections are those of the process that this one was forked from
         self._ready = False
@@ -125,7 +129,7 @@ class Database:
             StorageError: the database could not be opened or did not take it, or the saver is closed.
             MissingExtraError: the driver is not installed.
         """
-        retries: _Retries | None = None
+        failures: dict[str, float] = {}
         while True:
             try:
                 self.check_open()
@@ -136,9 +140,28 @@ class Database:
                     return self._in_turn(partial(transactions.write, work), write=True)
                 return self._in_turn(partial(transactions.read, work), write=write)
             except DBAPIError as error:
-                retries = retries or _Retries()
-                pause = self._pause(retries, error)
+                pause = self._pause(error, failures)
             time.sleep(pause)
+
+    def _pause(self, error: DBAPIError, failures: dict[str, float]) -> float:
+        """How long to wait before the work is run again; raises where it is not.
+
+        `failures` counts the failures of one call by what to do about them, and says when the first one was.
+        """
+        since = failures.setdefault("since", time.monotonic())
+        kind = "lost" if error.connection_invalidated else "unprepared" if db_errors.is_unprepared(error) else ""
+        number = failures[kind] = failures.get(kind, 0) + 1
+        if kind == "lost":  # the pool has dropped that connection, and all that are as old
+            if self._cache is not None:
+                self._cache.forget_all()
+            if number <= _RECONNECTS:
+                return 0.0
+        elif kind == "unprepared" and number <= _MOST_UNPREPARED:
+            return 0.0
+        elif db_errors.is_transient(error) and number <= _RETRIES and time.monotonic() - since <= _RETRY_BUDGET:
+            return _FIRST_PAUSE * float(2**number) * random.uniform(0.5, 1.0)
+        where, message = safe_url(self._source.url), " ".join(str(error.orig).split())
+        raise StorageError(f"the database {where} answered: {message}; {db_errors.advice(error)}") from error
 
     def check_open(self) -> None:
         """Refuse a call after `close`.
@@ -152,6 +175,7 @@ class Database:
     def close(self) -> None:
         """Close every connection that was opened here; from anywhere, any number of times."""
         self._closed = True
+        self.threads.shutdown(wait=False)
         if self._source.engine is None and self._transactions is not None:
             self._transactions.engine.dispose()
         if self._anchor is not None:
@@ -159,17 +183,18 @@ class Database:
 
     def after_fork(self) -> None:
         """Forget, in a process that was just forked, what belongs to the threads of the other one."""
+        self.threads = ThreadPoolExecutor(THREADS, "agentmem-sql")
         self._making = threading.Lock()
         self._inherited = True
         if self._queue is not None:
-            self._queue.reset()
-        if self._on_fork is not None:
-            self._on_fork()
+            self._queue = _queue_of(self._source)
+        if self._cache is not None:
+            self._cache.after_fork()
 
     def _connect(self) -> _Transactions:
         with self._making:
             if self._transactions is None:
-                self._transactions = _of_own(make_engine(self._source, self._synchronous))
+                self._transactions = _Transactions(make_engine(self._source, self._synchronous), made_here=True)
             return self._transactions
 
     def _set_up(self, transactions: _Transactions) -> None:
@@ -185,36 +210,30 @@ class Database:
         if not transactions.read(lambda connection: is_current(connection, self.tables, self._migrations)):
             with connect(transactions.writer) as connection:
                 migrate(connection, self.tables, transactions.write_on, self._migrations)
-        if self._prepare is not None and not (self._is_prepared and transactions.read(self._is_prepared)):
-            try:
-                with connect(transactions.writer) as connection:
-                    alone(connection, self.tables, transactions.write_on, self._prepare)
-            except DBAPIError as error:
-                if not db_errors.is_read_only(error):
-                    raise
-                transactions.read(self._prepare)
+        protection = self._protection
+        if protection is not None and not transactions.read(partial(protection.is_settled, tables=self.tables)):
+            with connect(transactions.writer) as connection:
+                alone(connection, self.tables, transactions.write_on, partial(protection.settle, tables=self.tables))
         self._ready = True
 
     def _in_turn(self, do: Callable[[], T], *, write: bool) -> T:
         if self._inherited:
             self._leave_inherited()
-        if self._queue is None:
+        if self._queue is None or not (write or self._one_connection):
             return do()
-        if self._source.engine is not None:
-            do = partial(self._alone, do)
-        return self._queue.run(do) if write or self._one_connection else do()
+        if self._one_connection and self._source.engine is not None:
+            do = partial(self._unless_busy, self._source.engine.pool, do)
+        return self._queue.run(do)
 
-    def _alone(self, do: Callable[[], T]) -> T:
+    def _unless_busy(self, pool: Pool, do: Callable[[], T]) -> T:
         """Do something unless the only connection there is is in a transaction of the caller's."""
-        given = self._source.engine
-        if given is not None and isinstance(given.pool, StaticPool):
-            record = vars(given.pool).get("connection")  # what there is before the first use is nothing
-            driver = None if record is None else record.driver_connection
-            if getattr(driver, "in_transaction", False):
-                raise StorageError(
-                    "the engine given to SQLAlchemySaver has one connection (StaticPool), and a transaction of yours "
-                    "is open on it, which the saver would end; commit first, or give the saver an engine of its own"
-                )
+        record = vars(pool).get("connection")  # what there is before the first use is nothing
+        driver = None if record is None else record.driver_connection
+        if getattr(driver, "in_transaction", False):
+            raise StorageError(
+                "the engine given to SQLAlchemySaver has one connection (StaticPool), and a transaction of yours "
+                "is open on it, which the saver would end; commit first, or give the saver an engine of its own"
+            )
         return do()
 
     def _leave_inherited(self) -> None:
@@ -273,24 +292,13 @@ class Database:
         named = url.set(database=name.split("?")[0], query={"vfs": "memdb", "uri": "true"})
         self._source = Source(named, self._source.options)
 
-    def _pause(self, retries: _Retries, error: DBAPIError) -> float:
-        """How long to wait before the work is run again; raises where it is not."""
-        if error.connection_invalidated and self._on_lost is not None:
-            self._on_lost()
-        pause = retries.pause(error)
-        if pause is not None:
-            return pause
-        where = safe_url(self._source.url)
-        message = " ".join(str(error.orig).split())
-        raise StorageError(f"the database {where} answered: {message}; {db_errors.advice(error)}") from error
-
 
 _databases: WeakSet[Database] = WeakSet()
 
 
 def _after_fork() -> None:
-    global _queues_mutex
-    _queues_mutex = threading.Lock()
+    global _queues_mutex, _queues
+    _queues_mutex, _queues = threading.Lock(), WeakValueDictionary()  # those who wait are threads of the other process
     for database in list(_databases):
         database.after_fork()
 
@@ -299,83 +307,40 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-class _Retries:
-    """Which failed work of one call is run again, and when."""
-
-    def __init__(self) -> None:
-        self._lost = 0
-        self._reconnected = False
-        self._unprepared = 0
-        self._first = time.monotonic()
-
-    def pause(self, error: DBAPIError) -> float | None:
-        """The seconds to wait before the work is run again; None where it is not."""
-        if error.connection_invalidated:  # the pool has dropped that connection, and all that are as old
-            again, self._reconnected = not self._reconnected, True
-            return 0.0 if again else None
-        if db_errors.is_unprepared(error) and self._unprepared < _MOST_UNPREPARED:
-            self._unprepared += 1
-            return 0.0
-        over = self._lost >= _RETRIES or time.monotonic() - self._first > _RETRY_BUDGET
-        if over or not db_errors.is_transient(error):
-            return None
-        self._lost += 1
-        return _FIRST_PAUSE * float(2**self._lost) * random.uniform(0.5, 1.0)
-
-
 # Transactions.
 
 
 class _Transactions:
-    """Reads and writes on one engine."""
+    """Reads and writes on one engine.
 
-    def __init__(
-        self,
-        engine: Engine,
-        *,
-        reader: Engine | None = None,
-        writer: Engine | None = None,
-        before_read: Callable[[Connection], None] | None = None,
-        before_write: Callable[[Connection], None] | None = None,
-        autocommits: bool = False,
-        announced: bool = False,
-        sqlite: bool = False,
-    ) -> None:
-        """Take an engine.
+    On an engine that was made here the driver's mode says whether a statement commits itself, since changing
+    SQLAlchemy's isolation level for each use costs more than a read. On one of the caller's the mode is SQLAlchemy's:
+    its settings and listeners go on.
+    """
 
-        Args:
-            engine: whose connections these are.
-            reader: the engine with the options of reads.
-            writer: the engine with the options of writes.
-            before_read: the first act of a read.
-            before_write: the first act of a transaction.
-            autocommits: whether the reader's connections commit every statement.
-            announced: whether SQLAlchemy is to know of a read, as listeners and pools of the owner expect.
-            sqlite: whether a write's transaction is SQLite's own, which SQLAlchemy need not know of.
-        """
-        self.engine = engine
-        self.reader = reader or engine
-        self.writer = writer or engine
-        self.autocommits = autocommits
-        self._before_read = before_read
-        self._before_write = before_write
-        self._announced = announced
-        self._sqlite = sqlite
+    def __init__(self, engine: Engine, *, made_here: bool) -> None:
+        self.engine = self.reader = self.writer = engine
+        self._made_here = made_here
+        self._backend = engine.dialect.name
+        # Whether a statement of a read commits itself. A listener for `begin` may set what the rows that one sees
+        # depend on, for as long as the transaction lasts.
+        self.autocommits = self._backend == "postgresql" and (made_here or not engine.dispatch.begin)
+        if self._backend == "postgresql" and not made_here:
+            self.writer = engine.execution_options(isolation_level="READ COMMITTED")
+            if self.autocommits:
+                self.reader = engine.execution_options(isolation_level="AUTOCOMMIT")
 
     def read(self, work: Work[T]) -> T:
         """Do work that changes nothing, or is one statement that commits itself."""
         with connect(self.reader) as connection:
-            if self._before_read is not None:
-                self._before_read(connection)
-            if self._announced:
+            if not self._made_here:  # listeners and pools of the owner expect that SQLAlchemy knows of it
                 connection.begin()  # closing the connection rolls it back
+            elif self.autocommits:
+                _set_autocommit(connection, True)
             try:
                 return work(connection)
-            except InvalidRequestError:
-                connection.invalidate()  # its state is not what SQLAlchemy takes it for
-                raise
-            except DBAPIError as error:
-                _forget_prepared(connection, error)
+            except (DBAPIError, InvalidRequestError) as error:
+                _leave_unusable(connection, error)
                 raise
 
     def write(self, work: Work[T]) -> T:
@@ -386,56 +351,42 @@ class _Transactions:
     def write_on(self, connection: Connection, work: Work[T]) -> T:
         """Do work in one transaction on a connection of `writer` that has none open."""
         try:
-            if self._sqlite:
+            if self._made_here and self._backend == "sqlite":  # of which SQLAlchemy need not know
                 driver: Any = connection.connection.driver_connection
                 if driver.in_transaction:
                     _execute(connection, driver, "ROLLBACK")
                 _execute(connection, driver, "BEGIN IMMEDIATE")
                 result = work(connection)
                 if driver.in_transaction:  # unless the work ended it
-                    _commit(connection, driver)
+                    _execute(connection, driver, "COMMIT")
                 return result
             with connection.begin():
-                if self._before_write is not None:
-                    self._before_write(connection)
+                self._begin(connection)
                 return work(connection)
         except BaseException as error:
             _roll_back(connection)
-            if isinstance(error, InvalidRequestError):
-                connection.invalidate()  # as in `read`
-            if isinstance(error, DBAPIError):
-                _forget_prepared(connection, error)
+            _leave_unusable(connection, error)
             if isinstance(error, AssertionError) and isinstance(error.__context__, KeyboardInterrupt):
                 # SQLAlchemy's commit, interrupted before it began, fails over what it asserts at its end.
                 raise error.__context__ from None
             raise
 
-
-def _of_own(engine: Engine) -> _Transactions:
-    """Transactions on an engine that was made here.
-
-    The driver's mode says whether a statement commits itself, since changing SQLAlchemy's isolation level for each
-    use costs more than a read.
-    """
-    if engine.dialect.name == "sqlite":
-        return _Transactions(engine, sqlite=True)
-    if engine.dialect.name == "postgresql":
-        on, off = partial(_set_autocommit, mode=True), partial(_set_autocommit, mode=False)
-        return _Transactions(engine, before_read=on, before_write=off, autocommits=True)
-    return _Transactions(engine, before_write=_start_transaction)
-
-
-def _of_given(engine: Engine) -> _Transactions:
-    """Transactions on an engine of the caller's, whose mode is SQLAlchemy's: its settings and listeners go on."""
-    if engine.dialect.name == "sqlite":
-        return _Transactions(engine, before_write=_begin_immediate, announced=True)
-    if engine.dialect.name == "postgresql":
-        # A listener for `begin` may set what the rows that one sees depend on, for as long as the transaction lasts.
-        listened = bool(engine.dispatch.begin)
-        reader = engine if listened else engine.execution_options(isolation_level="AUTOCOMMIT")
-        writer = engine.execution_options(isolation_level="READ COMMITTED")
-        return _Transactions(engine, reader=reader, writer=writer, autocommits=not listened, announced=True)
-    return _Transactions(engine, before_write=_start_read_committed, announced=True)
+    def _begin(self, connection: Connection) -> None:
+        """Begin, on the database, the transaction that SQLAlchemy thinks has begun."""
+        if self._backend == "sqlite":
+            # Take the write lock at once, waiting for it. A deferred transaction that reads and then writes fails
+            # without waiting when another connection wrote in between, so one that a listener of the engine began is
+            # begun anew.
+            driver: Any = connection.connection.driver_connection
+            if driver.in_transaction:
+                change(connection, "ROLLBACK", ())
+            change(connection, "BEGIN IMMEDIATE", ())
+        elif self._backend != "postgresql":
+            if not self._made_here:
+                connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
+            change(connection, "START TRANSACTION", ())
+        elif self._made_here:
+            _set_autocommit(connection, False)
 
 
 def connect(engine: Engine) -> Connection:
@@ -460,7 +411,7 @@ def connect(engine: Engine) -> Connection:
 
 
 def _roll_back(connection: Connection) -> None:
-    """End, on the database, what SQLAlchemy may think there is no need to end; see `_of_own`."""
+    """End, on the database, what SQLAlchemy may think there is no need to end."""
     if connection.closed or connection.invalidated:
         return
     try:
@@ -472,26 +423,11 @@ def _roll_back(connection: Connection) -> None:
             raise
 
 
-def _forget_prepared(connection: Connection, error: DBAPIError) -> None:
-    """Close a connection whose prepared statements are no good any more; the work is run again on another."""
-    if db_errors.is_unprepared(error) and not connection.invalidated:
+def _leave_unusable(connection: Connection, error: BaseException) -> None:
+    """Close a connection whose state is not what SQLAlchemy takes it for, or whose prepared statements are no good."""
+    stale = isinstance(error, DBAPIError) and db_errors.is_unprepared(error)
+    if isinstance(error, InvalidRequestError) or (stale and not connection.invalidated):
         connection.invalidate()
-
-
-def _begin_immediate(connection: Connection) -> None:
-    """Take SQLite's write lock at once, waiting for it.
-
-    A deferred transaction that reads and then writes fails without waiting when another connection wrote in
-    between, so one that a listener of the engine began is begun anew.
-    """
-    driver: Any = connection.connection.driver_connection
-    if driver.in_transaction:
-        change(connection, "ROLLBACK", ())
-    change(connection, "BEGIN IMMEDIATE", ())
-
-
-def _commit(connection: Connection, driver: Any) -> None:
-    _execute(connection, driver, "COMMIT")
 
 
 def _execute(connection: Connection, driver: Any, statement: str) -> None:
@@ -510,15 +446,6 @@ def _set_autocommit(connection: Connection, mode: bool) -> None:
         except connection.dialect.loaded_dbapi.Error as error:  # in the middle of something that was interrupted
             connection.invalidate()
             raise OperationalError(None, None, error, connection_invalidated=True) from error
-
-
-def _start_transaction(connection: Connection) -> None:
-    change(connection, "START TRANSACTION", ())
-
-
-def _start_read_committed(connection: Connection) -> None:
-    connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
-    change(connection, "START TRANSACTION", ())
 
 
 # The queue of SQLite's writers.
@@ -542,10 +469,6 @@ class WriterQueue:
     """
 
     def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget who waits: after a fork, those are threads of the other process."""
         self._mutex = threading.Lock()  # guards the queue, held for microseconds
         self._tickets: deque[_Ticket] = deque()  # the first one's turn it is; there may be some that are gone
 
@@ -576,16 +499,15 @@ class WriterQueue:
                 first.set()
 
 
-_queues: WeakValueDictionary[Path, WriterQueue] = WeakValueDictionary()
-_queues_of_pools: WeakKeyDictionary[Pool, WriterQueue] = WeakKeyDictionary()
+_queues: WeakValueDictionary[object, WriterQueue] = WeakValueDictionary()
 _queues_mutex = threading.Lock()
 
 
 def _queue_of(source: Source) -> WriterQueue:
     """The queue of a SQLite database, shared by everybody in this process who uses it."""
+    if source.engine is not None and isinstance(source.engine.pool, StaticPool):
+        key: object = source.engine.pool
+    else:
+        key = object() if source.in_memory else Path(str(source.url.database)).resolve()
     with _queues_mutex:
-        if source.engine is not None and isinstance(source.engine.pool, StaticPool):
-            return _queues_of_pools.setdefault(source.engine.pool, WriterQueue())
-        if source.in_memory:
-            return WriterQueue()
-        return _queues.setdefault(Path(str(source.url.database)).resolve(), WriterQueue())
+        return _queues.setdefault(key, WriterQueue())

@@ -6,9 +6,6 @@ connection that could not be made, and drivers word a lost connection each in it
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-
 from sqlalchemy.exc import DBAPIError
 
 # Serialisation failure and deadlock of PostgreSQL; deadlock, lock timeout and snapshot conflict of MySQL.
@@ -20,88 +17,68 @@ _ALTERED = ("cached plan must not change result type", "cached statement plan is
 _NO_TABLE = {"42P01", "1146"}
 
 
-@dataclass(frozen=True)
-class _Advice:
-    codes: str  # separated by spaces
-    says: tuple[str, ...]  # or what the message says, in lower case
-    text: str
-
-
-_ADVICE: Iterable[_Advice] = (
-    _Advice(
+# Numbers, separated by spaces; or what the message says, in lower case, separated by bars; and what to do.
+_ADVICE = (
+    (
         "SQLITE_BUSY SQLITE_LOCKED",
-        ("is locked",),
+        "is locked",
         "another connection held the lock of the SQLite file for longer than this one waits; find out which",
     ),
-    _Advice("SQLITE_READONLY", ("readonly", "read-only file"), "make the file and its folder writable"),
-    _Advice("SQLITE_FULL", ("disk is full",), "free some space; nothing of this call was stored"),
-    _Advice("SQLITE_CANTOPEN", (), "check that the folder exists and may be entered"),
-    _Advice("SQLITE_NOTADB", (), "the path names a file of another kind, or an encrypted or damaged database"),
-    _Advice("SQLITE_CORRUPT", (), "the file is damaged; restore it from a backup"),
-    _Advice("SQLITE_IOERR", (), "the disk or file system failed or is full; nothing of this call was stored"),
-    _Advice("3F000", (), "create the schema first (CREATE SCHEMA ...), or correct the name given as `schema`"),
-    _Advice(
+    ("SQLITE_READONLY", "readonly|read-only file", "make the file and its folder writable"),
+    ("SQLITE_FULL", "disk is full", "free some space; nothing of this call was stored"),
+    ("SQLITE_CANTOPEN", "", "check that the folder exists and may be entered"),
+    ("SQLITE_NOTADB", "", "the path names a file of another kind, or an encrypted or damaged database"),
+    ("SQLITE_CORRUPT", "", "the file is damaged; restore it from a backup"),
+    ("SQLITE_IOERR", "", "the disk or file system failed or is full; nothing of this call was stored"),
+    ("3F000", "", "create the schema first (CREATE SCHEMA ...), or correct the name given as `schema`"),
+    (
         "25006 1290 1792 1836",
-        ("read-only",),
-        "the server takes no writes from this connection: connect to the primary server, "
-        "and check default_transaction_read_only (PostgreSQL) or read_only (MySQL)",
+        "read-only",
+        "the server takes no writes from this connection: connect to the primary server, and check "
+        "default_transaction_read_only (PostgreSQL) or read_only (MySQL)",
     ),
-    _Advice(
-        "53100 1021 1114",
-        ("no space left",),
-        "the server's disk is full; free some space; nothing of this call was stored",
-    ),
-    _Advice(
+    ("53100 1021 1114", "no space left", "the server's disk is full; free some space; nothing of this call was stored"),
+    (
         "53300 1040 1203",
-        ("too many clients", "too many connections", "remaining connection slots"),
+        "too many clients|too many connections|remaining connection slots",
         "the server allows no more connections: raise max_connections, or lower pool_size in engine_options",
     ),
-    _Advice(
-        "1153 2020", ("packet sequence number",), "a value is larger than the server takes: raise max_allowed_packet"
-    ),
-    _Advice(
+    ("1153 2020", "packet sequence number", "a value is larger than the server takes: raise max_allowed_packet"),
+    (
         "42501 1044 1142 1143 1227",
-        ("permission denied",),
-        "this user lacks the right: grant CREATE on the schema for the first call and migrations, "
-        "and SELECT, INSERT, UPDATE, DELETE on the tables always",
+        "permission denied",
+        "this user lacks the right: grant CREATE on the schema for the first call and migrations, and SELECT, "
+        "INSERT, UPDATE, DELETE on the tables always",
     ),
-    _Advice(
+    (
         "28P01 28000 1045 1698",
-        ("password authentication failed", "no password supplied", "pg_hba.conf", 'role "'),
+        'password authentication failed|no password supplied|pg_hba.conf|role "',
         "check the user name and password in the URL, and that this user may connect from this host",
     ),
-    _Advice(
-        "3D000 1049", ('database "',), "create the database first (CREATE DATABASE ...), or correct its name in the URL"
-    ),
-    _Advice(
+    ("3D000 1049", 'database "', "create the database first (CREATE DATABASE ...), or correct its name in the URL"),
+    (
         "55P03 1205",
-        (),
+        "",
         "another transaction held a row for longer than this one waits; find out which, or raise lock_timeout "
         "(PostgreSQL) or innodb_lock_wait_timeout (MySQL)",
     ),
-    _Advice(
+    (
         "42P05 26000",
-        ("prepared statement",),
+        "prepared statement",
         "a pooler between here and the server (PgBouncer) mixes up prepared statements: switch them off with "
         "engine_options={'connect_args': {'prepare_threshold': None}}, or pool by session",
     ),
-    _Advice("57014 1969 3024", (), "the statement took longer than the server's statement timeout allows"),
-    _Advice("40001 40P01 1213 1020", (), "the transaction lost against another one several times; try again"),
-    _Advice("57P03", ("starting up", "shutting down"), "the server is starting or stopping; try again"),
-    _Advice(
+    ("57014 1969 3024", "", "the statement took longer than the server's statement timeout allows"),
+    ("40001 40P01 1213 1020", "", "the transaction lost against another one several times; try again"),
+    ("57P03", "starting up|shutting down", "the server is starting or stopping; try again"),
+    (
         "2002 2003 08001 08006",
-        (
-            "connection refused",
-            "connect call failed",
-            "could not translate host",
-            "failed to resolve",
-            "timeout expired",
-        ),
+        "connection refused|connect call failed|could not translate host|failed to resolve|timeout expired",
         "the server cannot be reached: check host and port in the URL, and that it runs",
     ),
-    _Advice(
+    (
         "2006 2013 57P01",
-        ("lost connection", "server closed the connection", "connection was closed", "broken pipe"),
+        "lost connection|server closed the connection|connection was closed|broken pipe",
         "the connection was lost twice: the server's log says why; if it happens with large values only, raise "
         "max_allowed_packet (MySQL)",
     ),
@@ -111,13 +88,13 @@ _ADVICE: Iterable[_Advice] = (
 def advice(error: BaseException) -> str:
     """What to do about an error of the database, its driver or the connection to it."""
     number, message = code(error), str(error).lower()
-    for entry in _ADVICE:
+    for codes, _, text in _ADVICE:
         # SQLite's extended names begin with the general one: SQLITE_READONLY_DIRECTORY.
-        if number and any(number == listed or number.startswith(listed + "_") for listed in entry.codes.split()):
-            return entry.text
-    for entry in _ADVICE:
-        if any(says in message for says in entry.says):
-            return entry.text
+        if number and any(number == listed or number.startswith(listed + "_") for listed in codes.split()):
+            return text
+    for _, phrases, text in _ADVICE:
+        if phrases and any(phrase in message for phrase in phrases.split("|")):
+            return text
     return "the transaction was rolled back"
 
 

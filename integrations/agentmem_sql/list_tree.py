@@ -43,7 +43,8 @@ INLINE = 48  # bytes of an item that costs less in its leaf than in a row of its
 # The smallest packet limit in use (MySQL's default of 16 MB) holds a body of this size however it is quoted.
 PART_BYTES = 4 * 2**20
 
-_HEAD = struct.Struct(">BB")  # what it is of, number of levels; then each level's number of entries, highest first
+# Before the entries of a LIST: what it is of, number of levels; then each level's number of entries, highest first
+LIST_HEAD = struct.Struct(">BB")
 # No serializer's type tag begins with this byte, so the body of an OWN is told from that of a VALUE.
 OWN_MARK = b"\xff"
 LINK = b"\0"  # before a digest; before an item stands its length, 1 to INLINE
@@ -77,22 +78,6 @@ class Node(NamedTuple):
         return (entry for entry in self.entries if type(entry) is bytes)
 
 
-def inline(body: bytes) -> bytes:
-    """How a leaf holds an item of 1 to `INLINE` bytes."""
-    return bytes((len(body),)) + body
-
-
-def link(digest: bytes) -> bytes:
-    """How a leaf refers to a longer item, and a level above to a node."""
-    return LINK + digest
-
-
-def list_body(of: int, levels: Sequence[Sequence[bytes]]) -> bytes:
-    """The body of a LIST; the highest level stands first."""
-    counts = bytes([len(level) for level in levels])
-    return _HEAD.pack(of, len(counts)) + counts + b"".join([entry for level in levels for entry in level])
-
-
 def own_body(place: bytes, value: bytes) -> bytes:
     """The body of an OWN: the 32-byte digest of the place of the write, and the serialised value.
 
@@ -114,9 +99,9 @@ def parse(kind: int, body: bytes) -> Node:
         StorageError: the body is not one.
     """
     if kind == LIST:
-        of, levels = _HEAD.unpack_from(body)
-        start = _HEAD.size + levels
-        return Node(kind, _entries(body, start), body[_HEAD.size : start], of)
+        of, levels = LIST_HEAD.unpack_from(body)
+        start = LIST_HEAD.size + levels
+        return Node(kind, _entries(body, start), body[LIST_HEAD.size : start], of)
     if kind == NODE:
         return Node(kind, _entries(body, 0))
     if kind == SPLIT:

@@ -136,7 +136,7 @@ class _Walk:
         self._address = address
         self._named = channel
         self._is_memory: dict[str, bool] = {} if channel is None else {channel: True}
-        self._none = store.protection.digest(VALUE, dump(serde, None))
+        self._none = store.protection.digest(VALUE, dump(serde, None, "an empty memory"))
         self._thread = CachedThread()  # its number and epoch, no content
 
     def changes(self) -> Iterator[_Change]:

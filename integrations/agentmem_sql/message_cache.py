@@ -27,8 +27,7 @@ from typing import Any, TypeVar
 
 import ormsgpack
 from langchain_core.messages import BaseMessage
-from langgraph.checkpoint.serde.base import SerializerProtocol
-from langgraph.checkpoint.serde.jsonplus import EXT_PYDANTIC_V2, JsonPlusSerializer
+from langgraph.checkpoint.serde.jsonplus import EXT_PYDANTIC_V2
 from pydantic import BaseModel
 
 from agentmem_sql.list_tree import LINK, Node
@@ -100,11 +99,9 @@ class MessageSnapshot:
             if fields[field]:
                 return None
             own[field] = _EMPTY[of]
-        kind, assigned = self.kind, self.assigned
-        snapshot = MessageSnapshot(
-            digest, own["id"], kind, own, self.empty, assigned, True, _COST + size, LINK + digest
-        )
-        return _message(kind, fields, assigned), snapshot
+        same = self.kind, own, self.empty, self.assigned, True
+        snapshot = MessageSnapshot(digest, own["id"], *same, _COST + size, LINK + digest)
+        return _message(self.kind, fields, self.assigned), snapshot
 
     def copy(self) -> BaseMessage:
         """A new message with these fields."""
@@ -125,11 +122,6 @@ def _message(kind: type[BaseMessage], fields: dict[str, Any], assigned: frozense
     _set_extra(message, {})
     _set_private(message, None)
     return message
-
-
-def copy_messages(snapshots: Iterable[MessageSnapshot]) -> list[BaseMessage]:
-    """A new message for each snapshot."""
-    return [snapshot.copy() for snapshot in snapshots]
 
 
 def take_snapshot(message: object, digest: bytes, *, whole: bool) -> MessageSnapshot | None:
@@ -215,36 +207,17 @@ _TAG = b"msgpack\0"
 _HEADERS = {_TAG + bytes((first,)): len(_TAG) + length for first, length in ((0xC7, 3), (0xC8, 4), (0xC9, 6))}
 
 
-def reads_as_written(serde: SerializerProtocol) -> bool:
-    """Whether a serializer is LangGraph's own with nothing of the caller's in it, so that messages hold no surprise."""
-    return type(serde) is JsonPlusSerializer and not getattr(serde, "_custom_unpack_ext_hook", True)
-
-
 class DecodeTemplates:
     """The templates that one serializer is known to leave as they are."""
 
     def __init__(self) -> None:
         self._templates: dict[_Template, MessageSnapshot | None] = {}
 
-    def fast_decode(
-        self, values: Sequence[tuple[bytes, bytes]], start: int
-    ) -> list[tuple[BaseMessage, MessageSnapshot]]:
-        """The messages that values (body and digest) from `start` on are, with their snapshots.
-
-        Ends before the first value whose template is not known.
-        """
-        decoded: list[tuple[BaseMessage, MessageSnapshot]] = []
-        for at in range(start, len(values)):
-            body, digest = values[at]
-            parsed = _parse_message(body)
-            template = None if parsed is None else self._templates.get(parsed[0])
-            if parsed is None or template is None:
-                break
-            message = template.like(digest, parsed[1], len(body))
-            if message is None:
-                break
-            decoded.append(message)
-        return decoded
+    def decode(self, digest: bytes, body: bytes) -> tuple[BaseMessage, MessageSnapshot] | None:
+        """The message that is stored so, and its snapshot; None if its template is not known."""
+        parsed = _parse_message(body)
+        template = None if parsed is None else self._templates.get(parsed[0])
+        return None if parsed is None or template is None else template.like(digest, parsed[1], len(body))
 
     def learn(self, body: bytes, message: BaseMessage, snapshot: MessageSnapshot) -> None:
         """See what the serializer made of a value whose template is not known."""
@@ -302,23 +275,15 @@ class CachedThread:
         self._values: OrderedDict[bytes, bytes] = OrderedDict()
         self._value_bytes = 0
         self.heads: OrderedDict[tuple[str, str], ChannelHeads] = OrderedDict()  # by namespace and checkpoint
-        self._channels = 0  # of all heads
         self._lock = Lock()
 
     def remember_channels(self, ns: str, checkpoint_id: str, channels: ChannelHeads) -> None:
         """Remember the channels of a checkpoint."""
         with self._lock:
-            self._channels += len(channels) - len(self.heads.pop((ns, checkpoint_id), ()))
             self.heads[ns, checkpoint_id] = channels
+            self.heads.move_to_end((ns, checkpoint_id))
             if len(self.heads) > _CHECKPOINTS:
-                self._channels -= len(self.heads.popitem(last=False)[1])
-
-    def body(self, digest: bytes) -> Body | None:
-        """Content, if known: a message that can be copied, a node, or a value's bytes."""
-        body = self.bodies.get(digest)
-        if body is None or (isinstance(body, MessageSnapshot) and not body.whole):
-            return self._values.get(digest)
-        return body
+                self.heads.popitem(last=False)
 
     def collect(self, roots: Iterable[bytes]) -> tuple[dict[bytes, Body], set[bytes]]:
         """Content and what it refers to, as far as it is known; and the digests of what is not."""
@@ -346,53 +311,42 @@ class CachedThread:
 
         A node that ran meanwhile may have changed a message while it was serialised.
         """
-        self.add(contents)
-        same = [snapshot for message, snapshot in snapshots if match_stored([message], {snapshot.id: snapshot})[0]]
-        self.add([(snapshot.digest, snapshot) for snapshot in same])
+        same = [each for message, each in snapshots if match_stored([message], {each.id: each})[0]]
+        self.add([*contents, *((snapshot.digest, snapshot) for snapshot in same)])
 
     def add(self, contents: Iterable[tuple[bytes, Body]]) -> None:
         """Remember content that the thread has."""
+        stored, bodies, messages, values = self.stored, self.bodies, self.messages, self._values
+        size = 0
         with self._lock:
             for digest, body in contents:
-                if digest not in self.stored:
-                    self.stored.add(digest)
-                    self.size += _DIGEST_COST
-                if isinstance(body, bytes):
-                    self._add_value(digest, body)
+                if digest not in stored:
+                    stored.add(digest)
+                    size += _DIGEST_COST
+                known = bodies.get(digest)
+                if type(body) is MessageSnapshot:
+                    messages[body.id] = body
+                    if values and body.whole and digest in values:
+                        self._value_bytes -= _VALUE_COST + len(values.pop(digest))
+                    size += 0 if known else body.cost
+                elif isinstance(body, bytes):
+                    if digest not in values and (known is None or (type(known) is MessageSnapshot and not known.whole)):
+                        values[digest] = body
+                        self._value_bytes += _VALUE_COST + len(body)
                     continue
-                if isinstance(body, MessageSnapshot):
-                    self.messages[body.id] = body
-                    if body.whole and (stored := self._values.pop(digest, None)) is not None:
-                        self._value_bytes -= _VALUE_COST + len(stored)
-                if digest not in self.bodies:
-                    self.size += body.cost if isinstance(body, MessageSnapshot) else _NODE_COST
-                self.bodies[digest] = body
-
-    def add_messages(self, messages: Iterable[MessageSnapshot]) -> None:
-        """Remember messages that were read; the same as `add` for each, in fewer steps."""
-        new = {message.digest: message for message in messages}
-        with self._lock:
-            self.size += _DIGEST_COST * len(new.keys() - self.stored)
-            self.size += sum([message.cost for digest, message in new.items() if digest not in self.bodies])
-            self.stored.update(new)
-            self.bodies.update(new)
-            self.messages.update({message.id: message for message in new.values()})
-            for digest in self._values.keys() & new.keys():
-                self._value_bytes -= _VALUE_COST + len(self._values.pop(digest))
-
-    def _add_value(self, digest: bytes, body: bytes) -> None:
-        if self.body(digest) is not None:
-            return
-        self._values[digest] = body
-        self._value_bytes += _VALUE_COST + len(body)
-        while self._value_bytes > _VALUE_BYTES and len(self._values) > 1:
-            _, oldest = self._values.popitem(last=False)
-            self._value_bytes -= _VALUE_COST + len(oldest)
+                else:
+                    size += 0 if known else _NODE_COST
+                bodies[digest] = body
+            self.size += size
+            while self._value_bytes > _VALUE_BYTES and len(values) > 1:
+                _, oldest = values.popitem(last=False)
+                self._value_bytes -= _VALUE_COST + len(oldest)
 
     @property
     def cost(self) -> int:
         """Bytes of memory, roughly."""
-        return _THREAD_COST + self.size + self._value_bytes + _CHANNEL_COST * self._channels
+        channels = sum(map(len, list(self.heads.values())))
+        return _THREAD_COST + self.size + self._value_bytes + _CHANNEL_COST * channels
 
 
 class ThreadCache:
@@ -427,26 +381,22 @@ class ThreadCache:
 
     def at(self, thread_id: str, number: int, epoch: int) -> CachedThread:
         """What is known of a thread that has this number and epoch in the database."""
+        if not self._budget:
+            return CachedThread(number, epoch)
         with self._lock:
             thread = self._threads.get(thread_id)
             if thread is None or (thread.number, thread.epoch) != (number, epoch):
-                thread = CachedThread(number, epoch)
-                if self._budget:
-                    self._threads[thread_id] = thread
-            if self._budget:
-                self._threads.move_to_end(thread_id)
-                self._calls += 1
-                if self._calls % _CALLS_BETWEEN_SUMS == 0:
-                    self._shrink()
+                thread = self._threads[thread_id] = CachedThread(number, epoch)
+            self._threads.move_to_end(thread_id)
+            self._calls += 1
+            if self._calls % _CALLS_BETWEEN_SUMS == 0:
+                total = sum(each.cost for each in self._threads.values())
+                while total > self._budget and self._threads:  # the costs may have changed since the sum
+                    _, oldest = self._threads.popitem(last=False)
+                    total -= oldest.cost
             return thread
 
     def drop(self, thread_id: str) -> None:
         """Forget a thread."""
         with self._lock:
             self._threads.pop(thread_id, None)
-
-    def _shrink(self) -> None:
-        total = sum(thread.cost for thread in self._threads.values())
-        while total > self._budget and self._threads:  # the costs may have changed since the sum
-            _, oldest = self._threads.popitem(last=False)
-            total -= oldest.cost

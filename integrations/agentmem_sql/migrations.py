@@ -10,12 +10,10 @@ Every one of them must therefore do nothing where its work is done already.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from hashlib import sha256
-from typing import Protocol, TypeVar
+from typing import Any, TypeVar, cast
 
 from sqlalchemy import BigInteger, Connection, func, literal, select
 from sqlalchemy.exc import DBAPIError
@@ -31,10 +29,8 @@ T = TypeVar("T")
 _LOCK_TIMEOUT = 300
 
 
-class Transact(Protocol):
-    """`transact(connection, work)` does work in one transaction; SQLite's holds the write lock from the start."""
-
-    def __call__(self, connection: Connection, work: Callable[[Connection], T], /) -> T: ...
+# `transact(connection, work)` does work in one transaction; SQLite's holds the write lock from the start.
+Transact = Callable[[Connection, Callable[[Connection], Any]], Any]
 
 
 @dataclass(frozen=True)
@@ -46,12 +42,14 @@ class Migration:
     upgrade: Callable[[Connection, Tables], None]
 
 
-def _create_tables(connection: Connection, tables: Tables) -> None:
-    tables.metadata.create_all(connection)
-
-
 # 1 was a development version.
-MIGRATIONS: Sequence[Migration] = (Migration(2, "threads, blobs, checkpoints, writes, settings", _create_tables),)
+MIGRATIONS: Sequence[Migration] = (
+    Migration(
+        2,
+        "threads, blobs, checkpoints, writes, settings",
+        lambda connection, tables: tables.metadata.create_all(connection),
+    ),
+)
 
 
 def is_current(connection: Connection, tables: Tables, migrations: Sequence[Migration] = MIGRATIONS) -> bool:
@@ -75,8 +73,19 @@ def migrate(
     Raises:
         StorageError: as `is_current`, or another process kept the lock for too long.
     """
-    step = partial(_step, tables=tables, migrations=migrations)
-    while alone(connection, tables, transact, step):
+
+    def next_step(connection: Connection) -> bool:
+        """Do the next migration; gives whether there are more."""
+        tables.schema_versions.create(connection, checkfirst=True)
+        version = _version(connection, tables, migrations)
+        following = next((migration for migration in migrations if migration.number > (version or 0)), None)
+        if following is None:
+            return False
+        following.upgrade(connection, tables)
+        add_rows(connection, tables.schema_versions, [{"version": following.number}], replace=False)
+        return following is not migrations[-1]
+
+    while alone(connection, tables, transact, next_step):
         pass
 
 
@@ -86,27 +95,34 @@ def alone(connection: Connection, tables: Tables, transact: Transact, work: Call
     Raises:
         StorageError: another process kept the lock for too long.
     """
+    schema = connection.schema_for_object(tables.schema_versions)
+    spelled = f"{connection.engine.url.database}\0{schema}\0{tables.schema_versions.name}"
+    number = int.from_bytes(sha256(spelled.encode()).digest()[:8], signed=True)
 
     def locked(connection: Connection) -> T:
         if connection.dialect.name == "postgresql":
-            number = literal(_lock_number(connection, tables), BigInteger)
-            connection.execute(select(func.pg_advisory_xact_lock(number)))
+            connection.execute(select(func.pg_advisory_xact_lock(literal(number, BigInteger))))
         return work(connection)
 
-    with _alone_on_mysql(connection, tables):
-        return transact(connection, locked)
-
-
-def _step(connection: Connection, tables: Tables, migrations: Sequence[Migration]) -> bool:
-    """Do the next migration; gives whether there are more."""
-    tables.schema_versions.create(connection, checkfirst=True)
-    version = _version(connection, tables, migrations)
-    following = next((migration for migration in migrations if version is None or migration.number > version), None)
-    if following is None:
-        return False
-    following.upgrade(connection, tables)
-    add_rows(connection, tables.schema_versions, [{"version": following.number}], replace=False)
-    return following is not migrations[-1]
+    if connection.dialect.name in ("sqlite", "postgresql"):
+        return cast(T, transact(connection, locked))
+    # A lock that outlives the commits which MySQL makes of itself.
+    name = f"agentmem-{number & (1 << 63) - 1}"
+    if connection.execute(select(func.get_lock(name, _LOCK_TIMEOUT))).scalar() != 1:
+        raise StorageError(
+            f"expected the migrations of the checkpoint tables to end within {_LOCK_TIMEOUT} s, found the lock "
+            f"{name!r} still held by another connection; see SHOW PROCESSLIST for what it does"
+        )
+    connection.rollback()
+    try:
+        return cast(T, transact(connection, locked))
+    finally:
+        try:
+            connection.rollback()
+            connection.execute(select(func.release_lock(name)))
+            connection.rollback()
+        except DBAPIError:
+            connection.invalidate()  # the lock ends with the connection
 
 
 def _version(connection: Connection, tables: Tables, migrations: Sequence[Migration]) -> int | None:
@@ -130,34 +146,3 @@ def _version(connection: Connection, tables: Tables, migrations: Sequence[Migrat
             f"{version}: a newer agentmem made it; upgrade agentmem-delta, or open another database"
         )
     return version
-
-
-@contextmanager
-def _alone_on_mysql(connection: Connection, tables: Tables) -> Iterator[None]:
-    """Hold a lock that outlives the commits which MySQL makes of itself."""
-    if connection.dialect.name not in ("mysql", "mariadb"):
-        yield
-        return
-    name = f"agentmem-{_lock_number(connection, tables) & (1 << 63) - 1}"
-    if connection.execute(select(func.get_lock(name, _LOCK_TIMEOUT))).scalar() != 1:
-        raise StorageError(
-            f"expected the migrations of the checkpoint tables to end within {_LOCK_TIMEOUT} s, found the lock "
-            f"{name!r} still held by another connection; see SHOW PROCESSLIST for what it does"
-        )
-    connection.rollback()
-    try:
-        yield
-    finally:
-        try:
-            connection.rollback()
-            connection.execute(select(func.release_lock(name)))
-            connection.rollback()
-        except DBAPIError:
-            connection.invalidate()  # the lock ends with the connection
-
-
-def _lock_number(connection: Connection, tables: Tables) -> int:
-    """A number of 64 bits, with sign, for these tables on this server."""
-    schema = connection.schema_for_object(tables.schema_versions)
-    spelled = f"{connection.engine.url.database}\0{schema}\0{tables.schema_versions.name}"
-    return int.from_bytes(sha256(spelled.encode()).digest()[:8], signed=True)

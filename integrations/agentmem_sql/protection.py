@@ -71,9 +71,7 @@ class Protection:
         """
         if type(kind) is not int or not 0 <= kind < len(_KINDS):
             return b""
-        if self._key is None:
-            return sha256(_KINDS[kind] + plain).digest()
-        return hmac.digest(self._key, _KINDS[kind] + plain, "sha256")
+        return self.digests(kind, [plain])[0]
 
     def digests(self, kind: int, bodies: Iterable[bytes]) -> list[bytes]:
         """`digest` for each of several bodies of one kind."""

@@ -27,7 +27,7 @@ from langgraph.checkpoint.base import (
 from langgraph.checkpoint.serde.base import SerializerProtocol
 
 from agentmem.errors import StorageError
-from agentmem_sql.content import Packer, Unpacker, Value, load
+from agentmem_sql.content import Packer, Unpacker, Value, dump, load
 from agentmem_sql.ids import check_id
 from agentmem_sql.message_cache import Body, CachedThread, ChannelHeads, DecodeTemplates
 from agentmem_sql.protection import Protection
@@ -112,17 +112,31 @@ class StoredCheckpoint:
         return {name: (version, self.digests.get(name)) for name, version in versions.items()}
 
 
+class Encoded(NamedTuple):
+    """What a call is to store.
+
+    Attributes:
+        packer: with the content.
+        rows: that refer to the content, without the thread's number.
+        heads: of a checkpoint, what its channels hold.
+    """
+
+    packer: Packer
+    rows: Sequence[Row]
+    heads: ChannelHeads | None
+
+
 def encode_checkpoint(
     serde: SerializerProtocol,
     protection: Protection,
-    known: CachedThread,
-    address: Address,
     checkpoint: Checkpoint,
     metadata: CheckpointMetadata,
     new_versions: ChannelVersions,
+    address: Address,
+    known: CachedThread,
     parents: ChannelHeads,
-) -> tuple[Packer, Row, ChannelHeads]:
-    """The row of a checkpoint, what its channels hold, and the packer with their values. `address`: of its parent.
+) -> Encoded:
+    """A checkpoint to be stored. `address`: of its parent.
 
     A channel that is not in `new_versions` holds what it held in the parent at the same version. Where the
     parent does not know that version (there is none, or it is gone) the value that came along is stored.
@@ -144,7 +158,7 @@ def encode_checkpoint(
     own: dict[str, Any] = {**checkpoint}
     del own["channel_values"], own["id"]
     # In this order each neighbour is asked once: the serializer, the keys, the cipher.
-    metadata_body, own_body = packer.dump(metadata, "metadata"), packer.dump(own, "checkpoint")
+    metadata_body, own_body = dump(serde, metadata, "metadata"), dump(serde, own, "checkpoint")
     content = pack_content({name: digest for name, (_, digest) in heads.items() if digest is not None})
     ns = open_key(address.ns)
     row: dict[str, Any] = {
@@ -160,19 +174,19 @@ def encode_checkpoint(
     row["run"] = protection.run_key(run) if isinstance(run, str) else None
     row["metadata"], row["body"] = protection.encrypt(metadata_body), protection.encrypt(own_body)
     row["seal"] = protection.row_mac((thread_key(address.thread), *_of_checkpoint(row)))
-    return packer, row, heads
+    return Encoded(packer, [row], heads)
 
 
 def encode_writes(
     serde: SerializerProtocol,
     protection: Protection,
-    known: CachedThread,
-    address: Address,
     writes: Sequence[tuple[str, Any]],
     task_id: str,
     task_path: str,
-) -> tuple[Packer, Sequence[Row]]:
-    """The rows of the pending writes of a task, and the packer with their values.
+    address: Address,
+    known: CachedThread,
+) -> Encoded:
+    """The pending writes of a task, to be stored.
 
     Raises:
         StorageError: the address names no checkpoint to hang them on.
@@ -200,17 +214,12 @@ def encode_writes(
     ]
     for row in rows:
         row["seal"] = protection.row_mac((thread_key(address.thread), *_of_write(row)))
-    return packer, rows
+    return Encoded(packer, rows, None)
 
 
 def _place(ns: bytes, checkpoint: bytes, task: bytes, index: int) -> bytes:
     """A digest of the key of a pending write, of 32 bytes."""
     return sha256(b"%d %d %d " % (index, len(ns), len(checkpoint)) + ns + checkpoint + task).digest()
-
-
-def replaces(rows: Sequence[Row]) -> bool:
-    """Whether the writes of a task replace what it wrote before: those to special channels do."""
-    return all(row["idx"] < 0 for row in rows)
 
 
 def decode_row(protection: Protection, serde: SerializerProtocol, thread: str, row: Row) -> StoredCheckpoint:
@@ -219,30 +228,17 @@ def decode_row(protection: Protection, serde: SerializerProtocol, thread: str, r
     Raises:
         StorageError: the row was changed or damaged since it was written.
     """
-    if protection.row_mac((thread_key(thread), *_of_checkpoint(row))) != row["seal"]:
-        raise damaged(thread, decode_text(row["id"]), "the checkpoint's row")
+    check_seal(protection, thread, row)
     metadata, body = protection.decrypt(row["metadata"]), protection.decrypt(row["body"])
     checkpoint_id = decode_text(row["id"])
-    ns = decode_text(row["ns"] if row["ns_name"] is None else row["ns_name"])
+    address = Address(thread, decode_text(row["ns"] if row["ns_name"] is None else row["ns_name"]), checkpoint_id)
     parent = None if row["parent"] is None else decode_text(row["parent"])
-    return StoredCheckpoint(
-        Address(thread, ns, checkpoint_id),
-        checkpoint_id,
-        parent,
-        row["created"],
-        load(serde, metadata),
-        load(serde, body),
-        unpack_content(row["content"]),
-        row["history"],
-    )
+    own, digests = (load(serde, metadata), load(serde, body)), unpack_content(row["content"])
+    return StoredCheckpoint(address, checkpoint_id, parent, row["created"], *own, digests, row["history"])
 
 
 def decode_write(protection: Protection, thread: str, row: Row) -> StoredWrite:
-    """A row of the writes table.
-
-    Raises:
-        StorageError: the row was changed or damaged since it was written.
-    """
+    """As `decode_writes`, for one row."""
     return decode_writes(protection, thread, [row])[0]
 
 

@@ -6,17 +6,13 @@ Every asynchronous method is the synchronous one in a thread.
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
 from contextvars import copy_context
 from datetime import datetime
-from functools import partial
+from functools import partial, wraps
 from secrets import randbelow
-from threading import Lock
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import (
@@ -28,9 +24,9 @@ from langgraph.checkpoint.base import (
     DeltaChannelHistory,
 )
 from langgraph.checkpoint.serde.base import SerializerProtocol
-from sqlalchemy import URL, Connection, Engine
+from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
+from sqlalchemy import URL, Engine
 
-from agentmem_sql.content import plain_serde
 from agentmem_sql.ids import check_id, check_ids
 from agentmem_sql.memory_history import MemoryStep, memory_history
 from agentmem_sql.protection import Protection
@@ -45,11 +41,43 @@ if TYPE_CHECKING:
 
 CACHE_BYTES = 64 * 2**20
 
-# Threads that do the work of tasks, of one saver and its clones.
-THREADS = 16
-
+P = ParamSpec("P")
 T = TypeVar("T")
 _END: Any = object()
+
+
+def plain_serde(serde: SerializerProtocol) -> SerializerProtocol:
+    """The serializer that makes plain bytes."""
+    # Not isinstance: for subclasses of a protocol that takes as long as serialising a message.
+    return serde.serde if EncryptedSerializer in type(serde).__mro__ else serde  # type: ignore[attr-defined]
+
+
+def _for_tasks(
+    method: Callable[Concatenate[SQLAlchemySaver, P], T],
+) -> Callable[Concatenate[SQLAlchemySaver, P], Coroutine[Any, Any, T]]:
+    """A method as tasks call it."""
+
+    @wraps(method)
+    async def twin(self: SQLAlchemySaver, /, *arguments: P.args, **named: P.kwargs) -> T:
+        return await self._in_thread(getattr(self, method.__name__), *arguments, **named)
+
+    twin.__name__, twin.__doc__ = f"a{method.__name__}", f"As `{method.__name__}`, for a task."
+    return twin
+
+
+def _iterated_by_tasks(
+    method: Callable[Concatenate[SQLAlchemySaver, P], Iterator[T]],
+) -> Callable[Concatenate[SQLAlchemySaver, P], AsyncIterator[T]]:
+    """The same for a method that gives an iterator: each item is made in one of the threads."""
+
+    @wraps(method)
+    async def twin(self: SQLAlchemySaver, /, *arguments: P.args, **named: P.kwargs) -> AsyncIterator[T]:
+        items = getattr(self, method.__name__)(*arguments, **named)
+        while (item := await self._in_thread(next, items, _END)) is not _END:
+            yield item
+
+    twin.__name__, twin.__doc__ = f"a{method.__name__}", f"As `{method.__name__}`, for a task."
+    return twin
 
 
 class SQLAlchemySaver(BaseCheckpointSaver[str]):
@@ -107,8 +135,6 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         super().__init__(serde=serde)
         tables, protection = Tables(prefix=table_prefix, schema=schema), Protection(self.serde, hmac_key)
         self._store = Store(engine, tables=tables, protection=protection, cache_bytes=cache_bytes, **of_url)
-        self._threads = _Threads()
-        self._plain: tuple[Any, SerializerProtocol] = self.serde, plain_serde(self.serde)
 
     @classmethod
     def from_url(
@@ -133,11 +159,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
 
         Args:
             url: where.
-            serde: see `SQLAlchemySaver`, as are the others that are not named here.
-            schema: of the tables.
-            table_prefix: of the tables.
-            hmac_key: signs what is stored.
-            cache_bytes: of memory.
+            serde: see `SQLAlchemySaver`, as are `schema`, `table_prefix`, `hmac_key` and `cache_bytes`.
             synchronous: of SQLite: FULL keeps what was acknowledged through a power cut, NORMAL may lose the
                 last checkpoints then, but never leaves a half-written one.
             engine_options: further arguments for `create_engine`.
@@ -161,55 +183,34 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
 
     @property
     def _serde(self) -> SerializerProtocol:
-        """The serializer that makes plain bytes; worked out again when somebody sets another one."""
-        if self._plain[0] is not self.serde:
-            self._plain = self.serde, plain_serde(self.serde)
-        return self._plain[1]
+        """The serializer that makes plain bytes."""
+        return plain_serde(self.serde)
 
     # Opening and closing. Clones made by `with_allowlist` share the database, and close it for each other.
 
     def setup(self) -> None:
         """Make the tables now instead of on first use."""
-        self._store.database.run(_nothing)
-
-    async def asetup(self) -> None:
-        """`setup` for a task."""
-        await self._in_thread(self.setup)
+        self._store.database.run(lambda _: None)
 
     def close(self) -> None:
         """Close every connection; later calls raise. Works in and outside an event loop."""
         self._store.database.close()
-        self._threads.close()
 
     async def aclose(self) -> None:
-        """`close` for a task."""
+        """As `close`, for a task."""
         await asyncio.to_thread(self.close)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_error: object) -> None:
         await self.aclose()
-
-    async def _in_thread(self, call: Callable[..., T], *arguments: Any, **named: Any) -> T:
-        """Call something in one of the saver's threads, with the context variables of this task."""
-        self._store.database.check_open()
-        return await _ended(self._threads.submit(partial(copy_context().run, partial(call, *arguments, **named))))
-
-    async def _each(self, items: Iterator[T]) -> AsyncIterator[T]:
-        """What an iterator gives, each item made in one of the saver's threads."""
-        while (item := await self._in_thread(next, items, _END)) is not _END:
-            yield item
 
     # Writing.
 
@@ -226,16 +227,6 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         """
         return self._store.put(self._serde, config, checkpoint, metadata, new_versions)
 
-    async def aput(
-        self,
-        config: RunnableConfig,
-        checkpoint: Checkpoint,
-        metadata: CheckpointMetadata,
-        new_versions: ChannelVersions,
-    ) -> RunnableConfig:
-        """`put` for a task."""
-        return await self._in_thread(self.put, config, checkpoint, metadata, new_versions)
-
     def put_writes(
         self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str = ""
     ) -> None:
@@ -246,21 +237,11 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         """
         self._store.put_writes(self._serde, config, writes, task_id, task_path)
 
-    async def aput_writes(
-        self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str = ""
-    ) -> None:
-        """`put_writes` for a task."""
-        await self._in_thread(self.put_writes, config, writes, task_id, task_path)
-
     # Reading.
 
     def get_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
         """The checkpoint that `config` names, or its namespace's newest; None where there is none."""
         return self._store.get_tuple(self._serde, config)
-
-    async def aget_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
-        """`get_tuple` for a task."""
-        return await self._in_thread(self.get_tuple, config)
 
     def list(
         self,
@@ -283,18 +264,6 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         """
         return self._store.list(self._serde, config, filter, before, limit)
 
-    async def alist(
-        self,
-        config: RunnableConfig | None,
-        *,
-        filter: dict[str, Any] | None = None,
-        before: RunnableConfig | None = None,
-        limit: int | None = None,
-    ) -> AsyncIterator[CheckpointTuple]:
-        """`list` for a task."""
-        async for checkpoint in self._each(self.list(config, filter=filter, before=before, limit=limit)):
-            yield checkpoint
-
     def get_delta_channel_history(
         self, *, config: RunnableConfig, channels: Sequence[str]
     ) -> Mapping[str, DeltaChannelHistory]:
@@ -306,21 +275,11 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         """
         return self._store.delta_history(self._serde, config, channels)
 
-    async def aget_delta_channel_history(
-        self, *, config: RunnableConfig, channels: Sequence[str]
-    ) -> Mapping[str, DeltaChannelHistory]:
-        """`get_delta_channel_history` for a task."""
-        return await self._in_thread(self.get_delta_channel_history, config=config, channels=channels)
-
     # Taking out and copying.
 
     def delete_thread(self, thread_id: str) -> None:
         """Remove everything of a thread, content included, in one transaction."""
         self._store.delete_thread(check_id(thread_id))
-
-    async def adelete_thread(self, thread_id: str) -> None:
-        """`delete_thread` for a task."""
-        await self._in_thread(self.delete_thread, thread_id)
 
     def delete_for_runs(self, run_ids: Sequence[str]) -> None:
         """Remove the checkpoints whose metadata name one of these runs, on all threads.
@@ -328,11 +287,8 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         Later checkpoints stay as they are: their parent is then the nearest one that is left, and what their
         delta channels need of the runs' writes is kept.
         """
-        self._store.delete_for_runs(self._serde, check_ids(run_ids, "run id"))
-
-    async def adelete_for_runs(self, run_ids: Sequence[str]) -> None:
-        """`delete_for_runs` for a task."""
-        await self._in_thread(self.delete_for_runs, run_ids)
+        if runs := check_ids(run_ids, "run id"):
+            self._store.pruner.delete_runs(self._serde, runs)
 
     def copy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
         """Copy all checkpoints, pending writes and content of a thread, with their ids, to another.
@@ -340,11 +296,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         What the other thread has under the same ids is replaced, the rest of it stays. A source that is not
         there is no error.
         """
-        self._store.copy_thread(check_id(source_thread_id), check_id(target_thread_id))
-
-    async def acopy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
-        """`copy_thread` for a task."""
-        await self._in_thread(self.copy_thread, source_thread_id, target_thread_id)
+        self._store.pruner.copy_thread(check_id(source_thread_id), check_id(target_thread_id))
 
     def prune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
         """Thin out threads: `keep_latest` leaves the newest checkpoint of each namespace, `delete` nothing.
@@ -356,10 +308,6 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
             ConfigError: another strategy.
         """
         self._store.prune(self._serde, check_ids(thread_ids), strategy)
-
-    async def aprune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
-        """`prune` for a task."""
-        await self._in_thread(self.prune, thread_ids, strategy=strategy)
 
     # Looking into threads, and keeping the database small.
 
@@ -399,26 +347,6 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         address = Address(check_id(thread_id), checkpoint_ns, checkpoint_id)
         return memory_history(self._store, self._serde, address, channel, newest_first=newest_first)
 
-    async def amemory_history(
-        self,
-        thread_id: str,
-        *,
-        checkpoint_ns: str = "",
-        checkpoint_id: str | None = None,
-        channel: str | None = None,
-        newest_first: bool = False,
-    ) -> AsyncIterator[MemoryStep]:
-        """`memory_history` for a task."""
-        steps = self.memory_history(
-            thread_id,
-            checkpoint_ns=checkpoint_ns,
-            checkpoint_id=checkpoint_id,
-            channel=channel,
-            newest_first=newest_first,
-        )
-        async for step in self._each(steps):
-            yield step
-
     def retain(
         self,
         policy: Retention,
@@ -447,17 +375,6 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         """
         return sweep(self._store, self._serde, policy, thread_ids=thread_ids, dry_run=dry_run, now=now)
 
-    async def aretain(
-        self,
-        policy: Retention,
-        *,
-        thread_ids: Sequence[str] | None = None,
-        dry_run: bool = False,
-        now: datetime | None = None,
-    ) -> RetentionReport:
-        """`retain` for a task."""
-        return await self._in_thread(self.retain, policy, thread_ids=thread_ids, dry_run=dry_run, now=now)
-
     def storage_report(self, *, limit: int | None = None, order: Order = "bytes") -> StorageReport:
         """What the threads take, in a few statements that read every row's lengths but no content.
 
@@ -471,10 +388,6 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         """
         return storage_report(self._store.database, limit, order)
 
-    async def astorage_report(self, *, limit: int | None = None, order: Order = "bytes") -> StorageReport:
-        """`storage_report` for a task."""
-        return await self._in_thread(self.storage_report, limit=limit, order=order)
-
     def get_next_version(self, current: str | int | float | None, channel: None) -> Any:
         """The version after `current`: a number that sorts as text, and a random part.
 
@@ -487,45 +400,38 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         number = int(current.split(".")[0]) if isinstance(current, str) else int(current or 0)
         return f"{number + 1:032}.{randbelow(10**16):016}"
 
+    # For tasks.
 
-class _Threads:
-    """The threads of a saver and its clones, started when first needed; a process that was forked starts its own."""
+    async def _in_thread(self, call: Callable[..., T], *arguments: Any, **named: Any) -> T:
+        """Call something in a thread, with the context variables of this task.
 
-    def __init__(self) -> None:
-        self._pool: ThreadPoolExecutor | None = None
-        self._process = os.getpid()
-        self._lock = Lock()
+        A cancellation is passed on when the call has ended, or at once if it has not begun.
+        """
+        database = self._store.database
+        database.check_open()
+        future = database.threads.submit(copy_context().run, partial(call, *arguments, **named))
+        waiting = asyncio.wrap_future(future)
+        try:
+            return await asyncio.shield(waiting)
+        except asyncio.CancelledError:
+            if not future.cancel():
+                while not waiting.done():
+                    with suppress(asyncio.CancelledError):  # another one
+                        await asyncio.wait({waiting})
+                if not waiting.cancelled():
+                    waiting.exception()  # seen; the caller asked for the cancellation and gets that
+            raise
 
-    def submit(self, call: Callable[[], T]) -> Future[T]:
-        """Have a thread call something."""
-        if self._process != os.getpid():
-            self._lock = Lock()
-            self._pool, self._process = None, os.getpid()
-        with self._lock:
-            self._pool = self._pool or ThreadPoolExecutor(THREADS, "agentmem-sql")
-            return self._pool.submit(call)
-
-    def close(self) -> None:
-        """Let every thread end when it has nothing to do."""
-        if self._pool is not None and self._process == os.getpid():
-            self._pool.shutdown(wait=False)
-
-
-async def _ended(future: Future[T]) -> T:
-    """The result of a call in a thread; a cancellation is passed on when the call has ended, or at once if it has
-    not begun."""
-    waiting = asyncio.wrap_future(future)
-    try:
-        return await asyncio.shield(waiting)
-    except asyncio.CancelledError:
-        if not future.cancel():
-            while not waiting.done():
-                with suppress(asyncio.CancelledError):  # another one
-                    await asyncio.wait({waiting})
-            if not waiting.cancelled():
-                waiting.exception()  # seen; the caller asked for the cancellation and gets that
-        raise
-
-
-def _nothing(_connection: Connection) -> None:
-    """The work of a call that only wants the tables."""
+    asetup = _for_tasks(setup)
+    aput = _for_tasks(put)
+    aput_writes = _for_tasks(put_writes)
+    aget_tuple = _for_tasks(get_tuple)
+    alist = _iterated_by_tasks(list)
+    aget_delta_channel_history = _for_tasks(get_delta_channel_history)
+    adelete_thread = _for_tasks(delete_thread)
+    adelete_for_runs = _for_tasks(delete_for_runs)
+    acopy_thread = _for_tasks(copy_thread)
+    aprune = _for_tasks(prune)
+    amemory_history = _iterated_by_tasks(memory_history)
+    aretain = _for_tasks(retain)
+    astorage_report = _for_tasks(storage_report)

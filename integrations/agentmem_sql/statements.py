@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter, itemgetter, methodcaller
-from typing import Any, NamedTuple, TypeVar
+from operator import itemgetter
+from typing import Any, TypeVar
 
 from sqlalchemy import (
     ARRAY,
@@ -29,15 +29,13 @@ from sqlalchemy import (
     cast,
     column,
     insert,
+    literal_column,
     select,
     true,
     values,
 )
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, IntegrityError
-from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.pool import PoolProxiedConnection
-from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.dml import Insert
 
 from agentmem.errors import StorageError
@@ -79,30 +77,24 @@ class Prepared:
         self._counting = statement.execution_options(preserve_rowcount=True)
         self._texts: dict[tuple[type[Dialect], str], Text] = {}
 
-    def run(self, connection: Connection, parameters: Mapping[str, Any]) -> int:
-        """Execute it once; gives the number of rows that were changed."""
-        text = self._text(connection)
+    def run(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> int:
+        """Execute it for every row; gives the number of rows that were changed."""
+        text = self.text(connection)
+        parameters: Any = rows if text is None else [text.arrange(row) for row in rows]
+        if len(parameters) == 1:
+            parameters = parameters[0]
         if text is None:
             return connection.execute(self._counting, parameters).rowcount
-        return change(connection, text.sql, text.arrange(parameters))
-
-    def run_all(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> int:
-        """Execute it for every row; gives the number of rows that were changed."""
-        if len(rows) == 1:
-            return self.run(connection, rows[0])
-        text = self._text(connection)
-        if text is None:
-            return connection.execute(self._counting, rows).rowcount
-        return change(connection, text.sql, [text.arrange(row) for row in rows])
+        return change(connection, text.sql, parameters)
 
     def rows(self, connection: Connection, parameters: Mapping[str, Any]) -> Rows:
         """Execute it once; gives the rows that it selects, by position."""
-        text = self._text(connection)
+        text = self.text(connection)
         if text is None:
             return [tuple(row) for row in connection.execute(self._statement, parameters)]
         return fetch(connection, text.sql, text.arrange(parameters))
 
-    def _text(self, connection: Connection) -> Text | None:
+    def text(self, connection: Connection) -> Text | None:
         """What the driver is given; None where it depends on the connection."""
         if "schema_translate_map" in connection._execution_options:
             return None
@@ -127,52 +119,33 @@ class PreparedLookup:
         """`select` makes the statement from the condition; `name` is the parameter's."""
         self._name = name
         self._plain = select(column.in_(bindparam(name, expanding=True)))
-        self._prepared = Prepared(select(_InList(column, name)))
+        self._marked = Prepared(select(column.in_([literal_column(_LIST)])))
+        self._array = Prepared(select(column == any_(bindparam(name, type_=ARRAY(column.type)))))
 
     def rows(self, connection: Connection, parameters: Mapping[str, Any]) -> Rows:
         """The rows found, by position."""
-        text = self._prepared._text(connection)
         dialect = connection.dialect
-        if text is not None and dialect.name == "postgresql":
-            return fetch(connection, text.sql, text.arrange(parameters))
+        text = (self._array if dialect.name == "postgresql" else self._marked).text(connection)
         if text is None or dialect.paramstyle not in ("pyformat", *_MARKS):
             return [tuple(row) for row in connection.execute(self._plain, parameters)]
-        items, before = parameters[self._name], text.arrange(parameters)
+        arranged = text.arrange(parameters)
+        if dialect.name == "postgresql":
+            return fetch(connection, text.sql, arranged)
+        items = parameters[self._name]
         # The list is the last thing in the statement, whatever the tables are called.
         head, _, tail = text.sql.rpartition(_LIST)
         if text.order is None:
             named = {f"{_LIST}_{at}": item for at, item in enumerate(items)}
-            return fetch(connection, head + ", ".join([f"%({name})s" for name in named]) + tail, {**before, **named})
+            return fetch(connection, head + ", ".join([f"%({name})s" for name in named]) + tail, {**arranged, **named})
         marks = ", ".join([_MARKS[dialect.paramstyle]] * len(items))
-        return fetch(connection, head + marks + tail, (*before, *items))
-
-
-class _InList(ColumnElement[bool]):
-    """Whether a column's value is in a list."""
-
-    inherit_cache = False
-
-    def __init__(self, column: Column[bytes], name: str) -> None:
-        self.column = column
-        self.name = name
-
-
-@compiles(_InList)
-def _marked(element: _InList, compiler: SQLCompiler, **options: Any) -> str:
-    return f"{compiler.process(element.column, **options)} IN ({_LIST})"
-
-
-@compiles(_InList, "postgresql")
-def _array(element: _InList, compiler: SQLCompiler, **options: Any) -> str:
-    items = bindparam(element.name, type_=ARRAY(element.column.type))
-    return compiler.process(element.column == any_(items), **options)
+        return fetch(connection, head + marks + tail, (*arranged, *items))
 
 
 def change(connection: Connection, sql: str, parameters: Any) -> int:
     """Execute a statement, for every one of a list of parameters; gives the number of rows that were changed."""
     if _is_watched(connection):
         return connection.exec_driver_sql(sql, parameters, {"preserve_rowcount": True}).rowcount
-    count: int = _on_cursor(connection, sql, parameters, _count)
+    count: int = _on_cursor(connection, sql, parameters, rows=False)
     return count
 
 
@@ -180,7 +153,7 @@ def fetch(connection: Connection, sql: str, parameters: Any) -> Rows:
     """Execute a statement; gives its rows."""
     if _is_watched(connection):
         return [tuple(row) for row in connection.exec_driver_sql(sql, parameters)]
-    rows: Rows = _on_cursor(connection, sql, parameters, _all)
+    rows: Rows = _on_cursor(connection, sql, parameters, rows=True)
     return rows
 
 
@@ -201,43 +174,31 @@ def _is_watched(connection: Connection) -> bool:
     return bool(events.before_cursor_execute or events.after_cursor_execute)
 
 
-def _on_cursor(connection: Connection, sql: str, parameters: Any, result: Callable[[Any], Any]) -> Any:
+def _on_cursor(connection: Connection, sql: str, parameters: Any, *, rows: bool) -> Any:
+    """The rows that a statement gives, or the number of those that it changed.
+
+    Changes keep their cursor of psycopg's for the next one: making it and finding out anew how parameters are sent
+    takes a quarter of the time of a statement. One that rows were read with would hold them.
+    """
     dialect, cursor = connection.dialect, None
     try:
-        if result is _count and dialect.driver == "psycopg":
-            return _on_kept_cursor(connection.connection, sql, parameters)
-        cursor = connection.connection.cursor()
+        proxy = connection.connection
+        keep = not rows and dialect.driver == "psycopg"
+        cursor = (proxy.info.pop(_CURSOR, None) if keep else None) or proxy.cursor()
         if isinstance(parameters, list):
             dialect.do_executemany(cursor, sql, parameters)
         else:
             dialect.do_execute(cursor, sql, parameters)
-        answer = result(cursor)
-        cursor.close()
-        return answer
+        result = cursor.fetchall() if rows else cursor.rowcount
+        if keep:
+            proxy.info[_CURSOR] = cursor
+        else:
+            cursor.close()
+        return result
     except BaseException as error:  # noqa: BLE001
         # It raises. Without the statement it wraps the errors of the driver only.
         statement = sql if isinstance(error, dialect.loaded_dbapi.Error) else None
         connection._handle_dbapi_exception(error, statement, None, cursor, None)
-
-
-def _on_kept_cursor(connection: PoolProxiedConnection, sql: str, parameters: Any) -> int:
-    """The number of rows that were changed, by a cursor of psycopg's that is kept for the next statement.
-
-    Making one and finding out anew how parameters are sent takes a quarter of the time of a statement. One that
-    rows were read with is not kept, since it holds them.
-    """
-    info = connection.info
-    cursor = info.pop(_CURSOR, None) or connection.cursor()
-    if isinstance(parameters, list):
-        cursor.executemany(sql, parameters)
-    else:
-        cursor.execute(sql, parameters)
-    info[_CURSOR] = cursor
-    count: int = cursor.rowcount
-    return count
-
-
-_count, _all = attrgetter("rowcount"), methodcaller("fetchall")
 
 
 # Inserts that differ by database.
@@ -344,21 +305,22 @@ def insert_content(dialect: str, blobs: Table) -> Prepared:
 
 def insert_locked(dialect: str, table: Table, threads: Table) -> Prepared:
     """INSERT of a row for the thread of number `of` if its epoch is `in_epoch`, whose row is locked (shared)."""
-    return kept(table, ("locked", dialect), lambda: _insert_locked(dialect, table, threads))
+
+    def make() -> Prepared:
+        columns = _columns(table)
+        values: list[ColumnElement[Any]] = [bindparam(column.name, type_=column.type) for column in columns]
+        if dialect == "postgresql":  # there a parameter that is only selected would be text
+            values = [cast(value, value.type) for value in values]
+        of_thread = threads.c.number == bindparam("of"), threads.c.epoch == bindparam("in_epoch")
+        thread = select(threads.c.number, *values).where(*of_thread).with_for_update(read=True, key_share=True)
+        return Prepared(insert(table).from_select(["thread", *columns], thread))
+
+    return kept(table, ("locked", dialect), make)
 
 
-def _insert_locked(dialect: str, table: Table, threads: Table) -> Prepared:
-    columns = [column for column in table.columns if column.name != "thread"]
-    values: list[ColumnElement[Any]] = [bindparam(column.name, type_=column.type) for column in columns]
-    if dialect == "postgresql":  # there a parameter that is only selected would be text
-        values = [cast(value, value.type) for value in values]
-    thread = (
-        select(threads.c.number, *values)
-        .where(threads.c.number == bindparam("of"), threads.c.epoch == bindparam("in_epoch"))
-        .with_for_update(read=True, key_share=True)
-    )
-    names = ["thread", *(column.name for column in columns)]
-    return Prepared(insert(table).from_select(names, thread))
+def _columns(table: Table) -> list[Column[Any]]:
+    """Those that are not the thread's number."""
+    return [column for column in table.columns if column.name != "thread"]
 
 
 # PostgreSQL's write in one statement: content, the lock on the thread's row and the rows that refer to the content
@@ -368,8 +330,6 @@ def _insert_locked(dialect: str, table: Table, threads: Table) -> Prepared:
 # Every number of rows is a statement of its own, which the server plans when it is new.
 MOST_CONTENT = 12
 MOST_ROWS = 4
-
-_CONTENT = "content_"
 
 
 def insert_all(
@@ -391,53 +351,40 @@ def insert_all(
         rows: at least one, without the thread's number.
     """
     size = len(content), len(rows)
-    adding = kept(table, ("all", size), lambda: _adding(table, *tables, *size))
+    statement, names, of_content, of_row = kept(table, ("all", size), lambda: _insert_all(table, *tables, *size))
     values: list[Any] = [*thread]
     for row in content:
-        values += adding.of_content(row)
+        values += of_content(row)
     for row in rows:
-        values += adding.of_row(row)
-    return adding.statement.run(connection, dict(zip(adding.names, values, strict=True)))
+        values += of_row(row)
+    return statement.run(connection, [dict(zip(names, values, strict=True))])
 
 
-class _Adding(NamedTuple):
-    """A statement for a number of rows, the names of its parameters, and what comes into their order from a row."""
-
-    statement: Prepared
-    names: Sequence[str]
-    of_content: Callable[[Mapping[str, Any]], tuple[Any, ...]]
-    of_row: Callable[[Mapping[str, Any]], tuple[Any, ...]]
-
-
-def _adding(table: Table, threads: Table, blobs: Table, contents: int, rows: int) -> _Adding:
-    of_blob, of_table = ([each.name for each in of.columns if each.name != "thread"] for of in (blobs, table))
-    names = ["of", "in_epoch"]
-    names += [f"{_CONTENT}{name}_{at}" for at in range(contents) for name in of_blob]
-    names += [f"{name}_{at}" for at in range(rows) for name in of_table]
-    statement = _statement(table, threads, blobs, contents, rows)
-    return _Adding(statement, names, itemgetter(*of_blob), itemgetter(*of_table))
-
-
-def _statement(table: Table, threads: Table, blobs: Table, contents: int, rows: int) -> Prepared:
+def _insert_all(
+    table: Table, threads: Table, blobs: Table, contents: int, rows: int
+) -> tuple[Prepared, Sequence[str], itemgetter[Any], itemgetter[Any]]:
+    """A statement for a number of rows, its parameters' names, and what comes into their order from each row."""
     of_thread = threads.c.number == bindparam("of"), threads.c.epoch == bindparam("in_epoch")
     locked = select(threads.c.number).where(*of_thread).with_for_update(read=True, key_share=True).cte("locked")
+    names = ["of", "in_epoch"]
 
     def given(columns: Sequence[Column[Any]], count: int, prefix: str) -> Select[Any]:
-        names = [each.name for each in columns]
-        # Cast, since a parameter that is only selected has no type there.
-        data = [
-            tuple(cast(bindparam(f"{prefix}{each.name}_{at}"), each.type) for each in columns) for at in range(count)
-        ]
+        data = []
+        for at in range(count):
+            row = [f"{prefix}{each.name}_{at}" for each in columns]
+            names.extend(row)
+            # Cast, since a parameter that is only selected has no type there.
+            data.append(tuple(cast(bindparam(name), each.type) for name, each in zip(row, columns, strict=True)))
         new = values(*(column(each.name, each.type) for each in columns), name=f"{prefix}given").data(data)
-        return select(locked.c.number, *(new.c[name] for name in names)).select_from(locked.join(new, true()))
+        return select(locked.c.number, *new.c).select_from(locked.join(new, true()))
 
-    def others(of: Table) -> list[Column[Any]]:
-        return [each for each in of.columns if each.name != "thread"]
+    def order(columns: Sequence[Column[Any]]) -> itemgetter[Any]:
+        return itemgetter(*(each.name for each in columns))
 
-    columns = others(table)
-    adding = insert(table).from_select(["thread", *(each.name for each in columns)], given(columns, rows, ""))
-    if contents:
-        names = ["thread", *(each.name for each in others(blobs))]
-        content = postgresql.insert(blobs).from_select(names, given(others(blobs), contents, _CONTENT))
-        adding = adding.add_cte(content.on_conflict_do_nothing().cte("content"))
-    return Prepared(adding)
+    of_blob, of_table = _columns(blobs), _columns(table)
+    content = given(of_blob, contents, "content_") if contents else None
+    adding = insert(table).from_select(["thread", *of_table], given(of_table, rows, ""))
+    if content is not None:
+        new = postgresql.insert(blobs).from_select(["thread", *of_blob], content)
+        adding = adding.add_cte(new.on_conflict_do_nothing().cte("content"))
+    return Prepared(adding), names, order(of_blob), order(of_table)

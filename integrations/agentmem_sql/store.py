@@ -23,21 +23,20 @@ from langgraph.checkpoint.base import (
 )
 from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
-from sqlalchemy import Connection
 
 from agentmem.errors import ConfigError, StorageError
-from agentmem_sql.content import Packer, Unpacker
+from agentmem_sql.content import Unpacker
 from agentmem_sql.database import Database
 from agentmem_sql.delta_channels import AncestorReader
 from agentmem_sql.mark_sweep import Sweeper
-from agentmem_sql.message_cache import CachedThread, ChannelHeads, DecodeTemplates, ThreadCache, reads_as_written
+from agentmem_sql.message_cache import CachedThread, ChannelHeads, DecodeTemplates, ThreadCache
 from agentmem_sql.protection import Protection
 from agentmem_sql.prune import Pruner, all_but_newest
 from agentmem_sql.reader import Listing, LoadedCheckpoint, Reader
-from agentmem_sql.rows import Address, Row, encode_checkpoint, encode_writes, to_tuple
+from agentmem_sql.rows import Address, Encoded, encode_checkpoint, encode_writes, to_tuple
 from agentmem_sql.schema import Tables
 from agentmem_sql.statements import MOST_CONTENT, MOST_ROWS
-from agentmem_sql.writer import Locked, Write, WriteConflict, WriteMode, Writer
+from agentmem_sql.writer import Locked, WriteConflict, WriteMode, Writer
 
 _ATTEMPTS = 8
 # Attempts that rely on what is known of the thread. Where it is pruned all the time, nothing is left out after them,
@@ -51,26 +50,10 @@ class Store:
     def __init__(
         self, engine: Any, *, tables: Tables, protection: Protection, cache_bytes: int, **options: Any
     ) -> None:
-        """Open nothing yet.
-
-        Args:
-            engine: as for `Database`.
-            tables: where the threads are.
-            protection: how they are protected.
-            cache_bytes: how much of them is kept in memory, roughly.
-            options: of `Database`.
-        """
+        """Open nothing yet; the engine and the options are those of `Database`, `cache_bytes` of the cache."""
         self.protection = protection
         self.cache = ThreadCache(cache_bytes)
-        self.database = Database(
-            engine,
-            tables=tables,
-            prepare=partial(protection.settle, tables=tables),
-            is_prepared=partial(protection.is_settled, tables=tables),
-            on_lost=self.cache.forget_all,
-            on_fork=self.cache.after_fork,
-            **options,
-        )
+        self.database = Database(engine, tables=tables, protection=protection, cache=self.cache, **options)
         # A clone of the saver has another serializer, which may read the same bytes as something else.
         self._templates: WeakKeyDictionary[SerializerProtocol, DecodeTemplates] = WeakKeyDictionary()
         self.reader = Reader(tables, protection, self.cache)
@@ -92,29 +75,8 @@ class Store:
     ) -> RunnableConfig:
         """Store a checkpoint and the channels in `new_versions`; gives its config."""
         merged = get_checkpoint_metadata(config, metadata)
-        heads: ChannelHeads = {}
-
-        def encode(address: Address, known: CachedThread, relying: bool) -> tuple[Packer, Sequence[Row]]:
-            nonlocal heads
-            parents: ChannelHeads = {}
-            if relying and address.id is not None:
-                at_parent = known.heads.get((address.ns, address.id))
-                if at_parent is None:
-                    known, parents = self._parents(serde, address, known)
-                else:
-                    parents = at_parent
-            packer, row, heads = encode_checkpoint(
-                serde, self.protection, known, address, checkpoint, merged, new_versions, parents
-            )
-            return packer, [row]
-
-        address, packer, locked = self._write(config, encode, self.writer.put_checkpoint, WriteMode.INSERT)
-        assert locked is not None
-        stored = packer.stored()
-        known = self.cache.at(address.thread, *locked)
-        known.add_new(stored, packer.snapshots)
-        known.remember_channels(address.ns, checkpoint["id"], heads)
-        return address.config(checkpoint["id"])
+        encode = partial(encode_checkpoint, serde, self.protection, checkpoint, merged, new_versions)
+        return self._write(serde, config, encode, self.writer.put_checkpoint, WriteMode.INSERT, checkpoint["id"])
 
     def put_writes(
         self,
@@ -128,63 +90,67 @@ class Store:
         if not writes:
             return
 
-        def encode(address: Address, known: CachedThread, _relying: bool) -> tuple[Packer, Sequence[Row]]:
-            return encode_writes(serde, self.protection, known, address, writes, task_id, task_path)
+        def encode(address: Address, known: CachedThread, _parents: ChannelHeads) -> Encoded:
+            return encode_writes(serde, self.protection, writes, task_id, task_path, address, known)
 
         # Writes to special channels replace what the task had there, and a task that was resumed writes its results
         # together with the answers: what is there already is looked for first.
         special = any(channel in WRITES_IDX_MAP for channel, _ in writes)
         mode = WriteMode.CHECK if special else WriteMode.INSERT
-        address, packer, locked = self._write(config, encode, self.writer.put_writes, mode)
-        if locked is not None:
-            stored = packer.stored()
-            self.cache.at(address.thread, *locked).add_new(stored, packer.snapshots)
+        self._write(serde, config, encode, self.writer.put_writes, mode)
 
     def _write(
         self,
+        serde: SerializerProtocol,
         config: RunnableConfig,
-        encode: Callable[[Address, CachedThread, bool], tuple[Packer, Sequence[Row]]],
+        encode: Callable[[Address, CachedThread, ChannelHeads], Encoded],
         put: Callable[..., Locked | None],
         mode: WriteMode,
-    ) -> tuple[Address, Packer, Locked | None]:
-        """Pack and write, again if it must be in another mode; gives the last packer, and the thread.
+        checkpoint_id: str = "",
+    ) -> RunnableConfig:
+        """Encode and write, again if it must be in another mode; gives the config of the checkpoint, if it is one.
 
         Raises:
             StorageError: others changed the thread every time.
         """
         if not self._keyed:  # what digests are keyed with is kept in an encrypted database
-            self.database.run(_nothing)
+            self.database.run(lambda _: None)
             self._keyed = True
         address = Address.of(config)
         for attempt in range(_ATTEMPTS):
             relying = attempt < _RELYING
             known = self.cache.get(address.thread) if relying else CachedThread()
-            packer, rows = encode(address, known, relying)
-            if mode is WriteMode.INSERT and packer.known.number is None:
+            parents: ChannelHeads | None = None
+            if relying and checkpoint_id and address.id is not None:
+                parents = known.heads.get((address.ns, address.id))
+                if parents is None and (
+                    stored := self.database.run(partial(self.reader.row, serde=serde, address=address))
+                ):
+                    known, parents = stored.known, stored.checkpoint.heads
+            new = encode(address, known, parents or {})
+            if mode is WriteMode.INSERT and new.packer.known.number is None:
                 mode = WriteMode.CHECK
-            small = len(packer.new) <= MOST_CONTENT and len(rows) <= MOST_ROWS
-            in_one = small and mode is WriteMode.INSERT
-            write = Write(address.thread, rows, packer.new, packer.known, packer.relies_on_cache, mode, in_one)
+            small = len(new.packer.new) <= MOST_CONTENT and len(new.rows) <= MOST_ROWS
+            write = partial(put, thread_id=address.thread, new=new, mode=mode, in_one=small)
             try:
-                locked = self.database.run(partial(put, write=write), write=True, autocommit=in_one)
+                locked = self.database.run(write, write=True, autocommit=small and mode is WriteMode.INSERT)
             except WriteConflict as conflict:
                 if conflict.mode is WriteMode.CHECK:
                     self.cache.drop(address.thread)
                 if mode is not WriteMode.EXCLUSIVE:
                     mode = conflict.mode
-            else:
-                return address, packer, locked
+                continue
+            if locked is not None:
+                contents = new.packer.stored()
+                known = self.cache.at(address.thread, *locked)
+                known.add_new(contents, new.packer.snapshots)
+                if new.heads is not None:
+                    known.remember_channels(address.ns, checkpoint_id, new.heads)
+            return address.config(checkpoint_id)
         raise StorageError(
             f"thread {address.thread[:80]!r} was changed by others {_ATTEMPTS} times while something was being stored "
             "in it; nothing was stored, try again"
         )
-
-    def _parents(
-        self, serde: SerializerProtocol, address: Address, known: CachedThread
-    ) -> tuple[CachedThread, ChannelHeads]:
-        """What is known of a thread, and what the channels of the parent hold; nothing if it is not there."""
-        stored = self.database.run(partial(self.reader.row, serde=serde, address=address))
-        return (known, {}) if stored is None else (stored.known, stored.checkpoint.heads)
 
     # Reading.
 
@@ -212,12 +178,9 @@ class Store:
 
     def _templates_of(self, serde: SerializerProtocol) -> DecodeTemplates | None:
         """What messages may be decoded by without the serializer; None where it may do something of the caller's."""
-        if type(serde) is not JsonPlusSerializer:
+        if type(serde) is not JsonPlusSerializer or getattr(serde, "_custom_unpack_ext_hook", True):
             return None
-        templates = self._templates.get(serde)
-        if templates is None and reads_as_written(serde):
-            templates = self._templates.setdefault(serde, DecodeTemplates())
-        return templates
+        return self._templates.get(serde) or self._templates.setdefault(serde, DecodeTemplates())
 
     def delta_history(
         self, serde: SerializerProtocol, config: RunnableConfig, channels: Sequence[str]
@@ -256,16 +219,3 @@ class Store:
                 self.delete_thread(thread_id)
             else:
                 self.pruner.remove(serde, thread_id, all_but_newest)
-
-    def delete_for_runs(self, serde: SerializerProtocol, run_ids: Sequence[str]) -> None:
-        """Remove the checkpoints of runs."""
-        if run_ids:
-            self.pruner.delete_runs(serde, run_ids)
-
-    def copy_thread(self, source_id: str, target_id: str) -> None:
-        """Copy a thread."""
-        self.pruner.copy_thread(source_id, target_id)
-
-
-def _nothing(_connection: Connection) -> None:
-    """The work of a call that only wants the database open."""

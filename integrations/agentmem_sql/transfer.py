@@ -27,9 +27,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from agentmem.errors import ConfigError, StorageError
-from agentmem_sql.content import plain_serde
 from agentmem_sql.ids import check_ids
-from agentmem_sql.saver import SQLAlchemySaver
+from agentmem_sql.saver import SQLAlchemySaver, plain_serde
 
 Saver = BaseCheckpointSaver[Any]
 Key = tuple[str, str]  # a checkpoint's namespace and id

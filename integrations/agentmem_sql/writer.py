@@ -11,7 +11,7 @@ call is packed again and written in the next mode.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from enum import Enum, auto
 from secrets import randbelow
 from typing import Any, NamedTuple
@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, Table, bindparam, delete, select
 from sqlalchemy.exc import IntegrityError
 
+from agentmem_sql.content import Packer
 from agentmem_sql.list_tree import OWN
 from agentmem_sql.mark_sweep import Sweeper, referred_contents
-from agentmem_sql.message_cache import CachedThread
 from agentmem_sql.protection import Protection
-from agentmem_sql.rows import Row, replaces, seal_checkpoint
+from agentmem_sql.rows import Encoded, Row, seal_checkpoint
 from agentmem_sql.schema import Tables, encode_text, thread_key
 from agentmem_sql.statements import add_rows, insert_all, insert_content, insert_locked, insert_new
 
@@ -63,28 +63,6 @@ class Locked(NamedTuple):
     epoch: int
 
 
-class Write(NamedTuple):
-    """What a call stores.
-
-    Attributes:
-        thread: the thread's id.
-        rows: without the thread's number.
-        contents: digest -> (kind, body).
-        known: what it was packed with.
-        relies_on_cache: whether something was left out because `known` says that it is there.
-        mode: how it is done.
-        in_one: whether rows and content go into one statement, where the database can do that.
-    """
-
-    thread: str
-    rows: Sequence[Row]
-    contents: Mapping[bytes, tuple[int, bytes]]
-    known: CachedThread
-    relies_on_cache: bool
-    mode: WriteMode
-    in_one: bool
-
-
 class Writer:
     """Writes the tables of one database."""
 
@@ -108,35 +86,41 @@ class Writer:
             checkpoints.c.id == bindparam("id"),
         )
 
-    def put_checkpoint(self, connection: Connection, write: Write) -> Locked:
+    def put_checkpoint(
+        self, connection: Connection, thread_id: str, new: Encoded, mode: WriteMode, *, in_one: bool
+    ) -> Locked:
         """Store a checkpoint; one of the same id is replaced, but keeps what its pruned ancestors left it.
+
+        `in_one`: whether rows and content go into one statement, where the database can do that.
 
         Raises:
             WriteConflict: the write is to be done in another mode.
         """
-        checkpoints, (row,) = self._tables.checkpoints, write.rows
-        if write.mode is WriteMode.INSERT:
-            return self._insert(connection, write, checkpoints)
-        thread = self._begin(connection, write)
-        self.add_content(connection, thread.number, write.contents)
+        checkpoints, (row,) = self._tables.checkpoints, new.rows
+        if mode is WriteMode.INSERT:
+            return self._insert(connection, checkpoints, new, in_one)
+        thread = self._begin(connection, thread_id, new.packer, mode)
+        self.add_content(connection, thread.number, new.packer.new)
         row = {"thread": thread.number, **row}
         if insert_new(connection, checkpoints, row):
             return thread
         stored = self._stored_row(connection, row, row["id"])
         assert stored is not None
         orphans = stored.content != row["content"]
-        if orphans and write.mode is not WriteMode.EXCLUSIVE:
+        if orphans and mode is not WriteMode.EXCLUSIVE:
             raise WriteConflict(WriteMode.EXCLUSIVE)
         parent = row["parent"]
         relinked = stored.parent is not None and parent not in (None, stored.parent)
         pruned = relinked and self._stored_row(connection, row, parent) is None
         if pruned or stored.history is not None:
             row = {**row, "parent": stored.parent, "history": stored.history}
-            row = {**row, "seal": seal_checkpoint(self._protection, write.thread, row)}
+            row = {**row, "seal": seal_checkpoint(self._protection, thread_id, row)}
         add_rows(connection, checkpoints, [row], replace=True)
         return self.sweep(connection, thread) if orphans else thread
 
-    def put_writes(self, connection: Connection, write: Write) -> Locked | None:
+    def put_writes(
+        self, connection: Connection, thread_id: str, new: Encoded, mode: WriteMode, *, in_one: bool
+    ) -> Locked | None:
         """Store pending writes; the checkpoint they belong to may arrive later.
 
         None if content was left out that came along for writes that are there already: the cache must not take it for
@@ -145,23 +129,25 @@ class Writer:
         Raises:
             WriteConflict: the write is to be done in another mode.
         """
-        if write.mode is WriteMode.INSERT:
-            return self._insert(connection, write, self._tables.writes)
-        thread = self._begin(connection, write)
-        rows = [{"thread": thread.number, **row} for row in write.rows]
-        stored = self._stored_writes(connection, rows)
-        if not replaces(rows):
+        if mode is WriteMode.INSERT:
+            return self._insert(connection, self._tables.writes, new, in_one)
+        thread = self._begin(connection, thread_id, new.packer, mode)
+        rows = [{"thread": thread.number, **row} for row in new.rows]
+        # The content of what the task has written already, by index.
+        keys = {name: rows[0][name] for name in ("thread", "ns", "checkpoint", "task")}
+        stored = {row.idx: row.digest for row in connection.execute(self._of_task, keys)}
+        if any(row["idx"] >= 0 for row in rows):  # only special channels replace what the task wrote before
             rows = [row for row in rows if row["idx"] not in stored]
-            contents = referred_contents(write.contents, (row["digest"] for row in rows))
+            contents = referred_contents(new.packer.new, (row["digest"] for row in rows))
             self.add_content(connection, thread.number, contents)
             add_rows(connection, self._tables.writes, rows, replace=False)
-            left_out = write.contents.keys() - contents.keys()
-            return None if any(write.contents[digest][0] != OWN for digest in left_out) else thread
+            left_out = new.packer.new.keys() - contents.keys()
+            return None if any(new.packer.new[digest][0] != OWN for digest in left_out) else thread
         digests = {row["idx"]: row["digest"] for row in rows}
         replaced = {digest for idx, digest in stored.items() if digests.get(idx, digest) != digest}
-        if replaced and write.mode is not WriteMode.EXCLUSIVE:
+        if replaced and mode is not WriteMode.EXCLUSIVE:
             raise WriteConflict(WriteMode.EXCLUSIVE)
-        self.add_content(connection, thread.number, write.contents)
+        self.add_content(connection, thread.number, new.packer.new)
         add_rows(connection, self._tables.writes, rows, replace=True)
         if replaced and self._sweeper.free_replaced(connection, thread.number, replaced):
             return Locked(thread.number, thread.epoch + 1)
@@ -200,7 +186,7 @@ class Writer:
         """Store content; what is there already is left alone."""
         if contents:
             rows = self._content_rows(contents, thread=thread)
-            insert_content(connection.dialect.name, self._tables.blobs).run_all(connection, rows)
+            insert_content(connection.dialect.name, self._tables.blobs).run(connection, rows)
 
     def _content_rows(self, contents: Mapping[bytes, tuple[int, bytes]], **same: int) -> list[Row]:
         encrypt = self._protection.encrypt
@@ -209,33 +195,32 @@ class Writer:
             for digest, (kind, body) in sorted(contents.items())
         ]
 
-    def _insert(self, connection: Connection, write: Write, table: Table) -> Locked:
+    def _insert(self, connection: Connection, table: Table, new: Encoded, in_one: bool) -> Locked:
         """Store new rows and their content if the thread is what the cache says."""
-        number, epoch = write.known.number, write.known.epoch
-        assert number is not None
-        if write.known.void:  # the server that answers now may never have had what the cache says
+        dialect, tables, contents, known = connection.dialect.name, self._tables, new.packer.new, new.packer.known
+        assert known.number is not None
+        if known.void:  # the server that answers now may never have had what the cache says
             raise WriteConflict(WriteMode.CHECK)
-        dialect, tables = connection.dialect.name, self._tables
+        thread = Locked(known.number, known.epoch)
         try:
-            if dialect == "postgresql" and write.in_one:
-                content = self._content_rows(write.contents)
-                parents = tables.threads, tables.blobs
-                inserted = insert_all(connection, table, parents, (number, epoch), content, write.rows)
+            if dialect == "postgresql" and in_one:
+                content = self._content_rows(contents)
+                inserted = insert_all(connection, table, (tables.threads, tables.blobs), thread, content, new.rows)
             else:
-                rows = [{"of": number, "in_epoch": epoch, **row} for row in write.rows]
-                self.add_content(connection, number, write.contents)
-                inserted = insert_locked(dialect, table, tables.threads).run_all(connection, rows)
+                rows = [{"of": thread.number, "in_epoch": thread.epoch, **row} for row in new.rows]
+                self.add_content(connection, thread.number, contents)
+                inserted = insert_locked(dialect, table, tables.threads).run(connection, rows)
         except IntegrityError as error:
             raise WriteConflict(WriteMode.CHECK) from error
-        if inserted != len(write.rows):
+        if inserted != len(new.rows):
             raise WriteConflict(WriteMode.CHECK)
-        return Locked(number, epoch)
+        return thread
 
-    def _begin(self, connection: Connection, write: Write) -> Locked:
-        if write.known.void:
-            raise WriteConflict(WriteMode.CHECK)
-        thread = self.open_thread(connection, write.thread, alone=write.mode is WriteMode.EXCLUSIVE)
-        if write.relies_on_cache and (thread.number, thread.epoch) != (write.known.number, write.known.epoch):
+    def _begin(self, connection: Connection, thread_id: str, packer: Packer, mode: WriteMode) -> Locked:
+        """Lock the thread, which is made if it is not there and must be the one that the packer relies on."""
+        thread = self.open_thread(connection, thread_id, alone=mode is WriteMode.EXCLUSIVE)
+        known = packer.known
+        if known.void or (packer.relies_on_cache and thread != (known.number, known.epoch)):
             raise WriteConflict(WriteMode.CHECK)
         return thread
 
@@ -244,11 +229,6 @@ class Writer:
         keys = {"thread": row["thread"], "ns": row["ns"], "id": checkpoint_id}
         return connection.execute(self._stored, keys).one_or_none()
 
-    def _stored_writes(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> dict[int, bytes]:
-        """The content of what the task has written already, by index."""
-        keys = {name: rows[0][name] for name in ("thread", "ns", "checkpoint", "task")}
-        return {row.idx: row.digest for row in connection.execute(self._of_task, keys)}
-
     def _locked(self, connection: Connection, statement: Any, thread_id: str) -> Locked | None:
         row = connection.execute(statement, {"key": thread_key(thread_id)}).one_or_none()
-        return None if row is None else Locked(row.number, row.epoch)
+        return None if row is None else Locked(*row)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,10 @@ from langchain_core.embeddings import DeterministicFakeEmbedding, Embeddings
 
 from agentmem.errors import FactIndexError, FactStoreError
 from agentmem_chroma import Fact, FactStore
+from tests.helpers.fact_writer import Hashed, write
 
 Open = Callable[..., FactStore]
 MANY = 1200  # Chroma saves an index after a thousand writes
-
-
-class Hashed(Embeddings):
-    """Vectors that depend on the text alone, made quickly."""
-
-    def embed_documents(self, texts: list[str]) -> list[list[float]]:
-        return [np.random.default_rng(list(text.encode())).normal(size=8).tolist() for text in texts]
-
-    def embed_query(self, text: str) -> list[float]:
-        return self.embed_documents([text])[0]
 
 
 def fill(store: FactStore, start: int = 0, count: int = MANY) -> None:
@@ -219,35 +209,27 @@ def test_a_rebuilding_that_is_killed_between_its_last_steps(tmp_path: Path, open
     assert open_store().count() == 2
 
 
-WRITE = """
-import sys
-from tests.chroma.test_fact_index import Hashed
-from agentmem_chroma import FactStore
-with FactStore(sys.argv[1], embeddings=Hashed(), rebuild=True) as store:
-    start = store.count()
-    print("ready", start, flush=True)
-    for first in range(start, start + 100_000, 250):
-        store.add([f"fact {n}" for n in range(first, first + 250)])
-        print(first + 250, flush=True)
-"""
-
-
 def kill_at_random(directory: Path, kills: int, seed: int) -> int:
-    """Kill a process that adds facts, so many times; returns how many facts it had acknowledged."""
-    rng = random.Random(seed)
-    acknowledged = 0
+    """Kill a process that adds facts, so many times; returns how many facts it had acknowledged.
+
+    What it imports is imported once: each is forked off a server that has done so, and nothing else.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.helpers.fact_writer"])
+    rng, acknowledged = random.Random(seed), 0
     for _ in range(kills):
-        command = [sys.executable, "-c", WRITE, str(directory)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            assert process.stderr is not None
-            first = process.stdout.readline().split()
-            assert first[:1] == ["ready"], process.stderr.read()
-            assert int(first[1]) >= acknowledged
-            time.sleep(rng.uniform(0.05, 0.8))
-            os.kill(process.pid, signal.SIGKILL)
-            lines = process.stdout.read().splitlines(keepends=True)
-            acknowledged = max([acknowledged, *(int(line) for line in lines if line.endswith("\n"))])
+        received, sent = context.Pipe(duplex=False)
+        process = context.Process(target=write, args=(str(directory), sent))
+        process.start()
+        sent.close()
+        assert received.recv() >= acknowledged
+        time.sleep(rng.uniform(0.05, 0.8))
+        process.kill()
+        process.join()
+        with suppress(EOFError):
+            while True:
+                acknowledged = max(acknowledged, received.recv())
+        received.close()
     return acknowledged
 
 

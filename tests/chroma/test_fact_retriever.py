@@ -47,13 +47,7 @@ def test_documents_carry_the_fact_and_the_score(store: FactStore) -> None:
     assert document == Document(
         id=fact.id,
         page_content="the port is 8080",
-        metadata={
-            "source": "ports.md",
-            "thread": "t1",
-            "time": "2026-03-01T12:30:00+00:00",
-            "score": 1.0,
-            "line": 3,
-        },
+        metadata={"source": "ports.md", "thread": "t1", "time": "2026-03-01T12:30:00+00:00", "score": 1.0, "line": 3},
     )
 
 
@@ -111,9 +105,13 @@ def test_what_is_not_known_is_refused(store: FactStore, name: str) -> None:
         FactRetriever(store=store).invoke("anything", **{name: "t1"})
 
 
-def test_one_option_under_two_names_is_refused(store: FactStore) -> None:
+def test_options_that_cannot_be_are_refused(store: FactStore) -> None:
     with pytest.raises(ValidationError, match="thread is given twice"):
         FactRetriever(store=store, thread="a", thread_id="b")
+    with pytest.raises(ValidationError):
+        FactRetriever(store=store, k=0)
+    with pytest.raises(FactStoreError, match="k should be 1"):
+        FactRetriever(store=store).invoke("anything", k=0)
 
 
 def test_documents_go_back_into_a_store(store: FactStore) -> None:
@@ -123,10 +121,3 @@ def test_documents_go_back_into_a_store(store: FactStore) -> None:
     store.delete(fact.id)
     assert store.add(documents) == [fact.id]
     assert store.facts() == [fact]
-
-
-def test_k_is_at_least_one(store: FactStore) -> None:
-    with pytest.raises(ValidationError):
-        FactRetriever(store=store, k=0)
-    with pytest.raises(FactStoreError, match="k should be 1"):
-        FactRetriever(store=store).invoke("anything", k=0)

@@ -41,39 +41,26 @@ def test_a_closed_store_says_so(store: FactStore) -> None:
             call()
 
 
-def test_a_given_client_stays_open(embeddings: Embeddings) -> None:
+def test_a_given_client_stays_open_and_collections_are_apart(embeddings: Embeddings) -> None:
     with chromadb.EphemeralClient() as client:
-        with FactStore(client=client, embeddings=embeddings, collection="given-client") as store:
-            store.add("a fact")
-        with FactStore(client=client, embeddings=embeddings, collection="given-client") as store:
-            assert store.count() == 1
+        for count, name in ((0, "one"), (1, "one"), (0, "two")):
+            with FactStore(client=client, embeddings=embeddings, collection=f"collection-{name}") as store:
+                assert store.count() == count
+                store.add("a fact")
 
 
-def test_collections_are_apart(open_store: Open) -> None:
-    one, two = open_store(collection="one"), open_store(collection="two")
-    one.add("a fact")
-    assert (one.count(), two.count()) == (1, 0)
-
-
-@pytest.mark.parametrize("space", ["l2", "ip"])
-def test_another_distance_is_refused(tmp_path: Path, open_store: Open, space: Any) -> None:
+@pytest.mark.parametrize(
+    ("space", "said"),
+    [
+        *((space, f"'{space}' distance.*'cosine'.*another collection") for space in ("l2", "ip")),
+        ("cosine", "not made by a FactStore"),
+    ],
+)
+def test_a_collection_that_is_not_ours_is_refused(tmp_path: Path, open_store: Open, space: Any, said: str) -> None:
     with chromadb.PersistentClient(str(tmp_path / "db")) as client:
         client.create_collection("facts", configuration={"hnsw": {"space": space}})
-        with pytest.raises(FactStoreError, match=f"'{space}' distance.*'cosine'.*another collection"):
+        with pytest.raises(FactStoreError, match=said):
             open_store(client=client)
-
-
-def test_a_collection_without_our_record_is_refused(tmp_path: Path, open_store: Open) -> None:
-    with chromadb.PersistentClient(str(tmp_path / "db")) as client:
-        client.create_collection("facts", configuration={"hnsw": {"space": "cosine"}})
-        with pytest.raises(FactStoreError, match="not made by a FactStore"):
-            open_store(client=client)
-
-
-def test_another_dimension_is_refused(open_store: Open) -> None:
-    open_store(embeddings=DeterministicFakeEmbedding(size=16)).close()
-    with pytest.raises(FactStoreError, match=r"dimension 16.*dimension 8"):
-        open_store(embeddings=DeterministicFakeEmbedding(size=8))
 
 
 class Renamed(DeterministicFakeEmbedding):
@@ -82,6 +69,8 @@ class Renamed(DeterministicFakeEmbedding):
 
 def test_another_embedder_is_refused_and_a_given_name_overrides(open_store: Open) -> None:
     open_store(embeddings=Renamed(size=16)).close()
+    with pytest.raises(FactStoreError, match=r"dimension 16.*dimension 8"):
+        open_store(embeddings=Renamed(size=8))
     with pytest.raises(FactStoreError, match=r"'Renamed\(small\)'.*'Renamed\(large\)'"):
         open_store(embeddings=Renamed(size=16, model_name="large"))
     with pytest.raises(FactStoreError, match="'DeterministicFakeEmbedding'"):
@@ -94,14 +83,11 @@ def test_a_bad_collection_name_is_refused(open_store: Open) -> None:
         open_store(collection="no spaces")
 
 
-def test_a_damaged_database_is_refused(tmp_path: Path, open_store: Open) -> None:
+def test_a_damaged_database_and_a_file_are_refused(tmp_path: Path, open_store: Open) -> None:
     (tmp_path / "facts").mkdir()
     (tmp_path / "facts" / "chroma.sqlite3").write_bytes(b"no database" * 1000)
     with pytest.raises(FactStoreError, match="cannot open the database"):
         open_store()
-
-
-def test_a_path_that_is_no_directory_is_refused(tmp_path: Path, open_store: Open) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(FactStoreError, match="directory"):
         open_store(path=tmp_path / "file")

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from agentmem import MemoryConfig, SteeredModel
 from agentmem.nano.recipe.chatml import TEMPLATE
+from tests.helpers.bpe import byte_bpe
 from tests.helpers.cli_talk import Talk
+from tests.helpers.core_models import build
 
 
 @pytest.fixture
@@ -21,30 +20,21 @@ def talk(tmp_path: Path) -> Talk:
 
 def _tiny(directory: Path, adapter_seed: int) -> Path:
     """A random model with memory that chatters a few tokens: every second token ends a reply."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        show_progress=False,
-    )
-    bpe.train_from_iterator(["My favorite color is teal.", "What is my favorite color?"], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    tokenizer.chat_template = TEMPLATE
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            num_key_value_heads=1,
-            head_dim=16,
-            max_position_embeddings=512,
-            initializer_range=0.5,
-        )
+    tokenizer = byte_bpe(["My favorite color is teal.", "What is my favorite color?"], TEMPLATE)
+    model = build(
+        "qwen3",
+        seed=0,
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        initializer_range=0.5,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
     )
     model.generation_config.eos_token_id = list(range(0, len(tokenizer), 2))
     model.save_pretrained(directory)

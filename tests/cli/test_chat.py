@@ -24,11 +24,7 @@ from agentmem_cli.options import parse_window
 from agentmem_langgraph import ChatDeltaMem
 from agentmem_sql import SQLAlchemySaver
 from tests.helpers.cli_talk import IdealEngine, Payload, Talk
-
-TOLD = "My favorite color is teal."
-ASKED = "What is my favorite color?"
-KNOWN = "Your favorite color is teal."
-UNKNOWN = "I do not know yet."
+from tests.helpers.talks import ASK, KNOWN, TELL, UNKNOWN
 
 
 def messages(talk: Talk) -> list[str]:
@@ -41,132 +37,118 @@ def messages(talk: Talk) -> list[str]:
 
 
 def test_recalls_beyond_the_window(talk: Talk) -> None:
-    assert talk(TOLD, "Hello!", ASKED).count(KNOWN) == 2
+    assert talk(TELL, "Hello!", ASK).count(KNOWN) == 2
     assert [len(call["messages"]) for call in talk.engine.calls] == [1, 3, 5]
     assert all(call["window"] == Window(messages=1) for call in talk.engine.calls)
 
 
 def test_threads_go_on_where_they_were_left(talk: Talk) -> None:
-    talk(TOLD)
-    assert KNOWN in talk(ASKED)
+    talk(TELL)
+    assert KNOWN in talk(ASK)
     talk.thread = "another"
-    assert UNKNOWN in talk(ASKED)
+    assert UNKNOWN in talk(ASK)
 
 
-def test_quit_ends(talk: Talk) -> None:
-    talk(TOLD, "/quit", "Hello!")
-    assert messages(talk)[0::2] == [TOLD]
-
-
-def test_blank_lines_say_nothing(talk: Talk) -> None:
-    talk("", "   ")
+def test_what_is_not_said_to_the_model(talk: Talk) -> None:
+    shown = talk("", "   ", "/help", "/forget", "/memory maybe", "/window wide", "/quit", "Hello!")
     assert messages(talk) == []
-
-
-def test_help_names_every_command(talk: Talk) -> None:
-    shown = talk("/help")
     for command in ("/reset", "/stats", "/window", "/memory on", "/memory off", "/quit"):
         assert command in shown
-
-
-def test_unknown_command_is_not_said(talk: Talk) -> None:
-    assert "/forget is no command" in talk("/forget")
-    assert messages(talk) == []
+    assert "/forget is no command" in shown
+    assert "ConfigError: /memory takes on or off; found 'maybe'" in shown
+    assert shown.count("ConfigError") == 2
 
 
 def test_reset_forgets_messages_memory_and_history(talk: Talk) -> None:
-    shown = talk(TOLD, "/reset", "/stats", ASKED)
+    shown = talk(TELL, "/reset", "/stats", ASK)
     assert "the memory is empty" in shown
     assert UNKNOWN in shown
-    assert messages(talk) == [ASKED, UNKNOWN]
+    assert messages(talk) == [ASK, UNKNOWN]
     with open_threads(talk.db) as saver:
         texts = {m.text for saved in saver.list(None) for m in saved.checkpoint["channel_values"].get("messages", [])}
-    assert TOLD not in texts
+    assert TELL not in texts
 
 
 def test_stats(talk: Talk) -> None:
     assert "the memory is empty" in talk("/stats")
-    shown = talk(TOLD, "/stats")
+    shown = talk(TELL, "/stats")
+    assert "Your" in talk.writes
+    assert KNOWN not in talk.writes, "replies are streamed"
     assert "2 messages consumed" in shown
     assert "effective rank" in shown
     assert "1.000" in shown  # one fact is one direction of norm 1
 
 
 def test_memory_off_is_beside_the_thread(talk: Talk) -> None:
-    shown = talk(TOLD, "/memory off", "/memory", ASKED, "/stats", "/memory on", ASKED, "/memory")
+    shown = talk(TELL, "/memory off", "/memory", ASK, "/stats", "/memory on", ASK, "/memory")
     off, on = shown.split("memory on: back")
     assert UNKNOWN in off
     assert "memory is off" in off
     assert "2 messages consumed" in off
     assert KNOWN in on
     assert "memory is on" in on
-    assert messages(talk)[2:] == [ASKED, KNOWN]
-
-
-def test_memory_takes_on_or_off(talk: Talk) -> None:
-    assert "ConfigError: /memory takes on or off; found 'maybe'" in talk("/memory maybe")
+    assert messages(talk)[2:] == [ASK, KNOWN]
 
 
 def test_the_window_is_changed_inside(talk: Talk) -> None:
-    shown = talk(TOLD, "/window", "/window 4m", ASKED, "/memory off", "Hello!", "/window 4096", "Hello!", "/memory on")
+    shown = talk(TELL, "/window", "/window 4m", ASK, "/memory off", "Hello!", "/window 4096", "Hello!", "/memory on")
     windows = [call["window"] for call in talk.engine.calls]
     assert windows == [Window(messages=1), *[Window(messages=4)] * 2, Window(tokens=4096)]
     for said in ("the last message\n", "the last 4 messages", "the last 4096 tokens"):
         assert said in shown
     # What the base model was told is still there when its window changes.
     assert [len(call["messages"]) for call in talk.engine.calls] == [1, 3, 5, 7]
-    assert messages(talk)[0::2] == [TOLD, ASKED]
-    assert "ConfigError" in talk("/window wide")
+    assert messages(talk)[0::2] == [TELL, ASK]
 
 
 @pytest.mark.parametrize(("name", "window"), [("nano", Window(messages=1)), ("other", Window(tokens=4096))])
 def test_the_usual_window(talk: Talk, name: str, window: Window) -> None:
     talk.settings = Settings()
     talk.engine.name = name
-    talk(TOLD)
+    talk(TELL)
     assert talk.engine.calls[0]["window"] == window
 
 
 def test_the_greeting_says_what_runs_and_what_to_try(talk: Talk) -> None:
     shown = talk()
-    for said in ("model fake (float32 on cpu)", "adapter the model's own", "the last message;", f"Try: {TOLD}", ASKED):
+    for said in ("model fake (float32 on cpu)", "adapter the model's own", "the last message;", f"Try: {TELL}", ASK):
         assert said in shown
-    assert "Try:" not in talk(TOLD, "/quit").partition(">")[2]
+    assert "Try:" not in talk(TELL, "/quit").partition(">")[2]
     assert "Try:" not in talk()
 
 
 def test_settings_reach_the_model(talk: Talk) -> None:
     talk.settings = Settings("1m", "Be brief.", 7, 0.5)
-    talk(TOLD)
+    talk(TELL)
     (call,) = talk.engine.calls
     assert (call["sampling"].max_tokens, call["sampling"].temperature) == (7, 0.5)
-    assert [m.content for m in call["messages"]] == ["Be brief.", TOLD]
-    assert messages(talk)[0] == TOLD
+    assert [m.content for m in call["messages"]] == ["Be brief.", TELL]
+    assert messages(talk)[0] == TELL
 
 
 def test_one_question(talk: Talk) -> None:
-    talk(TOLD)
-    assert talk.answer(ASKED) == f"{KNOWN}\n"
-    assert messages(talk)[0::2] == [TOLD, ASKED]
+    talk(TELL)
+    assert talk.answer(ASK) == f"{KNOWN}\n"
+    assert messages(talk)[0::2] == [TELL, ASK]
     talk.engine.failures = 1
     with pytest.raises(RuntimeError):
-        talk.answer(ASKED)
-    assert messages(talk)[0::2] == [TOLD, ASKED]
+        talk.answer(ASK)
+    assert messages(talk)[0::2] == [TELL, ASK]
 
 
 def test_a_bare_model(talk: Talk) -> None:
     talk.engine.has_memory = False
     talk.settings = Settings("2m")
-    shown = talk(TOLD, "/stats", "/memory off")
+    shown = talk(TELL, "/stats", "/memory off")
     for said in ("adapter none, so no memory", "this model has no memory", "ConfigError"):
         assert said in shown
     assert "Try:" not in shown
     assert talk.engine.calls[0]["memory"] is False
-    assert messages(talk)[0] == TOLD
+    assert messages(talk)[0] == TELL
 
 
 def test_somebody_elses_database_runs_no_code(talk: Talk) -> None:
-    talk(TOLD)
+    talk(TELL)
     permissive = JsonPlusSerializer(allowed_msgpack_modules=True)
     with SQLAlchemySaver.from_url(f"sqlite:///{talk.db}", serde=permissive) as saver:
         newest = saver.get_tuple(thread(talk.thread))
@@ -180,7 +162,7 @@ def test_somebody_elses_database_runs_no_code(talk: Talk) -> None:
         saver.get_tuple(thread(talk.thread))
     assert Payload.made == ["put there"]
     Payload.made.clear()
-    assert KNOWN in talk(ASKED)
+    assert KNOWN in talk(ASK)
     assert Payload.made == []
 
 
@@ -199,12 +181,12 @@ def test_no_control_sequence_reaches_the_terminal(talk: Talk, tmp_path: Path) ->
 
 
 def test_a_failed_turn_leaves_the_thread(talk: Talk) -> None:
-    talk(TOLD)
+    talk(TELL)
     before = messages(talk)
     talk.engine.failures = 1
-    assert "the model failed" in talk(ASKED)
+    assert "the model failed" in talk(ASK)
     assert messages(talk) == before
-    assert KNOWN in talk(ASKED)
+    assert KNOWN in talk(ASK)
 
 
 class Interrupted(IdealEngine):
@@ -236,32 +218,32 @@ def foreground() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("foreground")
-@pytest.mark.parametrize("told", [[], [TOLD]])
+@pytest.mark.parametrize("told", [[], [TELL]])
 def test_ctrl_c_cancels_the_reply_and_leaves_the_thread(talk: Talk, told: list[str]) -> None:
     talk.engine = engine = Interrupted()
     talk(*told)
     before = messages(talk)
     engine.interrupt = True
-    shown = talk(ASKED, "/stats")
+    shown = talk(ASK, "/stats")
     assert "Your favorite" in shown
     assert "cancelled; the thread is as it was" in shown
     assert engine.cancelled == 1
     engine.interrupt = False
     assert messages(talk) == before
-    assert (KNOWN if told else UNKNOWN) in talk(ASKED)
+    assert (KNOWN if told else UNKNOWN) in talk(ASK)
     assert messages(talk)[:-2] == before
 
 
 @pytest.mark.usefixtures("foreground")
 def test_ctrl_c_with_memory_off(talk: Talk) -> None:
     talk.engine = engine = Interrupted()
-    talk(TOLD)
+    talk(TELL)
     before = messages(talk)
 
     def lines() -> Any:
         yield "/memory off"
         engine.interrupt = True
-        yield ASKED
+        yield ASK
         engine.interrupt = False
         yield "Hello!"
 
@@ -270,22 +252,16 @@ def test_ctrl_c_with_memory_off(talk: Talk) -> None:
     assert messages(talk) == before
 
 
-def test_replies_are_streamed(talk: Talk) -> None:
-    talk(TOLD)
-    assert "Your" in talk.writes
-    assert KNOWN not in talk.writes
-
-
 def test_facts_are_cited_with_their_source(talk: Talk, tmp_path: Path) -> None:
     with FactStore(tmp_path / "facts", embeddings=DeterministicFakeEmbedding(size=8)) as store:
         store.add("The retry limit is 300.", source="runbook.md")
         store.add("The page size is 50.", source="api.md")
         talk.retriever = FactRetriever(store=store, k=2)
-        shown = talk(TOLD, "What is the page size?")
+        shown = talk(TELL, "What is the page size?")
     assert re.search(r"The page size is 50\. \[(\d)\]", shown)
     assert re.search(r"\[\d\] The page size is 50\. \(api\.md\)", shown)
     assert "runbook.md" not in shown
-    assert messages(talk)[0::2] == [TOLD, "What is the page size?"]
+    assert messages(talk)[0::2] == [TELL, "What is the page size?"]
 
 
 @pytest.mark.parametrize(

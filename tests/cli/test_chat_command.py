@@ -1,10 +1,8 @@
-"""`agentmem chat` as a command, on tiny models in directories: the loader, the real engine, real processes."""
+"""`agentmem chat` as a command, on tiny models in directories: the loader and the real engine."""
 
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 from typer.testing import CliRunner
@@ -19,34 +17,23 @@ def chat(said: str, *arguments: object) -> str:
     return done.output
 
 
-def in_a_process(said: str, *arguments: object) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", "from agentmem_cli import main; main()", "chat", *map(str, arguments)],
-        input=said,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_a_thread_outlives_its_process(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_thread_outlives_its_engine(tiny_model: Path, tmp_path: Path) -> None:
     options = ("--model", tiny_model, "--db", tmp_path / "threads.db", "--window", "1m")
     first = chat("hello\n/stats\n", *options)
     assert "(0 messages so far)" in first
-    second = in_a_process("/stats\nhow are you\n/stats\n", *options)
+    second = chat("/stats\nhow are you\n/stats\n", *options)
     assert "(2 messages so far)" in second
     assert _stats(first)[0] == _stats(second)[0]
     assert _stats(second)[1].startswith("4 messages consumed")
 
 
-def test_one_question_is_answered_alone(tiny_model: Path, tmp_path: Path) -> None:
+def test_one_question_is_answered_alone_in_a_thread_of_a_name(tiny_model: Path, tmp_path: Path) -> None:
     options = ("--model", tiny_model, "--db", tmp_path / "threads.db", "--max-tokens", 3)
-    first = chat("", "hello", *options)
-    assert "messages so far" not in first
-    assert "/help" not in first
-    assert "(2 messages so far)" in chat("", *options)
+    shown = chat("", "hello", *options, "--thread", "one")
+    assert "messages so far" not in shown
+    assert "/help" not in shown
+    assert "(0 messages so far)" in chat("", *options, "--thread", "two")
+    assert "(2 messages so far)" in chat("", *options, "--thread", "one")
 
 
 def test_a_database_by_its_url_and_a_bare_model(tiny_model: Path, tmp_path: Path) -> None:
@@ -66,24 +53,17 @@ def test_the_thread_of_another_adapter_is_refused(tiny_model: Path, other_adapte
     assert "(2 messages so far)" in chat("", *options)
 
 
-def test_threads_have_names(tiny_model: Path, tmp_path: Path) -> None:
-    options = ("--model", tiny_model, "--db", tmp_path / "threads.db")
-    chat("hello\n", *options, "--thread", "one")
-    assert "(0 messages so far)" in chat("", *options, "--thread", "two")
-    assert "(2 messages so far)" in chat("", *options, "--thread", "one")
-
-
-def test_what_is_wrong_with_the_options(tiny_model: Path, other_adapter: Path, tmp_path: Path) -> None:
-    run = CliRunner()
-    window = run.invoke(app, ["chat", "--db", str(tmp_path / "a.db"), "--window", "many"])
-    assert isinstance(window.exception, ConfigError)
-    empty = tmp_path / "empty"
+def test_what_is_wrong_with_the_options(tiny_model: Path, tmp_path: Path) -> None:
+    bare, empty = tmp_path / "bare", tmp_path / "empty"
+    shutil.copytree(tiny_model, bare, ignore=shutil.ignore_patterns("adapter"))
     empty.mkdir()
-    no_model = run.invoke(app, ["chat", "--db", str(tmp_path / "a.db"), "--model", str(empty)])
-    assert isinstance(no_model.exception, ModelNotFoundError)
-    shutil.copy(tiny_model / "config.json", empty)
-    no_adapter = run.invoke(app, ["chat", "--db", str(tmp_path / "a.db"), "--model", str(empty)])
-    assert isinstance(no_adapter.exception, MissingAdapterError)
+    for options, refusal in (
+        (("--window", "many"), ConfigError),
+        (("--model", bare), MissingAdapterError),
+        (("--model", empty), ModelNotFoundError),
+    ):
+        done = CliRunner().invoke(app, ["chat", "--db", str(tmp_path / "a.db"), *map(str, options)])
+        assert isinstance(done.exception, refusal)
 
 
 def _stats(shown: str) -> list[str]:

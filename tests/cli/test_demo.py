@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -17,32 +18,14 @@ from typer.testing import CliRunner
 import agentmem
 from agentmem.nano.recipe.language import named_values
 from agentmem_cli.app import app
-from agentmem_cli.scores import Score, shortfalls
 from agentmem_cli.script import draw_script
 
 NANO = Path(agentmem.__file__).parent / "nano" / "weights"
-SEEDS = range(40)
 
 
 def run(*arguments: object) -> tuple[int, str]:
     done = CliRunner().invoke(app, ["demo", *map(str, arguments)])
     return done.exit_code, done.output
-
-
-@pytest.mark.parametrize(
-    ("memory", "zeroed", "foreign", "short"),
-    [
-        (8, 0, 0, 0),
-        (7, 2, 2, 0),
-        (6, 0, 0, 1),
-        (8, 3, 0, 1),
-        (8, 0, 3, 1),
-        (0, 8, 8, 3),
-    ],
-)
-def test_promise(memory: int, zeroed: int, foreign: int, short: int) -> None:
-    arms = {"memory": Score(memory, 8), "zeroed": Score(zeroed, 8), "foreign": Score(foreign, 8)}
-    assert len(shortfalls(arms)) == short
 
 
 @pytest.fixture
@@ -72,30 +55,26 @@ def phases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
 
 
 @pytest.mark.parametrize(
-    ("scores", "code"),
+    ("scores", "code", "short"),
     [
-        ({}, 0),
-        ({"memory": 7, "zeroed": 2, "foreign": 2}, 0),
-        ({"memory": 6}, 1),
-        ({"zeroed": 3}, 1),
-        ({"foreign": 3}, 1),
-        ({"fails": "tell"}, 7),
-        ({"fails": "ask"}, 7),
+        ({}, 0, 0),
+        ({"memory": 7, "zeroed": 2, "foreign": 2}, 0, 0),
+        ({"memory": 6}, 1, 1),
+        ({"zeroed": 3}, 1, 1),
+        ({"foreign": 3}, 1, 1),
+        ({"memory": 0, "zeroed": 8, "foreign": 8}, 1, 3),
+        ({"fails": "tell"}, 7, 0),
+        ({"fails": "ask"}, 7, 0),
     ],
 )
-def test_exit_code(phases: Callable[..., None], tmp_path: Path, scores: dict[str, int], code: int) -> None:
+def test_exit_code(phases: Callable[..., None], tmp_path: Path, scores: dict[str, Any], code: int, short: int) -> None:
     phases(**scores)
-    found, shown = run("--data", tmp_path / "data")
-    assert found == code
-    assert ("falls short" in shown) == (code == 1)
-
-
-def test_two_processes_that_end(phases: Callable[..., None], tmp_path: Path) -> None:
-    phases()
-    _, shown = run("--data", tmp_path / "data")
+    ended, shown = run("--data", tmp_path / "data")
+    assert ended == code
+    assert shown.count("falls short") == short
     started = re.findall(r"process (\d+) started", shown)
-    assert len(set(started)) == 2
-    assert re.findall(r"process (\d+) ended", shown) == started
+    assert len(set(started)) == (1 if scores.get("fails") == "tell" else 2)
+    assert re.findall(r"process (\d+) ended", shown) == started[: 2 if code != 7 else -1]
     assert str(os.getpid()) not in started
 
 
@@ -140,10 +119,10 @@ def test_nothing_of_the_user_is_deleted(phases: Callable[..., None], tmp_path: P
 
 def test_script_follows_from_its_seed() -> None:
     assert draw_script(3) == draw_script(3)
-    assert len({draw_script(seed).said for seed in SEEDS}) == len(SEEDS)
+    assert len({draw_script(seed).said for seed in range(40)}) == 40
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", range(40))
 def test_script(seed: int) -> None:
     script = draw_script(seed)
     held = [binding for _, binding in script.questions]

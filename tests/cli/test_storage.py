@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from typer.testing import CliRunner
 
 from agentmem.errors import ConfigError, MissingExtraError, StorageError
 from agentmem_cli import app as cli
+from agentmem_cli import main
 from agentmem_sql import SQLAlchemySaver
 
 KEY = "k" * 32
@@ -162,18 +164,20 @@ def test_wrong_usage_removes_nothing(file: Path, options: tuple[str, ...], said:
     assert counts(file) == {"one": 4, "two": 4}
 
 
-def answer(path: Path, text: str, *options: str) -> tuple[int, str]:
-    """Run `prune --keep 1` as a process on a terminal, and answer it."""
-    ours, theirs = pty.openpty()
-    command = [sys.executable, "-c", "from agentmem_cli import main; main()", "storage", "prune", str(path)]
-    running = subprocess.Popen(
-        [*command, "--keep", "1", *options], stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    os.close(theirs)
-    os.write(ours, text.encode())
-    output, _ = running.communicate(timeout=60)
-    os.close(ours)
-    return running.returncode, output
+class Terminal(StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def answer(path: Path, text: str, *options: str) -> tuple[Any, str]:
+    """Run `prune --keep 1` with a terminal as its input, and answer it."""
+    printed = StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed), redirect_stderr(printed):
+        patch.setattr(sys, "stdin", Terminal(text))
+        patch.setattr(sys, "argv", ["agentmem", "storage", "prune", str(path), "--keep", "1", *options])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    return ended.value.code, printed.getvalue()
 
 
 def test_a_terminal_is_asked(file: Path) -> None:

@@ -84,8 +84,9 @@ def test_two_memories_of_one_model_come_off_in_any_order() -> None:
         both = [steer(model, seed=seed) for seed in (3, 4)]
         ids, state = random_ids(2, 7), random_state(both[0], 2)
         with torch.no_grad():
-            alone = steer(tiny(), seed=4)(ids, state).logits
-            assert torch.equal(both[1](ids, state).logits, alone)
+            for one, seed in zip(both, (3, 4), strict=True):
+                alone = steer(tiny(), seed=seed)(ids, state).logits
+                assert torch.equal(one(ids, state).logits, alone), "neither sees the other"
         for number in order:
             both[number].detach()
         assert torch.equal(answer(model), bare)

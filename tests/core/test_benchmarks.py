@@ -52,6 +52,9 @@ def test_sessions_are_measured(
 ) -> None:
     pytest.importorskip("matplotlib")
     sessions, out, picture = benchmarks["sessions"], tmp_path / "s.json", tmp_path / "s.png"
+    assert sessions.bar_for("nano", CPU, False) == (16, 4.0)
+    assert sessions.bar_for("qwen3-4b", GPU, False) is None
+    assert sessions.bar_for("qwen3-4b", GPU, True) == (32, 16.0)
     monkeypatch.setattr(sessions, "BARS", {("tiny", "cpu"): (2, 99.0)})
     app = typer.Typer()
     app.command()(sessions.main)
@@ -65,11 +68,3 @@ def test_sessions_are_measured(
     figures = json.loads(out.read_text())
     assert figures["rates"].keys() == {"1", "2"}
     assert figures["command"].startswith("python ")
-
-
-def test_sessions_have_a_bar_on_a_cpu_and_in_cuda_graphs(benchmarks: dict[str, ModuleType]) -> None:
-    sessions = benchmarks["sessions"]
-    assert sessions.bar_for("nano", CPU, False) == (16, 4.0)
-    assert sessions.bar_for("qwen3-4b", CPU, False) is None
-    assert sessions.bar_for("qwen3-4b", GPU, False) is None
-    assert sessions.bar_for("qwen3-4b", GPU, True) == (32, 16.0)

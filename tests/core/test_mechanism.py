@@ -309,18 +309,3 @@ def test_each_architecture_holds_the_contract(architecture: str) -> None:
 
     assert steered.detach() is model
     assert torch.equal(model(input_ids=ids).logits, bare)
-
-
-@slow_interpreted
-@torch.no_grad()
-def test_two_memories_on_one_model_do_not_see_each_other() -> None:
-    model = tiny()
-    ids = random_ids(1, 8)
-    first = steer(model, seed=1)
-    alone = first(ids)
-    second = steer(model, seed=2)
-    both = first(ids), second(ids)
-    assert torch.equal(both[0].logits, alone.logits)
-    assert not torch.equal(both[1].logits, alone.logits)
-    second.detach()
-    assert torch.equal(first(ids).logits, alone.logits)

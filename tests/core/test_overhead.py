@@ -36,64 +36,42 @@ def run(module: ModuleType, *arguments: str) -> tuple[int, str]:
 def test_every_strategy_is_measured(overhead: ModuleType, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     picture = tmp_path / "o.png"
-    code, said = run(overhead, "--shape", "tiny", "--steps", "1", "--prefills", "1", "--plot", str(picture))
+    code, said = run(overhead, "--shape", "tiny", "--steps", "1", "--prefills", "1", "--fixed", "--plot", str(picture))
     assert code == 0, said
     assert picture.read_bytes().startswith(b"\x89PNG")
     for name in ("torch", "transformers", "agentmem", "1 thread(s)", "2 layers x 32", "memory decodes by: "):
         assert name in said
     for way in ("TSW", "SSW", "MSW"):
-        for what in ("decode after 16, batch 1", "prefill of 32"):
+        for what in (f"decode after 16, batch 1{', fixed' * (way != 'SSW')}", "prefill of 32"):
             assert re.search(rf"{way}: {what}\W+[\d.]+ ms\W+[\d.]+ ms\W+[\d.]+", said), (way, what, said)
 
 
-def test_fixed_buffers_are_measured_where_they_can_be(overhead: ModuleType, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("bar", "fits", "found"),
+    [(99.0, True, r"99.00 missed"), (0.5, False, r"decode after 4, batch 1\W+does not fit\W+0.50: not measured")],
+)
+def test_a_missed_bar_is_an_exit_code(
+    overhead: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bar: float, fits: bool, found: str
+) -> None:
     pytest.importorskip("matplotlib")
-    arguments = ("--shape", "tiny", "--steps", "1", "--prefills", "0", "--fixed", "--plot", str(tmp_path / "o.png"))
-    code, said = run(overhead, *arguments)
-    assert code == 0, said
-    for way in ("TSW", "MSW"):
-        assert f"{way}: decode after 16, batch 1, fixed" in said
-    assert "SSW: decode after 16, batch 1 " in said
 
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError
 
-def test_a_missed_bar_is_an_exit_code(overhead: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
-    bars = {("decode", 1, 4): 99.0}
-    monkeypatch.setattr(overhead, "TINY", overhead.Shape("tiny", 1, 32, 2, 1, 16, 64, prompts=(4,), bars=bars))
-    arguments = (
-        "--shape",
-        "tiny",
-        "--write",
-        "TSW",
-        "--steps",
-        "1",
-        "--prefills",
-        "0",
-        "--plot",
-        str(tmp_path / "o.png"),
-    )
-    code, said = run(overhead, *arguments)
+    shape = overhead.Shape("tiny", 1, 32, 2, 1, 16, 64, prompts=(4,), bars={("decode", 1, 4): bar})
+    monkeypatch.setattr(overhead, "TINY", shape)
+    if not fits:
+        monkeypatch.setattr(overhead, "side_by_side", full)
+    options = ("--shape", "tiny", "--write", "TSW", "--steps", "1", "--prefills", "0")
+    code, said = run(overhead, *options, "--plot", str(tmp_path / "o.png"))
     assert code == 1
-    assert "99.00 missed" in said
+    assert re.search(found, said), said
 
 
 def test_what_is_not_known_is_refused(overhead: ModuleType) -> None:
     code, said = run(overhead, "--write", "XSW")
     assert code == 2
     assert "XSW" in said
-
-
-def test_what_does_not_fit_is_named(overhead: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise torch.OutOfMemoryError
-
-    bars = {("decode", 1, 4): 0.5}
-    monkeypatch.setattr(overhead, "TINY", overhead.Shape("tiny", 1, 32, 2, 1, 16, 64, prompts=(4,), bars=bars))
-    monkeypatch.setattr(overhead, "side_by_side", full)
-    arguments = ("--shape", "tiny", "--write", "TSW", "--prefills", "0", "--plot", str(tmp_path / "o.png"))
-    code, said = run(overhead, *arguments)
-    assert code == 1
-    assert re.search(r"decode after 4, batch 1\W+does not fit\W+0.50: not measured", said), said
 
 
 @pytest.mark.parametrize("fixed", [False, True])

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from agentmem import Engine, MemoryConfig, SteeredModel
+from agentmem import Engine
+from tests.helpers.bpe import REASONING_AND_CALLS, byte_bpe
+from tests.helpers.core_models import attach_lively, build
 
 TEMPLATE = (
     "{% if tools %}<|im_start|>system\nTools:{% for t in tools %}\n{{ t | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
@@ -26,20 +26,7 @@ CORPUS = [
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=360,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        show_progress=False,
-    )
-    bpe.train_from_iterator(CORPUS, trainer)
-    bpe.add_tokens([AddedToken(t, special=False) for t in ("<tool_call>", "</tool_call>", "<think>", "</think>")])
-    made = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    made.chat_template = TEMPLATE
-    return made
+    return byte_bpe(CORPUS, TEMPLATE, tags=REASONING_AND_CALLS, vocab_size=360)
 
 
 MakeEngine = Callable[..., Engine]
@@ -61,21 +48,18 @@ def make_engine(tokenizer: Any) -> Iterator[MakeEngine]:
         device: str = "cpu",
         **config: Any,
     ) -> Engine:
-        torch.manual_seed(model_seed)
-        model = Qwen3ForCausalLM(
-            Qwen3Config(
-                vocab_size=len(tokenizer),
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                head_dim=16,
-                max_position_embeddings=limit,
-                initializer_range=0.4,
-                eos_token_id=tokenizer.eos_token_id,
-                attn_implementation="sdpa",
-            )
+        model = build(
+            "qwen3",
+            seed=model_seed,
+            vocab_size=len(tokenizer),
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=limit,
+            initializer_range=0.4,
+            pad_token_id=None,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
         )
         with torch.no_grad():  # replies of readable text: no control tokens, no halves of characters
             for token in range(len(tokenizer)):
@@ -84,14 +68,9 @@ def make_engine(tokenizer: Any) -> Iterator[MakeEngine]:
                     model.lm_head.weight[token] = 0.0
         steered = None
         if memory:
-            steered = SteeredModel.attach(model, config=MemoryConfig(**({"rank": 4} | config)), seed=seed)
-            generator = torch.Generator().manual_seed(seed + 1)
-            with torch.no_grad():
-                for name, parameter in steered.memory.named_parameters():
-                    if "delta_" in name or name.endswith("beta_proj"):
-                        parameter.normal_(0.0, 0.3, generator=generator)
-                steered.memory.to(device)
-        model.to(device)  # type: ignore[arg-type]
+            steered = attach_lively(model, seed=seed, **config)
+            steered.memory.to(device)
+        model.to(device)
         engine = Engine(model, tokenizer, steered, name="tiny", max_batch=max_batch, kv_cache_tokens=kv_cache_tokens)
         made.append(engine)
         return engine

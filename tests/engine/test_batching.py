@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from agentmem import Engine, MemoryState, Message, ReplyFormat, Sampling, Turn, Window
+from agentmem import Engine, Message, ReplyFormat, Sampling, Window
 from agentmem.errors import ConfigError, TurnCancelledError, TurnTimeoutError
 from agentmem.generation.batch_cache import BatchedKVCache
-from tests.helpers.numeric import assert_states_close
+from tests.helpers.numeric import assert_same_at_once, assert_same_turn
 
 MakeEngine = Callable[..., Engine]
 LISTED = ReplyFormat(schema={"type": "array", "items": {"type": "integer"}, "minItems": 4, "maxItems": 9})
@@ -61,24 +61,6 @@ class Count:
         monkeypatch.setattr(type(model), "forward", forward)
 
 
-def assert_same(found: Turn, alone: Turn) -> None:
-    assert (found.token_ids, found.message, found.finish_reason) == (
-        alone.token_ids,
-        alone.message,
-        alone.finish_reason,
-    )
-    if alone.state is not None and found.state is not None:
-        assert_states_close(found.state, alone.state)
-        assert found.state.record == alone.state.record
-    assert (found.state is None) == (alone.state is None)
-
-
-def at_once(engine: Engine, count: int, states: list[MemoryState | None] | None = None) -> list[Turn]:
-    given = states or [None] * count
-    with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(lambda n: engine.turn(ask(n), given[n], **options(n)), range(count)))
-
-
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("strategy", ["token", "message", "sentence"])
 def test_each_session_is_as_it_is_alone(
@@ -89,8 +71,7 @@ def test_each_session_is_as_it_is_alone(
     states = [turn.state for turn in first]
     alone = [engine.turn(ask(n), states[n], **options(n)) for n in range(16)]
     count = Count(engine, monkeypatch)
-    for found, solo in zip(at_once(engine, 16, states), alone, strict=True):
-        assert_same(found, solo)
+    assert_same_at_once(lambda n: engine.turn(ask(n), states[n], **options(n)), range(16), alone)
     assert max(count.batches) > 8, "they did not meet"
     assert sum(count.batches) / len(count.batches) > 3
 
@@ -101,10 +82,7 @@ def test_replies_that_outgrow_their_rows(make_engine: MakeEngine) -> None:
     sampling = [Sampling(temperature=1.0, seed=n, max_tokens=(40, 330)[n % 2]) for n in range(4)]
     alone = [engine.turn(ask(n), sampling=sampling[n]) for n in range(4)]
     assert max(len(turn.token_ids) for turn in alone) == 330
-    with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda n: engine.turn(ask(n), sampling=sampling[n]), range(4)))
-    for found, solo in zip(together, alone, strict=True):
-        assert_same(found, solo)
+    assert_same_at_once(lambda n: engine.turn(ask(n), sampling=sampling[n]), range(4), alone)
 
 
 @pytest.mark.parametrize(("temperature", "operation"), [(0.0, "argmax"), (1.0, "softmax")])
@@ -124,11 +102,8 @@ def test_a_token_that_was_written_is_not_read_again(
         return real(own, *given, **more)
 
     monkeypatch.setattr(Tensor, operation, choosing)
-    with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda n: engine.turn(ask(n), sampling=sampling[n]), range(4)))
+    assert_same_at_once(lambda n: engine.turn(ask(n), sampling=sampling[n]), range(4), alone)
     assert failed
-    for found, solo in zip(together, alone, strict=True):
-        assert_same(found, solo)
 
 
 @pytest.mark.parametrize("strategy", ["token", "sentence"])
@@ -138,10 +113,7 @@ def test_stop_strings_take_back_tokens_of_a_row(make_engine: MakeEngine, strateg
     stops = [plain[at : at + 4] for at in (12, 20, 28, 36)]
     sampling = [Sampling(max_tokens=60, stop=(stop,)) for stop in stops]
     alone = [engine.turn(ask(0), sampling=each) for each in sampling]
-    with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda each: engine.turn(ask(0), sampling=each), sampling))
-    for found, solo in zip(together, alone, strict=True):
-        assert_same(found, solo)
+    assert_same_at_once(lambda each: engine.turn(ask(0), sampling=each), sampling, alone)
 
 
 async def test_two_hundred_requests_are_all_served(make_engine: MakeEngine) -> None:
@@ -162,9 +134,6 @@ def test_a_short_request_does_not_wait_for_a_long_prompt(
 ) -> None:
     engine = make_engine(limit=32768)
     events: list[str] = []
-    count = Count(engine, monkeypatch)
-    real = count.fail
-    assert real(1) is None
     long = [Message("user", "The quick brown fox says: hello there. " * 700)]
     begun = threading.Event()
     decoder = engine.model.get_decoder()
@@ -208,12 +177,17 @@ def test_cancelling_frees_the_row_at_once(make_engine: MakeEngine) -> None:
     assert time.monotonic() - start < 5
 
 
-def test_a_turn_that_takes_too_long(make_engine: MakeEngine) -> None:
+def test_a_turn_that_takes_too_long(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine()
+    count = Count(engine, monkeypatch)
     start = engine.turn(ask(1), sampling=Sampling(max_tokens=4)).state
+    ten = Sampling(max_tokens=10)
+    assert len(engine.turn(ask(2), start, sampling=ten).token_ids) == 10
+    count.fail = lambda rows: time.sleep(0.02)  # on any machine ten tokens take longer than the timeout then
     with pytest.raises(TurnTimeoutError, match=r"longer than its timeout of 0\.05 seconds"):
-        engine.turn(ask(2), start, sampling=Sampling(temperature=1.0, max_tokens=3900), timeout=0.05)
-    assert len(engine.turn(ask(2), start, sampling=Sampling(max_tokens=4), timeout=60).token_ids) == 4
+        engine.turn(ask(2), start, sampling=ten, timeout=0.05)
+    count.fail = lambda rows: None
+    assert len(engine.turn(ask(2), start, sampling=ten, timeout=60).token_ids) == 10
     with pytest.raises(ConfigError, match="timeout"):
         engine.turn(ask(2), start, timeout=0)
 
@@ -228,8 +202,7 @@ def test_a_batch_that_does_not_fit_is_split(make_engine: MakeEngine, monkeypatch
             raise torch.OutOfMemoryError("out of memory")
 
     count.fail = fail
-    for found, solo in zip(at_once(engine, 8), alone, strict=True):
-        assert_same(found, solo)
+    assert_same_at_once(lambda n: engine.turn(ask(n), **options(n)), range(8), alone)
     assert max(count.batches) > 3, "no batch was too large"
     assert sum(rows > 3 for rows in count.batches) < 4, "a size that did not fit is not tried at every token"
 
@@ -286,7 +259,7 @@ def test_one_that_fails_does_not_take_the_others_with_it(
         with pytest.raises(ZeroDivisionError, match="no token today"):
             bad.result(60)
         for found, solo in zip(good, alone, strict=True):
-            assert_same(found.result(60), solo)
+            assert_same_turn(found.result(60), solo)
 
 
 def test_what_is_lost_in_a_row_is_lost_to_one_session(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +282,7 @@ def test_what_is_lost_in_a_row_is_lost_to_one_session(make_engine: MakeEngine, m
     assert sum(isinstance(end, torch.OutOfMemoryError) for end in ends) == 1
     for one, end, solo in zip(running, ends, alone, strict=True):
         if end is None:
-            assert_same(one.result(), solo)
+            assert_same_turn(one.result(), solo)
 
 
 def test_a_row_is_left_clean(make_engine: MakeEngine) -> None:

@@ -17,7 +17,7 @@ from agentmem import Engine, Message, Sampling, Turn
 from agentmem.generation import batch
 from agentmem.generation.batch_cache import BatchedKVCache
 from agentmem.generation.cuda_graph import CannotCapture, CapturedDecode, GraphCapturer
-from tests.helpers.numeric import assert_states_close
+from tests.helpers.numeric import assert_same_at_once, assert_same_turn
 
 MakeEngine = Callable[..., Engine]
 
@@ -46,15 +46,6 @@ def turn(engine: Engine, number: int) -> Turn:
     return engine.turn([Message("user", said)], sampling=sampling, write=write, memory=number % 7 != 6)
 
 
-def assert_same(found: Turn, alone: Turn) -> None:
-    assert (found.token_ids, found.finish_reason, found.written) == (
-        alone.token_ids, alone.finish_reason, alone.written,
-    )  # fmt: skip
-    assert (found.state is None) == (alone.state is None)
-    if found.state is not None and alone.state is not None:
-        assert_states_close(found.state, alone.state)
-
-
 def caches(engine: Engine) -> list[BatchedKVCache]:
     """What the engine has for sessions that decode together."""
     return [kv for kind in engine._context.batch._caches.values() for kv in kind]
@@ -71,11 +62,9 @@ def test_each_session_is_as_it_is_alone(
 ) -> None:
     engine = make_engine()
     for number in (0, 5):
-        assert_same(turn(engine, number), alone[number])
+        assert_same_turn(turn(engine, number), alone[number])
     assert {rows for _, rows in passes} == {1}, "one session decodes in them too"
-    with ThreadPoolExecutor(14) as pool:
-        for found, solo in zip(pool.map(lambda n: turn(engine, n), range(14)), alone, strict=True):
-            assert_same(found, solo)
+    assert_same_at_once(lambda n: turn(engine, n), range(14), alone)
     assert max(rows for _, rows in passes) > 4, "they did not meet"
 
 
@@ -84,7 +73,7 @@ def test_what_is_captured_serves_whoever_comes_next(
 ) -> None:
     engine = make_engine()
     for number in (0, 4, 8, 12):
-        assert_same(turn(engine, number), alone[number])
+        assert_same_turn(turn(engine, number), alone[number])
     assert len({buffers for buffers, _ in passes}) == 1
 
 
@@ -119,7 +108,7 @@ def test_nothing_in_a_pass_waits_for_the_device(
     solo = turn(engine, 1)
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda n: turn(engine, n), range(1, 5)))
-    assert_same(together[0], solo)
+    assert_same_turn(together[0], solo)
     assert {"aten.index_copy_", "agentmem.step"} <= found
     assert not found & waits
     assert max(rows for _, rows in passes) > 1
@@ -163,9 +152,7 @@ def test_a_model_that_cannot_be_captured_decodes_as_without(
 
     monkeypatch.setattr(CapturedDecode, "_run_step", fails)
     engine = make_engine()
-    with ThreadPoolExecutor(14) as pool:
-        for found, solo in zip(pool.map(lambda n: turn(engine, n), range(14)), alone, strict=True):
-            assert_same(found, solo)
+    assert_same_at_once(lambda n: turn(engine, n), range(14), alone)
     assert len(passes) == 2
     assert [record.message.startswith("decoding goes on without CUDA graphs") for record in caplog.records] == [True]
 
@@ -185,7 +172,7 @@ def test_a_capture_that_failed_once_is_tried_again(
     monkeypatch.setattr(CapturedDecode, "_run_step", fails)
     engine = make_engine()
     for number in (0, 4):
-        assert_same(turn(engine, number), alone[number])
+        assert_same_turn(turn(engine, number), alone[number])
     tokens = sum(len(alone[number].token_ids) for number in (0, 4))
     assert len(passes) > tokens - 4
     assert len({id(one) for one in tried}) == 3
@@ -207,7 +194,7 @@ def test_a_pass_looks_at_few_more_tokens_than_there_are(
         return real(own, places, width)
 
     monkeypatch.setattr(BatchedKVCache, "over", over)
-    assert_same(engine.turn(ask, sampling=Sampling(max_tokens=300)), expected)
+    assert_same_turn(engine.turn(ask, sampling=Sampling(max_tokens=300)), expected)
     assert len(looked) > 250
     assert looked[0][0] > 1024
     assert all(length <= width <= length + 256 for length, width in looked)
@@ -240,9 +227,7 @@ def test_memory_that_runs_out_is_given_back_first(
         real(own)
 
     monkeypatch.setattr(CapturedDecode, "_run_step", fails)
-    with ThreadPoolExecutor(14) as pool:
-        for found, solo in zip(pool.map(lambda n: turn(engine, n), range(14)), alone, strict=True):
-            assert_same(found, solo)
+    assert_same_at_once(lambda n: turn(engine, n), range(14), alone)
     assert failed
     assert sum(kv.tokens for kv in caches(engine) if not kv.rows) <= 8192
 
@@ -270,8 +255,6 @@ def test_captured_and_replayed(make_engine: MakeEngine, monkeypatch: pytest.Monk
     monkeypatch.setenv("AGENTMEM_CUDA_GRAPHS", "1")
     engine = make_engine(device="cuda")
     for _ in range(2):
-        with ThreadPoolExecutor(14) as pool:
-            for found, solo in zip(pool.map(lambda n: turn(engine, n), range(14)), alone, strict=True):
-                assert_same(found, solo)
+        assert_same_at_once(lambda n: turn(engine, n), range(14), alone)
     assert captured
     assert engine._context.batch.uses_graphs, "a pass could not be captured"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from agentmem import Engine, Message, ReplyFormat, Sampling, Turn
 from agentmem.generation import turn as turns
 from agentmem.generation.guided import Constraint
 from agentmem.generation.runner import ModelRunner
-from tests.helpers.numeric import assert_states_close
+from tests.helpers.numeric import assert_same_at_once, assert_same_turn
 
 MakeEngine = Callable[..., Engine]
 ASK = [Message("user", "Hello there, how are you?")]
@@ -57,17 +56,8 @@ def one_by_one(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 
 def assert_same(found: Turn, expected: Turn) -> None:
-    assert (found.token_ids, found.message, found.finish_reason, found.usage, found.written) == (
-        expected.token_ids,
-        expected.message,
-        expected.finish_reason,
-        expected.usage,
-        expected.written,
-    )
-    if found.state is not None and expected.state is not None:
-        assert_states_close(found.state, expected.state)
-        assert found.state.record == expected.state.record
-    assert (found.state is None) == (expected.state is None)
+    assert found.usage == expected.usage
+    assert_same_turn(found, expected)
 
 
 @pytest.mark.parametrize("strategy", ["token", "message", "sentence"])
@@ -136,11 +126,4 @@ def test_in_company_each_is_as_it_is_alone(make_engine: MakeEngine) -> None:
         return engine.turn([Message("user", f"Hello {number}.")], sampling=sampling, form=forms[number % 5])
 
     alone = [run(number) for number in range(15)]
-    with ThreadPoolExecutor(15) as pool:
-        for found, solo in zip(pool.map(run, range(15)), alone, strict=True):
-            # What was at hand of the prompt says nothing about the reply.
-            assert found.usage.output_tokens == solo.usage.output_tokens
-            assert found.token_ids == solo.token_ids
-            assert found.state is not None
-            assert solo.state is not None
-            assert_states_close(found.state, solo.state)
+    assert_same_at_once(run, range(15), alone)

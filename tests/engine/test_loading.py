@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
 
 import agentmem
 from agentmem import MemoryConfig, Message, Sampling, SteeredModel, Window, loading
 from agentmem.delta.adapter import load_adapter, save_adapter
 from agentmem.delta.fingerprint import DIGESTS_FILE, write_digests
 from agentmem.errors import AdapterError, ConfigError, MemoryWarning, MissingAdapterError, ModelNotFoundError
+from tests.helpers.core_models import build
 from tests.helpers.transcript_templates import QWEN, SMOLLM
 from tests.helpers.transcript_templates import tokenizer as transcript_tokenizer
 
@@ -142,14 +142,11 @@ def test_what_cannot_be_found_is_named(saved: tuple[Any, Path], tmp_path: Path) 
         agentmem.load(place, adapter="no/such adapter")
     with pytest.raises(ModelNotFoundError, match="nothing-here"):
         agentmem.load(tmp_path / "nothing-here", adapter=False)
+    with pytest.raises(ModelNotFoundError, match="nothing-here"):
+        agentmem.load(tmp_path / "nothing-here")
     (place / "chat_template.jinja").unlink()
     with pytest.raises(ConfigError, match="chat template"):
         agentmem.load(place)
-
-
-def test_a_mistyped_model_is_no_missing_adapter(tmp_path: Path) -> None:
-    with pytest.raises(ModelNotFoundError, match="nothing-here"):
-        agentmem.load(tmp_path / "nothing-here")
 
 
 def test_what_is_wrong_is_said_before_weights_are_loaded(
@@ -233,21 +230,11 @@ def test_an_adapter_of_another_model_is_refused_with_both_fingerprints(make_engi
 
 
 @pytest.mark.parametrize("thinking", [True, False])
-@pytest.mark.parametrize(
-    ("family", "template"),
-    [((Qwen3Config, Qwen3ForCausalLM), QWEN), ((SmolLM3Config, SmolLM3ForCausalLM), SMOLLM)],
-    ids=["Qwen3", "SmolLM3"],
-)
-def test_models_that_reason_are_told_whether_to(
-    family: tuple[Any, Any], template: str, thinking: bool, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("family", "template"), [("qwen3", QWEN), ("smollm3", SMOLLM)])
+def test_models_that_reason_are_told_whether_to(family: str, template: str, thinking: bool, tmp_path: Path) -> None:
     """Saved and loaded as users do; two turns with memory, whose replies are found again in the next prompt."""
     tok = transcript_tokenizer(template)
-    config, model_class = family
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    model = model_class(config(vocab_size=len(tok), pad_token_id=0, bos_token_id=1, eos_token_id=1, **sizes, **heads))
+    model = build(family, seed=0, vocab_size=len(tok), num_hidden_layers=2, eos_token_id=1)
     model.save_pretrained(tmp_path)
     tok.save_pretrained(tmp_path)
     SteeredModel.attach(model, config=MemoryConfig(rank=4)).save(tmp_path / "adapter")
@@ -258,7 +245,8 @@ def test_models_that_reason_are_told_whether_to(
         second = engine.turn(talk, first.state, sampling=sampling)
         for messages, turn in ((ASK, first), (talk, second)):
             plain = [{"role": message.role, "content": message.content} for message in messages]
-            prompt = tok.apply_chat_template(plain, add_generation_prompt=True, **options)["input_ids"]
+            quoted: dict[str, Any] = {"sanitize_control_tokens": True}  # a random model may spell one
+            prompt = tok.apply_chat_template(plain, add_generation_prompt=True, **quoted, **options)["input_ids"]
             assert turn.usage.input_tokens == len(prompt)
         closed = tok.convert_tokens_to_ids("</think>")
         assert (closed in prompt[-3:]) is not thinking

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,25 +16,12 @@ from coding_assistant.agent import build_agent, chat_model
 from coding_assistant.session import Outcome
 from coding_assistant.tools import Tools
 from coding_assistant.workspace import REPOSITORY, Workspace
-
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-
-
-def started(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "coding_assistant", *arguments],
-        cwd=EXAMPLES,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=1_800,
-        check=False,
-    )
+from tests.examples.test_programs import EXAMPLES, started
 
 
 @pytest.mark.slow
 def test_what_was_told_steers_the_tools_of_another_process(tmp_path: Path) -> None:
-    done = started("--yes", "--data", str(tmp_path / "data"))
+    done = started("coding_assistant", "--yes", "--data", str(tmp_path / "data"))
     assert done.returncode == 0, done.stdout + done.stderr
     told, worked, without = done.stdout.split("\nSession two, ")[0], *done.stdout.split("memory off")[:2]
     assert "make test" in told

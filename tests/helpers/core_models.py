@@ -80,17 +80,33 @@ ARCHITECTURES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }
 
 
-def tiny(architecture: str = "qwen3", *, attention: str = "sdpa", **changes: Any) -> Any:
+def build(architecture: str, *, seed: int = 11, attention: str = "sdpa", **changes: Any) -> Any:
     """A random model, the same in every call with the same arguments."""
     model_class, config_class, own = ARCHITECTURES[architecture]
-    torch.manual_seed(11)
+    torch.manual_seed(seed)
     config = config_class(**{**_SIZES, **own, **changes}, attn_implementation=attention)
-    model = model_class(config).eval()
+    return model_class(config).eval()
+
+
+def tiny(architecture: str = "qwen3", **options: Any) -> Any:
+    """The same with norms that are not all one."""
+    model = build(architecture, **options)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+def attach_lively(model: Any, *, seed: int = 0, **options: Any) -> SteeredModel:
+    """Attach a memory whose corrections and write strengths are random, all else as it is made."""
+    steered = SteeredModel.attach(model, config=MemoryConfig(**({"rank": 4} | options)), seed=seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, parameter in steered.memory.named_parameters():
+            if "delta_" in name or name.endswith("beta_proj"):
+                parameter.normal_(0.0, 0.3, generator=generator)
+    return steered
 
 
 def steer(model: Any, *, seed: int = 3, dtype: torch.dtype | None = None, **options: Any) -> SteeredModel:

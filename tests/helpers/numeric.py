@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from math import sqrt
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from agentmem import MemoryState
+from agentmem import MemoryState, Turn
 
 
 def tolerance(dtype: torch.dtype, terms: int) -> float:
@@ -41,3 +44,21 @@ def assert_states_close(found: MemoryState | None, expected: MemoryState | None)
     assert found is not None
     assert expected is not None
     assert_close(torch.tensor(found.matrices), torch.tensor(expected.matrices), 1000)
+
+
+def assert_same_turn(found: Turn, alone: Turn) -> None:
+    """The same reply, and the same memory up to the order of its sums."""
+    for name in ("token_ids", "message", "reasoning", "invalid_tool_calls", "finish_reason", "written", "edits"):
+        assert getattr(found, name) == getattr(alone, name), name
+    assert (found.state is None) == (alone.state is None)
+    if found.state is not None and alone.state is not None:
+        assert_states_close(found.state, alone.state)
+        assert found.state.record == alone.state.record
+
+
+def assert_same_at_once(run: Callable[[Any], Turn], given: Iterable[Any], alone: Iterable[Turn]) -> None:
+    """Turns that run at the same time, each in a thread of its own, are as they are alone."""
+    given = list(given)
+    with ThreadPoolExecutor(len(given)) as pool:
+        for found, solo in zip(list(pool.map(run, given)), alone, strict=True):
+            assert_same_turn(found, solo)

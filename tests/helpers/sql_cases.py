@@ -1,4 +1,4 @@
-"""Shared by the SQL tests: checkpoints made by hand, small works on one table, and child processes."""
+"""Shared by the SQL tests: checkpoints made by hand, a mirror of the saver, and child processes."""
 
 from __future__ import annotations
 
@@ -7,25 +7,17 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
-from pathlib import Path
 from typing import Any
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import BaseCheckpointSaver, Checkpoint, CheckpointTuple, empty_checkpoint
-from sqlalchemy import Connection, insert, select, update
 
-from agentmem_sql.schema import Tables
-
-TABLES = Tables()
-SERVERS = ("postgresql", "mysql")
-BACKENDS = ("sqlite", *SERVERS)
+BACKENDS = ("sqlite", "postgresql", "mysql")
 
 
 def config(thread: str = "t", ns: str = "", checkpoint_id: str | None = None) -> RunnableConfig:
-    found: RunnableConfig = {"configurable": {"thread_id": thread, "checkpoint_ns": ns}}
-    if checkpoint_id is not None:
-        found["configurable"]["checkpoint_id"] = checkpoint_id
-    return found
+    named = {} if checkpoint_id is None else {"checkpoint_id": checkpoint_id}
+    return {"configurable": {"thread_id": thread, "checkpoint_ns": ns, **named}}
 
 
 def checkpoint(values: dict[str, Any] | None = None, version: str | int | float = 1) -> Checkpoint:
@@ -42,6 +34,18 @@ def put(saver: Any, to: RunnableConfig, values: dict[str, Any] | None = None, **
     return saver.put(to, made, {"source": "loop", "step": 0, **metadata}, made["channel_versions"])
 
 
+def get(saver: Any, at: RunnableConfig) -> CheckpointTuple:
+    """A checkpoint that must be there."""
+    found: CheckpointTuple | None = saver.get_tuple(at)
+    assert found is not None
+    return found
+
+
+def read(saver: Any, at: RunnableConfig) -> dict[str, Any]:
+    """The channel values of a checkpoint, as they are read now."""
+    return get(saver, at).checkpoint["channel_values"]
+
+
 def memory(fill: int, size: int = 9216) -> dict[str, Any]:
     """The shape of a memory state as graphs carry it: a plain dict around bytes."""
     return {"v": 1, "dtype": "float32", "shape": [36, 1, 8, 8], "matrices": bytes([fill % 256]) * size}
@@ -52,31 +56,9 @@ async def aput(saver: Any, thread: str, **values: Any) -> Any:
     return await saver.aput(config(thread), made, {}, made["channel_versions"])
 
 
-def add(name: bytes, value: bytes = b"") -> Callable[[Connection], None]:
-    def work(connection: Connection) -> None:
-        connection.execute(insert(TABLES.settings), [{"name": name, "value": value}])
-
-    return work
-
-
-def change(name: bytes, value: bytes) -> Callable[[Connection], None]:
-    def work(connection: Connection) -> None:
-        connection.execute(update(TABLES.settings).where(TABLES.settings.c.name == name).values(value=value))
-
-    return work
-
-
-def names(connection: Connection) -> list[bytes]:
-    return sorted(connection.execute(select(TABLES.settings.c.name)).scalars())
-
-
-def value(connection: Connection, name: bytes) -> bytes:
-    return connection.execute(select(TABLES.settings.c.value).where(TABLES.settings.c.name == name)).scalar_one()
-
-
-def start_child(*arguments: str, code: str | None = None, **environment: str) -> subprocess.Popen[str]:
-    """Start Python on `code`, or on sql_child.py, with this process's import path."""
-    command = [sys.executable, *(("-c", code) if code else (str(Path(__file__).with_name("sql_child.py")),))]
+def start_child(*arguments: str, code: str, **environment: str) -> subprocess.Popen[str]:
+    """Start Python on `code`, with this process's import path."""
+    command = [sys.executable, "-c", code]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", **environment}
     return subprocess.Popen([*command, *arguments], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

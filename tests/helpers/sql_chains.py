@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
-from uuid import uuid4
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import Checkpoint
-from sqlalchemy import Connection, create_engine, text
 
-from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.list_tree import LEAVES, parse
 from agentmem_sql.rows import unpack_content
 from tests.helpers.sql_cases import checkpoint, config
@@ -20,41 +15,8 @@ from tests.helpers.sql_cases import checkpoint, config
 Sql = Callable[..., list[Any]]
 
 
-@contextmanager
-def shared_database(backend: str, servers: Callable[[str], Connection], folder: Path) -> Iterator[str]:
-    """The URL of a new database for all tests of a file, since making one takes longer than most of them."""
-    name = f"agentmem_{uuid4().hex[:16]}"
-    if backend == "sqlite":
-        yield f"sqlite:///{folder / name}.db"
-        return
-    server = servers(backend)
-    server.exec_driver_sql(f"CREATE DATABASE {name}")
-    yield server.engine.url.set(database=name).render_as_string(hide_password=False)
-    server.exec_driver_sql(f"DROP DATABASE {name}{' WITH (FORCE)' if backend == 'postgresql' else ''}")
-
-
-@contextmanager
-def plain_sql(url: str) -> Iterator[Sql]:
-    """Runs statements behind the saver's back, as the fixture ``ask`` does, on one connection."""
-    engine = create_engine(url, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-
-        def run(statement: str, **parameters: object) -> list[Any]:
-            result = connection.execute(text(statement), parameters)
-            return [tuple(row) for row in result] if result.returns_rows else []
-
-        yield run
-    engine.dispose()
-
-
-def empty(saver: SQLAlchemySaver, ask: Sql) -> None:
-    """Delete every thread, also those without a checkpoint."""
-    for (name,) in ask("SELECT name FROM agentmem_threads"):
-        saver.delete_thread(bytes(name).decode())
-
-
 def made(values: Mapping[str, Any], deltas: str = "d") -> Checkpoint:
-    """A checkpoint that holds ``values``, and to which the channels named in ``deltas`` were written."""
+    """A checkpoint that holds `values`, and to which the channels named in `deltas` were written."""
     found = checkpoint(dict(values), "1.5")
     found["channel_versions"] |= dict.fromkeys(deltas.split(), "1.5")
     return found

@@ -135,7 +135,7 @@ def make_filled(path: Path, protection: str) -> Filled:
     """A database with some of everything."""
     options = PROTECTION[protection]
     with (
-        patch("agentmem_sql.content.PART_BYTES", 8000),  # of a value in several rows, too
+        patch("agentmem_sql.list_tree.PART_BYTES", 8000),  # of a value in several rows, too
         SQLAlchemySaver.from_url(f"sqlite:///{path}", synchronous="OFF", **options) as saver,
     ):
         asked = fill(saver)
@@ -193,15 +193,20 @@ LONG = f"{of('t')} AND length(ns) > 0"
 WRITE = f"{of('t')} AND task = CAST('task b' AS BLOB)"
 
 
-def forge(connection: sqlite3.Connection, protection: Protection, *, alone: bool = False) -> None:
+def forge(
+    connection: sqlite3.Connection,
+    protection: Protection,
+    *,
+    body: bytes = b"bytes\0forged",
+    alone: bool = False,
+) -> None:
     """Put another value in place of `x` in the newest checkpoint of thread `t`, all digests and seals made anew.
 
-    ``alone``: and take out all other values.
+    `alone`: and take out all other values.
     """
     connection.row_factory = sqlite3.Row
     row = dict(connection.execute(f"SELECT * FROM agentmem_checkpoints WHERE {NEWEST}").fetchone())
     connection.row_factory = None
-    body = b"bytes\0forged"
     digest = protection.digest(VALUE, body)
     blob = (row["thread"], digest, VALUE, protection.encrypt(body))
     connection.execute("INSERT INTO agentmem_blobs (thread, digest, kind, body) VALUES (?, ?, ?, ?)", blob)

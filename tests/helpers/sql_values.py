@@ -21,7 +21,6 @@ from langchain_core.messages import (
     SystemMessage,
     ToolMessage,
 )
-from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 
 SERDE = JsonPlusSerializer()
@@ -115,14 +114,6 @@ messages: st.SearchStrategy[BaseMessage] = st.one_of(
     _of(FunctionMessage, name=texts),
     st.sampled_from("ab").map(lambda name: RemoveMessage(id=name)),
 )
-
-
-def read(saver: Any, at: RunnableConfig) -> dict[str, Any]:
-    """The channel values of a checkpoint, as they are read now."""
-    found = saver.get_tuple(at)
-    assert found is not None
-    values: dict[str, Any] = found.checkpoint["channel_values"]
-    return values
 
 
 USAGE = {"input_tokens": 1, "output_tokens": 0, "total_tokens": 1, "input_token_details": {"cache_read": 0}}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from functools import cache
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from tests.helpers.bpe import byte_bpe
 
 CHATML = """
 {%- for m in messages %}
@@ -188,25 +189,17 @@ _BOS = {LLAMA: "<|begin_of_text|>", GEMMA: "<s>", MISTRAL: "<s>"}
 @cache
 def tokenizer(template: str, trim_offsets: bool = False) -> PreTrainedTokenizerFast:
     """A byte-level BPE of a few hundred tokens with all the control tokens above."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=SPECIAL,
-        show_progress=False,
-    )
     text = "hello there, how are you today? system user assistant tool name arguments the answer is fine.\n\n"
-    backend.train_from_iterator([text] * 2, trainer)
-    backend.add_tokens([AddedToken(tag, special=False) for tag in TAGS])
-    if trim_offsets:
-        backend.post_processor = processors.ByteLevel(trim_offsets=True)
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+    made: PreTrainedTokenizerFast = byte_bpe(
+        [text] * 2,
+        template,
+        control=SPECIAL,
+        tags=TAGS,
+        vocab_size=400,
+        trim_offsets=trim_offsets,
         eos_token="</s>",
+        pad_token=None,
         bos_token=_BOS.get(template),
         additional_special_tokens=SPECIAL,
     )
-    made.chat_template = template
     return made

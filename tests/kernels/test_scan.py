@@ -9,7 +9,6 @@ from agentmem import kernels
 from agentmem.errors import StateMismatchError, TurnError
 from agentmem.kernels import ScanArgs
 from tests.helpers.kernel_cases import close, defined_scan, moved, scan_inputs, unwritten, weights_for
-from tests.helpers.numeric import assert_close
 
 
 def check(
@@ -71,15 +70,6 @@ def test_nothing_to_scan(batch: int, length: int, device: torch.device) -> None:
     y, last = kernels.scan(args)
     assert y.shape == (batch, length, 1, 4)
     assert torch.equal(last, args.state)
-
-
-def test_two_scans_are_one(seed: int, device: torch.device) -> None:
-    args = ScanArgs(*moved(device, *scan_inputs(seed, 1, 9, 1, 4, "smooth")))
-    y, last = kernels.scan(args, chunk=4)
-    y1, between = kernels.scan(ScanArgs(args.state, *(x[:, :5] for x in args[1:])), chunk=4)
-    y2, end = kernels.scan(ScanArgs(between, *(x[:, 5:] for x in args[1:])), chunk=4)
-    assert_close(torch.cat((y1, y2), dim=1), y, 9 + 4, growth=4)  # values of a normal distribution reach 4
-    assert_close(end, last, 9 + 4, growth=4)
 
 
 def test_arguments_need_not_be_contiguous(seed: int, device: torch.device) -> None:

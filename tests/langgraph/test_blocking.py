@@ -10,34 +10,21 @@ import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated
 
 import pytest
 from blockbuster import BlockingError, blockbuster_ctx
 from langchain.agents import create_agent
 from langchain_core.embeddings import DeterministicFakeEmbedding
-from langchain_core.messages import AnyMessage, HumanMessage
-from langchain_core.runnables import RunnableConfig
-from langchain_core.tools import tool
+from langchain_core.messages import HumanMessage
 from langgraph.graph import START, StateGraph
-from langgraph.graph.message import add_messages
 from langgraph.types import Send
 from pydantic import BaseModel
-from typing_extensions import TypedDict
 
-from agentmem import Engine, MemoryState, Window
+from agentmem import Engine, Window
 from agentmem_chroma import FactRetriever, FactStore
-from agentmem_langgraph import ChatDeltaMem, MemoryChannel, MemoryMiddleware, MemoryNode, MemoryTurn
+from agentmem_langgraph import ChatDeltaMem, MemoryMiddleware, MemoryNode, MemoryTurn
 from agentmem_sql import SQLAlchemySaver
-
-THREAD: RunnableConfig = {"configurable": {"thread_id": "1"}}
-TELL = "My favorite color is teal."
-ASK = "What is my favorite color?"
-
-
-class State(TypedDict):
-    messages: Annotated[list[AnyMessage], add_messages]
-    memory: Annotated[MemoryState, MemoryChannel]
+from tests.helpers.talks import ASK, TELL, THREAD, State, get_port
 
 
 class Trip(BaseModel):
@@ -45,12 +32,6 @@ class Trip(BaseModel):
 
     city: str
     days: int
-
-
-@tool
-def get_port(city: str) -> str:
-    """The port of a city."""
-    return "4711"
 
 
 @pytest.fixture

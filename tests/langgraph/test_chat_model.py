@@ -7,36 +7,15 @@ import pickle  # noqa: TID251 - other people's code pickles models
 from typing import Any
 
 import pytest
-from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, trim_messages
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, trim_messages
 from langchain_core.runnables import ConfigurableField
 from pydantic import ValidationError
 
-from agentmem import Delta, MemoryState, Message, Window
+from agentmem import Delta, Message, Window
 from agentmem.errors import ConfigError, MissingAdapterError
 from agentmem_langgraph import ChatDeltaMem, MemoryTurn, MemoryWarning, with_context
 from tests.helpers.fake_engine import FakeEngine
-
-TELL = "My favorite color is teal."
-ASK = "What is my favorite color?"
-KNOWN = "Your favorite color is teal."
-
-
-def told(llm: BaseChatModel) -> MemoryState:
-    turn = MemoryTurn()
-    llm.invoke(TELL, memory=turn)
-    assert turn.state is not None
-    return turn.state
-
-
-def gathered(chunks: list[AIMessageChunk]) -> AIMessageChunk:
-    whole = chunks[0]
-    for chunk in chunks[1:]:
-        whole += chunk
-    return whole
-
-
-# ---------------------------------------------------------------------- memory through a call
+from tests.helpers.talks import ASK, KNOWN, TELL, UNKNOWN, gathered, told
 
 
 def test_a_memory_goes_in_and_the_new_one_comes_out(llm: ChatDeltaMem) -> None:
@@ -50,7 +29,7 @@ def test_a_memory_goes_in_and_the_new_one_comes_out(llm: ChatDeltaMem) -> None:
 
 def test_without_a_memory_it_is_a_plain_chat_model(llm: ChatDeltaMem) -> None:
     told(llm)
-    assert llm.invoke(ASK).text == "I do not know yet."
+    assert llm.invoke(ASK).text == UNKNOWN
     assert llm.invoke([HumanMessage(TELL), AIMessage("Noted."), HumanMessage(ASK)]).text == KNOWN
 
 
@@ -86,38 +65,34 @@ def test_the_metadata_names_the_memory_by_its_digest_only(llm: ChatDeltaMem) -> 
     }
 
 
-def test_edits_of_the_history_are_reported(llm: ChatDeltaMem) -> None:
+def test_edits_and_deletions_of_the_history_are_reported(llm: ChatDeltaMem) -> None:
     turn = MemoryTurn()
-    reply = llm.invoke(TELL, memory=turn)
-    history = [HumanMessage("My favorite color is red."), reply, HumanMessage(ASK)]
-    again = llm.invoke(history, memory=MemoryTurn(turn.state))
-    assert again.response_metadata["edits"] == [0]
+    reply = llm.invoke(history := [HumanMessage(TELL), AIMessage("Noted."), HumanMessage(ASK)], memory=turn)
+    for changed, found in (
+        ([HumanMessage("My favorite color is red."), *history[1:], reply, HumanMessage("d")], {"edits": [0]}),
+        ([*history[:2], reply, HumanMessage("d")], {"deletions": 1}),
+    ):
+        metadata = llm.invoke(changed, memory=MemoryTurn(turn.state)).response_metadata
+        assert {name: metadata[name] for name in ("edits", "deletions") if name in metadata} == found
 
 
-def test_remember_writes_without_a_reply(llm: ChatDeltaMem, fake: FakeEngine) -> None:
-    turn = MemoryTurn()
-    assert llm.remember([("user", TELL)], memory=turn).written == 1
+async def test_remember_writes_without_a_reply(llm: ChatDeltaMem, fake: FakeEngine) -> None:
+    turns = [MemoryTurn(), MemoryTurn()]
+    assert llm.remember([("user", TELL)], memory=turns[0]).written == 1
+    assert (await llm.aremember(TELL, memory=turns[1])).written == 1
     assert not fake.calls
-    assert llm.invoke(ASK, memory=MemoryTurn(turn.state)).text == KNOWN
-
-
-async def test_aremember_writes_without_a_reply(llm: ChatDeltaMem) -> None:
-    turn = MemoryTurn()
-    await llm.aremember(TELL, memory=turn)
-    assert (await llm.ainvoke(ASK, memory=MemoryTurn(turn.state))).text == KNOWN
+    assert turns[0].state == turns[1].state
+    assert llm.invoke(ASK, memory=MemoryTurn(turns[0].state)).text == KNOWN
 
 
 def test_use_memory_false_is_the_bare_model_and_leaves_the_memory_alone(llm: ChatDeltaMem) -> None:
     state = told(llm)
     bare = llm.model_copy(update={"use_memory": False})
     turn = MemoryTurn(state)
-    assert bare.invoke(ASK, memory=turn).text == "I do not know yet."
+    assert bare.invoke(ASK, memory=turn).text == UNKNOWN
     assert turn.state == state
     with pytest.raises(MissingAdapterError):
         bare.remember(TELL, memory=MemoryTurn())
-
-
-# ---------------------------------------------------------------------- streams
 
 
 def test_a_stream_has_one_text_block_usage_once_and_an_end(llm: ChatDeltaMem) -> None:
@@ -134,7 +109,7 @@ def test_the_newer_block_form_streams_one_text_block(fake: FakeEngine) -> None:
     llm = ChatDeltaMem(engine=fake, output_version="v1")
     whole = gathered(list(llm.stream(ASK)))
     assert [block["type"] for block in whole.content] == ["text"]
-    assert whole.text == "I do not know yet."
+    assert whole.text == UNKNOWN
 
 
 @pytest.mark.parametrize(
@@ -200,17 +175,13 @@ def test_calls_in_pieces_add_up_to_the_whole_call(fake: FakeEngine, text: str, s
 def test_reasoning_is_kept_apart_and_never_sent_back(fake: FakeEngine) -> None:
     llm = ChatDeltaMem(engine=fake)
     for how in (llm.invoke, lambda text: gathered(list(llm.stream(text)))):
-        fake.scripted.append([Delta("Let me "), Delta("think.\n", "reasoning"), Delta("Yes.")])
-        fake.scripted[-1][0] = Delta("Let me ", "reasoning")
+        fake.scripted.append([Delta("Let me ", "reasoning"), Delta("think.\n", "reasoning"), Delta("Yes.")])
         reply = how("Hello!")
         assert reply.text == "Yes."
         assert [block["type"] for block in reply.content_blocks] == ["reasoning", "text"]
         assert reply.content_blocks[0]["reasoning"] == "Let me think."
         llm.invoke([HumanMessage("Hello!"), reply, HumanMessage("Why?")])
         assert fake.calls[-1]["messages"][1].content == "Yes."
-
-
-# ---------------------------------------------------------------------- options
 
 
 def test_options_of_the_model_reach_the_engine_and_those_of_a_call_win(fake: FakeEngine) -> None:
@@ -270,86 +241,98 @@ def test_unknown_options_are_refused(fake: FakeEngine, llm: ChatDeltaMem) -> Non
         ChatDeltaMem(engine=fake, load_options={"dtype": "float32"})
 
 
-def test_the_engine_is_loaded_on_first_use(fake: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = []
-    monkeypatch.setattr("agentmem.load", lambda **options: loaded.append(options) or fake, raising=False)
+class Loaded:
+    """What `agentmem.load` was asked for, the stand-ins that it gave, and which of them are closed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.options: list[dict[str, Any]] = []
+        self.engines: list[FakeEngine] = []
+        self.closed: list[FakeEngine] = []
+        monkeypatch.setattr("agentmem.load", self._load, raising=False)
+        monkeypatch.setattr(FakeEngine, "close", lambda engine: self.closed.append(engine))
+
+    def _load(self, **options: Any) -> FakeEngine:
+        self.options.append(options)
+        self.engines.append(FakeEngine())
+        return self.engines[-1]
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> Loaded:
+    return Loaded(monkeypatch)
+
+
+def test_the_engine_is_loaded_on_first_use(loaded: Loaded) -> None:
     options = {"quantize": "4bit", "revision": "v1"}
     llm = ChatDeltaMem(model="some/model", adapter="some/adapter", load_options=options)
-    assert not loaded
+    assert not loaded.options
     assert llm.asdict()["model_name"] == "some/model"
     llm.batch(["Hello!", "Hello!"])
-    assert loaded == [{"model": "some/model", "adapter": "some/adapter", **options}]
+    assert loaded.options == [{"model": "some/model", "adapter": "some/adapter", **options}]
 
 
-def test_copies_share_what_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", ["a config", "a copy", "a pickled copy"])
+def test_code_of_one_model_is_trusted_and_no_other_that_a_call_names(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+    monkeypatch.setattr("agentmem.load", lambda **options: loaded.append(options["model"]) or FakeEngine())
+    llm = ChatDeltaMem(model="some/model", load_options={"trust_remote_code": True})
+    named: Any
+    if way == "a config":
+        named = llm.configurable_fields(model=ConfigurableField(id="model")).with_config(
+            configurable={"model": "other/model"}
+        )
+    else:
+        named = pickle.loads(pickle.dumps(llm)) if "pickled" in way else llm  # noqa: S301 - made here
+        named = named.model_copy(update={"model": "other/model"})
+    with pytest.raises(ConfigError, match="given for the model 'some/model', not for 'other/model'"):
+        named.invoke("Hello!")
+    llm.invoke("Hello!")
+    ChatDeltaMem(model="other/model", load_options={"trust_remote_code": True}).invoke("Hello!")
+    assert loaded == ["some/model", "other/model"]
+
+
+def test_copies_share_what_is_loaded(loaded: Loaded) -> None:
     """LangChain makes a new object of a configurable model for every call."""
-    loaded: list[dict[str, Any]] = []
-
-    def load(**options: Any) -> FakeEngine:
-        loaded.append(options)
-        return FakeEngine()
-
-    monkeypatch.setattr("agentmem.load", load, raising=False)
-    llm = ChatDeltaMem(model="some/model")
+    llm = ChatDeltaMem(model="copied/model", max_tokens=3)
     configurable = llm.configurable_fields(max_tokens=ConfigurableField(id="limit"))
     for limit in (2, 3, 4):
-        configurable.with_config(configurable={"limit": limit}).invoke("Hello!")
-        llm.invoke("Hello!")
-    assert len(loaded) == 1
+        assert len(configurable.with_config(configurable={"limit": limit}).invoke("Hello!").text.split()) == limit
+    assert len(loaded.engines) == 1
     bare = llm.model_copy(update={"adapter": False, "load_options": {"dtype": "float32"}})
     bare.invoke("Hello!")
-    assert loaded[1:] == [{"model": "some/model", "adapter": False, "dtype": "float32"}]
+    assert loaded.options[1:] == [{"model": "copied/model", "adapter": False, "dtype": "float32"}]
     llm.close()
     llm.invoke("Hello!")
-    assert len(loaded) == 3
+    assert len(loaded.engines) == 3
+    for twin in (copy.copy(llm), copy.deepcopy(llm), pickle.loads(pickle.dumps(llm))):  # noqa: S301 - made here
+        assert twin.max_tokens == 3
+        assert len(twin.invoke("Hello!").text.split()) == 3
+    assert len(loaded.engines) == 3
 
 
-def test_models_of_one_source_share_an_engine_until_the_last_one_closes(monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded: list[FakeEngine] = []
-
-    def load(**options: Any) -> FakeEngine:
-        loaded.append(FakeEngine())
-        return loaded[-1]
-
-    monkeypatch.setattr("agentmem.load", load, raising=False)
-    closed: list[FakeEngine] = []
-    monkeypatch.setattr(FakeEngine, "close", lambda engine: closed.append(engine))
+def test_models_of_one_source_share_an_engine_until_the_last_one_closes(loaded: Loaded) -> None:
     first, second = ChatDeltaMem(model="shared/model"), ChatDeltaMem(model="shared/model", temperature=1.0)
     other = ChatDeltaMem(model="shared/model", load_options={"dtype": "float32"})
     for llm in (first, second, other):
         llm.invoke("Hello!")
-    assert len(loaded) == 2
+    assert len(loaded.engines) == 2
     first.close()
-    assert not closed
+    assert not loaded.closed
     second.invoke("Hello!")
     second.close()
-    assert closed == loaded[:1]
+    assert loaded.closed == loaded.engines[:1]
     other.close()
-    assert closed == loaded
+    assert loaded.closed == loaded.engines
 
 
-def test_a_model_can_be_copied_and_pickled(monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded: list[Any] = []
-    monkeypatch.setattr("agentmem.load", lambda **options: loaded.append(options) or FakeEngine(), raising=False)
-    llm = ChatDeltaMem(model="copied/model", max_tokens=3)
-    llm.invoke("Hello!")
-    for twin in (copy.copy(llm), copy.deepcopy(llm), pickle.loads(pickle.dumps(llm))):  # noqa: S301 - made here
-        assert twin.max_tokens == 3
-        assert len(twin.invoke("Hello!").text.split()) == 3
-    assert len(loaded) == 1
-
-
-def test_tokens_are_counted_by_the_models_own_tokenizer(llm: ChatDeltaMem) -> None:
+def test_tokens_are_counted_and_messages_trimmed_by_the_models_own_tokenizer(llm: ChatDeltaMem) -> None:
     assert llm.get_num_tokens("two words") == 2
     assert llm.get_num_tokens_from_messages([HumanMessage("two words"), AIMessage("yes")]) == 5
-
-
-def test_messages_are_trimmed_by_the_models_own_count(llm: ChatDeltaMem) -> None:
+    assert llm.get_num_tokens_from_messages([]) == 0
     history = [HumanMessage("one two"), AIMessage("three"), HumanMessage("four five six")]
     kept = trim_messages(history, max_tokens=4, token_counter=llm, strategy="last", allow_partial=True)
     assert [message.text for message in kept] == ["four five six"]
     assert trim_messages([], max_tokens=4, token_counter=llm) == []
-    assert llm.get_num_tokens_from_messages([]) == 0
 
 
 @pytest.mark.parametrize("shown_id", ["1", None])
@@ -369,14 +352,6 @@ def test_context_put_around_a_question_for_one_call_is_said(
     again = llm.invoke([question, reply, HumanMessage(ASK, id="2")], memory=MemoryTurn(turn.state))
     assert "edits" not in again.response_metadata
     llm.invoke([HumanMessage("Other.", id="1"), reply, HumanMessage(ASK, id="2")], memory=MemoryTurn(turn.state))
-
-
-def test_deletions_are_reported(llm: ChatDeltaMem) -> None:
-    turn = MemoryTurn()
-    history = [HumanMessage("a"), AIMessage("b"), HumanMessage("c")]
-    reply = llm.invoke(history, memory=turn)
-    again = llm.invoke([*history[:2], reply, HumanMessage("d")], memory=MemoryTurn(turn.state))
-    assert again.response_metadata["deletions"] == 1
 
 
 def test_different_settings_are_different_models_to_langchain(fake: FakeEngine) -> None:

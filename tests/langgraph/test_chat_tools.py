@@ -5,29 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from langchain_core.messages import AIMessageChunk, HumanMessage, ToolMessage
-from langchain_core.tools import tool
+from langchain_core.messages import HumanMessage, ToolMessage
 from pydantic import BaseModel
 
 from agentmem.errors import ConfigError
 from agentmem_langgraph import ChatDeltaMem, MemoryTurn
 from tests.helpers.fake_engine import FakeEngine
-
-
-def gathered(chunks: list[AIMessageChunk]) -> AIMessageChunk:
-    whole = chunks[0]
-    for chunk in chunks[1:]:
-        whole += chunk
-    return whole
-
-
-# ---------------------------------------------------------------------- tools
-
-
-@tool
-def get_port(city: str) -> str:
-    """The port of a city."""
-    return "4711"
+from tests.helpers.talks import CALL, gathered, get_port
 
 
 def plain(city: str) -> str:
@@ -53,31 +37,31 @@ class Port(BaseModel):
     ids=["tool", "function", "pydantic", "schema", "openai"],
 )
 def test_every_kind_of_tool_reaches_the_prompt(fake: FakeEngine, llm: ChatDeltaMem, kind: Any, name: str) -> None:
-    reply = llm.bind_tools([kind], tool_choice="auto").invoke(f"Call {name} with city Berlin.")
+    reply = llm.bind_tools([kind], tool_choice="auto").invoke(f"Call {name} with city berlin.")
     assert [t["function"]["name"] for t in fake.calls[-1]["tools"]] == [name]
     (call,) = reply.tool_calls
-    assert (call["name"], call["args"]) == (name, {"city": "Berlin"})
+    assert (call["name"], call["args"]) == (name, {"city": "berlin"})
     assert call["id"].startswith("call_")
     assert reply.text == "Sure."
     assert reply.response_metadata["finish_reason"] == "tool_calls"
 
 
 def test_a_streamed_call_comes_as_tool_call_chunks(llm: ChatDeltaMem) -> None:
-    chunks = list(llm.bind_tools([get_port]).stream("Call get_port with city Berlin."))
+    chunks = list(llm.bind_tools([get_port]).stream(CALL))
     assert [len(chunk.tool_call_chunks) for chunk in chunks] == [0] * (len(chunks) - 1) + [1]
     whole = gathered(chunks)
-    assert whole.tool_calls == llm.bind_tools([get_port]).invoke("Call get_port with city Berlin.").tool_calls
+    assert whole.tool_calls == llm.bind_tools([get_port]).invoke(CALL).tool_calls
     assert whole.text == "Sure."
 
 
 def test_a_call_and_its_result_go_back_to_the_engine(fake: FakeEngine, llm: ChatDeltaMem) -> None:
     bound, turn = llm.bind_tools([get_port]), MemoryTurn()
-    history: list[Any] = [HumanMessage("Call get_port with city Berlin.")]
+    history: list[Any] = [HumanMessage(CALL)]
     history.append(bound.invoke(history, memory=turn))
     history.append(ToolMessage("4711", tool_call_id=history[-1].tool_calls[0]["id"], name="get_port"))
     assert bound.invoke(history, memory=MemoryTurn(turn.state)).text == "The result is 4711."
     _, call, result = fake.calls[-1]["messages"]
-    assert call.tool_calls[0].arguments == {"city": "Berlin"}
+    assert call.tool_calls[0].arguments == {"city": "berlin"}
     assert (result.role, result.tool_call_id, result.name) == ("tool", call.tool_calls[0].id, "get_port")
 
 
@@ -87,6 +71,10 @@ def test_a_call_and_its_result_go_back_to_the_engine(fake: FakeEngine, llm: Chat
         *((choice, None) for choice in (None, "auto", "none", False)),
         *((choice, "must") for choice in ("any", "required", True, "get_port")),
         ({"type": "function", "function": {"name": "get_port"}}, "must"),
+        # As other providers spell them.
+        *(({"type": kind}, None) for kind in ("auto", "none")),
+        ({"type": "any"}, "must"),
+        ({"type": "tool", "name": "get_port"}, "must"),
     ],
 )
 def test_a_tool_choice_binds_the_reply(fake: FakeEngine, llm: ChatDeltaMem, choice: Any, calls: str | None) -> None:
@@ -95,9 +83,11 @@ def test_a_tool_choice_binds_the_reply(fake: FakeEngine, llm: ChatDeltaMem, choi
     assert (form.calls if form else None) == calls
     if calls:
         names = [t["function"]["name"] for t in form.tools]
-        assert names == (["get_port", "plain"] if choice in ("any", "required", True) else ["get_port"])
+        assert names == (
+            ["get_port", "plain"] if choice in ("any", "required", True, {"type": "any"}) else ["get_port"]
+        )
         assert not form.parallel, "a forced call is one call"
-    assert len(shown) == (0 if choice in ("none", False) else 2)
+    assert len(shown) == (0 if choice in ("none", False, {"type": "none"}) else 2)
 
 
 def test_strict_tools_bind_calls_that_the_model_makes_by_itself(fake: FakeEngine, llm: ChatDeltaMem) -> None:
@@ -116,22 +106,6 @@ def test_a_choice_of_no_tool_is_refused(llm: ChatDeltaMem, choice: Any) -> None:
 def test_a_response_format_that_does_not_exist_is_refused(llm: ChatDeltaMem, response_format: Any) -> None:
     with pytest.raises(ConfigError, match="response_format is"):
         llm.invoke("Hello!", response_format=response_format)
-
-
-@pytest.mark.parametrize(
-    ("choice", "mode"),
-    [
-        ({"type": "any"}, "must"),
-        ({"type": "tool", "name": "get_port"}, "must"),
-        ({"type": "auto"}, None),
-        ({"type": "none"}, None),
-    ],
-)
-def test_choices_as_other_providers_spell_them(fake: FakeEngine, llm: ChatDeltaMem, choice: Any, mode: Any) -> None:
-    llm.bind_tools([get_port], tool_choice=choice).invoke("Hello!")
-    form = fake.calls[-1]["form"]
-    assert (form and form.calls) == mode
-    assert bool(fake.calls[-1]["tools"]) == (choice["type"] != "none")
 
 
 def test_two_tools_of_one_name_are_one_or_refused(fake: FakeEngine, llm: ChatDeltaMem) -> None:

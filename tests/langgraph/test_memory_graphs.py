@@ -5,34 +5,28 @@ The prompt shows the last message only, so what a reply knows of earlier turns c
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 import pytest
 from langchain_core.caches import InMemoryCache
 from langchain_core.globals import set_llm_cache
-from langchain_core.messages import AnyMessage, BaseMessage, HumanMessage
+from langchain_core.messages import BaseMessage, HumanMessage
 from langchain_core.runnables import RunnableConfig
 from langchain_core.tools import tool
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, StateGraph
-from langgraph.graph.message import add_messages
 from langgraph.prebuilt import ToolNode, tools_condition
 from langgraph.types import Command, Overwrite, RetryPolicy, Send, interrupt
-from typing_extensions import TypedDict
 
 from agentmem import MemoryState, Window
-from agentmem_langgraph import MemoryChannel, MemoryNode
+from agentmem_langgraph import MemoryNode
 from tests.helpers.numeric import assert_states_close
+from tests.helpers.talks import State, memory_of
 from tests.helpers.worlds import World
 
 # The limit ends the test of a model that calls tools for ever.
 THREAD: RunnableConfig = {"configurable": {"thread_id": "1"}, "recursion_limit": 10}
 LAST = {"window": Window(messages=1), "max_tokens": 40}
-
-
-class State(TypedDict):
-    messages: Annotated[list[AnyMessage], add_messages]
-    memory: Annotated[MemoryState, MemoryChannel]
 
 
 class FanState(State):
@@ -53,14 +47,6 @@ def say(graph: Any, text: str, config: RunnableConfig = THREAD, **options: Any) 
     return reply
 
 
-def memory_of(graph: Any, config: RunnableConfig = THREAD) -> MemoryState:
-    memory: MemoryState = graph.get_state(config).values["memory"]
-    return memory
-
-
-# ---------------------------------------------------------------------- turns
-
-
 def test_a_thread_remembers_what_its_prompt_no_longer_shows(w: World) -> None:
     graph = compiled(MemoryNode(w.llm(**LAST)))
     for n in range(3):
@@ -77,16 +63,6 @@ def test_threads_do_not_share_a_memory(w: World) -> None:
     assert w.knows(say(graph, w.ask(0)), 0)
 
 
-async def test_an_async_graph_remembers_the_same(w: World) -> None:
-    plain, graph = compiled(MemoryNode(w.llm(**LAST))), compiled(MemoryNode(w.llm(**LAST)))
-    for text in (w.tell(0), w.ask(0)):
-        expected = say(plain, text)
-        out = await graph.ainvoke({"messages": [HumanMessage(text)]}, THREAD)
-        assert out["messages"][-1].text == expected.text
-    assert memory_of(graph) == memory_of(plain)
-    assert w.knows(out["messages"][-1], 0)
-
-
 def test_a_new_process_opens_the_thread_from_the_checkpoint(w: World) -> None:
     saver = InMemorySaver()
     say(compiled(MemoryNode(w.llm(**LAST)), saver), w.tell(0))
@@ -101,9 +77,6 @@ def test_trimming_the_messages_changes_nothing_of_the_memory(w: World) -> None:
     assert memory_of(graph) == before
     assert w.knows(say(graph, w.ask(0)), 0)
     assert memory_of(graph).count == before.count + 2
-
-
-# ---------------------------------------------------------------------- tools
 
 
 def test_a_tool_loop_is_consumed_once_and_in_order(w: World) -> None:
@@ -133,9 +106,6 @@ def test_a_tool_loop_is_consumed_once_and_in_order(w: World) -> None:
     assert "edits" not in reply.response_metadata
     assert memory_of(graph).count == 8
     assert w.knows(reply, 0)
-
-
-# ---------------------------------------------------------------------- retries, interrupts, time travel
 
 
 class FailsAfterwards(MemoryNode):
@@ -243,9 +213,6 @@ def test_a_memory_can_be_set_from_outside(w: World) -> None:
     assert not w.knows(say(graph, w.ask(0), other), 0)
 
 
-# ---------------------------------------------------------------------- fan-out and subgraphs
-
-
 def fan_graph(w: World) -> Any:
     def route(state: FanState) -> Any:
         topics = state.get("topics") or []
@@ -327,9 +294,6 @@ def test_a_subgraph_beside_a_node_is_a_branch(w: World) -> None:
         assert w.knows(update["messages"][0], n)
 
 
-# ---------------------------------------------------------------------- durability and streams
-
-
 @pytest.mark.parametrize("durability", ["sync", "async", "exit"])
 def test_every_durability_keeps_the_same_memory(w: World, durability: str) -> None:
     graph, plain = compiled(MemoryNode(w.llm(**LAST))), compiled(MemoryNode(w.llm(**LAST)))
@@ -361,13 +325,19 @@ def test_stream_modes_show_digests_in_messages_and_the_memory_in_values(w: World
     assert "edits" not in say(graph, w.ask(0)).response_metadata
 
 
-async def test_a_streamed_graph_and_a_plain_one_end_in_the_same_memory(w: World) -> None:
-    streamed, plain = compiled(MemoryNode(w.llm(**LAST))), compiled(MemoryNode(w.llm(**LAST)))
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_an_async_graph_ends_in_the_same_memory(w: World, streamed: bool) -> None:
+    graph, plain = compiled(MemoryNode(w.llm(**LAST))), compiled(MemoryNode(w.llm(**LAST)))
     for text in (w.tell(0), w.ask(0)):
-        async for _ in streamed.astream({"messages": [HumanMessage(text)]}, THREAD, stream_mode="messages"):
-            pass
-        say(plain, text)
-    assert memory_of(streamed) == memory_of(plain)
+        given, expected = {"messages": [HumanMessage(text)]}, say(plain, text)
+        if streamed:
+            async for _ in graph.astream(given, THREAD, stream_mode="messages"):
+                pass
+        else:
+            out = await graph.ainvoke(given, THREAD)
+            assert out["messages"][-1].text == expected.text
+    assert memory_of(graph) == memory_of(plain)
+    assert w.knows(expected, 0)
 
 
 def test_a_global_llm_cache_does_not_mix_threads(w: World) -> None:

@@ -10,26 +10,11 @@ from typing import Any
 import pytest
 from langchain_core.caches import InMemoryCache
 from langchain_core.globals import set_llm_cache
-from langchain_core.language_models import BaseChatModel
 
-from agentmem import MemoryState
 from agentmem.errors import CorruptStateError, TurnError
 from agentmem_langgraph import ChatDeltaMem, MemoryTurn
 from tests.helpers.fake_engine import FakeEngine
-
-TELL = "My favorite color is teal."
-ASK = "What is my favorite color?"
-KNOWN = "Your favorite color is teal."
-
-
-def told(llm: BaseChatModel) -> MemoryState:
-    turn = MemoryTurn()
-    llm.invoke(TELL, memory=turn)
-    assert turn.state is not None
-    return turn.state
-
-
-# ---------------------------------------------------------------------- the carrier
+from tests.helpers.talks import ASK, KNOWN, TELL, UNKNOWN, told
 
 
 def test_a_carrier_serves_one_call(llm: ChatDeltaMem) -> None:
@@ -46,25 +31,14 @@ def test_a_carrier_serves_one_call(llm: ChatDeltaMem) -> None:
     assert turn.state is state
 
 
-def test_a_batch_with_one_carrier_raises_and_applies_at_most_once(llm: ChatDeltaMem) -> None:
+async def test_calls_at_once_with_one_carrier_raise_and_apply_at_most_once(llm: ChatDeltaMem) -> None:
     turn = MemoryTurn()
     with pytest.raises(TurnError, match="one call"):
         llm.batch([TELL, ASK, "Hello!"], memory=turn)
     assert turn.state is None or turn.state.count == 2
-
-
-async def test_a_gather_with_one_carrier_raises(llm: ChatDeltaMem) -> None:
     turn = MemoryTurn()
     with pytest.raises(TurnError, match="serving another call"):
         await asyncio.gather(llm.ainvoke(TELL, memory=turn), llm.ainvoke(TELL, memory=turn))
-
-
-def test_a_batch_with_a_carrier_each_is_fine(llm: ChatDeltaMem) -> None:
-    turns = [MemoryTurn(), MemoryTurn()]
-    llm.batch([TELL, TELL])
-    for turn in turns:
-        llm.batch([TELL], memory=turn)
-    assert turns[0].state == turns[1].state
 
 
 def test_a_failed_call_leaves_the_carrier_as_it_was(llm: ChatDeltaMem, fake: FakeEngine) -> None:
@@ -80,22 +54,16 @@ def test_a_failed_call_leaves_the_carrier_as_it_was(llm: ChatDeltaMem, fake: Fak
     assert llm.invoke(ASK, memory=turn).text == KNOWN
 
 
-def test_leaving_a_stream_early_cancels_the_turn(llm: ChatDeltaMem, fake: FakeEngine) -> None:
-    turn = MemoryTurn(told(llm))
-    stream = llm.stream(ASK, memory=turn)
+async def test_leaving_a_stream_early_cancels_the_turn(llm: ChatDeltaMem, fake: FakeEngine) -> None:
+    turns = [MemoryTurn(told(llm)) for _ in range(2)]
+    stream, astream = llm.stream(ASK, memory=turns[0]), llm.astream(ASK, memory=turns[1])
     next(stream)
     stream.close()
     assert fake.cancelled == 1
-    assert not turn.used
-
-
-async def test_leaving_an_async_stream_early_cancels_the_turn(llm: ChatDeltaMem, fake: FakeEngine) -> None:
-    turn = MemoryTurn(told(llm))
-    stream = llm.astream(ASK, memory=turn)
-    await anext(stream)
-    await stream.aclose()
-    assert fake.cancelled == 1
-    assert not turn.used
+    await anext(astream)
+    await astream.aclose()
+    assert fake.cancelled == 2
+    assert not any(turn.used for turn in turns)
 
 
 def test_the_memory_is_there_when_the_last_chunk_is(llm: ChatDeltaMem) -> None:
@@ -122,14 +90,8 @@ def test_a_carrier_takes_the_plain_form_and_verifies_it(llm: ChatDeltaMem) -> No
     assert MemoryTurn(state.to_dict()).state == state
     with pytest.raises(CorruptStateError):
         MemoryTurn(state.to_dict() | {"count": 7})
-
-
-def test_a_bare_state_is_refused(llm: ChatDeltaMem) -> None:
     with pytest.raises(TurnError, match=r"MemoryTurn\(state\)"):
-        llm.invoke(ASK, memory=told(llm))
-
-
-# ---------------------------------------------------------------------- the LLM cache
+        llm.invoke(ASK, memory=state)
 
 
 @pytest.fixture
@@ -143,7 +105,7 @@ def llm_cache() -> Any:
 def test_an_llm_cache_never_answers_for_another_memory(llm: ChatDeltaMem, llm_cache: InMemoryCache) -> None:
     known, empty = MemoryTurn(told(llm)), MemoryTurn()
     assert llm.invoke(ASK, memory=known).text == KNOWN
-    assert llm.invoke(ASK, memory=empty).text == "I do not know yet."
+    assert llm.invoke(ASK, memory=empty).text == UNKNOWN
     assert known.used
     assert empty.used
     assert not llm_cache._cache

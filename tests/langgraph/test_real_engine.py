@@ -16,8 +16,6 @@ from langchain.agents import create_agent
 from langchain_core.messages import BaseMessage, HumanMessage, SystemMessage, ToolMessage
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, StateGraph
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from agentmem import Engine, MemoryConfig, SteeredModel
 from agentmem.errors import AgentMemError
@@ -29,45 +27,38 @@ from agentmem_langgraph import (
     MemoryTurn,
     MemoryWarning,
 )
+from tests.helpers.bpe import REASONING_AND_CALLS, byte_bpe
+from tests.helpers.core_models import build
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
     "{% for c in m.tool_calls or [] %}<tool_call>\n{{ c.function | tojson }}\n</tool_call>{% endfor %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 # Whole texts as tokens, so that a babbling model says something a parser has work with.
 PIECES = ('{"name": "f", "arguments": {}}', '{"name": "f", "arg', "  ", "\n", "\n\n", " word", "word.", "é")
 
 
 @pytest.fixture(scope="module")
 def babbler() -> Iterator[Engine]:
-    bpe = Tokenizer(
-        models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
-    )
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    bpe.add_tokens([AddedToken(text, special=False, normalized=False) for text in (*TAGS, *PIECES)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    tokenizer.chat_template = TEMPLATE
-    torch.manual_seed(0)
-    config = Qwen3Config(
+    # Trained on nothing: every byte is a token, and the tags and pieces are.
+    tokenizer = byte_bpe([], TEMPLATE, tags=(*REASONING_AND_CALLS, *PIECES))
+    model = build(
+        "qwen3",
+        seed=0,
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=16,
         max_position_embeddings=4096,
         initializer_range=0.1,
+        pad_token_id=None,
+        bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
     )
-    model = Qwen3ForCausalLM(config)
     with torch.no_grad():  # tags, pieces and the end come often; single bytes and other control tokens hardly ever
         model.lm_head.bias = torch.nn.Parameter(torch.full((len(tokenizer),), -6.0))
-        for text in (*TAGS, *PIECES, "<|im_end|>"):
+        for text in (*REASONING_AND_CALLS, *PIECES, "<|im_end|>"):
             model.lm_head.bias[tokenizer.convert_tokens_to_ids(text)] = 2.0
     steered = SteeredModel.attach(model, config=MemoryConfig(rank=4), seed=0)
     with torch.no_grad():
@@ -122,9 +113,7 @@ def test_all_ways_to_call_say_the_same(babbler: Engine, seed: int) -> None:
         assert reply.tool_calls == replies[0].tool_calls
         assert [c["args"] for c in reply.invalid_tool_calls] == [c["args"] for c in replies[0].invalid_tool_calls]
         assert reply.additional_kwargs == replies[0].additional_kwargs
-        assert reply.response_metadata == replies[0].response_metadata | {
-            "memory": reply.response_metadata["memory"],
-        }
+        assert reply.response_metadata == replies[0].response_metadata | {"memory": reply.response_metadata["memory"]}
 
 
 async def test_a_cancelled_call_changes_nothing_and_can_be_repeated(babbler: Engine) -> None:

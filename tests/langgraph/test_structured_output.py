@@ -84,9 +84,8 @@ class Endless(TypedDict):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", [Node, Tree])
 def test_classes_that_hold_themselves(nano: ChatDeltaMem, kind: type[BaseModel], method: Any) -> None:
-    for seed in range(3):
-        bound = nano.with_structured_output(kind, method=method, temperature=1.0, seed=seed, max_tokens=150)
-        assert isinstance(bound.invoke("Give me a number."), kind)
+    bound = nano.with_structured_output(kind, method=method, temperature=1.0, seed=0, max_tokens=150)
+    assert isinstance(bound.invoke("Give me a number."), kind)
     schema = nano.with_structured_output(
         kind.model_json_schema(), method=method, temperature=1.0, seed=3, max_tokens=150
     )
@@ -99,10 +98,9 @@ def test_tools_that_take_what_holds_itself(nano: ChatDeltaMem) -> None:
         return "planted"
 
     for given in (plant, tool(plant), Tree):
-        for seed in range(3):
-            bound = nano.bind_tools([given], tool_choice="any", temperature=1.0, seed=seed, max_tokens=200)
-            (call,) = bound.invoke("Plant an oak.").tool_calls
-            Tree.model_validate(call["args"]["tree"] if "tree" in call["args"] else call["args"])
+        bound = nano.bind_tools([given], tool_choice="any", temperature=1.0, seed=1, max_tokens=200)
+        (call,) = bound.invoke("Plant an oak.").tool_calls
+        Tree.model_validate(call["args"]["tree"] if "tree" in call["args"] else call["args"])
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,10 +1,14 @@
-"""Runs, events and streams of the chat model hold no matrices, whatever calls it: not as bytes, arrays or values."""
+"""What leaves a graph: no matrices in runs, events, streams and messages, and plain data under strict msgpack."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -13,10 +17,11 @@ import torch
 from langchain.agents import create_agent
 from langchain_core.messages import AnyMessage, HumanMessage
 from langchain_core.runnables import RunnableConfig
-from langchain_core.tools import tool
 from langchain_core.tracers.base import BaseTracer
 from langchain_core.tracers.schemas import Run
 from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
+from langgraph.func import entrypoint
 from langgraph.graph import START, StateGraph
 from langgraph.graph.message import add_messages
 from langgraph.prebuilt import ToolNode, tools_condition
@@ -24,28 +29,18 @@ from pydantic import BaseModel
 from typing_extensions import TypedDict
 
 from agentmem import MemoryState
-from agentmem_langgraph import MemoryChannel, MemoryMiddleware, MemoryNode, MemoryTurn
+from agentmem.errors import CorruptStateError
+from agentmem_langgraph import ChatDeltaMem, MemoryMiddleware, MemoryNode, MemoryTurn, without_matrices
 from tests.helpers.fake_engine import FakeEngine
+from tests.helpers.talks import CALL, THREAD, State, get_port, memory_of, say
 from tests.helpers.worlds import World, world
 
-THREAD: RunnableConfig = {"configurable": {"thread_id": "1"}}
 WAYS = ("model", "node", "agent")
 
 
 @pytest.fixture
 def w(fake: FakeEngine) -> World:
     return world(fake)
-
-
-class State(TypedDict):
-    messages: Annotated[list[AnyMessage], add_messages]
-    memory: Annotated[MemoryState, MemoryChannel]
-
-
-@tool
-def get_port(city: str) -> str:
-    """The port of a city."""
-    return "4711"
 
 
 def matrices(value: Any, depth: int = 0) -> Iterator[Any]:
@@ -71,19 +66,19 @@ class Recorder(BaseTracer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.runs: list[tuple[str, Any]] = []
+        self.runs: list[tuple[str, str, Any]] = []
 
     def _persist_run(self, run: Run) -> None:
         pass
 
     def _end_trace(self, run: Run) -> None:
         held = [run.inputs, run.outputs, run.extra, run.serialized, run.events, run.tags]
-        self.runs.append((run.run_type, held))
+        self.runs.append((run.run_type, run.name, held))
         super()._end_trace(run)
 
     @property
     def of_models(self) -> list[Any]:
-        return [held for kind, held in self.runs if kind in ("llm", "chat_model")]
+        return [held for kind, _, held in self.runs if kind in ("llm", "chat_model")]
 
 
 def graph_of(w: World, way: str) -> Any:
@@ -97,19 +92,20 @@ def graph_of(w: World, way: str) -> Any:
 
 
 def texts(w: World) -> tuple[str, ...]:
-    return (w.tell(0), w.ask(0), "Call get_port with city berlin.")
+    return (w.tell(0), w.ask(0), CALL)
 
 
 def test_what_is_looked_for_would_be_found(w: World) -> None:
     recorder = Recorder()
+    graph = graph_of(w, "node")
     for text in texts(w):
-        graph_of(w, "node").invoke({"messages": [HumanMessage(text)]}, {**THREAD, "callbacks": [recorder]})
-    assert list(matrices([held for kind, held in recorder.runs if kind == "chain"]))
+        say(graph, text, {**THREAD, "callbacks": [recorder]})
+    assert {name for _, name, held in recorder.runs if list(matrices(held))} >= {"LangGraph", "agent"}
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("how", ["invoke", "stream", "ainvoke"])
 @pytest.mark.parametrize("way", WAYS)
-def test_runs_of_the_model_hold_none(w: World, way: str, streaming: bool) -> None:
+async def test_runs_of_the_model_hold_none(w: World, way: str, how: str) -> None:
     recorder, turn = Recorder(), MemoryTurn()
     config: RunnableConfig = {**THREAD, "callbacks": [recorder]}
     graph = None if way == "model" else graph_of(w, way)
@@ -119,62 +115,66 @@ def test_runs_of_the_model_hold_none(w: World, way: str, streaming: bool) -> Non
         if graph is None:
             turn = MemoryTurn(turn.state)
             given, runs = text, w.llm().bind(memory=turn)
-        if streaming:
+        if how == "stream":
             list(runs.stream(given, config))
-        else:
+        elif how == "invoke":
             runs.invoke(given, config)
+        else:
+            await runs.ainvoke(given, config)
     assert len(recorder.of_models) >= 3
     assert list(matrices(recorder.of_models)) == []
-    memory = turn.state if graph is None else graph.get_state(THREAD).values["memory"]
+    memory = turn.state if graph is None else memory_of(graph)
     assert memory.count >= 6, "there was a memory to be seen"
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_runs_of_the_model_hold_none_in_a_loop(w: World, way: str) -> None:
-    recorder, turn = Recorder(), MemoryTurn()
-    config: RunnableConfig = {**THREAD, "callbacks": [recorder]}
-    graph = None if way == "model" else graph_of(w, way)
-    for text in texts(w):
-        if graph is None:
-            turn = MemoryTurn(turn.state)
-            await w.llm().ainvoke(text, config, memory=turn)
-        else:
-            await graph.ainvoke({"messages": [HumanMessage(text)]}, config)
-    assert len(recorder.of_models) >= 3
-    assert list(matrices(recorder.of_models)) == []
+async def test_the_real_engine_shows_none_either(nano_engine: Any, way: str) -> None:
+    await test_runs_of_the_model_hold_none(world(nano_engine), way, "stream")
+
+
+class Talk(TypedDict):
+    messages: Annotated[list[AnyMessage], add_messages]
+
+
+def test_guarded_traces_of_the_node_hold_digests(w: World) -> None:
+    node, recorder = MemoryNode(w.llm()), Recorder()
+    builder = StateGraph(State, input_schema=Talk, output_schema=Talk)
+    builder.add_node("agent", node, trace_policy=node.trace_policy).add_edge(START, "agent")
+    graph = builder.compile(checkpointer=InMemorySaver())
+    for text in (w.tell(0), w.ask(0)):
+        say(graph, text, {**THREAD, "callbacks": [recorder]})
+    assert {"LangGraph", "agent", "ChatDeltaMem"} <= {name for _, name, _ in recorder.runs}
+    assert list(matrices(recorder.runs)) == []
+    assert memory_of(graph).digest in str([held for _, name, held in recorder.runs if name == "agent"][1])
+    second = str(recorder.of_models[1])
+    assert "MemoryTurn(" in second
+    assert "MemoryTurn(empty)" not in second
 
 
 async def events_of(w: World, way: str, version: Any) -> list[Any]:
     """All events of a second turn."""
-    config: RunnableConfig = {"configurable": {"thread_id": "1"}}
     if way == "model":
         first = MemoryTurn()
         w.llm().invoke(w.tell(0), memory=first)
         found: Any = w.llm().astream_events(w.ask(0), version=version, memory=MemoryTurn(first.state))
     else:
         graph = graph_of(w, way)
-        graph.invoke({"messages": [HumanMessage(w.tell(0))]}, config)
-        found = graph.astream_events({"messages": [HumanMessage(w.ask(0))]}, config, version=version)
+        say(graph, w.tell(0))
+        found = graph.astream_events({"messages": [HumanMessage(w.ask(0))]}, THREAD, version=version)
     stream = await found if inspect.isawaitable(found) else found
     return [event async for event in stream]
 
 
-@pytest.mark.parametrize("way", WAYS)
-async def test_events_of_the_model_hold_none(w: World, way: str) -> None:
-    events = [event for event in await events_of(w, way, "v2") if event["event"].startswith("on_chat_model")]
-    assert {event["event"] for event in events} == {
-        "on_chat_model_start",
-        "on_chat_model_stream",
-        "on_chat_model_end",
-    }
-    assert list(matrices(events)) == []
-
-
 @pytest.mark.filterwarnings("ignore::langchain_core._api.beta_decorator.LangChainBetaWarning")
+@pytest.mark.parametrize("version", ["v2", "v3"])
 @pytest.mark.parametrize("way", WAYS)
-async def test_events_of_messages_hold_none_in_the_third_version(w: World, way: str) -> None:
-    events = await events_of(w, way, "v3")
-    if way != "model":
+async def test_events_of_the_model_hold_none(w: World, way: str, version: str) -> None:
+    events = await events_of(w, way, version)
+    if version == "v2":
+        events = [event for event in events if event["event"].startswith("on_chat_model")]
+        kinds = {"on_chat_model_start", "on_chat_model_stream", "on_chat_model_end"}
+        assert {event["event"] for event in events} == kinds
+    elif way != "model":
         events = [event["params"] for event in events if event["method"] == "messages"]
     assert len(events) > 4
     assert list(matrices(events)) == []
@@ -202,6 +202,52 @@ def test_values_of_an_agent_can_be_streamed_without_the_memory(w: World) -> None
         assert list(matrices(named)) == []
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_the_real_engine_shows_none_either(nano_engine: Any, way: str) -> None:
-    test_runs_of_the_model_hold_none(world(nano_engine), way, True)
+def test_memories_are_found_wherever_they_are(w: World) -> None:
+    turn = MemoryTurn()
+    message = w.llm().invoke(w.tell(0), memory=turn)
+    memory = turn.state
+    assert memory is not None
+    shown = {"digest": memory.digest, "count": 2}
+    nested = [(memory.to_dict(), memory.to_json())]
+    value = {"memory": memory, "nested": nested, "messages": [message], "other": {"data": b"x"}}
+    assert without_matrices(value) == {
+        "memory": shown,
+        "nested": [[shown, shown]],
+        "messages": [message],
+        "other": {"data": b"x"},
+    }
+
+
+def test_every_kind_of_value_survives_strict_msgpack() -> None:
+    script = Path(__file__).parents[1] / "helpers" / "strict_graphs.py"
+    env = os.environ | {"LANGGRAPH_STRICT_MSGPACK": "true", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.strip()) == 64, "something was blocked or unregistered:\n" + done.stdout
+
+
+def test_an_entrypoint_that_saves_the_value_under_strict_msgpack_is_told_what_to_save(
+    llm: ChatDeltaMem, caplog: pytest.LogCaptureFixture
+) -> None:
+    saver = InMemorySaver(serde=JsonPlusSerializer(allowed_msgpack_modules=[]))
+
+    def talk(save: Callable[[MemoryState], Any], text: str) -> Any:
+        @entrypoint(checkpointer=saver)
+        def turn(text: str, *, previous: Any = None) -> Any:
+            memory = MemoryTurn(previous)
+            reply = llm.invoke([HumanMessage(text)], memory=memory)
+            assert memory.state is not None
+            return entrypoint.final(value=reply.text, save=save(memory.state))
+
+        return turn.invoke(text, {"configurable": {"thread_id": save.__name__}})
+
+    for save in (MemoryState.to_dict, MemoryState.to_json):
+        talk(save, "My name is Anna.")
+        assert talk(save, "What is my name?") == "Your name is Anna."
+
+    def value(state: MemoryState) -> MemoryState:
+        return state
+
+    talk(value, "My name is Anna.")
+    with pytest.raises(CorruptStateError, match=r"strict msgpack.*state\.to_dict\(\)"):
+        talk(value, "What is my name?")

@@ -15,7 +15,6 @@ from agentmem.loading import NANO
 from agentmem.messages import Message
 from agentmem.nano.recipe import language, toolchat
 from agentmem.nano.recipe.chatml import render
-from agentmem.nano.recipe.language import Binding
 
 TOKENIZER = AutoTokenizer.from_pretrained(NANO)
 
@@ -55,6 +54,8 @@ def test_everything_is_there_and_small() -> None:
         "agentmem_sha256.json",
     }
     assert sum(p.stat().st_size for p in NANO.rglob("*") if p.is_file()) < 12_000_000
+    recipe = json.loads((NANO / "recipe.json").read_text("utf-8"))
+    assert {"seed", "recipe", "parameters", "training", "versions", "bytes"} <= recipe.keys()
 
 
 def test_it_is_a_bfloat16_qwen3_of_a_few_million_parameters_with_two_end_tokens() -> None:
@@ -162,12 +163,3 @@ def decode(steered: SteeredModel, messages: list[Message], state: torch.Tensor) 
             tokens.append(token)
             out = steered(torch.tensor([[token]]), out.state, cache=out.cache, logits_to_keep=1)
     return str(TOKENIZER.decode(tokens))
-
-
-def test_the_recipe_says_how_it_was_made() -> None:
-    recipe = json.loads((NANO / "recipe.json").read_text("utf-8"))
-    assert {"seed", "recipe", "parameters", "training", "versions", "bytes"} <= recipe.keys()
-
-
-def test_binding_is_a_value() -> None:
-    assert Binding("port", "8080") == Binding("port", "8080")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from random import Random
 
-import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -21,15 +20,12 @@ TOKENIZER = AutoTokenizer.from_pretrained(NANO)
 
 
 @given(st.text(max_size=200))
-@settings(max_examples=200, deadline=None)
+@example("")
+@example("\n\n a\t")
+@example("naïve 東京 🦀🏳️‍🌈 \u200b")
+@example("<|im_end|> <tool_call>{}</tool_call>")
+@settings(max_examples=100, deadline=None)
 def test_any_text_survives(text: str) -> None:
-    assert TOKENIZER.decode(TOKENIZER(text)["input_ids"]) == text
-
-
-@pytest.mark.parametrize(
-    "text", ["", " ", "\n\n a\t", "naïve 東京 🦀🏳️‍🌈 \u200b", "<|im_end|> <tool_call>{}</tool_call>"]
-)
-def test_awkward_text_survives(text: str) -> None:
     assert TOKENIZER.decode(TOKENIZER(text)["input_ids"]) == text
 
 
@@ -40,6 +36,7 @@ def test_markup_is_one_token_each_and_only_control_tokens_are_special() -> None:
     assert TOKENIZER.decode(ids, skip_special_tokens=True) == "a<tool_call>b</tool_call>"
     assert TOKENIZER.eos_token == "<|im_end|>"
     assert TOKENIZER.pad_token == "<|endoftext|>"
+    assert TOKENIZER.model_max_length >= 8192
 
 
 def test_a_plain_word_value_is_one_token() -> None:
@@ -133,7 +130,3 @@ def test_tools_stand_in_the_system_turn_one_a_line() -> None:
         assert ("Hi.\n\n" in head) == bool(system)
         assert [json.loads(line) for line in rest.partition("\n</tools>")[0].splitlines()] == [tool, tool]
         assert text.count("<|im_start|>system") == 1
-
-
-def test_the_loaded_tokenizer_has_the_shipped_limit() -> None:
-    assert TOKENIZER.model_max_length >= 8192

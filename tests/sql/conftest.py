@@ -1,8 +1,8 @@
-"""Fixtures for the SQL checkpointer: a database of its own for every test, savers on it, and plain SQL.
+"""Fixtures for the SQL checkpointer: databases, savers on them, and plain SQL behind the saver's back.
 
-Without more, a test runs on a SQLite file (`url`, `path`, `saver`, `sql`). One that asks for
-`database_url` (or `any_saver`, `ask`) runs on SQLite, PostgreSQL and MariaDB, each time in a database that
-is empty and its own. `new_url` makes a database when called, `look` asks one something behind the saver's back.
+Without more, a test runs on a SQLite file of its own (`url`, `path`, `saver`, `sql`). One that asks for `database_url`
+(or `any_saver`, `ask`) runs on SQLite, PostgreSQL and MariaDB, in a database without a row. To make one on a server
+takes up to a second, so the tests use the same one in turn. `new_url` gives databases that have no tables either.
 Servers are named by AGENTMEM_TEST_POSTGRES and AGENTMEM_TEST_MYSQL.
 """
 
@@ -13,26 +13,25 @@ import sqlite3
 import ssl
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import URL, Connection, NullPool, create_engine, make_url, text
+from sqlalchemy import Connection, Engine, MetaData, NullPool, Table, create_engine, inspect, make_url, text
 from sqlalchemy.exc import DBAPIError
 
-from agentmem_sql import SQLAlchemySaver
-from tests.helpers.sql_chains import empty, plain_sql, shared_database, unaccounted
+from agentmem_sql import SQLAlchemySaver, metadata
+from tests.helpers.sql_cases import BACKENDS
+from tests.helpers.sql_chains import unaccounted
+from tests.helpers.sql_processes import Process, template
 
-BACKENDS = ("sqlite", "postgresql", "mysql")
-
-# The sync driver is named, since these URLs are also used to look behind the saver's back.
+# The driver is named, since these URLs are also used to look behind the saver's back.
 SERVERS = {
     "postgresql": os.environ.get("AGENTMEM_TEST_POSTGRES", "postgresql+psycopg://postgres@127.0.0.1:5432/test"),
     "mysql": os.environ.get("AGENTMEM_TEST_MYSQL", "mysql+pymysql://root@127.0.0.1:3306/test"),
 }
-_DROP = {"postgresql": "DROP DATABASE IF EXISTS {} WITH (FORCE)", "mysql": "DROP DATABASE IF EXISTS {}"}
 
 Needs = Callable[[object, str], None]
 NewUrl = Callable[[str], str]
@@ -78,84 +77,136 @@ def without_root_certificates() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _server(backend: str) -> Iterator[Connection]:
-    engine = create_engine(SERVERS[backend], poolclass=NullPool, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        yield connection
+class ServerDatabase:
+    """A database on a server, which the tests of this process use one after the other."""
+
+    def __init__(self, server: Connection) -> None:
+        self._server = server
+        self._name = f"agentmem_{uuid4().hex[:16]}"
+        server.exec_driver_sql(f"CREATE DATABASE {self._name}")
+        at = server.engine.url.set(database=self._name)
+        self._engine = create_engine(at, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+        self.url = at.render_as_string(hide_password=False)
+
+    def empty(self, *, tables: bool = False) -> None:
+        """Remove every row, and every table but the saver's own; with `tables` those as well."""
+        self.end_sessions()
+        with self._engine.connect() as connection:
+            names = set(inspect(connection).get_table_names())
+            usual = {table.name for table in metadata().sorted_tables}
+            if tables or names != usual:
+                for name in names:
+                    Table(name, MetaData()).drop(connection)
+            else:
+                for name in usual - {"agentmem_schema_versions"}:
+                    connection.exec_driver_sql(f"DELETE FROM {name}")
+            if self._engine.dialect.name == "postgresql":
+                for schema in set(inspect(connection).get_schema_names()) - {"public", "information_schema"}:
+                    connection.exec_driver_sql(f"DROP SCHEMA {schema} CASCADE")
+
+    def sessions(self) -> list[int]:
+        """The numbers of the connections to it."""
+        statement = "SELECT id FROM information_schema.processlist WHERE db = :name"
+        if self._engine.dialect.name == "postgresql":
+            statement = "SELECT pid FROM pg_stat_activity WHERE datname = :name"
+        return list(self._server.execute(text(statement), {"name": self._name}).scalars())
+
+    def end_sessions(self) -> int:
+        """End every connection to it; gives how many there were."""
+        numbers = self.sessions()
+        end = {"postgresql": "SELECT pg_terminate_backend({})", "mysql": "KILL {}"}[self._engine.dialect.name]
+        for number in numbers:
+            try:
+                self._server.exec_driver_sql(end.format(number))
+            except DBAPIError as error:
+                if "Unknown thread" not in str(error):
+                    raise
+        return len(numbers)
+
+    def drop(self) -> None:
+        self.end_sessions()
+        self._server.exec_driver_sql(f"DROP DATABASE {self._name}")
 
 
 @pytest.fixture(scope="session")
-def servers(needs: Needs) -> Iterator[Callable[[str], Connection]]:
-    """The connection to a server on which databases are made; the test skips (fails in CI) where there is none."""
-    found: dict[str, Connection | str] = {}
+def server_database(needs: Needs) -> Iterator[Callable[[str], ServerDatabase]]:
+    """`server_database("postgresql")` makes one; the test skips (fails in CI) where there is no server."""
     with ExitStack() as opened:
 
-        def server(backend: str) -> Connection:
-            if backend not in found:
-                try:
-                    found[backend] = opened.enter_context(_server(backend))
-                except (DBAPIError, ModuleNotFoundError) as error:
-                    found[backend] = str(error).splitlines()[0]
-            connection = found[backend]
-            where = make_url(SERVERS[backend]).render_as_string(hide_password=True)
-            needs(isinstance(connection, Connection), f"the test server {where}: {connection}")
-            assert isinstance(connection, Connection)
-            return connection
+        @cache
+        def connection(backend: str) -> Connection | str:
+            engine = create_engine(SERVERS[backend], poolclass=NullPool, isolation_level="AUTOCOMMIT")
+            try:
+                return opened.enter_context(engine.connect())
+            except (DBAPIError, ModuleNotFoundError) as error:
+                return str(error).splitlines()[0]
 
-        yield server
+        def make(backend: str) -> ServerDatabase:
+            server = connection(backend)
+            where = make_url(SERVERS[backend]).render_as_string(hide_password=True)
+            needs(isinstance(server, Connection), f"the test server {where}: {server}")
+            assert isinstance(server, Connection)
+            database = ServerDatabase(server)
+            opened.callback(database.drop)
+            return database
+
+        yield make
+
+
+@pytest.fixture(scope="session")
+def usual_database(server_database: Callable[[str], ServerDatabase]) -> Callable[[str], ServerDatabase]:
+    """The one on each server that most tests use."""
+    return cache(server_database)
 
 
 @pytest.fixture
-def new_url(tmp_path: Path, servers: Callable[[str], Connection]) -> Iterator[NewUrl]:
-    """`new_url("postgresql")` makes an empty database and gives its URL; it is dropped after the test.
+def new_url(
+    tmp_path: Path, server_database: Callable[[str], ServerDatabase], usual_database: Callable[[str], ServerDatabase]
+) -> Iterator[NewUrl]:
+    """`new_url("postgresql")` gives the URL of a database without tables, another one every time it is called.
 
     `new_url("postgresql+asyncpg")` gives the URL with that driver's name.
     """
-    made: list[tuple[str, str]] = []
+    used: dict[str, ServerDatabase] = {}
 
     def new(driver: str) -> str:
         backend = driver.split("+")[0]
-        name = f"agentmem_{uuid4().hex[:16]}"
         if backend == "sqlite":
-            return f"{driver}:///{tmp_path / name}.db"
-        servers(backend).exec_driver_sql(f"CREATE DATABASE {name}")
-        made.append((backend, name))
-        at = make_url(SERVERS[backend]).set(database=name)
-        return _text(at if driver == backend else at.set(drivername=driver))
+            return f"{driver}:///{tmp_path / uuid4().hex[:16]}.db"
+        database = (server_database if backend in used else usual_database)(backend)
+        used.setdefault(backend, database).empty(tables=True)
+        at = make_url(database.url)
+        return (at if driver == backend else at.set(drivername=driver)).render_as_string(hide_password=False)
 
     yield new
-    for backend, name in made:
-        server = servers(backend)
-        if backend == "mysql":
-            _kill_mysql(server, name)
-        server.exec_driver_sql(_DROP[backend].format(name))
+    for database in used.values():
+        database.empty(tables=True)
 
 
-def _kill_mysql(server: Connection, name: str) -> None:
-    """End what a test left open: DROP DATABASE would wait for its transactions."""
-    for (number,) in server.execute(text("SELECT id FROM information_schema.processlist WHERE db = :db"), {"db": name}):
-        try:
-            server.exec_driver_sql(f"KILL {number}")
-        except DBAPIError as error:
-            if "Unknown thread" not in str(error):
-                raise
+@contextmanager
+def _empty_database(backend: str, folder: Path, usual_database: Callable[[str], ServerDatabase]) -> Iterator[str]:
+    if backend == "sqlite":
+        yield f"sqlite:///{folder / uuid4().hex[:16]}.db"
+        return
+    yield usual_database(backend).url
+    usual_database(backend).empty()
 
 
-@pytest.fixture(params=BACKENDS)
-def database_url(request: pytest.FixtureRequest, new_url: NewUrl) -> str:
-    """An empty database on each of the three, by its synchronous driver."""
-    return new_url(request.param)
+def _url_on(*backends: str) -> Any:
+    """A fixture: the URL of a database without a row on each of these in turn; tables may be there."""
+
+    @pytest.fixture(params=backends if len(backends) > 1 else None)
+    def empty_url(
+        request: pytest.FixtureRequest, tmp_path: Path, usual_database: Callable[[str], ServerDatabase]
+    ) -> Iterator[str]:
+        with _empty_database(getattr(request, "param", backends[0]), tmp_path, usual_database) as url:
+            yield url
+
+    return empty_url
 
 
-@pytest.fixture
-def postgresql_url(new_url: NewUrl) -> str:
-    return new_url("postgresql")
-
-
-@pytest.fixture
-def mysql_url(new_url: NewUrl) -> str:
-    return new_url("mysql")
+database_url, server_url = _url_on(*BACKENDS), _url_on("postgresql", "mysql")
+postgresql_url, mysql_url = _url_on("postgresql"), _url_on("mysql")
 
 
 @pytest.fixture
@@ -163,6 +214,36 @@ def any_saver(database_url: str) -> Iterator[SQLAlchemySaver]:
     """A saver on each of the three databases."""
     with SQLAlchemySaver.from_url(database_url) as opened:
         yield opened
+
+
+def _engine(url: str, **options: Any) -> Engine:
+    """An engine for looking, whichever driver the URL names."""
+    at = make_url(url)
+    server = SERVERS.get(at.get_backend_name(), "sqlite://")
+    return create_engine(at.set(drivername=make_url(server).drivername), **options)
+
+
+def _run(connection: Connection, statement: str, parameters: dict[str, Any]) -> list[Any]:
+    result = connection.execute(text(statement), parameters)
+    return [tuple(row) for row in result] if result.returns_rows else []
+
+
+@pytest.fixture
+def sessions(usual_database: Callable[[str], ServerDatabase]) -> Callable[[str], int]:
+    """`sessions(url)` is how many connections to the database there are; with `end=True` the server ends them."""
+
+    def count(url: str, *, end: bool = False) -> int:
+        database = usual_database(make_url(url).get_backend_name())
+        return database.end_sessions() if end else len(database.sessions())
+
+    return count
+
+
+@pytest.fixture(scope="session")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Process]]:
+    """`processes(work, ...)` starts a process on a work of `sql_processes`."""
+    with template(tmp_path_factory.mktemp("reports")) as start:
+        yield start
 
 
 @pytest.fixture
@@ -173,12 +254,8 @@ def look() -> Sql:
     """
 
     def run(url: str, statement: str, **parameters: object) -> list[Any]:
-        at = make_url(url)
-        server = SERVERS.get(at.get_backend_name(), "sqlite://")
-        engine = create_engine(at.set(drivername=make_url(server).drivername), poolclass=NullPool)
-        with engine.begin() as connection:
-            result = connection.execute(text(statement), parameters)
-            return [tuple(row) for row in result] if result.returns_rows else []
+        with _engine(url, poolclass=NullPool).begin() as connection:
+            return _run(connection, statement, parameters)
 
     return run
 
@@ -189,23 +266,31 @@ def ask(look: Sql, database_url: str) -> Sql:
     return partial(look, database_url)
 
 
-# The same for files with many tests: a database for the whole file, emptied after every test.
+# The same for files with many tests, which on SQLite share a file, too.
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
 def shared_url(
-    request: pytest.FixtureRequest, servers: Callable[[str], Connection], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    usual_database: Callable[[str], ServerDatabase],
 ) -> Iterator[str]:
     """A database on each of the three, which the tests of a file share."""
-    with shared_database(request.param, servers, tmp_path_factory.mktemp("shared")) as url:
+    with _empty_database(request.param, tmp_path_factory.mktemp("shared"), usual_database) as url:
         yield url
 
 
 @pytest.fixture(scope="module")
 def shared_ask(shared_url: str) -> Iterator[Sql]:
-    """`ask` on `shared_url`, by one connection."""
-    with plain_sql(shared_url) as run:
-        yield run
+    """`ask` on `shared_url`."""
+    engine = _engine(shared_url, isolation_level="AUTOCOMMIT", pool_pre_ping=True)
+
+    def run(statement: str, **parameters: object) -> list[Any]:
+        with engine.connect() as connection:
+            return _run(connection, statement, parameters)
+
+    yield run
+    engine.dispose()
 
 
 @pytest.fixture
@@ -215,8 +300,5 @@ def swept_saver(shared_url: str, shared_ask: Sql) -> Iterator[SQLAlchemySaver]:
         saver.setup()
         yield saver
         assert unaccounted(shared_ask) == (set(), set())
-        empty(saver, shared_ask)
-
-
-def _text(url: URL) -> str:
-    return url.render_as_string(hide_password=False)
+        for (name,) in shared_ask("SELECT name FROM agentmem_threads"):  # also those without a checkpoint
+            saver.delete_thread(bytes(name).decode())

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "checkpointers.py"
-TINY = "--turns 10 --repeats 1 --window 1 --children 1 --workers 2 --worker-turns 2 --rounds 1"
+TINY = "--turns 10 --repeats 1 --window 1 --children 1 --workers 1 --worker-turns 2 --rounds 1"
 SERVERS = ["--postgres", "postgresql://postgres@127.0.0.1:1/none", "--mariadb", ""]
 SAVERS = {"SqliteSaver", "SQLAlchemySaver"}
 TIMES = {"put", "put_writes", "get_tuple", "whole turn", "get_tuple, new process", "opening and get_tuple, new process"}

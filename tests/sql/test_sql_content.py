@@ -1,4 +1,4 @@
-"""Whatever is stored comes back as the serializer gives it, is verified when it is read, and goes with its thread."""
+"""Whatever is stored comes back as the serializer gives it, or nothing is."""
 
 from __future__ import annotations
 
@@ -26,11 +26,9 @@ from langgraph.checkpoint.serde.types import _DeltaSnapshot
 from langgraph.types import Command, Interrupt, Send
 from pydantic import BaseModel
 
-from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
-from tests.helpers.sql_cases import config, memory, put
-from tests.helpers.sql_graphs import chat_graph, say
-from tests.helpers.sql_values import messages, nested, read, scalars, serialised, spelled
+from tests.helpers.sql_cases import config, get, memory, put, read
+from tests.helpers.sql_values import messages, nested, scalars, serialised, spelled
 
 Sql = Callable[..., list[Any]]
 
@@ -109,7 +107,7 @@ odd = st.sampled_from(
 anything = nested(scalars | st.binary(max_size=8) | st.binary(min_size=40, max_size=60) | odd | messages)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(value=anything, before=anything)
 def test_everything_comes_back_as_the_serializer_gives_it(
     savers: list[SQLAlchemySaver], value: Any, before: Any
@@ -123,8 +121,7 @@ def test_everything_comes_back_as_the_serializer_gives_it(
         at = put(saver, at, values)
         saver.put_writes(at, list(values.items()), "task")
         for _ in range(2):
-            found = saver.get_tuple(at)
-            assert found is not None
+            found = get(saver, at)
             assert found.pending_writes is not None
             assert {name: spelled(one) for name, one in found.checkpoint["channel_values"].items()} == expected
             assert {channel: spelled(one) for _, channel, one in found.pending_writes} == expected
@@ -133,15 +130,12 @@ def test_everything_comes_back_as_the_serializer_gives_it(
 words = [f"item {number} of a list that is longer than what a leaf holds itself" for number in range(1100)]
 LISTS: dict[str, Any] = {
     "empty": [],
-    "one": ["x"],
     "of nothing": [None] * 40,
-    "of an empty list": [[]],
+    "of what is equal": [b"a", bytearray(b"a"), "a", None, b"", [], True, 1, 1.0, [1], [True], [b"a"]],
     "of bytes": [b"", b"a", bytearray(b"b"), memoryview(b"c"), b"d" * 100, bytearray(b"e" * 100)],
     "of short text": [str(number) for number in range(1100)],
     "of long text": words,
     "of one text often": ["the same text, longer than what a leaf holds itself"] * 100,
-    "of dictionaries": [{"number": number, "text": words[number]} for number in range(100)],
-    "of lists": [[number, [words[number]]] for number in range(100)],
     "of tuples": [(number, "x") for number in range(100)],
     "of arrays": [np.full(20, number) for number in range(3)],
     "of what is mixed": [1, "a", None, 2.5, b"x", [1], {"a": 1}, HumanMessage("x", id="1"), 1],
@@ -151,14 +145,13 @@ LISTS: dict[str, Any] = {
     "48 bytes and about": [b"x" * size for size in range(30, 60)],
     **{f"of {size} numbers": list(range(size)) for size in (1, 256, 257, 8193, 20_000)},
     **{f"of {size} items": words[:size] for size in (32, 33, 1024, 1025)},
-    "of 33,000 short items": [str(number) for number in range(33_000)],
     "of numbers of all kinds": [0, -0.0, 0.0, True, 1, 1.0, None, 2**64 - 1, -(2**63), float("inf")] * 60,
     "of numbers and one that is not": [*range(600), "x"],
     "of numbers of its own class": [Numbers(number) for number in range(600)],
 }
 
 
-SNAPSHOTS = ("one", "of short text", "of 257 numbers", "of 33 items", "a tuple", "of what is mixed", "empty")
+SNAPSHOTS = ("of short text", "of 257 numbers", "of 33 items", "a tuple", "of what is mixed", "empty")
 VALUES = {**LISTS, **{f"snapshot {name}": _DeltaSnapshot(LISTS[name]) for name in SNAPSHOTS}}
 
 
@@ -182,20 +175,18 @@ def test_values_about_as_large_as_a_row_may_be(savers: list[SQLAlchemySaver], si
         saver.delete_thread("t")
 
 
-def test_twenty_megabytes_go_through_every_database(any_saver: SQLAlchemySaver, ask: Sql) -> None:
+def test_twenty_megabytes_go_through_every_database(any_saver: SQLAlchemySaver, database_url: str, ask: Sql) -> None:
     """MySQL takes no packet above 16 MB."""
     large = Random(1).randbytes(20 * 2**20)
     message = AIMessage("x" * (5 * 2**20), id="1")
     at = put(any_saver, config(), {"x": large, "messages": [message]})
     any_saver.put_writes(at, [("x", large)], "task")
     assert ask("SELECT max(length(body)) <= 4194304 + 1 FROM agentmem_blobs")[0][0] == 1
-    found = any_saver.get_tuple(at)
-    assert found is not None
+    found = get(any_saver, at)
     assert found.checkpoint["channel_values"] == {"x": large, "messages": [message]}
     assert found.pending_writes == [("task", "x", large)]
-    at = put(any_saver, at, {"x": large, "messages": [message]})
-    any_saver._store.cache.drop("t")
-    assert read(any_saver, at) == {"x": large, "messages": [message]}
+    with SQLAlchemySaver.from_url(database_url) as cold:
+        assert read(cold, at) == {"x": large, "messages": [message]}
 
 
 class Meddling(JsonPlusSerializer):
@@ -223,10 +214,12 @@ def test_a_list_that_grows_while_it_is_stored_does_no_harm(url: str, wrap: Calla
 def test_nothing_is_stored_where_one_value_cannot_be(saver: SQLAlchemySaver, sql: Sql) -> None:
     at = put(saver, config(), {"x": 1})
     for value in (object(), [1, object()], ["x" * 100, object()], 2**64, [2**64], {"a": [object()]}):
-        with pytest.raises(TypeError):
-            put(saver, at, {"good": "y" * 1000, "x": value})
-        with pytest.raises(TypeError):
-            saver.put_writes(at, [("good", "y" * 1000), ("x", value)], "task")
+        with pytest.raises(TypeError, match="the value of channel 'bad' cannot be stored"):
+            put(saver, at, {"good": "y" * 1000, "bad": value})
+        with pytest.raises(TypeError, match="the value of channel 'bad' cannot be stored"):
+            saver.put_writes(at, [("good", "y" * 1000), ("bad", value)], "task")
+    with pytest.raises(TypeError, match="the metadata cannot be stored"):
+        put(saver, at, {"good": "y" * 1000}, note=object())
     assert [sql(f"SELECT count(*) FROM agentmem_{table}") for table in TABLES] == [[(1,)], [(1,)], [(1,)], [(0,)]]
     assert read(saver, put(saver, at, {"x": "y" * 1000})) == {"x": "y" * 1000}
 
@@ -247,53 +240,3 @@ def test_repeating_a_put_adds_no_row(saver: SQLAlchemySaver, sql: Sql) -> None:
         at = saver.put(config(), stored, {}, {"x": made})  # type: ignore[arg-type]
         saver.put_writes(at, [("x", memory(1))], "task")
     assert rows() == [[(1,)]] * 4
-
-
-def test_bytes_lists_and_text_of_equal_content_stay_apart(saver: SQLAlchemySaver) -> None:
-    values = {"bytes": b"a", "bytearray": bytearray(b"a"), "text": "a", "none": None, "empty": b"", "list": []}
-    values |= {"true": True, "one": 1, "float": 1.0, "of one": [1], "of true": [True], "of bytes": [b"a"]}
-    found = read(saver, put(saver, config(), values))
-    assert spelled(found) == spelled(values)
-
-
-def test_delete_thread_leaves_nothing_of_it_and_all_of_the_others(saver: SQLAlchemySaver, sql: Sql) -> None:
-    graph = chat_graph(saver)
-    for thread in ("kept", "gone"):
-        for _ in range(3):
-            graph.invoke(say("same text"), config(thread))
-    ((kept,),) = sql("SELECT number FROM agentmem_threads WHERE name = ?", b"kept")
-
-    saver.delete_thread("gone")
-    saver.delete_thread("never there")
-
-    assert sql("SELECT name FROM agentmem_threads") == [(b"kept",)]
-    for table in TABLES[1:]:
-        assert sql(f"SELECT DISTINCT thread FROM agentmem_{table}") == [(kept,)]
-    assert saver.get_tuple(config("gone")) is None
-    assert graph.get_state(config("kept")).values["memory"] == memory(3)
-    assert graph.invoke(say("again"), config("gone"))["messages"][-1].content == "answer 1"
-
-
-@pytest.mark.parametrize("damage", ["flip", "cut", "lose", "kind"])
-@pytest.mark.parametrize("pending", [False, True])
-def test_damaged_content_is_refused(url: str, sql: Sql, damage: str, pending: bool) -> None:
-    with SQLAlchemySaver.from_url(url) as writer:
-        at = put(writer, config(), {} if pending else {"x": memory(1)})
-        if pending:
-            writer.put_writes(at, [("x", memory(1))], "task")
-    sql(
-        {
-            "flip": "UPDATE agentmem_blobs SET body = "
-            "CAST(substr(body, 1, 999) || x'00' || substr(body, 1001) AS BLOB)",
-            "cut": "UPDATE agentmem_blobs SET body = substr(body, 1, length(body) - 1)",
-            "lose": "DELETE FROM agentmem_blobs",
-            "kind": "UPDATE agentmem_blobs SET kind = 1",
-        }[damage]
-    )
-    with SQLAlchemySaver.from_url(url) as saver:
-        with pytest.raises(StorageError, match="digest differs"):
-            saver.get_tuple(at)
-        with pytest.raises(StorageError, match="digest differs"):
-            list(saver.list(config()))
-        saver.delete_thread("t")
-        assert saver.get_tuple(at) is None

@@ -1,138 +1,176 @@
-"""Transactions: what a write and a read are, on each database; pools, retries, and inserts."""
+"""What a call is on the database: its statements and transactions, when it is run again, and who waits for whom."""
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, NullPool, create_engine, make_url, text
-from sqlalchemy.dialects import mysql, postgresql, sqlite
-from sqlalchemy.schema import CreateTable
+from sqlalchemy import Connection, Engine, NullPool, create_engine, event, make_url, text
 
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.database import Database
-from agentmem_sql.statements import add_rows, insert_missing, upsert
-from tests.helpers.sql_cases import BACKENDS, SERVERS, TABLES, add, change, config, names, put, value
+from agentmem_sql.schema import Tables
+from tests.helpers.sql_cases import config, memory, put
 
 Sql = Callable[..., list[Any]]
-NewUrl = Callable[[str], str]
 
 
-@pytest.fixture
-def database(database_url: str) -> Iterator[Database]:
-    opened = Database(database_url, tables=TABLES)
-    yield opened
-    opened.close()
+@contextmanager
+def before_each_statement(do: Callable[[Connection, Any, str], object]) -> Iterator[None]:
+    """Have something done before every statement on our tables, of any engine: with connection, cursor and statement.
+
+    What it returns, if it is text, is executed instead.
+    """
+
+    def listen(connection: Connection, cursor: Any, statement: str, parameters: Any, *_: object) -> tuple[str, Any]:
+        instead = do(connection, cursor, statement) if "agentmem_" in statement else None
+        return (instead, ()) if isinstance(instead, str) else (statement, parameters)
+
+    event.listen(Engine, "before_cursor_execute", listen, retval=True)
+    try:
+        yield
+    finally:
+        event.remove(Engine, "before_cursor_execute", listen)
 
 
-def test_a_write_is_stored_whole_or_not_at_all(database: Database) -> None:
-    """An exception of the work comes out as it is, and nothing of the work stays."""
+def test_calls_on_a_thread_that_is_known_take_few_statements(database_url: str) -> None:
+    seen: list[str] = []
 
-    def fail(connection: Connection) -> None:
-        add(b"lost")(connection)
-        raise LookupError("mine")
+    def statements(call: Callable[[], Any]) -> int:
+        seen.clear()
+        call()
+        return len(seen)
 
-    for _ in range(2):  # the connection that went back to the pool is fit for use
-        with pytest.raises(LookupError, match="mine"):
-            database.run(fail, write=True)
-    database.run(add(b"kept"), write=True)
-    assert database.run(names) == [b"kept"]
+    with SQLAlchemySaver.from_url(database_url) as saver, before_each_statement(lambda *args: seen.append(args[2])):
+        at = put(saver, config(), {"messages": ["long " * 20] * 50, "memory": memory(0)})
+        values = {"messages": ["long " * 20] * 51, "memory": memory(1)}
+        is_postgresql = database_url.startswith("postgresql")
+        assert statements(lambda: put(saver, at, values)) <= (1 if is_postgresql else 4), seen
+        assert statements(lambda: saver.put_writes(at, [("memory", memory(2)), ("x", 1)], "task")) <= (
+            1 if is_postgresql else 4
+        ), seen
+        assert statements(lambda: saver.get_tuple(config())) <= 3, seen
+        for number in range(20):
+            put(saver, config(), {"n": number})
+        assert statements(lambda: list(saver.list(config(), limit=20))) <= 3, seen
 
 
-def test_a_statement_that_fails_stores_nothing(database: Database) -> None:
-    def twice(connection: Connection) -> None:
-        add(b"a")(connection)
-        add(b"a")(connection)
+def test_a_read_is_its_statement_alone(mysql_url: str) -> None:
+    """Counted by the server: no BEGIN, no ROLLBACK, no ping."""
+    with SQLAlchemySaver.from_url(mysql_url, engine_options={"pool_size": 1}) as saver:
+        put(saver, config(), {"x": 1})
+        saver.get_tuple(config())
+        asked: list[int] = []
 
-    for _ in range(2):
-        with pytest.raises(StorageError, match=r"(?i)unique|duplicate"):
-            database.run(twice, write=True)
-    assert database.run(names) == []
+        def ask(connection: Connection, cursor: Any, _: str) -> None:
+            cursor.execute("SHOW SESSION STATUS LIKE 'Questions'")
+            asked.append(int(cursor.fetchone()[1]))
+
+        with before_each_statement(ask):
+            for _ in range(3):
+                saver.get_tuple(config())
+    # What is asked counts, too.
+    assert asked[-1] - asked[0] == 2 * (len(asked) - 1)
+
+
+def test_nothing_is_held_open_between_the_pages_of_a_listing(postgresql_url: str, look: Sql) -> None:
+    open_ones = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state LIKE 'idle in%'"
+    with SQLAlchemySaver.from_url(postgresql_url) as saver:
+        for number in range(3):
+            put(saver, config(), {"x": number})
+        for _ in saver.list(config()):
+            assert look(postgresql_url, open_ones) == [(0,)]
 
 
 @pytest.mark.parametrize("own_engine", [False, True])
-@pytest.mark.parametrize("backend", SERVERS)
-def test_statements_of_a_write_see_what_was_committed_before_each(
-    new_url: NewUrl, look: Sql, backend: str, own_engine: bool
-) -> None:
+def test_statements_of_a_write_see_what_was_committed_before_each(server_url: str, look: Sql, own_engine: bool) -> None:
     """READ COMMITTED, whatever the engine says: what a lock was waited for is seen once it is granted."""
-    url = make_url(new_url(backend))
-    if backend == "postgresql":
-        look(url, f"ALTER DATABASE {url.database} SET default_transaction_isolation = 'repeatable read'")
-    other = Database(url, tables=TABLES)
-    other.run(add(b"n", b"before"), write=True)
+    url = make_url(server_url)
     engine = create_engine(url, isolation_level="REPEATABLE READ")
-    database = Database(engine if own_engine else url, tables=TABLES)
+    database = Database(engine if own_engine else url, tables=Tables())
+    value = text("SELECT value FROM agentmem_settings")
 
     def work(connection: Connection) -> list[bytes]:
-        seen = [value(connection, b"n")]
-        with ThreadPoolExecutor(1) as thread:
-            thread.submit(other.run, change(b"n", b"after"), write=True).result()
-        return [*seen, value(connection, b"n")]
+        seen = [connection.execute(value).scalar_one()]
+        look(url, "UPDATE agentmem_settings SET value = :new", new=b"after")
+        return [*seen, connection.execute(value).scalar_one()]
 
-    assert database.run(work, write=True) == [b"before", b"after"]
+    database.run(lambda _: None)
+    look(url, "INSERT INTO agentmem_settings VALUES (:name, :value)", name=b"n", value=b"before")
+    assert [bytes(one) for one in database.run(work, write=True)] == [b"before", b"after"]
     database.close()
-    other.close()
     engine.dispose()
 
 
-def test_a_read_is_one_statement(mysql_url: str) -> None:
-    """Counted by the server: no BEGIN, no ROLLBACK, no ping."""
+def test_a_write_holds_the_lock_of_the_file_from_the_start(path: Path) -> None:
+    """Even where the engine begins by itself: a write after a read would fail at once if another came between."""
+    engine = create_engine(f"sqlite:///{path}")
+    event.listen(engine, "connect", lambda connection, _: setattr(connection, "isolation_level", None))
+    event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
+    locked = []
 
-    def questions(connection: Connection) -> int:
-        return int(connection.exec_driver_sql("SHOW SESSION STATUS LIKE 'Questions'").one()[1])
+    def write_elsewhere(connection: Connection, _: Any, statement: str) -> None:
+        if statement.startswith(("SELECT", "INSERT")):
+            with closing(sqlite3.connect(path, timeout=0)) as other, pytest.raises(sqlite3.OperationalError) as error:
+                other.execute("INSERT INTO agentmem_settings VALUES (x'00', x'00')")
+            locked.append(str(error.value))
 
-    database = Database(mysql_url, tables=TABLES, engine_options={"pool_size": 1})
-    first = database.run(questions)
-    assert [database.run(questions) for _ in range(3)] == [first + 1, first + 2, first + 3]
-    database.close()
-
-
-def test_a_read_holds_no_transaction(postgresql_url: str) -> None:
-    database = Database(postgresql_url, tables=TABLES)
-
-    def transaction(connection: Connection) -> bool:
-        statement = "SELECT pg_current_xact_id_if_assigned() IS NULL, now() FROM pg_sleep(0.001)"
-        return bool(connection.exec_driver_sql(statement).one()[1] == connection.exec_driver_sql(statement).one()[1])
-
-    for _ in range(2):  # a write in between leaves no mode behind
-        assert not database.run(transaction)
-        assert database.run(transaction, write=True)
-    database.close()
+    with SQLAlchemySaver(engine) as saver:
+        saver.setup()
+        with before_each_statement(write_elsewhere):
+            put(saver, config(), {"x": 1})
+    assert set(locked) == {"database is locked"}
+    engine.dispose()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_sixteen_threads_are_inside_at_once(new_url: NewUrl, backend: str) -> None:
-    """No lock of ours but for the writers of a SQLite file: every work waits until all sixteen have begun."""
-    database = Database(new_url(backend), tables=TABLES)
-    everybody = threading.Barrier(16, timeout=30)
+def test_sixteen_threads_are_inside_at_once(database_url: str) -> None:
+    """No lock of ours but for the writers of a SQLite file: every call waits until all sixteen have begun."""
+    writes = not database_url.startswith("sqlite")
+    everybody, inside = threading.Barrier(16, timeout=60), threading.local()
 
-    def run(number: int) -> None:
-        def work(connection: Connection) -> None:
-            names(connection)
+    def meet(*_: object) -> None:
+        if not getattr(inside, "met", False):
+            inside.met = True
             everybody.wait()
-            if backend != "sqlite":
-                add(b"%d" % number)(connection)
 
-        database.run(work, write=backend != "sqlite")
+    with (
+        SQLAlchemySaver.from_url(database_url, engine_options={"pool_size": 16}) as saver,
+        ThreadPoolExecutor(16) as threads,
+    ):
+        put(saver, config(), {"x": 1})
+        with before_each_statement(meet):
+            list(threads.map(lambda n: put(saver, config(f"{n}")) if writes else saver.get_tuple(config()), range(16)))
+        assert len(list(saver.list(None))) == (17 if writes else 1)
 
-    with ThreadPoolExecutor(16) as threads:
-        list(threads.map(run, range(16)))
-    assert len(database.run(names)) == (0 if backend == "sqlite" else 16)
-    database.close()
+
+@pytest.mark.parametrize("options", [{}, {"pool_size": 1, "pool_timeout": 20}, {"poolclass": NullPool}], ids=str)
+def test_more_threads_than_connections(path: Path, options: dict[str, Any]) -> None:
+    """Nobody waits for a connection that no one uses, whoever set the pool up."""
+    with (
+        SQLAlchemySaver.from_url(f"sqlite:///{path}", engine_options=options) as saver,
+        ThreadPoolExecutor(24) as threads,
+    ):
+        made = list(threads.map(lambda number: put(saver, config(f"{number}"), {"x": number}), range(48)))
+        found = list(threads.map(saver.get_tuple, made))
+        assert [one.checkpoint["channel_values"]["x"] for one in found if one is not None] == list(range(48))
 
 
-@pytest.mark.parametrize("backend", SERVERS)
-def test_who_finds_no_connection_is_told(new_url: NewUrl, backend: str) -> None:
+def test_who_finds_no_connection_is_told(postgresql_url: str) -> None:
     options = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 0.05}
-    database = Database(new_url(backend), tables=TABLES, engine_options=options)
-    with pytest.raises(StorageError, match="pool_size"):
-        database.run(lambda _: database.run(names))
-    database.close()
+    with SQLAlchemySaver.from_url(postgresql_url, engine_options=options) as saver:
+        saver.setup()
+        with (
+            before_each_statement(lambda *_: saver.get_tuple(config())),
+            pytest.raises(StorageError, match="pool_size"),
+        ):
+            put(saver, config())
 
 
 def test_options_for_the_engine_are_passed_on_but_for_the_isolation_level(url: str) -> None:
@@ -140,113 +178,80 @@ def test_options_for_the_engine_are_passed_on_but_for_the_isolation_level(url: s
         SQLAlchemySaver.from_url(url, engine_options={"isolation_level": "SERIALIZABLE"})
     with pytest.raises(TypeError, match="no_such_option"):
         SQLAlchemySaver.from_url(url, engine_options={"no_such_option": 1}).setup()
-    for options in ({"poolclass": NullPool}, {"pool_size": 1, "echo": False}):
-        with SQLAlchemySaver.from_url(url, engine_options=options) as saver:
-            put(saver, config(), {"x": 1})
 
 
-@pytest.mark.parametrize("backend", SERVERS)
-def test_deadlocks_are_run_again(new_url: NewUrl, backend: str) -> None:
-    database = Database(new_url(backend), tables=TABLES)
-    for name in (b"a", b"b"):
-        database.run(add(name), write=True)
-    both_have_one = threading.Barrier(2)
-    runs = []
-
-    def cross(first: bytes, second: bytes) -> None:
-        def work(connection: Connection) -> None:
-            runs.append(first)
-            change(first, first)(connection)
-            if len(runs) <= 2:
-                both_have_one.wait(10)
-            change(second, first)(connection)
-
-        database.run(work, write=True)
-
-    with ThreadPoolExecutor(2) as threads:
-        list(threads.map(cross, (b"a", b"b"), (b"b", b"a")))
-    assert len(runs) == 3
-    assert database.run(lambda c: value(c, b"a")) == database.run(lambda c: value(c, b"b"))
-    database.close()
+# Errors that the server says to try again after.
+LOST = {
+    "40001": "DO $$ BEGIN RAISE SQLSTATE '40001'; END $$",
+    "40P01": "DO $$ BEGIN RAISE SQLSTATE '40P01'; END $$",
+    "1213": "SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213",
+}
 
 
-@pytest.mark.parametrize(
-    ("backend", "lost"),
-    [
-        ("postgresql", "DO $$ BEGIN RAISE SQLSTATE '40001'; END $$"),
-        ("mysql", "SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213"),
-    ],
-)
-def test_who_always_loses_is_told_in_the_end(new_url: NewUrl, backend: str, lost: str) -> None:
-    database = Database(new_url(backend), tables=TABLES)
-    runs = []
+@pytest.mark.parametrize("code", LOST)
+def test_a_write_that_lost_against_others_is_run_again(request: pytest.FixtureRequest, look: Sql, code: str) -> None:
+    """As after a deadlock; and one that always loses is told in the end, and has stored nothing."""
+    url = request.getfixturevalue("mysql_url" if code == "1213" else "postgresql_url")
+    losses, most = 0, 2
 
-    def work(connection: Connection) -> None:
-        runs.append(1)
-        add(b"%d" % len(runs))(connection)
-        if always or len(runs) < 3:
-            connection.exec_driver_sql(lost)
+    def lose(_connection: Connection, _cursor: Any, statement: str) -> str | None:
+        nonlocal losses
+        if "INTO agentmem_checkpoints" not in statement or losses == most:
+            return None
+        losses += 1
+        return LOST[code]
 
-    always = True
-    with pytest.raises(StorageError, match="try again"):
-        database.run(work, write=True)
-    assert 3 < len(runs) < 10
-    assert database.run(names) == []
-    always = False
-    runs.clear()
-    database.run(work, write=True)
-    assert database.run(names) == [b"3"]
-    database.close()
+    with SQLAlchemySaver.from_url(url) as saver:
+        at = put(saver, config(), {"x": 1})
+        with before_each_statement(lose):
+            at = put(saver, at, {"x": ["long " * 99] * 2})
+            assert losses == 2
+            losses, most = 0, 1000
+            with pytest.raises(StorageError, match="try again"):
+                put(saver, at, {"x": ["longer " * 99] * 3})
+            assert 3 < losses < 10
+        assert len(list(saver.list(None))) == 2
+    assert look(url, "SELECT count(*) FROM agentmem_blobs") == [(3,)]
 
 
-@pytest.mark.parametrize("dialect", [postgresql.dialect(), mysql.dialect()], ids=["postgresql", "mysql"])
-def test_tables_fit_the_other_databases(dialect: Any) -> None:
-    """No text, and no key over MySQL's 3,072 bytes or PostgreSQL's 2,704; there is no server in this test."""
-    sizes = {"BIGINT": 8, "INTEGER": 4, "SMALLINT": 2, "BINARY(32)": 32, "VARBINARY(128)": 128}
-    for table in TABLES.metadata.sorted_tables:
-        assert "CREATE TABLE" in str(CreateTable(table).compile(dialect=dialect))
-        columns = {column.name: column.type.compile(mysql.dialect()) for column in table.columns}
-        assert not any("CHAR" in kind or "TEXT" in kind for kind in columns.values())
-        assert sum(sizes[columns[column.name]] for column in table.primary_key) <= 600
+@pytest.mark.parametrize("write", [False, True])
+def test_work_whose_connection_ends_is_run_once_more(
+    server_url: str, look: Sql, sessions: Callable[..., int], write: bool
+) -> None:
+    """In the middle of a transaction, none of which is stored twice."""
+    ends, most = 0, 1
+
+    def end(*_: object) -> None:
+        nonlocal ends
+        if ends < most:
+            ends += 1
+            sessions(server_url, end=True)
+
+    with SQLAlchemySaver.from_url(server_url) as saver:
+        at = put(saver, config(), {"x": 1})
+        call: Callable[[], Any] = (lambda: put(saver, at, {"x": 2})) if write else (lambda: saver.get_tuple(at))
+        with before_each_statement(end):
+            call()
+            assert ends == 1
+            ends, most = 0, 1000
+            with pytest.raises(StorageError, match="lost twice"):
+                call()
+            assert 2 <= ends <= 4
+        assert len(list(saver.list(config()))) == 1 + write
 
 
-@pytest.mark.parametrize("name", ["sqlite", "postgresql", "mysql"])
-def test_inserts_speak_each_database(name: str) -> None:
-    dialect = {"sqlite": sqlite.dialect(), "postgresql": postgresql.dialect(), "mysql": mysql.dialect()}[name]
-    kept = str(insert_missing(name, TABLES.blobs).compile(dialect=dialect))
-    replaced = str(upsert(name, TABLES.blobs).compile(dialect=dialect))
-    if name == "mysql":
-        assert kept.endswith("ON DUPLICATE KEY UPDATE thread = agentmem_blobs.thread")
-        assert "IGNORE" not in kept
-        assert "ON DUPLICATE KEY UPDATE kind = VALUES(kind), body = VALUES(body)" in replaced
-    else:
-        assert kept.endswith("ON CONFLICT DO NOTHING")
-        assert "ON CONFLICT (thread, digest) DO UPDATE SET kind = excluded.kind, body = excluded.body" in replaced
+def test_locks_that_are_waited_for_too_long(server_url: str) -> None:
+    set_timeout = "SET lock_timeout = '50ms'"
+    if server_url.startswith("mysql"):
+        set_timeout = "SET innodb_lock_wait_timeout = 0"
 
-
-def test_rows_are_added_kept_and_replaced(database: Database) -> None:
-    def work(connection: Connection, text: bytes, *, replace: bool) -> None:
-        rows = [{"name": b"%d" % number, "value": text} for number in range(1200)]
-        add_rows(connection, TABLES.settings, rows, replace=replace)
-
-    for text_, replace, expected in ((b"a", False, b"a"), (b"b", False, b"a"), (b"c", True, b"c")):
-        database.run(lambda c, t=text_, r=replace: work(c, t, replace=r), write=True)  # type: ignore[misc]
-        assert database.run(lambda connection: value(connection, b"1199")) == expected
-    assert len(database.run(names)) == 1200
-
-
-def test_values_too_long_for_a_column_are_refused_even_where_the_server_would_cut_them(mysql_url: str) -> None:
-    lax = {"connect_args": {"init_command": "SET SESSION sql_mode = ''"}}
-    database = Database(mysql_url, tables=TABLES, engine_options=lax)
-    with pytest.raises(StorageError, match="too long"):
-        database.run(add(b"x" * 200), write=True)
-    database.close()
-
-
-def test_text_statement_errors_hide_what_was_bound(database: Database) -> None:
-    def work(connection: Connection) -> None:
-        connection.execute(text("INSERT INTO agentmem_nowhere VALUES (:x)"), {"x": "a secret"})
-
-    with pytest.raises(StorageError) as error:
-        database.run(work, write=True)
-    assert "a secret" not in f"{error.value} {error.value.__cause__}"
+    with SQLAlchemySaver.from_url(server_url) as saver:
+        put(saver, config(), {"x": 1})
+        holder = create_engine(server_url, poolclass=NullPool)
+        with holder.begin() as connection:
+            connection.exec_driver_sql("SELECT * FROM agentmem_threads FOR UPDATE").all()
+            impatient = before_each_statement(lambda _, cursor, __: cursor.execute(set_timeout))
+            with impatient, pytest.raises(StorageError, match="lock_timeout"):
+                saver.delete_thread("t")
+        saver.delete_thread("t")
+        assert list(saver.list(None)) == []

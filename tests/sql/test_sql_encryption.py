@@ -5,7 +5,6 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +17,10 @@ from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.list_tree import VALUE
 from agentmem_sql.protection import Protection
-from tests.helpers.sql_cases import checkpoint, config, finish, memory, put, start_child
-from tests.helpers.sql_graphs import chat_graph, say
-from tests.helpers.sql_protection import (
-    HMAC_KEY,
-    NEWEST,
-    PROTECTION,
-    Change,
-    Filled,
-    aes,
-    fill,
-    forge,
-    make_filled,
-    of,
-    update,
-)
-from tests.helpers.sql_values import read, spelled
+from tests.helpers.sql_cases import checkpoint, config, finish, get, put, read, start_child
+from tests.helpers.sql_protection import PROTECTION, aes, fill
 
 Sql = Callable[..., list[Any]]
-
-
-@pytest.fixture(scope="module")
-def filled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Filled]:
-    """A database with some of everything, by how it is protected."""
-    return cache(lambda protection: make_filled(tmp_path_factory.mktemp("filled") / "threads.db", protection))
-
 
 MARKERS = [b"hush-%d" % number for number in range(8)]
 
@@ -76,8 +54,7 @@ def test_an_encrypting_serializer_leaves_no_plain_value(url: str, path: Path, pr
     path = path.with_name("encrypted.db")
     with SQLAlchemySaver.from_url(f"sqlite:///{path}", **PROTECTION[protection]) as saver:
         at = fill_with_secrets(saver)
-        found = saver.get_tuple(at)
-        assert found is not None
+        found = get(saver, at)
         saver.copy_thread("t", "copy")
         saver.prune(["t"])
         assert [marker for marker in [*MARKERS, b"additional_kwargs", b"owner"] if marker in stored_text(path)] == []
@@ -121,60 +98,6 @@ def test_encryption_shares_content_as_without(tmp_path: Path) -> None:
         assert encrypted[3] <= plain[3] + 40 * plain[2]
 
 
-PLANTED: dict[str, Change] = {
-    "content": update("blobs", of("t"), body=b"\0msgpack\0\x01"),
-    "metadata": update("checkpoints", NEWEST, metadata=b"\0msgpack\0\x80"),
-    "a checkpoint": update("checkpoints", NEWEST, body=b"\0msgpack\0\x80"),
-    "an empty body": update("blobs", of("t"), body=b""),
-    "a body with a made-up mark": update("blobs", of("t"), body=b"\7msgpack"),
-    "a body of another cipher": update("blobs", of("t"), body=b"\1rot13\0msgpack"),
-    "a forged checkpoint": lambda connection: forge(connection, Protection(JsonPlusSerializer(), None)),
-}
-
-
-@pytest.mark.parametrize("what", PLANTED)
-def test_unencrypted_rows_in_an_encrypted_database_are_refused(filled: Any, what: str) -> None:
-    """LangGraph's own serializer takes them."""
-    after = filled("encrypted").after(PLANTED[what])
-    assert isinstance(after["newest"], StorageError)
-    assert isinstance(after["list"], StorageError)
-    assert spelled(after["newest of other"]) == spelled(filled("encrypted").answers["newest of other"])
-
-
-def test_a_secret_that_someone_planted_is_refused(filled: Any) -> None:
-    """Who knows the key of the digests could make everything else to fit it, unencrypted."""
-    known = Protection(JsonPlusSerializer(), b"the attacker knows this secret..")
-
-    def plant(connection: sqlite3.Connection) -> None:
-        update("settings", "name = CAST('secret' AS BLOB)", value=b"\0the attacker knows this secret..")(connection)
-        update("settings", "name = CAST('check' AS BLOB)", value=known.row_mac([b"agentmem"]))(connection)
-        forge(connection, known, alone=True)
-
-    after = filled("encrypted").after(plant)
-    assert all(isinstance(answer, StorageError) for answer in after.values())
-
-
-async def test_encryption_in_a_graph_sync_and_async(url: str, path: Path) -> None:
-    async with SQLAlchemySaver.from_url(url, serde=aes(), hmac_key=HMAC_KEY) as saver:
-        graph = chat_graph(saver)
-        graph.invoke(say("hush, a question"), config())
-        await graph.ainvoke(say("hush, another"), config())
-        await saver.acopy_thread("t", "copy")
-        await saver.aprune(["t"])
-        for thread in ("t", "copy"):
-            state = await graph.aget_state(config(thread))
-            assert [one.content for one in state.values["messages"][::2]] == [
-                "hush, a question",
-                "hush, another",
-            ]
-            assert state.values["memory"] == memory(2)
-        history = [one async for one in graph.aget_state_history(config("copy"))]
-        assert len(history) == 6
-    with SQLAlchemySaver.from_url(url, serde=aes(), hmac_key=HMAC_KEY) as another:
-        assert len(chat_graph(another).invoke(say("three"), config())["messages"]) == 6
-    assert b"hush" not in stored_text(path)
-
-
 def test_a_database_is_encrypted_on_every_server(database_url: str, look: Sql) -> None:
     with SQLAlchemySaver.from_url(database_url, serde=aes()) as saver:
         at = fill_with_secrets(saver)
@@ -197,9 +120,9 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated, Any
 from agentmem_sql import SQLAlchemySaver
-from langchain_core.messages import AIMessage, AIMessageChunk, AnyMessage
+from langchain_core.messages import AIMessage, AnyMessage
 from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
-from langgraph.graph import END, START, StateGraph
+from langgraph.graph import START, StateGraph
 from langgraph.graph.message import add_messages
 from pydantic import BaseModel
 
@@ -223,11 +146,7 @@ def node(state):
     return {"messages": [answer], "notes": notes, "inner": Inner(count=state.inner.count + 1)}
 
 def graph(saver):
-    builder = StateGraph(State)
-    builder.add_node("node", node)
-    builder.add_edge(START, "node")
-    builder.add_edge("node", END)
-    return builder.compile(checkpointer=saver)
+    return StateGraph(State).add_node(node).add_edge(START, "node").compile(checkpointer=saver)
 
 at = {"configurable": {"thread_id": "t"}}
 encrypted = {"serde": EncryptedSerializer.from_pycryptodome_aes(key=bytes(16))}

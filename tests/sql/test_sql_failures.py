@@ -16,24 +16,23 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
 from langchain_core.messages import HumanMessage
+from langgraph.checkpoint.serde.types import INTERRUPT
 from sqlalchemy import create_engine, event, make_url
 
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
-from tests.helpers.sql_cases import config, put
+from tests.helpers.sql_cases import config, put, read
 from tests.helpers.sql_chains import unaccounted
-from tests.helpers.sql_fault_child import INTERRUPT, INTERRUPTS, Async, Sync, pending, question, values
-from tests.helpers.sql_processes import Template, template
+from tests.helpers.sql_processes import INTERRUPTS, Process, pending, question, values
 
 Sql = Callable[..., list[Any]]
-NewUrl = Callable[[str], str]
 Obstacle = Callable[[], AbstractContextManager[None]]
 
 TABLES = ("settings", "threads", "blobs", "checkpoints", "writes")
@@ -45,70 +44,71 @@ def everything(ask: Sql) -> list[Any]:
 
 
 def refuses_and_goes_on(
-    saver: Sync, ask: Sql, obstacle: Obstacle, message: str, *, only: tuple[str, ...] | None = None
+    saver: SQLAlchemySaver,
+    ask: Sql,
+    obstacle: Obstacle,
+    message: str,
+    *,
+    only: tuple[str, ...] | None = None,
+    own_engine: bool = False,
 ) -> None:
-    """Meet an obstacle with every call that writes, or ``only`` some; then go on without it."""
-    at = saver.put(saver.put(config(), 0), 1)
-    saver.call("put_writes", at, pending(1), "task")
-    saver.call("put_writes", at, [(INTERRUPT, question(1, 0))], "asking")
+    """Meet an obstacle with every call that writes, or `only` some; then go on without it."""
+    at = put(saver, put(saver, config(), values(0)), values(1))
+    saver.put_writes(at, pending(1), "task")
+    saver.put_writes(at, [(INTERRUPT, question(1, 0))], "asking")
     calls: dict[str, Callable[[], Any]] = {
-        "put": lambda: saver.put(at, 39),
-        "put in a new thread": lambda: saver.put(config("new"), 39),
-        "put_writes": lambda: saver.call("put_writes", at, pending(2), "another task"),
-        "replacing": lambda: saver.call("put_writes", at, [(INTERRUPT, question(1, 1))], "asking"),
-        "prune": lambda: saver.call("prune", ["t"]),
-        "copy_thread": lambda: saver.call("copy_thread", "t", "copy"),
-        "delete_thread": lambda: saver.call("delete_thread", "t"),
+        "put": lambda: put(saver, at, values(39)),
+        "put in a new thread": lambda: put(saver, config("new"), values(39)),
+        "put_writes": lambda: saver.put_writes(at, pending(2), "another task"),
+        "replacing": lambda: saver.put_writes(at, [(INTERRUPT, question(1, 1))], "asking"),
+        "prune": lambda: saver.prune(["t"]),
+        "copy_thread": lambda: saver.copy_thread("t", "copy"),
+        "delete_thread": lambda: saver.delete_thread("t"),
     }
     before = everything(ask)
     with obstacle():
         for name, call in calls.items():
             if only is None or name in only:
-                with pytest.raises(StorageError, match=message):
+                with pytest.raises(StorageError, match=message) as error:
                     call()
+                assert "of the thread" not in str(error.value), "what was to be stored"
+                assert own_engine or "of the thread" not in str(error.value.__cause__)
         assert everything(ask) == before
-        found = saver.call("get_tuple", at)
-        assert found.checkpoint["channel_values"] == values(1)
+        assert read(saver, at) == values(1)
     for call in calls.values():
         call()
     assert ask("SELECT name FROM agentmem_threads ORDER BY number") == [(b"new",), (b"copy",)]
     assert unaccounted(ask) == (set(), set())
 
 
-# SQLite.
+@contextmanager
+def switched(setting: dict[str, str], to: str) -> Iterator[None]:
+    """What listeners set on every connection is another for a while."""
+    usual, setting["now"] = setting["now"], to
+    yield
+    setting["now"] = usual
 
 
-@pytest.mark.parametrize("journal", ["wal", "delete"])
 @pytest.mark.parametrize(
-    ("pragma", "usual", "message", "only"),
+    ("journal", "pragma", "usual", "message", "only"),
     [
-        ("max_page_count = 1", "max_page_count = 1073741823", "free some space", ("put", "put in a new thread")),
-        ("query_only = 1", "query_only = 0", "make the file and its folder writable", None),
+        ("wal", "max_page_count = 1", "max_page_count = 1073741823", "free some space", ("put", "put in a new thread")),
+        ("delete", "query_only = 1", "query_only = 0", "make the file and its folder writable", None),
     ],
     ids=["full", "read-only"],
 )
 def test_a_file_that_is_full_or_read_only(
     path: Path, sql: Sql, journal: str, pragma: str, usual: str, message: str, only: tuple[str, ...] | None
 ) -> None:
-    engine = create_engine(f"sqlite:///{path}")
-    now = usual
+    engine, setting = create_engine(f"sqlite:///{path}"), {"now": usual}
     event.listen(engine, "connect", lambda driver, _: driver.execute(f"PRAGMA journal_mode = {journal}"))
-    event.listen(engine, "checkout", lambda driver, *_: driver.execute(f"PRAGMA {now}"))
-
-    @contextmanager
-    def obstacle() -> Iterator[None]:
-        nonlocal now
-        now = pragma
-        yield
-        now = usual
-
+    event.listen(engine, "checkout", lambda driver, *_: driver.execute(f"PRAGMA {setting['now']}"))
     with SQLAlchemySaver(engine) as saver:
-        refuses_and_goes_on(Sync(saver), sql, obstacle, message, only=only)
+        refuses_and_goes_on(saver, sql, lambda: switched(setting, pragma), message, only=only, own_engine=True)
     engine.dispose()
 
 
-@pytest.mark.parametrize("mode", [Sync, Async])
-def test_a_disk_that_fails(url: str, path: Path, sql: Sql, mode: type[Sync]) -> None:
+def test_a_disk_that_fails(saver: SQLAlchemySaver, path: Path, sql: Sql) -> None:
     """The operating system lets no file grow: what is written to the log is cut off in the middle."""
 
     @contextmanager
@@ -120,22 +120,15 @@ def test_a_disk_that_fails(url: str, path: Path, sql: Sql, mode: type[Sync]) -> 
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    with SQLAlchemySaver.from_url(url) as opened:
-        saver = mode(opened)
-        refuses_and_goes_on(saver, sql, obstacle, "disk or file system failed")
-        saver.close()
+    refuses_and_goes_on(saver, sql, obstacle, "disk or file system failed")
 
 
-# Servers.
-
-
-@pytest.mark.parametrize("mode", [Sync, Async])
-def test_a_postgresql_that_becomes_read_only(postgresql_url: str, look: Sql, mode: type[Sync]) -> None:
+def test_a_postgresql_that_becomes_read_only(postgresql_url: str, look: Sql) -> None:
     """As a primary server does that is demoted: it ends all connections, and new ones take no writes."""
-    setting = f"ALTER DATABASE {make_url(postgresql_url).database} SET default_transaction_read_only ="
+    name = make_url(postgresql_url).database
 
-    def switch(to: str) -> None:
-        look(postgresql_url, f"SET transaction_read_only = off; {setting} {to}")
+    def switch(setting: str) -> None:
+        look(postgresql_url, f"SET transaction_read_only = off; ALTER DATABASE {name} {setting}")
         look(
             postgresql_url,
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
@@ -144,54 +137,47 @@ def test_a_postgresql_that_becomes_read_only(postgresql_url: str, look: Sql, mod
 
     @contextmanager
     def obstacle() -> Iterator[None]:
-        switch("on")
-        yield
-        switch("off")
+        switch("SET default_transaction_read_only = on")
+        try:
+            yield
+        finally:
+            switch("RESET default_transaction_read_only")
 
-    with SQLAlchemySaver.from_url(postgresql_url) as opened:
-        saver = mode(opened)
+    with SQLAlchemySaver.from_url(postgresql_url) as saver:
         refuses_and_goes_on(saver, partial(look, postgresql_url), obstacle, "connect to the primary server")
-        saver.close()
 
 
 def test_a_mysql_that_becomes_read_only(mysql_url: str, look: Sql) -> None:
-    engine = create_engine(mysql_url)
-    now = "READ WRITE"
+    engine, setting = create_engine(mysql_url), {"now": "READ WRITE"}
 
     def set_mode(driver: Any, *_: object) -> None:
         with driver.cursor() as cursor:
-            cursor.execute(f"SET SESSION TRANSACTION {now}")
+            cursor.execute(f"SET SESSION TRANSACTION {setting['now']}")
 
     event.listen(engine, "checkout", set_mode)
-
-    @contextmanager
-    def obstacle() -> Iterator[None]:
-        nonlocal now
-        now = "READ ONLY"
-        yield
-        now = "READ WRITE"
-
     with SQLAlchemySaver(engine) as saver:
-        refuses_and_goes_on(Sync(saver), partial(look, mysql_url), obstacle, "connect to the primary server")
+        read_only = partial(switched, setting, "READ ONLY")
+        refuses_and_goes_on(
+            saver, partial(look, mysql_url), read_only, "connect to the primary server", own_engine=True
+        )
     engine.dispose()
 
 
-@pytest.mark.parametrize("mode", [Sync, Async])
-@pytest.mark.parametrize("backend", ["postgresql", "mysql"])
-def test_a_right_that_is_taken_away(new_url: NewUrl, look: Sql, backend: str, mode: type[Sync]) -> None:
+def test_a_right_that_is_taken_away(server_url: str, look: Sql) -> None:
     """The content is stored before the checkpoint that needs it, and goes again when that is refused."""
-    url = make_url(new_url(backend))
+    url = make_url(server_url)
     with SQLAlchemySaver.from_url(url) as owner:
         owner.setup()
+    is_mysql = url.get_backend_name() == "mysql"
     user = f"u{(url.database or '')[-16:]}"
-    who = f"'{user}'@'%'" if backend == "mysql" else user
+    who = f"'{user}'@'%'" if is_mysql else user
+    rights = "SELECT, INSERT, UPDATE, DELETE"
     with ExitStack() as after:
         look(url, f"CREATE USER {who}")
         after.callback(look, url, f"DROP USER {who}")
-        if backend == "postgresql":
+        if not is_mysql:
             after.callback(look, url, f"DROP OWNED BY {who}")
             look(url, f"GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO {who}")
-        rights = "SELECT, INSERT, UPDATE, DELETE"
         for table in (*TABLES, "schema_versions"):
             look(url, f"GRANT {rights} ON agentmem_{table} TO {who}")
 
@@ -203,10 +189,8 @@ def test_a_right_that_is_taken_away(new_url: NewUrl, look: Sql, backend: str, mo
             for table in ("checkpoints", "writes", "threads"):
                 look(url, f"GRANT {rights} ON agentmem_{table} TO {who}")
 
-        with SQLAlchemySaver.from_url(url.set(username=user)) as opened:
-            saver = mode(opened)
+        with SQLAlchemySaver.from_url(url.set(username=user)) as saver:
             refuses_and_goes_on(saver, partial(look, url), obstacle, "grant CREATE on the schema")
-            saver.close()
 
 
 # Damaged files.
@@ -294,20 +278,6 @@ def test_a_damaged_log_costs_no_more_than_what_follows(url: str, path: Path, tmp
     saver.close()
 
 
-SESSIONS = {
-    "postgresql": """
-        SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()
-    """,
-    "mysql": "SELECT count(*) FROM information_schema.processlist WHERE db = database() AND id <> connection_id()",
-}
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Template]:
-    with template(tmp_path_factory.mktemp("reports")) as started:
-        yield started
-
-
 @dataclass
 class Known:
     """What must be in a checkpoint that was acknowledged."""
@@ -360,32 +330,24 @@ class Ledger:
             known.interrupt = asked[0]["number"] if asked else -1
 
 
-def wait_for_sessions_to_end(look: Sql, url: str) -> None:
-    """A server may finish the statement that a process sent before it was killed."""
-    backend = make_url(url).get_backend_name()
-    ends = time.monotonic() + 10
-    while backend in SESSIONS and look(url, SESSIONS[backend]) != [(0,)]:
-        assert time.monotonic() < ends
-        time.sleep(0.002)
-
-
-def kill_writers(url: str, look: Sql, processes: Template, rounds: int) -> None:
+def kill_writers(url: str, look: Sql, start: Callable[..., Process], sessions: Callable[..., int], rounds: int) -> None:
     """Kill writer after writer, each of which goes on where the one before it was killed; look after each."""
     chance = random.Random(rounds)
     ledger = Ledger()
     for number in range(rounds):
-        mode = "async" if chance.random() < 0.5 else "sync"
         if number % 3 == 2:
-            writer = processes.start("grow", url, mode, chance.randint(1, 150))
+            writer = start("grow", url, chance.randint(1, 150))
         else:
-            writer = processes.start("grow", url, mode)
+            writer = start("grow", url)
             if number % 3:
                 writer.until_it_says(1)
             time.sleep(chance.uniform(0, 0.1))
             writer.kill()
         assert writer.wait() == -signal.SIGKILL
         ledger.read(writer.said())
-        wait_for_sessions_to_end(look, url)
+        ends = time.monotonic() + 10  # a server may finish the statement that a process sent before it was killed
+        while not url.startswith("sqlite") and sessions(url):
+            assert time.monotonic() < ends
         with SQLAlchemySaver.from_url(url) as saver:
             ledger.check(saver)
         assert unaccounted(partial(look, url)) == (set(), set())
@@ -394,18 +356,15 @@ def kill_writers(url: str, look: Sql, processes: Template, rounds: int) -> None:
     assert max(one.step for one in ledger.known.values()) > rounds
 
 
-def test_killed_writers_lose_nothing_that_was_acknowledged(database_url: str, look: Sql, processes: Template) -> None:
-    kill_writers(database_url, look, processes, 10 if database_url.startswith("sqlite") else 6)
+@pytest.mark.parametrize("more", [1, pytest.param(15, marks=pytest.mark.slow)])
+def test_killed_writers_lose_nothing_that_was_acknowledged(
+    database_url: str, look: Sql, processes: Callable[..., Process], sessions: Callable[..., int], more: int
+) -> None:
+    kill_writers(database_url, look, processes, sessions, more * (10 if database_url.startswith("sqlite") else 6))
 
 
-@pytest.mark.slow
-def test_writers_killed_two_hundred_times(database_url: str, look: Sql, processes: Template) -> None:
-    kill_writers(database_url, look, processes, 200 if database_url.startswith("sqlite") else 60)
-
-
-POINTS = 45
 # SQLAlchemy's pool may lose a connection when it is interrupted in the middle of giving it out.
-POINTS_OF_A_SAVER = 15
+POINTS_OF_A_SAVER = 12
 
 
 def interrupted(call: Callable[[], Any], at: int = -1) -> tuple[bool, int]:
@@ -436,41 +395,37 @@ def messages(number: int) -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("method", ["put", "get_tuple", "prune"])
-def test_an_interruption_anywhere(database_url: str, ask: Callable[..., list[Any]], method: str) -> None:
-    fresh, newest = 0, 0
-    while fresh * POINTS_OF_A_SAVER < POINTS:
+@pytest.mark.parametrize("savers", [1, pytest.param(12, marks=pytest.mark.slow)])
+def test_an_interruption_anywhere(database_url: str, ask: Sql, savers: int) -> None:
+    """Whatever it was, the next call finds the database free, from elsewhere too, and what is there whole."""
+    for method, first in product(("put", "get_tuple", "prune"), range(savers)):
         with SQLAlchemySaver.from_url(database_url) as saver, SQLAlchemySaver.from_url(database_url) as other:
             put(saver, config(), messages(0))
-            at = put(saver, config(), messages(0))
+            at, newest = put(saver, config(), messages(0)), 0
             calls: dict[str, Callable[[], Any]] = {
                 "put": lambda: put(saver, config(), messages(newest + 1)),  # noqa: B023
                 "get_tuple": lambda: saver.get_tuple(at),  # noqa: B023
                 "prune": lambda: saver.prune(["t"]),
             }
             _, points = interrupted(calls[method])
-            newest = 1 if method == "put" else 0
-            for point in range(1 + fresh, points, points // POINTS_OF_A_SAVER):
+            newest += method == "put"
+            for point in range(1 + first, points, points // POINTS_OF_A_SAVER):
                 came, _ = interrupted(calls[method], point)
-                # Whatever it was, the next call finds the database free, from elsewhere too, and what is there whole.
-                number = newest + 1
-                put(other, config(), messages(number))
-                newest = number
-                found = saver.get_tuple(config())
-                assert found is not None
-                assert found.checkpoint["channel_values"] == messages(number), (came, point)
+                newest += 1
+                put(other, config(), messages(newest))
+                assert read(saver, config()) == messages(newest), (method, came, point)
                 saver.copy_thread("t", "copy")
                 saver.delete_thread("copy")
             for one in saver.list(config()):  # reads and compares every stored value
                 assert len(one.checkpoint["channel_values"]["messages"]) == 3
             saver.delete_thread("t")
-            assert [ask(f"SELECT count(*) FROM agentmem_{name}")[0][0] for name in ("checkpoints", "blobs")] == [0, 0]
-        fresh += 1
+            assert [ask(f"SELECT count(*) FROM agentmem_{name}") for name in ("checkpoints", "blobs")] == [[(0,)]] * 2
 
 
 def test_an_interrupted_commit_is_an_interruption(database_url: str) -> None:
     def profile(frame: FrameType, event: str, _arg: object) -> None:
-        if event == "call" and frame.f_code.co_name in ("_do_commit", "_commit"):
+        commits = frame.f_code.co_name == "_do_commit" or frame.f_locals.get("statement") == "COMMIT"
+        if event == "call" and commits:
             raise KeyboardInterrupt
 
     with SQLAlchemySaver.from_url(database_url) as saver:
@@ -482,8 +437,6 @@ def test_an_interrupted_commit_is_an_interruption(database_url: str) -> None:
                 saver.delete_thread("t")
         finally:
             sys.setprofile(before)
-        found = saver.get_tuple(config())
-        assert found is not None
-        assert found.checkpoint["channel_values"] == messages(0)
+        assert read(saver, config()) == messages(0)
         saver.delete_thread("t")
         assert saver.get_tuple(config()) is None

@@ -1,45 +1,33 @@
-"""Real LangGraph graphs on the saver: every durability, restart, fork, interrupt, subgraph."""
+"""Real LangGraph graphs on the saver: every durability, a restart, forks, interrupts in a subgraph."""
 
 from __future__ import annotations
 
 from typing import Any, TypedDict
 
 import pytest
-from langgraph.graph import END, START, StateGraph
+from langgraph.graph import START, StateGraph
 from langgraph.types import Command, interrupt
 
 from agentmem_sql import SQLAlchemySaver
-from tests.helpers.sql_cases import config, finish, memory, start_child
+from tests.helpers.sql_cases import config, memory
 from tests.helpers.sql_graphs import chat_graph, say
 
 
 @pytest.mark.parametrize("durability", ["sync", "async", "exit"])
-def test_graph_keeps_its_thread(saver: SQLAlchemySaver, durability: Any) -> None:
-    graph = chat_graph(saver)
-    for number in (1, 2, 3):
-        state = graph.invoke(say(f"turn {number}"), config(), durability=durability)
-        assert state["messages"][-1].content == f"answer {number}"
-    assert graph.get_state(config()).values["memory"] == memory(3)
-    assert len(list(saver.list(config()))) == (3 if durability == "exit" else 9)
-
-
-@pytest.mark.parametrize("durability", ["sync", "async", "exit"])
-async def test_graph_keeps_its_thread_in_asyncio(url: str, durability: Any) -> None:
-    async with SQLAlchemySaver.from_url(url) as saver:
-        graph = chat_graph(saver)
-        for number in (1, 2, 3):
-            state = await graph.ainvoke(say(f"turn {number}"), config(), durability=durability)
+async def test_a_graph_keeps_its_thread(url: str, durability: Any) -> None:
+    """By both its modes in turn, and in a saver that knows nothing yet."""
+    for number in (1, 2, 3, 4):
+        async with SQLAlchemySaver.from_url(url) as saver:
+            graph = chat_graph(saver)
+            turn = say(f"turn {number}"), config()
+            if number % 2:
+                state = graph.invoke(*turn, durability=durability)
+            else:
+                state = await graph.ainvoke(*turn, durability=durability)
             assert state["messages"][-1].content == f"answer {number}"
-        assert (await graph.aget_state(config())).values["memory"] == memory(3)
-        history = [one async for one in graph.aget_state_history(config())]
-        assert len(history) == (3 if durability == "exit" else 9)
-
-
-def test_a_new_process_goes_on_with_the_thread(saver: SQLAlchemySaver, url: str) -> None:
-    graph = chat_graph(saver)
-    graph.invoke(say("one"), config())
-    assert finish(start_child("turn", url, "t")) == "answer 2 2"
-    assert graph.invoke(say("three"), config())["messages"][-1].content == "answer 3"
+            assert (await graph.aget_state(config())).values == graph.get_state(config()).values == state
+            assert state["memory"] == memory(number)
+            assert len(list(saver.list(config()))) == (number if durability == "exit" else 3 * number)
 
 
 def test_time_travel_and_fork(saver: SQLAlchemySaver) -> None:
@@ -69,15 +57,8 @@ def asking_graph(saver: SQLAlchemySaver) -> Any:
     def ask(state: Asked) -> dict[str, Any]:
         return {"answers": [interrupt("first?"), interrupt("second?")]}
 
-    inner = StateGraph(Asked)
-    inner.add_node("ask", ask)
-    inner.add_edge(START, "ask")
-    inner.add_edge("ask", END)
-    outer = StateGraph(Asked)
-    outer.add_node("sub", inner.compile())
-    outer.add_edge(START, "sub")
-    outer.add_edge("sub", END)
-    return outer.compile(checkpointer=saver)
+    inner = StateGraph(Asked).add_node(ask).add_edge(START, "ask").compile()
+    return StateGraph(Asked).add_node("sub", inner).add_edge(START, "sub").compile(checkpointer=saver)
 
 
 def test_interrupts_in_a_subgraph_resume(saver: SQLAlchemySaver, url: str) -> None:
@@ -87,7 +68,5 @@ def test_interrupts_in_a_subgraph_resume(saver: SQLAlchemySaver, url: str) -> No
         graph = asking_graph(other)
         assert graph.invoke(Command(resume="a"), config())["__interrupt__"][0].value == "second?"
         assert graph.invoke(Command(resume="b"), config()) == {"answers": ["a", "b"]}
-        namespaces = {
-            one.config["configurable"]["checkpoint_ns"] for one in other.list({"configurable": {"thread_id": "t"}})
-        }
-        assert len(namespaces) == 2
+        listed = other.list({"configurable": {"thread_id": "t"}})
+        assert len({one.config["configurable"]["checkpoint_ns"] for one in listed}) == 2

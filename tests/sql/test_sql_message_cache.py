@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
@@ -27,22 +26,19 @@ from langchain_core.messages import (
     ToolMessage,
     messages_to_dict,
 )
-from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 
 from agentmem_sql import SQLAlchemySaver
-from tests.helpers.sql_cases import config, put
+from tests.helpers.sql_cases import config, get, put, read
 from tests.helpers.sql_values import (
     AT,
-    CALL,
     NUMBER,
     USAGE,
     Counting,
     messages,
     places,
     plain,
-    read,
     reply,
     serialised,
     spelled,
@@ -95,7 +91,8 @@ def test_only_what_is_new_in_a_long_thread_is_serialised(url: str) -> None:
     with SQLAlchemySaver.from_url(url, serde=serde) as saver:
         at = put(saver, config(), {"messages": said})
         serde.dumped = 0
-        at = put(saver, at, {"messages": [*said, reply(id="new")]})
+        at = put(saver, at, {"messages": [*copy.deepcopy(said), reply(id="new")]})  # equal, whatever objects they are
+        saver.put_writes(at, [("messages", copy.deepcopy(said[3:5]))], "task")
         assert serde.dumped <= 3  # the new message, the checkpoint, its metadata
 
         got = stored(saver, at)
@@ -111,17 +108,6 @@ def test_only_what_is_new_in_a_long_thread_is_serialised(url: str) -> None:
         serde.dumped = 0
         put(another, at, {"messages": [*said, reply(id="newest")]})
         assert serde.dumped <= 3
-
-
-def test_messages_that_come_back_equal_are_recognised_whatever_objects_they_are(url: str) -> None:
-    serde = Counting()
-    with SQLAlchemySaver.from_url(url, serde=serde) as saver:
-        at = put(saver, config(), {"messages": thread(40)})
-        serde.dumped = 0
-        at = put(saver, at, {"messages": copy.deepcopy(thread(40))})
-        assert serde.dumped == 2
-        saver.put_writes(at, [("messages", thread(40)[3:5])], "task")
-        assert serde.dumped == 2
 
 
 class Colour(StrEnum):
@@ -187,32 +173,23 @@ def _drop_a_call(message: AIMessage) -> None:
 
 CHANGES: dict[str, Callable[[Any], None]] = {
     "content": _set(content="hello!"),
-    "content to blocks": _set(content=[{"type": "text", "text": "hello"}]),
-    "content to nothing": _set(content=""),
     "content to a member": _set(content=Colour.HELLO),
     "content to a subclass": _set(content=Text("hello")),
     "id": _set(id="m2"),
-    "id to none": _set(id=None),
     "name": _set(name=""),
     "extra field": _set(note="x"),
     "extra field that is nothing": _set(note=None),
     "usage to none": _set(usage_metadata=None),
     "usage 1 to True": _within("usage_metadata", "input_tokens", to=True),
     "usage 1 to 1.0": _within("usage_metadata", "input_tokens", to=1.0),
-    "usage 1 to a member": _within("usage_metadata", "input_tokens", to=One.ONE),
-    "usage 0 to False": _within("usage_metadata", "input_token_details", "cache_read", to=False),
     "usage 0 to -0.0": _within("usage_metadata", "output_tokens", to=-0.0),
     "score 0.0 to -0.0": _within("additional_kwargs", "reasoning", "score", to=-0.0),
     "score 0.0 to 0": _within("additional_kwargs", "reasoning", "score", to=0),
     "score 0.0 to nan": _within("additional_kwargs", "reasoning", "score", to=float("nan")),
     "True to 1": _within("additional_kwargs", "ok", to=1),
-    "deep in a list": _within("additional_kwargs", "reasoning", "steps", 1, to="c"),
     "list to tuple": _within("additional_kwargs", "reasoning", "steps", to=("a", "b")),
-    "list to text": _within("additional_kwargs", "reasoning", "steps", to="ab"),
     "dictionary to a subclass": _set(response_metadata=Pairs(reply().response_metadata)),
-    "dictionary to ordered": _set(response_metadata=OrderedDict(reply().response_metadata)),
     "value to a member": _within("response_metadata", "finish_reason", to=Colour.STOP),
-    "value to bytes": _within("response_metadata", "finish_reason", to=b"stop"),
     "text to a time": _within("response_metadata", "at", to=AT),
     "text to a uuid": _within("response_metadata", "uuid", to=NUMBER),
     "dictionary to a dataclass": _within("additional_kwargs", "reasoning", to=Reasoning(["a", "b"], 0.0)),
@@ -220,10 +197,8 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "key": _rename_key,
     "order of keys": _reorder,
     "call argument 1 to True": _within("tool_calls", 0, "args", "a", to=True),
-    "call argument 1.0 to 1": _within("tool_calls", 0, "args", "b", 0, to=1),
     "call id": _within("tool_calls", 0, "id", to="c2"),
     "calls gone": _drop_a_call,
-    "calls to none": _set(tool_calls=None),
     "invalid call": _set(invalid_tool_calls=[{"name": "x", "args": "{", "id": None, "error": "bad"}]),
 }
 # Of a message that holds nothing but text.
@@ -232,9 +207,7 @@ SIMPLE: dict[str, Callable[[Any], None]] = {
     "text in a dictionary": _within("additional_kwargs", "a", to="b"),
     "an empty list for an empty dictionary": _set(additional_kwargs=[]),
     "nothing for an empty dictionary": _set(response_metadata=None),
-    "an empty dictionary of another class": _set(response_metadata=Pairs()),
     "usage": _set(usage_metadata=dict(USAGE)),
-    "calls": _set(tool_calls=[CALL]),
     "calls as a tuple": _set(tool_calls=()),
     "type": _set(type="human"),
 }
@@ -247,12 +220,20 @@ def among(count: int, message: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("others", [0, 40])
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_message_changed_in_place_is_stored_anew(memory_saver: SQLAlchemySaver, name: str, others: int) -> None:
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [
+        *(pytest.param(reply, change, id=name) for name, change in CHANGES.items()),
+        *(pytest.param(simple, change, id=f"simple {name}") for name, change in SIMPLE.items()),
+    ],
+)
+def test_a_message_changed_in_place_is_stored_anew(
+    memory_saver: SQLAlchemySaver, make: Callable[[], AIMessage], change: Callable[[Any], None], others: int
+) -> None:
     """The object that was stored, the one that was read, and either after a change that is taken back."""
-    change = CHANGES[name]
-    at = put(memory_saver, config(f"{name} {others}"), {"messages": among(others, reply())})
-    own, before = reply(), spelled(stored(memory_saver, at))
+    memory_saver.delete_thread("changed")
+    at = put(memory_saver, config("changed"), {"messages": among(others, make())})
+    own, before = make(), spelled(stored(memory_saver, at))
     at = put(memory_saver, at, {"messages": among(others, own)})
     got = stored(memory_saver, at)[others // 2]
     for message in (own, got):
@@ -262,36 +243,18 @@ def test_a_message_changed_in_place_is_stored_anew(memory_saver: SQLAlchemySaver
         assert spelled(stored(memory_saver, changed)) == spelled(serialised(said))
         assert spelled(stored(memory_saver, changed)) == spelled(serialised(said))
         assert spelled(stored(memory_saver, at)) == before
-        back = put(memory_saver, changed, {"messages": among(others, reply())})
+        back = put(memory_saver, changed, {"messages": among(others, make())})
         assert spelled(stored(memory_saver, back)) == before
 
 
-@pytest.mark.parametrize("others", [0, 40])
-@pytest.mark.parametrize("name", SIMPLE)
-def test_a_message_of_text_alone_that_is_changed_is_stored_anew(
-    memory_saver: SQLAlchemySaver, name: str, others: int
-) -> None:
-    own = simple()
-    before = spelled(serialised(among(others, own)))
-    at = put(memory_saver, config(f"simple {name} {others}"), {"messages": among(others, own)})
-    got = stored(memory_saver, at)[others // 2]
-    for message in (own, got):
-        SIMPLE[name](message)
-        said = among(others, message)
-        changed = put(memory_saver, at, {"messages": said})
-        assert spelled(stored(memory_saver, changed)) == spelled(serialised(said))
-        assert spelled(stored(memory_saver, at)) == before
+def test_a_message_that_becomes_something_that_cannot_be_compared(memory_saver: SQLAlchemySaver) -> None:
+    def said(artifact: Any) -> list[Any]:
+        return among(40, ToolMessage("x", id="t", tool_call_id="c", artifact=artifact))
 
-
-@pytest.mark.parametrize("others", [0, 40])
-def test_a_message_that_becomes_something_that_cannot_be_compared(memory_saver: SQLAlchemySaver, others: int) -> None:
-    def found(artifact: Any) -> ToolMessage:
-        return ToolMessage("x", id="t", tool_call_id="c", artifact=artifact)
-
-    at = put(memory_saver, config(f"array {others}"), {"messages": among(others, found(None))})
+    at = put(memory_saver, config("array"), {"messages": said(None)})
     for _ in range(2):
-        at = put(memory_saver, at, {"messages": among(others, found(np.arange(3)))})
-        assert stored(memory_saver, at)[others // 2].artifact.tolist() == [0, 1, 2]
+        at = put(memory_saver, at, {"messages": said(np.arange(3))})
+        assert stored(memory_saver, at)[20].artifact.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("kept", [slice(0, 30), slice(0, 17), slice(5, 60), slice(0, 1), slice(None, None, -1)])
@@ -418,15 +381,12 @@ def test_messages_that_are_not_recalled_are_stored_all_the_same(url: str, messag
             message.additional_kwargs["n"] = len(message.content)
 
 
-def test_of_two_messages_with_one_id_each_is_itself(saver: SQLAlchemySaver) -> None:
-    both = [HumanMessage("left", id="1"), HumanMessage("right", id="1"), AIMessage("left", id="1")]
-    at = put(saver, config(), {"messages": both})
-    assert stored(saver, at) == both
-    at = put(saver, at, {"messages": both[::-1]})
-    assert stored(saver, at) == both[::-1]
-
-
-def test_a_message_may_lose_its_id_or_be_half_made(saver: SQLAlchemySaver) -> None:
+def test_messages_of_one_id_and_one_that_lost_its_own(saver: SQLAlchemySaver) -> None:
+    said = [HumanMessage("left", id="1"), HumanMessage("right", id="1"), AIMessage("left", id="1")]
+    at = put(saver, config(), {"messages": said})
+    assert stored(saver, at) == said
+    at = put(saver, at, {"messages": said[::-1]})
+    assert stored(saver, at) == said[::-1]
     odd = HumanMessage.model_construct(content="x", id="1")
     del odd.__dict__["id"]
     at = put(saver, config(), {"messages": [odd, HumanMessage("y", id="2")]})
@@ -456,20 +416,12 @@ def test_a_recalled_message_is_as_good_as_a_deserialised_one(saver: SQLAlchemySa
         assert one == reference
         assert repr(one) == repr(reference)
         assert one.__getstate__() == reference.__getstate__()  # what pickle and copy take
-        assert one.model_fields_set == reference.model_fields_set
-        assert one.model_extra == reference.model_extra
-        if not (isinstance(one.content, list) and isinstance(one.content[-1], dict) and "data" in one.content[-1]):
-            assert one.model_dump_json() == reference.model_dump_json()
+        assert messages_to_dict([one]) == messages_to_dict([reference])
         assert spelled(type(one)(**one.model_dump())) == spelled(reference)
         for copied in (copy.copy(one), copy.deepcopy(one), one.model_copy(deep=True)):
             assert spelled(copied) == spelled(reference)
-        assert one.model_copy(update={"content": "y"}).content == "y"
-        assert one.pretty_repr() == reference.pretty_repr()
-        assert messages_to_dict([one]) == messages_to_dict([reference])
         if isinstance(one, AIMessageChunk):
             assert spelled(one + one) == spelled(reference + reference)
-        elif not isinstance(one, RemoveMessage):
-            assert isinstance(one + HumanMessage("and?"), ChatPromptTemplate)
         one.content = "assigned"
         one.note = "an extra field"  # type: ignore[attr-defined]
         assert one.model_extra == {"note": "an extra field"}
@@ -477,13 +429,14 @@ def test_a_recalled_message_is_as_good_as_a_deserialised_one(saver: SQLAlchemySa
 
 
 def _spoil(value: Any) -> None:
-    """Change everything that can be changed in plain data."""
-    for holder, key in places(value)[::-1]:
-        holder[key] = "spoiled"
+    """Change everything that can be changed in plain data, what is empty included."""
+    if isinstance(value, dict | list):
+        for inner in [*(value.values() if isinstance(value, dict) else value)]:
+            _spoil(inner)
     if isinstance(value, list):
-        value.append("spoiled")
+        value[:] = ["spoiled"] * (len(value) + 1)
     elif isinstance(value, dict):
-        value["spoiled"] = True
+        value.update({**dict.fromkeys(value, "spoiled"), "spoiled": True})
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda one: type(one).__name__)
@@ -493,8 +446,7 @@ def test_messages_that_are_handed_out_share_nothing_that_can_be_changed(
     at = put(saver, config(), {"messages": [message], "again": [message], "alone": message})
     expected = spelled(serialised(message))
     for _ in range(3):
-        found = saver.get_tuple(at)
-        assert found is not None
+        found = get(saver, at)
         values = found.checkpoint["channel_values"]
         given_out = [values["messages"][0], values["again"][0], values["alone"]]
         for one in given_out:
@@ -536,8 +488,7 @@ def test_a_message_that_changes_while_it_is_stored_is_stored_anew_next_time(url:
         message = AIMessage("first", id="1", response_metadata={"model": "some model with a name"})
         first = put(saver, config(), {"messages": [message]})
         second = put(saver, first, {"messages": [message]})
-        contents = [saver.get_tuple(at).checkpoint["channel_values"]["messages"][0].content for at in (first, second)]  # type: ignore[union-attr]
-    assert contents == ["first", "second"]
+        assert [stored(saver, at)[0].content for at in (first, second)] == ["first", "second"]
 
 
 class Unmasking(JsonPlusSerializer):
@@ -564,15 +515,10 @@ class Unhashable:
 
 
 def test_a_serializer_of_the_callers_reads_every_message(url: str) -> None:
-    texts = ["no name here, and long enough", "I am <NAME>, and long enough too"]
-    messages = [HumanMessage(text, id=str(number)) for number, text in enumerate(texts)]
+    contents = ["no name here, and long enough", "I am <NAME>, and long enough too"]
+    said = [HumanMessage(text, id=str(number)) for number, text in enumerate(contents)]
     with SQLAlchemySaver.from_url(url, serde=Unmasking()) as saver:
-        at = put(saver, config(), {"messages": messages})
-    with SQLAlchemySaver.from_url(url, serde=Unmasking()) as saver:
-        found = saver.get_tuple(at)
-        assert found is not None
-        assert found.checkpoint["channel_values"]["messages"][1].content == "I am Ann, and long enough too"
-    with SQLAlchemySaver.from_url(url, serde=Unhashable()) as saver:
-        found = saver.get_tuple(at)
-        assert found is not None
-        assert [one.content for one in found.checkpoint["channel_values"]["messages"]] == texts
+        at = put(saver, config(), {"messages": said})
+    for serde, second in ((Unmasking(), "I am Ann, and long enough too"), (Unhashable(), contents[1])):
+        with SQLAlchemySaver.from_url(url, serde=serde) as saver:
+            assert [one.content for one in stored(saver, at)] == [contents[0], second]

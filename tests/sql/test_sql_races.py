@@ -5,24 +5,24 @@ Two savers on one database know of each other as little as two processes do: eac
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
+from itertools import count
 from threading import Event
 from typing import Any
 
 import pytest
 from langchain_core.messages import HumanMessage
-from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.checkpoint.serde.types import INTERRUPT, _DeltaSnapshot
-from sqlalchemy import create_engine, event
+from sqlalchemy import Engine, create_engine, event
 
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
-from tests.helpers.sql_cases import config
+from tests.helpers.sql_cases import config, get
 from tests.helpers.sql_chains import grow, history, id_of, made, unaccounted, write
 from tests.helpers.sql_graphs import delta_graph, say
 
@@ -107,14 +107,11 @@ def test_writers_pruners_and_readers_of_one_thread(swept_saver: SQLAlchemySaver,
     assert len(list(another.list({"configurable": {"thread_id": "t"}}))) == len(set(namespaces))
 
 
-@pytest.mark.parametrize("durability", ["sync", "async"])
-def test_a_graph_that_is_pruned_while_it_runs(
-    swept_saver: SQLAlchemySaver, another: SQLAlchemySaver, durability: Any
-) -> None:
+def test_a_graph_that_is_pruned_while_it_runs(swept_saver: SQLAlchemySaver, another: SQLAlchemySaver) -> None:
     def talk(saver: Any) -> list[str]:
         graph = delta_graph(saver)
         for turn in range(8):
-            graph.invoke(say(f"turn {turn}"), config(), durability=durability)
+            graph.invoke(say(f"turn {turn}"), config())
         values = graph.get_state(config()).values
         return [*(str(message.content) for message in values["messages"]), *values["log"], str(values["total"])]
 
@@ -135,58 +132,49 @@ def test_a_graph_that_is_pruned_while_it_runs(
     assert found == talk(InMemorySaver())
 
 
-async def test_tasks_write_while_others_prune(swept_saver: SQLAlchemySaver, another: SQLAlchemySaver) -> None:
-    async def write_all(number: int) -> None:
-        at: RunnableConfig = config(ns=f"sub:{number}")
-        for step in range(8):
-            one = made({"messages": messages(step), "number": step})
-            at = await swept_saver.aput(at, one, {}, one["channel_versions"])
-            await swept_saver.aput_writes(at, [("d", step)], "task")
-            found = await another.aget_tuple(at)
-            assert found is None or found.checkpoint["channel_values"]["messages"] == messages(step)
-
-    async def prune() -> None:
-        for _ in range(8):
-            await another.aprune(["t"])
-
-    await asyncio.gather(*(write_all(number) for number in range(4)), prune())
-    await another.aprune(["t"])
-    async for found in swept_saver.alist({"configurable": {"thread_id": "t"}}):
-        assert found.checkpoint["channel_values"]["number"] == 7
-        assert [value for _, _, value in found.pending_writes or ()] == [7]
-
-
 @pytest.mark.parametrize("kept", [True, False], ids=["pruned", "deleted"])
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 def test_whoever_knows_a_thread_learns_that_others_took_out_of_it(
-    swept_saver: SQLAlchemySaver, another: SQLAlchemySaver, kept: bool, asynchronous: bool
+    swept_saver: SQLAlchemySaver, another: SQLAlchemySaver, kept: bool
 ) -> None:
     """A saver with a warm cache stores what another has just freed: it is stored anew, not only referred to."""
-
-    def run(name: str, *args: Any) -> Any:
-        if asynchronous:
-            return asyncio.run(getattr(swept_saver, f"a{name}")(*args))
-        return getattr(swept_saver, name)(*args)
-
+    strategy = "keep_latest" if kept else "delete"
     old = {"messages": messages(40), "raw": b"old" * 999}
     first = grow(swept_saver, None, old)
     second = grow(swept_saver, first, {"raw": b"kept" * 999})
-    found = swept_saver.get_tuple(first)
-    assert found is not None
-    another.prune(["t"], strategy="keep_latest" if kept else "delete")
+    assert swept_saver.get_tuple(first) is not None
+    another.prune(["t"], strategy=strategy)
     again = made(old)
-    third = run("put", second, again, {}, again["channel_versions"])
-    another.prune(["t"], strategy="keep_latest" if kept else "delete")
+    third = swept_saver.put(second, again, {}, again["channel_versions"])
+    another.prune(["t"], strategy=strategy)
     if not kept:
-        third = run("put", config(), again, {}, again["channel_versions"])
+        third = swept_saver.put(config(), again, {}, again["channel_versions"])
         another.delete_thread("t")
         another.put(config(), again, {}, again["channel_versions"])
-    run("put_writes", third, [("messages", messages(39)), ("raw", b"kept" * 999)], "task")
+    swept_saver.put_writes(third, [("messages", messages(39)), ("raw", b"kept" * 999)], "task")
+    swept_saver.put_writes(third, [(INTERRUPT, b"other" * 999)], "asking")
+    for one in (b"old", b"new", b"old"):  # a checkpoint is stored again, as with `durability="exit"`
+        again["channel_values"] = {**old, "raw": one * 999}
+        again["channel_versions"] = {**dict.fromkeys(old, one.hex())}
+        swept_saver.put(config(), again, {}, again["channel_versions"])
+        another.prune(["t"])
     for saver in (swept_saver, another):
-        read = saver.get_tuple(third)
-        assert read is not None
+        read = get(saver, third)
         assert read.checkpoint == again
-        assert read.pending_writes == [("task", "messages", messages(39)), ("task", "raw", b"kept" * 999)]
+        assert read.pending_writes == [
+            ("asking", INTERRUPT, b"other" * 999),
+            ("task", "messages", messages(39)),
+            ("task", "raw", b"kept" * 999),
+        ]
+
+
+def test_a_special_write_of_what_others_took_out(swept_saver: SQLAlchemySaver, another: SQLAlchemySaver) -> None:
+    """It looks first for what it replaces, and so goes another way than the writes above."""
+    first = grow(swept_saver, None, {"raw": b"old" * 999}, deltas="")
+    second = grow(swept_saver, first, {"raw": b"kept" * 999}, deltas="")
+    another.prune(["t"])
+    swept_saver.put_writes(second, [(INTERRUPT, b"old" * 999)], "asking")
+    for saver in (swept_saver, another):
+        assert get(saver, second).pending_writes == [("asking", INTERRUPT, b"old" * 999)]
 
 
 def test_unchanged_channels_of_a_parent_that_is_taken_out_meanwhile(
@@ -199,53 +187,50 @@ def test_unchanged_channels_of_a_parent_that_is_taken_out_meanwhile(
     another.prune(["t"])
     at = swept_saver.put(parent, child, {}, {"x": "1.5"})
     for saver in (swept_saver, another):
-        found = saver.get_tuple(at)
-        assert found is not None
-        assert found.checkpoint == child
+        assert get(saver, at).checkpoint == child
 
 
-@pytest.mark.parametrize("when", range(1, 5))
-def test_a_put_that_is_overtaken_by_a_prune(
-    shared_url: str, another: SQLAlchemySaver, shared_ask: Sql, when: int
-) -> None:
+def pruned_before(engine: Engine, prune: Callable[[], object], when: int, call: Callable[[], Any]) -> Any:
+    """What a call gives before whose statement of that number something is done."""
+    statements = count(1)
+
+    def listen(*_: object) -> None:
+        if next(statements) == when:
+            prune()
+
+    event.listen(engine, "before_cursor_execute", listen)
+    try:
+        return call()
+    finally:
+        event.remove(engine, "before_cursor_execute", listen)
+
+
+def test_a_put_that_is_overtaken_by_a_prune(shared_url: str, another: SQLAlchemySaver, shared_ask: Sql) -> None:
     """At each of its statements in turn, all that it builds upon but the newest checkpoint is taken out."""
     engine = create_engine(shared_url)
-    statements, pruning = 0, []
-
-    def prune(*_: Any) -> None:
-        nonlocal statements
-        statements += 1
-        if statements == when:
-            pruning.append(pool.submit(another.prune, ["t"]))
-            wait(pruning, timeout=0.2)  # by then it is through, or waits for the put
-
     with SQLAlchemySaver(engine) as saver, ThreadPoolExecutor(1) as pool:
-        parent = grow(saver, None, {"messages": messages(40)}, deltas="")
-        newest = grow(saver, parent, {"x": 1}, deltas="")
-        child = made({"messages": messages(41), "x": 2}, "")
-        event.listen(engine, "before_cursor_execute", prune)
-        at = saver.put(newest, child, {}, child["channel_versions"])
-        event.remove(engine, "before_cursor_execute", prune)
-        for one in pruning:
-            one.result()
-        assert unaccounted(shared_ask) == (set(), set())
-        found = another.get_tuple(at)
-        assert found is not None
-        assert found.checkpoint == child
-        another.delete_thread("t")
+        for when in range(1, 5):
+            parent = grow(saver, None, {"messages": messages(40)}, deltas="")
+            newest = grow(saver, parent, {"x": 1}, deltas="")
+            child = made({"messages": messages(41), "x": 2}, "")
+            pruning: list[Future[None]] = []
+
+            def prune(pruning: list[Future[None]] = pruning) -> None:
+                pruning.append(pool.submit(another.prune, ["t"]))
+                wait(pruning, timeout=0.1)  # by then it is through, or waits for the put
+
+            at = pruned_before(engine, prune, when, partial(saver.put, newest, child, {}, child["channel_versions"]))
+            for one in pruning:
+                one.result()
+            assert unaccounted(shared_ask) == (set(), set())
+            assert get(another, at).checkpoint == child
+            another.delete_thread("t")
     engine.dispose()
 
 
 def test_a_listing_that_is_pruned_while_it_is_read(shared_url: str, another: SQLAlchemySaver) -> None:
     """At each of its statements in turn; what is listed all the same has its values and its pending writes."""
     engine = create_engine(shared_url)
-
-    def prune(*_: Any) -> None:
-        nonlocal statements
-        statements += 1
-        if statements == when:
-            another.prune(["t"])
-
     with SQLAlchemySaver(engine, cache_bytes=0) as saver:
         saver.setup()
         for when in range(1, 6):
@@ -254,10 +239,8 @@ def test_a_listing_that_is_pruned_while_it_is_read(shared_url: str, another: SQL
                 at = grow(another, at, {"messages": messages(3)})
                 write(another, at, [number] * 99)
             before = {id_of(one.config): one for one in another.list(config())}
-            statements = 0
-            event.listen(engine, "before_cursor_execute", prune)
-            found = list(saver.list(config()))
-            event.remove(engine, "before_cursor_execute", prune)
+            prune = partial(another.prune, ["t"])
+            found = pruned_before(engine, prune, when, lambda: list(saver.list(config())))
             for one in found:
                 assert one.checkpoint == before[id_of(one.config)].checkpoint
                 assert one.pending_writes == before[id_of(one.config)].pending_writes, when
@@ -266,24 +249,21 @@ def test_a_listing_that_is_pruned_while_it_is_read(shared_url: str, another: SQL
     engine.dispose()
 
 
-def test_clones_share_what_they_know(shared_url: str, shared_ask: Sql) -> None:
-    """``compile`` clones the saver in strict mode: the database, its connections and the cache stay one."""
+def test_clones_share_what_they_know(url: str, sql: Sql) -> None:
+    """`compile` clones the saver in strict mode: the database, its connections and the cache stay one."""
     strict = JsonPlusSerializer(allowed_msgpack_modules=[("some.module", "Name")])
-    with SQLAlchemySaver.from_url(shared_url, serde=strict) as saver:
+    with SQLAlchemySaver.from_url(url, serde=strict) as saver:
         clone = saver.with_allowlist([("another.module", "Name")])
         assert clone is not saver
         at = grow(saver, None, {"messages": messages(40)})
         saver.prune(["t"], strategy="delete")
         at = grow(clone, at, {"messages": messages(40)})
         saver.put_writes(at, [("messages", messages(40))], "task")
-        found = clone.get_tuple(at)
-        assert found is not None
-        assert found.pending_writes == [("task", "messages", messages(40))]
+        assert get(clone, at).pending_writes == [("task", "messages", messages(40))]
         newest = grow(saver, at, {"messages": messages(41)})
         clone.prune(["t"])
         assert [one.config for one in saver.list(config())] == [newest]
-        assert unaccounted(shared_ask) == (set(), set())
-        clone.delete_thread("t")
+        assert unaccounted(sql) == (set(), set())
         clone.close()
         with pytest.raises(StorageError, match="closed"):
             saver.get_tuple(at)

@@ -36,26 +36,70 @@ def thread(turns: int) -> list[Message]:
     return [m for n in range(turns) for m in (user(f"question {n}"), reply(f"answer {n}"))]
 
 
-def test_everything_is_new_to_an_empty_record() -> None:
-    assert ConsumedRecord.empty().align(thread(2)) == Alignment(new=[0, 1, 2, 3])
+TURN = [user("go on"), reply("done")]
+FACT = Message("user", "retrieved", write=False)
+NEXT = user("next")
+MIXED = [system("be brief"), user("a"), FACT, reply("b"), FACT, user("c")]
+TALK = [user("hi"), reply("hello"), user("is it 5?"), reply("yes"), user("bye"), reply("bye"), user("hi")]
+BACK = [user("0"), reply("done"), user("1"), reply("a"), user("2"), reply("done")]
+# What a memory has consumed, the history that it is given, and what of it is new.
+HISTORIES: dict[str, tuple[list[Message], list[Message], Alignment]] = {
+    "nothing consumed": ([], thread(2), Alignment(new=[0, 1, 2, 3])),
+    "nothing shared": (thread(2), [user("x"), reply("y")], Alignment(new=[0, 1])),
+    "messages that never write": (MIXED[:4], MIXED, Alignment(new=[5], consumed=[1, 3], silent=[0, 2, 4])),
+    "goes on after the whole chain": (thread(3)[:4], thread(3), Alignment(new=[4, 5], consumed=[0, 1, 2, 3])),
+    "a repeat after the chain": ([*TURN], [*TURN, user("go on")], Alignment(new=[2], consumed=[0, 1])),
+    "a repeat after a trimmed head": (
+        [user("a"), user("ok"), user("b"), user("ok")],
+        [user("ok"), user("ok")],
+        Alignment(new=[1], consumed=[0]),
+    ),
+    "a trimmed head": (
+        thread(6)[:-1],
+        [system("x"), *thread(6)[-4:]],
+        Alignment(new=[4], consumed=[1, 2, 3], silent=[0]),
+    ),
+    "a middle that was removed": (
+        thread(5),
+        [thread(5)[0], thread(5)[4], thread(5)[9], NEXT],
+        Alignment(new=[3], consumed=[0, 1, 2], deletions=7),
+    ),
+    "a silent summary": (
+        thread(4),
+        [system("what was said"), *thread(4)[-3:], NEXT],
+        Alignment(new=[4], consumed=[1, 2, 3], silent=[0]),
+    ),
+    "a summary": (
+        thread(4),
+        [user("what was said"), *thread(4)[-3:], NEXT],
+        Alignment(new=[0, 4], consumed=[1, 2, 3], edits=[0]),
+    ),
+    "a summary before repeated turns": (
+        [*TURN, *TURN],
+        [user("summary"), reply("done"), user("go on")],
+        Alignment(new=[0, 2], consumed=[1], edits=[0]),
+    ),
+    "an edit at the head": (
+        thread(3),
+        [user("question zero"), *thread(3)[1:], NEXT],
+        Alignment(new=[0, 6], consumed=[1, 2, 3, 4, 5], edits=[0]),
+    ),
+    "an edit between equal messages": (
+        TALK,
+        [*TALK[:2], user("is it 6?"), *TALK[3:]],
+        Alignment(new=[2], consumed=[0, 1, 3, 4, 5, 6], edits=[2]),
+    ),
+    "a reply taken back without a rewind": (
+        BACK,
+        [*BACK[:4], user("2!")],
+        Alignment(new=[4], consumed=[0, 1, 2, 3], deletions=2),
+    ),
+}
 
 
-def test_messages_that_never_write_are_neither_new_nor_consumed() -> None:
-    fact = Message("user", "retrieved", write=False)
-    history = [system("be brief"), user("a"), fact, reply("b"), fact, user("c")]
-    record = consumed(history[:4])
-    assert record.count == 2
-    assert record.align(history) == Alignment(new=[5], consumed=[1, 3], silent=[0, 2, 4])
-
-
-def test_a_history_that_starts_with_the_whole_chain_goes_on_after_it() -> None:
-    history = thread(3)
-    assert consumed(history[:4]).align(history) == Alignment(new=[4, 5], consumed=[0, 1, 2, 3])
-
-
-def test_a_repeated_message_after_the_chain_is_new() -> None:
-    history = [user("ok"), reply("done"), user("ok")]
-    assert consumed(history[:2]).align(history).new == [2]
+@pytest.mark.parametrize(("old", "history", "expected"), HISTORIES.values(), ids=HISTORIES.keys())
+def test_what_of_a_history_is_new(old: list[Message], history: list[Message], expected: Alignment) -> None:
+    assert consumed(old).align(history) == expected
 
 
 @pytest.mark.parametrize("kept", [2, 3, 4, 5])
@@ -64,40 +108,6 @@ def test_a_trimmed_history_of_equal_turns_keeps_its_last_message_new(kept: int) 
     history = [*turn, *turn, *turn, user("go on")]
     alignment = consumed(history[:-1]).align(history[-kept:])
     assert alignment == Alignment(new=[kept - 1], consumed=list(range(kept - 1)))
-
-
-def test_a_repeat_appended_to_a_trimmed_history_is_new() -> None:
-    record = consumed([user("a"), user("ok"), user("b"), user("ok")])
-    assert record.align([user("ok"), user("ok")]) == Alignment(new=[1], consumed=[0])
-
-
-def test_a_trimmed_history_is_matched_at_the_end_of_the_tail() -> None:
-    history = thread(6)
-    alignment = consumed(history[:-1]).align([system("x"), *history[-4:]])
-    assert alignment == Alignment(new=[4], consumed=[1, 2, 3], silent=[0])
-
-
-def test_a_middle_that_was_removed_does_not_make_the_rest_new() -> None:
-    history = thread(5)
-    kept = [history[0], history[4], history[9], user("next")]
-    assert consumed(history).align(kept) == Alignment(new=[3], consumed=[0, 1, 2], deletions=7)
-
-
-@pytest.mark.parametrize("summary", [system("what was said"), user("what was said")])
-def test_a_summary_in_place_of_the_head(summary: Message) -> None:
-    history = thread(4)
-    alignment = consumed(history).align([summary, *history[-3:], user("next")])
-    if summary.role == "system":
-        assert alignment == Alignment(new=[4], consumed=[1, 2, 3], silent=[0])
-    else:
-        assert alignment == Alignment(new=[0, 4], consumed=[1, 2, 3], edits=[0])
-
-
-def test_a_summary_before_repeated_turns() -> None:
-    turn = [user("go on"), reply("done")]
-    record = consumed([*turn, *turn])
-    alignment = record.align([user("summary"), reply("done"), user("go on")])
-    assert alignment == Alignment(new=[0, 2], consumed=[1], edits=[0])
 
 
 def test_a_tool_call_edited_by_a_human_is_new() -> None:
@@ -113,38 +123,13 @@ def test_a_tool_call_edited_by_a_human_is_new() -> None:
     assert record.align([ask, edited, result, reply("done"), user("thanks")]).new == [4]
 
 
-def test_an_edit_at_the_head() -> None:
-    history = thread(3)
-    edited = [user("question zero"), *history[1:], user("next")]
-    alignment = consumed(history).align(edited)
-    assert alignment == Alignment(new=[0, 6], consumed=[1, 2, 3, 4, 5], edits=[0])
-
-
-def test_an_edit_between_equal_messages_leaves_them_consumed() -> None:
-    history = [
-        user("hi"),
-        reply("hello"),
-        user("is it 5?"),
-        reply("yes"),
-        user("bye"),
-        reply("bye"),
-        user("hi"),
-    ]
-    edited = [*history[:2], user("is it 6?"), *history[3:]]
-    assert consumed(history).align(edited) == Alignment(new=[2], consumed=[0, 1, 3, 4, 5, 6], edits=[2])
-
-
 def test_on_edit_error_names_the_message() -> None:
     history = [system("be brief"), *thread(2)]
     edited = [history[0], history[1], reply("a rather " + "long " * 40 + "answer"), *history[3:]]
     with pytest.raises(HistoryEditedError, match=r"message 2 \(assistant: 'a rather long") as caught:
         consumed(history).align(edited, on_edit="error")
     assert len(str(caught.value)) < 400
-
-
-def test_on_edit_error_lets_an_appended_message_through() -> None:
-    history = thread(2)
-    assert consumed(history[:3]).align(history, on_edit="error").new == [3]
+    assert consumed(history[:3]).align(history, on_edit="error").new == [3, 4]
 
 
 def test_on_edit_rebuild_asks_for_everything_anew() -> None:
@@ -153,11 +138,8 @@ def test_on_edit_rebuild_asks_for_everything_anew() -> None:
     alignment = consumed(history).align(edited, on_edit="rebuild")
     assert alignment == Alignment(new=[1, 2, 3, 4, 5], edits=[1], silent=[0], rebuild=True)
     assert not consumed(history).align(history, on_edit="rebuild").rebuild
-
-
-def test_an_unknown_on_edit_is_refused() -> None:
     with pytest.raises(ConfigError, match="on_edit"):
-        ConsumedRecord.empty().align([], on_edit="ignore")  # type: ignore[arg-type]
+        consumed(history).align(edited, on_edit="ignore")  # type: ignore[arg-type]
 
 
 def test_a_fork_follows_the_record_of_its_checkpoint() -> None:
@@ -166,16 +148,6 @@ def test_a_fork_follows_the_record_of_its_checkpoint() -> None:
     fork = [*history[:2], user("another way"), reply("another answer")]
     assert at_checkpoint.align(fork).new == [2, 3]
     assert at_checkpoint.align(history).new == [2, 3, 4, 5]
-
-
-def test_a_reply_taken_back_without_a_rewind() -> None:
-    history = [user("0"), reply("done"), user("1"), reply("a"), user("2"), reply("done")]
-    alignment = consumed(history).align([*history[:4], user("2!")])
-    assert alignment == Alignment(new=[4], consumed=[0, 1, 2, 3], deletions=2)
-
-
-def test_a_history_that_shares_nothing_is_all_new() -> None:
-    assert consumed(thread(2)).align([user("x"), reply("y")]) == Alignment(new=[0, 1])
 
 
 def test_more_than_256_messages_by_the_chain_and_by_the_tail() -> None:

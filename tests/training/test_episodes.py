@@ -51,6 +51,7 @@ def test_values_are_fresh() -> None:
 
 
 def test_answers_can_be_recovered_from_what_was_told() -> None:
+    changed = 0
     for episode in EPISODES:
         for question in episode.questions:
             if question.act == "never_told":
@@ -68,12 +69,9 @@ def test_answers_can_be_recovered_from_what_was_told() -> None:
                 assert question.value in said
                 if question.act == "ask":
                     assert question.value not in question.user.content
-
-
-def test_a_changed_fact_has_its_new_value_last() -> None:
-    changed = [q for episode in EPISODES for q in episode.questions if q.act == "ask" and q.old]
-    assert len(changed) > 50
-    assert all(question.old not in question.reply.content.split() for question in changed)
+                    changed += bool(question.old)
+                    assert question.old not in question.reply.content.split()
+    assert changed > 50
 
 
 def test_rules_shape_the_reply() -> None:
@@ -93,13 +91,8 @@ def test_the_parts_of_every_open_kind_are_disjoint(kind: str) -> None:
     )
     assert not train & heldout
     assert len(heldout) > 5
-
-
-def test_words_of_phrases_are_held_out_too() -> None:
-    heldout = Values("heldout")
-    for seed in range(50):
-        for word in heldout.draw(random.Random(seed), "phrase").split():
-            assert split_of(word, "value") == "heldout"
+    if kind == "phrase":
+        assert {split_of(word, "value") for phrase in heldout for word in phrase.split()} == {"heldout"}
 
 
 def test_wordings_and_attributes_are_divided() -> None:

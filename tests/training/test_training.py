@@ -8,10 +8,10 @@ import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from agentmem import MemoryConfig, SteeredModel
 from agentmem.errors import ConfigError, TrainingError, UnsupportedModelError
@@ -19,7 +19,7 @@ from agentmem.nano.recipe.model import tie_twins
 from agentmem.training.adapter import MemoryBatch, PassBatch, Row, memory_batch, memory_loss, run_pass, train_adapter
 from agentmem.training.loop import PARTS, TrainingPlan
 from agentmem.training.pretrain import LMBatch, pad_batch, pretrain
-from tests.helpers.core_models import TERMS
+from tests.helpers.core_models import TERMS, build
 from tests.helpers.numeric import assert_close
 
 VOCABULARY = 40
@@ -33,21 +33,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def micro(seed: int = 0) -> Qwen3ForCausalLM:
-    torch.manual_seed(seed)
-    config = Qwen3Config(
+def micro(seed: int = 0) -> Any:
+    return build(
+        "qwen3",
+        seed=seed,
         vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=16,
         max_position_embeddings=128,
         initializer_range=0.2,
         tie_word_embeddings=True,
+        pad_token_id=None,
     )
-    return Qwen3ForCausalLM(config)
 
 
 def lm_batch(step: int) -> LMBatch:
@@ -160,17 +157,8 @@ def test_what_is_frozen_stays_as_it_was() -> None:
 
 
 def test_turns_longer_than_a_models_window_are_refused() -> None:
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        sliding_window=3,
-    )
-    steered = SteeredModel.attach(MistralForCausalLM(config), config=MemoryConfig(rank=4))
+    model = build("mistral", vocab_size=VOCABULARY, num_hidden_layers=1, sliding_window=3)
+    steered = SteeredModel.attach(model, config=MemoryConfig(rank=4))
     row = Row()
     row.extend([1, 2, 3], write=True, weight=1.0)
     run_pass(steered, PassBatch.of([row], 0), None)

@@ -1,6 +1,6 @@
 """`SQLAlchemySaver`: LangGraph's checkpointer interface, synchronous and asynchronous, in one class.
 
-Every asynchronous method is the synchronous one in a thread.
+Every asynchronous method runs the synchronous one in a thread.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _END: Any = object()
 
 
 def plain_serde(serde: SerializerProtocol) -> SerializerProtocol:
-    """The serializer that makes plain bytes."""
+    """The serializer without encryption."""
     # Not isinstance: for subclasses of a protocol that takes as long as serialising a message.
     return serde.serde if EncryptedSerializer in type(serde).__mro__ else serde  # type: ignore[attr-defined]
 
@@ -56,7 +56,7 @@ def plain_serde(serde: SerializerProtocol) -> SerializerProtocol:
 def _for_tasks(
     method: Callable[Concatenate[SQLAlchemySaver, P], T], *, reads: bool = False
 ) -> Callable[Concatenate[SQLAlchemySaver, P], Coroutine[Any, Any, T]]:
-    """A method as tasks call it; `reads`: it waits for no writer."""
+    """The asynchronous form of a method; `reads`: it never waits for a writer."""
 
     @wraps(method)
     async def twin(self: SQLAlchemySaver, /, *arguments: P.args, **named: P.kwargs) -> T:
@@ -71,7 +71,7 @@ def _for_tasks(
 def _iterated_by_tasks(
     method: Callable[Concatenate[SQLAlchemySaver, P], Iterator[T]],
 ) -> Callable[Concatenate[SQLAlchemySaver, P], AsyncIterator[T]]:
-    """The same for a method that gives an iterator: each item is made in one of the threads."""
+    """The asynchronous form of a method that returns an iterator: each item is made in one of the threads."""
 
     @wraps(method)
     async def twin(self: SQLAlchemySaver, /, *arguments: P.args, **named: P.kwargs) -> AsyncIterator[T]:
@@ -84,23 +84,23 @@ def _iterated_by_tasks(
 
 
 class SQLAlchemySaver(BaseCheckpointSaver[str]):
-    """Keeps the threads of LangGraph graphs in a SQL database.
+    """Stores the threads of LangGraph graphs in a SQL database.
 
         with SQLAlchemySaver.from_url("sqlite:///threads.db") as saver:
             graph = builder.compile(checkpointer=saver)
 
-    The same object serves `graph.invoke` and `graph.ainvoke`, any number of threads and event loops, and
-    several processes on one database: SQLite, PostgreSQL, MySQL or MariaDB. Tables are made when first used.
-    Content is stored once per thread however many checkpoints and pending writes hold it, lists by their items,
-    and is compared with its digest when it is read.
+    The same object serves `graph.invoke` and `graph.ainvoke`, any number of threads and event loops, and several
+    processes on one database: SQLite, PostgreSQL, MySQL or MariaDB. The tables are created on first use. Content is
+    stored once per thread, however many checkpoints and pending writes contain it (lists item by item), and is compared
+    with its digest when it is read.
 
-    Every method `aput`, `aget_tuple` and so on is its namesake in one of the saver's own threads. A task that is
-    cancelled while it waits for a free thread does nothing. One that is cancelled later ends when its call has, so
-    that nothing of it is under way any more: the call is done whole.
+    The asynchronous methods (`aput`, `aget_tuple` and so on) run the synchronous ones in the saver's own threads. A
+    task that is cancelled while it waits for a free thread does nothing. A task that is cancelled later ends when its
+    call has ended, so that the call is always completed.
 
-    Every method raises `StorageError` where the database cannot be opened, refuses, is of a newer schema,
-    or holds something else than was stored, and `ConfigError` where an id is none, such as None, or one string
-    stands for several ids.
+    Every method raises `StorageError` if the database cannot be opened, reports an error, has a newer schema, or holds
+    damaged data; and `ConfigError` if an id is not one (None, for example), or if a single string is passed for a list
+    of ids.
     """
 
     def __init__(
@@ -114,25 +114,25 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         cache_bytes: int = CACHE_BYTES,
         **of_url: Any,
     ) -> None:
-        """Use an engine of yours, with its pool and settings; closing the saver leaves it open.
+        """Use your own engine, with its pool and settings; closing the saver leaves it open.
 
-        An `AsyncEngine` is taken for its URL and options: the saver makes an engine of its own with them, for the
-        synchronous driver of the same database. Listeners are not taken along.
+        From an `AsyncEngine` only the URL and options are used: the saver makes its own engine from them, with the
+        synchronous driver of the same database. Listeners are not copied.
 
         Args:
-            engine: of SQLAlchemy; or a URL, as for `from_url`.
-            serde: as for every LangGraph checkpointer; an `EncryptedSerializer` encrypts everything but
-                names and ids: of threads, namespaces, channels, checkpoints and tasks.
-            schema: of the tables; None is the connection's own.
-            table_prefix: what the names of the tables begin with.
-            hmac_key: at least 16 secret bytes; digests are then signatures, and nobody without the key can
-                change what is stored unnoticed.
-            cache_bytes: how much of the threads that were last used this process keeps in memory, roughly.
+            engine: an engine of SQLAlchemy, or a URL, as for `from_url`.
+            serde: as for every LangGraph checkpointer. An `EncryptedSerializer` encrypts everything but times and the
+                names and ids of threads, namespaces, channels, checkpoints and tasks.
+            schema: the schema of the tables; None is the connection's default.
+            table_prefix: the beginning of the tables' names.
+            hmac_key: at least 16 secret bytes. Digests then become signatures, so that nobody without the key can
+                change stored data unnoticed.
+            cache_bytes: how much of recently used threads this process keeps in memory, roughly.
             of_url: further arguments of `from_url`.
 
         Raises:
-            StorageError: the engine cannot be used: its driver is another one, or it is asynchronous and has its
-                database in memory, connections that you make, or an option without a counterpart.
+            StorageError: the engine cannot be used: it has an unsupported driver; or it is asynchronous, and has its
+                database in memory, connections made by your code, or an option that the synchronous driver lacks.
             ConfigError: `hmac_key` or `table_prefix` cannot be used.
         """
         super().__init__(serde=serde)
@@ -156,17 +156,17 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         """A saver for a database URL.
 
         For example `sqlite:///threads.db`, `sqlite:///:memory:`, `postgresql://user@host/database`,
-        `mysql://user@host/database`. One that names an asynchronous driver (aiosqlite, asyncpg, asyncmy, aiomysql)
-        is served by the synchronous driver of the same database: pysqlite, psycopg, PyMySQL. Nothing is opened yet.
-        SQLite files are kept with a write-ahead log.
+        `mysql://user@host/database`. For a URL that names an asynchronous driver (aiosqlite, asyncpg, asyncmy,
+        aiomysql) the synchronous driver of the same database is used: pysqlite, psycopg or PyMySQL. Nothing is opened
+        yet. SQLite files get a write-ahead log.
 
         Args:
-            url: where.
-            serde: see `SQLAlchemySaver`, as are `schema`, `table_prefix`, `hmac_key` and `cache_bytes`.
-            synchronous: of SQLite: FULL keeps what was acknowledged through a power cut, NORMAL may lose the
-                last checkpoints then, but never leaves a half-written one.
+            url: the database.
+            serde: see `SQLAlchemySaver`, as for `schema`, `table_prefix`, `hmac_key` and `cache_bytes`.
+            synchronous: SQLite's setting. With FULL, acknowledged checkpoints survive a power cut; with NORMAL the last
+                ones may be lost, but none is ever half-written.
             engine_options: further arguments for `create_engine`.
-            must_exist: make neither a file nor tables; the first call raises `StorageError` where there are none.
+            must_exist: create neither a file nor tables; the first call raises `StorageError` if there are none.
 
         Raises:
             StorageError: the URL cannot be read, or names a database, a driver or an option that cannot be used.
@@ -186,13 +186,13 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
 
     @property
     def _serde(self) -> SerializerProtocol:
-        """The serializer that makes plain bytes."""
+        """The serializer without encryption."""
         return plain_serde(self.serde)
 
-    # Opening and closing. Clones made by `with_allowlist` share the database, and close it for each other.
+    # Opening and closing. Clones made by `with_allowlist` share the database; closing one closes it for all.
 
     def setup(self) -> None:
-        """Make the tables now instead of on first use."""
+        """Create the tables now, and not on first use."""
         self._store.database.run(lambda _: None)
 
     def close(self) -> None:
@@ -200,7 +200,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         self._store.database.close()
 
     async def aclose(self) -> None:
-        """As `close`, for a task."""
+        """As `close`, without blocking the event loop."""
         await asyncio.to_thread(self.close)
 
     def __enter__(self) -> Self:
@@ -235,15 +235,15 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
     ) -> None:
         """Store what a task wrote, under the checkpoint that `config` names.
 
-        Repeating it changes nothing, unless every write is to a special channel (error, interrupt, resume,
-        scheduled): those replace what the task had there.
+        Repeating the call changes nothing, unless all writes are to special channels (error, interrupt, resume,
+        scheduled): those replace the task's earlier ones.
         """
         self._store.put_writes(self._serde, config, writes, task_id, task_path)
 
     # Reading.
 
     def get_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
-        """The checkpoint that `config` names, or its namespace's newest; None where there is none."""
+        """The checkpoint that `config` names, or the newest of its namespace; None if there is none."""
         return self._store.get_tuple(self._serde, config)
 
     def list(
@@ -254,61 +254,61 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         before: RunnableConfig | None = None,
         limit: int | None = None,
     ) -> Iterator[CheckpointTuple]:
-        """Checkpoints by id, newest first: of a thread (and a namespace, if named), or of all.
+        """Checkpoints by id, newest first: of one thread (and one namespace, if given), or of all threads.
 
-        Each is consistent in itself. A thread that is written meanwhile is seen as it is when its page is
-        read.
+        Each checkpoint is consistent in itself. If a thread is written meanwhile, its state at the time its page is
+        read is returned.
 
         Args:
-            config: whose checkpoints; None for every thread.
+            config: names the thread; None for all threads.
             filter: metadata keys and the exact values they must have.
             before: only checkpoints with an id below this config's.
-            limit: at most so many, counted after the filter.
+            limit: at most this many, counted after the filter.
         """
         return self._store.list(self._serde, config, filter, before, limit)
 
     def get_delta_channel_history(
         self, *, config: RunnableConfig, channels: Sequence[str]
     ) -> Mapping[str, DeltaChannelHistory]:
-        """What the delta channels of a checkpoint are rebuilt from: nearest stored value, and the writes since.
+        """What a checkpoint's delta channels are rebuilt from: the nearest stored value, and the writes since.
 
-        Along the parents of the checkpoint that `config` names, whose own pending writes do not count. A
-        channel without a stored value has no `seed`. Pruning does not change the answer for channels that the
+        The search follows the parents of the checkpoint that `config` names, whose own pending writes do not count. A
+        channel without a stored value has no `seed`. Pruning does not change the result for channels that the
         checkpoint itself does not hold, and LangGraph asks for no others.
         """
         return self._store.delta_history(self._serde, config, channels)
 
-    # Taking out and copying.
+    # Deleting and copying.
 
     def delete_thread(self, thread_id: str) -> None:
-        """Remove everything of a thread, content included, in one transaction."""
+        """Delete everything in a thread, content included, in one transaction."""
         self._store.delete_thread(check_id(thread_id))
 
     def delete_for_runs(self, run_ids: Sequence[str]) -> None:
-        """Remove the checkpoints whose metadata name one of these runs, on all threads.
+        """Delete the checkpoints whose metadata name one of these runs, in all threads.
 
-        Later checkpoints stay as they are: their parent is then the nearest one that is left, and what their
-        delta channels need of the runs' writes is kept.
+        Later checkpoints stay as they are: each gets the nearest remaining ancestor as its parent, and what its delta
+        channels need from the runs' writes is kept.
         """
         if runs := check_ids(run_ids, "run id"):
             self._store.pruner.delete_runs(self._serde, runs)
 
     def copy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
-        """Copy all checkpoints, pending writes and content of a thread, with their ids, to another.
+        """Copy all checkpoints, pending writes and content of a thread to another thread, with their ids.
 
-        What the other thread has under the same ids is replaced, the rest of it stays. A source that is not
-        there is no error.
+        Data that the other thread has under the same ids is replaced; its other data stays. It is not an error if the
+        source does not exist.
         """
         self._store.pruner.copy_thread(check_id(source_thread_id), check_id(target_thread_id))
 
     def prune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
-        """Thin out threads: `keep_latest` leaves the newest checkpoint of each namespace, `delete` nothing.
+        """Delete checkpoints: `keep_latest` leaves the newest of each namespace, `delete` leaves nothing.
 
-        Each thread in a transaction of its own. The state of what is left does not change, delta channels
-        included; a run that goes on meanwhile is waited for, or waits.
+        Each thread is a separate transaction. The state of what is left does not change, delta channels included. A run
+        that is writing to the thread waits, or is waited for.
 
         Raises:
-            ConfigError: another strategy.
+            ConfigError: an unknown strategy.
         """
         self._store.prune(self._serde, check_ids(thread_ids), strategy)
 
@@ -325,27 +325,26 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
     ) -> Iterator[MemoryStep]:
         """The memories that led to the thread's newest checkpoint, oldest first.
 
-        There is one step for every checkpoint in which a channel holds a memory other than in the checkpoint
-        before it (its parent). A checkpoint that leaves the memory as it was gives none, nor does one that
-        empties it; the memory after that counts from nothing. Branches that the newest checkpoint does not
-        come from are not on the way; name a checkpoint of theirs to see them.
+        There is one step for every checkpoint whose memory, in some channel, differs from that of its parent. A
+        checkpoint that does not change the memory gives no step, nor does one that empties it; the memory after that
+        counts as restarted. Branches that the newest checkpoint does not descend from are not included; pass one of
+        their checkpoints to see them.
 
-        A thread that is not there has no steps. One that is pruned meanwhile gives those that are left. Reads
-        page by page and holds one page at a time; `newest_first` begins at once, without following the
-        thread to its first checkpoint.
+        A thread that does not exist has no steps. If a thread is pruned meanwhile, the remaining steps are returned.
+        The history is read page by page, and one page at a time is in memory; `newest_first` starts at once, without
+        going back to the thread's first checkpoint.
 
         Args:
-            thread_id: whose memory.
-            checkpoint_ns: of a subgraph.
-            checkpoint_id: where the way ends, instead of the newest checkpoint.
-            channel: where the memory is kept. None finds every channel whose latest value is a memory as
-                `MemoryState.to_dict` writes it, and leaves out what else such a channel held.
-            newest_first: turn the order round.
+            thread_id: the thread.
+            checkpoint_ns: the namespace of a subgraph.
+            checkpoint_id: the checkpoint to end with, in place of the newest.
+            channel: the channel of the memory. None finds every channel whose latest value is a memory as written by
+                `MemoryState.to_dict`, and leaves out its other values.
+            newest_first: reverse the order.
 
         Raises:
-            StorageError: there is no such checkpoint, or stored bytes were changed or damaged (names the
-                checkpoint).
-            CorruptStateError: what a checkpoint holds is no memory, or not one that this version reads.
+            StorageError: there is no such checkpoint, or stored data is damaged (the error names the checkpoint).
+            CorruptStateError: the value in a checkpoint is not a memory, or not one that this version can read.
         """
         address = Address(check_id(thread_id), checkpoint_ns, checkpoint_id)
         return memory_history(self._store, self._serde, address, channel, newest_first=newest_first)
@@ -358,57 +357,58 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         dry_run: bool = False,
         now: datetime | None = None,
     ) -> RetentionReport:
-        """Take out what a policy does not let stay.
+        """Delete what a policy does not keep.
 
-        Each thread is a transaction of its own: broken off, a sweep has done whole threads. One that has nothing to
-        do is not locked. A run that goes on meanwhile is waited for, or waits; the state of what stays does not
-        change, delta channels and pending writes included.
+        Each thread is a separate transaction, so an interrupted sweep has finished some threads completely. Threads
+        with nothing to delete are not locked. A run that is writing to a thread waits, or is waited for. The state of
+        what is left does not change, delta channels and pending writes included.
 
         Args:
-            policy: what stays.
-            thread_ids: the threads to look at; None for all. One that is not there is no error.
-            dry_run: only tell what would go. Nothing is changed or locked; the figures are those of a real run, if
-                nothing is written in between.
-            now: the time that ages are counted from, with a time zone; None for the clock's.
+            policy: what to keep.
+            thread_ids: the threads to sweep; None for all. It is not an error if one does not exist.
+            dry_run: only report what would be deleted. Nothing is changed or locked; the figures are those of a real
+                run, if nothing is written in between.
+            now: the time from which ages are counted, with a time zone; None for the present.
 
         Raises:
-            ConfigError: `thread_ids` is one string or holds something that is no id, or `now` has no time zone.
-            StorageError: the database refused. A thread that holds something else than was stored stays as it is,
-                is named in the report, and the others go on.
+            ConfigError: `thread_ids` is a single string or holds something that is not an id, or `now` has no time
+                zone.
+            StorageError: the database reported an error. A thread with damaged data is left as it is and named in the
+                report; the other threads are swept.
         """
         return sweep(self._store, self._serde, policy, thread_ids=thread_ids, dry_run=dry_run, now=now)
 
     def storage_report(self, *, limit: int | None = None, order: Order = "bytes") -> StorageReport:
-        """What the threads take, in a few statements that read every row's lengths but no content.
+        """How much space threads take, by a few statements that read the lengths of all rows but no content.
 
         Args:
-            limit: tell of that many threads only; the sums are over all.
-            order: `bytes` the largest first, `checkpoints` those with most first, `idle` those first that were
-                not written for longest.
+            limit: report only this many threads; the sums cover all.
+            order: `bytes`: largest first; `checkpoints`: those with most first; `idle`: those not written for the
+                longest time first.
 
         Raises:
-            ConfigError: a limit below 1, or another order.
+            ConfigError: `limit` is below 1, or `order` is unknown.
         """
         return storage_report(self._store.database, limit, order)
 
     def get_next_version(self, current: str | int | float | None, channel: None) -> Any:
         """The version after `current`: a number that sorts as text, and a random part.
 
-        Two branches that leave one checkpoint so never give different values the same version. The random
-        part ignores `random.seed`, which a graph may call. A thread that came from a checkpointer with whole
-        numbers as versions keeps to whole numbers, since LangGraph compares all versions of a checkpoint.
+        So two branches from one checkpoint never give different values the same version. The random part does not
+        depend on `random.seed`, which a graph may call. A thread copied from a checkpointer with integer versions keeps
+        integers, since LangGraph compares all versions of a checkpoint.
         """
         if isinstance(current, int):
             return current + 1
         number = int(current.split(".")[0]) if isinstance(current, str) else int(current or 0)
         return f"{number + 1:032}.{randbelow(10**16):016}"
 
-    # For tasks.
+    # Asynchronous calls.
 
     async def _in_thread(self, threads: Executor, call: Callable[..., T], *arguments: Any, **named: Any) -> T:
         """Call something in one of these threads, with the context variables of this task.
 
-        A cancellation is passed on when the call has ended, or at once if it has not begun.
+        If the task is cancelled, the cancellation is raised when the call has ended, or at once if it has not begun.
         """
         self._store.database.check_open()
         future = threads.submit(copy_context().run, partial(call, *arguments, **named))

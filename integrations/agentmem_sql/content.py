@@ -29,6 +29,7 @@ from agentmem_sql.message_cache import (
 from agentmem_sql.protection import Protection
 
 _NUMBERS = frozenset({int, float, bool, type(None)})
+_WHAT = "value of channel"  # in errors
 
 
 class Value(NamedTuple):
@@ -45,8 +46,8 @@ class Value(NamedTuple):
     place: bytes | None = None
 
 
-def dump(serde: SerializerProtocol, value: Any, what: str) -> bytes:
-    """A value's bytes: the type tag, a zero byte, the serialised value. `what` names it in errors.
+def dump(serde: SerializerProtocol, value: Any, *what: str) -> bytes:
+    """A value's bytes: the type tag, a zero byte, the serialised value. Errors name what it is, and whose.
 
     Raises:
         StorageError: the serializer fell back to pickle.
@@ -58,7 +59,8 @@ def dump(serde: SerializerProtocol, value: Any, what: str) -> bytes:
             _refuse_pickle(tag)
     except (StorageError, TypeError) as error:
         kind = StorageError if isinstance(error, StorageError) else TypeError
-        raise kind(f"the {what} cannot be stored: {error}") from error
+        name = " ".join([what[0], *map(repr, what[1:])])
+        raise kind(f"the {name} cannot be stored: {error}") from error
     return tag.encode() + b"\0" + data
 
 
@@ -106,16 +108,15 @@ class Packer:
         items = _Items([], [], [])
         lists: list[tuple[int, int, list[bytes]]] = []  # positions, what the lists are of, and their entries
         for position, (channel, value, place) in enumerate(values):
-            what = f"value of channel {channel!r}"
             if place is not None:
                 digests[position] = self._own(place, channel, value)
             elif type(value) is list and value:
                 # Of a copy: a node that runs meanwhile may change the list.
-                lists.append((position, *self._entries(value.copy(), tree.ITEMS, items, what)))
+                lists.append((position, *self._entries(value.copy(), tree.ITEMS, items, channel)))
             elif type(value) is _DeltaSnapshot and type(value.value) is list and value.value:
-                lists.append((position, *self._entries(value.value.copy(), tree.SNAPSHOT, items, what)))
+                lists.append((position, *self._entries(value.value.copy(), tree.SNAPSHOT, items, channel)))
             else:
-                items.add(dump(self._serde, value, what), digests, position)
+                items.add(dump(self._serde, value, _WHAT, channel), digests, position)
         for (entries, at, prefix), digest in zip(items.places, self._add_values(items.bodies), strict=True):
             entries[at] = prefix + digest
         for message, snapshot, entries, at in items.snapshots:
@@ -143,19 +144,24 @@ class Packer:
         It is always sent: a writer that replaces it frees it without counting the epoch up, so what is known of the
         thread does not tell whether it is still there.
         """
-        body = tree.own_body(place, dump(self._serde, value, f"value of channel {channel!r}"))
+        body = tree.own_body(place, dump(self._serde, value, _WHAT, channel))
         if len(body) > tree.PART_BYTES:
             return self.pack([Value(channel, value)])[0]
         (digest,) = self._digests(tree.OWN, [body])
         self.new[digest] = tree.OWN, body
         return digest
 
-    def _entries(self, values: list[Any], of: int, items: _Items, what: str) -> tuple[int, list[bytes]]:
+    def _entries(self, values: list[Any], of: int, items: _Items, channel: str) -> tuple[int, list[bytes]]:
         """What a list is of, and how its lowest level refers to each item; places of digests are left to `items`."""
         if type(values[0]) in _NUMBERS and all(type(value) in _NUMBERS for value in values):
             entries = [b""] * len(range(0, len(values), tree.RUN))
             for at in range(len(entries)):
-                items.add(dump(self._serde, values[at * tree.RUN : at * tree.RUN + tree.RUN], what), entries, at, LINK)
+                items.add(
+                    dump(self._serde, values[at * tree.RUN : at * tree.RUN + tree.RUN], _WHAT, channel),
+                    entries,
+                    at,
+                    LINK,
+                )
             return of + tree.RUNS, entries
         matches, new = match_or_snapshot(values, self.known.messages)
         entries = [b"" if match is None else match.link for match in matches]
@@ -164,7 +170,7 @@ class Packer:
         for at, snapshot in new.items():
             value = values[at]
             # In a list the serializer makes no difference between bytes and bytearrays.
-            body = dump(self._serde, bytes(value) if type(value) is bytearray else value, what)
+            body = dump(self._serde, bytes(value) if type(value) is bytearray else value, _WHAT, channel)
             if len(body) <= tree.INLINE:
                 entries[at] = bytes((len(body),)) + body
                 continue

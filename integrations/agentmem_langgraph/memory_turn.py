@@ -6,18 +6,23 @@ the model sees only a digest.
 
 A `MemoryTurn` can be used for one call. A call that fails or is cancelled leaves its state unchanged, and it can be
 used for a retry. After a call that succeeded, a second one raises, so that nothing is ever applied twice.
+
+Uses of a memory that work but lose or double something are warned of here, once for each engine.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 
+from langchain_core.messages import AIMessage, BaseMessage
+
 from agentmem.errors import MemoryWarning, TurnError
-from agentmem.messages import MessageCache
+from agentmem.messages import Message, MessageCache
+from agentmem.record import DIGEST
 from agentmem.state import MemoryState
 
 
@@ -127,3 +132,41 @@ class MemoryTurn:
 
     def __reduce_ex__(self, protocol: object) -> str:
         raise TypeError("a MemoryTurn stays in its process; carry turn.state.to_dict() instead")
+
+
+def warn_of_changed_reply(
+    state: MemoryState | None, history: Sequence[BaseMessage], messages: Sequence[Message], cache: MessageCache
+) -> None:
+    """Warn where the reply that left this memory has another text than the memory has read.
+
+    Whoever rewrites a reply (PIIMiddleware) keeps what the model noted in it, the digest of the memory behind it.
+
+    Args:
+        history: as the caller passed it.
+        messages: the same for the engine; there may be a system message more in front.
+    """
+    added = len(messages) - len(history)
+    place = next((n for n in reversed(range(len(history))) if isinstance(history[n], AIMessage)), None)
+    if state is None or place is None:
+        return
+    noted = history[place].response_metadata.get("memory") or {}
+    spoken = state.tail[-DIGEST:]
+    if noted.get("digest") == state.digest and messages[place + added].digest()[:DIGEST] != spoken:
+        warn_once(
+            cache,
+            "A reply was changed after it was given (by PIIMiddleware(apply_to_output=True), for instance); the "
+            "memory has it as it was spoken, too. Where that must not be, use ChatDeltaMem(write='input'), which "
+            "writes of replies only what was changed (docs/langgraph.md, 'Agents of create_agent').",
+        )
+
+
+def warn_of_lost_memory(messages: Sequence[BaseMessage], cache: MessageCache, run_manager: Any) -> None:
+    """Warn if a graph calls the model without its memory: every turn then writes the whole thread again."""
+    if not messages or "langgraph_node" not in (getattr(run_manager, "metadata", None) or {}):
+        return
+    if any(isinstance(message, AIMessage) and message.response_metadata.get("memory") for message in messages):
+        warn_once(
+            cache,
+            "A graph calls ChatDeltaMem without memory=, so that every call writes the whole thread anew and forgets "
+            "it. Use MemoryNode, or MemoryMiddleware in create_agent; or use_memory=False for a model without memory.",
+        )

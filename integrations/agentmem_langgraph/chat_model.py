@@ -48,19 +48,8 @@ if TYPE_CHECKING:
 
     from agentmem import Engine, Remembered, Turn
 
-_PER_CALL = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "max_tokens",
-    "seed",
-    "window",
-    "write",
-    "on_edit",
-    "timeout",
-    "kv",
-    "cache_salt",
-)
+_HOW = ("temperature", "top_p", "top_k", "max_tokens", "seed")
+_PER_CALL = (*_HOW, "window", "write", "on_edit", "timeout", "kv", "cache_salt")
 _FORMATS = ("tools", "tool_choice", "parallel_tool_calls", "response_format")
 # For other options None means "not given".
 _MAY_BE_NONE = ("seed", "window", "timeout", "cache_salt")
@@ -504,7 +493,7 @@ class ChatDeltaMem(BaseChatModel):
         if unknown:
             raise ConfigError(_unknown_options(unknown, ["memory", *_FORMATS, "stop", *_PER_CALL]))
         stops = self.stop or [] if stop is None else [stop] if isinstance(stop, str) else stop
-        how = {name: options.pop(name) for name in ("temperature", "top_p", "top_k", "max_tokens", "seed")}
+        how = {name: options.pop(name) for name in _HOW}
         options["sampling"] = _checked_sampling(how, tuple(stops))
         options["window"] = _checked_window(options["window"])
         if not isinstance(options["timeout"], float | int | None):

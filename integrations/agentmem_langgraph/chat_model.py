@@ -30,9 +30,8 @@ import agentmem
 from agentmem import Window
 from agentmem.errors import ConfigError, MissingAdapterError, TurnError
 from agentmem.messages import Message, MessageCache
-from agentmem.record import DIGEST
 from agentmem_langgraph.engines import Engines, Source, profile_of
-from agentmem_langgraph.memory_turn import MemoryTurn, warn_once
+from agentmem_langgraph.memory_turn import MemoryTurn, warn_of_changed_reply, warn_of_lost_memory, warn_once
 from agentmem_langgraph.messages import ChunkWriter, to_ai_message, to_engine
 from agentmem_langgraph.tools import (
     Method,
@@ -95,7 +94,7 @@ class _Call:
     def counted(self, result: Turn, engine: Engine) -> Turn:
         """The result, edits counted among the caller's messages."""
         if result.deletions and self.options["write"] == "all":
-            self._warn_of_changed_reply(_cache_of(engine))
+            warn_of_changed_reply(self.history, self.messages, self.turn.state, _cache_of(engine))
         if not result.edits:
             return result
         added = len(self.messages) - len(self.history)  # a system message that shows a schema
@@ -110,25 +109,6 @@ class _Call:
                     "(docs/langgraph.md, 'Context for one call').",
                 )
         return replace(result, edits=tuple(index - added for index in result.edits))
-
-    def _warn_of_changed_reply(self, cache: MessageCache) -> None:
-        """Say so where the reply that left this memory has another text than the memory has read.
-
-        Whoever rewrites a reply (PIIMiddleware) keeps what this model noted in it, the digest of the memory behind it.
-        """
-        state, added = self.turn.state, len(self.messages) - len(self.history)
-        place = next((n for n in reversed(range(len(self.history))) if isinstance(self.history[n], AIMessage)), None)
-        if state is None or place is None:
-            return
-        noted = self.history[place].response_metadata.get("memory") or {}
-        spoken = state.tail[-DIGEST:]
-        if noted.get("digest") == state.digest and self.messages[place + added].digest()[:DIGEST] != spoken:
-            warn_once(
-                cache,
-                "A reply was changed after it was given (by PIIMiddleware(apply_to_output=True), for instance); the "
-                "memory has it as it was spoken, too. Where that must not be, use ChatDeltaMem(write='input'), which "
-                "writes of replies only what was changed (docs/langgraph.md, 'Agents of create_agent').",
-            )
 
 
 class ChatDeltaMem(BaseChatModel):
@@ -548,7 +528,7 @@ class ChatDeltaMem(BaseChatModel):
             if response_format is not None:
                 shown = with_schema_shown(history, response_format)
         if memory is None and self.use_memory and options["write"] != "off":
-            _warn_of_lost_memory(messages, cache, run_manager)
+            warn_of_lost_memory(messages, cache, run_manager)
         elif messages and history[-1].role == "user":
             last = len(messages) - 1
             cache.put(_place_of(messages, history, last, last), history[-1].content, len(history[-1].content))
@@ -615,15 +595,3 @@ def _unknown_options(unknown: Sequence[str], names: Sequence[str]) -> str:
     close = {name: _OTHER_NAMES.get(name) or next(iter(get_close_matches(name, names, 1)), None) for name in unknown}
     meant = [f"{name} is {right} here" for name, right in close.items() if right is not None]
     return f"options are {', '.join(names)}; found {', '.join(unknown)}{'; ' * bool(meant)}{'; '.join(meant)}"
-
-
-def _warn_of_lost_memory(messages: Sequence[BaseMessage], cache: MessageCache, run_manager: Any) -> None:
-    """Say so where a graph calls the model without its memory: every turn then writes the whole thread anew."""
-    if not messages or "langgraph_node" not in (getattr(run_manager, "metadata", None) or {}):
-        return
-    if any(isinstance(message, AIMessage) and message.response_metadata.get("memory") for message in messages):
-        warn_once(
-            cache,
-            "A graph calls ChatDeltaMem without memory=, so that every call writes the whole thread anew and forgets "
-            "it. Use MemoryNode, or MemoryMiddleware in create_agent; or use_memory=False for a model without memory.",
-        )

@@ -11,13 +11,15 @@ free for a retry; after a call that succeeded a second one raises, so that nothi
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 
+from langchain_core.messages import AIMessage, BaseMessage
+
 from agentmem.errors import MemoryWarning, TurnError
-from agentmem.messages import MessageCache
+from agentmem.messages import Message, MessageCache
 from agentmem.state import MemoryState
 
 
@@ -26,6 +28,46 @@ def warn_once(cache: MessageCache, text: str) -> None:
     if cache.get(("warned", text)) is None:
         cache.put(("warned", text), True, 0)
         warnings.warn(text, MemoryWarning, stacklevel=2)
+
+
+def warn_of_lost_memory(messages: Sequence[BaseMessage], cache: MessageCache, run_manager: Any) -> None:
+    """Say so where a graph calls the model without its memory: every turn then writes the whole thread anew."""
+    if not messages or "langgraph_node" not in (getattr(run_manager, "metadata", None) or {}):
+        return
+    if any(isinstance(message, AIMessage) and message.response_metadata.get("memory") for message in messages):
+        warn_once(
+            cache,
+            "A graph calls ChatDeltaMem without memory=, so that every call writes the whole thread anew and forgets "
+            "it. Use MemoryNode, or MemoryMiddleware in create_agent; or use_memory=False for a model without memory.",
+        )
+
+
+def warn_of_changed_reply(
+    history: Sequence[BaseMessage], messages: Sequence[Message], state: MemoryState | None, cache: MessageCache
+) -> None:
+    """Say so where the reply that left a memory has another text now than that memory has read.
+
+    Whoever rewrites a reply (PIIMiddleware) keeps what the model noted in it, the digest of the memory behind it.
+
+    Args:
+        history: as the caller gave it.
+        messages: the same for the engine; they may begin with one more.
+        state: the memory at the start of the turn.
+        cache: the engine's.
+    """
+    added = len(messages) - len(history)
+    place = next((n for n in reversed(range(len(history))) if isinstance(history[n], AIMessage)), None)
+    if state is None or place is None:
+        return
+    noted = history[place].response_metadata.get("memory") or {}
+    # The record ends with the first 8 bytes of the reply's digest.
+    if noted.get("digest") == state.digest and not state.tail.endswith(messages[place + added].digest()[:8]):
+        warn_once(
+            cache,
+            "A reply was changed after it was given (by PIIMiddleware(apply_to_output=True), for instance); the "
+            "memory has it as it was spoken, too. Where that must not be, use ChatDeltaMem(write='input'), which "
+            "writes of replies only what was changed (docs/langgraph.md, 'Agents of create_agent').",
+        )
 
 
 def as_state(value: MemoryState | Mapping[str, Any] | None) -> MemoryState | None:

@@ -292,7 +292,7 @@ class SteeredModel:
 
     def _need_idle(self) -> None:
         if not self._attached:
-            raise TurnError("the memory of this model was removed by detach(); attach it again")
+            raise TurnError("this steered model is detached, so its model has no memory; attach it again")
         if self._use.running:
             raise TurnError(
                 "the model is busy with another call, of this memory or of another one attached to it; make one call "

@@ -234,7 +234,7 @@ def test_an_adapter_of_another_model_is_refused_with_both_fingerprints(make_engi
 def test_models_that_reason_are_told_whether_to(family: str, template: str, thinking: bool, tmp_path: Path) -> None:
     """Saved and loaded as users do; two turns with memory, whose replies are found again in the next prompt."""
     tok = transcript_tokenizer(template)
-    model = build(family, seed=0, vocab_size=len(tok), num_hidden_layers=2, eos_token_id=1)
+    model = build(family, seed=3, vocab_size=len(tok), num_hidden_layers=2, eos_token_id=1)
     model.save_pretrained(tmp_path)
     tok.save_pretrained(tmp_path)
     SteeredModel.attach(model, config=MemoryConfig(rank=4)).save(tmp_path / "adapter")

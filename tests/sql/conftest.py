@@ -102,7 +102,7 @@ class ServerDatabase:
                     connection.exec_driver_sql(f"DELETE FROM {name}")
             if self._engine.dialect.name == "postgresql":
                 for schema in set(inspect(connection).get_schema_names()) - {"public", "information_schema"}:
-                    connection.exec_driver_sql(f"DROP SCHEMA {schema} CASCADE")
+                    connection.exec_driver_sql(f'DROP SCHEMA "{schema}" CASCADE')
 
     def sessions(self) -> list[int]:
         """The numbers of the connections to it."""

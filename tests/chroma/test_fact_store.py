@@ -241,11 +241,3 @@ def test_delete_by_source_and_thread_meets_every_condition(store: FactStore) -> 
     assert store.delete(thread="t1") == 1
     assert store.delete(source="a") == 1
     assert store.count() == 0
-
-
-def test_a_deleted_fact_can_be_added_again(store: FactStore) -> None:
-    (id,) = store.add("a fact", time=NOON)
-    store.delete(id)
-    assert store.add("a fact", time=NOON - HOUR) == [id]
-    assert store.facts() == [Fact("a fact", time=NOON - HOUR)]
-    assert store.search("a fact")[0].fact.id == id

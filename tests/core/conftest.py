@@ -10,8 +10,6 @@ from types import ModuleType
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 
 @pytest.fixture(scope="session")
 def benchmarks() -> Iterator[dict[str, ModuleType]]:

@@ -224,14 +224,10 @@ def test_one_call_at_a_time_and_none_after_detach(model: Any) -> None:
         steered(ids)
 
 
-def test_attach_takes_one_of_adapter_and_config(model: Any, tmp_path: Any) -> None:
-    with pytest.raises(ConfigError, match=r"either adapter= .* or config="):
-        SteeredModel.attach(model)
-    with pytest.raises(ConfigError, match=r"either adapter= .* or config="):
-        SteeredModel.attach(model, adapter=tmp_path, config=MemoryConfig())
-
-
-def test_absent_target_layers_are_named(model: Any) -> None:
+def test_attach_takes_one_of_adapter_and_config_and_layers_that_there_are(model: Any, tmp_path: Any) -> None:
+    for given in ({}, {"adapter": tmp_path, "config": MemoryConfig()}):
+        with pytest.raises(ConfigError, match=r"either adapter= .* or config="):
+            SteeredModel.attach(model, **given)
     with pytest.raises(AdapterError, match=r"layers \[2, 7\].*attention layers are \[0, 1\]"):
         SteeredModel.attach(model, config=MemoryConfig(target_layers=(0, 2, 7)))
 

@@ -202,14 +202,6 @@ def test_a_pass_looks_at_few_more_tokens_than_there_are(
     assert len({buffers for buffers, _ in passes}) == 2
 
 
-def test_a_closed_engine_keeps_no_rows(make_engine: MakeEngine, passes: list[tuple[int, int]]) -> None:
-    engine = make_engine()
-    turn(engine, 0)
-    assert caches(engine)
-    engine.close()
-    assert not caches(engine)
-
-
 def test_memory_that_runs_out_is_given_back_first(
     make_engine: MakeEngine, alone: list[Turn], passes: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,6 +229,8 @@ def test_what_is_kept_for_later_has_a_limit(make_engine: MakeEngine, passes: lis
     for number in (0, 3):  # in rows of 256 and of 512 tokens
         turn(engine, number)
     assert [kv.tokens for kv in caches(engine)] == [256]
+    engine.close()
+    assert not caches(engine)
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
@@ -9,11 +10,18 @@ from random import Random
 import pytest
 
 import agentmem
+from agentmem import Engine
 from agentmem.evaluation.intervals import share
 from agentmem.evaluation.recall import ARMS, CELLS, MEMORY_ARMS, Cell, measure
 from agentmem.evaluation.report import BEGIN, END, details, markdown, missed_bars, plot, put_into
 from agentmem.evaluation.runner import Setup, plan, run, save
 from agentmem.nano.recipe.language import draw_bindings
+
+
+@pytest.fixture(scope="module")
+def nano() -> Iterator[Engine]:
+    with agentmem.load("nano") as engine:
+        yield engine
 
 
 def test_intervals_come_from_conversations() -> None:
@@ -42,9 +50,8 @@ def test_every_cell_gets_its_questions() -> None:
             assert questions >= (1000 if cell.bar is not None and arm in MEMORY_ARMS else 200)
 
 
-def test_the_arms_differ_only_in_what_they_may_know() -> None:
-    with agentmem.load("nano") as engine:
-        counts = list(measure(engine, Cell(2, 1), 3, seed=5, arms=dict.fromkeys(ARMS, 3)))
+def test_the_arms_differ_only_in_what_they_may_know(nano: Engine) -> None:
+    counts = list(measure(nano, Cell(2, 1), 3, seed=5, arms=dict.fromkeys(ARMS, 3)))
     right = {arm: sum(c[arm][0] for c in counts) for arm in ARMS}
     asked = {arm: sum(c[arm][1] for c in counts) for arm in ARMS}
     assert set(asked.values()) == {24}
@@ -53,14 +60,13 @@ def test_the_arms_differ_only_in_what_they_may_know() -> None:
     assert max(right[arm] for arm in ("window", "zeroed", "foreign")) <= 4
 
 
-def test_a_run_is_repeatable_and_reported(tmp_path: Path) -> None:
+def test_a_run_is_repeatable_and_reported(nano: Engine, tmp_path: Path) -> None:
     jobs = plan(8, 8, seed=3, cells=[Cell(1, 0), Cell(2, 0)])
     done: list[int] = []
     results = run(jobs, Setup("nano", None, threads=1), 1, lambda finished, total: done.append(finished))
     assert done == [1, 2]
     job = jobs[-1]
-    with agentmem.load("nano") as engine:
-        again = list(measure(engine, job.cell, job.conversations, job.seed, job.arms))
+    again = list(measure(nano, job.cell, job.conversations, job.seed, job.arms))
     (row,) = (row for row in results["cells"] if row["bindings"] == job.cell.bindings)
     for arm in ARMS:
         assert row[arm] == asdict(share([counts[arm] for counts in again])), "another process counts the same"

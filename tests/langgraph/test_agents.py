@@ -21,7 +21,7 @@ from langchain.agents.middleware import (
 )
 from langchain.agents.structured_output import ProviderStrategy, ToolStrategy
 from langchain_core.language_models import FakeListChatModel
-from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage
+from langchain_core.messages import AIMessage, HumanMessage
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, StateGraph
 from langgraph.types import Command
@@ -294,24 +294,6 @@ def test_a_provider_is_shown_the_schema(fake: FakeEngine) -> None:
     assert system.startswith("Be brief.")
     assert json.dumps(Color.model_json_schema()["properties"]["name"])[1:-1] in system
     assert fake.calls[-1]["form"].schema["required"] == ["name"]
-
-
-def test_every_stream_shows_the_same_reply_and_no_matrix(nano_engine: Engine) -> None:
-    made = agent(nano_engine)
-    tokens = [
-        piece.text
-        for piece, _ in made.stream({"messages": [HumanMessage("Hello!")]}, THREAD, stream_mode="messages")
-        if isinstance(piece, AIMessageChunk)
-    ]
-    said = made.get_state(THREAD).values["messages"][-1]
-    assert "".join(tokens) == said.text
-    assert len(tokens) > 2
-    for part in (said.model_dump_json(), *tokens):
-        assert "matrices" not in part
-    updates = list(made.stream({"messages": [HumanMessage("Hello again!")]}, THREAD, stream_mode="updates"))
-    assert any("messages" in update for part in updates for update in part.values() if update)
-    values = list(made.stream({"messages": [HumanMessage("And again!")]}, THREAD, stream_mode="values"))
-    assert values[-1]["messages"][-1].type == "ai"
 
 
 def test_a_batch_meets_in_the_engine(nano_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

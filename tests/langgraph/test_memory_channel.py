@@ -55,9 +55,6 @@ def channel(value: MemoryState | None = None) -> MemoryChannel:
     return made
 
 
-# ---------------------------------------------------------------------- the value
-
-
 def test_it_starts_empty() -> None:
     empty = channel()
     assert not empty.is_available()
@@ -112,15 +109,12 @@ def test_another_models_memory_is_refused(which: str) -> None:
     assert held.get() == state(1)
 
 
-def test_one_writer_may_go_back_or_start_anew() -> None:
+def test_one_writer_may_go_back_and_an_unchanged_memory_is_no_update() -> None:
     held = channel(state(1))
+    assert not held.update([state(1)])
+    assert not held.update([state(1), state(1).to_dict()])
     assert held.update([state(2)])
     assert held.get() == state(2)
-
-
-def test_an_unchanged_memory_is_no_update() -> None:
-    assert not channel(state(1)).update([state(1)])
-    assert not channel(state(1)).update([state(1), state(1).to_dict()])
 
 
 def test_a_graph_describes_its_memory() -> None:
@@ -136,9 +130,6 @@ def test_a_graph_describes_its_memory() -> None:
     graph = builder.compile()
     assert isinstance(graph.channels["memory"], MemoryChannel)
     assert "memory" in graph.get_input_jsonschema()["properties"]
-
-
-# ---------------------------------------------------------------------- parallel branches
 
 
 @pytest.mark.parametrize("branches", [2, 3, 5])

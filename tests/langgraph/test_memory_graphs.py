@@ -163,23 +163,6 @@ def test_an_interrupted_node_is_applied_once_when_it_resumes(w: World) -> None:
     assert runs[0] == runs[1] == memory_of(graph).digest == memory_of(once).digest
 
 
-def test_an_interrupt_may_show_the_memory_itself(w: World) -> None:
-    def shows(state: State) -> dict[str, Any]:
-        return {"memory": interrupt(state["memory"])}
-
-    builder = StateGraph(State)
-    builder.add_node("agent", MemoryNode(w.llm(**LAST)))
-    builder.add_node("review", shows)
-    builder.add_edge(START, "agent")
-    builder.add_edge("agent", "review")
-    graph = builder.compile(checkpointer=InMemorySaver())
-    out = graph.invoke({"messages": [HumanMessage(w.tell(0))]}, THREAD)
-    shown = out["__interrupt__"][0].value
-    assert shown == memory_of(graph)
-    graph.invoke(Command(resume=shown), THREAD)
-    assert memory_of(graph) == shown
-
-
 def test_rewinding_a_thread_brings_the_old_answer_back(w: World) -> None:
     graph = compiled(MemoryNode(w.llm(**LAST)))
     say(graph, w.tell(0))

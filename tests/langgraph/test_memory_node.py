@@ -66,6 +66,8 @@ def test_it_returns_the_reply_and_the_plain_memory(llm: ChatDeltaMem) -> None:
 def test_keys_can_be_named(llm: ChatDeltaMem) -> None:
     update = MemoryNode(llm, messages_key="talk", memory_key="osam").invoke({"talk": [HumanMessage("Hello!")]})
     assert set(update) == {"talk", "osam"}
+    with pytest.raises(TranscriptError, match="talk"):
+        MemoryNode(llm, messages_key="talk").invoke(HELLO)
 
 
 def test_a_state_may_be_an_object(llm: ChatDeltaMem) -> None:
@@ -77,11 +79,6 @@ def test_a_state_may_be_an_object(llm: ChatDeltaMem) -> None:
     update = MemoryNode(llm).invoke(State([HumanMessage("Hello!")]))
     memory = MemoryState.from_dict(update["memory"])
     assert MemoryNode(llm).invoke(State([HumanMessage("Good bye!")], memory))["memory"]["count"] == 4
-
-
-def test_a_state_without_messages_is_refused(llm: ChatDeltaMem) -> None:
-    with pytest.raises(TranscriptError, match="talk"):
-        MemoryNode(llm, messages_key="talk").invoke(HELLO)
 
 
 def test_bound_models_carry_the_memory_too(fake: FakeEngine, llm: ChatDeltaMem) -> None:

@@ -295,26 +295,6 @@ def test_every_message_is_consumed_or_new_and_never_both(
     assert not again.deletions
 
 
-def test_arguments_that_are_changed_in_place_are_an_edit() -> None:
-    """Though the very same messages were read before: a caller's arguments are no values."""
-    arguments = {"path": "a.py"}
-    history = [user("read it"), Message("assistant", "", (ToolCall("read", arguments, "1"),)), user("and?")]
-    record = consumed(history)
-    assert record.align(history).new == record.align(history).edits == []
-    arguments["path"] = "b.py"
-    assert record.align(history) == Alignment(new=[1], consumed=[0, 2], edits=[1])
-
-
-def test_histories_of_many_threads_and_lengths_are_told_apart() -> None:
-    threads = [[user(f"{n} says {at % 5}") for at in range(40)] for n in range(12)]
-    for length in (40, 3, 17, 0, 40, 25):
-        for messages in threads:
-            record = consumed(messages[:length])
-            found = record.align([*messages, user("more")])
-            assert found.consumed == list(range(length))
-            assert found.new == list(range(length, 41))
-
-
 class Thread:
     """A thread of distinct messages, what a memory has of it, and how often each text was written."""
 

@@ -12,10 +12,10 @@ import pytest
 from agentmem.errors import ConfigError
 from agentmem.training.episodes import EpisodeConfig, FactEpisode, FactEpisodes
 from agentmem.training.facts import wordings as say
-from agentmem.training.facts.attributes import ATTRIBUTES, attributes, second_person
+from agentmem.training.facts.attributes import ATTRIBUTES, attributes
 from agentmem.training.facts.rules import RULES
 from agentmem.training.facts.splits import Split, split_of, wordings
-from agentmem.training.facts.values import OPEN_KINDS, POOLS, Values, Vocabulary, article
+from agentmem.training.facts.values import OPEN_KINDS, POOLS, Values, Vocabulary
 
 EPISODES = [FactEpisodes(seed=1).episode(number) for number in range(600)]
 
@@ -151,19 +151,6 @@ def test_english_is_sound() -> None:
         for turn in episode.turns:
             # The assistant speaks of the user's things.
             assert not re.search(r"\b(?:[Mm]y|[Oo]ur|I am wearing)\b", turn.reply.content)
-
-
-def test_articles_follow_the_sound() -> None:
-    an = ["apple", "honest", "hour", "8", "11", "18", "80", "MRI", "umbrella", "orange", "unimportant"]
-    a = ["banana", "university", "European", "one", "user", "100", "1800", "UFO", "house", "unicorn", "ewe"]
-    assert [word for word in an if article(word) != "an"] == []
-    assert [word for word in a if article(word) != "a"] == []
-
-
-def test_replies_speak_to_the_user() -> None:
-    assert second_person("my dog's name") == "your dog's name"
-    assert second_person("the language I am learning") == "the language you are learning"
-    assert second_person("My name") == "Your name"
 
 
 def test_a_tokenizer_widens_the_vocabulary() -> None:

@@ -22,7 +22,6 @@ from langchain_core.messages import AIMessage, BaseMessage
 
 from agentmem.errors import MemoryWarning, TurnError
 from agentmem.messages import Message, MessageCache
-from agentmem.record import DIGEST
 from agentmem.state import MemoryState
 
 
@@ -147,11 +146,11 @@ def warn_of_changed_reply(
     """
     added = len(messages) - len(history)
     place = next((n for n in reversed(range(len(history))) if isinstance(history[n], AIMessage)), None)
-    if state is None or place is None:
+    if state is None or place is None or not state.record.recent:
         return
     noted = history[place].response_metadata.get("memory") or {}
-    spoken = state.tail[-DIGEST:]
-    if noted.get("digest") == state.digest and messages[place + added].digest()[:DIGEST] != spoken:
+    spoken = state.record.recent[-1]
+    if noted.get("digest") == state.digest and messages[place + added].digest()[: len(spoken)] != spoken:
         warn_once(
             cache,
             "A reply was changed after it was given (by PIIMiddleware(apply_to_output=True), for instance); the "

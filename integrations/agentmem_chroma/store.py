@@ -542,7 +542,12 @@ class FactStore:
             include=["documents", "metadatas", "distances"],
         )
         columns = zip(rows["ids"][0], rows["documents"][0], rows["metadatas"][0], rows["distances"][0], strict=True)
-        hits = [ScoredFact(Fact.from_row(id, text, row), _score(distance)) for id, text, row, distance in columns]
+        hits = []
+        for id, text, row, distance in columns:
+            # Chroma looks into the index first and reads rows after: a fact that is deleted in between has none.
+            if text is None and not row and not self._call("get", ids=[id], include=[])["ids"]:
+                continue
+            hits.append(ScoredFact(Fact.from_row(id, text, row), _score(distance)))
         hits.sort(key=lambda hit: hit.fact.id)
         hits.sort(key=lambda hit: (hit.score, hit.fact.time), reverse=True)
         return hits

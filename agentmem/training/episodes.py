@@ -382,7 +382,7 @@ class _Draft:
             kind = OPEN_KIND[kind]
         if kind in TWO_WORDS and self.rng.random() < self.config.two_words:
             kind = TWO_WORDS[kind]
-        # An open vocabulary has every word, but those of the frame are no values; in dates and times "May" and "am" are.
+        # An open vocabulary has every word, but those of the frame are no values; in dates "May", in times "am" is one.
         reserved = _frame_words() if kind in _OPEN_WORDS else _words(attribute.noun)
         while True:
             value = self.values.draw(self.rng, kind)

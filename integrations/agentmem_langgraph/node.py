@@ -36,7 +36,6 @@ class MemoryNode(Runnable[Any, dict[str, Any]]):
         messages_key: the state key of the messages.
         memory_key: the state key of the memory (`Annotated[MemoryState, MemoryChannel]`).
         system: a system prompt, shown before the messages and never stored.
-        system: a system prompt, shown before the messages and never stored.
         retriever: looks up facts for the last human message. They are shown in the leading system message,
             and neither stored nor written into memory.
         format_facts: formats the facts; by default "Facts:" and a line "text [1]" for each.

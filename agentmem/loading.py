@@ -8,7 +8,6 @@ the caller allows it (`trust_remote_code`).
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -21,12 +20,11 @@ from agentmem.delta.adapter import load_adapter
 from agentmem.delta.config import CONFIG_FILE
 from agentmem.delta.fingerprint import check_digests
 from agentmem.delta.model import SteeredModel
-from agentmem.delta.published import CARD, advice, base_name, find_published, is_made_from
+from agentmem.delta.published import CARD, advice, check_base, find_published
 from agentmem.engine import Engine
 from agentmem.errors import (
     AdapterError,
     ConfigError,
-    MemoryWarning,
     MissingAdapterError,
     ModelNotFoundError,
     install_hint,
@@ -104,7 +102,7 @@ def load(
             directory = _adapter_directory(place, adapter, adapter_revision)
             weights = load_adapter(directory)
             if weights.base is None:
-                _check_base(place, adapter, directory)
+                check_base(place, directory, str(adapter or directory))
         tokenizer = _read(AutoTokenizer.from_pretrained, place, **common)
         if getattr(tokenizer, "chat_template", None) is None:
             raise ConfigError(
@@ -234,46 +232,6 @@ def _adapter_directory(model: str, adapter: str | Path | None, revision: str | N
             return Path(snapshot_download(name, **options))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise AdapterError(f"adapter {name!r} is neither a directory nor a reachable hub id: {error}") from error
-
-
-def _check_base(model: str, adapter: str | Path | None, directory: Path) -> None:
-    """Compare the names of model and adapter, if the adapter has no fingerprint of its model.
-
-    Raises:
-        AdapterError: both name a model, and not the same one. A directory's own name proves nothing, so in that case,
-            and if there is no name, it is only a `MemoryWarning`.
-    """
-    published = find_published(str(adapter))
-    base = base_name(directory) if published is None else published.base
-    if base is None:
-        problem = (
-            f"the adapter in {directory} does not say which model it was made for; it fits every model of that shape, "
-            "and steers all but one at random"
-        )
-    else:
-        names = [model]
-        if Path(model).is_dir():
-            names.append(_recorded_name(Path(model)))
-        if any(is_made_from(name, base) for name in names):
-            return
-        problem = f"the adapter {str(adapter or directory)!r} was made for {base}, the model is {model}"
-        if not Path(model).is_dir():
-            raise AdapterError(f"{problem}; load that model, or an adapter that was trained for this one")
-    warnings.warn(
-        f"{problem}. If they belong together, save the adapter once with agentmem.load(...).steered.save(directory): "
-        "from then on it carries the fingerprint of its model, and any other is refused",
-        MemoryWarning,
-        stacklevel=3,
-    )
-
-
-def _recorded_name(model: Path) -> str:
-    """The name that older versions of transformers wrote into a model's config; empty if there is none."""
-    try:
-        name = json.loads((model / "config.json").read_text("utf-8")).get("_name_or_path")
-    except (OSError, ValueError, AttributeError):
-        return ""
-    return name if isinstance(name, str) else ""
 
 
 def _device(name: str) -> torch.device:

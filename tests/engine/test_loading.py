@@ -224,9 +224,23 @@ def test_an_adapter_of_another_model_is_refused_with_both_fingerprints(make_engi
         SteeredModel.attach(other.model, adapter=tmp_path)
     assert made.model_fingerprint in str(refused.value)
     assert other.model_fingerprint in str(refused.value)
-    # The authors' files do not say what they were made for.
-    save_adapter(tmp_path / "theirs", load_adapter(tmp_path), format="authors")
-    SteeredModel.attach(other.model, adapter=tmp_path / "theirs").detach()
+
+
+def test_a_directory_of_the_authors_is_compared_when_it_is_attached_too(make_engine: Any, authors: Path) -> None:
+    """All that is known of its model is a name; a loaded adapter has no directory that could name one."""
+    model = make_engine().model
+    with pytest.warns(MemoryWarning, match="does not say which model it was made for"):
+        SteeredModel.attach(model, adapter=authors).detach()
+    (authors / "README.md").write_text("---\nbase_model: some/Model-4B\n---\n")
+    with pytest.warns(MemoryWarning, match="was made for some/Model-4B, the model is one without a name"):
+        SteeredModel.attach(model, adapter=str(authors)).detach()
+    model.config.name_or_path = "other/Model-4"
+    with pytest.raises(AdapterError, match="was made for some/Model-4B, the model is other/Model-4"):
+        SteeredModel.attach(model, adapter=authors)
+    model.config.name_or_path = "quantised/Model-4B-bnb-4bit"
+    SteeredModel.attach(model, adapter=authors).detach()  # a warning would be an error here
+    model.config.name_or_path = ""
+    SteeredModel.attach(model, adapter=load_adapter(authors)).detach()
 
 
 @pytest.mark.parametrize("thinking", [True, False])

@@ -214,8 +214,8 @@ def _adapter_directory(model: str, adapter: str | Path | None, revision: str | N
         if (own / CONFIG_FILE).exists():
             return own
         raise MissingAdapterError(
-            f"{model} has no adapter of its own: pass adapter= with a directory or hub id of one trained for it, "
-            f"or adapter=False to run it without memory; {advice(model)}"
+            f"{model} has no adapter of its own: pass adapter= (--adapter) with a directory or hub id of one trained "
+            f"for it, or adapter=False (--adapter none) to run it without memory; {advice(model)}"
         )
     if Path(adapter).is_dir():
         return Path(adapter)

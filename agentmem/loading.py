@@ -108,6 +108,12 @@ def load(
             raise ConfigError(
                 f"the tokenizer of {model} has no chat template; use a chat model, or set one and save it"
             )
+        if not tokenizer.encode(
+            "a", add_special_tokens=False
+        ):  # what transformers makes of a directory without its files
+            raise ModelNotFoundError(
+                f"the model at {place!r} is not complete: its tokenizer has no vocabulary; fetch the model again"
+            )
         loaded, report = _read(
             AutoModelForCausalLM.from_pretrained, place, output_loading_info=True, **common, **options
         )
@@ -116,6 +122,12 @@ def load(
         raise ModelNotFoundError(
             f"the weights of the model at {place!r} are not complete: {len(names)} tensors are missing, the first is "
             f"{names[0]}; fetch the model again"
+        )
+    end = loaded.generation_config.eos_token_id
+    if not all(isinstance(token, int) for token in (end if isinstance(end, list) else [end or 0])):
+        raise ModelNotFoundError(
+            f"the model at {place!r} is damaged: eos_token_id in its generation_config.json is a number or a list of "
+            f"numbers; found {end!r}; fetch the model again"
         )
     if device_map is None:
         loaded = loaded.to(target)

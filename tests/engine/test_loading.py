@@ -206,6 +206,16 @@ def test_a_model_that_is_not_what_its_digests_say_is_refused(saved: tuple[Any, P
     agentmem.load(place, device="cpu").close()
 
 
+def test_a_directory_without_a_vocabulary_or_with_end_tokens_of_text_is_refused(saved: tuple[Any, Path]) -> None:
+    _, place = saved
+    (place / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(ModelNotFoundError, match=r"eos_token_id .* found '</s>'"):
+        agentmem.load(place)
+    (place / "tokenizer.json").unlink()
+    with pytest.raises(ModelNotFoundError, match=r"its tokenizer has no vocabulary|cannot be read"):
+        agentmem.load(place)
+
+
 def test_weights_that_are_missing_are_not_made_up(saved: tuple[Any, Path]) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -10,8 +10,8 @@ call for another user that does not count (connections, statements), and takes e
 read before is in a cache. A figure is the least of the rounds in wall and in CPU milliseconds, the latter without a
 server's.
 
-A database that cannot be reached is left out. The exit code is 1 where a bar is missed: at most the time of LangGraph's
-saver, and, with more than one stage, no growth beyond that of the number of checkpoints.
+A database that cannot be reached is left out. The exit code is 1 where a bar is missed: for a user's checkpoints at most
+the time of LangGraph's saver, and, with more than one stage, no growth beyond that of the number of checkpoints.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def bars(times: Times, contenders: Sequence[Contender], stages: int) -> list[Bar
     judged = []
     for ours in (contender for contender in contenders if contender.ours):
         for what in EXPECTED:
-            for peer in (each for each in contenders if each.database == ours.database and not each.ours):
+            peers = (each for each in contenders if each.database == ours.database and not each.ours)
+            for peer in peers if what != NEWEST else ():
                 ratio = least(times, ours, stages, what) / least(times, peer, stages, what)
                 judged.append(Bar(f"{ours.database}, {what}, ours : {peer.saver}'s", 1.0, True, "x", ratio))
             if stages > 1:

@@ -116,6 +116,8 @@ class Database:
         self._one_connection = self._source.in_memory or (own is not None and isinstance(own.pool, StaticPool))
         self._queue = _queue_of(self._source) if self.backend == "sqlite" else None
         self._transactions = None if own is None else _Transactions(own, made_here=False)
+        if own is not None and self.backend == "sqlite" and self._one_connection:
+            _check_shared(own)
         self._making = threading.Lock()
         self._inherited = False  # whether the connections are those of the process that this one was forked from
         self._ready = False
@@ -170,7 +172,10 @@ class Database:
             StorageError: it is closed.
         """
         if self._closed:
-            raise StorageError("this SQLAlchemySaver is closed; make a new one with from_url(...)")
+            raise StorageError(
+                "this SQLAlchemySaver is closed, so that the call did nothing, also if it was made before and waited; "
+                "close a saver when its calls have ended, and make a new one with from_url(...)"
+            )
 
     def close(self) -> None:
         """Close every connection that was opened here; from anywhere, any number of times."""
@@ -297,6 +302,26 @@ class Database:
         self._anchor = sqlite3.connect(name, uri=True, check_same_thread=False)
         named = url.set(database=name.split("?")[0], query={"vfs": "memdb", "uri": "true"})
         self._source = Source(named, self._source.options)
+
+
+def _check_shared(engine: Engine) -> None:
+    """Refuse the one connection of an engine if other threads cannot use it: graphs and tasks do.
+
+    Raises:
+        StorageError: they cannot.
+    """
+    pool: Any = engine.pool
+    if "connection" not in vars(pool):
+        engine.raw_connection().close()
+    try:
+        with ThreadPoolExecutor(1) as other:
+            other.submit(pool.connection.driver_connection.cursor).result()
+    except sqlite3.ProgrammingError as error:
+        raise StorageError(
+            "expected an engine whose one connection (StaticPool) every thread may use, found one for the thread that "
+            "opened it; write create_engine(..., poolclass=StaticPool, connect_args={'check_same_thread': False}), or "
+            "SQLAlchemySaver.from_url('sqlite:///:memory:')"
+        ) from error
 
 
 _databases: WeakSet[Database] = WeakSet()

@@ -12,6 +12,7 @@ from contextlib import suppress
 from contextvars import copy_context
 from datetime import datetime
 from functools import partial, wraps
+from itertools import islice
 from secrets import randbelow
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
@@ -44,7 +45,7 @@ CACHE_BYTES = 64 * 2**20
 
 P = ParamSpec("P")
 T = TypeVar("T")
-_END: Any = object()
+_PAGE = 32  # items of an iterator that are made at once for a task
 
 
 def plain_serde(serde: SerializerProtocol) -> SerializerProtocol:
@@ -71,16 +72,33 @@ def _for_tasks(
 def _iterated_by_tasks(
     method: Callable[Concatenate[SQLAlchemySaver, P], Iterator[T]],
 ) -> Callable[Concatenate[SQLAlchemySaver, P], AsyncIterator[T]]:
-    """The asynchronous form of a method that returns an iterator: each item is made in one of the threads."""
+    """The asynchronous form of a method that returns an iterator: a thread makes many items at once."""
 
     @wraps(method)
     async def twin(self: SQLAlchemySaver, /, *arguments: P.args, **named: P.kwargs) -> AsyncIterator[T]:
         items = getattr(self, method.__name__)(*arguments, **named)
-        while (item := await self._in_thread(self._store.database.reading_threads, next, items, _END)) is not _END:
-            yield item
+        while True:
+            made, error = await self._in_thread(self._store.database.reading_threads, _some_of, items)
+            for item in made:
+                yield item
+            if error is not None:
+                raise error
+            if len(made) < _PAGE:
+                return
 
     twin.__name__, twin.__doc__ = f"a{method.__name__}", f"As `{method.__name__}`, for a task."
     return twin
+
+
+def _some_of(items: Iterator[T]) -> tuple[list[T], Exception | None]:
+    """The next items, and the error that ended them."""
+    made: list[T] = []
+    try:
+        for item in islice(items, _PAGE):
+            made.append(item)
+    except Exception as error:  # noqa: BLE001
+        return made, error
+    return made, None
 
 
 class SQLAlchemySaver(BaseCheckpointSaver[str]):
@@ -411,7 +429,11 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         If the task is cancelled, the cancellation is raised when the call has ended, or at once if it has not begun.
         """
         self._store.database.check_open()
-        future = threads.submit(copy_context().run, partial(call, *arguments, **named))
+        try:
+            future = threads.submit(copy_context().run, partial(call, *arguments, **named))
+        except RuntimeError:
+            self._store.database.check_open()  # closed this very moment
+            raise
         waiting = asyncio.wrap_future(future)
         try:
             return await asyncio.shield(waiting)

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, TypeVar
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.serde.base import SerializerProtocol
-from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from sqlalchemy import ColumnElement, Connection, and_, bindparam, literal_column, or_, select, tuple_
 
 from agentmem.errors import StorageError
@@ -38,6 +37,7 @@ from agentmem_sql.rows import (
     metadata_bytes,
 )
 from agentmem_sql.schema import Tables, decode_text, encode_text, exact_key, open_key, thread_key
+from agentmem_sql.serializer import is_langgraphs
 from agentmem_sql.statements import Prepared, PreparedLookup, PreparedLookups, Rows, contains
 
 T = TypeVar("T")
@@ -343,7 +343,7 @@ class Reader:
 
     def parts(self, serde: SerializerProtocol, wanted: Mapping[str, Any]) -> list[tuple[bytes, ...]]:
         """What the database can look for; see `metadata_bytes`."""
-        readable = type(serde) is JsonPlusSerializer and not self._protection.encrypts
+        readable = is_langgraphs(serde) and not self._protection.encrypts
         return metadata_bytes(serde, wanted) if readable else []
 
 

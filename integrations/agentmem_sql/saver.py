@@ -25,6 +25,7 @@ from langgraph.checkpoint.base import (
     CheckpointTuple,
     DeltaChannelHistory,
 )
+from langgraph.checkpoint.serde._msgpack import STRICT_MSGPACK_ENABLED
 from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
 from sqlalchemy import URL, Engine
@@ -36,6 +37,7 @@ from agentmem_sql.report import Order, StorageReport, storage_report
 from agentmem_sql.retention import Retention, RetentionReport, sweep
 from agentmem_sql.rows import Address
 from agentmem_sql.schema import DEFAULT_PREFIX, Tables
+from agentmem_sql.serializer import CheckedSerializer
 from agentmem_sql.store import Store
 
 if TYPE_CHECKING:
@@ -139,8 +141,9 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
 
         Args:
             engine: an engine of SQLAlchemy, or a URL, as for `from_url`.
-            serde: as for every LangGraph checkpointer. An `EncryptedSerializer` encrypts everything but times and the
-                names and ids of threads, namespaces, channels, checkpoints and tasks.
+            serde: as for every LangGraph checkpointer. If left out, a stored value makes only types that LangGraph
+                stores and that are loaded, and is refused otherwise. An `EncryptedSerializer` encrypts everything but
+                times and the names and ids of threads, namespaces, channels, checkpoints and tasks.
             schema: the schema of the tables; None is the connection's default.
             table_prefix: the beginning of the tables' names.
             hmac_key: at least 16 secret bytes. Digests then become signatures, so that nobody without the key can
@@ -153,7 +156,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
                 database in memory, connections made by your code, or an option that the synchronous driver lacks.
             ConfigError: `hmac_key` or `table_prefix` cannot be used.
         """
-        super().__init__(serde=serde)
+        super().__init__(serde=serde if serde or STRICT_MSGPACK_ENABLED else CheckedSerializer())
         tables, protection = Tables(prefix=table_prefix, schema=schema), Protection(self.serde, hmac_key)
         self._store = Store(engine, tables=tables, protection=protection, cache_bytes=cache_bytes, **of_url)
 

@@ -120,6 +120,7 @@ class Database:
             _check_shared(own)
         self._making = threading.Lock()
         self._inherited = False  # whether the connections are those of the process that this one was forked from
+        self._file: tuple[str, tuple[int, int]] | None = None  # that of SQLite, and which one it was at first
         self._ready = False
         self._closed = False
         _databases.add(self)
@@ -138,6 +139,13 @@ class Database:
                 transactions = self._transactions or self._connect()
                 if not self._ready:
                     self._in_turn(partial(self._set_up, transactions), write=True)
+                if self._file is not None and _identity(self._file[0]) != self._file[1]:
+                    raise StorageError(
+                        f"expected the SQLite file that was opened at {self._file[0]!r}, found "
+                        f"{'another' if os.path.exists(self._file[0]) else 'none'}: it was deleted, moved or replaced "
+                        "under the running saver, and what is stored in it would not be found again; close the saver "
+                        "and make a new one"
+                    )
                 if write and not (autocommit and transactions.autocommits):
                     return self._in_turn(partial(transactions.write, work), write=True)
                 return self._in_turn(partial(transactions.read, work), write=write)
@@ -225,6 +233,10 @@ class Database:
         if protection is not None and not transactions.read(partial(protection.is_settled, tables=self.tables)):
             with connect(transactions.writer) as connection:
                 alone(connection, self.tables, transactions.write_on, partial(protection.settle, tables=self.tables))
+        if self.backend == "sqlite" and os.name == "posix" and not self._source.in_memory:
+            path = os.path.abspath(self._path)
+            at_first = _identity(path)
+            self._file = None if at_first is None else (path, at_first)
         self._ready = True
 
     def _in_turn(self, do: Callable[[], T], *, write: bool) -> T:
@@ -265,7 +277,7 @@ class Database:
             return inspect(connection).has_table(threads.name, schema=threads.schema)
 
         if self.backend == "sqlite" and not self._source.in_memory:
-            path = Path(str(self._source.url.database).removeprefix("file:").partition("?")[0])
+            path = Path(self._path)
             if not path.is_file():
                 raise StorageError(
                     f"expected a SQLite file at {str(path)!r}, found {'a folder' if path.is_dir() else 'nothing'} "
@@ -276,6 +288,11 @@ class Database:
                 f"expected the table {threads.fullname!r} in the database {where}, found no such table: no threads "
                 "were ever kept there, or under another table prefix or schema; correct the URL, or name these"
             )
+
+    @property
+    def _path(self) -> str:
+        """Where a SQLite file is."""
+        return str(self._source.url.database).removeprefix("file:").partition("?")[0]
 
     def _take_memory(self) -> None:
         """Name a database in memory so that every connection sees it, and hold it open."""
@@ -322,6 +339,15 @@ def _check_shared(engine: Engine) -> None:
             "opened it; write create_engine(..., poolclass=StaticPool, connect_args={'check_same_thread': False}), or "
             "SQLAlchemySaver.from_url('sqlite:///:memory:')"
         ) from error
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """Which file there is at a path; takes about a microsecond."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 _databases: WeakSet[Database] = WeakSet()

@@ -10,8 +10,8 @@ call for another user that does not count (connections, statements), and takes e
 read before is in a cache. A figure is the least of the rounds in wall and in CPU milliseconds, the latter without a
 server's.
 
-A database that cannot be reached is left out. The exit code is 1 where a bar is missed: for a user's checkpoints at most
-the time of LangGraph's saver, and, with more than one stage, no growth beyond that of the number of checkpoints.
+A database that cannot be reached is left out. The exit code is 1 where a bar is missed: for a user's checkpoints at
+most the time of LangGraph's saver, and, with more than one stage, no growth beyond that of the number of checkpoints.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Published adapters, and how to find out which model an adapter was made for.
+"""Known adapters, published or shipped with this package, and how to find out which model an adapter was made for.
 
 Adapters that agentmem saved contain the fingerprint of their model. Others, such as the authors', fit every model of
 the same shape: all that is known of their model is its name, from the table below or from other files in the adapter's
@@ -18,22 +18,31 @@ _BASE_MODEL = re.compile(r"^base_model:\s*(?:-\s*)?[\"']?([^\s\"'#\[\]]+)", re.M
 
 @dataclass(frozen=True)
 class PublishedAdapter:
-    """An adapter on the hub.
+    """An adapter on the hub, or one that ships with this package.
 
     Attributes:
-        name: its hub id.
+        name: its hub id, or its name here.
         base: the hub id of the model that it was trained for.
         licence: licence of its weights.
         source: who made it.
+        directory: where it is, if it ships with this package.
     """
 
     name: str
     base: str
     licence: str
     source: str
+    directory: Path | None = None
 
 
-PUBLISHED = (
+_KNOWN = (
+    PublishedAdapter(
+        "smollm2",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "Apache-2.0",
+        "agentmem",
+        Path(__file__).parents[1] / "smollm2" / "adapter",
+    ),
     PublishedAdapter(
         "declare-lab/delta-mem_qwen3_4b-instruct",
         "Qwen/Qwen3-4B-Instruct-2507",
@@ -43,9 +52,18 @@ PUBLISHED = (
 )
 
 
+PUBLISHED = tuple(adapter for adapter in _KNOWN if adapter.directory is None or adapter.directory.is_dir())
+
+
 def find_published(name: str) -> PublishedAdapter | None:
     """The published adapter with this hub id, or with this last part of one."""
     return next((adapter for adapter in PUBLISHED if name in (adapter.name, _last_part(adapter.name))), None)
+
+
+def published_for(*names: str) -> PublishedAdapter | None:
+    """The first known adapter for a model of one of these names; a copy by another name may have been trained on."""
+    lasts = {_last_part(name).lower() for name in names if name}
+    return next((adapter for adapter in PUBLISHED if _last_part(adapter.base).lower() in lasts), None)
 
 
 def advice(model: str) -> str:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
+from collections.abc import Callable
 from decimal import Decimal
 from enum import IntEnum
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
 import pytest
 from langchain_core.messages import HumanMessage
-from langgraph.checkpoint.base import writes_sort_key
 from langgraph.checkpoint.serde.types import ERROR, INTERRUPT, RESUME
 
 from agentmem.errors import ConfigError, StorageError
@@ -55,21 +55,6 @@ ODD = [
 ]
 
 
-def test_pending_writes_come_in_the_order_in_which_a_run_applies_them(saver: SQLAlchemySaver) -> None:
-    at = put(saver, config())
-    tasks = [(f"~__pregel_pull, {name}", f"task-{hash_}") for name, hash_ in (("b", 1), ("a", 9), ("c", 0), ("a", 3))]
-    for path, task in tasks:
-        saver.put_writes(at, [("x", f"{path}{task}0"), ("y", f"{path}{task}1")], task, path)
-    saver.put_writes(at, [("x", "input")], "task-zz")
-    expected = [(task, channel, f"{path}{task}{index}") for path, task in tasks for index, channel in enumerate("xy")]
-    expected.sort(key=lambda write: writes_sort_key(write[2].split("task")[0], write[0], int(write[2][-1])))
-
-    found = saver.get_tuple(at)
-
-    assert found is not None
-    assert found.pending_writes == [("task-zz", "x", "input"), *expected]
-
-
 def test_ordinary_writes_are_kept_and_special_ones_replaced(any_saver: SQLAlchemySaver) -> None:
     at = put(any_saver, config())
     any_saver.put_writes(at, [("x", 1), ("x", 2)], "task")
@@ -78,9 +63,7 @@ def test_ordinary_writes_are_kept_and_special_ones_replaced(any_saver: SQLAlchem
     any_saver.put_writes(at, [(INTERRUPT, "second")], "task")
     any_saver.put_writes(at, [("x", 5), (INTERRUPT, "third")], "task")  # not all special: nothing is replaced
 
-    found = any_saver.get_tuple(at)
-
-    assert found is not None
+    found = get(any_saver, at)
     assert found.pending_writes is not None
     assert {(channel, value) for _, channel, value in found.pending_writes} == {
         ("x", 1),
@@ -161,17 +144,6 @@ def test_listing_pages_through_every_thread_newest_first(any_saver: SQLAlchemySa
     assert [one.config for one in any_saver.list(None, before=stored[70], limit=40)] == stored[30:70][::-1]
     assert [one.config for one in any_saver.list(stored[5])] == [stored[5]]
     assert list(any_saver.list(None, limit=0)) == []
-
-
-def test_put_replaces_a_checkpoint_of_the_same_id(saver: SQLAlchemySaver) -> None:
-    made = checkpoint({"x": 1}, version="1")
-    saver.put(config(), made, {"step": 1}, made["channel_versions"])
-    again = {**made, "channel_values": {"x": 2}, "channel_versions": {"x": "2"}}
-    saver.put(config(checkpoint_id="parent"), again, {"step": 2}, {"x": "2"})
-    (found,) = saver.list(config())
-    assert found.checkpoint["channel_values"] == {"x": 2}
-    assert found.metadata["step"] == 2
-    assert found.parent_config == config(checkpoint_id="parent")
 
 
 def test_checkpoint_comes_back_as_it_was(saver: SQLAlchemySaver) -> None:
@@ -328,27 +300,28 @@ def test_tuples_share_no_value(saver: SQLAlchemySaver) -> None:
 # Ids that cannot be meant.
 
 
-def test_one_string_where_several_ids_are_meant_is_refused(saver: SQLAlchemySaver) -> None:
-    """A string is a sequence of strings: `prune("42")` would take out the threads 4 and 2."""
-    for thread in ("4", "2", "42"):
-        put(saver, config(thread), {"x": 1}, run_id=thread)
-    for call in (
-        lambda: saver.prune("42", strategy="delete"),
-        lambda: saver.prune("42"),
-        lambda: saver.delete_for_runs("42"),
-        lambda: saver.retain(Retention(max_checkpoints=1), thread_ids="42"),
-        lambda: copy_threads(saver, saver, thread_ids="42"),
-        lambda: saver.prune(["4", None], strategy="delete"),  # type: ignore[list-item]
-        lambda: saver.delete_for_runs([b"4"]),  # type: ignore[list-item]
-        lambda: asyncio.run(saver.aprune("42", strategy="delete")),
-    ):
-        with pytest.raises(ConfigError, match="expected a"):
-            call()
-    assert len(list(saver.list(None))) == 3
+async def test_what_is_no_sequence_of_ids_touches_no_thread(saver: SQLAlchemySaver) -> None:
+    """A string is a sequence of strings: `prune("42")` would take out the threads 4 and 2; `str(None)` is an id."""
+    for thread in ("4", "2", "42", "None"):
+        put(saver, config(thread), run_id=thread)
+    every: tuple[Callable[[Any], object], ...] = (
+        saver.prune,
+        partial(saver.prune, strategy="delete"),
+        saver.delete_for_runs,
+        lambda ids: saver.retain(Retention(max_checkpoints=1), thread_ids=ids),
+        lambda ids: copy_threads(saver, saver, thread_ids=ids),
+    )
+    for wrong in ("42", b"42", 42, {"42": 1}, [None], ["4", ["2"]], [True], [4.0], [b"4"], None):
+        for call in every[: 3 if wrong is None else None]:  # `None` is every thread for the others
+            with pytest.raises(ConfigError, match=r"expected a (sequence of )?(thread|run) id"):
+                call(wrong)
+        with pytest.raises(ConfigError):
+            await saver.aprune(wrong, strategy="delete")  # type: ignore[arg-type]
+    assert len(list(saver.list(None))) == 4
 
 
 @pytest.mark.parametrize("bad", [None, True, 1.5, b"t", ["t"]], ids=repr)
-def test_what_is_no_thread_id_is_refused(saver: SQLAlchemySaver, bad: Any) -> None:
+async def test_what_is_no_thread_id_is_refused(saver: SQLAlchemySaver, bad: Any) -> None:
     for call in (
         lambda: put(saver, config(bad)),
         lambda: saver.get_tuple(config(bad)),
@@ -363,6 +336,8 @@ def test_what_is_no_thread_id_is_refused(saver: SQLAlchemySaver, bad: Any) -> No
     ):
         with pytest.raises(ConfigError, match=r"expected a (thread|task) id"):
             call()
+    with pytest.raises(ConfigError, match="expected a thread id"):
+        await saver.adelete_thread(bad)
     assert list(saver.list(None)) == []
 
 
@@ -371,7 +346,7 @@ def test_numbers_and_uuids_are_ids(saver: SQLAlchemySaver) -> None:
     for thread in (7, name):
         put(saver, config(thread), {"x": 1})  # type: ignore[arg-type]
         assert saver.get_tuple(config(str(thread))) is not None
-    saver.prune([7, name], strategy="delete")  # type: ignore[list-item]
+    saver.prune((id_ for id_ in (7, name)), strategy="delete")  # type: ignore[arg-type]
     assert list(saver.list(None)) == []
 
 

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from agentmem.errors import ConfigError
 from agentmem_cli.app import app
 from agentmem_sql import Retention, SQLAlchemySaver
-from tests.helpers.sql_cases import config, put
+from tests.helpers.sql_cases import config, get, put
 from tests.helpers.sql_chains import grow, history, id_of, ids, made, write
 
 Sql = Callable[..., list[Any]]
@@ -434,8 +434,7 @@ def test_runs_go_on_while_threads_are_swept(swept_saver: SQLAlchemySaver) -> Non
     assert removed == 2 * 24
     for name, at in last.items():
         assert ids(swept_saver, name) >= {id_of(at)}
-        found = swept_saver.get_tuple(config(name))
-        assert found is not None
+        found = get(swept_saver, config(name))
         assert found.config == at
         assert found.checkpoint["channel_values"]["log"] == [f"item {number} " * 9 for number in range(25)]
         assert history(swept_saver, at) == ([], list(range(25)))

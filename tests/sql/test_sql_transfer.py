@@ -31,7 +31,7 @@ import agentmem_sql
 from agentmem.errors import ConfigError, StorageError
 from agentmem_cli.transfer import import_threads
 from agentmem_sql import SQLAlchemySaver, TransferError, TransferReport, acopy_threads, copy_threads
-from tests.helpers.sql_cases import config, finish, put, start_child
+from tests.helpers.sql_cases import config, finish, get, put, start_child
 from tests.helpers.sql_transfer_graph import Ticket, rich_graph, say
 
 Sql = Callable[..., list[Any]]
@@ -329,8 +329,7 @@ def test_a_thread_that_went_on_in_the_target_stays(old: SqliteSaver, saver: SQLA
 def test_writes_made_in_the_target_stay(old: SqliteSaver, saver: SQLAlchemySaver) -> None:
     rich_graph(old).invoke(say("ask", 0), config())
     copy_threads(old, saver)
-    at = saver.get_tuple(config())
-    assert at is not None
+    at = get(saver, config())
     saver.put_writes(at.config, [("count", 5)], "a task of ours")
     before = tuples(saver)
     assert copy_threads(old, saver).skipped == 1

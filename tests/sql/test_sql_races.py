@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
-from itertools import count
+from itertools import count, product
 from threading import Event
 from typing import Any
 
@@ -23,7 +23,7 @@ from sqlalchemy import Engine, create_engine, event
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
 from tests.helpers.sql_cases import config, get
-from tests.helpers.sql_chains import grow, history, id_of, made, unaccounted, write
+from tests.helpers.sql_chains import grow, history, id_of, ids, made, unaccounted, write
 from tests.helpers.sql_graphs import delta_graph, say
 
 Sql = Callable[..., list[Any]]
@@ -247,6 +247,27 @@ def test_a_listing_that_is_pruned_while_it_is_read(shared_url: str, another: SQL
             assert found[0].config == at
             another.delete_thread("t")
     engine.dispose()
+
+
+def test_a_history_that_is_pruned_while_it_is_read_is_whole(shared_url: str, another: SQLAlchemySaver) -> None:
+    """At each of its statements in turn, everything but the newest checkpoint, or the one before, is taken out."""
+    engine = create_engine(shared_url)
+    pruned = 0
+    with SQLAlchemySaver(engine, cache_bytes=0) as saver:
+        saver.setup()
+        prunes = (partial(another.prune, ["t"]), partial(another.delete_for_runs, ["middle"]))
+        for prune, when in product(prunes, range(1, 8)):
+            root = grow(another, None, {"d": _DeltaSnapshot([[0] * 99])})
+            write(another, root, [1] * 99)
+            middle = grow(another, root, run_id="middle")
+            write(another, middle, [2] * 99)
+            at = grow(another, middle)
+            expected = history(another, at)
+            assert pruned_before(engine, prune, when, partial(history, saver, at)) == expected, when
+            pruned += len(ids(another)) < 3
+            another.delete_thread("t")
+    engine.dispose()
+    assert pruned >= 6
 
 
 def test_clones_share_what_they_know(url: str, sql: Sql) -> None:

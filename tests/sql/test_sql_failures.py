@@ -29,18 +29,13 @@ from sqlalchemy import create_engine, event, make_url
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
 from tests.helpers.sql_cases import config, put, read
-from tests.helpers.sql_chains import unaccounted
+from tests.helpers.sql_chains import all_rows, unaccounted
 from tests.helpers.sql_processes import INTERRUPTS, Process, pending, question, values
 
 Sql = Callable[..., list[Any]]
 Obstacle = Callable[[], AbstractContextManager[None]]
 
 TABLES = ("settings", "threads", "blobs", "checkpoints", "writes")
-
-
-def everything(ask: Sql) -> list[Any]:
-    """All rows of all tables."""
-    return [sorted(map(repr, ask(f"SELECT * FROM agentmem_{table}"))) for table in TABLES]
 
 
 def refuses_and_goes_on(
@@ -65,7 +60,7 @@ def refuses_and_goes_on(
         "copy_thread": lambda: saver.copy_thread("t", "copy"),
         "delete_thread": lambda: saver.delete_thread("t"),
     }
-    before = everything(ask)
+    before = all_rows(ask)
     with obstacle():
         for name, call in calls.items():
             if only is None or name in only:
@@ -73,7 +68,7 @@ def refuses_and_goes_on(
                     call()
                 assert "of the thread" not in str(error.value), "what was to be stored"
                 assert own_engine or "of the thread" not in str(error.value.__cause__)
-        assert everything(ask) == before
+        assert all_rows(ask) == before
         assert read(saver, at) == values(1)
     for call in calls.values():
         call()

@@ -25,6 +25,7 @@ from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.protection import Protection
 from agentmem_sql.rows import seal_write
 from tests.helpers.sql_cases import config, put
+from tests.helpers.sql_chains import all_rows
 from tests.helpers.sql_protection import (
     HMAC_KEY,
     NEWEST,
@@ -354,7 +355,7 @@ class Loud:
 def test_nothing_is_pickled_even_where_the_serializer_would(url: str, sql: Sql) -> None:
     with SQLAlchemySaver.from_url(url, serde=JsonPlusSerializer(pickle_fallback=True)) as saver:
         at = put(saver, config(), {"x": 1})
-        before = [sql(f"SELECT * FROM agentmem_{table}") for table in KEYS]
+        before = all_rows(sql)
         for value in (Opaque(), ["x", Opaque()], {"a": Opaque()}, HumanMessage("x", id="1", note=Opaque())):
             with pytest.raises(StorageError, match="pickle"):
                 put(saver, at, {"y": "good", "x": value})
@@ -362,7 +363,7 @@ def test_nothing_is_pickled_even_where_the_serializer_would(url: str, sql: Sql) 
                 saver.put_writes(at, [("y", "good"), ("x", value)], "task")
         with pytest.raises(StorageError, match="pickle"):
             put(saver, at, {"x": 1}, note=Opaque())
-    assert [sql(f"SELECT * FROM agentmem_{table}") for table in KEYS] == before
+    assert all_rows(sql) == before
 
 
 @pytest.mark.parametrize("protection", PROTECTION)

@@ -168,21 +168,23 @@ def test_tasks_of_several_loops_and_threads(url_of: str, path: Any) -> None:
         assert len(list(saver.list(None))) == 6 * 4 * 3
 
 
-async def test_tasks_do_not_block_their_loop(url: str, path: Path) -> None:
-    """While another process holds the file's lock, a writing task waits and the loop goes on."""
+async def test_writers_that_wait_block_neither_their_loop_nor_readers(url: str, path: Path) -> None:
+    """While another process holds the file's lock, writers may take all of their threads: readers have their own."""
     async with SQLAlchemySaver.from_url(url) as saver:
-        await saver.asetup()
+        stored = await aput(saver, "t", x=0)
         ticks = 0
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
-            writing = asyncio.create_task(aput(saver, "t", x=1))
+            writers = [asyncio.create_task(aput(saver, f"t{number}", x=1)) for number in range(THREADS + 1)]
             ends = time.monotonic() + 0.2
             while time.monotonic() < ends:
                 await asyncio.sleep(0.005)
                 ticks += 1
-            assert not writing.done()
-            other.execute("COMMIT")
-        await writing
+            assert await asyncio.wait_for(saver.aget_tuple(stored), timeout=20) is not None
+            assert [item async for item in saver.alist(config("t"))]
+            assert not any(writer.done() for writer in writers)
+            other.execute("ROLLBACK")
+        await asyncio.gather(*writers)
         assert ticks > 10
 
 
@@ -227,21 +229,6 @@ async def test_cancelled_tasks_store_all_or_nothing_and_block_nobody(url: str, s
         finally:
             event.remove(Engine, "before_cursor_execute", cancel)
     assert unaccounted(sql) == (set(), set())
-
-
-async def test_tasks_read_while_every_writer_waits(url: str, path: Path) -> None:
-    """Writers on a locked file may take all of their threads: readers have their own."""
-    async with SQLAlchemySaver.from_url(url) as saver:
-        stored = await aput(saver, "t", x=0)
-        with closing(sqlite3.connect(path, isolation_level=None)) as other:
-            other.execute("BEGIN IMMEDIATE")
-            writers = [asyncio.create_task(aput(saver, f"t{number}", x=1)) for number in range(THREADS + 1)]
-            await asyncio.sleep(0)
-            assert await asyncio.wait_for(saver.aget_tuple(stored), timeout=20) is not None
-            assert [item async for item in saver.alist(config("t"))]
-            assert not any(writer.done() for writer in writers)
-            other.execute("ROLLBACK")
-        await asyncio.gather(*writers)
 
 
 async def test_a_task_that_is_cancelled_before_a_thread_is_free_does_nothing(url: str, sql: Sql) -> None:

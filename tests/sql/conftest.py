@@ -14,6 +14,7 @@ import ssl
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -25,7 +26,7 @@ from sqlalchemy.exc import DBAPIError
 from agentmem_sql import SQLAlchemySaver, metadata
 from tests.helpers.sql_cases import BACKENDS
 from tests.helpers.sql_chains import unaccounted
-from tests.helpers.sql_processes import Process, template
+from tests.helpers.sql_processes import Process
 
 # The driver is named, since these URLs are also used to look behind the saver's back.
 SERVERS = {
@@ -240,10 +241,10 @@ def sessions(usual_database: Callable[[str], ServerDatabase]) -> Callable[[str],
 
 
 @pytest.fixture(scope="session")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Process]]:
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Process]:
     """`processes(work, ...)` starts a process on a work of `sql_processes`."""
-    with template(tmp_path_factory.mktemp("reports")) as start:
-        yield start
+    folder, numbers = tmp_path_factory.mktemp("reports"), count()
+    return lambda work, *arguments: Process(folder / f"{next(numbers)}", work, *arguments)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.database import THREADS
 from tests.helpers.sql_cases import aput, config, put
 from tests.helpers.sql_chains import unaccounted
-from tests.helpers.sql_processes import Process
+from tests.helpers.sql_processes import Process, fork, write
 
 Sql = Callable[..., list[Any]]
 Start = Callable[..., Process]
@@ -57,7 +57,7 @@ def test_processes_that_write_one_file_wait_for_each_other(
     Also while another one keeps the lock; nobody starves, and a reader meets no error and does not wait.
     """
     stop = tmp_path / "stop"
-    started = [processes("write", url, own, str(stop)) for own in "ab"]
+    started = [processes(write, url, own, str(stop)) for own in "ab"]
     with SQLAlchemySaver.from_url(url) as saver:
         put(saver, config("c"), {"shared": b"same" * 500}, writer="c")
         for one in started:
@@ -258,7 +258,7 @@ async def test_a_task_that_is_cancelled_before_a_thread_is_free_does_nothing(url
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_a_forked_process_and_its_parent_go_on_with_one_saver(database_url: str, processes: Start) -> None:
     """As servers with worker processes do it: at the same time, and one closes first; nothing is lost."""
-    assert processes("fork", database_url).wait() == 0
+    assert processes(fork, database_url).wait() == 0
     with SQLAlchemySaver.from_url(database_url) as saver:
         stored = Counter(one.config["configurable"]["thread_id"] for one in saver.list(None))
     assert stored == {"parent": 13, "child": 11}

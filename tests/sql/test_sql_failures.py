@@ -30,7 +30,7 @@ from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
 from tests.helpers.sql_cases import config, put, read
 from tests.helpers.sql_chains import all_rows, unaccounted
-from tests.helpers.sql_processes import INTERRUPTS, Process, pending, question, values
+from tests.helpers.sql_processes import INTERRUPTS, Process, grow, pending, question, values
 
 Sql = Callable[..., list[Any]]
 Obstacle = Callable[[], AbstractContextManager[None]]
@@ -331,9 +331,9 @@ def kill_writers(url: str, look: Sql, start: Callable[..., Process], sessions: C
     ledger = Ledger()
     for number in range(rounds):
         if number % 3 == 2:
-            writer = start("grow", url, chance.randint(1, 150))
+            writer = start(grow, url, chance.randint(1, 150))
         else:
-            writer = start("grow", url)
+            writer = start(grow, url)
             if number % 3:
                 writer.until_it_says(1)
             time.sleep(chance.uniform(0, 0.1))

@@ -21,7 +21,7 @@ from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from pydantic import BaseModel, SecretStr
 
 from agentmem.errors import ConfigError, StorageError
-from agentmem_sql import SQLAlchemySaver
+from agentmem_sql import SQLAlchemySaver, metadata
 from agentmem_sql.protection import Protection
 from agentmem_sql.rows import seal_write
 from tests.helpers.sql_cases import config, put
@@ -55,15 +55,15 @@ KEYS = {
     "writes": ("thread", "ns", "checkpoint", "task", "idx"),
     "settings": ("name",),
 }
-OTHERS = {
-    "threads": ("name",),
-    "blobs": ("kind", "body"),
-    "checkpoints": ("ns_name", "parent", "created", "run", "metadata", "body", "content", "history", "seal"),
-    "writes": ("path", "channel", "digest", "seal"),
-    "settings": ("value",),
-}
 KEY_COLUMNS = [(table, column) for table, columns in KEYS.items() for column in columns]
-OTHER_COLUMNS = [(table, column) for table, columns in OTHERS.items() for column in columns]
+# All other columns but the epoch, which says only when a cache is void.
+OTHER_COLUMNS = [
+    (name, column.name)
+    for table in metadata(prefix="").sorted_tables
+    if (name := table.name) in KEYS
+    for column in table.columns
+    if column.name not in (*KEYS[name], "epoch")
+]
 
 
 @pytest.fixture(scope="module")

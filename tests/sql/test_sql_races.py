@@ -21,7 +21,7 @@ from langgraph.checkpoint.serde.types import INTERRUPT, _DeltaSnapshot
 from sqlalchemy import Engine, create_engine, event
 
 from agentmem.errors import StorageError
-from agentmem_sql import SQLAlchemySaver
+from agentmem_sql import Retention, SQLAlchemySaver
 from tests.helpers.sql_cases import config, get
 from tests.helpers.sql_chains import grow, history, id_of, ids, made, unaccounted, write
 from tests.helpers.sql_graphs import delta_graph, say
@@ -40,7 +40,8 @@ def messages(number: int) -> list[HumanMessage]:
 
 
 def test_writers_pruners_and_readers_of_one_thread(swept_saver: SQLAlchemySaver, another: SQLAlchemySaver) -> None:
-    """Eight writers, six of them in namespaces of their own; two prune the thread all the while, one reads.
+    """Eight writers, six of them in namespaces of their own; one prunes the thread all the while, one thins it out
+    by a policy, one reads.
 
     Nothing that was written may be lost: what a delta channel is rebuilt from has no gap, at any time.
     """
@@ -77,10 +78,10 @@ def test_writers_pruners_and_readers_of_one_thread(swept_saver: SQLAlchemySaver,
             for asked in ("first", "second"):
                 saver.put_writes(at, [(INTERRUPT, f"{asked} {ns} {step}" * 9)], "asking")
 
-    def prune(number: int) -> int:
+    def prune(prunes: Callable[[], object]) -> int:
         pruned = 0
         while not done.is_set():
-            savers[number].prune(["t"])
+            prunes()
             pruned += 1
         return pruned
 
@@ -95,7 +96,8 @@ def test_writers_pruners_and_readers_of_one_thread(swept_saver: SQLAlchemySaver,
         return read_
 
     with ThreadPoolExecutor(writers + 3) as pool:
-        busy = [pool.submit(prune, 0), pool.submit(prune, 1), pool.submit(read)]
+        prunes = (partial(swept_saver.prune, ["t"]), partial(another.retain, Retention(max_checkpoints=2)))
+        busy = [*(pool.submit(prune, one) for one in prunes), pool.submit(read)]
         try:
             list(pool.map(write_all, range(writers)))
         finally:

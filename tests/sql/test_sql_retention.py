@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -20,8 +18,8 @@ from typer.testing import CliRunner
 from agentmem.errors import ConfigError
 from agentmem_cli.app import app
 from agentmem_sql import Retention, SQLAlchemySaver
-from tests.helpers.sql_cases import config, get, put, read
-from tests.helpers.sql_chains import all_rows, grow, history, id_of, ids, made, stored_bytes, write
+from tests.helpers.sql_cases import config, put
+from tests.helpers.sql_chains import all_rows, grow, history, id_of, made, stored_bytes, write
 from tests.helpers.sql_protection import PROTECTION
 from tests.helpers.sql_transfer_graph import rich_graph
 from tests.helpers.sql_transfer_graph import say as ask
@@ -117,13 +115,11 @@ def test_what_was_stored_longer_ago_goes(swept_saver: SQLAlchemySaver, clock: Cl
     assert left(swept_saver) == stored[-1:], "the newest stays, however old"
     assert left(swept_saver, "old", "sub") == old[-1:]
     assert (report.kept, report.threads_deleted) == (2, 0)
-
-
-def test_age_is_counted_to_the_millisecond(saver: SQLAlchemySaver, clock: Clock) -> None:
-    chain(saver, 2, clock=clock)
-    exactly = clock.now - 2 * DAY  # when the first was stored
-    assert saver.retain(Retention(max_age=DAY), now=exactly + DAY).removed == 0
-    assert saver.retain(Retention(max_age=DAY), now=exactly + DAY + timedelta(milliseconds=1)).removed == 1
+    # To the millisecond.
+    exactly = clock.now
+    chain(swept_saver, 2, thread="exact", clock=clock)
+    assert swept_saver.retain(Retention(max_age=DAY), now=exactly + DAY).removed == 0
+    assert swept_saver.retain(Retention(max_age=DAY), now=exactly + DAY + timedelta(milliseconds=1)).removed == 1
 
 
 def test_idle_threads_are_deleted_whole(swept_saver: SQLAlchemySaver, clock: Clock, shared_ask: Sql) -> None:
@@ -177,14 +173,22 @@ def test_every_rule_has_to_let_a_checkpoint_stay(saver: SQLAlchemySaver, clock: 
     assert left(saver, "old") == []
 
 
-def test_only_the_threads_that_are_named(swept_saver: SQLAlchemySaver) -> None:
+async def test_only_the_threads_that_are_named(swept_saver: SQLAlchemySaver) -> None:
+    """Asked for by a task."""
     for name in ("a", "b", "c"):
         chain(swept_saver, 3, thread=name)
-    report = swept_saver.retain(Retention(max_checkpoints=1), thread_ids=["c", "none of ours", "a", "a"])
+    before = await swept_saver.astorage_report()
+    policy, names = Retention(max_checkpoints=1), ["c", "none of ours", "a", "a"]
+    planned = await swept_saver.aretain(policy, thread_ids=names, dry_run=True)
+    report = await swept_saver.aretain(policy, thread_ids=names)
     assert [one.thread_id for one in report.threads] == ["a", "c"]
     assert (report.removed, report.kept, report.threads_kept) == (4, 2, 2)
+    assert planned.threads == report.threads
     assert [len(left(swept_saver, name)) for name in "abc"] == [1, 3, 1]
-    assert swept_saver.retain(Retention(max_checkpoints=1), thread_ids=[]).threads == ()
+    after = await swept_saver.astorage_report(order="checkpoints", limit=1)
+    assert [one.thread_id for one in after.threads] == ["b"]
+    assert before.bytes - after.bytes == report.bytes_freed > 0
+    assert (await swept_saver.aretain(policy, thread_ids=[])).threads == ()
 
 
 def test_calls_of_subgraphs_go_with_their_caller(saver: SQLAlchemySaver) -> None:
@@ -347,38 +351,6 @@ def test_a_sweep_that_is_broken_off_has_done_whole_threads(swept_saver: SQLAlche
     assert [one.thread_id for one in report.threads] == ["c", "d"]
 
 
-def test_runs_go_on_while_threads_are_swept(swept_saver: SQLAlchemySaver) -> None:
-    last: dict[str, Any] = {}
-    running = threading.Event()
-
-    def run(name: str) -> None:
-        at = grow(swept_saver, values={"d": []}, thread=name)
-        log: list[str] = []
-        for number in range(25):
-            write(swept_saver, at, number)
-            log = [*log, f"item {number} " * 9]
-            at = grow(swept_saver, at, {"log": log}, deltas="d log", thread=name)
-            last[name] = at
-            running.set()
-
-    removed = 0
-    with ThreadPoolExecutor() as pool:
-        runs = [pool.submit(run, name) for name in ("a", "b")]
-        running.wait()
-        while not all(one.done() for one in runs):
-            swept_saver.retain(Retention(max_checkpoints=2), dry_run=True)
-            removed += swept_saver.retain(Retention(max_checkpoints=2)).removed
-    for one in runs:
-        one.result()
-    removed += swept_saver.retain(Retention(max_checkpoints=2)).removed
-    assert removed == 2 * 24
-    for name, at in last.items():
-        assert ids(swept_saver, name) >= {id_of(at)}
-        assert get(swept_saver, config(name)).config == at
-        assert read(swept_saver, at)["log"] == [f"item {number} " * 9 for number in range(25)]
-        assert history(swept_saver, at) == ([], list(range(25)))
-
-
 def test_many_threads() -> None:
     """More than are looked at in one go."""
     with SQLAlchemySaver.from_url("sqlite:///:memory:") as saver:
@@ -413,20 +385,6 @@ def test_a_damaged_thread_stays_and_the_others_go_on(
     assert swept_saver.retain(Retention(idle=DAY), now=clock.now + 9 * DAY).threads_deleted == 1
 
 
-async def test_a_task_can_do_it_all(swept_saver: SQLAlchemySaver) -> None:
-    for name in ("a", "b"):
-        chain(swept_saver, 4, thread=name)
-    before = await swept_saver.astorage_report()
-    assert before.checkpoints == 8
-    planned = await swept_saver.aretain(Retention(max_checkpoints=1), thread_ids=["a"], dry_run=True)
-    done = await swept_saver.aretain(Retention(max_checkpoints=1), thread_ids=["a"])
-    assert planned.threads == done.threads
-    assert [len(left(swept_saver, name)) for name in ("a", "b")] == [1, 4]
-    after = await swept_saver.astorage_report(order="checkpoints", limit=1)
-    assert after.threads[0].thread_id == "b"
-    assert before.bytes - after.bytes == done.bytes_freed > 0
-
-
 def test_a_protected_database(url: str, sql: Sql, clock: Clock) -> None:
     with SQLAlchemySaver.from_url(url, **PROTECTION["both"]) as saver:
         mixed(saver, clock, seed=4)
@@ -440,27 +398,13 @@ def test_a_protected_database(url: str, sql: Sql, clock: Clock) -> None:
         )
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {},
-        {"max_checkpoints": 0},
-        {"max_checkpoints": True},
-        {"max_checkpoints": "3"},
-        {"max_age": timedelta(0)},
-        {"max_age": 30},
-        {"idle": -DAY},
-    ],
-)
-def test_a_policy_that_cannot_be_meant_is_refused(arguments: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError):
-        Retention(**arguments)
-
-
-def test_arguments_that_cannot_be_meant_are_refused(saver: SQLAlchemySaver) -> None:
-    policy = Retention(max_checkpoints=1)
+def test_what_cannot_be_meant_is_refused(saver: SQLAlchemySaver) -> None:
+    of_a_policy: list[dict[str, Any]] = [{}, *({"max_checkpoints": wrong} for wrong in (0, True, "3"))]
+    for arguments in (*of_a_policy, {"max_age": timedelta(0)}, {"max_age": 30}, {"idle": -DAY}):
+        with pytest.raises(ConfigError):
+            Retention(**arguments)
     with pytest.raises(ConfigError, match="time zone"):
-        saver.retain(policy, now=datetime(2026, 1, 1))
+        saver.retain(Retention(max_checkpoints=1), now=datetime(2026, 1, 1))
     with pytest.raises(ConfigError, match="limit"):
         saver.storage_report(limit=0)
     with pytest.raises(ConfigError, match="order"):
@@ -472,6 +416,8 @@ def test_arguments_that_cannot_be_meant_are_refused(saver: SQLAlchemySaver) -> N
 
 
 def test_report_tells_what_threads_take(swept_saver: SQLAlchemySaver, clock: Clock, shared_ask: Sql) -> None:
+    empty = swept_saver.storage_report()
+    assert (empty.threads, empty.thread_count, empty.bytes, empty.database_bytes > 0) == ((), 0, 0, True)
     start = clock.now
     chain(swept_saver, 5, thread="long", clock=clock)
     chain(swept_saver, 2, thread="long", ns="sub", clock=clock)
@@ -497,12 +443,6 @@ def test_report_tells_what_threads_take(swept_saver: SQLAlchemySaver, clock: Clo
     plain = report.to_dict()
     assert plain["threads"][1]["newest"] == "2026-01-07T00:00:00+00:00"
     assert plain["bytes"] == report.bytes
-
-
-def test_report_on_a_database_without_threads(swept_saver: SQLAlchemySaver) -> None:
-    report = swept_saver.storage_report()
-    assert (report.threads, report.thread_count, report.bytes) == ((), 0, 0)
-    assert report.database_bytes > 0
 
 
 def test_schema_and_odd_prefix(postgresql_url: str, look: Sql) -> None:

@@ -98,6 +98,15 @@ def write(say: Say, url: str, own: str, stop: str) -> None:
                 return
 
 
+def set_up(say: Say, url: str, go: str) -> None:
+    """Make the tables as soon as there is a file `go`."""
+    say("ready")
+    while not os.path.exists(go):
+        time.sleep(0.001)
+    with SQLAlchemySaver.from_url(url) as saver:
+        saver.setup()
+
+
 def fork(_: Say, url: str) -> None:
     """Fork with a saver open that was used in both modes; both processes use it at the same time, and close it."""
     saver = SQLAlchemySaver.from_url(url)

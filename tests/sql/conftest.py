@@ -164,20 +164,15 @@ def usual_database(server_database: Callable[[str], ServerDatabase]) -> Callable
 def new_url(
     tmp_path: Path, server_database: Callable[[str], ServerDatabase], usual_database: Callable[[str], ServerDatabase]
 ) -> Iterator[NewUrl]:
-    """`new_url("postgresql")` gives the URL of a database without tables, another one every time it is called.
-
-    `new_url("postgresql+asyncpg")` gives the URL with that driver's name.
-    """
+    """`new_url("postgresql")` gives the URL of a database without tables, another one every time it is called."""
     used: dict[str, ServerDatabase] = {}
 
-    def new(driver: str) -> str:
-        backend = driver.split("+")[0]
+    def new(backend: str) -> str:
         if backend == "sqlite":
-            return f"{driver}:///{tmp_path / uuid4().hex[:16]}.db"
+            return f"sqlite:///{tmp_path / uuid4().hex[:16]}.db"
         database = (server_database if backend in used else usual_database)(backend)
         used.setdefault(backend, database).empty(tables=True)
-        at = make_url(database.url)
-        return (at if driver == backend else at.set(drivername=driver)).render_as_string(hide_password=False)
+        return database.url
 
     yield new
     for database in used.values():

@@ -325,15 +325,19 @@ class Ledger:
             known.interrupt = asked[0]["number"] if asked else -1
 
 
-def kill_writers(url: str, look: Sql, start: Callable[..., Process], sessions: Callable[..., int], rounds: int) -> None:
+@pytest.mark.parametrize("more", [1, pytest.param(15, marks=pytest.mark.slow)])
+def test_killed_writers_lose_nothing_that_was_acknowledged(
+    database_url: str, ask: Sql, processes: Callable[..., Process], sessions: Callable[..., int], more: int
+) -> None:
     """Kill writer after writer, each of which goes on where the one before it was killed; look after each."""
-    chance = random.Random(rounds)
-    ledger = Ledger()
+    in_file = database_url.startswith("sqlite")
+    rounds = more * (10 if in_file else 6)
+    chance, ledger = random.Random(rounds), Ledger()
     for number in range(rounds):
         if number % 3 == 2:
-            writer = start(grow, url, chance.randint(1, 150))
+            writer = processes(grow, database_url, chance.randint(1, 150))
         else:
-            writer = start(grow, url)
+            writer = processes(grow, database_url)
             if number % 3:
                 writer.until_it_says(1)
             time.sleep(chance.uniform(0, 0.1))
@@ -341,21 +345,13 @@ def kill_writers(url: str, look: Sql, start: Callable[..., Process], sessions: C
         assert writer.wait() == -signal.SIGKILL
         ledger.read(writer.said())
         ends = time.monotonic() + 10  # a server may finish the statement that a process sent before it was killed
-        while not url.startswith("sqlite") and sessions(url):
+        while not in_file and sessions(database_url):
             assert time.monotonic() < ends
-        with SQLAlchemySaver.from_url(url) as saver:
+        with SQLAlchemySaver.from_url(database_url) as saver:
             ledger.check(saver)
-        assert unaccounted(partial(look, url)) == (set(), set())
-        if url.startswith("sqlite"):
-            assert look(url, "PRAGMA integrity_check") == [("ok",)]
+        assert unaccounted(ask) == (set(), set())
+        assert not in_file or ask("PRAGMA integrity_check") == [("ok",)]
     assert max(one.step for one in ledger.known.values()) > rounds
-
-
-@pytest.mark.parametrize("more", [1, pytest.param(15, marks=pytest.mark.slow)])
-def test_killed_writers_lose_nothing_that_was_acknowledged(
-    database_url: str, look: Sql, processes: Callable[..., Process], sessions: Callable[..., int], more: int
-) -> None:
-    kill_writers(database_url, look, processes, sessions, more * (10 if database_url.startswith("sqlite") else 6))
 
 
 # SQLAlchemy's pool may lose a connection when it is interrupted in the middle of giving it out.

@@ -14,6 +14,10 @@ from langgraph.checkpoint.base import BaseCheckpointSaver, Checkpoint, Checkpoin
 
 BACKENDS = ("sqlite", "postgresql", "mysql")
 
+# What fixtures give: what runs a statement and gives its rows; what gives the URL of a new database.
+Sql = Callable[..., list[Any]]
+NewUrl = Callable[[str], str]
+
 
 def config(thread: str = "t", ns: str = "", checkpoint_id: str | None = None) -> RunnableConfig:
     named = {} if checkpoint_id is None else {"checkpoint_id": checkpoint_id}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,9 +12,7 @@ from sqlalchemy import event
 
 from agentmem_sql.list_tree import LEAVES, parse
 from agentmem_sql.rows import unpack_content
-from tests.helpers.sql_cases import checkpoint, config
-
-Sql = Callable[..., list[Any]]
+from tests.helpers.sql_cases import Sql, checkpoint, config
 
 
 def made(values: Mapping[str, Any], deltas: str = "d") -> Checkpoint:

@@ -24,7 +24,7 @@ from sqlalchemy import Connection, Engine, MetaData, NullPool, Table, create_eng
 from sqlalchemy.exc import DBAPIError
 
 from agentmem_sql import SQLAlchemySaver, metadata
-from tests.helpers.sql_cases import BACKENDS
+from tests.helpers.sql_cases import BACKENDS, NewUrl, Sql
 from tests.helpers.sql_chains import unaccounted
 from tests.helpers.sql_processes import Process
 
@@ -35,8 +35,6 @@ SERVERS = {
 }
 
 Needs = Callable[[object, str], None]
-NewUrl = Callable[[str], str]
-Sql = Callable[..., list[Any]]
 
 
 @pytest.fixture

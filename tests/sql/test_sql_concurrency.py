@@ -22,11 +22,10 @@ from sqlalchemy import Engine, event
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.database import THREADS
-from tests.helpers.sql_cases import aput, config, put
+from tests.helpers.sql_cases import Sql, aput, config, put
 from tests.helpers.sql_chains import unaccounted
 from tests.helpers.sql_processes import Process, fork, write
 
-Sql = Callable[..., list[Any]]
 Start = Callable[..., Process]
 
 

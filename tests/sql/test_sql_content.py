@@ -27,11 +27,9 @@ from langgraph.types import Command, Interrupt, Send
 from pydantic import BaseModel
 
 from agentmem_sql import SQLAlchemySaver
-from tests.helpers.sql_cases import checkpoint, config, get, memory, put, read
+from tests.helpers.sql_cases import Sql, checkpoint, config, get, memory, put, read
 from tests.helpers.sql_chains import COLUMNS, all_rows
 from tests.helpers.sql_values import Counting, messages, nested, scalars, serialised, spelled
-
-Sql = Callable[..., list[Any]]
 
 CACHE = 2**24
 PART = 4 * 2**20  # bytes of a row that a larger value is cut into

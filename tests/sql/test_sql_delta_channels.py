@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import pytest
@@ -22,11 +22,10 @@ from sqlalchemy import create_engine, make_url
 
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
-from tests.helpers.sql_cases import SyncMirror, config, get
+from tests.helpers.sql_cases import Sql, SyncMirror, config, get
 from tests.helpers.sql_chains import grow, history, id_of, ids, made, statements, unaccounted, write
 from tests.helpers.sql_graphs import chat_graph, delta_graph, say
 
-Sql = Callable[..., list[Any]]
 Saver = BaseCheckpointSaver[str]
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 from langchain_core.messages import HumanMessage
@@ -18,11 +16,9 @@ from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.list_tree import VALUE
 from agentmem_sql.protection import Protection
-from tests.helpers.sql_cases import checkpoint, config, finish, get, put, start_child
+from tests.helpers.sql_cases import Sql, checkpoint, config, finish, get, put, start_child
 from tests.helpers.sql_chains import COLUMNS
 from tests.helpers.sql_protection import PROTECTION, aes, fill
-
-Sql = Callable[..., list[Any]]
 
 MARKERS = [b"hush-%d" % number for number in range(8)]
 

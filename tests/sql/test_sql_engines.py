@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,7 @@ from sqlalchemy.pool import Pool, SingletonThreadPool, StaticPool
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.engines import source_of
-from tests.helpers.sql_cases import BACKENDS, aput, config, finish, put, start_child
-
-Sql = Callable[..., list[Any]]
-NewUrl = Callable[[str], str]
-
+from tests.helpers.sql_cases import BACKENDS, NewUrl, Sql, aput, config, finish, put, start_child
 
 # URLs.
 

@@ -28,11 +28,10 @@ from sqlalchemy import create_engine, event, make_url
 
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
-from tests.helpers.sql_cases import config, put, read
+from tests.helpers.sql_cases import Sql, config, put, read
 from tests.helpers.sql_chains import all_rows, unaccounted
 from tests.helpers.sql_processes import INTERRUPTS, Process, grow, pending, question, values
 
-Sql = Callable[..., list[Any]]
 Obstacle = Callable[[], AbstractContextManager[None]]
 
 TABLES = ("settings", "threads", "blobs", "checkpoints", "writes")

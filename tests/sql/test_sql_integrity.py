@@ -24,7 +24,7 @@ from agentmem.errors import ConfigError, StorageError
 from agentmem_sql import SQLAlchemySaver, metadata
 from agentmem_sql.protection import Protection
 from agentmem_sql.rows import seal_write
-from tests.helpers.sql_cases import config, put
+from tests.helpers.sql_cases import Sql, config, put
 from tests.helpers.sql_chains import all_rows
 from tests.helpers.sql_protection import (
     HMAC_KEY,
@@ -43,8 +43,6 @@ from tests.helpers.sql_protection import (
     update,
 )
 from tests.helpers.sql_values import spelled
-
-Sql = Callable[..., list[Any]]
 
 # Columns by which rows are found. A row whose key is changed is as good as deleted, which nothing can tell from one
 # that was never there: it may be missing from what is read, but what is read is right.

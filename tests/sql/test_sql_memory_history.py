@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, TypedDict
 
@@ -18,12 +17,10 @@ from agentmem import ConsumedRecord, MemoryState, Message
 from agentmem.errors import CorruptStateError, StorageError
 from agentmem_langgraph import MemoryChannel
 from agentmem_sql import MemoryStep, SQLAlchemySaver
-from tests.helpers.sql_cases import config, finish, put, start_child
+from tests.helpers.sql_cases import Sql, config, finish, put, start_child
 from tests.helpers.sql_chains import statements
 from tests.helpers.sql_graphs import say
 from tests.helpers.sql_protection import aes
-
-Sql = Callable[..., list[Any]]
 
 SHAPE = (3, 2, 4, 4)  # layers, heads, rank, rank
 LONG = "the same words again and again " * 100

@@ -20,11 +20,8 @@ from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.database import Database
 from agentmem_sql.migrations import MIGRATIONS, Migration
 from agentmem_sql.schema import Tables, metadata
-from tests.helpers.sql_cases import BACKENDS, config, put
+from tests.helpers.sql_cases import BACKENDS, NewUrl, Sql, config, put
 from tests.helpers.sql_processes import Process, set_up
-
-Sql = Callable[..., list[Any]]
-NewUrl = Callable[[str], str]
 
 CURRENT = MIGRATIONS[-1].number
 VERSIONS = "SELECT version FROM agentmem_schema_versions"

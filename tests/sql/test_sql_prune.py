@@ -6,7 +6,7 @@ What stays means what it meant, what nothing refers to is gone at once, and a co
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,10 +19,8 @@ from sqlalchemy import create_engine
 
 from agentmem.errors import ConfigError, StorageError
 from agentmem_sql import SQLAlchemySaver
-from tests.helpers.sql_cases import config, get, read
+from tests.helpers.sql_cases import Sql, config, get, read
 from tests.helpers.sql_chains import grow, history, id_of, made, statements, unaccounted, write
-
-Sql = Callable[..., list[Any]]
 
 NOTHING: tuple[set[Any], set[Any]] = (set(), set())
 Tuples = Mapping[tuple[str, str], CheckpointTuple]  # by namespace and id

@@ -22,11 +22,9 @@ from sqlalchemy import Engine, create_engine, event
 
 from agentmem.errors import StorageError
 from agentmem_sql import Retention, SQLAlchemySaver
-from tests.helpers.sql_cases import config, get
+from tests.helpers.sql_cases import Sql, config, get
 from tests.helpers.sql_chains import grow, history, id_of, ids, made, unaccounted, write
 from tests.helpers.sql_graphs import delta_graph, say
-
-Sql = Callable[..., list[Any]]
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -18,13 +18,11 @@ from typer.testing import CliRunner
 from agentmem.errors import ConfigError
 from agentmem_cli.app import app
 from agentmem_sql import Retention, SQLAlchemySaver
-from tests.helpers.sql_cases import config, put
+from tests.helpers.sql_cases import Sql, config, put
 from tests.helpers.sql_chains import all_rows, grow, history, id_of, made, stored_bytes, write
 from tests.helpers.sql_protection import PROTECTION
 from tests.helpers.sql_transfer_graph import rich_graph
 from tests.helpers.sql_transfer_graph import say as ask
-
-Sql = Callable[..., list[Any]]
 
 DAY = timedelta(days=1)
 

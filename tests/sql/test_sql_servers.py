@@ -25,12 +25,9 @@ from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver, metadata
 from agentmem_sql.db_errors import advice
 from agentmem_sql.statements import check_mysql
-from tests.helpers.sql_cases import BACKENDS, aput, config, get, put, read
+from tests.helpers.sql_cases import BACKENDS, NewUrl, Sql, aput, config, get, put, read
 from tests.helpers.sql_chains import unaccounted
 from tests.helpers.sql_processes import pending, question, values
-
-Sql = Callable[..., list[Any]]
-NewUrl = Callable[[str], str]
 
 
 async def test_connections_that_the_server_ended_are_replaced(server_url: str, sessions: Callable[..., int]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,7 @@ from sqlalchemy.pool import Pool
 
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
-from tests.helpers.sql_cases import config, put
-
-Sql = Callable[..., list[Any]]
+from tests.helpers.sql_cases import Sql, config, put
 
 
 @pytest.mark.parametrize(("synchronous", "number"), [(None, 2), ("normal", 1), ("EXTRA", 3)])

@@ -18,12 +18,10 @@ from langgraph.checkpoint.serde.types import _DeltaSnapshot
 from langgraph.graph import START, StateGraph
 
 from agentmem_sql import SQLAlchemySaver
-from tests.helpers.sql_cases import config, get, put, read
+from tests.helpers.sql_cases import Sql, config, get, put, read
 from tests.helpers.sql_chains import stored_bytes
 from tests.helpers.sql_graphs import State, chat_graph, say
 from tests.helpers.sql_values import Counting, serialised, spelled
-
-Sql = Callable[..., list[Any]]
 
 VALUE, LIST, NODE = 0, 1, 2  # kinds of content
 

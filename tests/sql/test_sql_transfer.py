@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,9 @@ import agentmem_sql
 from agentmem.errors import StorageError
 from agentmem_cli.app import app
 from agentmem_sql import SQLAlchemySaver, TransferError, TransferReport, acopy_threads, copy_threads
-from tests.helpers.sql_cases import config, finish, get, put, start_child
+from tests.helpers.sql_cases import NewUrl, Sql, config, finish, get, put, start_child
 from tests.helpers.sql_protection import PROTECTION, aes
 from tests.helpers.sql_transfer_graph import Ticket, rich_graph, say
-
-Sql = Callable[..., list[Any]]
-NewUrl = Callable[[str], str]
 
 SOURCES = ("memory", "sqlite", "postgres tasks", "ours", "other")
 THREADS = ("plain", "asks", "twice", "inner")

@@ -94,6 +94,9 @@ class SyncMirror(BaseCheckpointSaver[str]):
         super().__init__(serde=saver.serde)
         self.saver = saver
 
+    def get_next_version(self, current: Any, channel: None) -> Any:
+        return self.saver.get_next_version(current, channel)
+
     async def alist(self, config: RunnableConfig | None, **options: Any) -> AsyncIterator[CheckpointTuple]:
         for found in await asyncio.to_thread(lambda: list(self.saver.list(config, **options))):
             yield found

@@ -103,28 +103,6 @@ def test_history_is_that_of_the_default_walk(swept_saver: SQLAlchemySaver, share
             swept_saver.delete_thread("t")
 
 
-def test_only_ancestors_on_the_way_count(swept_saver: SQLAlchemySaver) -> None:
-    """Branches leave one checkpoint, in ids that lie between each other.
-
-    No other namespace or thread is seen, though the same checkpoint ids are in them.
-    """
-    root = grow(swept_saver, None, {"d": _DeltaSnapshot(["root"])})
-    write(swept_saver, root, "shared")
-    left, right = grow(swept_saver, root), grow(swept_saver, root)
-    for at, name in ((left, "left"), (right, "right"), (root, "late")):
-        write(swept_saver, at, name, task=name)
-    left, right = grow(swept_saver, left), grow(swept_saver, right)
-    for thread, ns in (("u", ""), ("t", "sub:1")):
-        same = {**made({"d": _DeltaSnapshot(["other"])}), "id": id_of(root)}
-        elsewhere = swept_saver.put(config(thread, ns), same, {}, same["channel_versions"])
-        write(swept_saver, elsewhere, f"{thread} {ns}", task="other")
-        last = grow(swept_saver, elsewhere)
-        assert history(swept_saver, last) == (_DeltaSnapshot(["other"]), [f"{thread} {ns}"])
-
-    assert history(swept_saver, left) == (_DeltaSnapshot(["root"]), ["late", "shared", "left"])
-    assert history(swept_saver, right) == (_DeltaSnapshot(["root"]), ["late", "shared", "right"])
-
-
 def test_writes_of_a_superstep_come_in_the_order_in_which_it_applied_them(swept_saver: SQLAlchemySaver) -> None:
     at = grow(swept_saver)
     for path, task in [("~pull, b", "1"), ("~pull, a", "9"), ("", "zz"), ("~pull, c", "0"), ("~pull, a", "3")]:

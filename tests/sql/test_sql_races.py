@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 from langchain_core.messages import HumanMessage
-from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.checkpoint.serde.types import INTERRUPT, _DeltaSnapshot
 from sqlalchemy import Engine, create_engine, event
@@ -24,7 +23,6 @@ from agentmem.errors import StorageError
 from agentmem_sql import Retention, SQLAlchemySaver
 from tests.helpers.sql_cases import Sql, config, get
 from tests.helpers.sql_chains import grow, history, id_of, ids, made, unaccounted, write
-from tests.helpers.sql_graphs import delta_graph, say
 
 
 @pytest.fixture
@@ -105,31 +103,6 @@ def test_writers_pruners_and_readers_of_one_thread(swept_saver: SQLAlchemySaver,
         assert [check(saver, ns) for ns in namespaces] == [steps - 1] * writers
     swept_saver.prune(["t"])
     assert len(list(another.list({"configurable": {"thread_id": "t"}}))) == len(set(namespaces))
-
-
-def test_a_graph_that_is_pruned_while_it_runs(swept_saver: SQLAlchemySaver, another: SQLAlchemySaver) -> None:
-    def talk(saver: Any) -> list[str]:
-        graph = delta_graph(saver)
-        for turn in range(8):
-            graph.invoke(say(f"turn {turn}"), config())
-        values = graph.get_state(config()).values
-        return [*(str(message.content) for message in values["messages"]), *values["log"], str(values["total"])]
-
-    done = Event()
-
-    def prune(saver: SQLAlchemySaver) -> None:
-        while not done.is_set():
-            saver.prune(["t"])
-
-    with ThreadPoolExecutor(2) as pool:
-        pruning = [pool.submit(prune, saver) for saver in (swept_saver, another)]
-        try:
-            found = talk(swept_saver)
-        finally:
-            done.set()
-        for one in pruning:
-            one.result()
-    assert found == talk(InMemorySaver())
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["pruned", "deleted"])

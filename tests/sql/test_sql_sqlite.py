@@ -93,18 +93,6 @@ def test_a_file_that_was_taken_away_under_a_saver_is_noticed(url: str, path: Pat
             assert again.get_tuple(at) is None
 
 
-async def test_both_modes_see_one_database_in_memory() -> None:
-    async with (
-        SQLAlchemySaver.from_url("sqlite:///:memory:") as saver,
-        SQLAlchemySaver.from_url("sqlite://") as other,
-    ):
-        at = put(saver, config(), {"x": 1})
-        found = await saver.aget_tuple(at)
-        assert found is not None
-        assert found.checkpoint["channel_values"] == {"x": 1}
-        assert await other.aget_tuple(at) is None
-
-
 async def test_files_that_cannot_be_opened_are_refused(tmp_path: Path) -> None:
     async with SQLAlchemySaver.from_url(f"sqlite:///{tmp_path}/missing/x.db") as saver:
         with pytest.raises(StorageError, match="folder exists"):

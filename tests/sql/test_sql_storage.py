@@ -20,7 +20,7 @@ from langgraph.graph import START, StateGraph
 from agentmem_sql import SQLAlchemySaver
 from tests.helpers.sql_cases import Sql, config, get, put, read
 from tests.helpers.sql_chains import stored_bytes
-from tests.helpers.sql_graphs import State, chat_graph, say
+from tests.helpers.sql_graphs import State, say
 from tests.helpers.sql_values import Counting, serialised, spelled
 
 VALUE, LIST, NODE = 0, 1, 2  # kinds of content
@@ -84,15 +84,6 @@ def test_a_list_that_grows_takes_what_is_added(saver: SQLAlchemySaver, sql: Sql,
         before[number] = stored_bytes(sql) if number in (1, 80, 120) else 0
     assert before[120] - before[80] < 40 * 2400
     assert kinds(sql)[VALUE] == 120
-
-
-def test_state_is_stored_once_for_channels_and_writes_of_all_turns(saver: SQLAlchemySaver, sql: Sql) -> None:
-    large = "SELECT count(*), max(length(body)) < 9300 FROM agentmem_blobs WHERE instr(body, 'matrices')"
-    for fixed, stored in ((True, 1), (False, 1 + 10)):
-        graph = chat_graph(saver, fixed)
-        for number in range(10):
-            graph.invoke(say(f"turn {number}"), config(f"{fixed}"))
-        assert sql(large) == [(stored, True)]
 
 
 def test_content_is_shared_by_channels_writes_checkpoints_namespaces_and_forks(

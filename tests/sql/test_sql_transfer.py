@@ -7,7 +7,6 @@ import contextlib
 import os
 import threading
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.checkpoint.serde.types import ERROR, INTERRUPT, RESUME
 from langgraph.checkpoint.sqlite import SqliteSaver
-from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 from langgraph.types import Command
 from typer.testing import CliRunner
 
@@ -30,7 +28,7 @@ import agentmem_sql
 from agentmem.errors import StorageError
 from agentmem_cli.app import app
 from agentmem_sql import SQLAlchemySaver, TransferError, TransferReport, acopy_threads, copy_threads
-from tests.helpers.sql_cases import NewUrl, Sql, config, finish, get, put, start_child
+from tests.helpers.sql_cases import NewUrl, Sql, SyncMirror, config, finish, get, put, start_child
 from tests.helpers.sql_protection import PROTECTION, aes
 from tests.helpers.sql_transfer_graph import Ticket, rich_graph, say
 
@@ -50,40 +48,33 @@ class Other(BaseCheckpointSaver[str]):
             setattr(self, name, getattr(inside, name))
 
 
-@dataclass
 class Side:
-    """A checkpointer, used in the mode that it is made for."""
+    """A checkpointer, used through tasks; `tasks` says that it is made for them, and copied by them."""
 
-    saver: Any
-    tasks: bool = False
+    def __init__(self, saver: Any, tasks: bool = False) -> None:
+        self.saver, self.tasks = saver, tasks
+        self.asynchronous = saver if tasks else SyncMirror(saver)
 
     @property
     def graph(self) -> Any:
-        return rich_graph(self.saver)
+        return rich_graph(self.asynchronous)
 
     async def invoke(self, given: Any, at: RunnableConfig) -> Any:
-        return await self.graph.ainvoke(given, at) if self.tasks else self.graph.invoke(given, at)
+        return await self.graph.ainvoke(given, at)
 
     async def values(self, thread: str) -> dict[str, Any]:
-        found = await self.graph.aget_state(config(thread)) if self.tasks else self.graph.get_state(config(thread))
-        values: dict[str, Any] = found.values
+        values: dict[str, Any] = (await self.graph.aget_state(config(thread))).values
         return values
 
     async def tuples(self, thread: str) -> dict[tuple[str, str], CheckpointTuple]:
-        listing: RunnableConfig = {"configurable": {"thread_id": thread}}
-        found = [one async for one in self.saver.alist(listing)] if self.tasks else list(self.saver.list(listing))
+        found = [one async for one in self.asynchronous.alist({"configurable": {"thread_id": thread}})]
         return {(at["checkpoint_ns"], at["checkpoint_id"]): one for one in found if (at := one.config["configurable"])}
 
-    async def tuple(self, at: RunnableConfig) -> CheckpointTuple:
-        found = await self.saver.aget_tuple(at) if self.tasks else self.saver.get_tuple(at)
-        assert found is not None
-        return found  # type: ignore[no-any-return]
+    async def tuple(self, at: RunnableConfig) -> Any:
+        return await self.asynchronous.aget_tuple(at)
 
     async def delta(self, at: RunnableConfig) -> Any:
-        asked: dict[str, Any] = {"config": at, "channels": ["log"]}
-        if self.tasks:
-            return await self.saver.aget_delta_channel_history(**asked)
-        return self.saver.get_delta_channel_history(**asked)
+        return await self.asynchronous.aget_delta_channel_history(config=at, channels=["log"])
 
     async def copy_to(self, target: SQLAlchemySaver, **options: Any) -> TransferReport:
         if self.tasks:
@@ -117,7 +108,7 @@ async def live(side: Side) -> None:
     keys = sorted(await side.tuples("plain"))
     await side.invoke(None, config("plain", checkpoint_id=keys[5][1]))
     if not side.tasks:
-        side.graph.update_state(config("plain"), {"log": ["updated"], "count": 9})
+        await side.graph.aupdate_state(config("plain"), {"log": ["updated"], "count": 9})
     await side.invoke(say("ask", 0), config("asks"))
     await side.invoke(say("ask twice", 0), config("twice"))
     await side.invoke(Command(resume="one"), config("twice"))
@@ -431,12 +422,6 @@ async def test_a_checkpointer_without_tasks_is_read_by_tasks(old: SqliteSaver, s
     for thread, source in (("old", old), ("other", Other())):
         put(source, config(thread), {"n": 1})
         assert (await acopy_threads(source, saver)).checkpoints == 1
-
-
-async def test_a_checkpointer_for_tasks_says_so(tmp_path: Path, saver: SQLAlchemySaver) -> None:
-    async with AsyncSqliteSaver.from_conn_string(str(tmp_path / "old.db")) as old:
-        with pytest.raises(asyncio.InvalidStateError, match="async interface"):
-            copy_threads(old, saver)
 
 
 async def test_a_cancelled_copy_ends(old: SqliteSaver, saver: SQLAlchemySaver) -> None:

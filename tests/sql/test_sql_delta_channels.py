@@ -24,7 +24,7 @@ from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
 from tests.helpers.sql_cases import Sql, SyncMirror, config, get
 from tests.helpers.sql_chains import grow, history, id_of, ids, made, statements, unaccounted, write
-from tests.helpers.sql_graphs import chat_graph, delta_graph, say
+from tests.helpers.sql_graphs import delta_graph, say
 
 Saver = BaseCheckpointSaver[str]
 
@@ -298,17 +298,6 @@ def test_a_fork_is_pruned(swept_saver: SQLAlchemySaver) -> None:
     graph.invoke(say("on"), config())
     assert [content for _, content in state(graph)[0]][:-3] == [content for _, content in right[0]]
     assert state(graph)[2] == right[2] + 11
-
-
-def test_a_thread_from_before_its_channel_was_a_delta_channel(swept_saver: SQLAlchemySaver) -> None:
-    """Plain lists of messages in its checkpoints are where the history begins, pruned or not."""
-    chat_graph(swept_saver).invoke(say("hello"), config())
-    graph = delta_graph(swept_saver)
-    graph.invoke(say("again"), config())
-    contents = [content for _, content in state(graph)[0]]
-    assert contents == ["hello", "answer 1", "again", "answer 2", "remark on 3"]
-    swept_saver.prune(["t"])
-    assert [content for _, content in state(graph)[0]] == contents
 
 
 def test_copies_go_on_apart(swept_saver: SQLAlchemySaver, expected: list[State]) -> None:

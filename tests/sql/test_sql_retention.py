@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Iterator
@@ -13,10 +12,8 @@ from typing import Any
 import pytest
 from langgraph.types import Command
 from sqlalchemy import Engine, NullPool, create_engine, event, text
-from typer.testing import CliRunner
 
 from agentmem.errors import ConfigError
-from agentmem_cli.app import app
 from agentmem_sql import Retention, SQLAlchemySaver
 from tests.helpers.sql_cases import Sql, config, put
 from tests.helpers.sql_chains import all_rows, grow, history, id_of, made, stored_bytes, write
@@ -441,13 +438,3 @@ def test_report_tells_what_threads_take(swept_saver: SQLAlchemySaver, clock: Clo
     plain = report.to_dict()
     assert plain["threads"][1]["newest"] == "2026-01-07T00:00:00+00:00"
     assert plain["bytes"] == report.bytes
-
-
-def test_schema_and_odd_prefix(postgresql_url: str, look: Sql) -> None:
-    look(postgresql_url, 'CREATE SCHEMA "Odd one"')
-    with SQLAlchemySaver.from_url(postgresql_url, schema="Odd one", table_prefix='my "own"_') as saver:
-        chain(saver, 3)
-        assert saver.storage_report().database_bytes > 0
-        assert saver.retain(Retention(max_checkpoints=1)).removed == 2
-    command = ["storage", "report", postgresql_url, "--schema", "Odd one", "--prefix", 'my "own"_', "--json"]
-    assert json.loads(CliRunner().invoke(app, command).stdout)["checkpoints"] == 1

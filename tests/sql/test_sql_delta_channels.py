@@ -40,16 +40,16 @@ async def either(request: pytest.FixtureRequest, shared_url: str) -> AsyncIterat
 async def test_delta_history_conforms(either: Saver) -> None:
     """LangGraph's eight cases for the capability, in one thread.
 
-    Writes are oldest first, those of the seed's checkpoint included and the pending ones not; the seed is the nearest
-    snapshot, or a plain value of before the channel became a delta channel; each channel ends for itself, and one
-    whose walk comes to the root has no seed.
+    Writes are oldest first, those of the seed's checkpoint included; the checkpoint's own value and pending writes do
+    not count; the seed is the nearest snapshot, or a plain value of before the channel became a delta channel; each
+    channel ends for itself, and one whose walk comes to the root has no seed.
     """
     at = config(ns="sub:1")
     steps: list[tuple[dict[str, Any], list[tuple[str, Any]]]] = [
         ({"d": _DeltaSnapshot(["far"]), "e": ["plain"], "none": None}, [("d", "before")]),
         ({"d": _DeltaSnapshot(["near"])}, [("d", [1]), ("d", 2), ("e", 3)]),
         ({}, [("d", 4), ("f", 5)]),
-        ({}, [("d", "pending"), ("e", "pending")]),
+        ({"e": _DeltaSnapshot(["own"])}, [("d", "pending"), ("e", "pending")]),
     ]
     for values, writes in steps:
         one = made(values, "d e f none")

@@ -24,7 +24,7 @@ from agentmem.errors import ConfigError, StorageError
 from agentmem_sql import SQLAlchemySaver, metadata
 from agentmem_sql.protection import Protection
 from agentmem_sql.rows import seal_write
-from tests.helpers.sql_cases import Sql, config, put
+from tests.helpers.sql_cases import Sql, config, put, read
 from tests.helpers.sql_chains import all_rows
 from tests.helpers.sql_protection import (
     HMAC_KEY,
@@ -312,9 +312,7 @@ def test_types_that_langgraph_stores_come_back(url: str) -> None:
     values = [Part("x"), Pair(1), Shade.DARK, Model(secret=SecretStr("s")), SecretStr("t"), Path("/a"), {1}]
     with SQLAlchemySaver.from_url(url, cache_bytes=0) as saver:
         at = put(saver, config(), {"one": Part("y"), "many": values})
-        found = saver.get_tuple(at)
-        assert found is not None
-        assert found.checkpoint["channel_values"] == {"one": Part("y"), "many": values}
+        assert read(saver, at) == {"one": Part("y"), "many": values}
 
 
 @pytest.mark.parametrize(
@@ -330,9 +328,9 @@ def test_a_call_that_someone_stored_is_refused_by_name(url: str, path: Path, wha
         with closing(sqlite3.connect(path)) as connection:
             forge(connection, saver._store.protection, body=b"msgpack\0" + ormsgpack.packb(call))
             connection.commit()
-        for read in (lambda: saver.get_tuple(at), lambda: list(saver.list(None))):
+        for ask in (lambda: saver.get_tuple(at), lambda: list(saver.list(None))):
             with pytest.raises(StorageError, match=rf"names {what[0]}\.{what[1]}, .*allowed_msgpack_modules=\["):
-                read()
+                ask()
     assert "this" not in sys.modules
 
 

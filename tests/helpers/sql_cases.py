@@ -14,6 +14,10 @@ from langgraph.checkpoint.base import BaseCheckpointSaver, Checkpoint, Checkpoin
 
 BACKENDS = ("sqlite", "postgresql", "mysql")
 
+# What fixtures give: what runs a statement and gives its rows; what gives the URL of a new database.
+Sql = Callable[..., list[Any]]
+NewUrl = Callable[[str], str]
+
 
 def config(thread: str = "t", ns: str = "", checkpoint_id: str | None = None) -> RunnableConfig:
     named = {} if checkpoint_id is None else {"checkpoint_id": checkpoint_id}
@@ -89,6 +93,9 @@ class SyncMirror(BaseCheckpointSaver[str]):
     def __init__(self, saver: BaseCheckpointSaver[str]) -> None:
         super().__init__(serde=saver.serde)
         self.saver = saver
+
+    def get_next_version(self, current: Any, channel: None) -> Any:
+        return self.saver.get_next_version(current, channel)
 
     async def alist(self, config: RunnableConfig | None, **options: Any) -> AsyncIterator[CheckpointTuple]:
         for found in await asyncio.to_thread(lambda: list(self.saver.list(config, **options))):

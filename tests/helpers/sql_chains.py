@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import Checkpoint
+from sqlalchemy import event
 
 from agentmem_sql.list_tree import LEAVES, parse
 from agentmem_sql.rows import unpack_content
-from tests.helpers.sql_cases import checkpoint, config
-
-Sql = Callable[..., list[Any]]
+from tests.helpers.sql_cases import Sql, checkpoint, config
 
 
 def made(values: Mapping[str, Any], deltas: str = "d") -> Checkpoint:
@@ -58,6 +58,44 @@ def history(saver: Any, at: RunnableConfig, channel: str = "d") -> tuple[Any, li
     """Seed (None if there is none) and written values of a channel."""
     found = saver.get_delta_channel_history(config=at, channels=[channel])[channel]
     return found.get("seed"), [value for _, _, value in found["writes"]]
+
+
+@contextmanager
+def statements(engine: Any) -> Iterator[list[str]]:
+    """What an engine sends, `Engine` itself being all."""
+    found: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        found.append(statement)
+
+    event.listen(engine, "before_cursor_execute", note)
+    try:
+        yield found
+    finally:
+        event.remove(engine, "before_cursor_execute", note)
+
+
+# The columns of every table that a thread's bytes are counted in.
+COLUMNS = {
+    "threads": ("key", "name"),
+    "blobs": ("body",),
+    "checkpoints": ("ns", "id", "ns_name", "parent", "run", "metadata", "body", "content", "history", "seal"),
+    "writes": ("ns", "checkpoint", "task", "path", "channel", "digest", "seal"),
+}
+
+
+def all_rows(ask: Sql) -> dict[str, list[str]]:
+    """Every row of every table."""
+    return {name: sorted(map(repr, ask(f"SELECT * FROM agentmem_{name}"))) for name in (*COLUMNS, "settings")}
+
+
+def stored_bytes(ask: Sql) -> int:
+    """The bytes in the columns of every table."""
+    found = 0
+    for name, columns in COLUMNS.items():
+        length = " + ".join(f"COALESCE(LENGTH(t.{column}), 0)" for column in columns)
+        found += int(ask(f"SELECT COALESCE(SUM({length}), 0) FROM agentmem_{name} t")[0][0])
+    return found
 
 
 def unaccounted(ask: Sql) -> tuple[set[Any], set[Any]]:

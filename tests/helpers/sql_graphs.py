@@ -19,12 +19,12 @@ class State(TypedDict):
     memory: dict[str, Any]
 
 
-def chat_graph(saver: Any, fixed: bool = False) -> Any:
+def chat_graph(saver: Any) -> Any:
     """Counts the human messages, answers with the count, and keeps it in a memory-like dict."""
 
     def node(state: State) -> dict[str, Any]:
         count = sum(message.type == "human" for message in state["messages"])
-        return {"messages": [AIMessage(f"answer {count}")], "memory": memory(7 if fixed else count)}
+        return {"messages": [AIMessage(f"answer {count}")], "memory": memory(count)}
 
     builder = StateGraph(State)
     builder.add_node("node", node)

@@ -1,25 +1,17 @@
 """Processes that write to a database until they are killed, forked in no time from one that has imported everything.
 
-Run as a script, this is that one, the template. It reads commands, a JSON list a line, and answers each with a line:
-`["start", work, report, ...]` forks a process that does the work and gives its number, `["wait", number]` waits for its
-end and gives its exit status, negative for the signal that killed it. What the process has to say it appends to the
-file `report`, line by line, past all buffers, so that it is there whenever it is killed.
+What a process has to say it appends to a file, past all buffers, so that it is there whenever it is killed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from importlib import import_module
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -30,6 +22,9 @@ from sqlalchemy import Engine, event
 
 from agentmem_sql import SQLAlchemySaver
 from tests.helpers.sql_cases import aput, config, memory, put
+
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload([__name__, "psycopg", "pymysql"])
 
 INTERRUPTS = 3
 
@@ -103,6 +98,15 @@ def write(say: Say, url: str, own: str, stop: str) -> None:
                 return
 
 
+def set_up(say: Say, url: str, go: str) -> None:
+    """Make the tables as soon as there is a file `go`."""
+    say("ready")
+    while not os.path.exists(go):
+        time.sleep(0.001)
+    with SQLAlchemySaver.from_url(url) as saver:
+        saver.setup()
+
+
 def fork(_: Say, url: str) -> None:
     """Fork with a saver open that was used in both modes; both processes use it at the same time, and close it."""
     saver = SQLAlchemySaver.from_url(url)
@@ -115,57 +119,33 @@ def fork(_: Say, url: str) -> None:
         asyncio.run(aput(saver, thread, x=10))
         saver.close()
 
-    child = _forked(lambda: use("child"))
-    use("parent")
-    assert wait(child) == 0
-
-
-# The template.
-
-
-def _forked(work: Callable[[], None]) -> int:
-    """The number of a process that does some work and ends."""
-    number = os.fork()
-    if number:
-        return number
-    status = 1
-    try:
-        work()
-        status = 0
-    except BaseException:  # noqa: BLE001  (of the fork, nothing may go on)
-        traceback.print_exc()
-    finally:
-        os._exit(status)
-
-
-def start(work: str, report: str, *arguments: Any) -> int:
-    """Fork a process that does `work`; gives its number."""
-    do = {"grow": grow, "write": write, "fork": fork}[work]
-    out = os.open(report, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-    number = _forked(lambda: do(lambda *said: os.write(out, json.dumps(said).encode() + b"\n"), *arguments))
-    os.close(out)
-    return number
-
-
-def wait(number: int) -> int:
-    """Wait for the end of a process; gives its exit status."""
-    return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+    child = os.fork()
+    use("parent" if child else "child")
+    if not child:
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 # The side of the tests.
 
 
-@dataclass(frozen=True)
-class Process:
-    """One of them. Wait for every one."""
+def _work(work: Callable[..., None], report: Path, arguments: tuple[Any, ...]) -> None:
+    out = os.open(report, os.O_APPEND | os.O_WRONLY)
+    work(lambda *said: os.write(out, json.dumps(said).encode() + b"\n"), *arguments)
 
-    ask: Callable[..., int]
-    number: int
-    report: Path
+
+class Process:
+    """A process on a work of this file, which reports to a file. Wait for every one."""
+
+    def __init__(self, report: Path, work: Callable[..., None], *arguments: Any) -> None:
+        self._report = report
+        report.touch()
+        self._process = FORKSERVER.Process(target=_work, args=(work, report, arguments), daemon=True)
+        self._process.start()
 
     def said(self) -> list[list[Any]]:
         """What it has said so far; of a line that it was killed in, nothing."""
-        lines = self.report.read_text().splitlines(keepends=True)
+        lines = self._report.read_text().splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def until_it_says(self, lines: int) -> None:
@@ -177,36 +157,9 @@ class Process:
 
     def kill(self) -> None:
         """End it with SIGKILL, wherever it is."""
-        os.kill(self.number, signal.SIGKILL)
+        self._process.kill()
 
-    def wait(self) -> int:
+    def wait(self) -> int | None:
         """Wait for its end; gives its exit status, that of one that was killed being negative."""
-        return self.ask("wait", self.number)
-
-
-@contextmanager
-def template(folder: Path) -> Iterator[Callable[..., Process]]:
-    """Import everything once; gives what starts a process on a work of this file. Reports go into `folder`."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    reports = count()
-    with subprocess.Popen([sys.executable, __file__], env=environment, **pipes) as process:
-
-        def ask(*command: Any) -> int:
-            print(json.dumps(command), file=process.stdin, flush=True)
-            return int(process.stdout.readline())
-
-        def start_one(work: str, *arguments: Any) -> Process:
-            report = folder / f"report {next(reports)}"
-            return Process(ask, ask("start", work, str(report), *arguments), report)
-
-        yield start_one
-
-
-if __name__ == "__main__":
-    for driver in ("psycopg", "pymysql"):
-        with suppress(ModuleNotFoundError):
-            import_module(driver)
-    for line in sys.stdin:
-        command, *given = json.loads(line)
-        print({"start": start, "wait": wait}[command](*given), flush=True)
+        self._process.join()
+        return self._process.exitcode

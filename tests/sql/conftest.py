@@ -14,6 +14,7 @@ import ssl
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -23,9 +24,9 @@ from sqlalchemy import Connection, Engine, MetaData, NullPool, Table, create_eng
 from sqlalchemy.exc import DBAPIError
 
 from agentmem_sql import SQLAlchemySaver, metadata
-from tests.helpers.sql_cases import BACKENDS
+from tests.helpers.sql_cases import BACKENDS, NewUrl, Sql
 from tests.helpers.sql_chains import unaccounted
-from tests.helpers.sql_processes import Process, template
+from tests.helpers.sql_processes import Process
 
 # The driver is named, since these URLs are also used to look behind the saver's back.
 SERVERS = {
@@ -34,8 +35,6 @@ SERVERS = {
 }
 
 Needs = Callable[[object, str], None]
-NewUrl = Callable[[str], str]
-Sql = Callable[..., list[Any]]
 
 
 @pytest.fixture
@@ -163,20 +162,15 @@ def usual_database(server_database: Callable[[str], ServerDatabase]) -> Callable
 def new_url(
     tmp_path: Path, server_database: Callable[[str], ServerDatabase], usual_database: Callable[[str], ServerDatabase]
 ) -> Iterator[NewUrl]:
-    """`new_url("postgresql")` gives the URL of a database without tables, another one every time it is called.
-
-    `new_url("postgresql+asyncpg")` gives the URL with that driver's name.
-    """
+    """`new_url("postgresql")` gives the URL of a database without tables, another one every time it is called."""
     used: dict[str, ServerDatabase] = {}
 
-    def new(driver: str) -> str:
-        backend = driver.split("+")[0]
+    def new(backend: str) -> str:
         if backend == "sqlite":
-            return f"{driver}:///{tmp_path / uuid4().hex[:16]}.db"
+            return f"sqlite:///{tmp_path / uuid4().hex[:16]}.db"
         database = (server_database if backend in used else usual_database)(backend)
         used.setdefault(backend, database).empty(tables=True)
-        at = make_url(database.url)
-        return (at if driver == backend else at.set(drivername=driver)).render_as_string(hide_password=False)
+        return database.url
 
     yield new
     for database in used.values():
@@ -240,10 +234,10 @@ def sessions(usual_database: Callable[[str], ServerDatabase]) -> Callable[[str],
 
 
 @pytest.fixture(scope="session")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Process]]:
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Process]:
     """`processes(work, ...)` starts a process on a work of `sql_processes`."""
-    with template(tmp_path_factory.mktemp("reports")) as start:
-        yield start
+    folder, numbers = tmp_path_factory.mktemp("reports"), count()
+    return lambda work, *arguments: Process(folder / f"{next(numbers)}", work, *arguments)
 
 
 @pytest.fixture

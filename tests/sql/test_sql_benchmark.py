@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,22 +16,18 @@ SAVERS = {"SqliteSaver", "SQLAlchemySaver"}
 TIMES = {"put", "put_writes", "get_tuple", "whole turn", "get_tuple, new process", "opening and get_tuple, new process"}
 
 
+def run(script: str, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCHMARKS / script), *options, *SERVERS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stderr == ""
+    return done
+
+
 def test_benchmark_shows_what_it_measured(tmp_path: Path, needs: Callable[[object, str], None]) -> None:
     needs(find_spec("langgraph.checkpoint.sqlite"), "langgraph-checkpoint-sqlite, the saver to compare with")
     page, files = tmp_path / "results.md", tmp_path / "files"
     files.mkdir()
-    command = [
-        sys.executable,
-        str(BENCHMARKS / "checkpointers.py"),
-        *TINY.split(),
-        *SERVERS,
-        "--folder",
-        str(files),
-        "--page",
-        str(page),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.stderr == ""
+    done = run("checkpointers.py", *TINY.split(), "--folder", str(files), "--page", str(page))
 
     figures = json.loads(page.with_suffix(".json").read_text())
     assert {row["saver"] for row in figures["sizes"] if row["bytes"]["10"] > 10 * 9216} == SAVERS
@@ -44,15 +39,12 @@ def test_benchmark_shows_what_it_measured(tmp_path: Path, needs: Callable[[objec
     assert judged["put, turn 500, SqliteSaver's : ours"] is None, "a short run says nothing about turn 500"
     assert done.returncode == (1 if False in judged.values() else 0)
 
+    wanted = ["SqliteSaver, SQLite", "SQLAlchemySaver, SQLite", "ours : LangGraph's", "checkpoints a second"]
+    wanted += [f"{saver}, SQLite: synchronous = 2" for saver in SAVERS]
     for text in (done.stdout, page.read_text()):
-        # A narrow terminal breaks lines.
-        words = re.sub(r"\s+", " ", text)
-        for column in ("SqliteSaver, SQLite", "SQLAlchemySaver, SQLite", "ours : LangGraph's", "checkpoints a second"):
-            assert column in words
-        for saver in SAVERS:
-            assert f"{saver}, SQLite: synchronous = 2" in words
-        assert "PostgreSQL is left out" in words
-        assert "MariaDB is left out" in words
+        words = " ".join(text.split())  # a narrow terminal breaks lines
+        for word in (*wanted, "PostgreSQL is left out", "MariaDB is left out"):
+            assert word in words
     assert "](results.png)" in page.read_text()
     assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert list(files.iterdir()) == [], "the databases are gone"
@@ -60,17 +52,9 @@ def test_benchmark_shows_what_it_measured(tmp_path: Path, needs: Callable[[objec
 
 def test_listings_are_measured_beside_each_other(tmp_path: Path, needs: Callable[[object, str], None]) -> None:
     needs(find_spec("langgraph.checkpoint.sqlite"), "langgraph-checkpoint-sqlite, the saver to compare with")
-    tiny = ["--threads", "10", "--stages", "2", "--rounds", "1", *SERVERS, "--folder", str(tmp_path)]
-    command = [sys.executable, str(BENCHMARKS / "listings.py"), *tiny]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.stderr == ""
+    done = run("listings.py", *["--threads", "10", "--stages", "2", "--rounds", "1"], "--folder", str(tmp_path))
     assert done.returncode == (1 if "missed" in done.stdout else 0)
-    for words in (
-        "SqliteSaver, SQLite",
-        "SQLAlchemySaver, SQLite",
-        "180 checkpoints",
-        "ours : SqliteSaver's",
-        "2 times as",
-    ):
+    savers = (f"{saver}, SQLite" for saver in SAVERS)
+    for words in (*savers, "180 checkpoints", "ours : SqliteSaver's", "2 times as"):
         assert words in done.stdout
     assert list(tmp_path.iterdir()) == [], "the databases are gone"

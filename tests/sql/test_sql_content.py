@@ -27,12 +27,10 @@ from langgraph.types import Command, Interrupt, Send
 from pydantic import BaseModel
 
 from agentmem_sql import SQLAlchemySaver
-from tests.helpers.sql_cases import config, get, memory, put, read
+from tests.helpers.sql_cases import Sql, checkpoint, config, get, memory, put, read
+from tests.helpers.sql_chains import COLUMNS, all_rows
 from tests.helpers.sql_values import Counting, messages, nested, scalars, serialised, spelled
 
-Sql = Callable[..., list[Any]]
-
-TABLES = ("threads", "blobs", "checkpoints", "writes")
 CACHE = 2**24
 PART = 4 * 2**20  # bytes of a row that a larger value is cut into
 
@@ -213,6 +211,7 @@ def test_a_list_that_grows_while_it_is_stored_does_no_harm(url: str, wrap: Calla
 
 def test_nothing_is_stored_where_one_value_cannot_be(saver: SQLAlchemySaver, sql: Sql) -> None:
     at = put(saver, config(), {"x": 1})
+    before = all_rows(sql)
     for value in (object(), [1, object()], ["x" * 100, object()], 2**64, [2**64], {"a": [object()]}):
         with pytest.raises(TypeError, match="the value of channel 'bad' cannot be stored"):
             put(saver, at, {"good": "y" * 1000, "bad": value})
@@ -220,26 +219,16 @@ def test_nothing_is_stored_where_one_value_cannot_be(saver: SQLAlchemySaver, sql
             saver.put_writes(at, [("good", "y" * 1000), ("bad", value)], "task")
     with pytest.raises(TypeError, match="the metadata cannot be stored"):
         put(saver, at, {"good": "y" * 1000}, note=object())
-    assert [sql(f"SELECT count(*) FROM agentmem_{table}") for table in TABLES] == [[(1,)], [(1,)], [(1,)], [(0,)]]
+    assert all_rows(sql) == before
     assert read(saver, put(saver, at, {"x": "y" * 1000})) == {"x": "y" * 1000}
 
 
 def test_repeating_a_put_adds_no_row(saver: SQLAlchemySaver, sql: Sql) -> None:
-    def rows() -> list[Any]:
-        return [sql(f"SELECT count(*) FROM agentmem_{table}") for table in TABLES]
-
-    made = saver.get_next_version(None, None)
-    stored = {
-        "v": 4,
-        "id": "1",
-        "ts": "",
-        "channel_values": {"x": memory(1)},
-        "channel_versions": {"x": made},
-    }
+    stored = checkpoint({"x": memory(1)})
     for _ in range(2):
-        at = saver.put(config(), stored, {}, {"x": made})  # type: ignore[arg-type]
+        at = saver.put(config(), stored, {}, stored["channel_versions"])
         saver.put_writes(at, [("x", memory(1))], "task")
-    assert rows() == [[(1,)]] * 4
+    assert {table: len(all_rows(sql)[table]) for table in COLUMNS} == dict.fromkeys(COLUMNS, 1)
 
 
 def test_a_list_of_texts_is_the_same_content_whichever_way_it_is_packed(url: str, sql: Sql) -> None:

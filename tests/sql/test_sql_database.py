@@ -17,9 +17,7 @@ from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.database import Database
 from agentmem_sql.schema import Tables
-from tests.helpers.sql_cases import config, memory, put
-
-Sql = Callable[..., list[Any]]
+from tests.helpers.sql_cases import Sql, config, memory, put
 
 
 @contextmanager

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 from langchain_core.messages import HumanMessage
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
+from sqlalchemy import make_url
 
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.list_tree import VALUE
 from agentmem_sql.protection import Protection
-from tests.helpers.sql_cases import checkpoint, config, finish, get, put, read, start_child
+from tests.helpers.sql_cases import Sql, checkpoint, config, finish, get, put, start_child
+from tests.helpers.sql_chains import COLUMNS
 from tests.helpers.sql_protection import PROTECTION, aes, fill
-
-Sql = Callable[..., list[Any]]
 
 MARKERS = [b"hush-%d" % number for number in range(8)]
 
@@ -40,30 +38,36 @@ def fill_with_secrets(saver: SQLAlchemySaver) -> RunnableConfig:
     return at
 
 
-def stored_text(path: Path) -> bytes:
-    """The bytes of a database in files, write-ahead log included."""
-    return b"".join(one.read_bytes() for one in path.parent.glob(path.name + "*"))
+def stored_text(url: str, look: Sql) -> bytes:
+    """All bytes in the rows; of a database in files all of their bytes, write-ahead log included."""
+    if url.startswith("sqlite"):
+        path = Path(make_url(url).database or "")
+        return b"".join(one.read_bytes() for one in path.parent.glob(path.name + "*"))
+    rows = (row for table in ("settings", *COLUMNS) for row in look(url, f"SELECT * FROM agentmem_{table}"))
+    return b"".join(value for row in rows for value in row if isinstance(value, bytes))
 
 
 @pytest.mark.parametrize("protection", ["encrypted", "both"])
-def test_an_encrypting_serializer_leaves_no_plain_value(url: str, path: Path, protection: str) -> None:
-    with SQLAlchemySaver.from_url(url) as plain:
-        fill_with_secrets(plain)
-        assert [marker for marker in MARKERS if marker not in stored_text(path)] == []  # or the test would see nothing
-        plain.delete_thread("t")
-    path = path.with_name("encrypted.db")
-    with SQLAlchemySaver.from_url(f"sqlite:///{path}", **PROTECTION[protection]) as saver:
-        at = fill_with_secrets(saver)
-        found = get(saver, at)
-        saver.copy_thread("t", "copy")
-        saver.prune(["t"])
-        assert [marker for marker in [*MARKERS, b"additional_kwargs", b"owner"] if marker in stored_text(path)] == []
-        assert [one.config for one in saver.list(None, filter={"owner": MARKERS[5].decode()}, limit=1)]
-    with SQLAlchemySaver.from_url(f"sqlite:///{path}", **PROTECTION[protection]) as another:
+def test_an_encrypting_serializer_leaves_no_plain_value(
+    database_url: str, look: Sql, saver: SQLAlchemySaver, url: str, protection: str
+) -> None:
+    fill_with_secrets(saver)
+    assert [marker for marker in MARKERS if marker not in stored_text(url, look)] == []  # or nothing would be seen
+    with SQLAlchemySaver.from_url(database_url, **PROTECTION[protection]) as encrypted:
+        at = fill_with_secrets(encrypted)
+        found = get(encrypted, at)
+        encrypted.copy_thread("t", "copy")
+        encrypted.prune(["t"])
+        text = stored_text(database_url, look)
+        assert [marker for marker in [*MARKERS, b"additional_kwargs", b"owner"] if marker in text] == []
+        assert [one.config for one in encrypted.list(None, filter={"owner": MARKERS[5].decode()}, limit=1)]
+    with SQLAlchemySaver.from_url(database_url, **PROTECTION[protection]) as another:
         assert another.get_tuple(at) == found._replace(parent_config=None)
         history = another.get_delta_channel_history(config=at, channels=["d"])
         assert history == {"d": {"writes": [("task", "d", MARKERS[6].decode())], "seed": "seed"}}
-    assert [marker for marker in MARKERS if marker in stored_text(path)] == []
+    assert [marker for marker in MARKERS if marker in stored_text(database_url, look)] == []
+    with SQLAlchemySaver.from_url(database_url) as plain, pytest.raises(StorageError, match="one that is encrypted"):
+        plain.get_tuple(at)
 
 
 def test_equal_content_shows_in_no_digest(tmp_path: Path) -> None:
@@ -96,23 +100,6 @@ def test_encryption_shares_content_as_without(tmp_path: Path) -> None:
     assert counts["encrypted"] == counts["both"] == counts["hmac"] == counts["plain"]
     for plain, encrypted in zip(rows["plain"], rows["encrypted"], strict=True):
         assert encrypted[3] <= plain[3] + 40 * plain[2]
-
-
-def test_a_database_is_encrypted_on_every_server(database_url: str, look: Sql) -> None:
-    with SQLAlchemySaver.from_url(database_url, serde=aes()) as saver:
-        at = fill_with_secrets(saver)
-        values = read(saver, at)
-    for table in ("blobs", "checkpoints", "writes", "settings"):
-        for row in look(database_url, f"SELECT * FROM agentmem_{table}"):
-            for value in row:
-                assert not isinstance(value, bytes) or not any(marker in value for marker in MARKERS)
-    with SQLAlchemySaver.from_url(database_url, serde=aes()) as another:
-        assert read(another, at) == values
-    with (
-        SQLAlchemySaver.from_url(database_url) as plain,
-        pytest.raises(StorageError, match="found one that is encrypted"),
-    ):
-        plain.get_tuple(at)
 
 
 STRICT = """

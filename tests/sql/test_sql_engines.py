@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,9 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import Pool, SingletonThreadPool, StaticPool
 
 from agentmem.errors import StorageError
-from agentmem_sql import SQLAlchemySaver
+from agentmem_sql import Retention, SQLAlchemySaver
 from agentmem_sql.engines import source_of
-from tests.helpers.sql_cases import BACKENDS, aput, config, finish, put, start_child
-
-Sql = Callable[..., list[Any]]
-NewUrl = Callable[[str], str]
-
+from tests.helpers.sql_cases import BACKENDS, NewUrl, Sql, aput, config, finish, put, start_child
 
 # URLs.
 
@@ -297,9 +292,11 @@ def test_rows_that_a_listener_for_begin_lets_through(new_url: NewUrl) -> None:
 
 
 def test_a_schema_of_ones_own(postgresql_url: str, look: Sql) -> None:
-    look(postgresql_url, "CREATE SCHEMA mine; CREATE SCHEMA mapped")
-    with SQLAlchemySaver.from_url(postgresql_url, schema="mine", table_prefix="x_") as saver:
-        put(saver, config(), {"x": 1})
+    look(postgresql_url, 'CREATE SCHEMA "Odd one"; CREATE SCHEMA mapped')
+    with SQLAlchemySaver.from_url(postgresql_url, schema="Odd one", table_prefix='my "own"_') as saver:
+        put(saver, put(saver, config(), {"x": 1}), {"x": 2})
+        assert saver.storage_report().database_bytes > 0
+        assert saver.retain(Retention(max_checkpoints=1)).removed == 1
     engine = create_engine(postgresql_url, execution_options={"schema_translate_map": {None: "mapped"}})
     with SQLAlchemySaver(engine) as saver:
         put(saver, config("a"), {"x": 1})
@@ -307,7 +304,7 @@ def test_a_schema_of_ones_own(postgresql_url: str, look: Sql) -> None:
         assert len(list(saver.list(None))) == 2
     engine.dispose()
     found = look(postgresql_url, "SELECT schemaname FROM pg_tables WHERE tablename LIKE '%threads'")
-    assert {("mapped",), ("mine",)} <= {*found}
+    assert {("mapped",), ("Odd one",)} <= {*found}
     assert look(postgresql_url, "SELECT count(*) FROM mapped.agentmem_checkpoints") == [(2,)]
     with pytest.raises(StorageError, match="CREATE SCHEMA"), SQLAlchemySaver.from_url(postgresql_url, schema="no") as s:
         s.setup()

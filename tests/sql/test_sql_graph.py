@@ -1,12 +1,10 @@
-"""Real LangGraph graphs on the saver: every durability, a restart, forks, interrupts in a subgraph."""
+"""Real LangGraph graphs on the saver: every durability, a restart, time travel, forks."""
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import Any
 
 import pytest
-from langgraph.graph import START, StateGraph
-from langgraph.types import Command, interrupt
 
 from agentmem_sql import SQLAlchemySaver
 from tests.helpers.sql_cases import config, memory
@@ -47,26 +45,3 @@ def test_time_travel_and_fork(saver: SQLAlchemySaver) -> None:
     assert graph.get_state(ends[2].config).values["memory"] == memory(3)
     parent = graph.get_state(edited).parent_config
     assert parent["configurable"]["checkpoint_id"] == ends[0].config["configurable"]["checkpoint_id"]
-
-
-class Asked(TypedDict):
-    answers: list[str]
-
-
-def asking_graph(saver: SQLAlchemySaver) -> Any:
-    def ask(state: Asked) -> dict[str, Any]:
-        return {"answers": [interrupt("first?"), interrupt("second?")]}
-
-    inner = StateGraph(Asked).add_node(ask).add_edge(START, "ask").compile()
-    return StateGraph(Asked).add_node("sub", inner).add_edge(START, "sub").compile(checkpointer=saver)
-
-
-def test_interrupts_in_a_subgraph_resume(saver: SQLAlchemySaver, url: str) -> None:
-    first = asking_graph(saver).invoke({"answers": []}, config())
-    assert first["__interrupt__"][0].value == "first?"
-    with SQLAlchemySaver.from_url(url) as other:
-        graph = asking_graph(other)
-        assert graph.invoke(Command(resume="a"), config())["__interrupt__"][0].value == "second?"
-        assert graph.invoke(Command(resume="b"), config()) == {"answers": ["a", "b"]}
-        listed = other.list({"configurable": {"thread_id": "t"}})
-        assert len({one.config["configurable"]["checkpoint_ns"] for one in listed}) == 2

@@ -21,10 +21,11 @@ from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from pydantic import BaseModel, SecretStr
 
 from agentmem.errors import ConfigError, StorageError
-from agentmem_sql import SQLAlchemySaver
+from agentmem_sql import SQLAlchemySaver, metadata
 from agentmem_sql.protection import Protection
 from agentmem_sql.rows import seal_write
-from tests.helpers.sql_cases import config, put
+from tests.helpers.sql_cases import Sql, config, put, read
+from tests.helpers.sql_chains import all_rows
 from tests.helpers.sql_protection import (
     HMAC_KEY,
     NEWEST,
@@ -43,8 +44,6 @@ from tests.helpers.sql_protection import (
 )
 from tests.helpers.sql_values import spelled
 
-Sql = Callable[..., list[Any]]
-
 # Columns by which rows are found. A row whose key is changed is as good as deleted, which nothing can tell from one
 # that was never there: it may be missing from what is read, but what is read is right.
 KEYS = {
@@ -54,15 +53,15 @@ KEYS = {
     "writes": ("thread", "ns", "checkpoint", "task", "idx"),
     "settings": ("name",),
 }
-OTHERS = {
-    "threads": ("name",),
-    "blobs": ("kind", "body"),
-    "checkpoints": ("ns_name", "parent", "created", "run", "metadata", "body", "content", "history", "seal"),
-    "writes": ("path", "channel", "digest", "seal"),
-    "settings": ("value",),
-}
 KEY_COLUMNS = [(table, column) for table, columns in KEYS.items() for column in columns]
-OTHER_COLUMNS = [(table, column) for table, columns in OTHERS.items() for column in columns]
+# All other columns but the epoch, which says only when a cache is void.
+OTHER_COLUMNS = [
+    (name, column.name)
+    for table in metadata(prefix="").sorted_tables
+    if (name := table.name) in KEYS
+    for column in table.columns
+    if column.name not in (*KEYS[name], "epoch")
+]
 
 
 @pytest.fixture(scope="module")
@@ -313,9 +312,7 @@ def test_types_that_langgraph_stores_come_back(url: str) -> None:
     values = [Part("x"), Pair(1), Shade.DARK, Model(secret=SecretStr("s")), SecretStr("t"), Path("/a"), {1}]
     with SQLAlchemySaver.from_url(url, cache_bytes=0) as saver:
         at = put(saver, config(), {"one": Part("y"), "many": values})
-        found = saver.get_tuple(at)
-        assert found is not None
-        assert found.checkpoint["channel_values"] == {"one": Part("y"), "many": values}
+        assert read(saver, at) == {"one": Part("y"), "many": values}
 
 
 @pytest.mark.parametrize(
@@ -331,9 +328,9 @@ def test_a_call_that_someone_stored_is_refused_by_name(url: str, path: Path, wha
         with closing(sqlite3.connect(path)) as connection:
             forge(connection, saver._store.protection, body=b"msgpack\0" + ormsgpack.packb(call))
             connection.commit()
-        for read in (lambda: saver.get_tuple(at), lambda: list(saver.list(None))):
+        for ask in (lambda: saver.get_tuple(at), lambda: list(saver.list(None))):
             with pytest.raises(StorageError, match=rf"names {what[0]}\.{what[1]}, .*allowed_msgpack_modules=\["):
-                read()
+                ask()
     assert "this" not in sys.modules
 
 
@@ -354,7 +351,7 @@ class Loud:
 def test_nothing_is_pickled_even_where_the_serializer_would(url: str, sql: Sql) -> None:
     with SQLAlchemySaver.from_url(url, serde=JsonPlusSerializer(pickle_fallback=True)) as saver:
         at = put(saver, config(), {"x": 1})
-        before = [sql(f"SELECT * FROM agentmem_{table}") for table in KEYS]
+        before = all_rows(sql)
         for value in (Opaque(), ["x", Opaque()], {"a": Opaque()}, HumanMessage("x", id="1", note=Opaque())):
             with pytest.raises(StorageError, match="pickle"):
                 put(saver, at, {"y": "good", "x": value})
@@ -362,7 +359,7 @@ def test_nothing_is_pickled_even_where_the_serializer_would(url: str, sql: Sql) 
                 saver.put_writes(at, [("y", "good"), ("x", value)], "task")
         with pytest.raises(StorageError, match="pickle"):
             put(saver, at, {"x": 1}, note=Opaque())
-    assert [sql(f"SELECT * FROM agentmem_{table}") for table in KEYS] == before
+    assert all_rows(sql) == before
 
 
 @pytest.mark.parametrize("protection", PROTECTION)

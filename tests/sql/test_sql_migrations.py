@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,41 +20,22 @@ from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.database import Database
 from agentmem_sql.migrations import MIGRATIONS, Migration
 from agentmem_sql.schema import Tables, metadata
-from tests.helpers.sql_cases import BACKENDS, config, finish, put, start_child
-
-Sql = Callable[..., list[Any]]
-NewUrl = Callable[[str], str]
+from tests.helpers.sql_cases import BACKENDS, NewUrl, Sql, config, put
+from tests.helpers.sql_processes import Process, set_up
 
 CURRENT = MIGRATIONS[-1].number
 VERSIONS = "SELECT version FROM agentmem_schema_versions"
 
-START = """
-import os, sys, traceback
-from agentmem_sql import SQLAlchemySaver
 
-def start(url):
-    ready, go = os.pipe()
-    children = []
-    for _ in range(4):
-        child = os.fork()
-        if not child:
-            os.close(go)
-            os.read(ready, 1)  # until the parent closes its end
-            with SQLAlchemySaver.from_url(url) as saver:
-                saver.setup()
-            os._exit(0)
-        children.append(child)
-    os.close(go)
-    return [os.waitpid(child, 0)[1] for child in children]
-
-print([start(url) for url in sys.argv[1:]])
-"""
-
-
-def test_processes_that_start_together_make_the_tables_once(new_url: NewUrl, look: Sql) -> None:
-    """The processes are forks of one that has imported all but opened nothing, so that they start at one moment."""
-    urls = [new_url(backend) for backend in ("sqlite", "postgresql", "mysql")]
-    assert finish(start_child(*urls, code=START)) == str([[0] * 4] * 3)
+def test_processes_that_start_together_make_the_tables_once(
+    new_url: NewUrl, look: Sql, processes: Callable[..., Process], tmp_path: Path
+) -> None:
+    urls, go = [new_url(backend) for backend in BACKENDS], tmp_path / "go"
+    started = [processes(set_up, url, str(go)) for url in urls for _ in range(4)]
+    for one in started:
+        one.until_it_says(1)
+    go.touch()
+    assert [one.wait() for one in started] == [0] * 12
     for url in urls:
         assert look(url, VERSIONS) == [(CURRENT,)]
 

@@ -9,24 +9,20 @@ import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
-from itertools import count
+from itertools import count, product
 from threading import Event
 from typing import Any
 
 import pytest
 from langchain_core.messages import HumanMessage
-from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.checkpoint.serde.types import INTERRUPT, _DeltaSnapshot
 from sqlalchemy import Engine, create_engine, event
 
 from agentmem.errors import StorageError
-from agentmem_sql import SQLAlchemySaver
-from tests.helpers.sql_cases import config, get
-from tests.helpers.sql_chains import grow, history, id_of, made, unaccounted, write
-from tests.helpers.sql_graphs import delta_graph, say
-
-Sql = Callable[..., list[Any]]
+from agentmem_sql import Retention, SQLAlchemySaver
+from tests.helpers.sql_cases import Sql, config, get
+from tests.helpers.sql_chains import grow, history, id_of, ids, made, unaccounted, write
 
 
 @pytest.fixture
@@ -40,7 +36,8 @@ def messages(number: int) -> list[HumanMessage]:
 
 
 def test_writers_pruners_and_readers_of_one_thread(swept_saver: SQLAlchemySaver, another: SQLAlchemySaver) -> None:
-    """Eight writers, six of them in namespaces of their own; two prune the thread all the while, one reads.
+    """Eight writers, six of them in namespaces of their own; one prunes the thread all the while, one thins it out
+    by a policy, one reads.
 
     Nothing that was written may be lost: what a delta channel is rebuilt from has no gap, at any time.
     """
@@ -77,10 +74,10 @@ def test_writers_pruners_and_readers_of_one_thread(swept_saver: SQLAlchemySaver,
             for asked in ("first", "second"):
                 saver.put_writes(at, [(INTERRUPT, f"{asked} {ns} {step}" * 9)], "asking")
 
-    def prune(number: int) -> int:
+    def prune(prunes: Callable[[], object]) -> int:
         pruned = 0
         while not done.is_set():
-            savers[number].prune(["t"])
+            prunes()
             pruned += 1
         return pruned
 
@@ -95,7 +92,8 @@ def test_writers_pruners_and_readers_of_one_thread(swept_saver: SQLAlchemySaver,
         return read_
 
     with ThreadPoolExecutor(writers + 3) as pool:
-        busy = [pool.submit(prune, 0), pool.submit(prune, 1), pool.submit(read)]
+        prunes = (partial(swept_saver.prune, ["t"]), partial(another.retain, Retention(max_checkpoints=2)))
+        busy = [*(pool.submit(prune, one) for one in prunes), pool.submit(read)]
         try:
             list(pool.map(write_all, range(writers)))
         finally:
@@ -105,31 +103,6 @@ def test_writers_pruners_and_readers_of_one_thread(swept_saver: SQLAlchemySaver,
         assert [check(saver, ns) for ns in namespaces] == [steps - 1] * writers
     swept_saver.prune(["t"])
     assert len(list(another.list({"configurable": {"thread_id": "t"}}))) == len(set(namespaces))
-
-
-def test_a_graph_that_is_pruned_while_it_runs(swept_saver: SQLAlchemySaver, another: SQLAlchemySaver) -> None:
-    def talk(saver: Any) -> list[str]:
-        graph = delta_graph(saver)
-        for turn in range(8):
-            graph.invoke(say(f"turn {turn}"), config())
-        values = graph.get_state(config()).values
-        return [*(str(message.content) for message in values["messages"]), *values["log"], str(values["total"])]
-
-    done = Event()
-
-    def prune(saver: SQLAlchemySaver) -> None:
-        while not done.is_set():
-            saver.prune(["t"])
-
-    with ThreadPoolExecutor(2) as pool:
-        pruning = [pool.submit(prune, saver) for saver in (swept_saver, another)]
-        try:
-            found = talk(swept_saver)
-        finally:
-            done.set()
-        for one in pruning:
-            one.result()
-    assert found == talk(InMemorySaver())
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["pruned", "deleted"])
@@ -247,6 +220,27 @@ def test_a_listing_that_is_pruned_while_it_is_read(shared_url: str, another: SQL
             assert found[0].config == at
             another.delete_thread("t")
     engine.dispose()
+
+
+def test_a_history_that_is_pruned_while_it_is_read_is_whole(shared_url: str, another: SQLAlchemySaver) -> None:
+    """At each of its statements in turn, everything but the newest checkpoint, or the one before, is taken out."""
+    engine = create_engine(shared_url)
+    pruned = 0
+    with SQLAlchemySaver(engine, cache_bytes=0) as saver:
+        saver.setup()
+        prunes = (partial(another.prune, ["t"]), partial(another.delete_for_runs, ["middle"]))
+        for prune, when in product(prunes, range(1, 8)):
+            root = grow(another, None, {"d": _DeltaSnapshot([[0] * 99])})
+            write(another, root, [1] * 99)
+            middle = grow(another, root, run_id="middle")
+            write(another, middle, [2] * 99)
+            at = grow(another, middle)
+            expected = history(another, at)
+            assert pruned_before(engine, prune, when, partial(history, saver, at)) == expected, when
+            pruned += len(ids(another)) < 3
+            another.delete_thread("t")
+    engine.dispose()
+    assert pruned >= 6
 
 
 def test_clones_share_what_they_know(url: str, sql: Sql) -> None:

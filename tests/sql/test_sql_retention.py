@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import operator
 import random
-import secrets
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, TypedDict
+from typing import Any
 
 import pytest
-from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
+from langgraph.types import Command
 from sqlalchemy import Engine, NullPool, create_engine, event, text
-from typer.testing import CliRunner
 
 from agentmem.errors import ConfigError
-from agentmem_cli.app import app
 from agentmem_sql import Retention, SQLAlchemySaver
-from tests.helpers.sql_cases import config, put
-from tests.helpers.sql_chains import grow, history, id_of, ids, made, write
-
-Sql = Callable[..., list[Any]]
+from tests.helpers.sql_cases import Sql, config, put
+from tests.helpers.sql_chains import all_rows, grow, history, id_of, made, stored_bytes, write
+from tests.helpers.sql_protection import PROTECTION
+from tests.helpers.sql_transfer_graph import rich_graph
+from tests.helpers.sql_transfer_graph import say as ask
 
 DAY = timedelta(days=1)
-# Byte columns of every table that belongs to threads.
-COLUMNS = {
-    "threads": ("key", "name"),
-    "blobs": ("body",),
-    "checkpoints": ("ns", "id", "ns_name", "parent", "run", "metadata", "body", "content", "history", "seal"),
-    "writes": ("ns", "checkpoint", "task", "path", "channel", "digest", "seal"),
-}
 
 
 class Clock:
@@ -77,20 +64,6 @@ def left(saver: Any, thread: str = "t", ns: str = "") -> list[str]:
 def namespaces(saver: Any) -> set[str]:
     """The namespaces of all threads."""
     return {one.config["configurable"]["checkpoint_ns"] for one in saver.list(None)}
-
-
-def content(shared_ask: Sql) -> dict[str, list[Any]]:
-    """Every row of every table."""
-    return {name: sorted(map(repr, shared_ask(f"SELECT * FROM agentmem_{name}"))) for name in COLUMNS}
-
-
-def bytes_of(shared_ask: Sql) -> int:
-    """The bytes in the columns of every table, by plain SQL."""
-    found = 0
-    for name, columns in COLUMNS.items():
-        length = " + ".join(f"COALESCE(LENGTH(t.{column}), 0)" for column in columns)
-        found += int(shared_ask(f"SELECT COALESCE(SUM({length}), 0) FROM agentmem_{name} t")[0][0])
-    return found
 
 
 @contextmanager
@@ -137,13 +110,11 @@ def test_what_was_stored_longer_ago_goes(swept_saver: SQLAlchemySaver, clock: Cl
     assert left(swept_saver) == stored[-1:], "the newest stays, however old"
     assert left(swept_saver, "old", "sub") == old[-1:]
     assert (report.kept, report.threads_deleted) == (2, 0)
-
-
-def test_age_is_counted_to_the_millisecond(saver: SQLAlchemySaver, clock: Clock) -> None:
-    chain(saver, 2, clock=clock)
-    exactly = clock.now - 2 * DAY  # when the first was stored
-    assert saver.retain(Retention(max_age=DAY), now=exactly + DAY).removed == 0
-    assert saver.retain(Retention(max_age=DAY), now=exactly + DAY + timedelta(milliseconds=1)).removed == 1
+    # To the millisecond.
+    exactly = clock.now
+    chain(swept_saver, 2, thread="exact", clock=clock)
+    assert swept_saver.retain(Retention(max_age=DAY), now=exactly + DAY).removed == 0
+    assert swept_saver.retain(Retention(max_age=DAY), now=exactly + DAY + timedelta(milliseconds=1)).removed == 1
 
 
 def test_idle_threads_are_deleted_whole(swept_saver: SQLAlchemySaver, clock: Clock, shared_ask: Sql) -> None:
@@ -173,13 +144,13 @@ def test_late_writes_keep_no_thread_alive(swept_saver: SQLAlchemySaver, shared_a
     policy = Retention(idle=DAY)
     young = swept_saver.retain(policy, thread_ids=["late", "alive"], now=now)
     assert (young.threads, young.threads_kept) == ((), 2), "its checkpoint may be on its way"
-    size = bytes_of(shared_ask)
+    size = stored_bytes(shared_ask)
     planned = swept_saver.retain(policy, thread_ids=["late"], dry_run=True, now=now + 2 * DAY)
     done = swept_saver.retain(policy, thread_ids=["late"], now=now + 2 * DAY)
     assert planned.threads == done.threads
     [thread] = done.threads
     assert (thread.thread_id, thread.removed, thread.deleted) == ("late", 0, True)
-    assert thread.bytes_freed == size - bytes_of(shared_ask)
+    assert thread.bytes_freed == size - stored_bytes(shared_ask)
     assert swept_saver.retain(policy, now=now).threads[0].thread_id == "unknown", "an id that tells no time"
     assert [bytes(name) for (name,) in shared_ask("SELECT name FROM agentmem_threads")] == [b"alive"]
 
@@ -197,14 +168,22 @@ def test_every_rule_has_to_let_a_checkpoint_stay(saver: SQLAlchemySaver, clock: 
     assert left(saver, "old") == []
 
 
-def test_only_the_threads_that_are_named(swept_saver: SQLAlchemySaver) -> None:
+async def test_only_the_threads_that_are_named(swept_saver: SQLAlchemySaver) -> None:
+    """Asked for by a task."""
     for name in ("a", "b", "c"):
         chain(swept_saver, 3, thread=name)
-    report = swept_saver.retain(Retention(max_checkpoints=1), thread_ids=["c", "none of ours", "a", "a"])
+    before = await swept_saver.astorage_report()
+    policy, names = Retention(max_checkpoints=1), ["c", "none of ours", "a", "a"]
+    planned = await swept_saver.aretain(policy, thread_ids=names, dry_run=True)
+    report = await swept_saver.aretain(policy, thread_ids=names)
     assert [one.thread_id for one in report.threads] == ["a", "c"]
     assert (report.removed, report.kept, report.threads_kept) == (4, 2, 2)
+    assert planned.threads == report.threads
     assert [len(left(swept_saver, name)) for name in "abc"] == [1, 3, 1]
-    assert swept_saver.retain(Retention(max_checkpoints=1), thread_ids=[]).threads == ()
+    after = await swept_saver.astorage_report(order="checkpoints", limit=1)
+    assert [one.thread_id for one in after.threads] == ["b"]
+    assert before.bytes - after.bytes == report.bytes_freed > 0
+    assert (await swept_saver.aretain(policy, thread_ids=[])).threads == ()
 
 
 def test_calls_of_subgraphs_go_with_their_caller(saver: SQLAlchemySaver) -> None:
@@ -243,66 +222,26 @@ def test_calls_go_with_a_caller_that_is_not_the_oldest(saver: SQLAlchemySaver, c
     assert namespaces(saver) == {"", "sub:early"}
 
 
-class Talk(TypedDict):
-    asked: Annotated[list[str], operator.add]
-    answers: Annotated[list[str], operator.add]
-
-
-def asking_graph(saver: Any) -> Any:
-    """A graph whose subgraph has two steps and asks in the second."""
-    from langgraph.graph import START, StateGraph
-    from langgraph.types import interrupt
-
-    def shared_ask(state: Any) -> dict[str, list[str]]:
-        return {"answers": [interrupt(state["asked"][-1])]}
-
-    inner = StateGraph(Talk).add_node("before", lambda _: {"asked": []}).add_node("ask", shared_ask)
-    compiled = inner.add_edge(START, "before").add_edge("before", "ask").compile()
-
-    def call(state: Any) -> dict[str, list[str]]:
-        return {"answers": compiled.invoke({"asked": state["asked"][-1:]})["answers"]}
-
-    outer = StateGraph(Talk).add_node("inner", call).add_node("after", lambda _: {"asked": []})
-    return outer.add_edge(START, "inner").add_edge("inner", "after").compile(checkpointer=saver)
-
-
 def test_a_pending_interrupt_survives(swept_saver: SQLAlchemySaver, shared_url: str) -> None:
-    from langgraph.types import Command
-
-    durability: Any = "exit" if "mysql" in shared_url else "async"
-    graph = asking_graph(swept_saver)
+    """Of a subgraph, answered by another process."""
+    graph = rich_graph(swept_saver)
     for number in range(3):
-        graph.invoke({"asked": [f"question {number}"]}, config(), durability=durability)
+        graph.invoke(ask("inside", number), config())
         if number < 2:
-            graph.invoke(Command(resume=f"answer {number}"), config(), durability=durability)
+            graph.invoke(Command(resume=number), config())
     before = graph.get_state(config(), subgraphs=True)
     swept_saver.retain(Retention(max_checkpoints=1))
     left_over = sorted(ns.partition(":")[0] for ns in namespaces(swept_saver))
     assert left_over == ["", "inner"], "one call, the one that waits"
-    after = graph.get_state(config(), subgraphs=True)
-    assert [(one.id, one.interrupts, one.state.values) for one in after.tasks] == [
-        (one.id, one.interrupts, one.state.values) for one in before.tasks
-    ]
-    state = graph.invoke(Command(resume="answer 2"), config(), durability=durability)
-    assert state["asked"] == [f"question {number}" for number in range(3)]
-    assert state["answers"] == [f"answer {number}" for number in range(3)]
-
-
-def test_delta_channels_keep_their_state(swept_saver: SQLAlchemySaver) -> None:
-    from tests.helpers.sql_graphs import delta_graph, say
-
-    graph = delta_graph(swept_saver)
-    for number in range(10):
-        graph.invoke(say(f"turn {number}"), config())
-    before = {id_of(one.config): one.values for one in graph.get_state_history(config())}
-    report = swept_saver.retain(Retention(max_checkpoints=5))
-    assert report.removed == len(before) - 5
-    after = {id_of(one.config): one.values for one in graph.get_state_history(config())}
-    assert len(after) == 5
-    assert after == {name: before[name] for name in after}
-    state = graph.invoke(say("one more"), config())
-    assert [one.content for one in state["messages"] if one.type == "human"][-2:] == ["turn 9", "one more"]
-    assert len(state["messages"]) == 33
+    with SQLAlchemySaver.from_url(shared_url) as other:
+        resumed = rich_graph(other)
+        after = resumed.get_state(config(), subgraphs=True)
+        assert after.values == before.values
+        assert [(one.id, one.interrupts, one.state.values) for one in after.tasks] == [
+            (one.id, one.interrupts, one.state.values) for one in before.tasks
+        ]
+        state = resumed.invoke(Command(resume=2), config())
+    assert state["log"] == [*before.values["log"], *before.tasks[0].state.values["log"], "inside"]
 
 
 # What a sweep says, and when it does nothing.
@@ -333,15 +272,15 @@ def test_a_dry_run_changes_nothing_and_says_what_a_real_one_does(
     swept_saver: SQLAlchemySaver, clock: Clock, shared_ask: Sql
 ) -> None:
     mixed(swept_saver, clock, seed=3)
-    rows, size, sizes = content(shared_ask), bytes_of(shared_ask), swept_saver.storage_report()
+    rows, size, sizes = all_rows(shared_ask), stored_bytes(shared_ask), swept_saver.storage_report()
     assert sizes.bytes == size
     planned = swept_saver.retain(ALL_RULES, dry_run=True, now=clock.now)
-    assert content(shared_ask) == rows
+    assert all_rows(shared_ask) == rows
     done = swept_saver.retain(ALL_RULES, now=clock.now)
     assert planned.dry_run
     assert {**planned.to_dict(), "dry_run": False} == done.to_dict()
     assert done.removed > 0
-    assert done.bytes_freed == size - bytes_of(shared_ask) == size - swept_saver.storage_report().bytes
+    assert done.bytes_freed == size - stored_bytes(shared_ask) == size - swept_saver.storage_report().bytes
     after = {one.thread_id: one for one in swept_saver.storage_report().threads}
     for thread in done.threads:
         was = next(one for one in sizes.threads if one.thread_id == thread.thread_id)
@@ -360,11 +299,11 @@ def test_what_a_history_adds_is_counted(swept_saver: SQLAlchemySaver, shared_ask
     at = grow(swept_saver, at)
     write(swept_saver, at, "c")
     at = grow(swept_saver, grow(swept_saver, at))
-    size = bytes_of(shared_ask)
+    size = stored_bytes(shared_ask)
     planned = swept_saver.retain(Retention(max_checkpoints=1), dry_run=True)
     done = swept_saver.retain(Retention(max_checkpoints=1))
     assert planned.threads == done.threads
-    assert done.bytes_freed == size - bytes_of(shared_ask)
+    assert done.bytes_freed == size - stored_bytes(shared_ask)
     assert history(swept_saver, at) == (["seed"], ["a", "b", "c"])
 
 
@@ -407,40 +346,6 @@ def test_a_sweep_that_is_broken_off_has_done_whole_threads(swept_saver: SQLAlche
     assert [one.thread_id for one in report.threads] == ["c", "d"]
 
 
-def test_runs_go_on_while_threads_are_swept(swept_saver: SQLAlchemySaver) -> None:
-    last: dict[str, Any] = {}
-    running = threading.Event()
-
-    def run(name: str) -> None:
-        at = grow(swept_saver, values={"d": []}, thread=name)
-        log: list[str] = []
-        for number in range(25):
-            write(swept_saver, at, number)
-            log = [*log, f"item {number} " * 9]
-            at = grow(swept_saver, at, {"log": log}, deltas="d log", thread=name)
-            last[name] = at
-            running.set()
-
-    removed = 0
-    with ThreadPoolExecutor() as pool:
-        runs = [pool.submit(run, name) for name in ("a", "b")]
-        running.wait()
-        while not all(one.done() for one in runs):
-            swept_saver.retain(Retention(max_checkpoints=2), dry_run=True)
-            removed += swept_saver.retain(Retention(max_checkpoints=2)).removed
-    for one in runs:
-        one.result()
-    removed += swept_saver.retain(Retention(max_checkpoints=2)).removed
-    assert removed == 2 * 24
-    for name, at in last.items():
-        assert ids(swept_saver, name) >= {id_of(at)}
-        found = swept_saver.get_tuple(config(name))
-        assert found is not None
-        assert found.config == at
-        assert found.checkpoint["channel_values"]["log"] == [f"item {number} " * 9 for number in range(25)]
-        assert history(swept_saver, at) == ([], list(range(25)))
-
-
 def test_many_threads() -> None:
     """More than are looked at in one go."""
     with SQLAlchemySaver.from_url("sqlite:///:memory:") as saver:
@@ -475,59 +380,26 @@ def test_a_damaged_thread_stays_and_the_others_go_on(
     assert swept_saver.retain(Retention(idle=DAY), now=clock.now + 9 * DAY).threads_deleted == 1
 
 
-async def test_a_task_can_do_it_all(swept_saver: SQLAlchemySaver) -> None:
-    for name in ("a", "b"):
-        chain(swept_saver, 4, thread=name)
-    before = await swept_saver.astorage_report()
-    assert before.checkpoints == 8
-    planned = await swept_saver.aretain(Retention(max_checkpoints=1), thread_ids=["a"], dry_run=True)
-    done = await swept_saver.aretain(Retention(max_checkpoints=1), thread_ids=["a"])
-    assert planned.threads == done.threads
-    assert [len(left(swept_saver, name)) for name in ("a", "b")] == [1, 4]
-    after = await swept_saver.astorage_report(order="checkpoints", limit=1)
-    assert after.threads[0].thread_id == "b"
-    assert before.bytes - after.bytes == done.bytes_freed > 0
-
-
-@pytest.mark.parametrize("key", [None, secrets.token_bytes(32)], ids=["without hmac", "with hmac"])
-def test_protected_databases(url: str, look: Sql, key: bytes | None, clock: Clock) -> None:
-    serde = EncryptedSerializer.from_pycryptodome_aes(key=b"k" * 32)
-    with SQLAlchemySaver.from_url(url, serde=serde, hmac_key=key) as saver:
+def test_a_protected_database(url: str, sql: Sql, clock: Clock) -> None:
+    with SQLAlchemySaver.from_url(url, **PROTECTION["both"]) as saver:
         mixed(saver, clock, seed=4)
-        before, size = len(namespaces(saver)), bytes_of(lambda statement: look(url, statement))
+        before, size = len(namespaces(saver)), stored_bytes(sql)
         planned = saver.retain(Retention(max_checkpoints=2), dry_run=True, now=clock.now)
         done = saver.retain(Retention(max_checkpoints=2), now=clock.now)
         assert planned.threads == done.threads
-        assert done.bytes_freed == size - bytes_of(lambda statement: look(url, statement)) > 0
+        assert done.bytes_freed == size - stored_bytes(sql) > 0
         assert 1 < len(namespaces(saver)) < before, (
             "calls went with their callers, whose names are in encrypted metadata"
         )
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {},
-        {"max_checkpoints": 0},
-        {"max_checkpoints": True},
-        {"max_checkpoints": "3"},
-        {"max_age": timedelta(0)},
-        {"max_age": 30},
-        {"idle": -DAY},
-    ],
-)
-def test_a_policy_that_cannot_be_meant_is_refused(arguments: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError):
-        Retention(**arguments)
-
-
-def test_arguments_that_cannot_be_meant_are_refused(saver: SQLAlchemySaver) -> None:
-    policy = Retention(max_checkpoints=1)
-    for wrong in ("thread", [None], 7):
-        with pytest.raises(ConfigError, match="thread id"):
-            saver.retain(policy, thread_ids=wrong)  # type: ignore[arg-type]
+def test_what_cannot_be_meant_is_refused(saver: SQLAlchemySaver) -> None:
+    of_a_policy: list[dict[str, Any]] = [{}, *({"max_checkpoints": wrong} for wrong in (0, True, "3"))]
+    for arguments in (*of_a_policy, {"max_age": timedelta(0)}, {"max_age": 30}, {"idle": -DAY}):
+        with pytest.raises(ConfigError):
+            Retention(**arguments)
     with pytest.raises(ConfigError, match="time zone"):
-        saver.retain(policy, now=datetime(2026, 1, 1))
+        saver.retain(Retention(max_checkpoints=1), now=datetime(2026, 1, 1))
     with pytest.raises(ConfigError, match="limit"):
         saver.storage_report(limit=0)
     with pytest.raises(ConfigError, match="order"):
@@ -539,6 +411,8 @@ def test_arguments_that_cannot_be_meant_are_refused(saver: SQLAlchemySaver) -> N
 
 
 def test_report_tells_what_threads_take(swept_saver: SQLAlchemySaver, clock: Clock, shared_ask: Sql) -> None:
+    empty = swept_saver.storage_report()
+    assert (empty.threads, empty.thread_count, empty.bytes, empty.database_bytes > 0) == ((), 0, 0, True)
     start = clock.now
     chain(swept_saver, 5, thread="long", clock=clock)
     chain(swept_saver, 2, thread="long", ns="sub", clock=clock)
@@ -554,7 +428,7 @@ def test_report_tells_what_threads_take(swept_saver: SQLAlchemySaver, clock: Clo
     assert (report.thread_count, report.checkpoints, report.pending_writes) == (3, 8, 8)
     assert report.blobs == shared_ask("SELECT count(*) FROM agentmem_blobs")[0][0]
     assert report.content_bytes == int(shared_ask("SELECT SUM(LENGTH(body)) FROM agentmem_blobs")[0][0])
-    assert report.bytes == bytes_of(shared_ask) == sum(one.bytes for one in report.threads)
+    assert report.bytes == stored_bytes(shared_ask) == sum(one.bytes for one in report.threads)
     assert report.database_bytes > report.bytes / 2
     first = swept_saver.storage_report(limit=1)
     assert first.threads == (large,)
@@ -564,19 +438,3 @@ def test_report_tells_what_threads_take(swept_saver: SQLAlchemySaver, clock: Clo
     plain = report.to_dict()
     assert plain["threads"][1]["newest"] == "2026-01-07T00:00:00+00:00"
     assert plain["bytes"] == report.bytes
-
-
-def test_report_on_a_database_without_threads(swept_saver: SQLAlchemySaver) -> None:
-    report = swept_saver.storage_report()
-    assert (report.threads, report.thread_count, report.bytes) == ((), 0, 0)
-    assert report.database_bytes > 0
-
-
-def test_schema_and_odd_prefix(postgresql_url: str, look: Sql) -> None:
-    look(postgresql_url, 'CREATE SCHEMA "Odd one"')
-    with SQLAlchemySaver.from_url(postgresql_url, schema="Odd one", table_prefix='my "own"_') as saver:
-        chain(saver, 3)
-        assert saver.storage_report().database_bytes > 0
-        assert saver.retain(Retention(max_checkpoints=1)).removed == 2
-    command = ["storage", "report", postgresql_url, "--schema", "Odd one", "--prefix", 'my "own"_', "--json"]
-    assert json.loads(CliRunner().invoke(app, command).stdout)["checkpoints"] == 1

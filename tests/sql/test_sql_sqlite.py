@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,7 @@ from sqlalchemy.pool import Pool
 
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
-from tests.helpers.sql_cases import config, put
-
-Sql = Callable[..., list[Any]]
+from tests.helpers.sql_cases import Sql, config, put
 
 
 @pytest.mark.parametrize(("synchronous", "number"), [(None, 2), ("normal", 1), ("EXTRA", 3)])
@@ -94,18 +91,6 @@ def test_a_file_that_was_taken_away_under_a_saver_is_noticed(url: str, path: Pat
                 call()
         with SQLAlchemySaver.from_url(url) as again:
             assert again.get_tuple(at) is None
-
-
-async def test_both_modes_see_one_database_in_memory() -> None:
-    async with (
-        SQLAlchemySaver.from_url("sqlite:///:memory:") as saver,
-        SQLAlchemySaver.from_url("sqlite://") as other,
-    ):
-        at = put(saver, config(), {"x": 1})
-        found = await saver.aget_tuple(at)
-        assert found is not None
-        assert found.checkpoint["channel_values"] == {"x": 1}
-        assert await other.aget_tuple(at) is None
 
 
 async def test_files_that_cannot_be_opened_are_refused(tmp_path: Path) -> None:

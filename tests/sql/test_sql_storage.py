@@ -6,6 +6,7 @@ import gc
 import os
 import tracemalloc
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,28 +18,12 @@ from langgraph.checkpoint.serde.types import _DeltaSnapshot
 from langgraph.graph import START, StateGraph
 
 from agentmem_sql import SQLAlchemySaver
-from tests.helpers.sql_cases import config, get, put, read
-from tests.helpers.sql_graphs import State, chat_graph, say
+from tests.helpers.sql_cases import Sql, config, get, put, read
+from tests.helpers.sql_chains import stored_bytes
+from tests.helpers.sql_graphs import State, say
 from tests.helpers.sql_values import Counting, serialised, spelled
 
-Sql = Callable[..., list[Any]]
-
 VALUE, LIST, NODE = 0, 1, 2  # kinds of content
-COLUMNS = {
-    "threads": ("name",),
-    "blobs": ("digest", "body"),
-    "checkpoints": ("ns", "id", "parent", "metadata", "body", "content", "seal"),
-    "writes": ("ns", "checkpoint", "task", "path", "channel", "digest", "seal"),
-}
-
-
-def stored_bytes(sql: Sql) -> int:
-    """The bytes of all columns of any size."""
-    total = 0
-    for table, columns in COLUMNS.items():
-        sizes = " + ".join(f"coalesce(length({name}), 0)" for name in columns)
-        total += sql(f"SELECT coalesce(sum({sizes}), 0) FROM agentmem_{table}")[0][0]
-    return total
 
 
 def kinds(sql: Sql) -> dict[int, int]:
@@ -89,36 +74,16 @@ def test_a_hundred_turns_of_a_chat_take_less_than_two_megabytes(url: str, path: 
     assert early < late < 1.1 * early
 
 
-@pytest.mark.slow
-def test_turn_1000_takes_what_turn_100_took(url: str, path: Path, sql: Sql) -> None:
-    sizes = {}
-    with SQLAlchemySaver.from_url(url, synchronous="OFF") as saver:
-        turn = chat(saver)
-        for number in range(1, 1001):
-            turn()
-            if number in (50, 150, 900, 1000):
-                sizes[number] = vacuumed(path, sql)
-    assert sizes[1000] - sizes[900] == pytest.approx(sizes[150] - sizes[50], rel=0.1)
-
-
-def test_a_list_that_grows_takes_what_is_added(saver: SQLAlchemySaver, sql: Sql) -> None:
+@pytest.mark.parametrize("wrap", [list, _DeltaSnapshot])
+def test_a_list_that_grows_takes_what_is_added(saver: SQLAlchemySaver, sql: Sql, wrap: Callable[[Any], Any]) -> None:
     """Storing whole lists would take 800 times one item for the last forty steps."""
     items = [f"item {number} " + "x" * 1000 for number in range(120)]
     at, before = config(), {}
     for number in range(1, 121):
-        at = put(saver, at, {"x": items[:number]})
+        at = put(saver, at, {"x": wrap(items[:number])})
         before[number] = stored_bytes(sql) if number in (1, 80, 120) else 0
     assert before[120] - before[80] < 40 * 2400
     assert kinds(sql)[VALUE] == 120
-
-
-def test_state_is_stored_once_for_channels_and_writes_of_all_turns(saver: SQLAlchemySaver, sql: Sql) -> None:
-    large = "SELECT count(*), max(length(body)) < 9300 FROM agentmem_blobs WHERE instr(body, 'matrices')"
-    for fixed, stored in ((True, 1), (False, 1 + 10)):
-        graph = chat_graph(saver, fixed)
-        for number in range(10):
-            graph.invoke(say(f"turn {number}"), config(f"{fixed}"))
-        assert sql(large) == [(stored, True)]
 
 
 def test_content_is_shared_by_channels_writes_checkpoints_namespaces_and_forks(
@@ -203,19 +168,16 @@ def test_short_items_have_no_row_of_their_own(saver: SQLAlchemySaver, sql: Sql) 
 @pytest.mark.parametrize("size", [0, 1, 50_000])
 def test_any_size_of_cache_works(url: str, size: int) -> None:
     """Also one that is too small for anything."""
-    expected: dict[str, list[AnyMessage]] = {}
     last: dict[str, RunnableConfig] = {}
     with SQLAlchemySaver.from_url(url, synchronous="OFF", cache_bytes=size) as saver:
-        for turn in range(1, 5):
-            for number in range(12):
-                name = f"thread {number}"
-                expected[name] = said(turn * 4 + number)
-                last[name] = put(saver, last.get(name, config(name)), {"messages": expected[name], "n": turn})
-                saver.put_writes(last[name], [("messages", expected[name][:2])], "task")
-                assert read(saver, last[name]) == {"messages": expected[name], "n": turn}
+        for turn, number in product(range(1, 5), range(12)):
+            name, messages = f"thread {number}", said(turn * 4 + number)
+            last[name] = put(saver, last.get(name, config(name)), {"messages": messages, "n": turn})
+            saver.put_writes(last[name], [("messages", messages[:2])], "task")
+            assert read(saver, last[name]) == {"messages": messages, "n": turn}
         saver.prune(["thread 3"])
-        for name, messages in expected.items():
-            found = get(saver, config(name))
+        for number in range(12):
+            found, messages = get(saver, config(f"thread {number}")), said(16 + number)
             assert found.checkpoint["channel_values"] == {"messages": messages, "n": 4}
             assert found.pending_writes == [("task", "messages", messages[:2])]
         assert len(list(saver.list(None))) == 12 * 4 - 3

@@ -78,16 +78,32 @@ def check(template: str, messages: list[Message], expected: dict[int, str], **op
     return rendered
 
 
+def chatml(role: str, text: str) -> str:
+    return f"<|im_start|>{role}\n{text}<|im_end|>\n"
+
+
+def gemma(role: str, text: str) -> str:
+    return f"<start_of_turn>{role}\n{text}<end_of_turn>\n"
+
+
+def called(name: str, arguments: str) -> str:
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+LOOKED = called("look", '{"at": "x"}')
+LOOKED_AND_SAW = called("look", '{"at": [1, {}]}') + "\n" + called("see", "{}")
+PROMPT = "<|im_start|>assistant\n"
+
 CASES: dict[str, tuple[str, list[Message], dict[int, str], dict[str, Any]]] = {
     "plain chatml": (
         CHATML,
         [SYSTEM, HELLO, HI, ASK],
         {
-            0: "<|im_start|>system\nBe brief.<|im_end|>\n",
-            1: "<|im_start|>user\nhello there<|im_end|>\n",
-            2: "<|im_start|>assistant\nHi. How are you?<|im_end|>\n",
-            3: "<|im_start|>user\nwhat is it?<|im_end|>\n",
-            4: "<|im_start|>assistant\n",
+            0: chatml("system", "Be brief."),
+            1: chatml("user", "hello there"),
+            2: chatml("assistant", "Hi. How are you?"),
+            3: chatml("user", "what is it?"),
+            4: PROMPT,
         },
         {"add_generation_prompt": True},
     ),
@@ -95,9 +111,9 @@ CASES: dict[str, tuple[str, list[Message], dict[int, str], dict[str, Any]]] = {
         CHATML,
         [Message("user", " \n a  "), Message("assistant", "\n\n"), ASK],
         {
-            0: "<|im_start|>user\n \n a  <|im_end|>\n",
-            1: "<|im_start|>assistant\n\n\n<|im_end|>\n",
-            2: "<|im_start|>user\nwhat is it?<|im_end|>\n",
+            0: chatml("user", " \n a  "),
+            1: chatml("assistant", "\n\n"),
+            2: chatml("user", "what is it?"),
         },
         {},
     ),
@@ -105,14 +121,11 @@ CASES: dict[str, tuple[str, list[Message], dict[int, str], dict[str, Any]]] = {
         CHATML,
         [ASK, CALL, FOUND, TWO, HI],
         {
-            0: "<|im_start|>user\nwhat is it?<|im_end|>\n",
-            1: "<|im_start|>assistant\n\n<tool_call>\n"
-            '{"name": "look", "arguments": {"at": "x"}}\n</tool_call><|im_end|>\n',
-            2: "<|im_start|>tool\nfound<|im_end|>\n",
-            3: "<|im_start|>assistant\nI look.\n<tool_call>\n"
-            '{"name": "look", "arguments": {"at": [1, {}]}}\n</tool_call>\n<tool_call>\n'
-            '{"name": "see", "arguments": {}}\n</tool_call><|im_end|>\n',
-            4: "<|im_start|>assistant\nHi. How are you?<|im_end|>\n",
+            0: chatml("user", "what is it?"),
+            1: chatml("assistant", f"\n{LOOKED}"),
+            2: chatml("tool", "found"),
+            3: chatml("assistant", f"I look.\n{LOOKED_AND_SAW}"),
+            4: chatml("assistant", "Hi. How are you?"),
         },
         {},
     ),
@@ -120,15 +133,14 @@ CASES: dict[str, tuple[str, list[Message], dict[int, str], dict[str, Any]]] = {
         QWEN,
         [SYSTEM, ASK, TWO, FOUND, MORE, HI, HELLO],
         {
-            0: "<|im_start|>system\nBe brief.<|im_end|>\n",
-            1: "<|im_start|>user\nwhat is it?<|im_end|>\n",
-            2: '<|im_start|>assistant\nI look.\n<tool_call>\n{"name": "look", "arguments": {"at": [1, {}]}}\n'
-            '</tool_call>\n<tool_call>\n{"name": "see", "arguments": {}}\n</tool_call><|im_end|>\n',
+            0: chatml("system", "Be brief."),
+            1: chatml("user", "what is it?"),
+            2: chatml("assistant", f"I look.\n{LOOKED_AND_SAW}"),
             3: "<|im_start|>user\n<tool_response>\nfound\n</tool_response>",
             4: "\n<tool_response>\nmore\n</tool_response><|im_end|>\n",
-            5: "<|im_start|>assistant\nHi. How are you?<|im_end|>\n",
-            6: "<|im_start|>user\nhello there<|im_end|>\n",
-            7: "<|im_start|>assistant\n",
+            5: chatml("assistant", "Hi. How are you?"),
+            6: chatml("user", "hello there"),
+            7: PROMPT,
         },
         {"add_generation_prompt": True},
     ),
@@ -136,18 +148,17 @@ CASES: dict[str, tuple[str, list[Message], dict[int, str], dict[str, Any]]] = {
         QWEN,
         [ASK, CALL, FOUND],
         {
-            0: "<|im_start|>user\nwhat is it?<|im_end|>\n",
-            1: '<|im_start|>assistant\n<tool_call>\n{"name": "look", "arguments": {"at": "x"}}\n'
-            "</tool_call><|im_end|>\n",
-            2: "<|im_start|>user\n<tool_response>\nfound\n</tool_response><|im_end|>\n",
-            3: "<|im_start|>assistant\n",
+            0: chatml("user", "what is it?"),
+            1: chatml("assistant", LOOKED),
+            2: chatml("user", "<tool_response>\nfound\n</tool_response>"),
+            3: PROMPT,
         },
         {"add_generation_prompt": True},
     ),
     "a window that begins with a reply": (
         QWEN,
         [HI, ASK],
-        {0: "<|im_start|>assistant\nHi. How are you?<|im_end|>\n", 1: "<|im_start|>user\nwhat is it?<|im_end|>\n"},
+        {0: chatml("assistant", "Hi. How are you?"), 1: chatml("user", "what is it?")},
         {},
     ),
     "gemma has its own name for the assistant": (
@@ -155,9 +166,9 @@ CASES: dict[str, tuple[str, list[Message], dict[int, str], dict[str, Any]]] = {
         [HELLO, HI, ASK],
         {
             -1: "<s>",
-            0: "<start_of_turn>user\nhello there<end_of_turn>\n",
-            1: "<start_of_turn>model\nHi. How are you?<end_of_turn>\n",
-            2: "<start_of_turn>user\nwhat is it?<end_of_turn>\n",
+            0: gemma("user", "hello there"),
+            1: gemma("model", "Hi. How are you?"),
+            2: gemma("user", "what is it?"),
             3: "<start_of_turn>model\n",
         },
         {"add_generation_prompt": True},
@@ -178,8 +189,8 @@ CASES: dict[str, tuple[str, list[Message], dict[int, str], dict[str, Any]]] = {
         QWEN,
         [HELLO, HI],
         {
-            0: "<|im_start|>user\nhello there<|im_end|>\n",
-            1: "<|im_start|>assistant\n<think>\n\n</think>\n\nHi. How are you?<|im_end|>\n",
+            0: chatml("user", "hello there"),
+            1: chatml("assistant", "<think>\n\n</think>\n\nHi. How are you?"),
         },
         {},
     ),
@@ -209,10 +220,10 @@ def test_reasoning_that_is_stripped_from_earlier_turns_and_kept_in_the_last() ->
     tok = tokenizer(QWEN)
     rendered = Transcript(tok).render([HELLO, thought, ASK, thought], sentences=True)
     assert parts(tok, rendered) == {
-        0: "<|im_start|>user\nhello there<|im_end|>\n",
-        1: "<|im_start|>assistant\nHi. There.<|im_end|>\n",
-        2: "<|im_start|>user\nwhat is it?<|im_end|>\n",
-        3: "<|im_start|>assistant\n<think>\nwhy. not\n</think>\n\nHi. There.<|im_end|>\n",
+        0: chatml("user", "hello there"),
+        1: chatml("assistant", "Hi. There."),
+        2: chatml("user", "what is it?"),
+        3: chatml("assistant", "<think>\nwhy. not\n</think>\n\nHi. There."),
     }
     assert texts(tok, rendered.input_ids, rendered.sentence_segments()) == [
         "hello there",
@@ -236,12 +247,12 @@ def test_a_reply_of_nothing_but_reasoning(after: str, thought: str, calls: tuple
     tok = tokenizer(QWEN)
     reply = Message("assistant", f"<think>\n{thought}\n</think>{after}", tool_calls=calls)
     rendered = Transcript(tok).render([HELLO, reply, reply, ASK], sentences=True)
-    call = '<tool_call>\n{"name": "look", "arguments": {"at": "x"}}\n</tool_call>' if calls else ""
+    call = LOOKED if calls else ""
     assert parts(tok, rendered) == {
-        0: "<|im_start|>user\nhello there<|im_end|>\n",
-        1: f"<|im_start|>assistant\n{call}<|im_end|>\n",
-        2: f"<|im_start|>assistant\n{call}<|im_end|>\n",
-        3: "<|im_start|>user\nwhat is it?<|im_end|>\n",
+        0: chatml("user", "hello there"),
+        1: chatml("assistant", call),
+        2: chatml("assistant", call),
+        3: chatml("user", "what is it?"),
     }
     pieces = texts(tok, rendered.input_ids, rendered.sentence_segments())
     assert pieces == ["hello there", "what is it?"]
@@ -260,8 +271,8 @@ def test_the_list_of_tools_is_no_message(first: list[Message]) -> None:
     rendered = Transcript(tok).render([*first, HELLO, HI, ASK], tools=TOOLS, add_generation_prompt=True)
     n = len(first)
     found = parts(tok, rendered)
-    assert found[n] == "<|im_start|>user\nhello there<|im_end|>\n"
-    assert found[n + 1] == "<|im_start|>assistant\nHi. How are you?<|im_end|>\n"
+    assert found[n] == chatml("user", "hello there")
+    assert found[n + 1] == chatml("assistant", "Hi. How are you?")
     segments = rendered.message_segments()
     unwritten = [t for t, s in zip(rendered.input_ids, segments, strict=True) if s == -1]
     assert tok.decode(unwritten).endswith("}\n<|im_end|>\n")
@@ -314,7 +325,7 @@ def test_marks_that_a_template_notices_are_not_believed(template: str, head: str
     assert parts(tok, rendered) == {
         0: f"<|im_start|>{head.format('user', 8)}\n!now. Go<|im_end|>\n",
         1: f"<|im_start|>{head.format('assistant', 8)}\n!Hi. <b><|im_end|>\n",
-        2: "<|im_start|>assistant\n",
+        2: PROMPT,
     }
     pieces = texts(tok, rendered.input_ids, rendered.sentence_segments())
     assert pieces == ["!now.", " Go", "!Hi.", " <b>"]
@@ -648,8 +659,8 @@ def test_any_text_keeps_its_borders_where_reasoning_is_stripped(given_messages: 
     tok = tokenizer(QWEN)
     rendered = Transcript(tok).render([HELLO, *given_messages, ASK], sentences=True)
     found = parts(tok, rendered)
-    assert found[0] == "<|im_start|>user\nhello there<|im_end|>\n"
-    assert found[len(given_messages) + 1] == "<|im_start|>user\nwhat is it?<|im_end|>\n"
+    assert found[0] == chatml("user", "hello there")
+    assert found[len(given_messages) + 1] == chatml("user", "what is it?")
     for index, message in enumerate(given_messages, start=1):
         text = found[index]
         if message.role == "tool":

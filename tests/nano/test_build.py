@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from agentmem import SteeredModel
 from agentmem.errors import ConfigError
 from agentmem.nano.recipe.build import Recipe, build
+from agentmem.nano.recipe.chatml import TEMPLATE
 from agentmem.nano.recipe.model import fresh_model, nano_config
-from agentmem.nano.recipe.tokenizer import train_tokenizer
 from agentmem.training.loop import TrainingPlan
 from agentmem.training.pretrain import pad_batch, pretrain
+from tests.helpers.bpe import byte_bpe
 
 MICRO = Recipe(
     tokenizer_episodes=20,
@@ -83,8 +84,7 @@ def test_the_same_seed_makes_the_same_weights_even_when_stopped(built: Path, tmp
 
 
 def test_checkpoints_of_another_recipe_are_refused(tmp_path: Path) -> None:
-    tokenizer = train_tokenizer(1, episodes=20)
-    model = fresh_model(nano_config(tokenizer, width=32, layers=2), 1)
+    model = fresh_model(nano_config(byte_bpe([], TEMPLATE), width=32, layers=2), 1)
     rows = [([1, 2, 3], [1.0, 1.0, 1.0])]
     pretrain(
         model,

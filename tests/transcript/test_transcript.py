@@ -6,7 +6,6 @@ import copy
 import json
 from collections import Counter
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 import pytest
@@ -84,6 +83,10 @@ def chatml(role: str, text: str) -> str:
 
 def gemma(role: str, text: str) -> str:
     return f"<start_of_turn>{role}\n{text}<end_of_turn>\n"
+
+
+def llama(role: str, text: str) -> str:
+    return f"<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>"
 
 
 def called(name: str, arguments: str) -> str:
@@ -173,6 +176,28 @@ CASES: dict[str, tuple[str, list[Message], dict[int, str], dict[str, Any]]] = {
         },
         {"add_generation_prompt": True},
     ),
+    "llama trims and adds a system turn of its own": (
+        LLAMA,
+        [Message("user", "  hello there\n"), CALL, FOUND],
+        {
+            -1: "<|begin_of_text|>" + llama("system", "Today is Monday.\n"),
+            0: llama("user", "hello there"),
+            1: llama("assistant", '{"name": "look", "parameters": {"at": "x"}}'),
+            2: llama("ipython", "found"),
+            3: "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        },
+        {"add_generation_prompt": True},
+    ),
+    "llama has a system message of ours in its own turn": (
+        LLAMA,
+        [SYSTEM, HELLO],
+        {
+            -1: "<|begin_of_text|>",
+            0: llama("system", "Today is Monday.\nBe brief."),
+            1: llama("user", "hello there"),
+        },
+        {},
+    ),
     "mistral moves the system text to the last question": (
         MISTRAL,
         [SYSTEM, HELLO, HI, ASK],
@@ -258,13 +283,6 @@ def test_a_reply_of_nothing_but_reasoning(after: str, thought: str, calls: tuple
     assert pieces == ["hello there", "what is it?"]
 
 
-def test_template_options_reach_the_template() -> None:
-    tok = tokenizer(QWEN)
-    transcript = Transcript(tok, {"enable_thinking": False})
-    rendered = transcript.render([HELLO], add_generation_prompt=True)
-    assert parts(tok, rendered)[1] == "<|im_start|>assistant\n<think>\n\n</think>\n\n"
-
-
 @pytest.mark.parametrize("first", [[SYSTEM], []])
 def test_the_list_of_tools_is_no_message(first: list[Message]) -> None:
     tok = tokenizer(QWEN)
@@ -278,27 +296,6 @@ def test_the_list_of_tools_is_no_message(first: list[Message]) -> None:
     assert tok.decode(unwritten).endswith("}\n<|im_end|>\n")
     assert set(segments) == {-1, n, n + 1, n + 2, n + 3}
     assert rendered.input_ids == reference(tok, rendered, tools=TOOLS, add_generation_prompt=True)
-
-
-def test_llama_trims_and_adds_a_system_turn_of_its_own() -> None:
-    preamble = "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nToday is Monday.\n"
-    head = "<|start_header_id|>{}<|end_header_id|>\n\n"
-    rest = {
-        1: head.format("user") + "hello there<|eot_id|>",
-        2: head.format("assistant") + '{"name": "look", "parameters": {"at": "x"}}<|eot_id|>',
-        3: head.format("ipython") + "found<|eot_id|>",
-        4: head.format("assistant"),
-    }
-    talk = [Message("user", "  hello there\n"), CALL, FOUND]
-    check(
-        LLAMA,
-        talk,
-        {-1: preamble + "<|eot_id|>", **{i - 1: text for i, text in rest.items()}},
-        add_generation_prompt=True,
-    )
-    with_system = [SYSTEM, *talk]
-    found = {-1: "<|begin_of_text|>", 0: preamble.removeprefix("<|begin_of_text|>") + "Be brief.<|eot_id|>"}
-    check(LLAMA, with_system, found | rest, add_generation_prompt=True)
 
 
 def test_a_call_whose_content_the_template_drops() -> None:
@@ -468,14 +465,6 @@ def test_what_a_template_has_no_place_for_is_refused_by_its_name() -> None:
         Transcript(tok).render([SYSTEM, HELLO])
 
 
-def test_tags_are_text_in_a_question_and_tokens_in_a_reply() -> None:
-    tok = tokenizer(QWEN)
-    rendered = Transcript(tok).render([Message("user", "<think>a"), Message("assistant", "<think>a"), ASK])
-    think = tok.convert_tokens_to_ids("<think>")
-    found = [o for t, o in zip(rendered.input_ids, rendered.owner, strict=True) if t == think]
-    assert found == [1]
-
-
 def test_private_use_characters_in_a_text_are_kept() -> None:
     tok = tokenizer(CHATML)
     odd = Message("user", "a\U00100008b\U0010fffd \ue000")
@@ -493,14 +482,6 @@ def test_nothing_given_is_changed() -> None:
     assert transcript.render([ASK, call, FOUND], tools=tools, sentences=True) == first
     assert (tools, arguments) == (TOOLS, {"at": ["<|im_end|>"]})
     assert tok.backend_tokenizer.to_str() == before
-
-
-def test_message_segments_leave_out_what_never_writes() -> None:
-    fact = Message("user", "a fact", write=False)
-    rendered = Transcript(tokenizer(CHATML)).render([SYSTEM, fact, HELLO], add_generation_prompt=True)
-    segments = rendered.message_segments()
-    assert [segment for segment, _ in groupby(segments)] == [-1, 2, 3]
-    assert segments.count(2) == rendered.sizes()[2]
 
 
 def test_sentence_segments_number_the_pieces_of_what_is_written() -> None:
@@ -536,11 +517,6 @@ def test_sentences_that_do_not_join_to_the_contents_tokens_stay_one() -> None:
     assert rendered.sentence_segments() == [0, 0, -1, 1, -1]
 
 
-def test_sentence_segments_must_be_asked_for() -> None:
-    with pytest.raises(ValueError, match="sentences=True"):
-        Transcript(tokenizer(CHATML)).render([HELLO]).sentence_segments()
-
-
 @pytest.mark.parametrize(
     ("template", "closing", "prompt"),
     [
@@ -563,10 +539,15 @@ def test_closing_and_opening_a_reply(template: str, closing: str, prompt: str) -
         assert tok.decode([token for token, owner in pairs if owner == len(messages)]) == prompt
 
 
-def test_closing_of_other_roles() -> None:
+def test_closing_of_other_roles_and_what_no_template_can_write() -> None:
     assert Transcript(tokenizer(MISTRAL)).closing_text(HELLO) == " [/INST]"
     with pytest.raises(TranscriptError, match="system"):
         Transcript(tokenizer(GEMMA)).closing_text(SYSTEM)
+    broken = [{"type": "function", "function": {"name": "f", "parameters": {(1, 2): "x"}}}]
+    transcript = Transcript(tokenizer(QWEN))
+    for question in (transcript.overhead, partial(transcript.render, [HELLO])):
+        with pytest.raises(TranscriptError, match="keys must be str"):
+            question(tools=broken)
 
 
 def test_prompt_reply_and_closing_are_the_rendered_reply() -> None:
@@ -676,11 +657,3 @@ def texts(tok: PreTrainedTokenizerFast, ids: list[int], segments: list[int]) -> 
         tok.decode([t for t, s in zip(ids, segments, strict=True) if s == n])
         for n in range(max(segments, default=-1) + 1)
     ]
-
-
-def test_tools_that_are_no_json_are_refused_in_every_question() -> None:
-    broken = [{"type": "function", "function": {"name": "f", "parameters": {(1, 2): "x"}}}]
-    transcript = Transcript(tokenizer(QWEN))
-    for question in (transcript.overhead, partial(transcript.render, [HELLO])):
-        with pytest.raises(TranscriptError, match="keys must be str"):
-            question(tools=broken)

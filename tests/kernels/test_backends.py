@@ -32,6 +32,7 @@ def triton(needs: Callable[[object, str], None]) -> None:
     needs(find_spec("triton"), "triton, which is part of the dependency group `dev`")
 
 
+@pytest.mark.timeout(900)  # a minute where nothing else runs
 def test_triton_in_the_interpreter() -> None:
     equivalence = f"{EQUIVALENCE}[triton-sentence-1-coupled-sdpa-dynamic]"
     run(*KERNELS, MECHANISM, equivalence, TRITON_INTERPRET="1")

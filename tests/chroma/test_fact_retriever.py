@@ -1,8 +1,9 @@
-"""FactRetriever: LangChain's standard suite, and what its documents carry."""
+"""FactRetriever: LangChain's standard suite, what its documents carry; and the recipe: numbered facts in, citations
+out.
+"""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,13 +11,16 @@ from typing import Any
 
 import pytest
 from langchain_core.documents import Document
-from langchain_core.embeddings import DeterministicFakeEmbedding
+from langchain_core.embeddings import DeterministicFakeEmbedding, Embeddings
+from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.retrievers import BaseRetriever
 from langchain_tests.integration_tests import RetrieversIntegrationTests
 from pydantic import ValidationError
 
 from agentmem.errors import FactStoreError
-from agentmem_chroma import Fact, FactRetriever, FactStore
+from agentmem_chroma import Fact, FactRetriever, FactStore, cited, facts_block
+from agentmem_langgraph import ChatDeltaMem, MemoryNode
+from tests.helpers.fake_engine import FakeEngine
 
 
 class TestStandardSuite(RetrieversIntegrationTests):
@@ -49,6 +53,8 @@ def test_documents_carry_the_fact_and_the_score(store: FactStore) -> None:
         page_content="the port is 8080",
         metadata={"source": "ports.md", "thread": "t1", "time": "2026-03-01T12:30:00+00:00", "score": 1.0, "line": 3},
     )
+    store.delete(fact.id)
+    assert store.add([document]) == [fact.id], "documents go back into a store"
 
 
 async def test_the_fields_narrow_the_search(store: FactStore) -> None:
@@ -66,13 +72,6 @@ async def test_the_fields_narrow_the_search(store: FactStore) -> None:
     assert {thread for _, _, thread in await found(thread="t1")} == {"t1"}
     assert {source for _, source, _ in await found(source="b")} == {"b"}
     assert await found(source="b", thread="t2", min_score=0.99) == [("one", "b", "t2")]
-
-
-async def test_many_retrievals_at_once(store: FactStore) -> None:
-    store.add([f"fact {n}" for n in range(10)])
-    retriever = FactRetriever(store=store, k=1)
-    found = await asyncio.gather(*(retriever.ainvoke(f"fact {n}") for n in range(10)))
-    assert [documents[0].page_content for documents in found] == [f"fact {n}" for n in range(10)]
 
 
 @pytest.mark.parametrize(
@@ -114,10 +113,61 @@ def test_options_that_cannot_be_are_refused(store: FactStore) -> None:
         FactRetriever(store=store).invoke("anything", k=0)
 
 
-def test_documents_go_back_into_a_store(store: FactStore) -> None:
-    fact = Fact("the port is 8080", "ports.md", "t1", metadata={"line": 3})
-    store.add(fact)
-    documents = FactRetriever(store=store).invoke("the port is 8080")
-    store.delete(fact.id)
-    assert store.add(documents) == [fact.id]
-    assert store.facts() == [fact]
+DOCUMENTS = [Document(page_content=text) for text in ("first text", "second text", "third text")]
+
+
+def test_the_block_numbers_its_facts() -> None:
+    assert facts_block(DOCUMENTS[:2]) == "Facts:\nfirst text [1]\nsecond text [2]"
+    assert facts_block([]) == ""
+
+
+@pytest.mark.parametrize("text", ["a\nb", "a\r\nb", "  a\n\n  b\n", "a\u2028b", "a\x0bb"])
+def test_a_fact_takes_one_line(text: str) -> None:
+    assert facts_block([Document(page_content=text)]) == "Facts:\na b [1]"
+
+
+@pytest.mark.parametrize(
+    ("reply", "numbers"),
+    [
+        ("The port is 8080 [2].", [2]),
+        ("So [3][1], and again [3].", [3, 1]),
+        ("Both [1, 3] say so; [2,1] too.", [1, 3, 2]),
+        ("Nothing is known.", []),
+        ("[0] [4] [-1] [1a] [] [99999999999999999999]", []),
+        ("Call `argv[1]` first [2].", [2]),
+        ("```python\nx = rows[1]\n```\nas said [3]", [3]),
+        ("```\nrows[1]", []),
+        ("", []),
+    ],
+)
+def test_what_a_reply_cites(reply: str, numbers: list[int]) -> None:
+    assert cited(reply, DOCUMENTS) == [DOCUMENTS[n - 1] for n in numbers]
+    assert cited(AIMessage(reply), DOCUMENTS) == cited(reply, DOCUMENTS)
+
+
+def test_a_stored_reply_leads_to_its_facts_after_a_restart(tmp_path: Path, embeddings: Embeddings) -> None:
+    with FactStore(tmp_path, embeddings=embeddings) as store:
+        store.add("The port is 8443.", source="handbook/deploy.md", metadata={"page": 3})
+        store.add("The host is ada.", source="handbook/hosts.md")
+        documents = FactRetriever(store=store, k=2).invoke("What is the port?")
+        node = MemoryNode(ChatDeltaMem(engine=FakeEngine()), retriever=FactRetriever(store=store, k=2))
+        reply = node.invoke({"messages": [HumanMessage("What is the port?")]})["messages"][0]
+        shown = cited(reply, documents)
+        assert [document.page_content for document in shown] == ["The port is 8443."]
+    stored: Any = AIMessage.model_validate_json(reply.model_dump_json())
+    with FactStore(tmp_path, embeddings=embeddings) as store:
+        assert cited(stored, store) == shown
+        (named,) = cited(stored)
+        assert (named.id, named.page_content) == (shown[0].id, "")
+        assert named.metadata == {name: shown[0].metadata[name] for name in ("source", "score")}
+        store.delete(ids=[shown[0].id])
+        assert cited(stored, store) == [named]
+
+
+@pytest.mark.parametrize("facts", [[{"number": "1", "id": "a"}], [{"number": 1, "id": 2}], {"1": "a"}, ["a"]])
+def test_without_documents_the_reply_has_to_say_what_was_shown(facts: object) -> None:
+    for reply in ("said [1]", AIMessage("said [1]", response_metadata={"facts": facts})):
+        with pytest.raises(FactStoreError, match="pass the documents"):
+            cited(reply)
+    assert cited(AIMessage("no facts were shown [1]")) == []
+    assert cited(AIMessage("said [2]", response_metadata={"facts": [{"number": 1, "id": "a"}]})) == []

@@ -1,13 +1,21 @@
-"""What a FactStore keeps, finds and deletes."""
+"""What a FactStore keeps, finds and deletes; batches, threads, the event loop; embedders and rows that are not what
+they should be.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
 
+import chromadb
 import pytest
 from langchain_core.documents import Document
+from langchain_core.embeddings import DeterministicFakeEmbedding
 
 from agentmem.errors import FactStoreError
 from agentmem_chroma import Fact, FactStore
@@ -47,13 +55,6 @@ def test_plain_texts_take_what_the_call_says(store: FactStore) -> None:
     assert store.add([]) == []
 
 
-def test_adding_twice_keeps_one(store: FactStore) -> None:
-    first = store.add(["a fact", "a fact"], source="s")
-    assert first[0] == first[1]
-    assert store.add("a fact", source="s") == first[:1]
-    assert store.count() == 1
-
-
 def test_source_and_thread_are_part_of_a_fact(store: FactStore) -> None:
     ids = [
         *store.add("a fact"),
@@ -62,6 +63,8 @@ def test_source_and_thread_are_part_of_a_fact(store: FactStore) -> None:
         *store.add("a fact", source="s", thread="s"),
     ]
     assert len(set(ids)) == store.count() == 4
+    assert store.add(["a fact", "a fact"], source="s") == [ids[1]] * 2
+    assert store.count() == 4
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
@@ -72,12 +75,10 @@ def test_the_newer_time_wins(store: FactStore, order: tuple[int, int], together:
     for batch in [given] if together else [[fact] for fact in given]:
         store.add(batch)
     assert store.facts() == [versions[1]]
-
-
-def test_of_equal_times_the_last_given_wins(store: FactStore) -> None:
-    store.add("a fact", time=NOON, metadata={"version": 0, "gone": True})
-    store.add("a fact", time=NOON, metadata={"version": 1})
-    assert store.facts() == [Fact("a fact", time=NOON, metadata={"version": 1})]
+    # Of equal times the last given.
+    last = Fact("a fact", time=NOON + HOUR, metadata={"last": True})
+    store.add(last)
+    assert store.facts() == [last]
 
 
 @pytest.mark.parametrize(
@@ -263,3 +264,139 @@ def test_delete_by_source_and_thread_meets_every_condition(store: FactStore) -> 
     assert store.delete(thread="t1") == 1
     assert store.delete(source="a") == 1
     assert store.count() == 0
+
+
+def test_more_facts_than_chroma_takes_at_once(open_store: Open) -> None:
+    store = open_store(embeddings=DeterministicFakeEmbedding(size=2))
+    ids = store.add([f"fact {n}" for n in range(6000)], source="many")
+    assert store.count() == len(set(ids)) == 6000
+    assert ids == store.add([f"fact {n}" for n in range(6000)], source="many", metadata={"again": True})
+    assert [fact.text for fact in store.get(ids)] == [f"fact {n}" for n in range(6000)]
+    assert len(store.facts()) == len(store.search("fact", 6000)) == 6000
+    assert store.delete(ids[:5990]) == 5990
+    assert store.delete(source="many") == 10
+    assert store.count() == 0
+
+
+def test_threads_add_search_and_delete_at_once(store: FactStore) -> None:
+    start = threading.Barrier(4)
+
+    def work(worker: int) -> None:
+        start.wait()
+        for n in range(8):
+            store.add([f"shared {n}", f"own {worker} {n}"], thread="t")
+            assert store.search(f"own {worker} {n}", 1)[0].fact.text == f"own {worker} {n}"
+            if n % 2:
+                assert store.delete(store.add(f"short-lived {worker} {n}")) == 1
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(work, worker) for worker in range(4)]:
+            done.result()
+    assert store.count() == len(store.facts()) == 8 + 4 * 8
+
+
+def test_the_newest_wins_between_threads(store: FactStore) -> None:
+    noon = datetime(2026, 3, 1, 12, tzinfo=UTC)
+    versions = [Fact("a fact", time=noon + timedelta(minutes=n), metadata={"n": n}) for n in range(16)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(store.add, versions[::2] + versions[1::2]))
+    assert store.facts() == [versions[15]]
+
+
+class Waiting(DeterministicFakeEmbedding):
+    """Embeds only while someone else runs: a call on the event loop's own thread would never return."""
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        self._wait()
+        return super().embed_documents(texts)
+
+    def embed_query(self, text: str) -> list[float]:
+        self._wait()
+        return super().embed_query(text)
+
+    def _wait(self) -> None:
+        assert gate.wait(timeout=20), "the event loop was blocked"
+
+
+gate = threading.Event()
+
+
+async def test_async_twins_leave_the_event_loop_free(open_store: Open) -> None:
+    gate.set()
+    store = await asyncio.to_thread(open_store, embeddings=Waiting(size=4))
+    calls: list[Coroutine[Any, Any, list[Any]]] = [store.aadd("a fact"), store.asearch("a fact")]
+    for call in calls:
+        gate.clear()
+        task = asyncio.create_task(call)
+        await asyncio.sleep(0)
+        gate.set()
+        assert len(await task) == 1
+
+
+async def test_async_twins_do_what_their_twins_do(store: FactStore) -> None:
+    when = datetime(2026, 3, 1, tzinfo=UTC)
+    batches = await asyncio.gather(
+        *(store.aadd([f"fact {n}"], source="s", thread="t", time=when, metadata={"n": n}) for n in range(6))
+    )
+    ids = [id for batch in batches for id in batch]
+    assert await store.aget(ids) == [Fact(f"fact {n}", "s", "t", when, {"n": n}) for n in range(6)]
+    assert await store.afacts(source="s", thread="t") == store.facts()
+    assert await store.acount(source="s", thread="t") == await store.acount() == 6
+    assert await store.asearch("fact 3", 1, source="s", thread="t", min_score=0.9) == store.search("fact 3", 1)
+    assert await store.adelete(ids[:2], source="s", thread="t") == 2
+    assert store.count() == 4
+
+
+class Broken(DeterministicFakeEmbedding):
+    """Gives whatever the test says for documents."""
+
+    gives: Any = None
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        result: list[list[float]] = self.gives
+        return result
+
+
+@pytest.mark.parametrize(
+    ("gives", "said"),
+    [
+        ([[1.0, 0.0]], "2 vectors of 2"),
+        ([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]], "2 vectors of 2"),
+        ([[1.0, 0.0], [1.0]], "equal length"),
+        ([[1.0, 0.0], [float("nan"), 0.0]], "finite"),
+        ([[1.0, 0.0], [0.0, 0.0]], "zero vector for 'two'"),
+        ([], "finite numbers|2 vectors"),
+    ],
+)
+def test_unusable_vectors_are_refused_and_nothing_is_stored(open_store: Open, gives: Any, said: str) -> None:
+    store = open_store(embeddings=Broken(size=2, gives=gives))
+    with pytest.raises(FactStoreError, match=said):
+        store.add(["one", "two"])
+    assert store.count() == 0
+
+
+def test_something_that_is_no_embedder_is_refused(open_store: Open) -> None:
+    with pytest.raises(FactStoreError, match="LangChain Embeddings"):
+        open_store(embeddings=object())
+    assert open_store().count() == 0  # and the directory was let go
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"documents": ["a stranger"], "metadatas": [{"topic": "x"}]}, "is no fact"),
+        ({}, "is no fact"),
+        ({"documents": ["a stranger"], "metadatas": [{**Fact("x").row(), "time": "noon"}]}, "is no fact"),
+        ({"documents": ["changed"], "metadatas": [Fact("x").row()]}, "changed by something"),
+    ],
+)
+def test_a_foreign_entry_is_named(tmp_path: Path, open_store: Open, entry: dict[str, Any], said: str) -> None:
+    with chromadb.PersistentClient(str(tmp_path / "db")) as client:
+        store = open_store(client=client)
+        client.get_collection("facts", embedding_function=None).add(ids=["odd"], embeddings=[[1.0] * 16], **entry)
+        for read in (store.facts, lambda: store.search("x"), lambda: store.get("odd")):
+            with pytest.raises(FactStoreError, match=f"'odd'.*{said}"):
+                read()
+        assert store.delete("odd") == 1
+        assert store.facts() == []
+        store.close()

@@ -1,9 +1,16 @@
-"""Which databases and collections a FactStore opens, and what closing means."""
+"""Which databases and collections a FactStore opens, what closing means, and that one process owns a directory: tried
+with processes.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +18,8 @@ import chromadb
 import pytest
 from langchain_core.embeddings import DeterministicFakeEmbedding, Embeddings
 
-from agentmem.errors import FactStoreError, MissingExtraError
-from agentmem_chroma import FactStore
+from agentmem.errors import FactStoreError, MissingExtraError, StoreOwnedError
+from agentmem_chroma import Fact, FactStore
 
 Open = Callable[..., FactStore]
 
@@ -22,15 +29,6 @@ def test_a_path_or_a_client(embeddings: Embeddings, tmp_path: Path) -> None:
         FactStore(embeddings=embeddings)
     with chromadb.EphemeralClient() as client, pytest.raises(FactStoreError, match="both"):
         FactStore(tmp_path, client=client, embeddings=embeddings)
-
-
-def test_facts_outlive_the_store(open_store: Open) -> None:
-    with open_store() as store:
-        (id,) = store.add("a fact", source="s")
-    again = open_store()
-    assert again.search("a fact", 1)[0].fact.id == id
-    assert again.add("a fact", source="s") == [id]
-    assert again.count() == 1
 
 
 def test_a_closed_store_says_so(store: FactStore) -> None:
@@ -147,3 +145,179 @@ def test_a_missing_chromadb_names_the_extra(open_store: Open, monkeypatch: pytes
     with pytest.raises(MissingExtraError, match=r"pip install '\.\[chroma\]'"):
         open_store()
     assert not (tmp_path / "facts").exists()
+
+
+PREAMBLE = """
+import sys
+from langchain_core.embeddings import DeterministicFakeEmbedding
+from agentmem_chroma import FactStore
+from agentmem.errors import FactStoreError, StoreOwnedError
+embeddings = DeterministicFakeEmbedding(size=16)
+"""
+
+
+def command(script: str, *arguments: object) -> list[str]:
+    return [sys.executable, "-c", PREAMBLE + script, *map(str, arguments)]
+
+
+def run(script: str, *arguments: object) -> list[str]:
+    done = subprocess.run(command(script, *arguments), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@contextmanager
+def running(script: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """A process that has printed its first line; killed at the end."""
+    with subprocess.Popen(
+        command(script, *arguments), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            yield process
+        finally:
+            process.kill()
+
+
+OWN = """
+store = FactStore(sys.argv[1], embeddings=embeddings)
+store.add(["the port is 8080", "tests run with make"], source="other process")
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_an_owner_is_named_and_its_death_frees_the_directory(tmp_path: Path, open_store: Open) -> None:
+    with running(OWN, tmp_path / "facts") as owner:
+        with pytest.raises(StoreOwnedError) as refused:
+            open_store()
+        message = str(refused.value)
+        for part in (f"process {owner.pid}", socket.gethostname(), str(tmp_path / "facts"), "HttpClient"):
+            assert part in message
+        os.kill(owner.pid, signal.SIGKILL)
+        owner.wait()
+        store = open_store()
+        assert store.search("the port is 8080", 1)[0].fact.source == "other process"
+        assert store.count() == 2
+
+
+TRY = """
+try:
+    with FactStore(sys.argv[1], embeddings=embeddings) as store:
+        print("opened", *store.add("from the second", source="s", thread="t"))
+except StoreOwnedError as error:
+    print("refused", error)
+"""
+
+
+def test_a_second_process_waits_for_the_last_store_to_close(tmp_path: Path, open_store: Open) -> None:
+    first = open_store()
+    (tmp_path / "link").symlink_to(tmp_path / "facts")
+    second = open_store(path=tmp_path / "link")
+    first.close()
+    second.add("still here")
+    (line,) = run(TRY, tmp_path / "facts")
+    assert line.startswith("refused")
+    assert f"process {os.getpid()} " in line
+    second.close()
+    assert run(TRY, tmp_path / "facts") == [f"opened {Fact('from the second', 's', 't').id}"]
+    again = open_store()
+    assert {fact.text for fact in again.facts()} == {"still here", "from the second"}
+
+
+def test_stores_of_one_process_share_a_directory(tmp_path: Path, open_store: Open) -> None:
+    first, second = open_store(), open_store()
+    first.add("written by the first")
+    assert second.search("written by the first", 1)[0].fact.text == "written by the first"
+    second.add("written by the second")
+    first.close()
+    assert {fact.text for fact in second.facts()} == {"written by the first", "written by the second"}
+    assert second.search("written by the second", 1)[0].score == 1.0
+
+
+def test_a_given_embedded_client_owns_its_directory_too(
+    tmp_path: Path, open_store: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with chromadb.PersistentClient("facts") as client:
+        with open_store(client=client), pytest.raises(FactStoreError, match="the same client"):
+            open_store()  # Chroma would make a second system, blind to the first one's writes
+        open_store()
+
+
+def test_a_failed_opening_lets_the_directory_go(
+    tmp_path: Path, open_store: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_store(embedder="first").close()
+    with pytest.raises(FactStoreError, match="'second'"):
+        open_store(embedder="second")
+    monkeypatch.chdir(tmp_path)
+    with chromadb.PersistentClient("facts") as client, open_store(client=client, embedder="first") as store:
+        assert store.count() == 0
+
+
+FORK = """
+import os
+store = FactStore(sys.argv[1], embeddings=embeddings)
+store.add("a fact")
+sys.stdout.flush()
+child = os.fork()
+if child == 0:
+    for call in (store.count, lambda: FactStore(sys.argv[1], embeddings=embeddings)):
+        try:
+            call()
+            print("worked")
+        except FactStoreError as error:
+            print("spawn" in str(error))
+    sys.stdout.flush()
+    os._exit(0)
+os.waitpid(child, 0)
+print(store.count())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_child_is_told_to_spawn(tmp_path: Path) -> None:
+    assert run(FORK, tmp_path / "facts") == ["True", "True", "1"]
+
+
+CLIENT = """
+url = "http://127.0.0.1:" + sys.argv[1]
+for name in ("first", "second"):
+    with FactStore(url, embeddings=embeddings) as store:
+        print(*store.add(["shared", name]))
+        print(store.count(), store.search("shared", 1)[0].fact.text, store.delete("nope"))
+"""
+
+LOSES_ITS_SERVER = """
+with FactStore("http://127.0.0.1:" + sys.argv[1], embeddings=embeddings) as store:
+    print("ready", flush=True)
+    sys.stdin.readline()
+    try:
+        store.count()
+    except FactStoreError as error:
+        print(error)
+"""
+
+
+def test_a_server_is_a_store_as_well(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    chroma = Path(sys.executable).with_name("chroma")
+    serve = [str(chroma), "run", "--path", str(tmp_path / "db"), "--host", "127.0.0.1", "--port", str(port)]
+    with subprocess.Popen(serve, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            assert any("Connect to Chroma at" in line for line in server.stdout)
+            lines = run(CLIENT, port)
+            with running(LOSES_ITS_SERVER, port) as client:
+                server.kill()
+                server.wait()
+                said, _ = client.communicate("\n", timeout=60)
+        finally:
+            server.kill()
+    shared, first, second = (Fact(text).id for text in ("shared", "first", "second"))
+    assert lines == [f"{shared} {first}", "2 shared 0", f"{shared} {second}", "3 shared 0"]
+    assert "see that the server runs" in said

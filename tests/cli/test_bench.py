@@ -16,7 +16,11 @@ from agentmem_cli.app import app
 TINY = ["bench", "--prompt", "24", "--pairs", "2", "--reply", "3", "--sessions", "1", "--sessions", "2"]
 
 
-def test_json_has_all_figures() -> None:
+def test_all_figures_are_there_and_the_table_names_them() -> None:
+    result = CliRunner().invoke(app, TINY, catch_exceptions=False)
+    assert result.exit_code == 0
+    for part in ("bare : steered", "a prompt of 24 tokens", "state of a session", "sessions at once"):
+        assert part in result.stdout
     result = CliRunner().invoke(app, [*TINY, "--json"], catch_exceptions=False)
     assert result.exit_code == 0
     figures = json.loads(result.stdout)
@@ -46,13 +50,6 @@ def test_adapters_that_write_by_segment_are_measured(strategy: Literal["message"
     figures = json.loads(result.stdout)
     assert figures["prompt"] == 70
     assert all(figures[name]["ratio"] > 0 for name in ("decode", "prefill"))
-
-
-def test_the_table_names_what_was_measured() -> None:
-    result = CliRunner().invoke(app, TINY, catch_exceptions=False)
-    assert result.exit_code == 0
-    for part in ("bare : steered", "a prompt of 24 tokens", "state of a session", "sessions at once"):
-        assert part in result.stdout
 
 
 def test_a_prompt_longer_than_the_model_reads_is_refused() -> None:

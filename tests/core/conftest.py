@@ -14,7 +14,7 @@ import pytest
 @pytest.fixture(scope="session")
 def benchmarks() -> Iterator[dict[str, ModuleType]]:
     """Scripts of the benchmarks' folder, which is no package, by name; they import each other by name."""
-    names = ("shapes", "counting", "overhead_decoders", "overhead", "scan", "sessions")
+    names = ("shapes", "counting", "overhead_decoders", "overhead", "overhead_memory", "scan", "sessions")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
         yield {name: import_module(name) for name in names}

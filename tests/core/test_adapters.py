@@ -47,6 +47,8 @@ def test_round_trip(case: str, form: Any, tmp_path: Path) -> None:
     save_adapter(tmp_path, adapter, format=form)
     weights = SAFETENSORS_FILE if form == "safetensors" else AUTHORS_FILE
     assert {path.name for path in tmp_path.iterdir()} == {weights, CONFIG_FILE}
+    if form == "safetensors":  # other tools read it: the authors' names
+        assert load_file(tmp_path / weights).keys() == adapter.tensors.keys()
     again = load_adapter(tmp_path)
     assert _same(again, adapter)
     assert again.fingerprint == adapter.fingerprint
@@ -221,10 +223,13 @@ def test_a_pickle_that_would_run_code_is_refused(
     assert not (directory / "ran-on-loading").exists()
 
 
-def test_no_dict_is_refused(directory: Path) -> None:
+def test_what_holds_no_dict_is_refused_and_less_than_a_models_adapter_can_be_read(directory: Path) -> None:
     torch.save([torch.zeros(2)], directory / AUTHORS_FILE)
     with pytest.raises(AdapterError, match="must hold a dict of tensors; found list"):
         load_adapter(directory)
+    (directory / AUTHORS_FILE).unlink()
+    save_file({KEY: torch.zeros(8, 64)}, directory / SAFETENSORS_FILE)
+    assert load_adapter(directory).tensors.keys() == {KEY}
 
 
 @pytest.mark.parametrize("name", [AUTHORS_FILE, SAFETENSORS_FILE])
@@ -236,24 +241,20 @@ def test_unreadable_weights_are_refused(directory: Path, name: str, bytes_: byte
         load_adapter(directory)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data(), name=st.sampled_from([AUTHORS_FILE, SAFETENSORS_FILE]))
-def test_damaged_weights_give_typed_errors_or_tensors(data: st.DataObject, name: str, directory: Path) -> None:
-    """Of the authors' files a flipped bit in a number cannot be seen; all else is refused, whatever broke."""
-    for path in directory.iterdir():
-        path.unlink()
-    small = Adapter(MemoryConfig(), {KEY: torch.arange(6.0)})
-    save_adapter(directory, small, format="authors" if name == AUTHORS_FILE else "safetensors")
-    content = bytearray((directory / name).read_bytes())
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damaged_weights_of_the_authors_give_typed_errors_or_tensors(data: st.DataObject, directory: Path) -> None:
+    """In their files a flipped bit of a number cannot be seen; all else is refused, whatever broke."""
+    save_adapter(directory, Adapter(MemoryConfig(), {KEY: torch.arange(6.0)}), format="authors")
+    content = bytearray((directory / AUTHORS_FILE).read_bytes())
     for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=4)):
         content[place] ^= data.draw(st.integers(1, 255))
-    (directory / name).write_bytes(content[: data.draw(st.sampled_from([len(content), len(content) // 2]))])
+    (directory / AUTHORS_FILE).write_bytes(content[: data.draw(st.sampled_from([len(content), len(content) // 2]))])
     try:
         found = load_adapter(directory)
     except AdapterError:
         return
     assert all(isinstance(tensor, Tensor) for tensor in found.tensors.values())
-    assert name == AUTHORS_FILE or _same(found, small)
 
 
 @pytest.mark.parametrize("name", [SAFETENSORS_FILE, CONFIG_FILE])
@@ -368,13 +369,3 @@ def test_configs_are_checked_and_made_equal_in_code_too() -> None:
     assert MemoryConfig.from_json(other.to_json()) == other
     with pytest.raises(ConfigError, match="alpha must be a finite"):
         given.replace(alpha=float("inf"))
-
-
-def test_the_saved_files_are_plain(tmp_path: Path) -> None:
-    """Other tools read them: safetensors under the authors' names, json with their keys."""
-    adapter = _golden()
-    save_adapter(tmp_path, adapter)
-    assert load_file(tmp_path / SAFETENSORS_FILE).keys() == adapter.tensors.keys()
-    (tmp_path / CONFIG_FILE).write_text(json.dumps(adapter.config.to_json()))
-    save_file({KEY: torch.zeros(8, 64)}, tmp_path / SAFETENSORS_FILE)
-    assert load_adapter(tmp_path).tensors.keys() == {KEY}

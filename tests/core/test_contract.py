@@ -174,15 +174,12 @@ def test_misshaped_arguments_are_refused_by_name(model: Any, strategy: str, name
     arguments = {"segments": torch.zeros(2, 5, dtype=torch.long), name: given}
     with pytest.raises(TurnError, match=f"{name}.*found"):
         steered(random_ids(2, 5), **arguments)
-    steered.detach()
-
-
-@torch.no_grad()
-def test_the_mask_covers_what_the_cache_holds(model: Any) -> None:
-    steered = steer(model)
-    first = steered(random_ids(1, 5), cache=True)
-    with pytest.raises(TurnError, match=r"attention_mask.*\[1, 8\].*found \[1, 3\]"):
-        steered(random_ids(1, 3), first.state, attention_mask=torch.ones(1, 3), cache=first.cache)
+    if name == "attention_mask":
+        # It covers what the cache holds.
+        with torch.no_grad():
+            first = steered(random_ids(1, 5), cache=True, write=False)
+        with pytest.raises(TurnError, match=r"attention_mask.*\[1, 8\].*found \[1, 3\]"):
+            steered(random_ids(1, 3), first.state, attention_mask=torch.ones(1, 3), cache=first.cache, write=False)
     steered.detach()
 
 
@@ -204,21 +201,27 @@ def test_pending_sums_are_not_taken_from_elsewhere(model: Any) -> None:
 
 
 def test_one_call_at_a_time_and_none_after_detach(model: Any) -> None:
-    steered = steer(model)
+    """Also of two memories of one model, which replace the same methods."""
+    steered, other = steer(model), steer(model, seed=1)
     ids = random_ids(1, 4)
+    bare = model(input_ids=ids).logits
     refused: list[str] = []
 
     def call_again(*_: Any) -> None:
-        with pytest.raises(TurnError, match="one call at a time") as caught:
-            steered(ids)
-        refused.append(str(caught.value))
+        for memory, said in ((steered, "one call at a time"), (other, "of this memory or of another")):
+            with pytest.raises(TurnError, match=said) as caught:
+                memory(ids)
+            refused.append(str(caught.value))
 
     handle = model.get_decoder().layers[1].register_forward_hook(call_again)
     with torch.no_grad():
         out = steered(ids)
         handle.remove()
-        assert len(refused) == 1
+        assert len(refused) == 2
         assert torch.equal(out.logits, steered(ids).logits), "the refused call disturbed the running one"
+        other(ids)
+    assert torch.equal(model(input_ids=ids).logits, bare)
+    other.detach()
     steered.detach()
     with pytest.raises(TurnError, match="detached"):
         steered(ids)

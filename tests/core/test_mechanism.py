@@ -17,19 +17,14 @@ from transformers import AutoModelForCausalLM
 
 from agentmem import SteeredModel
 from agentmem.delta.adapter import load_adapter
-from tests.helpers.backends import DEVICE, INTERPRETED, poisoned_memory
-from tests.helpers.core_models import ARCHITECTURES, GOLDEN, TERMS, random_ids, random_state, steer, tiny
+from tests.helpers.backends import DEVICE, INTERPRETED, poisoned_memory, slow_interpreted
+from tests.helpers.core_models import ARCHITECTURES, GOLDEN, OPTIONS, TERMS, random_ids, random_state, steer, tiny
 from tests.helpers.core_oracle import Oracle
 from tests.helpers.numeric import assert_close
 
 CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
 SEGMENTS = {"message": "prefill.message_ids", "sentence": "prefill.sentence_ids"}
 EVERY_HEAD = ("q", "k", "v", "o")
-
-
-def slow_interpreted(test: Any) -> Any:
-    """Triton's interpreter runs programs one after another: a few cases have to do in an ordinary run."""
-    return pytest.mark.slow(test) if INTERPRETED else test
 
 
 def mostly_slow(*cases: str) -> list[Any]:
@@ -82,6 +77,14 @@ def golden(case: str, attention: str) -> tuple[SteeredModel, dict[str, Tensor]]:
     return steered, {name: x.to(DEVICE) for name, x in load_file(GOLDEN / case / "io.safetensors").items()}
 
 
+def own_terms(steered: SteeredModel, tokens: int) -> int:
+    """What a number of the vectors sums itself: the hidden size in a norm and in a product, the tokens that are written
+    or attended to, and the rank of a read. What the layers below have rounded comes in through a residual and a norm,
+    beside numbers of its own size; in the vectors it does not add to the largest difference.
+    """
+    return 2 * int(steered.model.config.hidden_size) + tokens + steered.config.rank
+
+
 def ours(state: Tensor) -> Tensor:
     """[L, B, (H,) r, r] as the vectors have it -> [B, L, H, r, r]."""
     if state.dim() == 4:
@@ -115,18 +118,12 @@ def test_prefill_writes_the_state(case: str, attention: str, launched: dict[str,
     steered, io = golden(case, attention)
     out = prefill(steered, io, position_ids=io["prefill.position_ids"])
     valid = io["prefill.attention_mask"].bool()
+    terms = own_terms(steered, valid.shape[1])
     assert out.logits is not None
-    assert_close(out.logits[valid], io["prefill.logits"][valid], TERMS)
-    assert_close(out.state, ours(io["prefill.state"]), TERMS)
-    assert launched in (None, {"step": 0, "scan": len(steered.layers)})
-
-
-@with_attention
-@every_case
-@torch.no_grad()
-def test_positions_follow_from_the_mask(case: str, attention: str) -> None:
-    steered, io = golden(case, attention)
-    assert_close(prefill(steered, io).state, ours(io["prefill.state"]), TERMS)
+    assert_close(out.logits[valid], io["prefill.logits"][valid], terms)
+    assert_close(out.state, ours(io["prefill.state"]), terms)
+    assert_close(prefill(steered, io).state, ours(io["prefill.state"]), terms)  # positions follow from the mask
+    assert launched in (None, {"step": 0, "scan": 2 * len(steered.layers)})
 
 
 @with_attention
@@ -136,11 +133,12 @@ def test_a_pass_that_only_reads_leaves_the_state(case: str, attention: str, laun
     steered, io = golden(case, attention)
     state = ours(io["prefill.state"])
     out = steered(io["read.input_ids"], state, write=False)
-    assert_close(out.logits, io["read.logits"], TERMS)
+    terms = own_terms(steered, out.logits.shape[1])
+    assert_close(out.logits, io["read.logits"], terms)
     assert out.state is state
-    assert_close(out.state, ours(io["read.state"]), TERMS)
+    assert torch.equal(ours(io["read.state"]), state)
     first = steered(io["read.input_ids"][:, :1], state, write=False)
-    assert_close(first.logits[:, 0], io["read.logits"][:, 0], TERMS)
+    assert_close(first.logits[:, 0], io["read.logits"][:, 0], terms)
     assert first.state is state
     # One token of a message or sentence adapter runs with torch's operations.
     assert launched in (None, {"step": len(steered.layers) if case in BY_TOKEN else 0, "scan": 0})
@@ -152,7 +150,7 @@ def test_a_pass_that_only_reads_leaves_the_state(case: str, attention: str, laun
 def test_the_zero_state(case: str, attention: str) -> None:
     steered, io = golden(case, attention)
     out = steered(io["read.input_ids"], write=False)
-    assert_close(out.logits, io["reset.logits"], TERMS)
+    assert_close(out.logits, io["reset.logits"], own_terms(steered, out.logits.shape[1]))
     assert not out.state.any()
     # The case is worth something only if memory is seen in it.
     assert (io["read.logits"] - io["reset.logits"]).abs().max() > 1e-3
@@ -174,39 +172,11 @@ def test_pieces_and_single_tokens_with_a_cache(case: str, attention: str, launch
         assert state is None or torch.equal(state, before), "a state that was given is a value"
         state, kept = out.state, out.cache
         logits.append(out.logits)
-        assert_close(state, ours(io["incremental.states"][number]), TERMS)
-    assert_close(torch.cat(logits, dim=1), io["incremental.logits"], TERMS)
+        assert_close(state, ours(io["incremental.states"][number]), own_terms(steered, stop))
+    assert_close(torch.cat(logits, dim=1), io["incremental.logits"], own_terms(steered, ids.shape[1]))
     single = sum(stop - start == 1 for start, stop in pairwise(splits))
     assert single > 0
     assert launched is None or launched["step"] == single * len(steered.layers)
-
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "paper": {},
-    "four state heads": {"num_state_heads": 4},
-    "uncoupled": {"couple_lambda": False, "lambda_bias_init": 1.0},
-    "lambda outside": {"couple_lambda": False, "state_update_mode": "lambda_outside"},
-    "lambda outside, coupled": {"state_update_mode": "lambda_outside"},
-    "no lambda": {"state_update_mode": "no_lambda"},
-    "no lambda, weights there": {"couple_lambda": False, "state_update_mode": "no_lambda"},
-    "one gate a head": {"rankwise_gates": False, "num_state_heads": 2},
-    "one gate a head, uncoupled": {"rankwise_gates": False, "num_state_heads": 2, "couple_lambda": False},
-    "raw q and k": {"normalize_qk": False, "beta_bias_init": -4.0},
-    "all corrections": {"delta_heads": EVERY_HEAD},
-    "k and v": {"delta_heads": ("k", "v")},
-    "v alone": {"delta_heads": ("v",)},
-    "o normalised": {"delta_o_rmsnorm": True},
-    "scale a layer": {"trainable_delta_scale": True, "delta_scale_max": 3.0},
-    "scale a head": {
-        "trainable_delta_scale": True,
-        "delta_scale_granularity": "head",
-        "delta_heads": EVERY_HEAD,
-        "delta_o_rmsnorm": True,
-    },
-    "one layer": {"target_layers": (1,)},
-    "two layers, any order": {"target_layers": (2, 0)},
-    "odd rank": {"rank": 5, "alpha": 3.0},
-}
 
 
 def oracle(model: Any, steered: SteeredModel, ids: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ marked ```python no-run needs what a test has not (a GPU, a server, a download) 
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import sys
@@ -152,3 +153,105 @@ def test_results_area_is_marked_once() -> None:
     assert text.count("<!-- results:begin -->") == 1
     assert text.count("<!-- results:end -->") == 1
     assert text.index("<!-- results:begin -->") < text.index("<!-- results:end -->")
+
+
+PLACE = re.compile(r"`([\w/]+\.py)(?::([\w.]+))?`")
+
+
+def places() -> set[tuple[str, str]]:
+    """Path and name of every place on the page; the name is empty where only the file is meant."""
+    return set(PLACE.findall((ROOT / "ARCHITECTURE.md").read_text("utf-8")))
+
+
+def source(path: str) -> Path:
+    """The file of a path as the page writes it."""
+    if path.startswith("tests/"):
+        return ROOT / path
+    return ROOT / ("integrations" if path.startswith("agentmem_") else "agentmem") / path
+
+
+def names(body: list[ast.stmt], prefix: str = "") -> set[str]:
+    """Functions and classes that a file defines, methods as `Class.method`."""
+    defined: set[str] = set()
+    for node in body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            defined.add(prefix + node.name)
+            if isinstance(node, ast.ClassDef):
+                defined |= names(node.body, f"{node.name}.")
+    return defined
+
+
+def missing() -> set[str]:
+    absent = set()
+    for path, name in places():
+        file = source(path)
+        if file.exists() and (not name or name in names(ast.parse(file.read_text("utf-8")).body)):
+            continue
+        absent.add(f"{path}:{name}" if name else path)
+    return absent
+
+
+def test_every_place_exists() -> None:
+    assert len(places()) > 30
+    assert missing() == set()
+
+
+def test_every_part_of_the_engine_stands_in_the_table() -> None:
+    page = (ROOT / "ARCHITECTURE.md").read_text("utf-8")
+    parts = {path.name for path in (ROOT / "agentmem").iterdir() if path.name[0] != "_" and path.name != "py.typed"}
+    assert {part for part in parts if f"`{part}" not in page} == set()
+
+
+PAGE, RUN = ROOT / "docs" / "moving.md", ROOT / "docs" / "results" / "chat_models.md"
+
+_OWN = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
+_RAN = re.compile(r"`(test_\w+(?:\[\w+\])?)`")
+
+
+def rows(text: str) -> Iterator[list[str]]:
+    """The cells of all tables, without heads and rules."""
+    for line in text.splitlines():
+        if line.startswith("| "):
+            yield [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+def features() -> list[list[str]]:
+    table = PAGE.read_text().partition("## Features, each with its test")[2]
+    head, *found = rows(table)
+    assert head[1:3] == ["ChatDeltaMem", "ChatHuggingFace (pipeline)"]
+    return found
+
+
+def verdicts(column: int) -> dict[str, set[str]]:
+    """What each test of the run ended as, by its id and by its name, which may stand for several ids."""
+    found: dict[str, set[str]] = {}
+    for cells in rows(RUN.read_text()):
+        if cells[0].startswith("`test_"):
+            test = cells[0].strip("`")
+            for name in {test, test.partition("[")[0]}:
+                found.setdefault(name, set()).add(cells[column].partition(":")[0])
+    return found
+
+
+def test_every_feature_of_ours_names_a_test_that_exists() -> None:
+    missing = []
+    for name, ours, *_ in features():
+        assert _OWN.search(ours) or _RAN.search(ours), f"{name}: no test"
+        for file, function in _OWN.findall(ours):
+            path = ROOT / file
+            if not (path.exists() and re.search(rf"^(async )?def {function}\(", path.read_text(), re.MULTILINE)):
+                missing.append(f"{file}::{function}")
+    assert missing == []
+
+
+@pytest.mark.parametrize("column", [1, 2], ids=["ChatDeltaMem", "ChatHuggingFace"])
+def test_what_was_run_ended_as_the_table_tells(column: int) -> None:
+    ended, wrong = verdicts(column), []
+    for name, *cells in features():
+        said = re.match(r"(yes|no)\b", cells[column - 1])
+        # What stands in brackets is said about another test than the one that decides.
+        for test in _RAN.findall(cells[column - 1].partition(" (`")[0]):
+            asked = {"passed"} if said is None or said[1] == "yes" else {"failed"}
+            if ended.get(test) != asked:
+                wrong.append(f"{name}: {test} ended as {ended.get(test)}")
+    assert wrong == []

@@ -1,18 +1,24 @@
-"""Many threads and event loops on one engine: isolated sessions, cancelled turns, streams."""
+"""Many threads and event loops on one engine: isolated sessions, cancelled turns, streams, and turns that take long to
+prepare.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import threading
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
-from agentmem import Engine, MemoryState, Message, Sampling, Turn
-from agentmem.errors import EngineClosedError, TurnCancelledError
-from tests.helpers.numeric import assert_states_close
+import agentmem.engine
+import agentmem.generation.turn
+from agentmem import Message, ReplyFormat, Sampling, ToolCall, Turn, Window
+from agentmem.errors import EngineClosedError, TurnCancelledError, TurnTimeoutError, WindowError
+from agentmem.generation.guided import Grammars
 
 LONG = Sampling(max_tokens=400)
 SHORT = Sampling(max_tokens=10)
@@ -25,35 +31,6 @@ def user(text: str) -> Message:
 def essence(turn: Turn) -> tuple[Any, ...]:
     """Everything of a turn but how many prompt tokens were at hand."""
     return turn.message, turn.state, turn.token_ids, turn.finish_reason, turn.written
-
-
-def converse(engine: Engine, name: str) -> list[Turn]:
-    history: list[Message] = []
-    state: MemoryState | None = None
-    turns = []
-    for said in ("My name is {}.", "Remember that, {}!", "How are you, {}?"):
-        history.append(user(said.format(name)))
-        turn = engine.turn(history, state, sampling=SHORT)
-        history.append(turn.message)
-        state = turn.state
-        turns.append(turn)
-    return turns
-
-
-@pytest.mark.parametrize("max_batch", [64, 1])
-def test_sessions_beside_each_other_equal_their_solo_runs(make_engine: Any, max_batch: int) -> None:
-    engine = make_engine(max_batch=max_batch)
-    names = [f"fox {n}" for n in range(6)]
-    alone = {name: converse(engine, name) for name in names}
-    engine.forget_prefills()
-    with ThreadPoolExecutor(len(names)) as pool:
-        together = dict(zip(names, pool.map(lambda name: converse(engine, name), names), strict=True))
-    for name in names:
-        assert [t.token_ids for t in together[name]] == [t.token_ids for t in alone[name]]
-        for beside, solo in zip(together[name], alone[name], strict=True):
-            assert_states_close(beside.state, solo.state)
-            assert beside.state.record == solo.state.record
-            assert max_batch > 1 or beside.state == solo.state
 
 
 def test_a_stream_gives_the_reply_piece_by_piece(make_engine: Any) -> None:
@@ -125,26 +102,6 @@ def test_a_failure_inside_a_forward_pass_leaves_no_torn_prefill(make_engine: Any
     assert essence(engine.turn(messages, sampling=SHORT)) == essence(undisturbed.turn(messages, sampling=SHORT))
 
 
-async def test_async_turns_run_beside_each_other_and_never_block_the_loop(make_engine: Any) -> None:
-    engine = make_engine()
-    alone = [engine.turn([user(f"Number {n}?")], sampling=SHORT) for n in range(4)]
-    beats = 0
-
-    async def heart() -> None:
-        nonlocal beats
-        while True:
-            beats += 1
-            await asyncio.sleep(0.002)
-
-    pulse = asyncio.create_task(heart())
-    together = await asyncio.gather(*(engine.aturn([user(f"Number {n}?")], sampling=SHORT) for n in range(4)))
-    pulse.cancel()
-    for beside, solo in zip(together, alone, strict=True):
-        assert beside.token_ids == solo.token_ids
-        assert_states_close(beside.state, solo.state)
-    assert beats > 3
-
-
 async def test_async_stream_and_cancel(make_engine: Any) -> None:
     engine = make_engine()
     messages = [user("How are you today?")]
@@ -208,3 +165,133 @@ def test_a_forked_process_is_refused_at_once(make_engine: Any) -> None:
     os.close(read)
     os.waitpid(child, 0)
     assert essence(engine.turn([user("Hello.")], sampling=SHORT)) == essence(turn)
+
+
+LARGE = [Message("user", "the quick brown fox says hello " * 1500)]
+SMALL = [Message("user", "How are you?")]
+REPLY = Sampling(max_tokens=4)
+PLAIN = {"type": "object", "properties": {"answer": {"type": "string", "maxLength": 3}}, "required": ["answer"]}
+LARGE_SCHEMA = {**PLAIN, "description": "x" * 40_000}
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Nothing large is prepared before the event is set."""
+    opened, prepare = threading.Event(), agentmem.engine.prepare_turn
+
+    def waiting(*arguments: Any) -> Any:
+        assert opened.wait(60)
+        return prepare(*arguments)
+
+    monkeypatch.setattr("agentmem.engine.prepare_turn", waiting)
+    yield opened
+    opened.set()
+
+
+def test_others_go_on_while_a_large_turn_is_prepared(
+    make_engine: Any, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    with ThreadPoolExecutor(1) as pool:
+        large = pool.submit(engine.turn, LARGE, sampling=REPLY)
+        for _ in range(3):
+            engine.turn(SMALL, sampling=REPLY)
+        assert not large.done()
+        gate.set()
+        apart = large.result()
+    # The same as prepared on the thread of the model.
+    monkeypatch.setattr("agentmem.engine._LARGE", 10**9)
+    engine.forget_prefills()
+    there = engine.turn(LARGE, sampling=REPLY)
+    assert (apart.state, apart.token_ids, apart.truncation) == (there.state, there.token_ids, there.truncation)
+
+
+def test_a_large_turn_is_given_up_at_its_time(make_engine: Any, gate: threading.Event) -> None:
+    engine = make_engine()
+    begin = time.monotonic()
+    with pytest.raises(TurnTimeoutError, match=r"timeout of 0\.2 seconds"):
+        engine.turn(LARGE, timeout=0.2)
+    assert time.monotonic() - begin < 10
+    gate.set()
+    assert engine.turn(LARGE, sampling=REPLY, timeout=60).written > 1000
+    # Also after it was prepared, by the time that it was given at first.
+    with pytest.raises(TurnTimeoutError):
+        engine.turn(LARGE, sampling=Sampling(max_tokens=2000), timeout=1.0)
+
+
+async def test_a_large_turn_is_cancelled_while_it_is_prepared(make_engine: Any, gate: threading.Event) -> None:
+    engine = make_engine()
+    task = asyncio.create_task(engine.aturn(LARGE))
+    stream = engine.astream(LARGE)
+    await asyncio.sleep(0.05)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    stream.cancel()
+    with pytest.raises(TurnCancelledError):
+        await stream.result()
+    gate.set()
+    assert (await engine.aturn(LARGE, sampling=REPLY)).written > 1000
+
+
+def test_closing_ends_what_is_prepared(make_engine: Any, gate: threading.Event) -> None:
+    engine = make_engine()
+    with ThreadPoolExecutor(2) as pool:
+        turns = [pool.submit(engine.turn, LARGE) for _ in range(2)]
+        time.sleep(0.05)
+        engine.close()
+        gate.set()
+        for turn in turns:
+            with pytest.raises(EngineClosedError):
+                turn.result(60)
+    with pytest.raises(EngineClosedError):
+        engine.turn(LARGE)
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": LARGE_SCHEMA}}
+CALLS: dict[str, Callable[[Any], Any]] = {
+    "a message": lambda engine: engine.turn(LARGE, sampling=REPLY),
+    "many messages": lambda engine: engine.turn(SMALL * 3000, sampling=REPLY),
+    "arguments": lambda engine: engine.turn(
+        [*SMALL, Message("assistant", "", (ToolCall("f", {"x": ["y" * 40_000]}, "1"),)), Message("tool", "z")],
+        sampling=REPLY,
+    ),
+    "a schema": lambda engine: engine.turn(
+        SMALL, form=ReplyFormat(schema=LARGE_SCHEMA), sampling=Sampling(max_tokens=30)
+    ),
+    "a forced call": lambda engine: engine.turn(
+        SMALL, form=ReplyFormat(tools=[TOOL], calls="must"), sampling=Sampling(max_tokens=60)
+    ),
+    "a write": lambda engine: engine.remember(LARGE),
+}
+
+
+@pytest.mark.parametrize("what", CALLS)
+def test_whatever_is_large_is_prepared_apart(what: str, make_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: set[str] = set()
+
+    def noting(place: Any, name: str) -> None:
+        done = getattr(place, name)
+
+        def note(*arguments: Any, **options: Any) -> Any:
+            threads.add(threading.current_thread().name)
+            return done(*arguments, **options)
+
+        monkeypatch.setattr(place, name, note)
+
+    noting(agentmem.generation.turn, "plan_turn")
+    noting(agentmem.generation.turn, "plan_remember")
+    noting(Grammars, "constraint")
+    engine = make_engine()
+    CALLS[what](engine)
+    assert threads == {"agentmem-tiny-preparation"}
+    threads.clear()
+    form = ReplyFormat(schema=PLAIN) if "schema" in what else None
+    engine.turn(SMALL, sampling=Sampling(max_tokens=30), form=form)
+    assert threads == {"agentmem-tiny"}
+
+
+def test_what_is_wrong_with_a_large_turn_is_said_as_ever(make_engine: Any) -> None:
+    engine = make_engine()
+    with pytest.raises(WindowError, match="a window of 100 tokens"):
+        engine.turn([Message("system", LARGE[0].content), *SMALL], window=Window(tokens=100))

@@ -139,28 +139,6 @@ def test_a_history_is_written_once_however_it_is_windowed(make_engine: Any) -> N
     assert again.usage.input_tokens == size([user("Six?")]) + opening
 
 
-def test_context_only_passes_are_cut_at_message_borders_of_a_constant_size(make_engine: Any) -> None:
-    engine = make_engine()
-    long = [user(f"{n}: " + "hello there, how are you today? " * 40) for n in range(15)]
-    assert engine.count_tokens(long) > 2 * 2048
-    remembered = engine.remember(long)
-    state = None
-    for piece in _pieces(engine, long):
-        state = engine.remember(piece, state).state
-    assert_states_close(remembered.state, state)
-    assert remembered.state.record == state.record
-    assert remembered.written == engine.count_tokens(long)
-
-
-def _pieces(engine: Engine, messages: list[Message]) -> list[list[Message]]:
-    pieces: list[list[Message]] = [[]]
-    for message in messages:
-        if pieces[-1] and engine.count_tokens([*pieces[-1], message]) > 2048:
-            pieces.append([])
-        pieces[-1].append(message)
-    return pieces
-
-
 def test_write_policy(make_engine: Any) -> None:
     engine = make_engine()
     messages = [user("My favorite color is teal.")]
@@ -233,20 +211,6 @@ def test_no_memory_is_the_bare_model(make_engine: Any) -> None:
     assert bare.turn(messages, state, sampling=sampling, memory=False).state is state
 
 
-def test_seeds_and_filters(make_engine: Any) -> None:
-    engine = make_engine()
-    messages = [user("Tell me.")]
-
-    def ids(**sampling: Any) -> tuple[int, ...]:
-        turn = engine.turn(messages, sampling=Sampling(max_tokens=12, **sampling))
-        return tuple(turn.token_ids)
-
-    assert ids(temperature=1.5, seed=3) == ids(temperature=1.5, seed=3)
-    assert len({ids(temperature=1.5, seed=n) for n in range(4)}) > 1
-    assert ids(temperature=1.5, top_k=1, seed=3) == ids()
-    assert ids(temperature=1.5, top_p=1e-6, seed=3) == ids()
-
-
 @pytest.mark.parametrize(
     "wrong",
     [{"temperature": -1}, {"temperature": 1e-40}, {"top_p": 0}, {"seed": 2**64}, {"max_tokens": 0}, {"stop": ("",)}],
@@ -261,12 +225,6 @@ def test_a_fingerprint_sees_the_whole_vocabulary(make_engine: Any) -> None:
     with torch.no_grad():
         engine.model.get_input_embeddings().weight[-40:] += 1.0
     assert Engine(engine.model, engine.tokenizer).model_fingerprint != engine.model_fingerprint
-
-
-def test_a_window_too_small_for_the_last_message_is_refused(make_engine: Any) -> None:
-    engine = make_engine()
-    with pytest.raises(WindowError):
-        engine.turn([user("hello there " * 50)], window=Window(tokens=20))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -26,6 +27,11 @@ if INTERPRETED:
         return self.rewrite()(*args, **kwargs)
 
     interpreter.InterpretedFunction.__call__ = call
+
+
+def slow_interpreted(test: Any) -> Any:
+    """Triton's interpreter runs programs one after another: a few cases have to do in an ordinary run."""
+    return pytest.mark.slow(test) if INTERPRETED else test
 
 
 @contextmanager

@@ -80,6 +80,36 @@ ARCHITECTURES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }
 
 
+# Every option of the mechanism.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "four state heads": {"num_state_heads": 4},
+    "uncoupled": {"couple_lambda": False, "lambda_bias_init": 1.0},
+    "lambda outside": {"couple_lambda": False, "state_update_mode": "lambda_outside"},
+    "lambda outside, coupled": {"state_update_mode": "lambda_outside"},
+    "no lambda": {"state_update_mode": "no_lambda"},
+    "no lambda, weights there": {"couple_lambda": False, "state_update_mode": "no_lambda"},
+    "one gate a head": {"rankwise_gates": False, "num_state_heads": 2},
+    "one gate a head, uncoupled": {"rankwise_gates": False, "num_state_heads": 2, "couple_lambda": False},
+    "raw q and k": {"normalize_qk": False, "beta_bias_init": -4.0},
+    "all corrections": {"delta_heads": ("q", "k", "v", "o")},
+    "k and v": {"delta_heads": ("k", "v")},
+    "v alone": {"delta_heads": ("v",)},
+    "o alone": {"delta_heads": ("o",)},
+    "o normalised": {"delta_o_rmsnorm": True},
+    "scale a layer": {"trainable_delta_scale": True, "delta_scale_max": 3.0},
+    "scale a head": {
+        "trainable_delta_scale": True,
+        "delta_scale_granularity": "head",
+        "delta_heads": ("q", "k", "v", "o"),
+        "delta_o_rmsnorm": True,
+    },
+    "one layer": {"target_layers": (1,)},
+    "two layers, any order": {"target_layers": (2, 0)},
+    "odd rank": {"rank": 5, "alpha": 3.0},
+}
+
+
 def build(architecture: str, *, seed: int = 11, attention: str = "sdpa", **changes: Any) -> Any:
     """A random model, the same in every call with the same arguments."""
     model_class, config_class, own = ARCHITECTURES[architecture]

@@ -8,23 +8,34 @@ import torch
 from agentmem import kernels
 from agentmem.errors import StateMismatchError, TurnError
 from agentmem.kernels import ScanArgs
+from tests.helpers.backends import INTERPRETED, slow_interpreted
 from tests.helpers.kernel_cases import close, defined_scan, moved, scan_inputs, unwritten, weights_for
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def check(
     args: ScanArgs, device: torch.device, *, chunk: int = 0, seed: int = 0, gradients: bool = True, terms: int = 0
 ) -> None:
-    """Reads, states and gradients; sums are of as many writes as there are tokens, and reads of as many as the rank."""
+    """Reads, states and gradients; sums are of as many writes as there are tokens, and reads of as many as the rank.
+
+    What no gradients are asked of may be computed otherwise (by numba), so it is compared too.
+    """
     terms = terms or args.q.shape[1] + 3 * args.q.shape[3]
     weights = weights_for(args, seed)
     y, last, grads = defined_scan(args, weights)
     placed, weights = moved(device, *args), tuple(moved(device, *weights))
     before = [x.clone() for x in placed]
     leaves = ScanArgs(*(x.requires_grad_(gradients) for x in placed))
-    reads, state = kernels.scan(leaves, chunk=chunk)
-    close(reads.detach(), y, terms, "reads")
-    close(state.detach(), last, terms, "state")
+    computed = [kernels.scan(leaves, chunk=chunk)]
+    if gradients and not INTERPRETED:
+        with torch.no_grad():
+            computed.insert(0, kernels.scan(leaves, chunk=chunk))
+    for reads, state in computed:
+        close(reads.detach(), y, terms, "reads")
+        close(state.detach(), last, terms, "state")
     if gradients:
+        reads, state = computed[-1]
         total = (reads * weights[0]).sum() + (state * weights[1]).sum()
         for name, grad, expected in zip(ScanArgs._fields, torch.autograd.grad(total, leaves), grads, strict=True):
             close(grad, expected, 2 * terms, f"gradient of {name}")
@@ -49,6 +60,18 @@ def test_equal_lengths(
 ) -> None:
     inputs = scan_inputs(seed, batch, length, heads, rank, gates)
     check(inputs, device, chunk=chunk, seed=seed)
+
+
+@slow_interpreted
+@pytest.mark.parametrize("gates", ["smooth", "steep", "hard"])
+@pytest.mark.parametrize(
+    ("batch", "length", "heads", "rank"),
+    [(3, 70, 2, 5), (1, 300, 8, 4), (64, 5, 1, 8), (1, 40, 1, 64), (2, 33, 3, 16)],
+)
+def test_without_gradients(
+    batch: int, length: int, heads: int, rank: int, gates: str, seed: int, device: torch.device
+) -> None:
+    check(scan_inputs(seed, batch, length, heads, rank, gates), device, seed=seed, gradients=False)
 
 
 @pytest.mark.parametrize("chunk", [0, 3, 64])

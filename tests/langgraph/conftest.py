@@ -11,7 +11,7 @@ import agentmem
 from agentmem import loading
 from agentmem_langgraph import ChatDeltaMem
 from tests.helpers.fake_engine import FakeEngine
-from tests.helpers.worlds import World, world
+from tests.helpers.talks import World, world
 
 
 @pytest.fixture(scope="session")

@@ -59,15 +59,6 @@ def test_an_agent_remembers_and_keeps_its_memory_to_itself(fake: FakeEngine) -> 
     assert "memory" not in made.get_output_jsonschema()["properties"]
 
 
-async def test_an_async_agent_remembers_the_same(fake: FakeEngine) -> None:
-    plain, made = agent(fake), agent(fake)
-    for text in (TELL, ASK):
-        say(plain, text)
-        out = await made.ainvoke({"messages": [HumanMessage(text)]}, THREAD)
-    assert out["messages"][-1].text == KNOWN
-    assert memory_of(made) == memory_of(plain)
-
-
 def test_a_tool_loop_is_consumed_once(fake: FakeEngine) -> None:
     made = agent(fake, tools=[get_port])
     say(made, TELL)

@@ -1,18 +1,20 @@
-"""ChatDeltaMem: memory through a call, streams, options and metadata."""
+"""ChatDeltaMem: memory through a call, what its carrier promises, streams, options and metadata."""
 
 from __future__ import annotations
 
+import asyncio
 import copy
-import pickle  # noqa: TID251 - other people's code pickles models
+from dataclasses import is_dataclass
 from typing import Any
 
 import pytest
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, trim_messages
-from langchain_core.runnables import ConfigurableField
+from langchain_core.caches import InMemoryCache
+from langchain_core.globals import set_llm_cache
+from langchain_core.messages import AIMessage, HumanMessage, trim_messages
 from pydantic import ValidationError
 
 from agentmem import Delta, Message, Window
-from agentmem.errors import ConfigError, MissingAdapterError
+from agentmem.errors import ConfigError, CorruptStateError, MissingAdapterError, TurnError
 from agentmem_langgraph import ChatDeltaMem, MemoryTurn, MemoryWarning, with_context
 from tests.helpers.fake_engine import FakeEngine
 from tests.helpers.talks import ASK, KNOWN, TELL, UNKNOWN, gathered, told
@@ -103,13 +105,9 @@ def test_a_stream_has_one_text_block_usage_once_and_an_end(llm: ChatDeltaMem) ->
     whole = gathered(chunks)
     assert [block["type"] for block in whole.content_blocks] == ["text"]
     assert len(chunks) > 3
-
-
-def test_the_newer_block_form_streams_one_text_block(fake: FakeEngine) -> None:
-    llm = ChatDeltaMem(engine=fake, output_version="v1")
-    whole = gathered(list(llm.stream(ASK)))
-    assert [block["type"] for block in whole.content] == ["text"]
-    assert whole.text == UNKNOWN
+    newer = gathered(list(ChatDeltaMem(engine=llm.engine, output_version="v1").stream(ASK)))
+    assert [block["type"] for block in newer.content] == ["text"]
+    assert newer.text == UNKNOWN
 
 
 @pytest.mark.parametrize(
@@ -202,11 +200,6 @@ def test_options_of_the_model_reach_the_engine_and_those_of_a_call_win(fake: Fak
     assert fake.calls[-1]["write"] == "off"
 
 
-def test_stop_and_max_tokens_end_the_reply(llm: ChatDeltaMem) -> None:
-    assert llm.invoke(ASK, stop=["know"]).text == "I do not "
-    assert llm.bind(max_tokens=2).invoke(ASK).text.split() == ["I", "do"]
-
-
 def test_one_stop_string_is_one_and_none_says_nothing(fake: FakeEngine) -> None:
     llm = ChatDeltaMem(engine=fake, stop="know", temperature=None, timeout=3.0)
     assert llm.invoke(ASK).text == "I do not "
@@ -241,90 +234,6 @@ def test_unknown_options_are_refused(fake: FakeEngine, llm: ChatDeltaMem) -> Non
         ChatDeltaMem(engine=fake, model="nano")
     with pytest.raises(ValidationError, match="found both"):
         ChatDeltaMem(engine=fake, load_options={"dtype": "float32"})
-
-
-class Loaded:
-    """What `agentmem.load` was asked for, the stand-ins that it gave, and which of them are closed."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.options: list[dict[str, Any]] = []
-        self.engines: list[FakeEngine] = []
-        self.closed: list[FakeEngine] = []
-        monkeypatch.setattr("agentmem.load", self._load, raising=False)
-        monkeypatch.setattr(FakeEngine, "close", lambda engine: self.closed.append(engine))
-
-    def _load(self, **options: Any) -> FakeEngine:
-        self.options.append(options)
-        self.engines.append(FakeEngine())
-        return self.engines[-1]
-
-
-@pytest.fixture
-def loaded(monkeypatch: pytest.MonkeyPatch) -> Loaded:
-    return Loaded(monkeypatch)
-
-
-def test_the_engine_is_loaded_on_first_use(loaded: Loaded) -> None:
-    options = {"quantize": "4bit", "revision": "v1"}
-    llm = ChatDeltaMem(model="some/model", adapter="some/adapter", load_options=options)
-    assert not loaded.options
-    assert llm.asdict()["model_name"] == "some/model"
-    llm.batch(["Hello!", "Hello!"])
-    assert loaded.options == [{"model": "some/model", "adapter": "some/adapter", **options}]
-
-
-@pytest.mark.parametrize("way", ["a config", "a copy", "a pickled copy"])
-def test_code_of_one_model_is_trusted_and_no_other_that_a_call_names(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded: list[str] = []
-    monkeypatch.setattr("agentmem.load", lambda **options: loaded.append(options["model"]) or FakeEngine())
-    llm = ChatDeltaMem(model="some/model", load_options={"trust_remote_code": True})
-    named: Any
-    if way == "a config":
-        named = llm.configurable_fields(model=ConfigurableField(id="model")).with_config(
-            configurable={"model": "other/model"}
-        )
-    else:
-        named = pickle.loads(pickle.dumps(llm)) if "pickled" in way else llm  # noqa: S301 - made here
-        named = named.model_copy(update={"model": "other/model"})
-    with pytest.raises(ConfigError, match="given for the model 'some/model', not for 'other/model'"):
-        named.invoke("Hello!")
-    llm.invoke("Hello!")
-    ChatDeltaMem(model="other/model", load_options={"trust_remote_code": True}).invoke("Hello!")
-    assert loaded == ["some/model", "other/model"]
-
-
-def test_copies_share_what_is_loaded(loaded: Loaded) -> None:
-    """LangChain makes a new object of a configurable model for every call."""
-    llm = ChatDeltaMem(model="copied/model", max_tokens=3)
-    configurable = llm.configurable_fields(max_tokens=ConfigurableField(id="limit"))
-    for limit in (2, 3, 4):
-        assert len(configurable.with_config(configurable={"limit": limit}).invoke("Hello!").text.split()) == limit
-    assert len(loaded.engines) == 1
-    bare = llm.model_copy(update={"adapter": False, "load_options": {"dtype": "float32"}})
-    bare.invoke("Hello!")
-    assert loaded.options[1:] == [{"model": "copied/model", "adapter": False, "dtype": "float32"}]
-    llm.close()
-    llm.invoke("Hello!")
-    assert len(loaded.engines) == 3
-    for twin in (copy.copy(llm), copy.deepcopy(llm), pickle.loads(pickle.dumps(llm))):  # noqa: S301 - made here
-        assert twin.max_tokens == 3
-        assert len(twin.invoke("Hello!").text.split()) == 3
-    assert len(loaded.engines) == 3
-
-
-def test_models_of_one_source_share_an_engine_until_the_last_one_closes(loaded: Loaded) -> None:
-    first, second = ChatDeltaMem(model="shared/model"), ChatDeltaMem(model="shared/model", temperature=1.0)
-    other = ChatDeltaMem(model="shared/model", load_options={"dtype": "float32"})
-    for llm in (first, second, other):
-        llm.invoke("Hello!")
-    assert len(loaded.engines) == 2
-    first.close()
-    assert not loaded.closed
-    second.invoke("Hello!")
-    second.close()
-    assert loaded.closed == loaded.engines[:1]
-    other.close()
-    assert loaded.closed == loaded.engines
 
 
 def test_tokens_are_counted_and_messages_trimmed_by_the_models_own_tokenizer(llm: ChatDeltaMem) -> None:
@@ -372,6 +281,111 @@ def test_different_settings_are_different_models_to_langchain(fake: FakeEngine) 
     }
 
 
-def test_system_messages_stay_in_front_of_the_history(fake: FakeEngine, llm: ChatDeltaMem) -> None:
-    llm.invoke([SystemMessage("Be brief."), HumanMessage("Hello!")])
-    assert [m.role for m in fake.calls[-1]["messages"]] == ["system", "user"]
+def test_a_carrier_serves_one_call(llm: ChatDeltaMem) -> None:
+    turn = MemoryTurn()
+    llm.invoke(TELL, memory=turn)
+    state = turn.state
+    for again in (
+        lambda: llm.invoke(TELL, memory=turn),
+        lambda: list(llm.stream(TELL, memory=turn)),
+        lambda: llm.remember(TELL, memory=turn),
+    ):
+        with pytest.raises(TurnError, match="one call"):
+            again()
+    assert turn.state is state
+
+
+async def test_calls_at_once_with_one_carrier_raise_and_apply_at_most_once(llm: ChatDeltaMem) -> None:
+    turn = MemoryTurn()
+    with pytest.raises(TurnError, match="one call"):
+        llm.batch([TELL, ASK, "Hello!"], memory=turn)
+    assert turn.state is None or turn.state.count == 2
+    turn = MemoryTurn()
+    with pytest.raises(TurnError, match="serving another call"):
+        await asyncio.gather(llm.ainvoke(TELL, memory=turn), llm.ainvoke(TELL, memory=turn))
+
+
+def test_a_failed_call_leaves_the_carrier_as_it_was(llm: ChatDeltaMem, fake: FakeEngine) -> None:
+    state = told(llm)
+    turn = MemoryTurn(state)
+    fake.failures = 2
+    with pytest.raises(RuntimeError):
+        llm.invoke(ASK, memory=turn)
+    with pytest.raises(RuntimeError):
+        list(llm.stream(ASK, memory=turn))
+    assert turn.state == state
+    assert not turn.used
+    assert llm.invoke(ASK, memory=turn).text == KNOWN
+
+
+async def test_leaving_a_stream_early_cancels_the_turn(llm: ChatDeltaMem, fake: FakeEngine) -> None:
+    turns = [MemoryTurn(told(llm)) for _ in range(2)]
+    stream, astream = llm.stream(ASK, memory=turns[0]), llm.astream(ASK, memory=turns[1])
+    next(stream)
+    stream.close()
+    assert fake.cancelled == 1
+    await anext(astream)
+    await astream.aclose()
+    assert fake.cancelled == 2
+    assert not any(turn.used for turn in turns)
+
+
+def test_the_memory_is_there_when_the_last_chunk_is(llm: ChatDeltaMem) -> None:
+    turn = MemoryTurn()
+    for chunk in llm.stream(TELL, memory=turn):
+        assert turn.used == (chunk.chunk_position == "last")
+
+
+def test_a_carrier_shows_its_digest_and_nothing_else(llm: ChatDeltaMem) -> None:
+    state = told(llm)
+    turn = MemoryTurn(state)
+    assert repr(turn) == str(turn) == f"MemoryTurn({state.digest})"
+    assert repr(MemoryTurn()) == "MemoryTurn(empty)"
+    assert not is_dataclass(turn)
+    assert not hasattr(turn, "__dict__")
+    assert not hasattr(turn, "to_dict")
+    assert copy.deepcopy(turn) is turn
+    with pytest.raises(TypeError, match="to_dict"):
+        copy.copy(turn)
+
+
+def test_a_carrier_takes_the_plain_form_and_verifies_it(llm: ChatDeltaMem) -> None:
+    state = told(llm)
+    assert MemoryTurn(state.to_dict()).state == state
+    with pytest.raises(CorruptStateError):
+        MemoryTurn(state.to_dict() | {"count": 7})
+    with pytest.raises(TurnError, match=r"MemoryTurn\(state\)"):
+        llm.invoke(ASK, memory=state)
+
+
+@pytest.fixture
+def llm_cache() -> Any:
+    cache = InMemoryCache()
+    set_llm_cache(cache)
+    yield cache
+    set_llm_cache(None)
+
+
+def test_an_llm_cache_never_answers_for_another_memory(llm: ChatDeltaMem, llm_cache: InMemoryCache) -> None:
+    known, empty = MemoryTurn(told(llm)), MemoryTurn()
+    assert llm.invoke(ASK, memory=known).text == KNOWN
+    assert llm.invoke(ASK, memory=empty).text == UNKNOWN
+    assert known.used
+    assert empty.used
+    assert not llm_cache._cache
+
+
+@pytest.mark.parametrize("cache", [True, None, InMemoryCache()], ids=["global", "default", "own"])
+def test_a_memory_and_an_llm_cache_together_raise(fake: FakeEngine, llm_cache: InMemoryCache, cache: Any) -> None:
+    llm = ChatDeltaMem(engine=fake, cache=cache)
+    turn = MemoryTurn()
+    with pytest.raises(TurnError, match="cache"):
+        llm.invoke(TELL, memory=turn)
+    assert not turn.used
+    assert not fake.calls
+
+
+def test_a_call_without_memory_may_be_cached(fake: FakeEngine, llm_cache: InMemoryCache) -> None:
+    llm = ChatDeltaMem(engine=fake, cache=True)
+    assert llm.invoke(ASK).text == llm.invoke(ASK).text
+    assert len(fake.calls) == 1

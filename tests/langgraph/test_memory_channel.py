@@ -132,23 +132,14 @@ def test_a_graph_describes_its_memory() -> None:
     assert "memory" in graph.get_input_jsonschema()["properties"]
 
 
+@pytest.mark.parametrize("base", [state(1), MemoryState.zeros(SHAPE, "model", "adapter")], ids=["base", "zeros"])
 @pytest.mark.parametrize("branches", [2, 3, 5])
-def test_branches_merge_by_the_formula(branches: int) -> None:
-    base = state(1)
+def test_branches_merge_by_the_formula(branches: int, base: MemoryState) -> None:
     writes = [state(10 + n, base) for n in range(branches)]
-    held = channel(base)
-    held.update(writes)
-    np.testing.assert_allclose(held.get().matrices, by_the_formula(base, writes), rtol=0, atol=2e-6)
-
-
-def test_rows_that_the_base_left_at_zero_add_up() -> None:
-    base = MemoryState.zeros(SHAPE, "model", "adapter")
-    writes = [state(1), state(2)]
-    expected = writes[0].matrices + writes[1].matrices
-    np.testing.assert_allclose(merge_states(base, writes).matrices, expected, rtol=0, atol=1e-6)
-    held = channel()
+    held = channel(base if base.count else None)  # an empty one merges from zeros
     held.update(writes)
     assert held.get() == merge_states(base, writes)
+    np.testing.assert_allclose(held.get().matrices, by_the_formula(base, writes), rtol=0, atol=2e-6)
 
 
 def test_what_all_branches_kept_of_the_base_is_there_once() -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from langchain_core.caches import InMemoryCache
-from langchain_core.globals import set_llm_cache
 from langchain_core.messages import BaseMessage, HumanMessage
 from langchain_core.runnables import RunnableConfig
 from langchain_core.tools import tool
@@ -20,9 +18,7 @@ from langgraph.types import Command, Overwrite, RetryPolicy, Send, interrupt
 
 from agentmem import MemoryState, Window
 from agentmem_langgraph import MemoryNode
-from tests.helpers.numeric import assert_states_close
-from tests.helpers.talks import State, memory_of
-from tests.helpers.worlds import World
+from tests.helpers.talks import State, World, memory_of
 
 # The limit ends the test of a model that calls tools for ever.
 THREAD: RunnableConfig = {"configurable": {"thread_id": "1"}, "recursion_limit": 10}
@@ -224,18 +220,6 @@ def test_after_a_fan_out_the_base_and_every_branch_are_known(w: World, based: bo
         assert w.knows(say(graph, w.ask(n)), n)
 
 
-def test_a_fan_out_gives_the_same_memory_every_time(w: World) -> None:
-    memories = []
-    for _ in range(2):
-        graph = fan_graph(w)
-        say(graph, w.tell(0))
-        graph.invoke({"messages": [], "topics": [w.tell(n) for n in (1, 2, 3)]}, THREAD)
-        memories.append(memory_of(graph))
-    # Branches decode in one pass, and which of them are together in it is a matter of time.
-    assert_states_close(memories[0], memories[1])
-    assert memories[0].record == memories[1].record
-
-
 @pytest.mark.parametrize("saver", [None, True], ids=["stateless", "stateful"])
 def test_a_subgraph_shares_the_memory_with_its_parent(w: World, saver: Any) -> None:
     inner = StateGraph(State)
@@ -321,17 +305,3 @@ async def test_an_async_graph_ends_in_the_same_memory(w: World, streamed: bool) 
             assert out["messages"][-1].text == expected.text
     assert memory_of(graph) == memory_of(plain)
     assert w.knows(expected, 0)
-
-
-def test_a_global_llm_cache_does_not_mix_threads(w: World) -> None:
-    graph = compiled(MemoryNode(w.llm(**LAST)))
-    other: RunnableConfig = {"configurable": {"thread_id": "2"}}
-    set_llm_cache(InMemoryCache())
-    try:
-        say(graph, w.tell(0))
-        say(graph, w.change(0), other)
-        # The same prompt, word for word, from two memories.
-        assert w.knows(say(graph, w.ask(0)), 0)
-        assert w.knows(say(graph, w.ask(0), other), 0, changed=True)
-    finally:
-        set_llm_cache(None)

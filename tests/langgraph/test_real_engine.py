@@ -29,6 +29,7 @@ from agentmem_langgraph import (
 )
 from tests.helpers.bpe import REASONING_AND_CALLS, byte_bpe
 from tests.helpers.core_models import build
+from tests.helpers.talks import gathered
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
@@ -68,21 +69,20 @@ def babbler() -> Iterator[Engine]:
         yield engine
 
 
-def how(llm: ChatDeltaMem, way: int, messages: list[BaseMessage], turn: MemoryTurn) -> Any:
-    """The four ways to call, in turn."""
-    if way == 0:
-        return llm.invoke(messages, memory=turn)
-    if way == 1:
-        chunks = list(llm.stream(messages, memory=turn))
-        return sum(chunks[1:], chunks[0])
-    if way == 2:
-        return asyncio.run(llm.ainvoke(messages, memory=turn))
+WAYS = ("invoke", "stream", "ainvoke", "astream")
 
-    async def streamed() -> Any:
-        chunks = [chunk async for chunk in llm.astream(messages, memory=turn)]
-        return sum(chunks[1:], chunks[0])
 
-    return asyncio.run(streamed())
+def call(llm: Any, way: str, messages: Any, config: Any = None, **options: Any) -> Any:
+    """One of the four ways to call; a streamed reply as one message."""
+
+    async def awaited() -> Any:
+        if way == "ainvoke":
+            return await llm.ainvoke(messages, config, **options)
+        return gathered([chunk async for chunk in llm.astream(messages, config, **options)])
+
+    if way == "invoke":
+        return llm.invoke(messages, config, **options)
+    return gathered(list(llm.stream(messages, config, **options))) if way == "stream" else asyncio.run(awaited())
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -93,10 +93,11 @@ def test_whatever_a_model_says_is_recognised_when_it_comes_back(babbler: Engine,
     for turn_number in range(8):
         history.append(HumanMessage(f"question {turn_number}"))
         turn = MemoryTurn(state)
-        reply = how(llm.bind(seed=seed * 100 + turn_number), (turn_number + seed) % 4, history, turn)
+        way = WAYS[(turn_number + seed) % 4]
+        reply = call(llm.bind(seed=seed * 100 + turn_number), way, history, memory=turn)
         assert "edits" not in reply.response_metadata
         history.append(reply)
-        history += [ToolMessage("done", tool_call_id=call["id"]) for call in reply.tool_calls]
+        history += [ToolMessage("done", tool_call_id=asked["id"]) for asked in reply.tool_calls]
         assert turn.state is not None
         assert turn.state.count == len(history) - len(reply.tool_calls)
         state = turn.state
@@ -106,7 +107,7 @@ def test_whatever_a_model_says_is_recognised_when_it_comes_back(babbler: Engine,
 def test_all_ways_to_call_say_the_same(babbler: Engine, seed: int) -> None:
     llm = ChatDeltaMem(engine=babbler, temperature=1.0, max_tokens=12, seed=seed)
     turns = [MemoryTurn() for _ in range(4)]
-    replies = [how(llm, way, [HumanMessage("Hello!")], turn) for way, turn in enumerate(turns)]
+    replies = [call(llm, way, "Hello!", memory=turn) for way, turn in zip(WAYS, turns, strict=True)]
     assert len({turn.state for turn in turns}) == 1
     for reply in replies[1:]:
         assert reply.text == replies[0].text
@@ -133,12 +134,12 @@ async def test_a_cancelled_call_changes_nothing_and_can_be_repeated(babbler: Eng
 
 async def test_the_loop_runs_on_while_a_reply_is_made(babbler: Engine) -> None:
     llm = ChatDeltaMem(engine=babbler, temperature=1.0, seed=1, max_tokens=40)
-    call = asyncio.create_task(llm.ainvoke("Hello!"))
+    running = asyncio.create_task(llm.ainvoke("Hello!"))
     ticks = 0
-    while not call.done():
+    while not running.done():
         ticks += 1
         await asyncio.sleep(0)
-    assert call.result().response_metadata["model_name"] == "babbler"
+    assert running.result().response_metadata["model_name"] == "babbler"
     assert ticks > 2
 
 
@@ -187,7 +188,7 @@ def _cache_read(reply: Any) -> int:
 
 
 @pytest.mark.parametrize("memory", [True, False])
-@pytest.mark.parametrize("way", ["invoke", "ainvoke", "stream", "astream"])
+@pytest.mark.parametrize("way", WAYS)
 def test_what_one_thread_reads_says_nothing_to_another(babbler: Engine, way: str, memory: bool) -> None:
     llm = ChatDeltaMem(engine=babbler, max_tokens=4)
     babbler.forget_prefills()
@@ -196,16 +197,7 @@ def test_what_one_thread_reads_says_nothing_to_another(babbler: Engine, way: str
         secret: list[BaseMessage] = [SystemMessage("Be kind."), HumanMessage(f"my secret: {way} {memory}")]
         if memory:
             options["memory"] = MemoryTurn()
-        call = getattr(llm, way)(secret, config, **options)
-        if way == "ainvoke":
-            return _cache_read(asyncio.run(_await(call)))
-        if way == "astream":
-            chunks = asyncio.run(_collected(call))
-            return _cache_read(sum(chunks[1:], chunks[0]))
-        if way == "stream":
-            chunks = list(call)
-            return _cache_read(sum(chunks[1:], chunks[0]))
-        return _cache_read(call)
+        return _cache_read(call(llm, way, secret, config, **options))
 
     assert ask(_thread("ada")) == 0
     for other in (_thread("grace"), None, None):
@@ -214,14 +206,6 @@ def test_what_one_thread_reads_says_nothing_to_another(babbler: Engine, way: str
     # A system prompt that is no secret is shared by those who say so.
     assert ask(_thread("ada"), cache_salt="everybody") == 0
     assert ask(None, cache_salt="everybody") > 0
-
-
-async def _await(call: Any) -> Any:
-    return await call
-
-
-async def _collected(chunks: Any) -> list[Any]:
-    return [chunk async for chunk in chunks]
 
 
 def test_what_is_carried_stays_in_its_thread(babbler: Engine) -> None:

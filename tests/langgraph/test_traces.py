@@ -34,8 +34,7 @@ from agentmem import MemoryState
 from agentmem.errors import CorruptStateError
 from agentmem_langgraph import ChatDeltaMem, MemoryMiddleware, MemoryNode, MemoryTurn, redact_traces, without_matrices
 from tests.helpers.fake_engine import FakeEngine
-from tests.helpers.talks import CALL, THREAD, State, get_port, memory_of, say
-from tests.helpers.worlds import World, world
+from tests.helpers.talks import CALL, THREAD, State, World, get_port, memory_of, say, world
 
 WAYS = ("model", "node", "agent")
 

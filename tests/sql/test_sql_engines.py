@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -345,11 +346,17 @@ def test_a_transaction_of_the_callers_on_the_only_connection_is_left_alone() -> 
 # Asynchronous engines, which are taken for their URL and options.
 
 
+@pytest.fixture
+def async_drivers(needs: Callable[[object, str], None]) -> None:
+    for driver in ("aiosqlite", "asyncmy", "asyncpg"):
+        needs(find_spec(driver), f"{driver}, which is part of the dependency group `dev`")
+
+
+@pytest.mark.usefixtures("async_drivers")
 @pytest.mark.parametrize("driver", ["sqlite+aiosqlite", "postgresql+asyncpg", "postgresql+psycopg", "mysql+asyncmy"])
 async def test_an_async_engine_of_ones_own(request: pytest.FixtureRequest, path: Path, look: Sql, driver: str) -> None:
     """Any loop and any thread may use the saver, and the engine itself is left alone."""
-    backend, _, package = driver.partition("+")
-    pytest.importorskip(package)
+    backend = driver.partition("+")[0]
     url = f"sqlite:///{path}" if backend == "sqlite" else request.getfixturevalue(f"{backend}_url")
     engine = create_async_engine(make_url(url).set(drivername=driver))
     async with SQLAlchemySaver(engine) as saver:
@@ -360,8 +367,8 @@ async def test_an_async_engine_of_ones_own(request: pytest.FixtureRequest, path:
     assert look(url, "SELECT count(*) FROM agentmem_checkpoints") == [(1,)]
 
 
+@pytest.mark.usefixtures("async_drivers")
 def test_the_options_of_an_async_engine_are_taken_over() -> None:
-    pytest.importorskip("asyncpg")
     engine = create_async_engine(
         "postgresql+asyncpg://u:p@h/d?ssl=require",
         connect_args={"timeout": 3},
@@ -387,8 +394,8 @@ def test_the_options_of_an_async_engine_are_taken_over() -> None:
     assert source_of(without_pool).options["poolclass"] is NullPool
 
 
+@pytest.mark.usefixtures("async_drivers")
 def test_async_engines_that_cannot_be_taken_over() -> None:
-    pytest.importorskip("asyncpg")
     for engine, message in (
         (create_async_engine("postgresql+asyncpg://", async_creator=print), "function of yours"),
         (create_async_engine("sqlite+aiosqlite://"), "in memory"),

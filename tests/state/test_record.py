@@ -54,6 +54,11 @@ HISTORIES: dict[str, tuple[list[Message], list[Message], Alignment]] = {
         [user("ok"), user("ok")],
         Alignment(new=[1], consumed=[0]),
     ),
+    "a long thread of equal turns without its head": (
+        TURN * 300,
+        [*TURN * 300, user("go on")][1:],
+        Alignment(new=[599], consumed=list(range(599))),
+    ),
     "a trimmed head": (
         thread(6)[:-1],
         [system("x"), *thread(6)[-4:]],
@@ -97,17 +102,17 @@ HISTORIES: dict[str, tuple[list[Message], list[Message], Alignment]] = {
 }
 
 
+for kept in (2, 3, 4, 5):
+    HISTORIES[f"the last {kept} of equal turns"] = (
+        TURN * 3,
+        [*TURN * 3, user("go on")][-kept:],
+        Alignment(new=[kept - 1], consumed=list(range(kept - 1))),
+    )
+
+
 @pytest.mark.parametrize(("old", "history", "expected"), HISTORIES.values(), ids=HISTORIES.keys())
 def test_what_of_a_history_is_new(old: list[Message], history: list[Message], expected: Alignment) -> None:
     assert consumed(old).align(history) == expected
-
-
-@pytest.mark.parametrize("kept", [2, 3, 4, 5])
-def test_a_trimmed_history_of_equal_turns_keeps_its_last_message_new(kept: int) -> None:
-    turn = [user("go on"), reply("done")]
-    history = [*turn, *turn, *turn, user("go on")]
-    alignment = consumed(history[:-1]).align(history[-kept:])
-    assert alignment == Alignment(new=[kept - 1], consumed=list(range(kept - 1)))
 
 
 def test_a_tool_call_edited_by_a_human_is_new() -> None:
@@ -142,14 +147,6 @@ def test_on_edit_rebuild_asks_for_everything_anew() -> None:
         consumed(history).align(edited, on_edit="ignore")  # type: ignore[arg-type]
 
 
-def test_a_fork_follows_the_record_of_its_checkpoint() -> None:
-    history = thread(3)
-    at_checkpoint = consumed(history[:2])
-    fork = [*history[:2], user("another way"), reply("another answer")]
-    assert at_checkpoint.align(fork).new == [2, 3]
-    assert at_checkpoint.align(history).new == [2, 3, 4, 5]
-
-
 def test_more_than_256_messages_by_the_chain_and_by_the_tail() -> None:
     history = thread(200)
     record = consumed(history)
@@ -173,11 +170,6 @@ def test_repeats_older_than_the_tail_do_not_draw_matches_away() -> None:
     record = consumed([*old, *tail])
     history = [*old[:5], *old[6:], *tail, user("next")]
     assert record.align(history).new == [len(history) - 1]
-
-
-def test_a_long_thread_of_equal_turns_is_not_taken_as_new_when_its_head_goes() -> None:
-    history = [user("go on"), reply("done")] * 300
-    assert consumed(history).align([*history[1:], user("go on")]).new == [599]
 
 
 def test_a_tail_of_exactly_256_is_not_yet_full() -> None:
@@ -220,20 +212,15 @@ def test_a_record_that_does_not_fit_together_is_refused() -> None:
             replace(record, **changes)
 
 
-def test_parallel_branches_merge_into_the_record_of_the_joined_history() -> None:
-    base, left, right = thread(2), [user("left"), reply("l")], [reply("r")]
+@pytest.mark.parametrize("left", [thread(1), thread(150)], ids=["short", "longer than the tail"])
+def test_parallel_branches_merge_into_the_record_of_the_joined_history(left: list[Message]) -> None:
+    base, right = thread(2), [reply("r")]
     record = consumed(base)
     merged = record.merge([record.extend(left), record, record.extend(right)])
-    assert merged == consumed([*base, *left, *right])
-    assert merged.align([*base, *left, *right, user("next")]).new == [7]
-
-
-def test_a_branch_longer_than_the_tail_merges_and_is_found_by_the_tail() -> None:
-    base, left, right = thread(2), thread(150), [user("r")]
-    record = consumed(base)
-    merged = record.merge([record.extend(left), record.extend(right)])
-    assert merged.count == 4 + 300 + 1
-    assert merged.align([*base, *left, *right, user("next")]).new == [305]
+    assert merged.count == len([*base, *left, *right])
+    # What precedes a full tail is no longer known message by message.
+    assert len(left) > 256 or merged == consumed([*base, *left, *right])
+    assert merged.align([*base, *left, *right, user("next")]).new == [len(base) + len(left) + 1]
 
 
 def test_a_branch_that_does_not_continue_the_base_is_refused() -> None:
@@ -371,33 +358,14 @@ def test_every_text_is_written_exactly_once_whatever_is_done_to_a_history(
             assert not alignment.deletions
 
 
-@pytest.mark.parametrize("kind", ["edit", "summarise"])
-def test_what_was_rewritten_once_is_not_written_at_every_later_turn(kind: str) -> None:
-    """The figures of an untouched thread: two more consumed at every turn."""
-    thread = Thread()
-    for _ in range(3):
-        thread.turn()
-    thread.change(kind, lambda n: 0 if kind == "edit" else n - 2)
-    consumed_after, edits = [], []
-    for _ in range(5):
-        edits.append(thread.turn().edits)
-        consumed_after.append(thread.record.count)
-    assert consumed_after == [9, 11, 13, 15, 17]
-    assert edits == [[0], [], [], [], []]
-
-
-def test_notes_that_share_nothing_with_the_thread_follow_it() -> None:
+def test_notes_follow_a_thread_and_what_says_nothing_changes_nothing() -> None:
     history = thread(3)
-    noted = consumed(history).align([user("a note")]).record
+    record = consumed(history)
+    assert record.align([system("be brief")]).record == record.align([]).record == record
+    noted = record.align([user("a note")]).record
     assert noted.count == 7
     assert noted.align([*history, user("next")]).new == [6]
     assert noted.align([*history, user("a note"), user("next")]).new == [7]
-
-
-def test_a_history_that_says_nothing_changes_nothing() -> None:
-    record = consumed(thread(3))
-    assert record.align([system("be brief")]).record == record
-    assert record.align([]).record == record
 
 
 def test_a_deletion_is_told_from_a_trimmed_head_and_starts_a_rebuild_anew() -> None:

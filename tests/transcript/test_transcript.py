@@ -6,7 +6,6 @@ import copy
 import json
 from collections import Counter
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 import pytest
@@ -78,16 +77,36 @@ def check(template: str, messages: list[Message], expected: dict[int, str], **op
     return rendered
 
 
+def chatml(role: str, text: str) -> str:
+    return f"<|im_start|>{role}\n{text}<|im_end|>\n"
+
+
+def gemma(role: str, text: str) -> str:
+    return f"<start_of_turn>{role}\n{text}<end_of_turn>\n"
+
+
+def llama(role: str, text: str) -> str:
+    return f"<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>"
+
+
+def called(name: str, arguments: str) -> str:
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+LOOKED = called("look", '{"at": "x"}')
+LOOKED_AND_SAW = called("look", '{"at": [1, {}]}') + "\n" + called("see", "{}")
+PROMPT = "<|im_start|>assistant\n"
+
 CASES: dict[str, tuple[str, list[Message], dict[int, str], dict[str, Any]]] = {
     "plain chatml": (
         CHATML,
         [SYSTEM, HELLO, HI, ASK],
         {
-            0: "<|im_start|>system\nBe brief.<|im_end|>\n",
-            1: "<|im_start|>user\nhello there<|im_end|>\n",
-            2: "<|im_start|>assistant\nHi. How are you?<|im_end|>\n",
-            3: "<|im_start|>user\nwhat is it?<|im_end|>\n",
-            4: "<|im_start|>assistant\n",
+            0: chatml("system", "Be brief."),
+            1: chatml("user", "hello there"),
+            2: chatml("assistant", "Hi. How are you?"),
+            3: chatml("user", "what is it?"),
+            4: PROMPT,
         },
         {"add_generation_prompt": True},
     ),
@@ -95,9 +114,9 @@ CASES: dict[str, tuple[str, list[Message], dict[int, str], dict[str, Any]]] = {
         CHATML,
         [Message("user", " \n a  "), Message("assistant", "\n\n"), ASK],
         {
-            0: "<|im_start|>user\n \n a  <|im_end|>\n",
-            1: "<|im_start|>assistant\n\n\n<|im_end|>\n",
-            2: "<|im_start|>user\nwhat is it?<|im_end|>\n",
+            0: chatml("user", " \n a  "),
+            1: chatml("assistant", "\n\n"),
+            2: chatml("user", "what is it?"),
         },
         {},
     ),
@@ -105,14 +124,11 @@ CASES: dict[str, tuple[str, list[Message], dict[int, str], dict[str, Any]]] = {
         CHATML,
         [ASK, CALL, FOUND, TWO, HI],
         {
-            0: "<|im_start|>user\nwhat is it?<|im_end|>\n",
-            1: "<|im_start|>assistant\n\n<tool_call>\n"
-            '{"name": "look", "arguments": {"at": "x"}}\n</tool_call><|im_end|>\n',
-            2: "<|im_start|>tool\nfound<|im_end|>\n",
-            3: "<|im_start|>assistant\nI look.\n<tool_call>\n"
-            '{"name": "look", "arguments": {"at": [1, {}]}}\n</tool_call>\n<tool_call>\n'
-            '{"name": "see", "arguments": {}}\n</tool_call><|im_end|>\n',
-            4: "<|im_start|>assistant\nHi. How are you?<|im_end|>\n",
+            0: chatml("user", "what is it?"),
+            1: chatml("assistant", f"\n{LOOKED}"),
+            2: chatml("tool", "found"),
+            3: chatml("assistant", f"I look.\n{LOOKED_AND_SAW}"),
+            4: chatml("assistant", "Hi. How are you?"),
         },
         {},
     ),
@@ -120,15 +136,14 @@ CASES: dict[str, tuple[str, list[Message], dict[int, str], dict[str, Any]]] = {
         QWEN,
         [SYSTEM, ASK, TWO, FOUND, MORE, HI, HELLO],
         {
-            0: "<|im_start|>system\nBe brief.<|im_end|>\n",
-            1: "<|im_start|>user\nwhat is it?<|im_end|>\n",
-            2: '<|im_start|>assistant\nI look.\n<tool_call>\n{"name": "look", "arguments": {"at": [1, {}]}}\n'
-            '</tool_call>\n<tool_call>\n{"name": "see", "arguments": {}}\n</tool_call><|im_end|>\n',
+            0: chatml("system", "Be brief."),
+            1: chatml("user", "what is it?"),
+            2: chatml("assistant", f"I look.\n{LOOKED_AND_SAW}"),
             3: "<|im_start|>user\n<tool_response>\nfound\n</tool_response>",
             4: "\n<tool_response>\nmore\n</tool_response><|im_end|>\n",
-            5: "<|im_start|>assistant\nHi. How are you?<|im_end|>\n",
-            6: "<|im_start|>user\nhello there<|im_end|>\n",
-            7: "<|im_start|>assistant\n",
+            5: chatml("assistant", "Hi. How are you?"),
+            6: chatml("user", "hello there"),
+            7: PROMPT,
         },
         {"add_generation_prompt": True},
     ),
@@ -136,18 +151,17 @@ CASES: dict[str, tuple[str, list[Message], dict[int, str], dict[str, Any]]] = {
         QWEN,
         [ASK, CALL, FOUND],
         {
-            0: "<|im_start|>user\nwhat is it?<|im_end|>\n",
-            1: '<|im_start|>assistant\n<tool_call>\n{"name": "look", "arguments": {"at": "x"}}\n'
-            "</tool_call><|im_end|>\n",
-            2: "<|im_start|>user\n<tool_response>\nfound\n</tool_response><|im_end|>\n",
-            3: "<|im_start|>assistant\n",
+            0: chatml("user", "what is it?"),
+            1: chatml("assistant", LOOKED),
+            2: chatml("user", "<tool_response>\nfound\n</tool_response>"),
+            3: PROMPT,
         },
         {"add_generation_prompt": True},
     ),
     "a window that begins with a reply": (
         QWEN,
         [HI, ASK],
-        {0: "<|im_start|>assistant\nHi. How are you?<|im_end|>\n", 1: "<|im_start|>user\nwhat is it?<|im_end|>\n"},
+        {0: chatml("assistant", "Hi. How are you?"), 1: chatml("user", "what is it?")},
         {},
     ),
     "gemma has its own name for the assistant": (
@@ -155,12 +169,34 @@ CASES: dict[str, tuple[str, list[Message], dict[int, str], dict[str, Any]]] = {
         [HELLO, HI, ASK],
         {
             -1: "<s>",
-            0: "<start_of_turn>user\nhello there<end_of_turn>\n",
-            1: "<start_of_turn>model\nHi. How are you?<end_of_turn>\n",
-            2: "<start_of_turn>user\nwhat is it?<end_of_turn>\n",
+            0: gemma("user", "hello there"),
+            1: gemma("model", "Hi. How are you?"),
+            2: gemma("user", "what is it?"),
             3: "<start_of_turn>model\n",
         },
         {"add_generation_prompt": True},
+    ),
+    "llama trims and adds a system turn of its own": (
+        LLAMA,
+        [Message("user", "  hello there\n"), CALL, FOUND],
+        {
+            -1: "<|begin_of_text|>" + llama("system", "Today is Monday.\n"),
+            0: llama("user", "hello there"),
+            1: llama("assistant", '{"name": "look", "parameters": {"at": "x"}}'),
+            2: llama("ipython", "found"),
+            3: "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        },
+        {"add_generation_prompt": True},
+    ),
+    "llama has a system message of ours in its own turn": (
+        LLAMA,
+        [SYSTEM, HELLO],
+        {
+            -1: "<|begin_of_text|>",
+            0: llama("system", "Today is Monday.\nBe brief."),
+            1: llama("user", "hello there"),
+        },
+        {},
     ),
     "mistral moves the system text to the last question": (
         MISTRAL,
@@ -178,8 +214,8 @@ CASES: dict[str, tuple[str, list[Message], dict[int, str], dict[str, Any]]] = {
         QWEN,
         [HELLO, HI],
         {
-            0: "<|im_start|>user\nhello there<|im_end|>\n",
-            1: "<|im_start|>assistant\n<think>\n\n</think>\n\nHi. How are you?<|im_end|>\n",
+            0: chatml("user", "hello there"),
+            1: chatml("assistant", "<think>\n\n</think>\n\nHi. How are you?"),
         },
         {},
     ),
@@ -209,10 +245,10 @@ def test_reasoning_that_is_stripped_from_earlier_turns_and_kept_in_the_last() ->
     tok = tokenizer(QWEN)
     rendered = Transcript(tok).render([HELLO, thought, ASK, thought], sentences=True)
     assert parts(tok, rendered) == {
-        0: "<|im_start|>user\nhello there<|im_end|>\n",
-        1: "<|im_start|>assistant\nHi. There.<|im_end|>\n",
-        2: "<|im_start|>user\nwhat is it?<|im_end|>\n",
-        3: "<|im_start|>assistant\n<think>\nwhy. not\n</think>\n\nHi. There.<|im_end|>\n",
+        0: chatml("user", "hello there"),
+        1: chatml("assistant", "Hi. There."),
+        2: chatml("user", "what is it?"),
+        3: chatml("assistant", "<think>\nwhy. not\n</think>\n\nHi. There."),
     }
     assert texts(tok, rendered.input_ids, rendered.sentence_segments()) == [
         "hello there",
@@ -236,22 +272,15 @@ def test_a_reply_of_nothing_but_reasoning(after: str, thought: str, calls: tuple
     tok = tokenizer(QWEN)
     reply = Message("assistant", f"<think>\n{thought}\n</think>{after}", tool_calls=calls)
     rendered = Transcript(tok).render([HELLO, reply, reply, ASK], sentences=True)
-    call = '<tool_call>\n{"name": "look", "arguments": {"at": "x"}}\n</tool_call>' if calls else ""
+    call = LOOKED if calls else ""
     assert parts(tok, rendered) == {
-        0: "<|im_start|>user\nhello there<|im_end|>\n",
-        1: f"<|im_start|>assistant\n{call}<|im_end|>\n",
-        2: f"<|im_start|>assistant\n{call}<|im_end|>\n",
-        3: "<|im_start|>user\nwhat is it?<|im_end|>\n",
+        0: chatml("user", "hello there"),
+        1: chatml("assistant", call),
+        2: chatml("assistant", call),
+        3: chatml("user", "what is it?"),
     }
     pieces = texts(tok, rendered.input_ids, rendered.sentence_segments())
     assert pieces == ["hello there", "what is it?"]
-
-
-def test_template_options_reach_the_template() -> None:
-    tok = tokenizer(QWEN)
-    transcript = Transcript(tok, {"enable_thinking": False})
-    rendered = transcript.render([HELLO], add_generation_prompt=True)
-    assert parts(tok, rendered)[1] == "<|im_start|>assistant\n<think>\n\n</think>\n\n"
 
 
 @pytest.mark.parametrize("first", [[SYSTEM], []])
@@ -260,34 +289,13 @@ def test_the_list_of_tools_is_no_message(first: list[Message]) -> None:
     rendered = Transcript(tok).render([*first, HELLO, HI, ASK], tools=TOOLS, add_generation_prompt=True)
     n = len(first)
     found = parts(tok, rendered)
-    assert found[n] == "<|im_start|>user\nhello there<|im_end|>\n"
-    assert found[n + 1] == "<|im_start|>assistant\nHi. How are you?<|im_end|>\n"
+    assert found[n] == chatml("user", "hello there")
+    assert found[n + 1] == chatml("assistant", "Hi. How are you?")
     segments = rendered.message_segments()
     unwritten = [t for t, s in zip(rendered.input_ids, segments, strict=True) if s == -1]
     assert tok.decode(unwritten).endswith("}\n<|im_end|>\n")
     assert set(segments) == {-1, n, n + 1, n + 2, n + 3}
     assert rendered.input_ids == reference(tok, rendered, tools=TOOLS, add_generation_prompt=True)
-
-
-def test_llama_trims_and_adds_a_system_turn_of_its_own() -> None:
-    preamble = "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nToday is Monday.\n"
-    head = "<|start_header_id|>{}<|end_header_id|>\n\n"
-    rest = {
-        1: head.format("user") + "hello there<|eot_id|>",
-        2: head.format("assistant") + '{"name": "look", "parameters": {"at": "x"}}<|eot_id|>',
-        3: head.format("ipython") + "found<|eot_id|>",
-        4: head.format("assistant"),
-    }
-    talk = [Message("user", "  hello there\n"), CALL, FOUND]
-    check(
-        LLAMA,
-        talk,
-        {-1: preamble + "<|eot_id|>", **{i - 1: text for i, text in rest.items()}},
-        add_generation_prompt=True,
-    )
-    with_system = [SYSTEM, *talk]
-    found = {-1: "<|begin_of_text|>", 0: preamble.removeprefix("<|begin_of_text|>") + "Be brief.<|eot_id|>"}
-    check(LLAMA, with_system, found | rest, add_generation_prompt=True)
 
 
 def test_a_call_whose_content_the_template_drops() -> None:
@@ -314,7 +322,7 @@ def test_marks_that_a_template_notices_are_not_believed(template: str, head: str
     assert parts(tok, rendered) == {
         0: f"<|im_start|>{head.format('user', 8)}\n!now. Go<|im_end|>\n",
         1: f"<|im_start|>{head.format('assistant', 8)}\n!Hi. <b><|im_end|>\n",
-        2: "<|im_start|>assistant\n",
+        2: PROMPT,
     }
     pieces = texts(tok, rendered.input_ids, rendered.sentence_segments())
     assert pieces == ["!now.", " Go", "!Hi.", " <b>"]
@@ -457,14 +465,6 @@ def test_what_a_template_has_no_place_for_is_refused_by_its_name() -> None:
         Transcript(tok).render([SYSTEM, HELLO])
 
 
-def test_tags_are_text_in_a_question_and_tokens_in_a_reply() -> None:
-    tok = tokenizer(QWEN)
-    rendered = Transcript(tok).render([Message("user", "<think>a"), Message("assistant", "<think>a"), ASK])
-    think = tok.convert_tokens_to_ids("<think>")
-    found = [o for t, o in zip(rendered.input_ids, rendered.owner, strict=True) if t == think]
-    assert found == [1]
-
-
 def test_private_use_characters_in_a_text_are_kept() -> None:
     tok = tokenizer(CHATML)
     odd = Message("user", "a\U00100008b\U0010fffd \ue000")
@@ -482,14 +482,6 @@ def test_nothing_given_is_changed() -> None:
     assert transcript.render([ASK, call, FOUND], tools=tools, sentences=True) == first
     assert (tools, arguments) == (TOOLS, {"at": ["<|im_end|>"]})
     assert tok.backend_tokenizer.to_str() == before
-
-
-def test_message_segments_leave_out_what_never_writes() -> None:
-    fact = Message("user", "a fact", write=False)
-    rendered = Transcript(tokenizer(CHATML)).render([SYSTEM, fact, HELLO], add_generation_prompt=True)
-    segments = rendered.message_segments()
-    assert [segment for segment, _ in groupby(segments)] == [-1, 2, 3]
-    assert segments.count(2) == rendered.sizes()[2]
 
 
 def test_sentence_segments_number_the_pieces_of_what_is_written() -> None:
@@ -525,11 +517,6 @@ def test_sentences_that_do_not_join_to_the_contents_tokens_stay_one() -> None:
     assert rendered.sentence_segments() == [0, 0, -1, 1, -1]
 
 
-def test_sentence_segments_must_be_asked_for() -> None:
-    with pytest.raises(ValueError, match="sentences=True"):
-        Transcript(tokenizer(CHATML)).render([HELLO]).sentence_segments()
-
-
 @pytest.mark.parametrize(
     ("template", "closing", "prompt"),
     [
@@ -552,10 +539,15 @@ def test_closing_and_opening_a_reply(template: str, closing: str, prompt: str) -
         assert tok.decode([token for token, owner in pairs if owner == len(messages)]) == prompt
 
 
-def test_closing_of_other_roles() -> None:
+def test_closing_of_other_roles_and_what_no_template_can_write() -> None:
     assert Transcript(tokenizer(MISTRAL)).closing_text(HELLO) == " [/INST]"
     with pytest.raises(TranscriptError, match="system"):
         Transcript(tokenizer(GEMMA)).closing_text(SYSTEM)
+    broken = [{"type": "function", "function": {"name": "f", "parameters": {(1, 2): "x"}}}]
+    transcript = Transcript(tokenizer(QWEN))
+    for question in (transcript.overhead, partial(transcript.render, [HELLO])):
+        with pytest.raises(TranscriptError, match="keys must be str"):
+            question(tools=broken)
 
 
 def test_prompt_reply_and_closing_are_the_rendered_reply() -> None:
@@ -648,8 +640,8 @@ def test_any_text_keeps_its_borders_where_reasoning_is_stripped(given_messages: 
     tok = tokenizer(QWEN)
     rendered = Transcript(tok).render([HELLO, *given_messages, ASK], sentences=True)
     found = parts(tok, rendered)
-    assert found[0] == "<|im_start|>user\nhello there<|im_end|>\n"
-    assert found[len(given_messages) + 1] == "<|im_start|>user\nwhat is it?<|im_end|>\n"
+    assert found[0] == chatml("user", "hello there")
+    assert found[len(given_messages) + 1] == chatml("user", "what is it?")
     for index, message in enumerate(given_messages, start=1):
         text = found[index]
         if message.role == "tool":
@@ -665,11 +657,3 @@ def texts(tok: PreTrainedTokenizerFast, ids: list[int], segments: list[int]) -> 
         tok.decode([t for t, s in zip(ids, segments, strict=True) if s == n])
         for n in range(max(segments, default=-1) + 1)
     ]
-
-
-def test_tools_that_are_no_json_are_refused_in_every_question() -> None:
-    broken = [{"type": "function", "function": {"name": "f", "parameters": {(1, 2): "x"}}}]
-    transcript = Transcript(tokenizer(QWEN))
-    for question in (transcript.overhead, partial(transcript.render, [HELLO])):
-        with pytest.raises(TranscriptError, match="keys must be str"):
-            question(tools=broken)

@@ -44,10 +44,10 @@ def test_the_last_messages_that_fit_the_tokens() -> None:
     assert shown(Window(30), talk) == [7, 8, 9]
     assert shown(Window(30), talk, overhead=1) == [8, 9]
     assert Window(30).visible(talk, [1] * 8 + [29, 1]) == [8, 9]
-
-
-def test_the_window_is_a_suffix_even_if_something_older_would_fit() -> None:
+    # Not what is older and would fit.
     assert Window(30).visible([USER] * 4, [1, 25, 10, 10]) == [2, 3]
+    with pytest.raises(ValueError, match="1 for 2"):
+        Window().visible([USER, REPLY], [1])
 
 
 def test_the_last_messages_by_number() -> None:
@@ -69,12 +69,6 @@ def test_a_call_and_its_results_show_together_or_not_at_all() -> None:
     assert shown(Window(50), talk) == [1, 2, 3, 4, 5]
     assert shown(Window(49), talk) == [4, 5]
     assert shown(Window(None, 4), talk) == [4, 5]
-
-
-def test_a_result_far_from_its_call_keeps_what_is_between() -> None:
-    talk = [USER, call("1", "2"), result("1"), USER, result("2"), USER]
-    assert groups(talk) == [[0], [1, 2, 3, 4], [5]]
-    assert shown(Window(40), talk) == [5]
 
 
 def test_groups_by_id_and_by_place() -> None:
@@ -110,11 +104,6 @@ def test_a_model_that_reads_less_clips_the_window() -> None:
 def test_a_limit_that_is_no_positive_integer_is_refused(limits: tuple[int, int]) -> None:
     with pytest.raises(ConfigError, match="positive integer"):
         Window(*limits)
-
-
-def test_one_size_per_message() -> None:
-    with pytest.raises(ValueError, match="1 for 2"):
-        Window().visible([USER, REPLY], [1])
 
 
 def test_pieces_are_cut_between_messages() -> None:

@@ -40,12 +40,15 @@ class SteeredOutput:
         state: [B, L, H, r, r] float32, where L counts the layers with memory, in depth order.
         cache: the KV cache, or None where none was kept.
         pending: sums of an open message or sentence pass, for the next call; None where no pass is open.
+        reads: what each layer with memory has read, [B, T, H, r] float32, in depth order; None where they were not to
+            be kept.
     """
 
     logits: Tensor | None
     state: Tensor
     cache: Any
     pending: Pending | None
+    reads: tuple[Tensor, ...] | None = None
 
 
 class _Use:
@@ -181,6 +184,8 @@ class SteeredModel:
         pending: Pending | None = None,
         close: bool = True,
         attention_bias: Tensor | None = None,
+        first_order: bool = False,
+        keep_reads: bool = False,
     ) -> SteeredOutput:
         """Read tokens while the state corrects the attention, and write them into the state.
 
@@ -202,6 +207,10 @@ class SteeredModel:
             attention_bias: [B, 1, T, P + T] bool, True = may attend. The attention gets it in place of
                 `attention_mask`, which then only decides what is written. For training on several turns in one
                 call.
+            first_order: for training: run the model itself without gradients. They flow through what is written to
+                the state, and through `reads`, but not through what corrections do to the hidden states of this call;
+                the model's activations are not kept. The logits have no gradient then.
+            keep_reads: whether to return what each layer has read.
 
         Raises:
             SegmentsRequiredError: a message or sentence adapter should write but has no segments.
@@ -225,11 +234,19 @@ class SteeredModel:
         self._check_pending(pending, batch)
         if position_ids is None:
             position_ids = _positions(attention_mask, past, length, input_ids)
-        context = self._context(state, attention_mask, segments, write, pending, length)
+        stepping = length == 1 and not keep_reads and not torch.is_grad_enabled()
+        context = self._context(state, attention_mask, segments, write, pending, length, stepping)
         mask = attention_mask if attention_bias is None else mask_for(self.model, attention_bias)
         inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
-        logits, after, open_sums = self._run(context, inputs, cache, logits_to_keep, close)
-        return SteeredOutput(logits, after, cache, open_sums)
+        context.kept = {} if keep_reads else None
+        if first_order and torch.is_grad_enabled():
+            context.first_order = True
+            with torch.no_grad():
+                logits, after, open_sums = self._run(context, inputs, cache, logits_to_keep, close)
+        else:
+            logits, after, open_sums = self._run(context, inputs, cache, logits_to_keep, close)
+        reads = None if context.kept is None else tuple(context.kept[layer] for layer in range(len(self._memory)))
+        return SteeredOutput(logits, after, cache, open_sums, reads)
 
     @torch.no_grad()
     def step(
@@ -343,8 +360,9 @@ class SteeredModel:
         write: bool | Tensor,
         pending: Pending | None,
         length: int,
+        stepping: bool,
     ) -> ForwardContext:
-        """The context of the call: a pass for many tokens or for gradients, a decode step for one token per row."""
+        """The context of the call: a decode step if `stepping` and the weights suit it, else a pass."""
         by_segment = self.config.write_strategy != "token"
         mask = attention_mask[:, -length:].bool() if attention_mask is not None else None  # [B, T]
         writing = write is not False
@@ -352,7 +370,6 @@ class SteeredModel:
             # For single tokens the mask alone is enough; no need to wait for the device.
             writing = (length == 1 and not by_segment) or bool(write.any())
             mask = write.bool() if mask is None else mask & write.bool()
-        stepping = length == 1 and not torch.is_grad_enabled()
         if not by_segment:
             if segments is not None:
                 mask = segments >= 0 if mask is None else mask & (segments >= 0)

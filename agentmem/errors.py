@@ -18,6 +18,7 @@
     ├── TurnCancelledError         the caller cancelled the turn
     ├── TurnTimeoutError           the turn took longer than its timeout
     ├── EngineClosedError          the engine was closed
+    ├── DataError                  training data cannot be read, or too much of it cannot be used
     ├── TrainingError              a process that computed part of a training step failed
     ├── StorageError               a database lacks what was requested, or holds something this version cannot read
     └── FactStoreError             the fact store cannot be opened or used
@@ -113,6 +114,10 @@ class TurnTimeoutError(AgentMemError, TimeoutError):
 
 class EngineClosedError(AgentMemError, RuntimeError):
     """The engine was closed, or its worker thread died; load a new one."""
+
+
+class DataError(AgentMemError, ValueError):
+    """Training data cannot be read, or too much of it cannot be used; the message lists the first bad lines."""
 
 
 class TrainingError(AgentMemError, RuntimeError):

@@ -70,15 +70,15 @@ CELLS = tuple(Cell(b, f) for f in FILLERS for b in BINDINGS)
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """A finished conversation: its history, the bindings stated in it, and the state it ended with."""
+class FinishedConversation:
+    """A conversation that has ended: its history, the bindings stated in it, and the state it ended with."""
 
     history: list[Message]
     bindings: list[Binding]
     state: MemoryState
 
 
-def converse(engine: Engine, cell: Cell, rng: Random) -> Conversation:
+def converse(engine: Engine, cell: Cell, rng: Random) -> FinishedConversation:
     """State the bindings, then make small talk, one engine turn after another; the replies are the model's own."""
     bindings = draw_bindings(rng, cell.bindings)
     texts = [tell(rng, b)[0] for b in bindings] + [filler(rng)[0] for _ in range(cell.fillers)]
@@ -90,7 +90,7 @@ def converse(engine: Engine, cell: Cell, rng: Random) -> Conversation:
         assert turn.state is not None
         history.append(turn.message)
         state = turn.state
-    return Conversation(history, bindings, state)
+    return FinishedConversation(history, bindings, state)
 
 
 def measure(
@@ -132,7 +132,7 @@ def measure(
 def _answer(
     engine: Engine,
     arm: Arm,
-    conversation: Conversation,
+    conversation: FinishedConversation,
     other_state: MemoryState,
     question: str,
     memoryless: dict[tuple[Arm, str], str],
@@ -148,7 +148,7 @@ def _answer(
     return engine.turn(history, state, window=_LAST_MESSAGE, sampling=_REPLY).message.content
 
 
-def _memoryless_answer(engine: Engine, arm: Arm, conversation: Conversation, history: list[Message]) -> str:
+def _memoryless_answer(engine: Engine, arm: Arm, conversation: FinishedConversation, history: list[Message]) -> str:
     if arm == "window":
         return engine.turn(history, window=_LAST_MESSAGE, sampling=_REPLY, memory=False).message.content
     empty = conversation.state.replaced(matrices=np.zeros_like(conversation.state.matrices))

@@ -105,6 +105,15 @@ class BadLine:
 
 
 @dataclass(frozen=True)
+class SourceFile:
+    """A file that training reads, as it lies on the disk: its SHA-256 in hexadecimal digits, its size in bytes."""
+
+    path: Path
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Conversations:
     """What a file holds.
 
@@ -112,15 +121,13 @@ class Conversations:
         good: the conversations, in the file's order.
         bad: the lines that are left out.
         ignored: how often each key occurred that has no meaning here, such as "message.weight" or "row.id".
-        sha256: the digest of the file as it lies on the disk, in hexadecimal digits.
-        size: its length in bytes.
+        file: the file itself.
     """
 
     good: tuple[Conversation, ...]
     bad: tuple[BadLine, ...]
     ignored: Mapping[str, int]
-    sha256: str
-    size: int
+    file: SourceFile
 
 
 def read_conversations(path: str | Path, *, max_bad: float = 0.05) -> Conversations:
@@ -142,8 +149,8 @@ def read_conversations(path: str | Path, *, max_bad: float = 0.05) -> Conversati
     if not 0 <= max_bad <= 1:
         raise ConfigError(f"max_bad is a share of lines from 0 to 1; found {max_bad}")
     path = Path(path)
-    raw = read_bytes(path)
-    lines = unpack(path, raw).removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    file, content = read_file(path)
+    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     if lines[0].lstrip()[:1] == b"[":
         raise DataError(
             f"{path} must have one JSON object per line; it begins with '[', as a JSON array does; write each of its "
@@ -165,7 +172,7 @@ def read_conversations(path: str | Path, *, max_bad: float = 0.05) -> Conversati
             bad.append(BadLine(number, f"not JSON: {error}"))
     if not good or len(bad) > max_bad * (len(good) + len(bad)):
         raise DataError(_refusal(path, len(good), bad, max_bad))
-    return Conversations(tuple(good), tuple(bad), dict(ignored), hashlib.sha256(raw).hexdigest(), len(raw))
+    return Conversations(tuple(good), tuple(bad), dict(ignored), file)
 
 
 def _refusal(path: Path, good: int, bad: Sequence[BadLine], max_bad: float) -> str:
@@ -179,28 +186,21 @@ def _refusal(path: Path, good: int, bad: Sequence[BadLine], max_bad: float) -> s
     )
 
 
-def read_bytes(path: Path) -> bytes:
-    """A data file's bytes as they lie on the disk.
+def read_file(path: Path) -> tuple[SourceFile, bytes]:
+    """A data file and its content, decompressed if its name ends in `.xz` or `.gz`.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: it cannot be read, is not compressed in the way that its name says, or is cut off.
     """
     try:
-        return path.read_bytes()
+        raw = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; give the path of a file that exists") from error
-
-
-def unpack(path: Path, raw: bytes) -> bytes:
-    """The content of a data file, decompressed if its name ends in `.xz` or `.gz`.
-
-    Raises:
-        DataError: it is not compressed in the way that its name says, or is cut off.
-    """
+    file = SourceFile(path, hashlib.sha256(raw).hexdigest(), len(raw))
     try:
         if path.suffix == ".xz":
-            return lzma.decompress(raw)
-        return gzip.decompress(raw) if path.suffix == ".gz" else raw
+            return file, lzma.decompress(raw)
+        return file, gzip.decompress(raw) if path.suffix == ".gz" else raw
     except (lzma.LZMAError, zlib.error, gzip.BadGzipFile, EOFError) as error:
         raise DataError(f"{path} is no whole {path.suffix} file ({error}); fetch or make it again") from error
 

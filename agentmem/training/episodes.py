@@ -3,11 +3,11 @@
 An episode is a list of turns (facts stated, changed and corrected, rules given, with small talk and unrelated questions
 in between) and questions about them, each asked separately after all turns. Nothing in it comes from a data set, so it
 costs nothing and never runs out: episode `n` of a seed is always the same, and two episodes share values only by
-chance.
+chance. `agentmem.training.sources` makes conversations to train on of them.
 
     episodes = FactEpisodes(seed=0)
-    for row in episodes.episode(0).rows():   # one JSON object per question: {"messages": [...], "tools": [...]}
-        ...
+    for question in episodes.episode(0).questions:
+        print(question.user.content, question.reply.content)
 
 What a memory has learned shows on data that training never saw: `values`, `wordings` and `attributes` are each drawn
 either from the training part or from the held-out part of their vocabulary, which are divided by a hash
@@ -16,20 +16,23 @@ either from the training part or from the held-out part of their vocabulary, whi
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from random import Random
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from agentmem.errors import ConfigError
 from agentmem.messages import Message, ToolCall
 from agentmem.training.facts import wordings as say
-from agentmem.training.facts.attributes import FactAttribute, attributes, second_person
-from agentmem.training.facts.rules import FILE_QUESTIONS, FILE_SUBJECTS, RULES, Rule
-from agentmem.training.facts.splits import Split, wordings
+from agentmem.training.facts.attributes import ATTRIBUTES, FactAttribute, attributes, second_person
+from agentmem.training.facts.rules import FILE_QUESTIONS, RULES, Rule, RuleCheck, file_subject
+from agentmem.training.facts.splits import Split, split_of, wordings
 from agentmem.training.facts.tools import REQUESTS, offered
-from agentmem.training.facts.values import OPEN_KIND, OPEN_KINDS, POOLS, Values, Vocabulary, article
+from agentmem.training.facts.values import OPEN_KIND, OPEN_KINDS, POOLS, TWO_WORDS, Values, Vocabulary, article
+
+_OPEN_WORDS = ("word", "name", "pair", "full_name", "title", "phrase")
 
 TurnAct = Literal["tell", "tell_several", "change", "correct", "rule", "small_talk", "unrelated"]
 QuestionAct = Literal["ask", "choice", "tool_call", "never_told", "rule_followed"]
@@ -67,11 +70,13 @@ class FactQuestion:
         act: the kind of question.
         user: the message.
         reply: the correct reply.
-        value: the text that a correct reply must contain; empty where replies are judged otherwise (`never_told`:
-            whether the reply says so; a rule: whether the reply is equal).
-        old: the value before the last change, which a correct reply must not contain; else empty.
+        value: the text that a correct reply must contain; empty where `check` judges the reply.
+        old: what a correct reply must not contain: the value before the last change, or of a choice the other one; else
+            empty.
         attribute: the attribute that is asked for; None for a rule.
         tools: the tools in the prompt.
+        check: whether a reply is correct, for questions without a value: it says that the attribute was never told, or
+            follows the rule.
     """
 
     act: QuestionAct
@@ -81,6 +86,7 @@ class FactQuestion:
     old: str = ""
     attribute: FactAttribute | None = None
     tools: tuple[Mapping[str, Any], ...] = ()
+    check: Callable[[str], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,34 +95,6 @@ class FactEpisode:
 
     turns: tuple[FactTurn, ...]
     questions: tuple[FactQuestion, ...]
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """One conversation per question, as rows of JSONL training data; only the last reply counts."""
-        for question in self.questions:
-            messages = [_plain(message) for turn in self.turns for message in turn.messages]
-            for message in messages:
-                if message["role"] == "assistant":
-                    message["train"] = False
-            row: dict[str, Any] = {
-                "messages": [*messages, _plain(question.user), {**_plain(question.reply), "train": True}]
-            }
-            if question.tools:
-                row["tools"] = list(question.tools)
-            yield row
-
-
-def _plain(message: Message) -> dict[str, Any]:
-    plain: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.tool_calls:
-        plain["tool_calls"] = [
-            {
-                "type": "function",
-                "id": call.id,
-                "function": {"name": call.name, "arguments": json.dumps(call.arguments)},
-            }
-            for call in message.tool_calls
-        ]
-    return plain
 
 
 @dataclass(frozen=True)
@@ -130,13 +108,16 @@ class EpisodeConfig:
         changes: how often an episode changes or corrects one of its facts.
         rules: how often an episode has a rule.
         open_values: how often an attribute with a closed pool takes a value from an open vocabulary.
+        two_words: how often an attribute with values of one word or name takes one of two.
+        one_domain: how often all attributes of an episode are of one domain (a person, a project ...).
         own_wordings: how often an attribute's own statement or question is used and not a general one.
         questions: at most this many questions per episode.
         acts: how the questions about facts are distributed.
         kinds: kinds of values that attributes may have; empty = all.
+        kind_weights: how much more often attributes of a kind are chosen than others: (("number", 3.0),).
 
     Raises:
-        ConfigError: a range or a share is impossible, or a kind is unknown.
+        ConfigError: a range, a share or a weight is impossible, or a kind is unknown.
     """
 
     facts: tuple[int, int] = (1, 4)
@@ -145,6 +126,8 @@ class EpisodeConfig:
     changes: float = 0.25
     rules: float = 0.15
     open_values: float = 0.7
+    two_words: float = 0.2
+    one_domain: float = 0.4
     own_wordings: float = 0.4
     questions: int = 4
     acts: tuple[tuple[QuestionAct, float], ...] = (
@@ -154,18 +137,24 @@ class EpisodeConfig:
         ("never_told", 0.1),
     )
     kinds: tuple[str, ...] = ()
+    kind_weights: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("facts", "fillers"):
             low, high = getattr(self, name)
             if not 0 <= low <= high:
                 raise ConfigError(f"{name} must be a range (fewest, most) from 0; found {(low, high)}")
-        for name in ("several", "changes", "rules", "open_values", "own_wordings"):
+        for name in ("several", "changes", "rules", "open_values", "two_words", "one_domain", "own_wordings"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must be a share from 0 to 1; found {getattr(self, name)}")
-        unknown = set(self.kinds) - set(OPEN_KINDS) - set(POOLS)
+        unknown = {*self.kinds, *(kind for kind, _ in self.kind_weights)} - set(OPEN_KINDS) - set(POOLS)
         if unknown:
             raise ConfigError(f"unknown kind of values {min(unknown)!r}; known: {', '.join((*OPEN_KINDS, *POOLS))}")
+        if any(weight <= 0 for _, weight in self.kind_weights):
+            raise ConfigError(f"kind_weights must be above 0; found {dict(self.kind_weights)}")
+        acts = set(get_args(QuestionAct)) - {"rule_followed"}  # asked wherever an episode has a rule
+        if strange := {act for act, _ in self.acts} - acts:
+            raise ConfigError(f"acts are {', '.join(sorted(acts))}; found {min(strange)!r}")
         if self.questions < 1 or not self.acts or sum(weight for _, weight in self.acts) <= 0:
             raise ConfigError("an episode needs at least one question and one act of asking with a weight above 0")
 
@@ -221,7 +210,7 @@ class _Draft:
         self.config, self.values, self.split = source.config, source._values, source._wordings
         self.rng = rng
         count = rng.randint(*self.config.facts)
-        *chosen, self.untold = rng.sample(source._attributes, count + 1)
+        *chosen, self.untold = self._sample(source._attributes, count + 1)
         self.facts: dict[FactAttribute, ToldFact] = {}
         for attribute in chosen:
             self.facts[attribute] = ToldFact(attribute, self._value(attribute))
@@ -245,6 +234,21 @@ class _Draft:
             turns.insert(rng.randint(first + 1, len(turns)), self._change(attribute))
         return FactEpisode(tuple(turns), self._questions())
 
+    def _sample(self, choices: tuple[FactAttribute, ...], count: int) -> list[FactAttribute]:
+        """Different attributes, of one domain as often as the config says, by the weights of their kinds."""
+        rng = self.rng
+        if rng.random() < self.config.one_domain:
+            domain = rng.choice(choices).domain
+            narrow = tuple(attribute for attribute in choices if attribute.domain == domain)
+            choices = narrow if len(narrow) >= count else choices
+        if not self.config.kind_weights:
+            return rng.sample(choices, count)
+        # The largest of u ** (1 / weight) are a sample without replacement by weight (Efraimidis and Spirakis, 2006).
+        weights = dict(self.config.kind_weights)
+        chosen = sorted(choices, key=lambda attribute: rng.random() ** (1 / weights.get(attribute.kind, 1.0)))[-count:]
+        rng.shuffle(chosen)
+        return chosen
+
     # Turns.
 
     def _tell(self, fact: ToldFact) -> FactTurn:
@@ -252,7 +256,13 @@ class _Draft:
         return self._turn("tell", self._statement(fact, opening=True), _fill(reply, fact, replied=True), (fact,))
 
     def _tell_several(self, facts: Sequence[ToldFact]) -> FactTurn:
-        text = self._choose(say.TELL_SEVERAL).replace("{facts}", " ".join(self._statement(fact) for fact in facts))
+        if self.rng.random() < 0.4:  # one sentence with all of them
+            *clauses, last = (f"{fact.attribute.noun} is {fact.value}" for fact in facts)
+            told = f"{', '.join(clauses)} and {last}."
+            told = told[0].upper() + told[1:]
+        else:
+            told = " ".join(self._statement(fact) for fact in facts)
+        text = self._choose(say.TELL_SEVERAL).replace("{facts}", told)
         plain = tuple(wording for wording in say.ACKNOWLEDGE if "{" not in wording)
         return self._turn("tell_several", text, self._choose(plain), tuple(facts))
 
@@ -271,7 +281,7 @@ class _Draft:
 
     def _filler(self) -> FactTurn:
         unrelated = self.rng.random() < 0.4
-        user, reply = self.rng.choice(say.QUESTIONS if unrelated else say.SMALL_TALK)
+        user, reply = self._choose_pair(say.QUESTIONS if unrelated else say.SMALL_TALK)
         if unrelated and self.rng.random() < 0.5:
             reply = reply.split(". ")[0] + "."
         return self._turn("unrelated" if unrelated else "small_talk", user, reply)
@@ -317,18 +327,27 @@ class _Draft:
         return FactQuestion("ask", _user(_fill(text, fact)), _reply(reply), fact.value, fact.old, fact.attribute)
 
     def _choice(self, fact: ToldFact) -> FactQuestion:
-        other = fact.old or self._value(fact.attribute)
+        other = fact.old or self._other_value(fact)
         a, b = self.rng.sample((fact.value, other), 2)
         text = _fill(self._choose(say.ASK_CHOICE).replace("{a}", a).replace("{b}", b), fact)
         reply = _fill(self._choose(say.ANSWER), fact, replied=True)
         return FactQuestion("choice", _user(text), _reply(reply), fact.value, other, fact.attribute)
+
+    def _other_value(self, fact: ToldFact) -> str:
+        """A value that the attribute does not have: mostly of another fact that was told, if possible of its kind."""
+        others = [other for other in self.facts.values() if other is not fact]
+        alike = [other for other in others if other.attribute.kind == fact.attribute.kind]
+        if others and self.rng.random() < 0.7:
+            return self.rng.choice(alike or others).value
+        return self._value(fact.attribute)
 
     def _never_told(self) -> FactQuestion:
         fact = ToldFact(self.untold, "")
         own = wordings(self.untold.questions, self.split)
         text = self._choose(own if own and self.rng.random() < self.config.own_wordings else say.ASK)
         reply = _fill(self._choose(say.NEVER_TOLD), fact, replied=True)
-        return FactQuestion("never_told", _user(_fill(text, fact)), _reply(reply), attribute=self.untold)
+        check = say.says_it_was_not_told
+        return FactQuestion("never_told", _user(_fill(text, fact)), _reply(reply), attribute=self.untold, check=check)
 
     def _tool_call(self, fact: ToldFact) -> FactQuestion:
         name = self.rng.choice(list(REQUESTS))
@@ -342,29 +361,55 @@ class _Draft:
     def _rule_question(self, rule: Rule) -> FactQuestion:
         rng = self.rng
         if rule.about_files:
-            words = rng.choice(FILE_SUBJECTS)
-            value = rule.apply(words, rng.choice((".txt", ".csv", ".py", ".md")))
-            text = self._choose(FILE_QUESTIONS).replace("{words}", words)
-            suffix = value[value.rindex(".") :]
-            text += f" It ends in {suffix}"
-            return FactQuestion("rule_followed", _user(text), _reply(f"Call it {value}"), value)
-        text, reply = rng.choice(say.QUESTIONS)
-        return FactQuestion("rule_followed", _user(text), _reply(rule.apply(reply, self.rule_word)))
+            while split_of(words := file_subject(rng), "wording") != self.split:
+                pass
+            suffix = rng.choice((".txt", ".csv", ".py", ".md"))
+            text = f"{self._choose(FILE_QUESTIONS).replace('{words}', words)} It ends in {suffix}"
+            reply = f"Call it {rule.apply(words, suffix)}"
+        else:
+            text, plain = self._choose_pair(say.EXPLANATIONS if rule.explanations else say.QUESTIONS)
+            reply = rule.apply(plain, self.rule_word)
+        check = RuleCheck(rule.name, self.rule_word if rule.takes_word else "")
+        return FactQuestion("rule_followed", _user(text), _reply(reply), check=check)
 
     # Random choices.
 
     def _value(self, attribute: FactAttribute) -> str:
-        """A value that no fact of the episode has or had."""
-        taken = {text for fact in self.facts.values() for text in (fact.value, fact.old)}
+        """A value that no fact of the episode has or had, even as a part, and that no wording or noun gives away."""
+        taken = [text.lower() for fact in self.facts.values() for text in (fact.value, fact.old) if text]
         kind = attribute.kind
         if kind in OPEN_KIND and self.rng.random() < self.config.open_values:
             kind = OPEN_KIND[kind]
-        while (value := self.values.draw(self.rng, kind)) in taken:
-            pass
-        return value
+        if kind in TWO_WORDS and self.rng.random() < self.config.two_words:
+            kind = TWO_WORDS[kind]
+        # An open vocabulary has every word, but those of the frame are no values; in dates "May", in times "am" is one.
+        reserved = _frame_words() if kind in _OPEN_WORDS else _words(attribute.noun)
+        while True:
+            value = self.values.draw(self.rng, kind)
+            lower = value.lower()
+            if not _words(value) & reserved and not any(lower in other or other in lower for other in taken):
+                return value
 
     def _choose(self, texts: tuple[str, ...]) -> str:
         return self.rng.choice(wordings(texts, self.split))
+
+    def _choose_pair(self, pairs: tuple[tuple[str, str], ...]) -> tuple[str, str]:
+        replies = dict(pairs)
+        user = self._choose(tuple(replies))
+        return user, replies[user]
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"[a-z]+", text.lower()))
+
+
+@lru_cache(maxsize=1)
+def _frame_words() -> set[str]:
+    """The words that replies and wordings consist of. One of them as a value could be right by chance, or ambiguous."""
+    texts = [*say.TELL, *say.ASK, *say.CHANGE, *say.CORRECT, *say.ASK_CHOICE, *say.ANSWER, *say.NEVER_TOLD]
+    for attribute in ATTRIBUTES:
+        texts += [attribute.noun, attribute.reply_noun, *attribute.statements, *attribute.questions]
+    return set().union(*map(_words, texts)) - set("abcdefghijklmnopqrstuvwxyz")
 
 
 def _user(text: str) -> Message:

@@ -150,8 +150,8 @@ def test_compressed_files_are_read_and_digests_are_of_the_file(path: Path) -> No
         packed.write_bytes(pack(content))
         conversations = read_conversations(packed)
         assert len(conversations.good) == 1
-        assert conversations.sha256 == hashlib.sha256(packed.read_bytes()).hexdigest()
-        assert conversations.size == packed.stat().st_size
+        assert conversations.file.sha256 == hashlib.sha256(packed.read_bytes()).hexdigest()
+        assert conversations.file.bytes == packed.stat().st_size
         packed.write_bytes(pack(content)[:-5])
         with pytest.raises(DataError, match="no whole"):
             read_conversations(packed)

@@ -71,7 +71,21 @@ def _split(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-OPEN_KINDS = ("word", "name", "title", "phrase", "number", "amount", "time", "date", "version", "path", "code")
+OPEN_KINDS = (
+    "word",
+    "name",
+    "pair",
+    "full_name",
+    "title",
+    "phrase",
+    "number",
+    "amount",
+    "time",
+    "date",
+    "version",
+    "path",
+    "code",
+)
 OPEN_KIND = {
     "city": "name",
     "food": "word",
@@ -88,6 +102,9 @@ OPEN_KIND = {
     "status": "word",
 }
 """The open kind from which an attribute with a closed pool can also take values."""
+
+TWO_WORDS = {"word": "pair", "name": "full_name"}
+"""The kind with two words from which an attribute with values of one word can also take values."""
 
 _FIRST_NAMES = _split(
     "Anna Bruno Clara David Elena Felix Greta Hugo Irene Jonas Karin Leon Marta Nils Olga Pablo Rosa "
@@ -162,8 +179,10 @@ class Values:
         self._draw: dict[str, Callable[[Random], str]] = {
             "word": self._word,
             "name": self._name,
-            "title": lambda rng: " ".join(self._word(rng).capitalize() for _ in range(2)),
-            "phrase": lambda rng: " ".join(self._word(rng) for _ in range(rng.choice((2, 2, 2, 3, 3, 4)))),
+            "pair": lambda rng: " ".join(rng.sample(self._words, 2)),
+            "full_name": lambda rng: " ".join(rng.sample(self._names, 2)),
+            "title": lambda rng: " ".join(word.capitalize() for word in rng.sample(self._words, 2)),
+            "phrase": lambda rng: " ".join(rng.sample(self._words, rng.choice((2, 2, 2, 3, 3, 4)))),
             "number": self._hashed(_number),
             "amount": self._hashed(lambda rng: f"{_number(rng)} {rng.choice(('euros', 'dollars', 'pounds'))}"),
             "time": self._hashed(_time),

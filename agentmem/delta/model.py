@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from agentmem.delta.adapter import Adapter, collect, fill, load_adapter, need_base, save_adapter
-from agentmem.delta.attach import AttentionSite, find_sites, need_weights, projection_sites, targeted
+from agentmem.delta.attach import AttentionSite, ProjectionSite, find_sites, need_weights, projection_sites, targeted
 from agentmem.delta.config import MemoryConfig
 from agentmem.delta.decode import DecodeStep, PackedWeights, TorchDecodeStep
 from agentmem.delta.decode_pool import PooledDecodeStep
@@ -141,6 +141,11 @@ class SteeredModel:
             "a steered model is not copied or pickled, since it works in the modules of its model; copy the model, "
             "which gives a bare one: SteeredModel.attach(copy.deepcopy(steered.model), adapter=steered.adapter)"
         )
+
+    @property
+    def sites(self) -> tuple[ProjectionSite, ...]:
+        """The projections that are corrected, or whose input the memory reads, in the order in which they run."""
+        return tuple(self._sites)
 
     @property
     def state_shape(self) -> tuple[int, int, int, int]:

@@ -54,6 +54,7 @@ class ForwardContext(ABC):
         first_order: whether gradients flow through what is written and read, but not through the model, which then
             runs without a graph.
         kept: the read of each layer, [B, T, H, r]; None: they are not kept.
+        read_scale: [B, T] float32, by which each token's read is multiplied before it corrects anything; None = 1.
     """
 
     def __init__(self, memory: Sequence[LayerMemory], state: Tensor) -> None:
@@ -61,6 +62,7 @@ class ForwardContext(ABC):
         self.state = state
         self.first_order = False
         self.kept: dict[int, Tensor] | None = None
+        self.read_scale: Tensor | None = None
         self._reads: dict[int, Tensor] = {}
         self._layers_read = 0
 
@@ -87,6 +89,8 @@ class ForwardContext(ABC):
             read = self.read_apart(layer, hidden) if self.first_order else self.read(layer, hidden)  # [B, T, H, r]
             if self.kept is not None:
                 self.kept[layer] = read
+            if self.read_scale is not None:
+                read = read * self.read_scale.to(read.device)[..., None, None]
             self._reads[layer] = read.detach() if self.first_order else read
         if layer not in self._reads:  # none of the layer's input projections ran; `end` raises
             return output

@@ -103,29 +103,38 @@ def start_fitted(steered: SteeredModel, examples: Sequence[Example], pad: int, *
             f"{count} in {len(examples)} conversations. Give more data, or start: copier"
         )
     features = _collect(steered, places, pad, rows)
-    head = steered.model.get_output_embeddings().weight.detach().float()
-    norm = _final_norm(steered)
-    directions = head if norm is None else head * norm  # [V, D]
+    codes, decoder = _token_codes(steered)
     generator = torch.Generator().manual_seed(seed)
-    size = config.rank * config.num_state_heads
-    length = directions[features[0].tokens].square().sum(-1).mean()
-    # Residuals grow with depth; what arrives at the end is scaled by the last norm.
-    residual = _residual_scale(steered, places, pad)
-    share = len(features) * size / directions.shape[1]
-    gain = _RAISE * residual / (length * max(share, 1e-6) * config.scale)
+    # A recalled code raises its token's logit by its squared length over all slices, divided by the last norm's scale.
+    numbers = config.rank * config.num_state_heads * len(features)
+    gain = _RAISE * _residual_scale(steered, places) / (numbers * config.scale)
     for module, layer in zip(_modules(steered), features, strict=True):
-        _fit_layer(module, layer, directions, float(gain), generator)
+        _fit_layer(module, layer, codes, gain * decoder, generator)
     return count
 
 
+def _token_codes(steered: SteeredModel) -> tuple[Tensor, Tensor]:
+    """Codes of all tokens [V, D] with unit covariance, and the matrix [D, D] that turns a code into a hidden state.
+
+    Rows of the vocabulary matrix have much in common, which tells no token from another; codes have not. A hidden state
+    made from a code raises the logit of each token by the product of both codes, and so of other tokens hardly.
+    """
+    head = steered.model.get_output_embeddings().weight.detach().float()
+    norm = _final_norm(steered)
+    rows = head if norm is None else head * norm
+    rows = rows - rows.mean(0)
+    root = _inverse_root((rows.T @ rows / len(rows)).double()).float()
+    return rows @ root, root
+
+
 def _fit_layer(
-    module: LayerMemory, layer: _Features, directions: Tensor, gain: float, generator: torch.Generator
+    module: LayerMemory, layer: _Features, codes: Tensor, decoder: Tensor, generator: torch.Generator
 ) -> None:
+    """Fit one layer; `codes` [V, D] of all tokens, `decoder` [D, D] from a code to what is added to the output."""
     config, dim = module.config, layer.written.shape[1]
     rank, heads = config.rank, config.num_state_heads
     written, asked = _Centred.of(layer.written, layer.others), _Centred.of(layer.asked, layer.asked)
-    slices = torch.linalg.qr(torch.randn(directions.shape[1], rank * heads, generator=generator))[0].T  # [H r, D]
-    unit = directions[layer.tokens].square().mean().sqrt()
+    slices = torch.linalg.qr(torch.randn(dim, rank * heads, generator=generator))[0].T  # [H r, D]
     # With several heads the second half of them learns the later tokens of values; all of them if there are none.
     later = heads // 2 if int((~layer.first).sum()) >= 2 * rank else 0
     for head in range(heads):
@@ -134,14 +143,14 @@ def _fit_layer(
         keys, queries = _correlated(written.pairs[mine], asked.pairs[mine], rank)
         _set(module, "memory_k_proj", part, written.weights(keys))
         _set(module, "memory_q_proj", part, asked.weights(queries))
-        targets = directions[layer.tokens[mine]] @ slices[part].T / unit  # [n, r]
+        targets = codes[layer.tokens[mine]] @ slices[part].T  # [n, r]
         _set(module, "memory_v_proj", part, written.weights(_ridge(written.pairs[mine], targets)))
         weight, bias = _gate(layer.written[mine], torch.cat([layer.others, layer.written[~mine]]))
         gates = slice(part.start, part.stop) if config.rankwise_gates else slice(head, head + 1)
         _set(module, "beta_proj", gates, weight.expand(gates.stop - gates.start, dim))
         _set(module, "beta_bias", gates, bias.expand(gates.stop - gates.start))
         output = module.get_parameter("delta_o_proj")
-        output[:, part] = (gain * unit * slices[part].T).to(output)
+        output[:, part] = (decoder @ slices[part].T).to(output)
 
 
 @dataclass(frozen=True)
@@ -313,9 +322,8 @@ def _hidden(
     return hidden
 
 
-def _residual_scale(steered: SteeredModel, places: Sequence[_Places], pad: int) -> float:
+def _residual_scale(steered: SteeredModel, places: Sequence[_Places]) -> float:
     """Root mean square of what enters the last norm, at the tokens that predict a recalled value."""
-    del pad
     kept: list[Tensor] = []
     norm = _final_norm_module(steered)
     if norm is None:

@@ -62,6 +62,10 @@ class MemoryStep(nn.Module):
     Attributes:
         memory: the trained parameters.
         model: the frozen model, which is never saved.
+        gradient: see above; may be changed between steps.
+        reading: how much of its read a token that predicts no target is corrected by, from 0 to 1; may be changed
+            between steps. A new memory reads at random, and what it reads would spoil what is written later; it learns
+            what to recall before everything is corrected.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class MemoryStep(nn.Module):
         self.model: nn.Module = steered.model.requires_grad_(False)
         self.memory = steered.memory
         self.gradient: Gradient = gradient
+        self.reading = 1.0
         self._steered = steered
         self._truncate, self._read_penalty = truncate, read_penalty
         self._checkpointing = gradient_checkpointing
@@ -185,6 +190,7 @@ class MemoryStep(nn.Module):
                 cache=cache,
                 first_order=self.gradient == "first_order" and not targeted,
                 keep_reads=self._read_penalty > 0,
+                read_scale=None if self.reading >= 1 else counts + self.reading * ~counts,
             )
         finally:
             handle.remove()

@@ -9,6 +9,7 @@ same methods (`engine` runs all calls on one thread).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from agentmem.delta.decode import DecodeStep, PackedWeights, TorchDecodeStep
 from agentmem.delta.decode_pool import PooledDecodeStep
 from agentmem.delta.fingerprint import model_fingerprint
 from agentmem.delta.layer import LayerMemory
-from agentmem.delta.passes import ForwardContext, Pending, SegmentPass, TokenPass
+from agentmem.delta.passes import AllRead, ForwardContext, Pending, SegmentPass, TokenPass
 from agentmem.errors import ConfigError, SegmentsRequiredError, StateMismatchError, TurnError
 
 __all__ = ["Pending", "SteeredModel", "SteeredOutput"]
@@ -250,6 +251,8 @@ class SteeredModel:
         context.read_scale = read_scale
         if first_order and torch.is_grad_enabled():
             context.first_order = True
+            # Layers above the last one with memory have no part in what is written.
+            context.stops = logits_to_keep < 0 and cache is None and not hasattr(self.model, "hf_device_map")
             with torch.no_grad():
                 logits, after, open_sums = self._run(context, inputs, cache, logits_to_keep, close)
         else:
@@ -346,7 +349,10 @@ class SteeredModel:
                 own_forwards.append(module.__dict__.get("forward"))
                 # Not through `nn.Module.__setattr__`, which takes longer than everything else here.
                 module.__dict__["forward"] = partial(context.forward, site, module.forward)
-            if logits_to_keep < 0:
+            if context.stops:
+                with suppress(AllRead):
+                    self.model.get_decoder()(**inputs)
+            elif logits_to_keep < 0:
                 self.model.get_decoder()(**inputs)
             else:
                 logits = self.model(logits_to_keep=logits_to_keep, **inputs).logits

@@ -45,6 +45,10 @@ class Pending:
     sums: Tensor | tuple[Tensor, ...]
 
 
+class AllRead(Exception):
+    """Raised inside the model when every layer has read and nothing else of the call is wanted."""
+
+
 class ForwardContext(ABC):
     """One call with memory, over all layers.
 
@@ -55,6 +59,7 @@ class ForwardContext(ABC):
             runs without a graph.
         kept: the read of each layer, [B, T, H, r]; None: they are not kept.
         read_scale: [B, T] float32, by which each token's read is multiplied before it corrects anything; None = 1.
+        stops: whether to leave the model, by `AllRead`, as soon as the last layer has read.
     """
 
     def __init__(self, memory: Sequence[LayerMemory], state: Tensor) -> None:
@@ -63,6 +68,7 @@ class ForwardContext(ABC):
         self.first_order = False
         self.kept: dict[int, Tensor] | None = None
         self.read_scale: Tensor | None = None
+        self.stops = False
         self._reads: dict[int, Tensor] = {}
         self._layers_read = 0
 
@@ -89,6 +95,8 @@ class ForwardContext(ABC):
             read = self.read_apart(layer, hidden) if self.first_order else self.read(layer, hidden)  # [B, T, H, r]
             if self.kept is not None:
                 self.kept[layer] = read
+            if self.stops and self._layers_read == len(self.memory):
+                raise AllRead
             if self.read_scale is not None:
                 read = read * self.read_scale.to(read.device)[..., None, None]
             self._reads[layer] = read.detach() if self.first_order else read

@@ -150,8 +150,8 @@ def scan(args: ScanArgs, *, chunk: int = 0) -> tuple[Tensor, Tensor]:
         return results
     if not chunk and runs_numba(*args):
         if torch.is_grad_enabled() and any(x.requires_grad for x in args):
-            results = _NumbaScan.apply(*args)
-            return results
+            by_numba: tuple[Tensor, Tensor] = _NumbaScan.apply(*args)  # type: ignore[no-untyped-call]
+            return by_numba
         return _scan_by_numba(args)
     return recurrence.scan_blocked(args, chunk=chunk) if chunk else recurrence.scan(args)
 
@@ -176,7 +176,7 @@ class _NumbaScan(torch.autograd.Function):
         return _scan_by_numba(args)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor, ...]:
         from agentmem.kernels import numba_scan
 

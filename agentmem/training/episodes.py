@@ -91,10 +91,14 @@ class FactQuestion:
 
 @dataclass(frozen=True)
 class FactEpisode:
-    """Turns, oldest first, and independent questions, each of which is asked after all of them."""
+    """Turns, oldest first, and independent questions, each of which is asked after all of them.
+
+    `system` is the system message in front of everything; None = there is none, and a template puts in its own.
+    """
 
     turns: tuple[FactTurn, ...]
     questions: tuple[FactQuestion, ...]
+    system: Message | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,8 @@ class EpisodeConfig:
         one_domain: how often all attributes of an episode are of one domain (a person, a project ...).
         own_wordings: how often an attribute's own statement or question is used and not a general one.
         questions: at most this many questions per episode.
+        repeats: how many questions, each in a wording of its own, are about the same fact.
+        systems: how often an episode has a system message.
         acts: how the questions about facts are distributed.
         kinds: kinds of values that attributes may have; empty = all.
         kind_weights: how much more often attributes of a kind are chosen than others: (("number", 3.0),).
@@ -130,6 +136,8 @@ class EpisodeConfig:
     one_domain: float = 0.4
     own_wordings: float = 0.4
     questions: int = 4
+    repeats: int = 1
+    systems: float = 0.0
     acts: tuple[tuple[QuestionAct, float], ...] = (
         ("ask", 0.75),
         ("choice", 0.1),
@@ -144,7 +152,8 @@ class EpisodeConfig:
             low, high = getattr(self, name)
             if not 0 <= low <= high:
                 raise ConfigError(f"{name} must be a range (fewest, most) from 0; found {(low, high)}")
-        for name in ("several", "changes", "rules", "open_values", "two_words", "one_domain", "own_wordings"):
+        shares = ("several", "changes", "rules", "open_values", "two_words", "one_domain", "own_wordings", "systems")
+        for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must be a share from 0 to 1; found {getattr(self, name)}")
         unknown = {*self.kinds, *(kind for kind, _ in self.kind_weights)} - set(OPEN_KINDS) - set(POOLS)
@@ -155,6 +164,8 @@ class EpisodeConfig:
         acts = set(get_args(QuestionAct)) - {"rule_followed"}  # asked wherever an episode has a rule
         if strange := {act for act, _ in self.acts} - acts:
             raise ConfigError(f"acts are {', '.join(sorted(acts))}; found {min(strange)!r}")
+        if self.repeats < 1:
+            raise ConfigError(f"repeats is at least 1; found {self.repeats}")
         if self.questions < 1 or not self.acts or sum(weight for _, weight in self.acts) <= 0:
             raise ConfigError("an episode needs at least one question and one act of asking with a weight above 0")
 
@@ -232,7 +243,8 @@ class _Draft:
             attribute = rng.choice(list(self.facts))
             first = next(i for i, turn in enumerate(turns) if any(fact.attribute is attribute for fact in turn.facts))
             turns.insert(rng.randint(first + 1, len(turns)), self._change(attribute))
-        return FactEpisode(tuple(turns), self._questions())
+        system = Message("system", rng.choice(say.SYSTEMS)) if rng.random() < self.config.systems else None
+        return FactEpisode(tuple(turns), self._questions(), system)
 
     def _sample(self, choices: tuple[FactAttribute, ...], count: int) -> list[FactAttribute]:
         """Different attributes, of one domain as often as the config says, by the weights of their kinds."""
@@ -309,7 +321,8 @@ class _Draft:
         facts = rng.sample(list(self.facts.values()), min(len(self.facts), self.config.questions))
         # Facts that were changed are the most useful to ask for, so they come first.
         facts.sort(key=lambda fact: not fact.old)
-        questions = [self._question(rng.choices(acts, weights)[0], fact) for fact in facts]
+        repeated = facts * self.config.repeats
+        questions = [self._question(rng.choices(acts, weights)[0], fact) for fact in repeated]
         if self.rule is not None:
             questions.insert(0, self._rule_question(self.rule))
         return tuple(questions[: self.config.questions]) or (self._never_told(),)

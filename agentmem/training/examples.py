@@ -6,8 +6,8 @@ An engine writes a history in one of three ways, and an adapter has to work with
     exchanges   messages were remembered up to each reply, without a prompt (`Engine.remember`)
     whole       the history came all at once, and what no prompt shows was written in long passes
 
-`ExampleMaker` asks `plan_turn` and `plan_remember` what they would do, so window, template, segments and write rules are
-those of the engine. An `Example` holds passes that follow each other through the state, and questions that each start
+`ExampleMaker` asks `plan_turn` and `plan_remember` what they would do, so window, template, segments and write
+rules are those of the engine. An `Example` holds passes that follow each other through the state, and questions that each start
 from the state after the last pass. `collate` lays examples out as tensors.
 """
 
@@ -33,6 +33,7 @@ from agentmem.training.conversations import Ask, Conversation
 
 History = Literal["turns", "exchanges", "whole", "mixed"]
 
+_LAST_MESSAGE = Window(messages=1)
 _WAYS: tuple[History, ...] = ("turns", "exchanges", "whole")
 _REPLY_WEIGHT = 3.0
 """Total weight of a reply that is judged as a whole, so that long replies do not outweigh the values of others."""
@@ -105,7 +106,7 @@ class ExampleMaker:
         strategy: WriteStrategy,
         limit: int,
         *,
-        window: Window = Window(messages=1),
+        window: Window = _LAST_MESSAGE,
         history: History = "mixed",
         other_weight: float = 0.1,
     ) -> None:
@@ -158,7 +159,9 @@ class ExampleMaker:
             passes += self._remember(messages[:stop], consumed, conversation.origin)
         if target is not None:
             passes += self._turn(conversation, target, stop)
-        return Example(tuple(passes), tuple(self._ask(conversation, ask) for ask in conversation.asks), conversation.origin)
+        return Example(
+            tuple(passes), tuple(self._ask(conversation, ask) for ask in conversation.asks), conversation.origin
+        )
 
     def _turn(self, conversation: Conversation, index: int, consumed: int) -> Iterator[Pass]:
         """The passes of the turn whose reply is message `index`, after `consumed` messages were consumed."""

@@ -139,7 +139,9 @@ def _fit_layer(
     later = heads // 2 if int((~layer.first).sum()) >= 2 * rank else 0
     for head in range(heads):
         part = slice(head * rank, (head + 1) * rank)
-        mine = ~layer.first if later and head >= heads - later else layer.first if later else torch.ones_like(layer.first)
+        mine = (
+            ~layer.first if later and head >= heads - later else layer.first if later else torch.ones_like(layer.first)
+        )
         keys, queries = _correlated(written.pairs[mine], asked.pairs[mine], rank)
         _set(module, "memory_k_proj", part, written.weights(keys))
         _set(module, "memory_q_proj", part, asked.weights(queries))
@@ -191,7 +193,8 @@ def _correlated(x: Tensor, y: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def _inverse_root(covariance: Tensor) -> Tensor:
     covariance = covariance + _RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance)).double()
     values, vectors = torch.linalg.eigh(covariance)
-    return vectors @ torch.diag(values.clamp_min(1e-12).rsqrt()) @ vectors.T
+    root: Tensor = vectors @ torch.diag(values.clamp_min(1e-12).rsqrt()) @ vectors.T
+    return root
 
 
 def _ridge(x: Tensor, y: Tensor) -> Tensor:
@@ -199,7 +202,8 @@ def _ridge(x: Tensor, y: Tensor) -> Tensor:
     x, y = x.double(), y.double()
     covariance = x.T @ x
     covariance += _RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance)).double()
-    return torch.linalg.solve(covariance, x.T @ y).T.float()
+    weights: Tensor = torch.linalg.solve(covariance, x.T @ y)
+    return weights.T.float()
 
 
 def _gate(values: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
@@ -287,9 +291,7 @@ def _collect(steered: SteeredModel, places: Sequence[_Places], pad: int, rows: i
     ]
 
 
-def _hidden(
-    steered: SteeredModel, wanted: Sequence[tuple[Pass, list[int]]], pad: int, rows: int
-) -> list[list[Tensor]]:
+def _hidden(steered: SteeredModel, wanted: Sequence[tuple[Pass, list[int]]], pad: int, rows: int) -> list[list[Tensor]]:
     """For each layer with memory, the inputs of its attention at the wanted positions of every pass, [n, D] each."""
     inputs: dict[int, Tensor] = {}
 

@@ -110,6 +110,11 @@ class MemoryStep(nn.Module):
         return {"loss": total / weight.clamp_min(_TINY) + penalty, "sum": total, "weight": weight, "penalty": penalty}
 
     @torch.no_grad()
+    def states(self, batch: Mapping[str, Any]) -> Tensor:
+        """The memory [B, L, H, r, r] after all passes of a batch, without gradients."""
+        return self._write(batch)[0]
+
+    @torch.no_grad()
     def losses(self, batch: Mapping[str, Any], start: Start = "memory") -> tuple[Tensor, Tensor]:
         """Each question's loss with a memory, without gradients.
 

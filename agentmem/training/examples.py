@@ -6,9 +6,9 @@ An engine writes a history in one of three ways, and an adapter has to work with
     exchanges   messages were remembered up to each reply, without a prompt (`Engine.remember`)
     whole       the history came all at once, and what no prompt shows was written in long passes
 
-`ExampleMaker` asks `plan_turn` and `plan_remember` what they would do, so window, template, segments and write
-rules are those of the engine. An `Example` holds passes that follow each other through the state, and questions that each start
-from the state after the last pass. `collate` lays examples out as tensors.
+`ExampleMaker` asks `plan_turn` and `plan_remember` what they would do, so window, template, segments and write rules
+are those of the engine. An `Example` holds passes that follow each other through the state, and questions that each
+start from the state after the last pass. `collate` lays examples out as tensors.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def test_only_values_and_what_ends_them_have_full_weight(nano: Engine) -> None:
 
 
 def test_the_reply_that_counts_is_read_with_what_its_window_shows(nano: Engine) -> None:
-    messages = [Message(role, text) for text in TEXTS for role in ("user", "assistant")]  # type: ignore[arg-type]
+    messages = [Message(role, text) for text in TEXTS for role in ("user", "assistant")]
     example = maker(nano, "token", window=Window(messages=1), history="turns")(
         conversation(messages, train=True), Random(0)
     )
@@ -163,7 +163,7 @@ def test_checkpointing_changes_no_gradient_and_truncation_cuts_it() -> None:
         ({"truncate": 1}, False),
         ({"gradient": "first_order"}, False),
     ):
-        found_loss, found = gradients(MemoryStep(lively(), **options), examples, joined=False)  # type: ignore[arg-type]
+        found_loss, found = gradients(MemoryStep(lively(), **options), examples, joined=False)
         assert_close(found_loss, loss, 4 * TERMS)
         if same:
             assert_close(found, full, 20 * TERMS)

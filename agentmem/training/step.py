@@ -14,12 +14,14 @@ Where gradients flow:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from agentmem.delta.model import SteeredModel
@@ -29,6 +31,7 @@ Gradient = Literal["full", "first_order"]
 Start = Literal["memory", "zero", "foreign"]
 
 _TINY = 1e-6
+_SHORT = 256  # tokens of a row
 
 
 @dataclass(frozen=True)
@@ -185,18 +188,19 @@ class MemoryStep(nn.Module):
         # Logits are computed only for tokens with weight, so the hidden state is taken before the vocabulary product.
         handle = decoder.register_forward_hook(lambda _module, _inputs, output: hidden.append(output.last_hidden_state))
         try:
-            out = self._steered(
-                ids,
-                state,
-                attention_mask=mask,
-                position_ids=layout["positions"][:, columns],
-                segments=segments,
-                logits_to_keep=-1,
-                cache=cache,
-                first_order=self.gradient == "first_order" and not targeted,
-                keep_reads=self._read_penalty > 0,
-                read_scale=None if self.reading >= 1 else counts + self.reading * ~counts,
-            )
+            with _quick_attention(ids):
+                out = self._steered(
+                    ids,
+                    state,
+                    attention_mask=mask,
+                    position_ids=layout["positions"][:, columns],
+                    segments=segments,
+                    logits_to_keep=-1,
+                    cache=cache,
+                    first_order=self.gradient == "first_order" and not targeted,
+                    keep_reads=self._read_penalty > 0,
+                    read_scale=None if self.reading >= 1 else counts + self.reading * ~counts,
+                )
         finally:
             handle.remove()
         losses = state.new_zeros(len(ids))
@@ -229,6 +233,14 @@ class MemoryStep(nn.Module):
         loud = torch.stack([result.loud for result in results]).sum(0) / max(1, targets)
         # The denominator is a scale only: otherwise reading more at targets would be rewarded too.
         return (quiet / (loud.detach() + _TINY)).mean()
+
+
+def _quick_attention(ids: Tensor) -> AbstractContextManager[None]:
+    """The fastest way to differentiate attention: for short rows on a CPU plain products, in half of the time."""
+    if ids.device.type == "cpu" and ids.shape[1] <= _SHORT and torch.is_grad_enabled():
+        quick: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
+        return quick
+    return nullcontext()
 
 
 def _real(layout: Mapping[str, Any], columns: slice) -> Tensor:

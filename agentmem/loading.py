@@ -8,7 +8,6 @@ the caller allows it (`trust_remote_code`).
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -21,12 +20,11 @@ from agentmem.delta.adapter import load_adapter
 from agentmem.delta.config import CONFIG_FILE
 from agentmem.delta.fingerprint import check_digests
 from agentmem.delta.model import SteeredModel
-from agentmem.delta.published import CARD, advice, base_name, find_published, is_made_from
+from agentmem.delta.published import CARD, advice, check_base, find_published
 from agentmem.engine import Engine
 from agentmem.errors import (
     AdapterError,
     ConfigError,
-    MemoryWarning,
     MissingAdapterError,
     ModelNotFoundError,
     install_hint,
@@ -104,11 +102,17 @@ def load(
             directory = _adapter_directory(place, adapter, adapter_revision)
             weights = load_adapter(directory)
             if weights.base is None:
-                _check_base(place, adapter, directory)
+                check_base(place, directory, str(adapter or directory))
         tokenizer = _read(AutoTokenizer.from_pretrained, place, **common)
         if getattr(tokenizer, "chat_template", None) is None:
             raise ConfigError(
                 f"the tokenizer of {model} has no chat template; use a chat model, or set one and save it"
+            )
+        if not tokenizer.encode(
+            "a", add_special_tokens=False
+        ):  # what transformers makes of a directory without its files
+            raise ModelNotFoundError(
+                f"the model at {place!r} is not complete: its tokenizer has no vocabulary; fetch the model again"
             )
         loaded, report = _read(
             AutoModelForCausalLM.from_pretrained, place, output_loading_info=True, **common, **options
@@ -118,6 +122,12 @@ def load(
         raise ModelNotFoundError(
             f"the weights of the model at {place!r} are not complete: {len(names)} tensors are missing, the first is "
             f"{names[0]}; fetch the model again"
+        )
+    end = loaded.generation_config.eos_token_id
+    if not all(isinstance(token, int) for token in (end if isinstance(end, list) else [end or 0])):
+        raise ModelNotFoundError(
+            f"the model at {place!r} is damaged: eos_token_id in its generation_config.json is a number or a list of "
+            f"numbers; found {end!r}; fetch the model again"
         )
     if device_map is None:
         loaded = loaded.to(target)
@@ -216,8 +226,8 @@ def _adapter_directory(model: str, adapter: str | Path | None, revision: str | N
         if (own / CONFIG_FILE).exists():
             return own
         raise MissingAdapterError(
-            f"{model} has no adapter of its own: pass adapter= with a directory or hub id of one trained for it, "
-            f"or adapter=False to run it without memory; {advice(model)}"
+            f"{model} has no adapter of its own: pass adapter= (--adapter) with a directory or hub id of one trained "
+            f"for it, or adapter=False (--adapter none) to run it without memory; {advice(model)}"
         )
     if Path(adapter).is_dir():
         return Path(adapter)
@@ -234,46 +244,6 @@ def _adapter_directory(model: str, adapter: str | Path | None, revision: str | N
             return Path(snapshot_download(name, **options))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise AdapterError(f"adapter {name!r} is neither a directory nor a reachable hub id: {error}") from error
-
-
-def _check_base(model: str, adapter: str | Path | None, directory: Path) -> None:
-    """Compare the names of model and adapter, if the adapter has no fingerprint of its model.
-
-    Raises:
-        AdapterError: both name a model, and not the same one. A directory's own name proves nothing, so in that case,
-            and if there is no name, it is only a `MemoryWarning`.
-    """
-    published = find_published(str(adapter))
-    base = base_name(directory) if published is None else published.base
-    if base is None:
-        problem = (
-            f"the adapter in {directory} does not say which model it was made for; it fits every model of that shape, "
-            "and steers all but one at random"
-        )
-    else:
-        names = [model]
-        if Path(model).is_dir():
-            names.append(_recorded_name(Path(model)))
-        if any(is_made_from(name, base) for name in names):
-            return
-        problem = f"the adapter {str(adapter or directory)!r} was made for {base}, the model is {model}"
-        if not Path(model).is_dir():
-            raise AdapterError(f"{problem}; load that model, or an adapter that was trained for this one")
-    warnings.warn(
-        f"{problem}. If they belong together, save the adapter once with agentmem.load(...).steered.save(directory): "
-        "from then on it carries the fingerprint of its model, and any other is refused",
-        MemoryWarning,
-        stacklevel=3,
-    )
-
-
-def _recorded_name(model: Path) -> str:
-    """The name that older versions of transformers wrote into a model's config; empty if there is none."""
-    try:
-        name = json.loads((model / "config.json").read_text("utf-8")).get("_name_or_path")
-    except (OSError, ValueError, AttributeError):
-        return ""
-    return name if isinstance(name, str) else ""
 
 
 def _device(name: str) -> torch.device:

@@ -47,7 +47,7 @@ LONGEST = 120  # characters of an error on the page
 SETTINGS = """[pytest]
 asyncio_mode = auto
 asyncio_default_fixture_loop_scope = function
-timeout = 120
+timeout = 600
 python_files = *.py
 addopts = -p no:benchmark -p no:codspeed -p no:recording -p no:cacheprovider
     --disable-socket --allow-unix-socket --allow-hosts=127.0.0.1,::1,localhost
@@ -56,7 +56,7 @@ INTRODUCTION = """\
 `ChatModelIntegrationTests` of langchain-tests on the weights of nano, with the same flags for each: tool calling, tool
 choice, structured output, JSON mode, usage metadata with cache reads. The suite tests
 plumbing; some of its tests also ask for skill, of which nano has little. Where the model lacks skill both fail. What is
-skipped is what a text model has not (images, audio, PDF), and recorded traffic."""
+skipped is what a text model has not (images, audio, PDF), another model named in a call, and recorded traffic."""
 
 Verdict = Literal["passed", "failed", "skipped"]
 VERDICTS: tuple[Verdict, ...] = ("passed", "failed", "skipped")

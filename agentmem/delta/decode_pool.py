@@ -97,15 +97,17 @@ class PooledDecodeStep(ForwardContext):
         else:
             products = module.products(rows)  # [B, 3 H r + gates]
         read = kernels.step(
-            products,
-            self.state,
-            self._slots,
-            layer,
-            module.beta_bias,
-            getattr(module, "lambda_bias", None),
-            mask=self._mask,
-            normalize=module.config.normalize_qk,
-            mode=module.config.state_update_mode,
+            kernels.StepArgs(
+                products,
+                self.state,
+                self._slots,
+                layer,
+                module.beta_bias,
+                getattr(module, "lambda_bias", None),
+                mask=self._mask,
+                normalize=module.config.normalize_qk,
+                mode=module.config.state_update_mode,
+            )
         )
         return read.view(-1, 1, *self.state.shape[2:4])  # [B, H r] -> [B, 1, H, r]
 

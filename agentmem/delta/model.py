@@ -27,6 +27,7 @@ from agentmem.delta.decode_pool import PooledDecodeStep
 from agentmem.delta.fingerprint import model_fingerprint
 from agentmem.delta.layer import LayerMemory
 from agentmem.delta.passes import AllRead, ForwardContext, Pending, SegmentPass, TokenPass
+from agentmem.delta.published import check_base
 from agentmem.errors import ConfigError, SegmentsRequiredError, StateMismatchError, TurnError
 
 __all__ = ["Pending", "SteeredModel", "SteeredOutput"]
@@ -108,11 +109,14 @@ class SteeredModel:
         Raises:
             UnsupportedModelError: the attention cannot be steered.
             AdapterError, ConfigError: the adapter does not fit, was made for another model, or both or neither were
-                given.
+                given. A directory that does not say which model it was made for, or names another one than a
+                model that was loaded from a directory, is only a `MemoryWarning`.
         """
         loaded: Adapter | None = None
         if adapter is not None and config is None:
             loaded = load_adapter(adapter) if isinstance(adapter, str | Path) else adapter
+            if loaded.base is None and not isinstance(adapter, Adapter):
+                check_base(getattr(model.config, "name_or_path", ""), Path(adapter), str(adapter))
             config = loaded.config
         elif config is None or adapter is not None:
             raise ConfigError("give either adapter= (trained weights) or config= (fresh weights to train)")

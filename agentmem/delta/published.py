@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+
+from agentmem.errors import AdapterError, MemoryWarning
 
 CARD, PEFT_FILE = "README.md", "adapter_config.json"
 _BASE_MODEL = re.compile(r"^base_model:\s*(?:-\s*)?[\"']?([^\s\"'#\[\]]+)", re.MULTILINE)
@@ -78,6 +81,50 @@ def is_made_from(model: str, base: str) -> bool:
     The names of quantised and converted copies contain it: `unsloth/Qwen3-4B-Instruct-2507-bnb-4bit`.
     """
     return _last_part(base).lower() in _last_part(model).lower()
+
+
+def check_base(model: str, directory: Path, name: str) -> None:
+    """Compare the names of model and adapter, if the adapter has no fingerprint of its model.
+
+    Args:
+        model: the model's hub id or directory; empty if it is not known.
+        directory: where the adapter's files are.
+        name: the adapter as the caller named it.
+
+    Raises:
+        AdapterError: both name a model, and not the same one. A directory's own name proves nothing, so in that case,
+            and if there is no name, it is only a `MemoryWarning`.
+    """
+    published = find_published(name)
+    base = base_name(directory) if published is None else published.base
+    if base is None:
+        problem = (
+            f"the adapter in {directory} does not say which model it was made for; it fits every model of that shape, "
+            "and steers all but one at random"
+        )
+    else:
+        proves_nothing = not model or Path(model).is_dir()
+        names = [model, _recorded_name(Path(model))] if proves_nothing else [model]
+        if any(is_made_from(found, base) for found in names):
+            return
+        problem = f"the adapter {name!r} was made for {base}, the model is {model or 'one without a name'}"
+        if not proves_nothing:
+            raise AdapterError(f"{problem}; load that model, or an adapter that was trained for this one")
+    warnings.warn(
+        f"{problem}. If they belong together, save the adapter once with agentmem.load(...).steered.save(directory): "
+        "from then on it carries the fingerprint of its model, and any other is refused",
+        MemoryWarning,
+        stacklevel=3,
+    )
+
+
+def _recorded_name(model: Path) -> str:
+    """The name that older versions of transformers wrote into a model's config; empty if there is none."""
+    try:
+        name = json.loads((model / "config.json").read_text("utf-8")).get("_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return name if isinstance(name, str) else ""
 
 
 def _last_part(name: str) -> str:

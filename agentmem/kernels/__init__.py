@@ -7,6 +7,6 @@ before a step, in a form for compiled graphs. `docs/kernels.md` says what was ch
 from __future__ import annotations
 
 from agentmem.kernels.ops import project, runs_numba, runs_triton, scan, step
-from agentmem.kernels.recurrence import ScanArgs
+from agentmem.kernels.recurrence import ScanArgs, StepArgs
 
-__all__ = ["ScanArgs", "project", "runs_numba", "runs_triton", "scan", "step"]
+__all__ = ["ScanArgs", "StepArgs", "project", "runs_numba", "runs_triton", "scan", "step"]

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from agentmem.errors import StateMismatchError, TurnError
 from agentmem.kernels import recurrence, torch_step
-from agentmem.kernels.recurrence import MODES, Mode, ScanArgs
+from agentmem.kernels.recurrence import MODES, ScanArgs, StepArgs
 
 _logger = logging.getLogger(__name__)
 _HAS_TRITON = find_spec("triton") is not None
@@ -66,31 +66,11 @@ def runs_numba(*tensors: Tensor) -> bool:
     return suited and os.environ.get("AGENTMEM_NUMBA") != "0" and _has_numba() and not torch.compiler.is_compiling()
 
 
-def step(
-    products: Tensor,
-    pool: Tensor,
-    slots: Tensor,
-    layer: int,
-    beta_bias: Tensor,
-    lambda_bias: Tensor | None = None,
-    *,
-    mask: Tensor | None = None,
-    normalize: bool = True,
-    mode: Mode = "standard",
-) -> Tensor:
+def step(args: StepArgs) -> Tensor:
     """One token per row through one layer's memory: read, then write in place.
 
     Args:
-        products: [B, 3 H r + gates], each row's products with `LayerMemory.packed_weight`; any float dtype.
-        pool: [slots, L, H, r, r] float32, contiguous; changed in place.
-        slots: [B] int32 or int64, the slot of every row's state; -1 = the row is inert: it reads zeros and writes
-            nothing. No slot may occur twice.
-        layer: which of the L layers.
-        beta_bias, lambda_bias: [H r], or [H] where each head has a single gate; `lambda_bias` None = lambda is 1 -
-            beta.
-        mask: [B] bool, False where a row reads and does not write; None = all rows write.
-        normalize: whether query and key go through tanh and are scaled to unit length.
-        mode: as `MemoryConfig.state_update_mode`.
+        args: `StepArgs`; its pool is changed.
 
     Returns:
         The reads [B, H r] of the state before the write, in the dtype of the products. There are no gradients: the
@@ -100,6 +80,7 @@ def step(
     Raises:
         StateMismatchError, TurnError: the pool, or another argument, has the wrong shape or dtype.
     """
+    products, pool, slots, layer, beta_bias, lambda_bias, mask, _, mode = args
     suited = pool.dim() == 5 and pool.shape[3] == pool.shape[4] and pool.is_contiguous()
     if not suited or pool.dtype not in (torch.float32, torch.float64):
         raise StateMismatchError(
@@ -118,8 +99,7 @@ def step(
         _need("mask", mask, (batch,), torch.bool)
     if not 0 <= layer < layers or mode not in MODES:
         raise TurnError(f"layer must be 0 to {layers - 1} and mode an update mode; found {layer} and {mode!r}")
-    arguments = (products, pool, slots, layer, beta_bias, lambda_bias, mask, normalize, mode)
-    reads: Tensor = torch.ops.agentmem.step(*arguments) if _needs_operator(pool) else _run_step(*arguments)
+    reads: Tensor = torch.ops.agentmem.step(*args) if _needs_operator(pool) else _run_step(*args)
     return reads
 
 
@@ -244,28 +224,24 @@ def _device_of(like: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(like.device) if like.is_cuda else nullcontext()
 
 
-def _run_step(
-    products: Tensor,
-    pool: Tensor,
-    slots: Tensor,
-    layer: int,
-    beta_bias: Tensor,
-    lambda_bias: Tensor | None,
-    mask: Tensor | None,
-    normalize: bool,
-    rule: str,  # not `mode`: while tracing, torch passes a keyword of that name to its own dispatch
-) -> Tensor:
+def _run_step(*arguments: Any) -> Tensor:
     """The operator's implementation. Its arguments are made contiguous, as the kernels assume."""
-    if _uses_triton(pool):
+    args = StepArgs(*arguments)
+    if _uses_triton(args.pool):
         # Triton is imported when the first kernel runs, so that nothing on a CPU has to wait for the import.
         from agentmem.kernels import triton_step
 
         backend: Any = triton_step
     else:
         backend = torch_step
-    vectors = (slots.contiguous(), layer, beta_bias.contiguous(), _contiguous(lambda_bias), _contiguous(mask))
-    with torch.no_grad(), _device_of(pool):
-        reads: Tensor = backend.step(products, pool, *vectors, normalize, rule)
+    args = args._replace(
+        slots=args.slots.contiguous(),
+        beta_bias=args.beta_bias.contiguous(),
+        lambda_bias=_contiguous(args.lambda_bias),
+        mask=_contiguous(args.mask),
+    )
+    with torch.no_grad(), _device_of(args.pool):
+        reads: Tensor = backend.step(args)
     return reads
 
 
@@ -273,7 +249,14 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-_step = torch.library.custom_op("agentmem::step", _run_step, mutates_args=("pool",))
+_step = torch.library.custom_op(
+    "agentmem::step",
+    _run_step,
+    mutates_args=("pool",),
+    # `rule` and not `mode`: while tracing, torch passes a keyword of that name to its own dispatch.
+    schema="(Tensor products, Tensor(a!) pool, Tensor slots, SymInt layer, Tensor beta_bias, Tensor? lambda_bias, "
+    "Tensor? mask, bool normalize, str rule) -> Tensor",
+)
 
 
 @_step.register_fake

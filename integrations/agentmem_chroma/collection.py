@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -252,6 +253,22 @@ def open_server(url: str, stack: ExitStack) -> Any:
         ) from error
     stack.callback(_close, client)
     return client
+
+
+def local_directory(path: str) -> str:
+    """The absolute path of a store's directory.
+
+    Raises:
+        FactStoreError: the path is empty, begins with the home directory of a user who does not exist, or looks like
+            the address of a server.
+    """
+    if not path or re.fullmatch(r"[\w.-]+:\d+", path):
+        hint = f"for a Chroma server: FactStore('http://{path}', ...)" if path else "'.' is the current directory"
+        raise FactStoreError(f"a fact store is a directory or a Chroma server (http://HOST:PORT), got {path!r}; {hint}")
+    try:
+        return str(Path(path).expanduser().resolve())
+    except RuntimeError as error:
+        raise FactStoreError(f"{path!r} is in a home directory that cannot be found: {error}") from error
 
 
 def embedded_directory(client: Any) -> str | None:

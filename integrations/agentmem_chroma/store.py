@@ -35,6 +35,7 @@ from agentmem_chroma.collection import (
     finish_rebuild,
     import_chromadb,
     is_of,
+    local_directory,
     open_collection,
     open_database,
     open_server,
@@ -133,7 +134,7 @@ class FactStore:
             self._place = os.fspath(path)
             self._client = open_server(self._place, opened)
             return False
-        directory = embedded_directory(client) if path is None else str(Path(path).expanduser().resolve())
+        directory = embedded_directory(client) if path is None else local_directory(os.fspath(path))
         self._place = directory or "a client"
         damage = None
         if directory is not None:
@@ -182,6 +183,8 @@ class FactStore:
             )
         stated = datetime.now(UTC) if time is None else time
         items = [facts] if isinstance(facts, str | Fact | Document) else facts
+        if not isinstance(items, Iterable):
+            raise FactStoreError(f"facts are texts, Fact objects or documents, got {type(facts).__name__}")
         given = []
         for item in items:
             if isinstance(item, Document):
@@ -228,8 +231,12 @@ class FactStore:
                 `thread`, `time`. If few facts match the filter, many facts are read.
         """
         self._check_open()
-        if k < 1:
-            raise FactStoreError(f"k should be 1 or more, got {k}")
+        if not isinstance(k, int) or k < 1:
+            raise FactStoreError(f"k should be 1 or more, got {k!r}")
+        if not isinstance(min_score, float | int | None):
+            raise FactStoreError(f"min_score should be a cosine similarity from -1 to 1, got {min_score!r}")
+        if not isinstance(query, str):
+            raise FactStoreError(f"a query should be a string, got {type(query).__name__}")
         if not query.strip():
             return []
         vector = self._embedder.query(query)
@@ -248,7 +255,7 @@ class FactStore:
     def get(self, ids: str | Iterable[str]) -> list[Fact]:
         """The facts with these ids, in the order of the ids; ids that do not exist are left out."""
         self._check_open()
-        wanted = [ids] if isinstance(ids, str) else list(ids)
+        wanted = _ids(ids)
         by_id: dict[str, Fact] = {}
         with self._access.reading():
             for batch in self._batches(list(dict.fromkeys(wanted))):
@@ -305,7 +312,7 @@ class FactStore:
             if ids is None:
                 present: list[str] = self._call("get", where=where, include=[])["ids"]
             else:
-                wanted = list(dict.fromkeys([ids] if isinstance(ids, str) else ids))
+                wanted = list(dict.fromkeys(_ids(ids)))
                 present = [
                     id
                     for batch in self._batches(wanted)
@@ -557,7 +564,19 @@ class FactStore:
             yield list(items[start : start + self._batch])
 
 
+def _ids(ids: str | Iterable[str]) -> list[str]:
+    """The ids as a list; refuses what is none, which Chroma would report in words of its own."""
+    listed = [ids] if isinstance(ids, str) or not isinstance(ids, Iterable) else list(ids)
+    for id in listed:
+        if not isinstance(id, str):
+            raise FactStoreError(f"ids of facts are strings, got {id!r}")
+    return listed
+
+
 def _where(source: str | None, thread: str | None) -> dict[str, Any] | None:
+    for name, value in (("source", source), ("thread", thread)):
+        if not isinstance(value, str | None):  # the number 5 is no fact's thread: nothing would be found, or deleted
+            raise FactStoreError(f"{name} should be a string or None for all, got {value!r}")
     conditions = [{key: value} for key, value in (("source", source), ("thread", thread)) if value is not None]
     if len(conditions) == 2:
         return {"$and": conditions}

@@ -26,21 +26,10 @@ from rich.text import Text
 from agentmem import Engine, MemoryState, Window
 from agentmem.errors import ConfigError
 from agentmem_chroma import FactRetriever, cited
-from agentmem_cli.graph import (
-    NODE,
-    Agent,
-    AgentState,
-    ShownFacts,
-    build_agent,
-    open_facts,
-    open_threads,
-    retriever_of,
-    set_head,
-    thread,
-)
+from agentmem_cli import graph
 from agentmem_cli.options import Loading, parse_window
 from agentmem_cli.terminal import error_line, printable
-from agentmem_langgraph import ChatDeltaMem
+from agentmem_langgraph import ChatDeltaMem, MemoryMessagesState
 
 _PROMPT = "> "
 _HELP = (
@@ -81,8 +70,8 @@ def chat(
     with ExitStack() as stack:
         with Console(stderr=True).status("loading the model"):
             engine = stack.enter_context(loading.load())
-        saver = stack.enter_context(open_threads(db))
-        retriever = retriever_of(stack.enter_context(open_facts(facts))) if facts is not None else None
+        saver = stack.enter_context(graph.open_threads(db))
+        retriever = graph.retriever_of(stack.enter_context(graph.open_facts(facts))) if facts is not None else None
         talk = Chat(engine, saver, name, console, settings, adapter=loading.adapter, retriever=retriever)
         if question is None:
             talk.run(read_lines(console))
@@ -203,7 +192,7 @@ class Chat:
             self._console.print(error_line(error), soft_wrap=True)
 
     def _say(self, text: str, *, details: bool = True) -> None:
-        start = self._active.get_state(thread(self._name))
+        start = self._active.get_state(graph.thread(self._name))
         try:
             asyncio.run(self._reply(text, details))
         except BaseException as error:
@@ -213,9 +202,9 @@ class Chat:
             self._show("\ncancelled; the thread is as it was", "yellow")
 
     async def _reply(self, text: str, details: bool) -> None:
-        shown, reply = ShownFacts(), AIMessageChunk(content="")
-        given: AgentState = {"messages": [HumanMessage(text)]}
-        config = thread(self._name, shown)
+        shown, reply = graph.ShownFacts(), AIMessageChunk(content="")
+        given: MemoryMessagesState = {"messages": [HumanMessage(text)]}
+        config = graph.thread(self._name, shown)
         async for chunk, _ in self._active.astream(given, config, stream_mode="messages"):
             if isinstance(chunk, AIMessageChunk):
                 thought = printable(str(chunk.additional_kwargs.get("reasoning_content", ""))) if details else ""
@@ -231,7 +220,7 @@ class Chat:
 
     def _put_back(self, start: StateSnapshot) -> None:
         if start.config["configurable"].get("checkpoint_id"):
-            set_head(self._active, start)
+            graph.set_head(self._active, start)
         else:
             self._active_saver.delete_thread(self._name)
 
@@ -271,7 +260,7 @@ class Chat:
         if argument == "off":
             messages, _ = self._thread()
             self._compare()
-            self._active.update_state(thread(self._name), {"messages": messages}, as_node=NODE)
+            self._active.update_state(graph.thread(self._name), {"messages": messages}, as_node=graph.NODE)
             self._show("memory off: the base model answers, and nothing of it is kept", "yellow")
         elif argument == "on":
             self._use_memory()
@@ -283,11 +272,11 @@ class Chat:
 
     def _show_window(self, argument: str) -> None:
         if argument:
-            messages = self._active.get_state(thread(self._name)).values.get("messages", [])
+            messages = self._active.get_state(graph.thread(self._name)).values.get("messages", [])
             self._use_window(parse_window(argument))
             if self._compares:
                 self._compare()
-                self._active.update_state(thread(self._name), {"messages": messages}, as_node=NODE)
+                self._active.update_state(graph.thread(self._name), {"messages": messages}, as_node=graph.NODE)
         self._show(f"a prompt shows the last {self._window_words()}", "dim")
 
     # ------------------------------------------------------------------ the thread
@@ -308,7 +297,7 @@ class Chat:
         self._active_saver = InMemorySaver()
         self._active = self._build(self._active_saver, use_memory=False)
 
-    def _build(self, saver: BaseCheckpointSaver[str], *, use_memory: bool) -> Agent:
+    def _build(self, saver: BaseCheckpointSaver[str], *, use_memory: bool) -> graph.Agent:
         llm = ChatDeltaMem(
             engine=self._engine,
             window=self._window,
@@ -316,10 +305,10 @@ class Chat:
             temperature=self._settings.temperature,
             use_memory=use_memory,
         )
-        return build_agent(llm, saver, self._retriever, self._settings.system)
+        return graph.build_agent(llm, saver, self._retriever, self._settings.system)
 
     def _thread(self) -> tuple[list[AnyMessage], MemoryState | None]:
-        values: dict[str, Any] = self._agent.get_state(thread(self._name)).values
+        values: dict[str, Any] = self._agent.get_state(graph.thread(self._name)).values
         return values.get("messages", []), values.get("memory")
 
     def _greet(self) -> None:

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Any
 from uuid import UUID
 
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
-from langchain_core.messages import AnyMessage
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.graph import END, START, StateGraph
-from langgraph.graph.message import add_messages
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.types import StateSnapshot
 from sqlalchemy import URL
 
-from agentmem import MemoryState
 from agentmem_chroma import FactRetriever, FactStore, facts_block, local_embeddings
-from agentmem_langgraph import ChatDeltaMem, MemoryChannel, MemoryNode
+from agentmem_langgraph import ChatDeltaMem, MemoryMessagesState, MemoryNode
 from agentmem_sql import SQLAlchemySaver
 
 NODE = "agent"
@@ -31,14 +28,7 @@ _MIN_SCORE = 0.7
 _SHOWN_FACTS = 3
 
 
-class AgentState(TypedDict):
-    """The agent's state, as checkpoints hold it."""
-
-    messages: Annotated[list[AnyMessage], add_messages]
-    memory: NotRequired[Annotated[MemoryState, MemoryChannel]]
-
-
-Agent = CompiledStateGraph[AgentState, None, AgentState, AgentState]
+Agent = CompiledStateGraph[MemoryMessagesState, None, MemoryMessagesState, MemoryMessagesState]
 
 
 def build_agent(
@@ -47,7 +37,7 @@ def build_agent(
     """The graph: a single memory node. Retrieved facts are shown to the model, never stored and never written."""
     nano = llm.engine is not None and llm.engine.name == "nano"
     node = MemoryNode(llm, system=system, retriever=retriever, format_facts=facts_block if nano else _facts_to_cite)
-    builder = StateGraph(AgentState)
+    builder = StateGraph(MemoryMessagesState)
     builder.add_node(NODE, node, trace_policy=node.trace_policy)
     builder.add_edge(START, NODE)
     builder.add_edge(NODE, END)

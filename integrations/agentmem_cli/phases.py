@@ -22,23 +22,11 @@ from rich.console import Console
 from agentmem import MemoryState, Window
 from agentmem.nano.recipe.language import Binding, is_correct
 from agentmem_chroma import FactStore, cited
-from agentmem_cli import tables
-from agentmem_cli.graph import (
-    NODE,
-    Agent,
-    AgentState,
-    ShownFacts,
-    build_agent,
-    open_facts,
-    open_threads,
-    retriever_of,
-    set_head,
-    thread,
-)
+from agentmem_cli import graph, tables
 from agentmem_cli.scores import Arm, Score, Setup, write_scores
 from agentmem_cli.script import Script, draw_script
 from agentmem_cli.terminal import hide_library_warnings, one_line_errors
-from agentmem_langgraph import ChatDeltaMem
+from agentmem_langgraph import ChatDeltaMem, MemoryMessagesState
 
 THREAD, OTHER = "demo", "other"
 
@@ -58,7 +46,7 @@ class Workplace:
         store: the exact facts.
     """
 
-    agent: Agent
+    agent: graph.Agent
     llm: ChatDeltaMem
     store: FactStore
 
@@ -69,12 +57,12 @@ def opened(setup: Setup, console: Console) -> Iterator[Workplace]:
     with ExitStack() as stack:
         with console.status("loading the model"):
             engine = stack.enter_context(setup.loading.load())
-        saver = stack.enter_context(open_threads(setup.threads))
-        store = stack.enter_context(open_facts(setup.facts))
+        saver = stack.enter_context(graph.open_threads(setup.threads))
+        store = stack.enter_context(graph.open_facts(setup.facts))
         limit = _MAX_TOKENS_NANO if setup.loading.model == "nano" else _MAX_TOKENS
         llm = ChatDeltaMem(engine=engine, window=_LAST_MESSAGE, max_tokens=limit)
-        retriever = retriever_of(store)
-        yield Workplace(build_agent(llm, saver, retriever), llm, store)
+        retriever = graph.retriever_of(store)
+        yield Workplace(graph.build_agent(llm, saver, retriever), llm, store)
 
 
 def tell(setup: Setup, console: Console) -> None:
@@ -93,7 +81,7 @@ def ask(setup: Setup, console: Console) -> None:
     """Ask everything, with the thread's memory and with both controls; cite a fact; rewind."""
     script = draw_script(setup.seed)
     with opened(setup, console) as work:
-        head = work.agent.get_state(thread(THREAD))
+        head = work.agent.get_state(graph.thread(THREAD))
         memory = _memory(work.agent, THREAD)
         console.print(tables.opened(os.getpid(), len(head.values["messages"]), memory))
         foreign = _memory(work.agent, OTHER)
@@ -116,7 +104,7 @@ def ask(setup: Setup, console: Console) -> None:
         cites = _exact_fact(work, head, script, console)
         rewound = _rewound(work, head, script, console)
         # The thread must not continue from one of the branches above.
-        set_head(work.agent, head)
+        graph.set_head(work.agent, head)
     held = [binding for _, binding in script.questions]
     write_scores(setup, {arm: _score(said, held) for arm, said in replies.items()}, cites, rewound)
 
@@ -126,28 +114,30 @@ def _tell_thread(work: Workplace, name: str, said: tuple[str, ...], console: Con
     with console.status("") as status:
         for number, text in enumerate(said, start=1):
             status.update(f"thread {name!r}: turn {number} of {len(said)}")
-            turns.append((text, _say(work.agent, thread(name), text)))
+            turns.append((text, _say(work.agent, graph.thread(name), text)))
     return turns
 
 
-def _say(agent: Agent, config: RunnableConfig, text: str) -> AIMessage:
+def _say(agent: graph.Agent, config: RunnableConfig, text: str) -> AIMessage:
     """One turn: in the thread, or, with a checkpoint's config, in a branch of its own."""
-    given: AgentState = {"messages": [HumanMessage(text)]}
+    given: MemoryMessagesState = {"messages": [HumanMessage(text)]}
     reply = agent.invoke(given, config)["messages"][-1]
     assert isinstance(reply, AIMessage)
     return reply
 
 
-def _memory(agent: Agent, name: str) -> MemoryState:
-    state = agent.get_state(thread(name)).values["memory"]
+def _memory(agent: graph.Agent, name: str) -> MemoryState:
+    state = agent.get_state(graph.thread(name)).values["memory"]
     assert isinstance(state, MemoryState)
     return state
 
 
-def _copy(agent: Agent, head: StateSnapshot, name: str, memory: MemoryState) -> StateSnapshot:
+def _copy(agent: graph.Agent, head: StateSnapshot, name: str, memory: MemoryState) -> StateSnapshot:
     """A thread with the same messages and the same record of what was consumed, but other matrices."""
-    agent.update_state(thread(name), {"messages": head.values["messages"], "memory": memory.to_dict()}, as_node=NODE)
-    return agent.get_state(thread(name))
+    agent.update_state(
+        graph.thread(name), {"messages": head.values["messages"], "memory": memory.to_dict()}, as_node=graph.NODE
+    )
+    return agent.get_state(graph.thread(name))
 
 
 def _replayed(work: Workplace, head: StateSnapshot, question: str) -> int:
@@ -157,7 +147,7 @@ def _replayed(work: Workplace, head: StateSnapshot, question: str) -> int:
 
 
 def _exact_fact(work: Workplace, head: StateSnapshot, script: Script, console: Console) -> bool:
-    shown = ShownFacts()
+    shown = graph.ShownFacts()
     config = RunnableConfig(configurable=head.config["configurable"], callbacks=[shown])
     with console.status("asking for an exact fact"):
         reply = _say(work.agent, config, script.fact_question)
@@ -171,7 +161,7 @@ def _rewound(work: Workplace, head: StateSnapshot, script: Script, console: Cons
     """Ask for the changed fact, at the head and at the last finished turn before the change."""
     earlier = next(
         snapshot
-        for snapshot in work.agent.get_state_history(thread(THREAD))
+        for snapshot in work.agent.get_state_history(graph.thread(THREAD))
         if not snapshot.next and script.change not in [m.text for m in snapshot.values["messages"]]
     )
     question = next(q for q, binding in script.questions if binding == script.new)

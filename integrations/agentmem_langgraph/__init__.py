@@ -22,6 +22,7 @@ _HOMES = {
     "MemoryWarning": "agentmem.errors",
     "merge_states": "agentmem_langgraph.merge",
     "numbered_facts": "agentmem_langgraph.prompting",
+    "redact_traces": "agentmem_langgraph.tracing",
     "with_context": "agentmem_langgraph.prompting",
     "without_matrices": "agentmem_langgraph.tracing",
 }
@@ -37,6 +38,7 @@ __all__ = [
     "MemoryWarning",
     "merge_states",
     "numbered_facts",
+    "redact_traces",
     "with_context",
     "without_matrices",
 ]
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
     from agentmem_langgraph.middleware import MemoryMiddleware
     from agentmem_langgraph.node import MemoryNode
     from agentmem_langgraph.prompting import numbered_facts, with_context
-    from agentmem_langgraph.tracing import without_matrices
+    from agentmem_langgraph.tracing import redact_traces, without_matrices
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ async methods never block an event loop, and no torch mode is ever set on a call
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -493,6 +493,8 @@ class ChatDeltaMem(BaseChatModel):
         if unknown:
             raise ConfigError(_unknown_options(unknown, ["memory", *_FORMATS, "stop", *_PER_CALL]))
         stops = self.stop or [] if stop is None else [stop] if isinstance(stop, str) else stop
+        if not isinstance(stops, Iterable):
+            raise ConfigError(f"stop is a string or a list of strings; found {stop!r}")
         how = {name: options.pop(name) for name in _HOW}
         options["sampling"] = _checked_sampling(how, tuple(stops))
         options["window"] = _checked_window(options["window"])

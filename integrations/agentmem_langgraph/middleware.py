@@ -23,7 +23,7 @@ from agentmem_langgraph.channel import MemoryChannel
 from agentmem_langgraph.chat_model import ChatDeltaMem
 from agentmem_langgraph.memory_turn import MemoryTurn
 from agentmem_langgraph.node import memory_update
-from agentmem_langgraph.tracing import MATRIX_FREE
+from agentmem_langgraph.tracing import MATRIX_FREE, TracedAsDigest
 
 
 class PrivateMemoryState(AgentState[Any]):
@@ -99,7 +99,9 @@ def _with_memory(response: ModelResponse[Any] | AIMessage, turn: MemoryTurn) -> 
     if isinstance(response, AIMessage):  # middleware that answers by itself may return this
         response = ModelResponse(result=[response])
     if turn.used:
-        return ExtendedModelResponse(response, Command(update=memory_update(turn, "memory")))
+        # The model node of create_agent records this command, and takes no trace policy.
+        update = memory_update(turn, "memory")
+        return ExtendedModelResponse(response, Command(update=TracedAsDigest(**update) if update else {}))
     if any(isinstance(message, AIMessage) and "memory" in message.response_metadata for message in response.result):
         raise TurnError(
             "another ChatDeltaMem than the one that was given the memory has answered; put the middleware that chooses "

@@ -36,7 +36,6 @@ class MemoryNode(Runnable[Any, dict[str, Any]]):
         messages_key: the state key of the messages.
         memory_key: the state key of the memory (`Annotated[MemoryState, MemoryChannel]`).
         system: a system prompt, shown before the messages and never stored.
-        system: a system prompt, shown before the messages and never stored.
         retriever: looks up facts for the last human message. They are shown in the leading system message,
             and neither stored nor written into memory.
         format_facts: formats the facts; by default "Facts:" and a line "text [1]" for each.
@@ -146,8 +145,10 @@ def _require_memory_model(llm: Any) -> None:
     """
     first: Any = llm
     last: Any = llm
+    rest: list[Any] = []
     while True:
         if isinstance(first, RunnableSequence):
+            rest += first.steps[1:]
             first, last = first.steps[0], first.steps[-1]
         elif isinstance(first, RunnableBinding):
             first = first.bound
@@ -155,9 +156,11 @@ def _require_memory_model(llm: Any) -> None:
             first = first.runnable
         else:
             break
-    if isinstance(first, BasePromptTemplate):
+    # A chain hands the memory to its first step alone.
+    if isinstance(first, BasePromptTemplate) or (not isinstance(first, ChatDeltaMem) and any(map(_is_model, rest))):
+        what = "a prompt" if isinstance(first, BasePromptTemplate) else type(first).__name__
         raise ConfigError(
-            "MemoryNode takes a ChatDeltaMem; found a chain that begins with a prompt, which does not pass the memory "
+            f"MemoryNode takes a ChatDeltaMem; found a chain that begins with {what}, which does not pass the memory "
             "on; write MemoryNode(llm, system='...'), or change the messages in a node before it"
         )
     if isinstance(first, BaseLanguageModel) and not isinstance(first, ChatDeltaMem):
@@ -171,6 +174,12 @@ def _require_memory_model(llm: Any) -> None:
             "which makes something else of it (with_structured_output does, too); write MemoryNode(llm) and parse the "
             "reply in a node behind it"
         )
+
+
+def _is_model(step: Any) -> bool:
+    while isinstance(step, RunnableBinding | RunnableWithFallbacks):
+        step = step.bound if isinstance(step, RunnableBinding) else step.runnable
+    return isinstance(step, ChatDeltaMem)
 
 
 def _channels(config: RunnableConfig | None) -> Sequence[str] | None:

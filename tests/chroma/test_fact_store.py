@@ -202,6 +202,28 @@ def test_the_ends_of_search(store: FactStore) -> None:
         store.search("one", 0)
 
 
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda store: store.search("one", "4"), "k should be 1 or more, got '4'"),
+        (lambda store: store.search(5), "a query should be a string, got int"),
+        (lambda store: store.search("one", min_score="high"), "min_score should be a cosine similarity"),
+        (lambda store: store.search("one", thread=5), "thread should be a string or None for all, got 5"),
+        (lambda store: store.count(source=["a"]), "source should be a string or None for all"),
+        (lambda store: store.delete(thread=5), "thread should be a string"),
+        (lambda store: store.delete(5), "ids of facts are strings, got 5"),
+        (lambda store: store.get([None]), "ids of facts are strings, got None"),
+        (lambda store: store.add(None), "facts are texts, Fact objects or documents, got NoneType"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(store: FactStore, call: Callable[[Any], object], said: str) -> None:
+    """The number of a user is not the user's thread: nothing would be found, and nothing deleted."""
+    store.add("one", thread="5")
+    with pytest.raises(FactStoreError, match=said):
+        call(store)
+    assert store.count(thread="5") == 1
+
+
 def test_get_keeps_the_order_and_leaves_out_what_is_missing(store: FactStore) -> None:
     one, two, three = store.add(["one", "two", "three"])
     assert texts(store.get([three, "nope", one, three, two])) == ["three", "one", "three", "two"]

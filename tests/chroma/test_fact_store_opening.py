@@ -102,7 +102,9 @@ def test_home_is_expanded(tmp_path: Path, open_store: Open, monkeypatch: pytest.
     assert not (tmp_path / "~").exists()
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "sqlite:///facts", "https://user:word@host", "http://host/path"])
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:9", "sqlite:///facts", "https://user:word@host", "http://host/path", "localhost:8000", ""]
+)
 def test_a_url_is_a_server_or_refused(
     tmp_path: Path, open_store: Open, monkeypatch: pytest.MonkeyPatch, url: str
 ) -> None:

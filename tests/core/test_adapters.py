@@ -90,7 +90,7 @@ def test_fingerprint_follows_every_bit_and_every_field() -> None:
 def test_fingerprint_of_a_running_adapter() -> None:
     """Whatever dtype it runs in, it is the file's; once it is trained on, it is its own."""
     model = AutoModelForCausalLM.from_pretrained(GOLDEN / "qwen3_tsw" / "base", dtype=torch.bfloat16)
-    steered = SteeredModel.attach(model, adapter=GOLDEN / "qwen3_tsw" / "adapter")
+    steered = SteeredModel.attach(model, adapter=_golden())
     assert steered.memory[0].get_parameter("memory_q_proj").dtype == torch.bfloat16
     assert steered.adapter_fingerprint == _golden().fingerprint
     with torch.no_grad():
@@ -164,14 +164,14 @@ def test_bad_weights_are_refused_and_nothing_is_attached(
     torch.save(tensors, tmp_path / AUTHORS_FILE)
     model = AutoModelForCausalLM.from_pretrained(GOLDEN / "qwen3_tsw" / "base")
     with pytest.raises(AdapterError, match=named):
-        SteeredModel.attach(model, adapter=tmp_path)
+        SteeredModel.attach(model, adapter=load_adapter(tmp_path))
     assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_an_adapter_for_another_model_is_refused() -> None:
     model = AutoModelForCausalLM.from_pretrained(GOLDEN / "smollm3_tsw" / "base")
     with pytest.raises(AdapterError, match=r"the adapter lacks .* and .* more; the config and this model need them"):
-        SteeredModel.attach(model, adapter=GOLDEN / "qwen3_tsw" / "adapter")
+        SteeredModel.attach(model, adapter=_golden())
 
 
 def test_what_has_no_effect_may_be_missing_or_there(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from agentmem import SteeredModel
+from agentmem.delta.adapter import load_adapter
 from tests.helpers.backends import DEVICE, INTERPRETED, poisoned_memory
 from tests.helpers.core_models import ARCHITECTURES, GOLDEN, TERMS, random_ids, random_state, steer, tiny
 from tests.helpers.core_oracle import Oracle
@@ -77,7 +78,7 @@ def golden(case: str, attention: str) -> tuple[SteeredModel, dict[str, Tensor]]:
     model = AutoModelForCausalLM.from_pretrained(
         GOLDEN / case / "base", attn_implementation=attention, dtype=torch.float32
     ).eval()
-    steered = SteeredModel.attach(model.to(DEVICE), adapter=GOLDEN / case / "adapter")
+    steered = SteeredModel.attach(model.to(DEVICE), adapter=load_adapter(GOLDEN / case / "adapter"))
     return steered, {name: x.to(DEVICE) for name, x in load_file(GOLDEN / case / "io.safetensors").items()}
 
 

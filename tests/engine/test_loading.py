@@ -206,6 +206,16 @@ def test_a_model_that_is_not_what_its_digests_say_is_refused(saved: tuple[Any, P
     agentmem.load(place, device="cpu").close()
 
 
+def test_a_directory_without_a_vocabulary_or_with_end_tokens_of_text_is_refused(saved: tuple[Any, Path]) -> None:
+    _, place = saved
+    (place / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(ModelNotFoundError, match=r"eos_token_id .* found '</s>'"):
+        agentmem.load(place)
+    (place / "tokenizer.json").unlink()
+    with pytest.raises(ModelNotFoundError, match=r"its tokenizer has no vocabulary|cannot be read"):
+        agentmem.load(place)
+
+
 def test_weights_that_are_missing_are_not_made_up(saved: tuple[Any, Path]) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -224,9 +234,23 @@ def test_an_adapter_of_another_model_is_refused_with_both_fingerprints(make_engi
         SteeredModel.attach(other.model, adapter=tmp_path)
     assert made.model_fingerprint in str(refused.value)
     assert other.model_fingerprint in str(refused.value)
-    # The authors' files do not say what they were made for.
-    save_adapter(tmp_path / "theirs", load_adapter(tmp_path), format="authors")
-    SteeredModel.attach(other.model, adapter=tmp_path / "theirs").detach()
+
+
+def test_a_directory_of_the_authors_is_compared_when_it_is_attached_too(make_engine: Any, authors: Path) -> None:
+    """All that is known of its model is a name; a loaded adapter has no directory that could name one."""
+    model = make_engine().model
+    with pytest.warns(MemoryWarning, match="does not say which model it was made for"):
+        SteeredModel.attach(model, adapter=authors).detach()
+    (authors / "README.md").write_text("---\nbase_model: some/Model-4B\n---\n")
+    with pytest.warns(MemoryWarning, match="was made for some/Model-4B, the model is one without a name"):
+        SteeredModel.attach(model, adapter=str(authors)).detach()
+    model.config.name_or_path = "other/Model-4"
+    with pytest.raises(AdapterError, match="was made for some/Model-4B, the model is other/Model-4"):
+        SteeredModel.attach(model, adapter=authors)
+    model.config.name_or_path = "quantised/Model-4B-bnb-4bit"
+    SteeredModel.attach(model, adapter=authors).detach()  # a warning would be an error here
+    model.config.name_or_path = ""
+    SteeredModel.attach(model, adapter=load_adapter(authors)).detach()
 
 
 @pytest.mark.parametrize("thinking", [True, False])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agentmem.kernels.recurrence import ScanArgs, scan_reference
+from agentmem.kernels.recurrence import ScanArgs, StepArgs, scan_reference
 from tests.helpers.numeric import tolerance
 
 
@@ -27,18 +27,9 @@ def close(found: Tensor, expected: Tensor, terms: int, what: str, dtype: torch.d
         assert float(error) <= bound, f"{what}: off by {float(error):.1e}, more than {bound:.1e}"
 
 
-def defined_step(
-    products: Tensor,
-    pool: Tensor,
-    slots: Tensor,
-    layer: int,
-    beta_bias: Tensor,
-    lambda_bias: Tensor | None,
-    mask: Tensor | None,
-    normalize: bool,
-    mode: str,
-) -> tuple[Tensor, Tensor]:
-    """Reads and the pool after a step, row by row."""
+def defined_step(*given: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    """Reads and the pool after the step of these `StepArgs`, row by row."""
+    products, pool, slots, layer, beta_bias, lambda_bias, mask, normalize, mode = StepArgs(*given, **named)
     z, pool = products.double(), pool.double().clone()
     heads, rank = pool.shape[2:4]
     size, gates = heads * rank, len(beta_bias)

@@ -97,7 +97,7 @@ class Layers(nn.Module):
     def forward(self, hidden: Tensor, slots: Tensor) -> Tensor:
         assert isinstance(self.pool, Tensor)
         for layer, (project, correct) in enumerate(zip(self.project, self.correct, strict=True)):
-            read = kernels.step(project(hidden), self.pool, slots, layer, self.bias)
+            read = kernels.step(kernels.StepArgs(project(hidden), self.pool, slots, layer, self.bias))
             hidden = hidden + correct(read)
         return hidden
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from agentmem import kernels
 from agentmem.errors import StateMismatchError, TurnError
+from agentmem.kernels import StepArgs
 from tests.helpers.kernel_cases import close, defined_step, generator, moved
 
 # Slots 0 to SLOTS - 1 of a pool of LAYERS layers.
@@ -48,12 +49,11 @@ def arguments(
 
 
 def run(given: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
-    names = ("products", "pool", "slots", "layer", "beta_bias", "lambda_bias")
-    placed = moved(device, *(given[name] for name in names))
-    placed[1] = placed[1].clone(memory_format=torch.preserve_format) if placed[1].is_contiguous() else placed[1]
-    mask = None if given["mask"] is None else given["mask"].to(device)
-    reads = kernels.step(*placed, mask=mask, normalize=given["normalize"], mode=given["mode"])
-    return reads.cpu(), placed[1].cpu()
+    args = StepArgs(*moved(device, *StepArgs(**given)))
+    if args.pool.is_contiguous():
+        args = args._replace(pool=args.pool.clone())
+    reads = kernels.step(args)
+    return reads.cpu(), args.pool.cpu()
 
 
 def terms(given: dict[str, Any], tokens: int = 1) -> int:

@@ -211,6 +211,8 @@ def test_one_stop_string_is_one_and_none_says_nothing(fake: FakeEngine) -> None:
     llm = ChatDeltaMem(engine=fake, stop="know", temperature=None, timeout=3.0)
     assert llm.invoke(ASK).text == "I do not "
     assert llm.invoke(ASK, stop="do").text == "I "
+    with pytest.raises(ConfigError, match="stop is a string or a list of strings; found 5"):
+        llm.invoke(ASK, stop=5)
     llm.invoke(ASK, temperature=None, top_p=None, max_tokens=None, write=None, on_edit=None, kv=None, timeout=None)
     call = fake.calls[-1]
     assert (call["sampling"].temperature, call["sampling"].top_p, call["sampling"].max_tokens) == (0.0, 1.0, 512)

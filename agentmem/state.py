@@ -193,12 +193,13 @@ class MemoryState:
         Raises:
             StateMismatchError: it was not; the error names both sides.
         """
-        pairs = (
-            ("model", model_fingerprint, self.model_fingerprint),
-            ("adapter", adapter_fingerprint, self.adapter_fingerprint),
-            ("shape", list(shape), list(self.shape)),
+        same = same_model(model_fingerprint, self.model_fingerprint)
+        checks = (
+            (same, "model", model_fingerprint, self.model_fingerprint),
+            (adapter_fingerprint == self.adapter_fingerprint, "adapter", adapter_fingerprint, self.adapter_fingerprint),
+            (tuple(shape) == self.shape, "shape", list(shape), list(self.shape)),
         )
-        wrong = [f"{name} {here!r} here, {there!r} in the state" for name, here, there in pairs if here != there]
+        wrong = [f"{name} {here!r} here, {there!r} in the state" for fits, name, here, there in checks if not fits]
         if wrong:
             raise StateMismatchError(
                 f"{self!r} was written elsewhere: {'; '.join(wrong)}. "
@@ -296,6 +297,14 @@ class MemoryState:
             "norm": float(np.sqrt(energy.sum())),
             "layers": [_layer_stats(row) for row in energy],
         }
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two fingerprints are of one model: they agree in one of their parts (see `agentmem.delta.fingerprint`).
+
+    The parts are separated by dots. Fingerprints that older versions wrote have the first part only.
+    """
+    return any(a == b for a, b in zip(one.split("."), other.split("."), strict=False))
 
 
 def _layer_stats(energy: NDArray[np.float64]) -> dict[str, float]:

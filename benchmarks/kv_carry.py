@@ -26,9 +26,9 @@ from rich.progress import track
 from rich.table import Table
 
 from agentmem import Engine, Message, Sampling, Window, load
-from agentmem.evaluation.intervals import share
 from agentmem.nano.recipe.language import Binding, answer, ask
 from agentmem.nano.recipe.turns import Talk
+from agentmem.training.intervals import share
 
 WINDOWS = {"the whole thread in view": None, "the last 4 messages in view": 4}
 KV = Literal["exact", "carry"]

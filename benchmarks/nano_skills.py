@@ -27,10 +27,10 @@ from rich.progress import track
 
 import agentmem
 from agentmem import Engine, MemoryState, Message, Sampling, Window, load
-from agentmem.evaluation.intervals import share
 from agentmem.nano.recipe import toolchat
 from agentmem.nano.recipe.offers import Offer, draw_offers
 from agentmem.nano.recipe.turns import Talk, Tools, Turn, facts_message, tools_of
+from agentmem.training.intervals import share
 
 Question = tuple[Sequence[Message], Turn, Tools]
 """What was said before, the turn whose first message asks and whose second one is right, and the tools at hand."""

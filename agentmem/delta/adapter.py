@@ -30,6 +30,7 @@ from agentmem.delta.config import CONFIG_FILE, DIGEST_KEY, MemoryConfig, read_co
 from agentmem.delta.fingerprint import model_fingerprint
 from agentmem.delta.layer import LayerMemory
 from agentmem.errors import AdapterError
+from agentmem.state import same_model
 
 SAFETENSORS_FILE = "adapter.safetensors"
 AUTHORS_FILE = "delta_mem_adapter.pt"
@@ -221,7 +222,7 @@ def need_base(adapter: Adapter | None, model: Any) -> None:
     if adapter is None or adapter.base is None:
         return
     fingerprint = model_fingerprint(model)
-    if adapter.base != fingerprint:
+    if not same_model(adapter.base, fingerprint):
         raise AdapterError(
             f"the adapter was made for the model of fingerprint {adapter.base}, this model's is {fingerprint}; "
             "load the model that it was trained on, or an adapter that was trained for this one"

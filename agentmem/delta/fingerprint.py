@@ -1,11 +1,17 @@
 """Fingerprints, which tell whether two loaded models are the same, and digests of saved model directories.
 
-Fingerprints are equal for two loaded copies of one model, whatever their path, dtype, device or kernels. A fingerprint
-covers the architecture, the sizes, and the signs of a fixed sample of weights that quantisation leaves alone (embedding
-rows and norms). Digits change when weights are rounded to bfloat16, to float16 or to both in turn, but signs do not;
-and two models that were trained separately differ in half of the signs. The size of the vocabulary does not count, so
-that tokens may be added. It is not a checksum: it does not change with a digit of a weight, or with a weight that is
-not sampled. For the model directories that agentmem makes, there are digests of the files.
+Two loaded copies of one model have the same fingerprint, whatever their path, dtype, device or kernels. It has two
+parts, separated by a dot, and covers the architecture and the sizes in each:
+
+- The signs of a fixed sample of embedding rows, and of the norms. Digits change when weights are rounded to bfloat16,
+  to float16 or to both in turn, but signs do not; and two models that were trained separately differ in half of them.
+- The norms' weights as bfloat16. Formats that round all matrices, embeddings too (GGUF), keep the norms, so this part
+  is the same in every format of a model that was published in bfloat16 or float16. It is left out where the norms are
+  all alike, as in a model that was not trained.
+
+Models are the same where one part is (`agentmem.state.same_model`). The size of the vocabulary does not count, so that
+tokens may be added. A fingerprint is not a checksum: it does not change with a weight that is not sampled. For the
+model directories that agentmem makes, there are digests of the files.
 """
 
 from __future__ import annotations
@@ -34,22 +40,36 @@ _SIZES = (
 )
 _ROWS, _APART = 512, 32  # how many embedding rows are sampled, and the distance between them
 _COLUMNS = 128  # columns sampled in each row, spread over its width
+_SMALLEST = 2.0**-16  # float16 has all digits of a bfloat16 from here up
 
 
 def model_fingerprint(model: Any) -> str:
-    """SHA-256 (hex) of what identifies a model."""
+    """What identifies a model: two SHA-256 (hex) with a dot between, or only the first (see above)."""
     config = model.config.get_text_config()
     sizes = {name: getattr(config, name, None) for name in _SIZES}
-    digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode())
+    header = json.dumps(sizes, sort_keys=True).encode()
     embedding = model.get_input_embeddings().weight
     columns = torch.linspace(0, embedding.shape[1] - 1, min(_COLUMNS, embedding.shape[1])).long()
     samples = {"embedding": embedding[: _ROWS * _APART : _APART][:, columns.to(embedding.device)]}
-    samples |= {n: p for n, p in model.get_decoder().named_parameters() if p.dim() == 1 and "norm" in n}
-    for name in sorted(samples):
-        signs = torch.signbit(samples[name].detach()).cpu()
-        digest.update(f"\n{name} {list(signs.shape)}\n".encode())
-        digest.update(np.packbits(signs.numpy()).tobytes())
-    return digest.hexdigest()
+    norms = {n: p.detach().cpu() for n, p in model.get_decoder().named_parameters() if p.dim() == 1 and "norm" in n}
+    signs = hashlib.sha256(header)
+    for name, sample in sorted((samples | norms).items()):
+        bits = torch.signbit(sample.detach()).cpu()
+        signs.update(f"\n{name} {list(bits.shape)}\n".encode())
+        signs.update(np.packbits(bits.numpy()).tobytes())
+    digits = hashlib.sha256(b"norms\n" + header)
+    rounded = {name: _as_bfloat16(norm) for name, norm in norms.items()}
+    for name, numbers in sorted(rounded.items()):
+        digits.update(f"\n{name} {list(numbers.shape)}\n".encode())
+        digits.update(numbers.view(torch.uint8).numpy().tobytes())
+    alike = all(bool((numbers == numbers[0]).all()) for numbers in rounded.values())
+    return signs.hexdigest() if alike else f"{signs.hexdigest()}.{digits.hexdigest()}"
+
+
+def _as_bfloat16(weights: torch.Tensor) -> torch.Tensor:
+    """The weights as bfloat16, with those set to 0 that float16 cannot hold with as many digits."""
+    weights = weights.float()
+    return torch.where(weights.abs() < _SMALLEST, 0.0, weights).bfloat16()
 
 
 def write_digests(directory: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""Published adapters, and how to find out which model an adapter was made for.
+"""Known adapters, published or shipped with this package, and how to find out which model an adapter was made for.
 
 Adapters that agentmem saved contain the fingerprint of their model. Others, such as the authors', fit every model of
 the same shape: all that is known of their model is its name, from the table below or from other files in the adapter's
@@ -21,22 +21,31 @@ _BASE_MODEL = re.compile(r"^base_model:\s*(?:-\s*)?[\"']?([^\s\"'#\[\]]+)", re.M
 
 @dataclass(frozen=True)
 class PublishedAdapter:
-    """An adapter on the hub.
+    """An adapter on the hub, or one that ships with this package.
 
     Attributes:
-        name: its hub id.
+        name: its hub id, or its name here.
         base: the hub id of the model that it was trained for.
         licence: licence of its weights.
         source: who made it.
+        directory: where it is, if it ships with this package.
     """
 
     name: str
     base: str
     licence: str
     source: str
+    directory: Path | None = None
 
 
-PUBLISHED = (
+_KNOWN = (
+    PublishedAdapter(
+        "smollm2",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "Apache-2.0",
+        "agentmem",
+        Path(__file__).parents[1] / "smollm2" / "adapter",
+    ),
     PublishedAdapter(
         "declare-lab/delta-mem_qwen3_4b-instruct",
         "Qwen/Qwen3-4B-Instruct-2507",
@@ -46,9 +55,18 @@ PUBLISHED = (
 )
 
 
+PUBLISHED = tuple(adapter for adapter in _KNOWN if adapter.directory is None or adapter.directory.is_dir())
+
+
 def find_published(name: str) -> PublishedAdapter | None:
     """The published adapter with this hub id, or with this last part of one."""
     return next((adapter for adapter in PUBLISHED if name in (adapter.name, _last_part(adapter.name))), None)
+
+
+def published_for(*names: str) -> PublishedAdapter | None:
+    """The first known adapter for a model of one of these names; a copy by another name may have been trained on."""
+    lasts = {_last_part(name).lower() for name in names if name}
+    return next((adapter for adapter in PUBLISHED if _last_part(adapter.base).lower() in lasts), None)
 
 
 def advice(model: str) -> str:
@@ -104,7 +122,7 @@ def check_base(model: str, directory: Path, name: str) -> None:
         )
     else:
         proves_nothing = not model or Path(model).is_dir()
-        names = [model, _recorded_name(Path(model))] if proves_nothing else [model]
+        names = [model, recorded_name(Path(model))] if proves_nothing else [model]
         if any(is_made_from(found, base) for found in names):
             return
         problem = f"the adapter {name!r} was made for {base}, the model is {model or 'one without a name'}"
@@ -118,13 +136,17 @@ def check_base(model: str, directory: Path, name: str) -> None:
     )
 
 
-def _recorded_name(model: Path) -> str:
-    """The name that older versions of transformers wrote into a model's config; empty if there is none."""
-    try:
-        name = json.loads((model / "config.json").read_text("utf-8")).get("_name_or_path")
-    except (OSError, ValueError, AttributeError):
-        return ""
-    return name if isinstance(name, str) else ""
+def recorded_name(model: Path) -> str:
+    """The hub id that a model's directory records: in what `make smollm2` notes, or in a config that older versions of
+    transformers wrote; empty if there is none."""
+    for file, key in (("source.json", "hub_id"), ("config.json", "_name_or_path")):
+        try:
+            name = json.loads((model / file).read_text("utf-8")).get(key)
+        except (OSError, ValueError, AttributeError):
+            continue
+        if isinstance(name, str):
+            return name
+    return ""
 
 
 def _last_part(name: str) -> str:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from agentmem.errors import MissingExtraError
-from agentmem.evaluation.intervals import Share
 from agentmem.evaluation.recall import ARMS, BINDINGS, FILLERS, Arm
 from agentmem.evaluation.runner import shares
+from agentmem.training.intervals import Share
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 

@@ -14,8 +14,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
-from agentmem.evaluation.intervals import Share, share
 from agentmem.evaluation.recall import ARMS, CELLS, MEMORY_ARMS, Arm, Cell, measure
+from agentmem.training.intervals import Share, share
 
 Done = Callable[[int, int], None]
 

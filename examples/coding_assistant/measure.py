@@ -15,7 +15,7 @@ from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.tools import BaseTool
 
 from agentmem import MemoryState
-from agentmem.evaluation.intervals import share
+from agentmem.training.intervals import share
 from agentmem_langgraph import ChatDeltaMem, MemoryTurn
 from coding_assistant import phrases
 from coding_assistant.agent import Shelf, chat_model, system_prompt

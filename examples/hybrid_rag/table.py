@@ -22,7 +22,7 @@ from langchain_core.embeddings import Embeddings
 from langchain_core.messages import AIMessage, AnyMessage, HumanMessage, SystemMessage
 
 from agentmem import MemoryState, Window
-from agentmem.evaluation.intervals import share
+from agentmem.training.intervals import share
 from agentmem_chroma import FactStore, facts_block
 from agentmem_langgraph import ChatDeltaMem, MemoryTurn
 from hybrid_rag.parts import CITE, finds, prompt_tokens

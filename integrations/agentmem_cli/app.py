@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import typer
 
 from agentmem import __version__
-from agentmem.errors import MissingExtraError
+from agentmem.errors import ConfigError, MissingExtraError
 from agentmem_cli.options import (
     Adapter,
     AsJson,
@@ -42,6 +42,9 @@ nano = typer.Typer(help="The embedded model.", no_args_is_help=True)
 app.add_typer(nano, name="nano")
 storage = typer.Typer(help="The databases that keep threads: what they hold, and what is to go.", no_args_is_help=True)
 app.add_typer(storage, name="storage")
+
+_FACTS_ONLY = ("device", "dtype", "quantize", "limit", "cells", "arms")
+_RECALL_ONLY = ("questions", "elsewhere", "processes", "plot")
 
 Url = Annotated[
     str,
@@ -86,20 +89,45 @@ def nano_build(
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     model: Model = "nano",
     adapter: Adapter = None,
-    out: Annotated[Path, typer.Option(help="The results file.")] = Path("runs/recall.json"),
-    questions: Annotated[int, typer.Option(help="Questions of an arm in each cell that has a bar.")] = 1000,
-    elsewhere: Annotated[int, typer.Option(help="Questions everywhere else.")] = 200,
-    seed: Annotated[int, typer.Option(help="Conversations are drawn from it.")] = 1,
-    processes: Annotated[int, typer.Option(help="Engines side by side, a core each.")] = 2,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quantize: Quantize = None,
+    task: Annotated[
+        Literal["recall", "facts"],
+        typer.Option(help='"recall": nano\'s language; "facts": natural English, for every chat model.'),
+    ] = "recall",
+    out: Annotated[
+        Path | None, typer.Option(help="The results file (runs/recall.json), for facts a directory (runs/facts).")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Conversations are drawn from it.")] = None,
     page: Annotated[Path | None, typer.Option(help="A page whose result marks take the table.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the curves into this file (needs matplotlib).")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="facts: least questions in a cell.")] = 200,
+    cells: Annotated[str | None, typer.Option(help="facts: only these cells, with commas between.")] = None,
+    arms: Annotated[
+        str | None, typer.Option(help="facts: only these of memory,zero,foreign,bare,whole.", metavar="ARM,...")
+    ] = None,
+    questions: Annotated[int, typer.Option(help="recall: questions of an arm in each cell that has a bar.")] = 1000,
+    elsewhere: Annotated[int, typer.Option(help="recall: questions everywhere else.")] = 200,
+    processes: Annotated[int, typer.Option(help="recall: engines side by side, a core each.")] = 2,
+    plot: Annotated[
+        Path | None, typer.Option(help="recall: draw the curves into this file (needs matplotlib).")
+    ] = None,
 ) -> None:
-    """Measure memory with controls: recall by number of facts and of messages in between, for each arm."""
-    from agentmem_cli.evaluate import evaluate as run
+    """Measure memory with controls: what a conversation left in it, and what the same questions get without it."""
+    from agentmem_cli.evaluate import evaluate_facts, evaluate_recall
 
-    raise typer.Exit(run(model, adapter, out, questions, elsewhere, seed, processes, page, plot))
+    others = {"recall": _FACTS_ONLY, "facts": _RECALL_ONLY}[task]
+    sources = {name: context.get_parameter_source(name) for name in others}
+    if wrong := [name for name, source in sources.items() if source is not None and source.name != "DEFAULT"]:
+        raise ConfigError(f"--{wrong[0]} is no option of --task {task}; leave it out, or take the other task")
+    if task == "facts":
+        loading = Loading(model, adapter, device, dtype, quantize)
+        raise typer.Exit(evaluate_facts(loading, out or Path("runs/facts"), limit, cells, arms, seed, page))
+    file, drawn = out or Path("runs/recall.json"), 1 if seed is None else seed
+    raise typer.Exit(evaluate_recall(model, adapter, file, questions, elsewhere, drawn, processes, page, plot))
 
 
 @app.command()

@@ -27,7 +27,7 @@ from agentmem import Engine, MemoryState, Window
 from agentmem.errors import ConfigError
 from agentmem_chroma import FactRetriever, cited
 from agentmem_cli import graph
-from agentmem_cli.options import Loading, parse_window
+from agentmem_cli.options import SHIPPED, Loading, parse_window
 from agentmem_cli.terminal import error_line, printable
 from agentmem_langgraph import ChatDeltaMem, MemoryMessagesState
 
@@ -149,8 +149,8 @@ class Chat:
         if settings.window is not None:
             window = parse_window(settings.window)
         else:
-            # nano was trained on statements that it reads alone; besides, a short window shows that it remembers.
-            window = Window(messages=1) if engine.name == "nano" else Window()
+            # Besides, a short window shows that they remember.
+            window = Window(messages=1) if engine.name in SHIPPED else Window()
         self._use_window(window)
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": self._help,

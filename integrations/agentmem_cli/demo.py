@@ -19,7 +19,7 @@ from rich.text import Text
 
 from agentmem.errors import ConfigError
 from agentmem_cli.options import Loading
-from agentmem_cli.scores import CHANCE, MISSES, NAMES, Report, Setup, read_scores, shortfalls
+from agentmem_cli.scores import MISSES, NAMES, Report, Setup, read_scores, shortfalls
 from agentmem_cli.terminal import command
 
 _MARKER = ".agentmem-demo"
@@ -89,7 +89,7 @@ def _run(phase: str, setup: Setup, console: Console) -> int:
 def _verdict(report: Report) -> Table:
     table = Table.grid(padding=(0, 2))
     for arm, name in NAMES.items():
-        allowed = f"may miss {MISSES}" if arm == "memory" else f"may hit {CHANCE} by chance"
+        allowed = f"may miss {MISSES}" if arm == "memory" else f"may hit {report.arms[arm].by_chance} by chance"
         table.add_row(name, f"{report.arms[arm]} right", Text(allowed, style="dim"))
     table.add_row("exact fact with its citation", _word(report.cites))
     table.add_row("rewound to before the change", _word(report.rewound))

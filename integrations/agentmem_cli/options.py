@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Quantization = Literal["4bit", "8bit"]
 
-Model = Annotated[str, typer.Option("--model", help='"nano", a directory, or a hub id.')]
+Model = Annotated[str, typer.Option("--model", help='"nano", "smollm2", a directory, or a hub id.')]
 Adapter = Annotated[
     str | None,
     typer.Option(
@@ -36,13 +36,17 @@ WindowText = Annotated[
     typer.Option(
         "--window",
         help='What of the thread a prompt shows: "4096" the last tokens, "2m" the last messages. '
-        "Left out: the last message for nano, which shows its memory, else 4096.",
+        "Left out: the last message for nano and smollm2, which shows their memory, else 4096.",
     ),
 ]
 System = Annotated[str, typer.Option("--system", help="A system prompt, shown in every turn and never stored.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens of a reply.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest token.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+SHIPPED = ("nano", "smollm2")
+"""Models whose adapters were trained on messages that are read alone."""
 
 
 @dataclass(frozen=True)

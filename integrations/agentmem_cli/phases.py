@@ -20,11 +20,12 @@ from langgraph.types import StateSnapshot
 from rich.console import Console
 
 from agentmem import MemoryState, Window
-from agentmem.nano.recipe.language import Binding, is_correct
+from agentmem.nano.recipe.language import Binding
 from agentmem_chroma import FactStore, cited
 from agentmem_cli import graph, tables
+from agentmem_cli.options import SHIPPED
 from agentmem_cli.scores import Arm, Score, Setup, write_scores
-from agentmem_cli.script import Script, draw_script
+from agentmem_cli.script import Script, draw_script, is_right
 from agentmem_cli.terminal import hide_library_warnings, one_line_errors
 from agentmem_langgraph import ChatDeltaMem, MemoryMessagesState
 
@@ -32,8 +33,8 @@ THREAD, OTHER = "demo", "other"
 
 # The prompt shows only the latest message, so that whatever is recalled later was never read again.
 _LAST_MESSAGE = Window(messages=1)
-# nano answers in one sentence; another model may reason first.
-_MAX_TOKENS_NANO, _MAX_TOKENS = 48, 1024
+# Our own answer in one sentence; another model may reason first.
+_MAX_TOKENS_SHIPPED, _MAX_TOKENS = 48, 1024
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def opened(setup: Setup, console: Console) -> Iterator[Workplace]:
             engine = stack.enter_context(setup.loading.load())
         saver = stack.enter_context(graph.open_threads(setup.threads))
         store = stack.enter_context(graph.open_facts(setup.facts))
-        limit = _MAX_TOKENS_NANO if setup.loading.model == "nano" else _MAX_TOKENS
+        limit = _MAX_TOKENS_SHIPPED if setup.loading.model in SHIPPED else _MAX_TOKENS
         llm = ChatDeltaMem(engine=engine, window=_LAST_MESSAGE, max_tokens=limit)
         retriever = graph.retriever_of(store)
         yield Workplace(graph.build_agent(llm, saver, retriever), llm, store)
@@ -67,7 +68,7 @@ def opened(setup: Setup, console: Console) -> Iterator[Workplace]:
 
 def tell(setup: Setup, console: Console) -> None:
     """Fill the fact store, and send both threads the messages of the script, turn by turn."""
-    script = draw_script(setup.seed)
+    script = draw_script(setup.seed, setup.loading.model)
     with opened(setup, console) as work:
         for sourced in script.facts:
             work.store.add(sourced.fact.sentence, source=sourced.source)
@@ -79,7 +80,7 @@ def tell(setup: Setup, console: Console) -> None:
 
 def ask(setup: Setup, console: Console) -> None:
     """Ask everything, with the thread's memory and with both controls; cite a fact; rewind."""
-    script = draw_script(setup.seed)
+    script = draw_script(setup.seed, setup.loading.model)
     with opened(setup, console) as work:
         head = work.agent.get_state(graph.thread(THREAD))
         memory = _memory(work.agent, THREAD)
@@ -167,14 +168,14 @@ def _rewound(work: Workplace, head: StateSnapshot, script: Script, console: Cons
     question = next(q for q, binding in script.questions if binding == script.new)
     with console.status("rewinding"):
         answers = [_say(work.agent, at.config, question) for at in (earlier, head)]
-    rights = [is_correct(a.text, b) for a, b in zip(answers, (script.old, script.new), strict=True)]
+    rights = [is_right(a.text, b) for a, b in zip(answers, (script.old, script.new), strict=True)]
     moments = [tables.Moment(len(s.values["messages"]), str(s.created_at)) for s in (earlier, head)]
     console.print(tables.rewound(script.change, question, moments, answers, rights))
     return all(rights)
 
 
 def _score(replies: list[AIMessage], held: list[Binding]) -> Score:
-    right = sum(is_correct(reply.text, binding) for reply, binding in zip(replies, held, strict=True))
+    right = sum(is_right(reply.text, binding) for reply, binding in zip(replies, held, strict=True))
     return Score(right, len(held))
 
 

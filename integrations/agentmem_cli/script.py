@@ -1,7 +1,8 @@
 """What the demo's user says: drawn from a seed, equal in every process, light to import.
 
-At least eight facts are stated among small talk, one of them is changed later, and the demo asks for each of them. The
-other thread states the same attributes with other values. The fact store holds none of these values.
+Facts are stated among small talk, one of them is changed later, and the demo asks for each of them: eight facts in its
+own language to nano, four in natural English to other models. The other thread states the same attributes with other
+values. The fact store holds none of these values.
 """
 
 from __future__ import annotations
@@ -9,12 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from agentmem.nano.recipe.language import Binding, ask, change, draw_bindings, filler, redraw, tell
+from agentmem.nano.recipe.language import Binding, ask, change, draw_bindings, filler, is_correct, redraw, tell
 from agentmem.nano.recipe.pools import ATTRIBUTES
 from agentmem.nano.recipe.toolchat import Fact
+from agentmem.training.episodes import EpisodeConfig, FactEpisodes
+from agentmem.training.facts.values import POOLS
+from agentmem.training.judging import contains
 
 OF_EACH_KIND = 4  # so many facts about the user, and as many about the project
 SMALL_TALK = 4
+ENGLISH_FACTS = 4
 
 _SOURCES = {
     "retry limit": "runbook.md, section 3",
@@ -62,9 +67,11 @@ class Script:
     fact_question: str
 
 
-def draw_script(seed: int) -> Script:
-    """The script that follows from a seed."""
+def draw_script(seed: int, model: str = "nano") -> Script:
+    """The script that follows from a seed, in a language that the model knows."""
     rng = Random(f"demo {seed}")
+    if model != "nano":
+        return _english(seed, rng)
     bindings = [b for owner in ("user", "project") for b in draw_bindings(rng, OF_EACH_KIND, attributes=_owned(owner))]
     rng.shuffle(bindings)
     old = rng.choice(bindings[:-1])
@@ -86,6 +93,56 @@ def draw_script(seed: int) -> Script:
         questions=tuple((ask(rng, b.attribute), b) for b in holds),
         other=tuple(tell(rng, b)[0] for b in elsewhere),
         elsewhere={b.attribute: b for b in elsewhere},
+        facts=facts,
+        asked_fact=asked_fact,
+        fact_question=f"What is the {asked_fact.fact.subject}?",
+    )
+
+
+def is_right(reply: str, binding: Binding) -> bool:
+    """Whether a reply has the binding's value, and, where the values of the attribute are a short list, no other."""
+    if binding.attribute in ATTRIBUTES:
+        return is_correct(reply, binding)
+    return contains(reply, binding.value)
+
+
+def _english(seed: int, rng: Random) -> Script:
+    config = EpisodeConfig(
+        facts=(ENGLISH_FACTS, ENGLISH_FACTS),
+        fillers=(SMALL_TALK, SMALL_TALK),
+        several=0.0,
+        changes=1.0,
+        rules=0.0,
+        open_values=0.0,
+        two_words=0.0,
+        questions=ENGLISH_FACTS,
+        acts=(("ask", 1.0),),
+        kinds=tuple(POOLS),
+    )
+    episode = FactEpisodes(seed, config).episode(0)
+    correction = next(turn for turn in episode.turns if turn.act in ("change", "correct"))
+    (changed,) = correction.facts
+    attribute = changed.attribute.noun
+    elsewhere = {}
+    for question in episode.questions:
+        assert question.attribute is not None
+        noun, pool = question.attribute.noun, POOLS[question.attribute.kind]
+        others = [value for value in pool if value not in (question.value, question.old)]
+        elsewhere[noun] = Binding(noun, rng.choice(others))
+    facts = _facts(rng, set())
+    asked_fact = rng.choice(facts)
+    return Script(
+        said=tuple(turn.user.content for turn in episode.turns),
+        change=correction.user.content,
+        old=Binding(attribute, changed.old),
+        new=Binding(attribute, changed.value),
+        questions=tuple(
+            (question.user.content, Binding(question.attribute.noun, question.value))
+            for question in episode.questions
+            if question.attribute is not None
+        ),
+        other=tuple(f"{b.attribute[0].upper()}{b.attribute[1:]} is {b.value}." for b in elsewhere.values()),
+        elsewhere=elsewhere,
         facts=facts,
         asked_fact=asked_fact,
         fact_question=f"What is the {asked_fact.fact.subject}?",

@@ -59,7 +59,9 @@ class Place:
         Raises:
             ConfigError: the database is encrypted, and the key cannot be read.
         """
-        return _encrypting() if self.encrypted else JsonPlusSerializer()
+        # Nothing in a database makes these commands import or call anything.
+        strict = JsonPlusSerializer(allowed_msgpack_modules=None)
+        return _encrypting(strict) if self.encrypted else strict
 
     def open(self, *, make: bool = False) -> SQLAlchemySaver:
         """A saver on an existing database, creating neither file nor tables; with `make` they are created if needed.
@@ -143,11 +145,11 @@ def _span(option: str, text: str) -> timedelta:
     return int(match[1]) * _UNITS[match[2]]
 
 
-def _encrypting() -> EncryptedSerializer:
+def _encrypting(serde: JsonPlusSerializer) -> EncryptedSerializer:
     if _KEY not in os.environ:
         raise ConfigError(f"expected the key of an encrypted database in the environment variable {_KEY}, found none")
     try:
-        return EncryptedSerializer.from_pycryptodome_aes()
+        return EncryptedSerializer.from_pycryptodome_aes(serde)
     except ImportError as error:
         raise ConfigError("encrypted databases need the package pycryptodome; run: pip install pycryptodome") from error
     except ValueError as error:

@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from agentmem import MemoryState
-from agentmem.nano.recipe.language import Binding, is_correct
+from agentmem.nano.recipe.language import Binding
 from agentmem_cli.scores import NAMES
+from agentmem_cli.script import is_right
 from agentmem_cli.terminal import printable
 
 _LONGEST = 160  # most characters of a reply in a table
@@ -79,11 +80,11 @@ def answers(rows: Sequence[Row]) -> RenderableType:
         table.add_row(
             Text(row.question),
             _said(row.reply),
-            _mark(is_correct(row.reply.text, row.binding)),
+            _mark(is_right(row.reply.text, row.binding)),
             str(prompt_tokens(row.reply)),
             str(row.replayed),
         )
-    right = sum(is_correct(row.reply.text, row.binding) for row in rows)
+    right = sum(is_right(row.reply.text, row.binding) for row in rows)
     shown, replayed = sum(prompt_tokens(row.reply) for row in rows), sum(row.replayed for row in rows)
     table.add_section()
     table.add_row(Text("all"), Text(f"{right} of {len(rows)} right"), "", str(shown), str(replayed), style="bold")
@@ -100,13 +101,13 @@ def controls(
     """The same questions without this memory; values that belong to the other thread are marked as such."""
     table = _table("right answer", NAMES["zeroed"], "", NAMES["foreign"], "")
     for row, without, other in zip(rows, zeroed, foreign, strict=True):
-        theirs = is_correct(other.text, elsewhere[row.binding.attribute])
+        theirs = is_right(other.text, elsewhere[row.binding.attribute])
         table.add_row(
             Text(f"{row.binding.attribute}: {row.binding.value}"),
             _said(without),
-            _hit(is_correct(without.text, row.binding)),
+            _hit(is_right(without.text, row.binding)),
             Text.assemble(_said(other), (" (theirs)", "dim") if theirs else ""),
-            _hit(is_correct(other.text, row.binding)),
+            _hit(is_right(other.text, row.binding)),
         )
     return _step(
         table,

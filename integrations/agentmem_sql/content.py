@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 
 from langchain_core.messages import BaseMessage
 from langgraph.checkpoint.serde.base import SerializerProtocol
+from langgraph.checkpoint.serde.jsonplus import _msgpack_enc
 from langgraph.checkpoint.serde.types import _DeltaSnapshot
 
 from agentmem.errors import StorageError
@@ -27,8 +28,10 @@ from agentmem_sql.message_cache import (
     take_snapshot,
 )
 from agentmem_sql.protection import Protection
+from agentmem_sql.serializer import is_langgraphs
 
 _NUMBERS = frozenset({int, float, bool, type(None)})
+_TEXT = b"msgpack\0"  # before the bytes of a text
 _WHAT = "value of channel"  # in errors
 
 
@@ -163,6 +166,14 @@ class Packer:
                     LINK,
                 )
             return of + tree.RUNS, entries
+        if type(values[0]) is str and is_langgraphs(self._serde) and all(type(value) is str for value in values):
+            # As below, without the calls that make up most of the time of a long list.
+            bodies = [_TEXT + _msgpack_enc(value) for value in values]
+            entries = [bytes((len(body),)) + body if len(body) <= tree.INLINE else b"" for body in bodies]
+            for at, body in enumerate(bodies):
+                if len(body) > tree.INLINE:
+                    items.add(body, entries, at, LINK)
+            return of, entries
         matches, new = match_or_snapshot(values, self.known.messages)
         entries = [b"" if match is None else match.link for match in matches]
         if len(new) < len(values):

@@ -116,8 +116,11 @@ class Database:
         self._one_connection = self._source.in_memory or (own is not None and isinstance(own.pool, StaticPool))
         self._queue = _queue_of(self._source) if self.backend == "sqlite" else None
         self._transactions = None if own is None else _Transactions(own, made_here=False)
+        if own is not None and self.backend == "sqlite" and self._one_connection:
+            _check_shared(own)
         self._making = threading.Lock()
         self._inherited = False  # whether the connections are those of the process that this one was forked from
+        self._file: tuple[str, tuple[int, int]] | None = None  # that of SQLite, and which one it was at first
         self._ready = False
         self._closed = False
         _databases.add(self)
@@ -136,6 +139,13 @@ class Database:
                 transactions = self._transactions or self._connect()
                 if not self._ready:
                     self._in_turn(partial(self._set_up, transactions), write=True)
+                if self._file is not None and _identity(self._file[0]) != self._file[1]:
+                    raise StorageError(
+                        f"expected the SQLite file that was opened at {self._file[0]!r}, found "
+                        f"{'another' if os.path.exists(self._file[0]) else 'none'}: it was deleted, moved or replaced "
+                        "under the running saver, and what is stored in it would not be found again; close the saver "
+                        "and make a new one"
+                    )
                 if write and not (autocommit and transactions.autocommits):
                     return self._in_turn(partial(transactions.write, work), write=True)
                 return self._in_turn(partial(transactions.read, work), write=write)
@@ -170,7 +180,10 @@ class Database:
             StorageError: it is closed.
         """
         if self._closed:
-            raise StorageError("this SQLAlchemySaver is closed; make a new one with from_url(...)")
+            raise StorageError(
+                "this SQLAlchemySaver is closed, so that the call did nothing, also if it was made before and waited; "
+                "close a saver when its calls have ended, and make a new one with from_url(...)"
+            )
 
     def close(self) -> None:
         """Close every connection that was opened here; from anywhere, any number of times."""
@@ -220,6 +233,10 @@ class Database:
         if protection is not None and not transactions.read(partial(protection.is_settled, tables=self.tables)):
             with connect(transactions.writer) as connection:
                 alone(connection, self.tables, transactions.write_on, partial(protection.settle, tables=self.tables))
+        if self.backend == "sqlite" and os.name == "posix" and not self._source.in_memory:
+            path = os.path.abspath(self._path)
+            at_first = _identity(path)
+            self._file = None if at_first is None else (path, at_first)
         self._ready = True
 
     def _in_turn(self, do: Callable[[], T], *, write: bool) -> T:
@@ -260,7 +277,7 @@ class Database:
             return inspect(connection).has_table(threads.name, schema=threads.schema)
 
         if self.backend == "sqlite" and not self._source.in_memory:
-            path = Path(str(self._source.url.database).removeprefix("file:").partition("?")[0])
+            path = Path(self._path)
             if not path.is_file():
                 raise StorageError(
                     f"expected a SQLite file at {str(path)!r}, found {'a folder' if path.is_dir() else 'nothing'} "
@@ -271,6 +288,11 @@ class Database:
                 f"expected the table {threads.fullname!r} in the database {where}, found no such table: no threads "
                 "were ever kept there, or under another table prefix or schema; correct the URL, or name these"
             )
+
+    @property
+    def _path(self) -> str:
+        """Where a SQLite file is."""
+        return str(self._source.url.database).removeprefix("file:").partition("?")[0]
 
     def _take_memory(self) -> None:
         """Name a database in memory so that every connection sees it, and hold it open."""
@@ -297,6 +319,35 @@ class Database:
         self._anchor = sqlite3.connect(name, uri=True, check_same_thread=False)
         named = url.set(database=name.split("?")[0], query={"vfs": "memdb", "uri": "true"})
         self._source = Source(named, self._source.options)
+
+
+def _check_shared(engine: Engine) -> None:
+    """Refuse the one connection of an engine if other threads cannot use it: graphs and tasks do.
+
+    Raises:
+        StorageError: they cannot.
+    """
+    pool: Any = engine.pool
+    if "connection" not in vars(pool):
+        engine.raw_connection().close()
+    try:
+        with ThreadPoolExecutor(1) as other:
+            other.submit(pool.connection.driver_connection.cursor).result()
+    except sqlite3.ProgrammingError as error:
+        raise StorageError(
+            "expected an engine whose one connection (StaticPool) every thread may use, found one for the thread that "
+            "opened it; write create_engine(..., poolclass=StaticPool, connect_args={'check_same_thread': False}), or "
+            "SQLAlchemySaver.from_url('sqlite:///:memory:')"
+        ) from error
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """Which file there is at a path; takes about a microsecond."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 _databases: WeakSet[Database] = WeakSet()

@@ -11,26 +11,44 @@ What this process has written or read before is not fetched again (see `message_
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.serde.base import SerializerProtocol
-from sqlalchemy import Connection, RowMapping, and_, bindparam, literal_column, or_, select
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, literal_column, or_, select, tuple_
 
 from agentmem.errors import StorageError
 from agentmem_sql.list_tree import LEAVES, Node, parse
 from agentmem_sql.message_cache import Body, CachedThread, ThreadCache
 from agentmem_sql.protection import Protection
-from agentmem_sql.rows import Address, StoredCheckpoint, damaged, decode_row, decode_write, decode_writes, matches
+from agentmem_sql.rows import (
+    Address,
+    Row,
+    StoredCheckpoint,
+    damaged,
+    decode_metadata,
+    decode_rest,
+    decode_row,
+    decode_write,
+    decode_writes,
+    matches,
+    metadata_bytes,
+)
 from agentmem_sql.schema import Tables, decode_text, encode_text, exact_key, open_key, thread_key
-from agentmem_sql.statements import Prepared, PreparedLookup, Rows
+from agentmem_sql.serializer import is_langgraphs
+from agentmem_sql.statements import Prepared, PreparedLookup, PreparedLookups, Rows, contains
 
 T = TypeVar("T")
 
 # Parameters of one IN list stay far below every driver's limit.
 CHUNK = 1000
-_PAGE = 32
+# Checkpoints that are completed at once, and rows that are looked for at once.
+_PAGE, _MOST_ROWS = 32, 1024
+# Pairs of a thread and a digest of which those that are there are looked up in one statement.
+_MOST_LOOKUPS = 4096
+_ORDER = ("id", "thread", "ns")
 _ATTEMPTS = 3
 # Columns of a pending write that do not say where it belongs.
 _PENDING = ("task", "idx", "path", "channel", "digest", "seal")
@@ -90,18 +108,39 @@ class Reader:
         self._listed = (
             select(*self._row_columns)
             .join_from(checkpoints, threads, checkpoints.c.thread == threads.c.number)
-            .order_by(checkpoints.c.id.desc(), checkpoints.c.thread.desc(), checkpoints.c.ns.desc())
+            .order_by(*(checkpoints.c[name].desc() for name in _ORDER))
+            .limit(bindparam("size"))
         )
-        self._pending = select(writes).where(
-            writes.c.thread == bindparam("thread"),
-            writes.c.ns == bindparam("ns"),
-            writes.c.checkpoint.in_(bindparam("ids", expanding=True)),
+        after = tuple_(*(bindparam(f"last_{name}", type_=checkpoints.c[name].type) for name in _ORDER))
+        # What a listing may be limited to, by the name of a parameter.
+        self._limits: dict[str, ColumnElement[bool]] = {
+            "key": threads.c.key == bindparam("key"),
+            "ns": checkpoints.c.ns == bindparam("ns"),
+            "id": checkpoints.c.id == bindparam("id"),
+            "end": checkpoints.c.id < bindparam("end"),
+            # The first condition is one that an index of the thread's checkpoints can begin at.
+            "last_id": and_(
+                checkpoints.c.id <= bindparam("last_id"), tuple_(*(checkpoints.c[name] for name in _ORDER)) < after
+            ),
+        }
+        self._searches: dict[Hashable, Prepared] = {}
+        of_page = (writes.c.thread == threads.c.number, writes.c.ns == bindparam("ns"))
+        self._pending = PreparedLookups(
+            lambda among: (
+                select(threads.c.epoch, threads.c.number, *writes.c)
+                .outerjoin_from(threads, writes, and_(*of_page, among(writes.c.checkpoint, "ids")))
+                .where(among(threads.c.number, "threads"))
+            )
         )
-        self._epoch = select(threads.c.epoch).where(threads.c.number == bindparam("thread"))
         self._content = PreparedLookup(
             blobs.c.digest,
             "digests",
             select(blobs.c.digest, blobs.c.kind, blobs.c.body).where(blobs.c.thread == bindparam("thread")).where,
+        )
+        self._contents = PreparedLookups(
+            lambda among: select(blobs.c.thread, blobs.c.digest, blobs.c.kind, blobs.c.body).where(
+                among(blobs.c.thread, "threads"), among(blobs.c.digest, "digests")
+            )
         )
 
     def find(self, connection: Connection, serde: SerializerProtocol, address: Address) -> LoadedCheckpoint | None:
@@ -168,23 +207,54 @@ class Reader:
         Raises:
             Missing: some of it is not there, or is not what was stored.
         """
-        contents, missing = known.collect(roots)
-        while missing:
-            fetched = self._fetch(connection, known, sorted(missing))
-            if len(fetched) < len(missing):
-                raise Missing
-            contents.update(fetched)
-            nodes = [body for body in fetched.values() if type(body) is Node]
-            entries = {entry for node in nodes for entry in node.entries if type(entry) is bytes}  # not what is inline
-            below, missing = known.collect(entries - contents.keys())
-            contents.update(below)
-            missing -= contents.keys()
-        return contents
+        found = self._collect_all(connection, [(known, roots)])[0]
+        if found is None:
+            raise Missing
+        return found
 
-    def _fetch(self, connection: Connection, known: CachedThread, digests: Sequence[bytes]) -> dict[bytes, Body]:
-        rows: list[Any] = []
-        for part in chunks(digests):
-            rows += self._content.rows(connection, {"thread": known.number, "digests": part})
+    def _collect_all(
+        self, connection: Connection, wanted: Sequence[tuple[CachedThread, Iterable[bytes]]]
+    ) -> list[dict[bytes, Body] | None]:
+        """As `collect`, for several threads at once; None for one of which something is missing."""
+        found: list[dict[bytes, Body] | None] = []
+        missing: list[tuple[int, CachedThread, dict[bytes, Body], set[bytes]]] = []
+        for at, (known, roots) in enumerate(wanted):
+            contents, lacking = known.collect(roots)
+            found.append(contents)
+            if lacking:
+                missing.append((at, known, contents, lacking))
+        while missing:
+            level, missing = missing, []
+            rows = self._fetch(connection, {known.number: lacking for _, known, _, lacking in level})
+            for at, known, contents, lacking in level:
+                fetched = self._checked(known, [row for row in rows[known.number] if row[0] in lacking])
+                if len(fetched) < len(lacking):
+                    found[at] = None
+                    continue
+                contents.update(fetched)
+                nodes = [body for body in fetched.values() if type(body) is Node]
+                entries = {entry for node in nodes for entry in node.entries if type(entry) is bytes}  # not inline
+                below, lacking = known.collect(entries - contents.keys())
+                contents.update(below)
+                if lacking := lacking - contents.keys():
+                    missing.append((at, known, contents, lacking))
+        return found
+
+    def _fetch(self, connection: Connection, wanted: Mapping[int | None, set[bytes]]) -> dict[int | None, list[Any]]:
+        """Rows of content by thread, and perhaps some that were not asked for."""
+        rows: dict[int | None, list[Any]] = {thread: [] for thread in wanted}
+        digests = sorted(set().union(*wanted.values()))
+        if len(wanted) > 1 and len(wanted) * len(digests) <= _MOST_LOOKUPS:
+            for thread, *row in self._contents.rows(connection, {"threads": [*wanted], "digests": digests}):
+                rows[thread].append(row)
+            return rows
+        for thread, missing in wanted.items():
+            for part in chunks(sorted(missing)):
+                rows[thread] += self._content.rows(connection, {"thread": thread, "digests": part})
+        return rows
+
+    def _checked(self, known: CachedThread, rows: Iterable[Sequence[Any]]) -> dict[bytes, Body]:
+        """The content of rows of a thread, without what is not what was stored."""
         decrypt, digest_of = self._protection.decrypt, self._protection.digest
         bodies = [(digest, kind, decrypt(stored)) for digest, kind, stored in rows]
         intact = [(digest, kind, body) for digest, kind, body in bodies if digest_of(kind, body) == digest]
@@ -196,52 +266,85 @@ class Reader:
     def complete(
         self, connection: Connection, serde: SerializerProtocol, listed: Sequence[LoadedCheckpoint]
     ) -> list[LoadedCheckpoint]:
-        """Fetch pending writes and content of checkpoints; those that were taken out meanwhile are left out.
+        """Fetch pending writes and content of a page; checkpoints that were taken out meanwhile are left out.
 
         Raises:
             StorageError: one was changed or damaged since it was stored.
         """
-        groups: defaultdict[tuple[int, str], dict[bytes, LoadedCheckpoint]] = defaultdict(dict)
+        by_thread: defaultdict[int, list[LoadedCheckpoint]] = defaultdict(list)
+        by_ns: defaultdict[bytes, dict[tuple[int, bytes], LoadedCheckpoint]] = defaultdict(dict)
         for item in listed:
-            assert item.known.number is not None
-            groups[item.known.number, item.checkpoint.address.ns][encode_text(item.checkpoint.id)] = item
-        completed: dict[tuple[str, str, str], LoadedCheckpoint | None] = {}
-        for (thread, ns), members in groups.items():
-            for part in chunks(list(members)):
-                keys = {"thread": thread, "ns": open_key(ns), "ids": part}
-                for row in connection.execute(self._pending, keys).mappings():
-                    holder = members.get(row["checkpoint"])
-                    if holder is None:  # the index that found the row says something else than the row
-                        of = members[part[0]].checkpoint.address.thread
-                        raise damaged(of, decode_text(row["checkpoint"]), "a pending write")
-                    stored = holder.checkpoint
-                    stored.writes.append(decode_write(self._protection, stored.address.thread, row))
-            epoch = connection.execute(self._epoch, {"thread": thread}).scalar_one_or_none()
-            for item in members.values():
-                address = item.checkpoint.address
-                # If something was taken out of the thread meanwhile, it may have been these writes.
-                intact = item.known.epoch == epoch and self._fill(connection, item)
-                completed[address.thread, address.ns, item.checkpoint.id] = (
-                    item if intact else self.find(connection, serde, address)
-                )
-        in_order = (
-            completed[item.checkpoint.address.thread, item.checkpoint.address.ns, item.checkpoint.id] for item in listed
+            address, number = item.checkpoint.address, item.known.number
+            assert number is not None
+            by_thread[number].append(item)
+            by_ns[open_key(address.ns)][number, encode_text(item.checkpoint.id)] = item
+        epochs: defaultdict[int, set[int]] = defaultdict(set)
+        for ns, members in by_ns.items():
+            numbers, ids = ([*{*each}] for each in zip(*members, strict=True))
+            for epoch, number, *values in self._pending.rows(connection, {"ns": ns, "threads": numbers, "ids": ids}):
+                epochs[number].add(epoch)
+                row = dict(zip(self.tables.writes.c.keys(), values, strict=True))
+                if row["thread"] is None:
+                    continue
+                holder = members.get((number, row["checkpoint"]))
+                if holder is not None:
+                    thread = holder.checkpoint.address.thread
+                    holder.checkpoint.writes.append(decode_write(self._protection, thread, row))
+                elif row["checkpoint"] not in ids:  # the index that found the row says something else than the row
+                    thread = listed[0].checkpoint.address.thread
+                    raise damaged(thread, decode_text(row["checkpoint"]), "a pending write")
+        # If something was taken out of a thread meanwhile, it may have been these writes.
+        threads = [items for number, items in by_thread.items() if epochs[number] == {i.known.epoch for i in items}]
+        intact: set[int | None] = set()
+        roots = [{root for item in items for root in _roots(item.checkpoint)} for items in threads]
+        wanted = [(items[0].known, each) for items, each in zip(threads, roots, strict=True)]
+        for items, contents in zip(threads, self._collect_all(connection, wanted), strict=True):
+            if contents is not None:  # otherwise taken out or replaced meanwhile, or damaged: `find` tells
+                intact.add(items[0].known.number)
+                for item in items:
+                    item.checkpoint.contents = contents
+        found = (
+            item if item.known.number in intact else self.find(connection, serde, item.checkpoint.address)
+            for item in listed
         )
-        return [item for item in in_order if item is not None]
+        return [item for item in found if item is not None]
 
-    def _fill(self, connection: Connection, item: LoadedCheckpoint) -> bool:
-        stored, known = item
-        try:
-            stored.contents = self.collect(connection, known, _roots(stored))
-        except Missing:  # taken out or replaced meanwhile, or damaged: `find` tells
-            return False
-        return True
+    def search(
+        self, connection: Connection, given: Mapping[str, Any], parts: Sequence[tuple[bytes, ...]]
+    ) -> list[dict[str, Any]]:
+        """Rows of checkpoints and of their threads, newest first.
 
-    def decode(self, serde: SerializerProtocol, row: RowMapping) -> LoadedCheckpoint:
-        """A row of a listing."""
+        `given`: how many at most, and values of what limits them. `parts`: one of each is somewhere in the metadata.
+        """
+        dialect = connection.dialect.name
+        shape = dialect, *given, *map(len, parts)
+        search, names = (
+            self._searches.get(shape),
+            [[f"part_{at}_{n}" for n in range(len(p))] for at, p in enumerate(parts)],
+        )
+        if search is None:
+            found = (
+                or_(*(contains(dialect, self.tables.checkpoints.c.metadata, name) for name in each)) for each in names
+            )
+            limits = (self._limits[name] for name in given if name in self._limits)
+            search = self._searches[shape] = Prepared(self._listed.where(*limits, *found))
+        values = dict(zip(chain(*names), chain(*parts), strict=True))
+        columns = [column.name for column in self._row_columns]
+        return [dict(zip(columns, row, strict=True)) for row in search.rows(connection, {**given, **values})]
+
+    def decode(self, serde: SerializerProtocol, row: Row, wanted: Mapping[str, Any]) -> LoadedCheckpoint | None:
+        """A row of a search; None where its metadata are not those wanted."""
         thread = decode_text(row["name"])
-        stored = decode_row(self._protection, serde, thread, row)
+        metadata = decode_metadata(self._protection, serde, thread, row)
+        if not matches(metadata, wanted):
+            return None
+        stored = decode_rest(self._protection, serde, thread, row, metadata)
         return LoadedCheckpoint(stored, self._cache.at(thread, row["number"], row["epoch"]))
+
+    def parts(self, serde: SerializerProtocol, wanted: Mapping[str, Any]) -> list[tuple[bytes, ...]]:
+        """What the database can look for; see `metadata_bytes`."""
+        readable = is_langgraphs(serde) and not self._protection.encrypts
+        return metadata_bytes(serde, wanted) if readable else []
 
 
 def _roots(stored: StoredCheckpoint) -> set[bytes]:
@@ -253,6 +356,9 @@ class Listing:
     """A listing, newest first, page by page: between pages nothing is held open.
 
     `config` None lists every thread; a config without `checkpoint_ns` every namespace of its thread.
+
+    The order has no index, which every `put` would pay for: a search looks through all rows that may be listed. So few
+    searches are made, each for more rows, and what a search found is completed page by page.
     """
 
     def __init__(
@@ -269,45 +375,49 @@ class Listing:
         self._serde = serde
         self._filter = filter or {}
         self._left = limit
-        self._page_size = _PAGE if limit is None or self._filter else min(limit, _PAGE)
-        checkpoints = reader.tables.checkpoints
-        query = reader._listed.limit(self._page_size)
+        self._parts = reader.parts(serde, self._filter)
+        searched = len(self._parts) == len(self._filter)
+        self._size = min(limit or _MOST_ROWS, _MOST_ROWS) if searched and (limit or self._filter) else _PAGE
+        self._given: dict[str, Any] = {}
         if config is not None:
             address = Address.of(config)
-            query = query.where(reader.tables.threads.c.key == thread_key(address.thread))
+            self._given["key"] = thread_key(address.thread)
             if "checkpoint_ns" in config["configurable"]:
-                query = query.where(checkpoints.c.ns == open_key(address.ns))
+                self._given["ns"] = open_key(address.ns)
             if address.id is not None:
-                query = query.where(checkpoints.c.id == exact_key(address.id, "checkpoint id"))
+                self._given["id"] = exact_key(address.id, "checkpoint id")
         end = None if before is None else before["configurable"].get("checkpoint_id")
         if end:
-            query = query.where(checkpoints.c.id < encode_text(end))
-        self._query = query
-        self._last: RowMapping | None = None
+            self._given["end"] = encode_text(end)
+        self._rows: Sequence[Row] = ()  # found, and not yet given
+        self._ended = False  # whether no search finds more
         self.finished = limit is not None and limit <= 0
 
     def next_page(self, connection: Connection) -> list[LoadedCheckpoint]:
         """The next checkpoints that match; may be none although the listing is not `finished`."""
-        query = self._query if self._last is None else self._query.where(self._after(self._last))
-        rows = connection.execute(query).mappings().all()
-        listed = [(row, self._reader.decode(self._serde, row)) for row in rows]
-        matching = [(row, item) for row, item in listed if matches(item.checkpoint.metadata, self._filter)]
-        wanted = matching if self._left is None else matching[: self._left]
-        completed = self._reader.complete(connection, self._serde, [item for _, item in wanted])
-        if self._left is not None:
+        if not self._rows:
+            self._search(connection)
+        # A search is not given up half-way as often as a thread is.
+        page = 2 * _PAGE if self._filter else _PAGE
+        most = page if self._left is None else min(self._left, page)
+        wanted: list[LoadedCheckpoint] = []
+        used = 0
+        while used < len(self._rows) and len(wanted) < most:
+            item = self._reader.decode(self._serde, self._rows[used], self._filter)
+            used += 1
+            if item is not None:
+                wanted.append(item)
+        completed = self._reader.complete(connection, self._serde, wanted) if wanted else []
+        self._rows = self._rows[used:]
+        if self._left is not None:  # one that was taken out meanwhile makes room for the next that matches
             self._left -= len(completed)
-        # One that was taken out meanwhile makes room for the next that matches, on this page or another.
-        rest = len(wanted) < len(matching)
-        self.finished = (len(rows) < self._page_size and not rest) or self._left == 0
-        if rows:
-            self._last = wanted[-1][0] if rest else rows[-1]
+        self.finished = self._left == 0 or (self._ended and not self._rows)
         return completed
 
-    def _after(self, last: RowMapping) -> Any:
-        """The rows that follow one in the order of a listing."""
-        columns = self._reader.tables.checkpoints.c
-        return or_(
-            columns.id < last["id"],
-            and_(columns.id == last["id"], columns.thread < last["thread"]),
-            and_(columns.id == last["id"], columns.thread == last["thread"], columns.ns < last["ns"]),
-        )
+    def _search(self, connection: Connection) -> None:
+        """Find the next rows that may match."""
+        self._rows = self._reader.search(connection, {"size": self._size, **self._given}, self._parts)
+        self._ended = len(self._rows) < self._size
+        if self._rows:
+            self._given |= {f"last_{name}": self._rows[-1][name] for name in _ORDER}
+        self._size = min(4 * self._size, _MOST_ROWS)

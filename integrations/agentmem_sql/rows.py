@@ -228,13 +228,24 @@ def decode_row(protection: Protection, serde: SerializerProtocol, thread: str, r
     Raises:
         StorageError: the row was changed or damaged since it was written.
     """
+    return decode_rest(protection, serde, thread, row, decode_metadata(protection, serde, thread, row))
+
+
+def decode_metadata(protection: Protection, serde: SerializerProtocol, thread: str, row: Row) -> CheckpointMetadata:
+    """As `decode_row`, the metadata alone."""
     check_seal(protection, thread, row)
-    metadata, body = protection.decrypt(row["metadata"]), protection.decrypt(row["body"])
+    return cast(CheckpointMetadata, load(serde, protection.decrypt(row["metadata"])))
+
+
+def decode_rest(
+    protection: Protection, serde: SerializerProtocol, thread: str, row: Row, metadata: CheckpointMetadata
+) -> StoredCheckpoint:
+    """A row whose seal was checked when its metadata were read."""
     checkpoint_id = decode_text(row["id"])
     address = Address(thread, decode_text(row["ns"] if row["ns_name"] is None else row["ns_name"]), checkpoint_id)
     parent = None if row["parent"] is None else decode_text(row["parent"])
-    own, digests = (load(serde, metadata), load(serde, body)), unpack_content(row["content"])
-    return StoredCheckpoint(address, checkpoint_id, parent, row["created"], *own, digests, row["history"])
+    body, digests = load(serde, protection.decrypt(row["body"])), unpack_content(row["content"])
+    return StoredCheckpoint(address, checkpoint_id, parent, row["created"], metadata, body, digests, row["history"])
 
 
 def decode_write(protection: Protection, thread: str, row: Row) -> StoredWrite:
@@ -330,6 +341,33 @@ def unpack_content(packed: bytes) -> dict[str, bytes]:
 def matches(metadata: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     """Whether every wanted key is there with exactly that value; `True` is not `1`, a tuple is a list."""
     return all(key in metadata and _same(metadata[key], value) for key, value in wanted.items())
+
+
+# Heads of msgpack's extensions that something which equals a number may be: an IntEnum, a Decimal.
+_EXTENSIONS = b"\xc7", b"\xc8", b"\xd7", b"\xd8"
+
+
+def metadata_bytes(serde: SerializerProtocol, wanted: Mapping[str, Any]) -> list[tuple[bytes, ...]]:
+    """For wanted values what stands, one or another, in the bytes of metadata that have them: the key and the value.
+
+    Metadata where it stands need not have the value. Values that may be spelled in many ways have no entry.
+    """
+    found = []
+    for key, value in wanted.items():
+        if type(key) is not str or type(value) not in (str, int, bool, type(None)):
+            continue
+        spelled = [value]
+        if type(value) is int:
+            if not -(2**53) <= value <= 2**53:
+                continue
+            spelled.append(float(value))
+        # Without the head of the map.
+        entries = [serde.dumps_typed({key: each})[1][1:] for each in spelled]
+        if type(value) is int:
+            name = serde.dumps_typed({key: None})[1][1:-1]
+            entries += [name + head for head in _EXTENSIONS]
+        found.append(tuple(entries))
+    return found
 
 
 def damaged(thread: str, checkpoint_id: str, what: str) -> StorageError:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from contextvars import copy_context
 from datetime import datetime
 from functools import partial, wraps
+from itertools import islice
 from secrets import randbelow
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
@@ -24,6 +25,7 @@ from langgraph.checkpoint.base import (
     CheckpointTuple,
     DeltaChannelHistory,
 )
+from langgraph.checkpoint.serde._msgpack import STRICT_MSGPACK_ENABLED
 from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
 from sqlalchemy import URL, Engine
@@ -35,6 +37,7 @@ from agentmem_sql.report import Order, StorageReport, storage_report
 from agentmem_sql.retention import Retention, RetentionReport, sweep
 from agentmem_sql.rows import Address
 from agentmem_sql.schema import DEFAULT_PREFIX, Tables
+from agentmem_sql.serializer import CheckedSerializer
 from agentmem_sql.store import Store
 
 if TYPE_CHECKING:
@@ -44,7 +47,7 @@ CACHE_BYTES = 64 * 2**20
 
 P = ParamSpec("P")
 T = TypeVar("T")
-_END: Any = object()
+_PAGE = 32  # items of an iterator that are made at once for a task
 
 
 def plain_serde(serde: SerializerProtocol) -> SerializerProtocol:
@@ -71,16 +74,33 @@ def _for_tasks(
 def _iterated_by_tasks(
     method: Callable[Concatenate[SQLAlchemySaver, P], Iterator[T]],
 ) -> Callable[Concatenate[SQLAlchemySaver, P], AsyncIterator[T]]:
-    """The asynchronous form of a method that returns an iterator: each item is made in one of the threads."""
+    """The asynchronous form of a method that returns an iterator: a thread makes many items at once."""
 
     @wraps(method)
     async def twin(self: SQLAlchemySaver, /, *arguments: P.args, **named: P.kwargs) -> AsyncIterator[T]:
         items = getattr(self, method.__name__)(*arguments, **named)
-        while (item := await self._in_thread(self._store.database.reading_threads, next, items, _END)) is not _END:
-            yield item
+        while True:
+            made, error = await self._in_thread(self._store.database.reading_threads, _some_of, items)
+            for item in made:
+                yield item
+            if error is not None:
+                raise error
+            if len(made) < _PAGE:
+                return
 
     twin.__name__, twin.__doc__ = f"a{method.__name__}", f"As `{method.__name__}`, for a task."
     return twin
+
+
+def _some_of(items: Iterator[T]) -> tuple[list[T], Exception | None]:
+    """The next items, and the error that ended them."""
+    made: list[T] = []
+    try:
+        for item in islice(items, _PAGE):
+            made.append(item)
+    except Exception as error:  # noqa: BLE001
+        return made, error
+    return made, None
 
 
 class SQLAlchemySaver(BaseCheckpointSaver[str]):
@@ -121,8 +141,9 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
 
         Args:
             engine: an engine of SQLAlchemy, or a URL, as for `from_url`.
-            serde: as for every LangGraph checkpointer. An `EncryptedSerializer` encrypts everything but times and the
-                names and ids of threads, namespaces, channels, checkpoints and tasks.
+            serde: as for every LangGraph checkpointer. If left out, a stored value makes only types that LangGraph
+                stores and that are loaded, and is refused otherwise. An `EncryptedSerializer` encrypts everything but
+                times and the names and ids of threads, namespaces, channels, checkpoints and tasks.
             schema: the schema of the tables; None is the connection's default.
             table_prefix: the beginning of the tables' names.
             hmac_key: at least 16 secret bytes. Digests then become signatures, so that nobody without the key can
@@ -135,7 +156,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
                 database in memory, connections made by your code, or an option that the synchronous driver lacks.
             ConfigError: `hmac_key` or `table_prefix` cannot be used.
         """
-        super().__init__(serde=serde)
+        super().__init__(serde=serde if serde or STRICT_MSGPACK_ENABLED else CheckedSerializer())
         tables, protection = Tables(prefix=table_prefix, schema=schema), Protection(self.serde, hmac_key)
         self._store = Store(engine, tables=tables, protection=protection, cache_bytes=cache_bytes, **of_url)
 
@@ -411,7 +432,11 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         If the task is cancelled, the cancellation is raised when the call has ended, or at once if it has not begun.
         """
         self._store.database.check_open()
-        future = threads.submit(copy_context().run, partial(call, *arguments, **named))
+        try:
+            future = threads.submit(copy_context().run, partial(call, *arguments, **named))
+        except RuntimeError:
+            self._store.database.check_open()  # closed this very moment
+            raise
         waiting = asyncio.wrap_future(future)
         try:
             return await asyncio.shield(waiting)

@@ -28,6 +28,7 @@ from sqlalchemy import (
     bindparam,
     cast,
     column,
+    func,
     insert,
     literal_column,
     select,
@@ -141,6 +142,21 @@ class PreparedLookup:
         return fetch(connection, head + marks + tail, (*arranged, *items))
 
 
+class PreparedLookups:
+    """As `PreparedLookup`, of several lists."""
+
+    def __init__(self, select: Callable[[Callable[[Column[Any], str], ColumnElement[bool]]], Executable]) -> None:
+        """`select` makes the statement from what says that a column is in the list of a name."""
+        self._plain = select(lambda column, name: column.in_(bindparam(name, expanding=True)))
+        self._arrays = Prepared(select(lambda column, name: column == any_(bindparam(name, type_=ARRAY(column.type)))))
+
+    def rows(self, connection: Connection, parameters: Mapping[str, Any]) -> Rows:
+        """The rows found, by position."""
+        if connection.dialect.name == "postgresql":
+            return self._arrays.rows(connection, parameters)
+        return [tuple(row) for row in connection.execute(self._plain, parameters)]
+
+
 def change(connection: Connection, sql: str, parameters: Any) -> int:
     """Execute a statement, for every one of a list of parameters; gives the number of rows that were changed."""
     if _is_watched(connection):
@@ -199,6 +215,12 @@ def _on_cursor(connection: Connection, sql: str, parameters: Any, *, rows: bool)
         # It raises. Without the statement it wraps the errors of the driver only.
         statement = sql if isinstance(error, dialect.loaded_dbapi.Error) else None
         connection._handle_dbapi_exception(error, statement, None, cursor, None)
+
+
+def contains(dialect: str, column: ColumnElement[bytes], name: str) -> ColumnElement[bool]:
+    """Whether the bytes of a parameter are somewhere in a column."""
+    find = func.pg_catalog.position if dialect == "postgresql" else func.instr
+    return find(column, bindparam(name, type_=column.type)) > literal_column("0")
 
 
 # Inserts that differ by database.

@@ -22,7 +22,6 @@ from langgraph.checkpoint.base import (
     get_checkpoint_metadata,
 )
 from langgraph.checkpoint.serde.base import SerializerProtocol
-from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 
 from agentmem.errors import ConfigError, StorageError
 from agentmem_sql.content import Unpacker
@@ -35,6 +34,7 @@ from agentmem_sql.prune import Pruner, all_but_newest
 from agentmem_sql.reader import Listing, LoadedCheckpoint, Reader
 from agentmem_sql.rows import Address, Encoded, encode_checkpoint, encode_writes, to_tuple
 from agentmem_sql.schema import Tables
+from agentmem_sql.serializer import is_langgraphs
 from agentmem_sql.statements import MOST_CONTENT, MOST_ROWS
 from agentmem_sql.writer import Locked, WriteConflict, WriteMode, Writer
 
@@ -178,7 +178,7 @@ class Store:
 
     def _templates_of(self, serde: SerializerProtocol) -> DecodeTemplates | None:
         """What messages may be decoded by without the serializer; None where it may do something of the caller's."""
-        if type(serde) is not JsonPlusSerializer or getattr(serde, "_custom_unpack_ext_hook", True):
+        if not is_langgraphs(serde) or getattr(serde, "_custom_unpack_ext_hook", True):
             return None
         return self._templates.get(serde) or self._templates.setdefault(serde, DecodeTemplates())
 

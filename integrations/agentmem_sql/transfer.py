@@ -29,6 +29,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from agentmem.errors import ConfigError, StorageError
 from agentmem_sql.ids import check_ids
 from agentmem_sql.saver import SQLAlchemySaver, plain_serde
+from agentmem_sql.serializer import is_langgraphs
 
 Saver = BaseCheckpointSaver[Any]
 Key = tuple[str, str]  # a checkpoint's namespace and id
@@ -258,7 +259,7 @@ def _verbatim(saver: Saver, serde: SerializerProtocol) -> Saver:
     or not on an allowlist.
     """
     inner = plain_serde(saver.serde)
-    if type(inner) is not JsonPlusSerializer or type(plain_serde(serde)) is not JsonPlusSerializer:
+    if not is_langgraphs(inner) or not is_langgraphs(plain_serde(serde)):
         return saver
     keeping: SerializerProtocol = JsonPlusSerializer(
         pickle_fallback=inner.pickle_fallback,

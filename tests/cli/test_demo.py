@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import agentmem
 from agentmem.nano.recipe.language import named_values
 from agentmem_cli.app import app
-from agentmem_cli.script import draw_script
+from agentmem_cli.script import draw_script, is_right
 
 NANO = Path(agentmem.__file__).parent / "nano" / "weights"
 
@@ -147,6 +147,43 @@ def test_script(seed: int) -> None:
         assert not any(sourced.fact.subject in question for question, _ in script.questions)
     assert script.asked_fact in script.facts
     assert script.asked_fact.fact.subject in script.fact_question
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_script_in_english(seed: int) -> None:
+    script = draw_script(seed, "smollm2")
+    held = [binding for _, binding in script.questions]
+    assert script == draw_script(seed, "smollm2")
+    assert len({b.attribute for b in held}) == len(held) == 4
+    assert script.new in held
+    assert script.old.attribute == script.new.attribute
+    before = script.said[: script.said.index(script.change)]
+    assert any(is_right(text, script.old) for text in before)
+    assert is_right(script.change, script.new)
+    for question, binding in script.questions:
+        assert any(is_right(text, binding) for text in script.said)
+        assert not is_right(question, binding)
+    for binding, text in zip(script.elsewhere.values(), script.other, strict=True):
+        assert is_right(text, binding)
+    for binding in [*held, script.old]:
+        assert script.elsewhere[binding.attribute].value != binding.value
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_demo_with_another_model_ends_with_its_scores(tiny_model: Path, tmp_path: Path) -> None:
+    """A random model knows nothing, and the demo says so."""
+    options = ["demo", "--model", str(tiny_model), "--data", str(tmp_path / "data")]
+    done = subprocess.run(
+        [sys.executable, "-c", "from agentmem_cli import main; main()", *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    report = json.loads((tmp_path / "data" / "scores.json").read_text())
+    assert {arm["questions"] for arm in report["arms"].values()} == {4}
+    assert "falls short: the thread's memory" in done.stdout
 
 
 @pytest.mark.timeout(900)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import agentmem
 from agentmem import MemoryConfig, Message, Sampling, SteeredModel, Window, loading
 from agentmem.delta.adapter import load_adapter, save_adapter
 from agentmem.delta.fingerprint import DIGESTS_FILE, write_digests
+from agentmem.delta.published import PublishedAdapter
 from agentmem.errors import AdapterError, ConfigError, MemoryWarning, MissingAdapterError, ModelNotFoundError
 from tests.helpers.core_models import build
 from tests.helpers.transcript_templates import QWEN, SMOLLM
@@ -85,6 +87,56 @@ def test_a_missing_adapter_names_the_published_ones(saved: tuple[Any, Path], mon
     monkeypatch.setattr(loading, "_read", lambda *_, **__: None)
     with pytest.raises(MissingAdapterError, match=f"published for it: '{PUBLISHED}'"):
         agentmem.load(QWEN_4B)
+
+
+def test_an_adapter_beside_the_model_or_known_for_it_is_found(
+    saved: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, place = saved
+    model = tmp_path / "models" / "tuned"
+    shutil.copytree(place, model)
+    (model / "adapter").rename(model.parent / "tuned-adapter")
+    with agentmem.load(model) as beside:
+        assert beside.adapter_fingerprint == engine.adapter_fingerprint
+    known = PublishedAdapter("mine", "Some/Tuned", "Apache-2.0", "us", model.parent / "known")
+    (model.parent / "tuned-adapter").rename(model.parent / "known")
+    with pytest.raises(MissingAdapterError):
+        agentmem.load(model)
+    monkeypatch.setattr("agentmem.delta.published.PUBLISHED", (known,))
+    with agentmem.load(model) as by_table:
+        assert by_table.adapter_fingerprint == engine.adapter_fingerprint
+    with agentmem.load(model, "mine") as by_name:
+        assert by_name.has_memory
+    # Not for one that is only named after it: it may have been trained on since.
+    model.rename(model.parent / "tuned-further")
+    with pytest.raises(MissingAdapterError, match="'mine' for Some/Tuned"):
+        agentmem.load(model.parent / "tuned-further")
+
+
+def test_smollm2_stands_for_the_directory_that_make_lays_out(
+    saved: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, place = saved
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(ModelNotFoundError, match=r"build/smollm2 or .*cache/agentmem/smollm2.*`make smollm2`.*93 MB"):
+        agentmem.load("smollm2")
+    assert agentmem.context_limit("smollm2") is None
+    shutil.copytree(place, tmp_path / "cache" / "agentmem" / "smollm2")
+    with agentmem.load("smollm2") as cached:
+        assert cached.name == "smollm2"
+        assert cached.model_fingerprint == engine.model_fingerprint
+    assert agentmem.context_limit("smollm2") == engine.max_tokens_limit
+    # The working directory's comes first; it records where it is from, and so finds the adapter that ships.
+    shutil.copytree(place, tmp_path / "build" / "smollm2")
+    (tmp_path / "build" / "smollm2" / "adapter").rename(tmp_path / "shipped")
+    (tmp_path / "build" / "smollm2" / "source.json").write_text('{"hub_id": "HuggingFaceTB/SmolLM2-135M-Instruct"}')
+    shipped = PublishedAdapter(
+        "smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", "Apache-2.0", "us", tmp_path / "shipped"
+    )
+    monkeypatch.setattr("agentmem.delta.published.PUBLISHED", (shipped,))
+    with agentmem.load("smollm2") as built:
+        assert built.adapter_fingerprint == engine.adapter_fingerprint
 
 
 @pytest.fixture

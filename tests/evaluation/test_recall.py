@@ -11,11 +11,11 @@ import pytest
 
 import agentmem
 from agentmem import Engine
-from agentmem.evaluation.intervals import share
 from agentmem.evaluation.recall import ARMS, CELLS, MEMORY_ARMS, Cell, measure
 from agentmem.evaluation.report import BEGIN, END, details, markdown, missed_bars, plot, put_into
 from agentmem.evaluation.runner import Setup, plan, run, save
 from agentmem.nano.recipe.language import draw_bindings
+from agentmem.training.intervals import share
 
 
 @pytest.fixture(scope="module")

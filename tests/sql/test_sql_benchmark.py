@@ -1,4 +1,4 @@
-"""benchmarks/checkpointers.py runs, at sizes that measure nothing, and leaves its tables, figures, picture and page."""
+"""The benchmarks of the checkpointer run, at sizes that measure nothing, and show what they measured."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "checkpointers.py"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TINY = "--turns 10 --repeats 1 --window 1 --children 1 --workers 1 --worker-turns 2 --rounds 1"
 SERVERS = ["--postgres", "postgresql://postgres@127.0.0.1:1/none", "--mariadb", ""]
 SAVERS = {"SqliteSaver", "SQLAlchemySaver"}
@@ -21,7 +21,16 @@ def test_benchmark_shows_what_it_measured(tmp_path: Path, needs: Callable[[objec
     needs(find_spec("langgraph.checkpoint.sqlite"), "langgraph-checkpoint-sqlite, the saver to compare with")
     page, files = tmp_path / "results.md", tmp_path / "files"
     files.mkdir()
-    command = [sys.executable, str(SCRIPT), *TINY.split(), *SERVERS, "--folder", str(files), "--page", str(page)]
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "checkpointers.py"),
+        *TINY.split(),
+        *SERVERS,
+        "--folder",
+        str(files),
+        "--page",
+        str(page),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.stderr == ""
 
@@ -47,3 +56,21 @@ def test_benchmark_shows_what_it_measured(tmp_path: Path, needs: Callable[[objec
     assert "](results.png)" in page.read_text()
     assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert list(files.iterdir()) == [], "the databases are gone"
+
+
+def test_listings_are_measured_beside_each_other(tmp_path: Path, needs: Callable[[object, str], None]) -> None:
+    needs(find_spec("langgraph.checkpoint.sqlite"), "langgraph-checkpoint-sqlite, the saver to compare with")
+    tiny = ["--threads", "10", "--stages", "2", "--rounds", "1", *SERVERS, "--folder", str(tmp_path)]
+    command = [sys.executable, str(BENCHMARKS / "listings.py"), *tiny]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stderr == ""
+    assert done.returncode == (1 if "missed" in done.stdout else 0)
+    for words in (
+        "SqliteSaver, SQLite",
+        "SQLAlchemySaver, SQLite",
+        "180 checkpoints",
+        "ours : SqliteSaver's",
+        "2 times as",
+    ):
+        assert words in done.stdout
+    assert list(tmp_path.iterdir()) == [], "the databases are gone"

@@ -19,6 +19,7 @@ import pytest
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from sqlalchemy import Engine, event
 
+from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.database import THREADS
 from tests.helpers.sql_cases import aput, config, put
@@ -86,6 +87,56 @@ def test_processes_that_write_one_file_wait_for_each_other(
     assert sql("SELECT count(*) FROM agentmem_schema_versions") == [(1,)]
     assert sql("SELECT count(*) FROM agentmem_blobs WHERE length(body) > 1000") == [(4,)]
     assert unaccounted(sql) == (set(), set())
+
+
+def test_a_task_waits_for_a_page_of_a_listing_and_not_for_each_checkpoint(
+    saver: SQLAlchemySaver, sql: Sql, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ats = [put(saver, config(), {"n": number}) for number in range(70)]
+    calls: list[object] = []
+
+    class Counting(ThreadPoolExecutor):
+        def submit(self, *args: Any) -> Any:  # type: ignore[override]
+            calls.append(args)
+            return super().submit(*args)
+
+    monkeypatch.setattr(saver._store.database, "reading_threads", Counting(2))
+
+    async def listed() -> tuple[list[Any], Exception | None]:
+        found: list[Any] = []
+        try:
+            async for one in saver.alist(config()):
+                found.append(one.config)
+        except StorageError as error:
+            return found, error
+        return found, None
+
+    assert asyncio.run(listed()) == (ats[::-1], None)
+    assert len(calls) <= 4
+    damaged = ats[20]["configurable"]["checkpoint_id"].encode()
+    sql("UPDATE agentmem_checkpoints SET created = 1 WHERE id = ?", damaged)
+    found, error = asyncio.run(listed())
+    assert error is not None
+    assert found == ats[:20:-1][: len(found)]
+    assert len(found) >= 32
+
+
+def test_calls_that_wait_when_a_saver_closes_say_so(saver: SQLAlchemySaver) -> None:
+    put(saver, config())
+    database, free = saver._store.database, threading.Event()
+
+    async def close_under_them() -> list[Any]:
+        for _ in range(THREADS):
+            database.reading_threads.submit(free.wait)
+        waiting = [asyncio.create_task(saver.aget_tuple(config())) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        saver.close()
+        free.set()
+        return [*await asyncio.gather(*waiting, return_exceptions=True)]
+
+    for error in asyncio.run(close_under_them()):
+        assert isinstance(error, StorageError)
+        assert "closed, so that the call did nothing" in str(error)
 
 
 @pytest.mark.parametrize("url_of", ["sqlite:///{path}", "sqlite:///:memory:"])

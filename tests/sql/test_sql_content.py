@@ -28,7 +28,7 @@ from pydantic import BaseModel
 
 from agentmem_sql import SQLAlchemySaver
 from tests.helpers.sql_cases import config, get, memory, put, read
-from tests.helpers.sql_values import messages, nested, scalars, serialised, spelled
+from tests.helpers.sql_values import Counting, messages, nested, scalars, serialised, spelled
 
 Sql = Callable[..., list[Any]]
 
@@ -240,3 +240,12 @@ def test_repeating_a_put_adds_no_row(saver: SQLAlchemySaver, sql: Sql) -> None:
         at = saver.put(config(), stored, {}, {"x": made})  # type: ignore[arg-type]
         saver.put_writes(at, [("x", memory(1))], "task")
     assert rows() == [[(1,)]] * 4
+
+
+def test_a_list_of_texts_is_the_same_content_whichever_way_it_is_packed(url: str, sql: Sql) -> None:
+    """Long lists of texts go past a serializer that is known to be LangGraph's."""
+    texts = ["", "a", "ä\ud800", "x" * 39, "x" * 40, "x" * 5000, *(f"number {n}" for n in range(300))]
+    for serde in (None, Counting()):
+        with SQLAlchemySaver.from_url(url, serde=serde) as saver:
+            assert read(saver, put(saver, config(), {"texts": texts}))["texts"] == serialised(texts)
+    assert sql("SELECT count(*), count(DISTINCT content) FROM agentmem_checkpoints") == [(2, 1)]

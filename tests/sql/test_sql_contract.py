@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+from decimal import Decimal
+from enum import IntEnum
 from typing import Any
 from uuid import uuid4
 
@@ -114,6 +116,30 @@ def test_a_filter_is_exact_and_counts_before_the_limit(saver: SQLAlchemySaver) -
     assert list(saver.list(config(), filter={"missing": None})) == []
     assert [one.metadata["k"] for one in saver.list(config(), filter={"k": (1, 2)})] == [[1, 2]]  # type: ignore[typeddict-item]
     assert len(list(saver.list(None, filter={"source": "loop"}))) == len(values) + 1
+
+
+class Level(IntEnum):
+    LOW = 3
+
+
+def test_a_filter_finds_what_is_equal_however_it_is_spelled(any_saver: SQLAlchemySaver) -> None:
+    values = [3, 3.0, Level.LOW, Decimal(3), -(2**40), 2**60, 1.5, True, "three", "x" * 300, None]
+    for number, value in enumerate(values):
+        any_saver.put(config(), made := checkpoint(), {"k": value, "other": number}, made["channel_versions"])  # type: ignore[typeddict-unknown-key]
+    for value in values:
+        found = [one.metadata["other"] for one in any_saver.list(None, filter={"k": value})]  # type: ignore[typeddict-item]
+        equal = [n for n, other in enumerate(values) if other == value and isinstance(other, bool) == (value is True)]
+        assert found == equal[::-1]
+
+
+def test_a_limit_counts_what_has_the_value_and_not_what_only_contains_it(any_saver: SQLAlchemySaver) -> None:
+    ats = [put(any_saver, config(f"{n % 2}"), user="a" if n < 3 else "b", note={"user": "a"}) for n in range(40)]
+    for limit in (1, 3, 50):
+        found = [one.config for one in any_saver.list(None, filter={"user": "a"}, limit=limit)]
+        assert found == ats[2::-1][:limit]
+    any_saver.copy_thread("0", "1")
+    assert len(list(any_saver.list(None, filter={"user": "a"}))) == 5
+    assert list(any_saver.list(None, filter={"user": "a", "note": {"user": "b"}})) == []
 
 
 def test_many_writes_of_one_task(any_saver: SQLAlchemySaver) -> None:

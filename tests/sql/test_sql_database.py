@@ -62,6 +62,21 @@ def test_calls_on_a_thread_that_is_known_take_few_statements(database_url: str) 
         assert statements(lambda: list(saver.list(config(), limit=20))) <= 3, seen
 
 
+def test_a_listing_by_metadata_searches_once_and_reads_its_threads_together(database_url: str) -> None:
+    seen: list[str] = []
+    with SQLAlchemySaver.from_url(database_url, cache_bytes=0) as saver:
+        for number in range(40):
+            at = put(
+                saver, config(f"{number % 5}"), {"messages": [f"{number} {'long ' * 20}"] * 2}, user=f"{number % 2}"
+            )
+            saver.put_writes(at, [("x", number)], "task")
+        with before_each_statement(lambda *args: seen.append(args[2])):
+            assert len(list(saver.list(None, filter={"user": "nobody"}))) == 0
+            assert len(seen) == 1
+            assert len(list(saver.list(None, filter={"user": "1"}))) == 20
+            assert len(seen) == 1 + 4  # rows, pending writes, lists, and what is in them
+
+
 def test_a_read_is_its_statement_alone(mysql_url: str) -> None:
     """Counted by the server: no BEGIN, no ROLLBACK, no ping."""
     with SQLAlchemySaver.from_url(mysql_url, engine_options={"pool_size": 1}) as saver:

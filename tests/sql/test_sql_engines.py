@@ -322,6 +322,10 @@ def test_an_engine_in_memory() -> None:
     apart = create_engine("sqlite:///:memory:", poolclass=SingletonThreadPool)
     with pytest.raises(StorageError, match="StaticPool"):
         SQLAlchemySaver(apart)
+    bound = create_engine("sqlite:///:memory:", poolclass=StaticPool)
+    with pytest.raises(StorageError, match="'check_same_thread': False"):
+        SQLAlchemySaver(bound)
+    bound.dispose()
 
 
 def test_a_transaction_of_the_callers_on_the_only_connection_is_left_alone() -> None:

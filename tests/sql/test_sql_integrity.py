@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import logging
 import sqlite3
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
+from enum import Enum
 from functools import cache
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
+import ormsgpack
 import pytest
 from langchain_core.messages import HumanMessage
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
+from pydantic import BaseModel, SecretStr
 
 from agentmem.errors import ConfigError, StorageError
 from agentmem_sql import SQLAlchemySaver
@@ -282,6 +287,54 @@ def test_a_database_opens_only_with_what_it_was_made_with(filled: Any, made: str
 def test_a_bad_key_is_refused_at_once(url: str, key: Any) -> None:
     with pytest.raises(ConfigError, match="hmac_key of at least 16 random bytes"):
         SQLAlchemySaver.from_url(url, hmac_key=key)
+
+
+# What would run code.
+
+
+@dataclass
+class Part:
+    name: str
+
+
+class Pair(NamedTuple):
+    left: int
+
+
+class Shade(Enum):
+    DARK = "dark"
+
+
+class Model(BaseModel):
+    secret: SecretStr
+
+
+def test_types_that_langgraph_stores_come_back(url: str) -> None:
+    values = [Part("x"), Pair(1), Shade.DARK, Model(secret=SecretStr("s")), SecretStr("t"), Path("/a"), {1}]
+    with SQLAlchemySaver.from_url(url, cache_bytes=0) as saver:
+        at = put(saver, config(), {"one": Part("y"), "many": values})
+        found = saver.get_tuple(at)
+        assert found is not None
+        assert found.checkpoint["channel_values"] == {"one": Part("y"), "many": values}
+
+
+@pytest.mark.parametrize(
+    ("what", "nested"),
+    [(("builtins", "eval", "1"), False), (("subprocess", "Popen", ["true"]), True), (("this", "s", 1), False)],
+)
+def test_a_call_that_someone_stored_is_refused_by_name(url: str, path: Path, what: Any, nested: bool) -> None:
+    call: Any = ormsgpack.Ext(0, ormsgpack.packb(what))
+    if nested:
+        call = ormsgpack.Ext(1, ormsgpack.packb(("langgraph.types", "Send", ["n", call])))
+    with SQLAlchemySaver.from_url(url, cache_bytes=0) as saver:
+        at = put(saver, config(), {"x": ["item", "y" * 100]})
+        with closing(sqlite3.connect(path)) as connection:
+            forge(connection, saver._store.protection, body=b"msgpack\0" + ormsgpack.packb(call))
+            connection.commit()
+        for read in (lambda: saver.get_tuple(at), lambda: list(saver.list(None))):
+            with pytest.raises(StorageError, match=rf"names {what[0]}\.{what[1]}, .*allowed_msgpack_modules=\["):
+                read()
+    assert "this" not in sys.modules
 
 
 # Pickles.

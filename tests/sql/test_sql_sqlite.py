@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -76,6 +77,23 @@ async def test_closing_releases_the_file(url: str, path: Path, closed_by: str) -
     with pytest.raises(StorageError, match="closed"):
         await saver.asetup()
     saver.close()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere open files cannot be moved")
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_that_was_taken_away_under_a_saver_is_noticed(url: str, path: Path, replaced: bool) -> None:
+    """Turns would go on into a file that nobody can find."""
+    with SQLAlchemySaver.from_url(url) as saver:
+        at = put(saver, config(), {"x": 1})
+        path.rename(path.with_suffix(".moved"))
+        if replaced:
+            path.write_bytes(b"")
+        found = "another" if replaced else "none"
+        for call in (lambda: put(saver, at, {"x": 2}), lambda: saver.get_tuple(at), lambda: list(saver.list(None))):
+            with pytest.raises(StorageError, match=rf"opened at .*found {found}: it was deleted, moved or replaced"):
+                call()
+        with SQLAlchemySaver.from_url(url) as again:
+            assert again.get_tuple(at) is None
 
 
 async def test_both_modes_see_one_database_in_memory() -> None:

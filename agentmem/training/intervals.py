@@ -1,4 +1,4 @@
-"""Confidence intervals for shares of correct answers.
+"""Confidence intervals for shares of correct answers, and for the gain of one arm over others.
 
 Questions of one conversation share a memory and are not independent, so whole conversations are resampled. Where all
 answers are right, or all are wrong, the samples do not vary; the interval is then Wilson's, with the number of
@@ -49,6 +49,45 @@ def share(conversations: Sequence[tuple[int, int]], seed: int = 0) -> Share:
     samples = counts[rng.integers(0, len(counts), (_RESAMPLES, len(counts)))].sum(axis=1)  # [_RESAMPLES, 2]
     low, high = np.quantile(samples[:, 0] / samples[:, 1], [0.025, 0.975])
     return Share(right, questions, float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A difference of shares, with a 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def gain(arm: Sequence[tuple[int, int]], controls: Sequence[Sequence[tuple[int, int]]], seed: int = 0) -> Gain:
+    """The share of an arm minus the largest share among its controls, by a paired bootstrap.
+
+    Args:
+        arm: (right, questions) of each conversation.
+        controls: the same for each control, over the same conversations in the same order.
+
+    Raises:
+        ValueError: there is no control, or a control covers other conversations.
+    """
+    if not controls or any([n for _, n in control] != [n for _, n in arm] for control in controls):
+        raise ValueError("a gain needs controls that were asked the same questions in the same conversations")
+    counts = np.array([arm, *controls], dtype=np.int64)  # [arms, conversations, 2]
+
+    def differences(totals: np.ndarray) -> np.ndarray:
+        shares = totals[..., 0] / totals[..., 1]  # [arms, ...]
+        result: np.ndarray = shares[0] - shares[1:].max(axis=0)
+        return result
+
+    value = float(differences(counts.sum(axis=1)))
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(0, counts.shape[1], (_RESAMPLES, counts.shape[1]))
+    samples = differences(counts[:, drawn].sum(axis=2))  # [_RESAMPLES]
+    low, high = (float(bound) for bound in np.quantile(samples, [0.025, 0.975]))
+    if low == high:  # all conversations are alike, so the samples do not vary
+        own, others = share(arm, seed), [share(control, seed) for control in controls]
+        low, high = own.low - max(s.high for s in others), own.high - max(s.low for s in others)
+    return Gain(value, low, high)
 
 
 def _wilson(right: int, n: int) -> tuple[float, float]:

@@ -1,0 +1,57 @@
+"""Judges replies by their text alone: no model, and no credit for guesses.
+
+A right reply contains an accepted value as a whole (not as part of a longer word, number or path), none of the values
+that are ruled out, and few words, so that neither an enumeration nor an echo of the conversation can be right. Letter
+case does not count, since a value may begin a sentence. A question with a check of its own (`Ask.check`) is judged by
+that, and by its length.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+
+from agentmem.messages import Message
+from agentmem.training.conversations import Ask
+
+MAX_WORDS = 30
+"""Most words of a right reply."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a reply is: `right`, and whether it contains a value that is ruled out (`named_forbidden`)."""
+
+    right: bool
+    named_forbidden: bool
+
+
+def judge(ask: Ask, reply: Message, *, max_words: int = MAX_WORDS) -> Verdict:
+    """Judge the reply to a question. Where a tool call is the right reply, its arguments must have the value."""
+    arguments = " ".join(json.dumps(dict(call.arguments), ensure_ascii=False) for call in reply.tool_calls)
+    named_forbidden = any(contains(f"{reply.content} {arguments}", value) for value in ask.forbidden)
+    if ask.check is not None:
+        right = ask.check(reply.content)
+    elif ask.reply.tool_calls:
+        same = [call.name for call in reply.tool_calls] == [call.name for call in ask.reply.tool_calls]
+        right = same and any(contains(arguments, value) for value in ask.values)
+    else:
+        right = any(contains(reply.content, value) for value in ask.values)
+    short = len(reply.content.split()) <= max_words
+    return Verdict(right and short and not named_forbidden, named_forbidden)
+
+
+def is_judged(ask: Ask) -> bool:
+    """Whether replies to a question can be judged by their text; otherwise only its loss can be measured."""
+    return bool(ask.values) or ask.check is not None
+
+
+def contains(text: str, value: str) -> bool:
+    """Whether a text contains a value as a whole: "12" is not in "120", "12.5", "v12" or "12/3"."""
+    words = r"\s+".join(re.escape(word) for word in value.casefold().split())
+    if not words:
+        return False
+    # A sign between two letters or digits joins them to one path, version, date, time or number.
+    pattern = rf"(?<!\w)(?<!\w[./:,@_\\-]){words}(?!\w)(?![./:,@_\\-]\w)"
+    return re.search(pattern, text.casefold()) is not None

@@ -16,9 +16,10 @@ either from the training part or from the held-out part of their vocabulary, whi
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from random import Random
 from typing import Any, Literal, get_args
@@ -118,6 +119,8 @@ class EpisodeConfig:
         questions: at most this many questions per episode.
         repeats: how many questions, each in a wording of its own, are about the same fact.
         systems: how often an episode has a system message.
+        grow: a course from easy to hard: the number of the first episode that may have the largest number of facts.
+            Until then it grows; while it is 1 there is nothing but facts that are told and asked. 0 = no course.
         acts: how the questions about facts are distributed.
         kinds: kinds of values that attributes may have; empty = all.
         kind_weights: how much more often attributes of a kind are chosen than others: (("number", 3.0),).
@@ -138,6 +141,7 @@ class EpisodeConfig:
     questions: int = 4
     repeats: int = 1
     systems: float = 0.0
+    grow: int = 0
     acts: tuple[tuple[QuestionAct, float], ...] = (
         ("ask", 0.75),
         ("choice", 0.1),
@@ -164,10 +168,21 @@ class EpisodeConfig:
         acts = set(get_args(QuestionAct)) - {"rule_followed"}  # asked wherever an episode has a rule
         if strange := {act for act, _ in self.acts} - acts:
             raise ConfigError(f"acts are {', '.join(sorted(acts))}; found {min(strange)!r}")
-        if self.repeats < 1:
-            raise ConfigError(f"repeats is at least 1; found {self.repeats}")
+        if self.repeats < 1 or self.grow < 0:
+            raise ConfigError(f"repeats is at least 1 and grow at least 0; found {self.repeats} and {self.grow}")
         if self.questions < 1 or not self.acts or sum(weight for _, weight in self.acts) <= 0:
             raise ConfigError("an episode needs at least one question and one act of asking with a weight above 0")
+
+    def at(self, number: int) -> EpisodeConfig:
+        """The config of episode `number` where there is a course (`grow`); otherwise, and for held-out ones, this."""
+        if not 0 <= number < self.grow:
+            return self
+        low, high = self.facts
+        # A third of the course is at the smallest number: finding out what to recall takes longest.
+        done = max(0.0, 1.5 * number / self.grow - 0.5)
+        most = low + math.ceil(done * (high - low))
+        course = replace(self, facts=(low, most))
+        return replace(course, fillers=(0, 0), changes=0.0, rules=0.0, acts=(("ask", 1.0),)) if most == 1 else course
 
 
 class FactEpisodes:
@@ -206,7 +221,7 @@ class FactEpisodes:
 
     def episode(self, number: int) -> FactEpisode:
         """Episode `number`, the same at every call."""
-        return _Draft(self, Random(f"{self.seed}/{number}")).episode()
+        return _Draft(self, self.config.at(number), Random(f"{self.seed}/{number}")).episode()
 
 
 def _attributes(config: EpisodeConfig, split: Split) -> tuple[FactAttribute, ...]:
@@ -217,8 +232,8 @@ def _attributes(config: EpisodeConfig, split: Split) -> tuple[FactAttribute, ...
 class _Draft:
     """An episode that is being drawn."""
 
-    def __init__(self, source: FactEpisodes, rng: Random) -> None:
-        self.config, self.values, self.split = source.config, source._values, source._wordings
+    def __init__(self, source: FactEpisodes, config: EpisodeConfig, rng: Random) -> None:
+        self.config, self.values, self.split = config, source._values, source._wordings
         self.rng = rng
         count = rng.randint(*self.config.facts)
         *chosen, self.untold = self._sample(source._attributes, count + 1)

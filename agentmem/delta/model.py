@@ -9,6 +9,7 @@ same methods (`engine` runs all calls on one thread).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from agentmem.delta.adapter import Adapter, collect, fill, load_adapter, need_base, save_adapter
-from agentmem.delta.attach import AttentionSite, find_sites, need_weights, projection_sites, targeted
+from agentmem.delta.attach import AttentionSite, ProjectionSite, find_sites, need_weights, projection_sites, targeted
 from agentmem.delta.config import MemoryConfig
 from agentmem.delta.decode import DecodeStep, PackedWeights, TorchDecodeStep
 from agentmem.delta.decode_pool import PooledDecodeStep
 from agentmem.delta.fingerprint import model_fingerprint
 from agentmem.delta.layer import LayerMemory
-from agentmem.delta.passes import ForwardContext, Pending, SegmentPass, TokenPass
+from agentmem.delta.passes import AllRead, ForwardContext, Pending, SegmentPass, TokenPass
 from agentmem.delta.published import check_base
 from agentmem.errors import ConfigError, SegmentsRequiredError, StateMismatchError, TurnError
 
@@ -41,12 +42,15 @@ class SteeredOutput:
         state: [B, L, H, r, r] float32, where L counts the layers with memory, in depth order.
         cache: the KV cache, or None where none was kept.
         pending: sums of an open message or sentence pass, for the next call; None where no pass is open.
+        reads: what each layer with memory has read, [B, T, H, r] float32, in depth order; None where they were not to
+            be kept.
     """
 
     logits: Tensor | None
     state: Tensor
     cache: Any
     pending: Pending | None
+    reads: tuple[Tensor, ...] | None = None
 
 
 class _Use:
@@ -144,6 +148,11 @@ class SteeredModel:
         )
 
     @property
+    def sites(self) -> tuple[ProjectionSite, ...]:
+        """The projections that are corrected, or whose input the memory reads, in the order in which they run."""
+        return tuple(self._sites)
+
+    @property
     def state_shape(self) -> tuple[int, int, int, int]:
         """(L, H, r, r) of one session."""
         return (len(self.layers), self.config.num_state_heads, self.config.rank, self.config.rank)
@@ -185,6 +194,9 @@ class SteeredModel:
         pending: Pending | None = None,
         close: bool = True,
         attention_bias: Tensor | None = None,
+        first_order: bool = False,
+        keep_reads: bool = False,
+        read_scale: Tensor | None = None,
     ) -> SteeredOutput:
         """Read tokens while the state corrects the attention, and write them into the state.
 
@@ -206,6 +218,11 @@ class SteeredModel:
             attention_bias: [B, 1, T, P + T] bool, True = may attend. The attention gets it in place of
                 `attention_mask`, which then only decides what is written. For training on several turns in one
                 call.
+            first_order: for training: run the model itself without gradients. They flow through what is written to
+                the state, and through `reads`, but not through what corrections do to the hidden states of this call;
+                the model's activations are not kept. The logits have no gradient then.
+            keep_reads: whether to return what each layer has read.
+            read_scale: [B, T] float32, for training: how much of its read each token is corrected by; None = all.
 
         Raises:
             SegmentsRequiredError: a message or sentence adapter should write but has no segments.
@@ -229,11 +246,23 @@ class SteeredModel:
         self._check_pending(pending, batch)
         if position_ids is None:
             position_ids = _positions(attention_mask, past, length, input_ids)
-        context = self._context(state, attention_mask, segments, write, pending, length)
+        _need_shape("read_scale", read_scale, (batch, length))
+        stepping = length == 1 and not keep_reads and read_scale is None and not torch.is_grad_enabled()
+        context = self._context(state, attention_mask, segments, write, pending, length, stepping)
         mask = attention_mask if attention_bias is None else mask_for(self.model, attention_bias)
         inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
-        logits, after, open_sums = self._run(context, inputs, cache, logits_to_keep, close)
-        return SteeredOutput(logits, after, cache, open_sums)
+        context.kept = {} if keep_reads else None
+        context.read_scale = read_scale
+        if first_order and torch.is_grad_enabled():
+            context.first_order = True
+            # Layers above the last one with memory have no part in what is written.
+            context.stops = logits_to_keep < 0 and cache is None and not hasattr(self.model, "hf_device_map")
+            with torch.no_grad():
+                logits, after, open_sums = self._run(context, inputs, cache, logits_to_keep, close)
+        else:
+            logits, after, open_sums = self._run(context, inputs, cache, logits_to_keep, close)
+        reads = None if context.kept is None else tuple(context.kept[layer] for layer in range(len(self._memory)))
+        return SteeredOutput(logits, after, cache, open_sums, reads)
 
     @torch.no_grad()
     def step(
@@ -324,7 +353,10 @@ class SteeredModel:
                 own_forwards.append(module.__dict__.get("forward"))
                 # Not through `nn.Module.__setattr__`, which takes longer than everything else here.
                 module.__dict__["forward"] = partial(context.forward, site, module.forward)
-            if logits_to_keep < 0:
+            if context.stops:
+                with suppress(AllRead):
+                    self.model.get_decoder()(**inputs)
+            elif logits_to_keep < 0:
                 self.model.get_decoder()(**inputs)
             else:
                 logits = self.model(logits_to_keep=logits_to_keep, **inputs).logits
@@ -347,8 +379,9 @@ class SteeredModel:
         write: bool | Tensor,
         pending: Pending | None,
         length: int,
+        stepping: bool,
     ) -> ForwardContext:
-        """The context of the call: a pass for many tokens or for gradients, a decode step for one token per row."""
+        """The context of the call: a decode step if `stepping` and the weights suit it, else a pass."""
         by_segment = self.config.write_strategy != "token"
         mask = attention_mask[:, -length:].bool() if attention_mask is not None else None  # [B, T]
         writing = write is not False
@@ -356,7 +389,6 @@ class SteeredModel:
             # For single tokens the mask alone is enough; no need to wait for the device.
             writing = (length == 1 and not by_segment) or bool(write.any())
             mask = write.bool() if mask is None else mask & write.bool()
-        stepping = length == 1 and not torch.is_grad_enabled()
         if not by_segment:
             if segments is not None:
                 mask = segments >= 0 if mask is None else mask & (segments >= 0)

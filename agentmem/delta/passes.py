@@ -45,17 +45,30 @@ class Pending:
     sums: Tensor | tuple[Tensor, ...]
 
 
+class AllRead(Exception):
+    """Raised inside the model when every layer has read and nothing else of the call is wanted."""
+
+
 class ForwardContext(ABC):
     """One call with memory, over all layers.
 
     Attributes:
         memory: the memory of all layers.
         state: [B, L, H, r, r] float32, the state that the layers read.
+        first_order: whether gradients flow through what is written and read, but not through the model, which then
+            runs without a graph.
+        kept: the read of each layer, [B, T, H, r]; None: they are not kept.
+        read_scale: [B, T] float32, by which each token's read is multiplied before it corrects anything; None = 1.
+        stops: whether to leave the model, by `AllRead`, as soon as the last layer has read.
     """
 
     def __init__(self, memory: Sequence[LayerMemory], state: Tensor) -> None:
         self.memory = memory
         self.state = state
+        self.first_order = False
+        self.kept: dict[int, Tensor] | None = None
+        self.read_scale: Tensor | None = None
+        self.stops = False
         self._reads: dict[int, Tensor] = {}
         self._layers_read = 0
 
@@ -79,13 +92,25 @@ class ForwardContext(ABC):
         layer = site.layer
         if not site.is_output and layer not in self._reads:
             self._layers_read += 1
-            self._reads[layer] = self.read(layer, hidden)  # [B, T, H, r]
+            read = self.read_apart(layer, hidden) if self.first_order else self.read(layer, hidden)  # [B, T, H, r]
+            if self.kept is not None:
+                self.kept[layer] = read
+            if self.stops and self._layers_read == len(self.memory):
+                raise AllRead
+            if self.read_scale is not None:
+                read = read * self.read_scale.to(read.device)[..., None, None]
+            self._reads[layer] = read.detach() if self.first_order else read
         if layer not in self._reads:  # none of the layer's input projections ran; `end` raises
             return output
         read = self._reads.pop(layer) if site.is_output else self._reads[layer]
         for head, start in site.heads:
             output = self.memory[layer].correct(head, read, output, start)
         return output
+
+    @torch.enable_grad()
+    def read_apart(self, layer: int, hidden: Tensor) -> Tensor:
+        """`read` with a graph of its own, while the model runs without one."""
+        return self.read(layer, hidden)
 
     @abstractmethod
     def read(self, layer: int, hidden: Tensor) -> Tensor:
@@ -121,7 +146,8 @@ class TokenPass(ForwardContext):
     def end(self, close: bool) -> tuple[Tensor, Pending | None]:
         if self._layers_read != len(self.memory):
             raise skipped_layers(self._layers_read, len(self.memory))
-        return _with_layers(self.state, self._written), None
+        with torch.set_grad_enabled(torch.is_grad_enabled() or self.first_order):
+            return _with_layers(self.state, self._written), None
 
 
 class SegmentPass(ForwardContext):
@@ -168,7 +194,8 @@ class SegmentPass(ForwardContext):
     def end(self, close: bool) -> tuple[Tensor, Pending | None]:
         if self._layers_read != len(self.memory):
             raise skipped_layers(self._layers_read, len(self.memory))
-        return closed(self.memory, self.state, self._total(), close)
+        with torch.set_grad_enabled(torch.is_grad_enabled() or self.first_order):
+            return closed(self.memory, self.state, self._total(), close)
 
     def _total(self) -> Pending | None:
         """The sums of this call and of earlier ones; None where no segment has occurred yet."""

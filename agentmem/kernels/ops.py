@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from agentmem.errors import StateMismatchError, TurnError
@@ -29,6 +31,7 @@ from agentmem.kernels.recurrence import MODES, ScanArgs, StepArgs
 
 _logger = logging.getLogger(__name__)
 _HAS_TRITON = find_spec("triton") is not None
+_WORTH_THREADS = 1 << 22  # numbers of all states times tokens: below, starting threads costs more than it brings
 
 
 def runs_triton(device: torch.device) -> bool:
@@ -125,8 +128,10 @@ def scan(args: ScanArgs, *, chunk: int = 0) -> tuple[Tensor, Tensor]:
     if _uses_triton(state):
         results: tuple[Tensor, Tensor] = torch.ops.agentmem.scan(*args, chunk)
         return results
-    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in args)
-    if not differentiated and not chunk and runs_numba(*args):
+    if not chunk and runs_numba(*args):
+        if torch.is_grad_enabled() and any(x.requires_grad for x in args):
+            by_numba: tuple[Tensor, Tensor] = _NumbaScan.apply(*args)  # type: ignore[no-untyped-call]
+            return by_numba
         return _scan_by_numba(args)
     return recurrence.scan_blocked(args, chunk=chunk) if chunk else recurrence.scan(args)
 
@@ -137,9 +142,43 @@ def _scan_by_numba(args: ScanArgs) -> tuple[Tensor, Tensor]:
 
     inputs = [x.contiguous() for x in args[1:]]
     last, reads = args.state.clone(memory_format=torch.contiguous_format), torch.empty_like(inputs[0])
-    addresses = np.array([x.data_ptr() for x in (*inputs, reads, last)], dtype=np.int64)
-    numba_scan.run(addresses, *args.q.shape)
+    _share_out(numba_scan.run, (*inputs, reads, last), args.q.shape)
     return reads, last
+
+
+class _NumbaScan(torch.autograd.Function):
+    """The scan by numba with gradients, which are not differentiable themselves."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        args = ScanArgs(*(x.contiguous() for x in tensors))
+        ctx.save_for_backward(*args)
+        return _scan_by_numba(args)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor, ...]:
+        from agentmem.kernels import numba_scan
+
+        args = ScanArgs(*ctx.saved_tensors)
+        grads = dlast.clone(memory_format=torch.contiguous_format)
+        others = [torch.zeros_like(x) for x in args[1:]]
+        _share_out(numba_scan.run_backward, (*args, dy.contiguous(), grads, *others), args.q.shape)
+        return grads, *others
+
+
+def _share_out(run: Any, tensors: Sequence[Tensor], shape: Sequence[int]) -> None:
+    """Run a compiled scan over all sequences and heads, in as many threads as torch has."""
+    batch, length, heads, rank = shape
+    addresses = np.array([x.data_ptr() for x in tensors], dtype=np.int64)
+    sequences = batch * heads
+    threads = min(torch.get_num_threads(), sequences) if sequences * length * rank * rank > _WORTH_THREADS else 1
+    if threads <= 1:
+        run(addresses, 0, sequences, length, heads, rank)
+        return
+    borders = [sequences * n // threads for n in range(threads + 1)]
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda a, b: run(addresses, a, b, length, heads, rank), borders[:-1], borders[1:]))
 
 
 def project(hidden: Tensor, parts: Sequence[Tensor]) -> Tensor:

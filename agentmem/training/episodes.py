@@ -16,9 +16,10 @@ either from the training part or from the held-out part of their vocabulary, whi
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from random import Random
 from typing import Any, Literal, get_args
@@ -91,10 +92,14 @@ class FactQuestion:
 
 @dataclass(frozen=True)
 class FactEpisode:
-    """Turns, oldest first, and independent questions, each of which is asked after all of them."""
+    """Turns, oldest first, and independent questions, each of which is asked after all of them.
+
+    `system` is the system message in front of everything; None = there is none, and a template puts in its own.
+    """
 
     turns: tuple[FactTurn, ...]
     questions: tuple[FactQuestion, ...]
+    system: Message | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,10 @@ class EpisodeConfig:
         one_domain: how often all attributes of an episode are of one domain (a person, a project ...).
         own_wordings: how often an attribute's own statement or question is used and not a general one.
         questions: at most this many questions per episode.
+        repeats: how many questions, each in a wording of its own, are about the same fact.
+        systems: how often an episode has a system message.
+        grow: a course from easy to hard: the number of the first episode that may have the largest number of facts.
+            Until then it grows; while it is 1 there is nothing but facts that are told and asked. 0 = no course.
         acts: how the questions about facts are distributed.
         kinds: kinds of values that attributes may have; empty = all.
         kind_weights: how much more often attributes of a kind are chosen than others: (("number", 3.0),).
@@ -130,6 +139,9 @@ class EpisodeConfig:
     one_domain: float = 0.4
     own_wordings: float = 0.4
     questions: int = 4
+    repeats: int = 1
+    systems: float = 0.0
+    grow: int = 0
     acts: tuple[tuple[QuestionAct, float], ...] = (
         ("ask", 0.75),
         ("choice", 0.1),
@@ -144,7 +156,8 @@ class EpisodeConfig:
             low, high = getattr(self, name)
             if not 0 <= low <= high:
                 raise ConfigError(f"{name} must be a range (fewest, most) from 0; found {(low, high)}")
-        for name in ("several", "changes", "rules", "open_values", "two_words", "one_domain", "own_wordings"):
+        shares = ("several", "changes", "rules", "open_values", "two_words", "one_domain", "own_wordings", "systems")
+        for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must be a share from 0 to 1; found {getattr(self, name)}")
         unknown = {*self.kinds, *(kind for kind, _ in self.kind_weights)} - set(OPEN_KINDS) - set(POOLS)
@@ -155,8 +168,21 @@ class EpisodeConfig:
         acts = set(get_args(QuestionAct)) - {"rule_followed"}  # asked wherever an episode has a rule
         if strange := {act for act, _ in self.acts} - acts:
             raise ConfigError(f"acts are {', '.join(sorted(acts))}; found {min(strange)!r}")
+        if self.repeats < 1 or self.grow < 0:
+            raise ConfigError(f"repeats is at least 1 and grow at least 0; found {self.repeats} and {self.grow}")
         if self.questions < 1 or not self.acts or sum(weight for _, weight in self.acts) <= 0:
             raise ConfigError("an episode needs at least one question and one act of asking with a weight above 0")
+
+    def at(self, number: int) -> EpisodeConfig:
+        """The config of episode `number` where there is a course (`grow`); otherwise, and for held-out ones, this."""
+        if not 0 <= number < self.grow:
+            return self
+        low, high = self.facts
+        # A third of the course is at the smallest number: finding out what to recall takes longest.
+        done = max(0.0, 1.5 * number / self.grow - 0.5)
+        most = low + math.ceil(done * (high - low))
+        course = replace(self, facts=(low, most))
+        return replace(course, fillers=(0, 0), changes=0.0, rules=0.0, acts=(("ask", 1.0),)) if most == 1 else course
 
 
 class FactEpisodes:
@@ -195,7 +221,7 @@ class FactEpisodes:
 
     def episode(self, number: int) -> FactEpisode:
         """Episode `number`, the same at every call."""
-        return _Draft(self, Random(f"{self.seed}/{number}")).episode()
+        return _Draft(self, self.config.at(number), Random(f"{self.seed}/{number}")).episode()
 
 
 def _attributes(config: EpisodeConfig, split: Split) -> tuple[FactAttribute, ...]:
@@ -206,8 +232,8 @@ def _attributes(config: EpisodeConfig, split: Split) -> tuple[FactAttribute, ...
 class _Draft:
     """An episode that is being drawn."""
 
-    def __init__(self, source: FactEpisodes, rng: Random) -> None:
-        self.config, self.values, self.split = source.config, source._values, source._wordings
+    def __init__(self, source: FactEpisodes, config: EpisodeConfig, rng: Random) -> None:
+        self.config, self.values, self.split = config, source._values, source._wordings
         self.rng = rng
         count = rng.randint(*self.config.facts)
         *chosen, self.untold = self._sample(source._attributes, count + 1)
@@ -232,7 +258,8 @@ class _Draft:
             attribute = rng.choice(list(self.facts))
             first = next(i for i, turn in enumerate(turns) if any(fact.attribute is attribute for fact in turn.facts))
             turns.insert(rng.randint(first + 1, len(turns)), self._change(attribute))
-        return FactEpisode(tuple(turns), self._questions())
+        system = Message("system", rng.choice(say.SYSTEMS)) if rng.random() < self.config.systems else None
+        return FactEpisode(tuple(turns), self._questions(), system)
 
     def _sample(self, choices: tuple[FactAttribute, ...], count: int) -> list[FactAttribute]:
         """Different attributes, of one domain as often as the config says, by the weights of their kinds."""
@@ -309,7 +336,8 @@ class _Draft:
         facts = rng.sample(list(self.facts.values()), min(len(self.facts), self.config.questions))
         # Facts that were changed are the most useful to ask for, so they come first.
         facts.sort(key=lambda fact: not fact.old)
-        questions = [self._question(rng.choices(acts, weights)[0], fact) for fact in facts]
+        repeated = facts * self.config.repeats
+        questions = [self._question(rng.choices(acts, weights)[0], fact) for fact in repeated]
         if self.rule is not None:
             questions.insert(0, self._rule_question(self.rule))
         return tuple(questions[: self.config.questions]) or (self._never_told(),)

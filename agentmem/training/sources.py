@@ -216,7 +216,8 @@ class FactSource:
 
 def as_conversation(episode: FactEpisode, origin: str = "") -> Conversation:
     """An episode as a conversation: no message counts in the loss, the replies to its questions do."""
-    messages = tuple(message for turn in episode.turns for message in turn.messages)
+    opening = () if episode.system is None else (episode.system,)
+    messages = (*opening, *(message for turn in episode.turns for message in turn.messages))
     asks = tuple(
         Ask(
             (question.user,),

@@ -14,7 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from agentmem import SteeredModel, kernels
 from agentmem.kernels import ops
+from agentmem.kernels.recurrence import ScanArgs, scan_reference
 from tests.helpers.core_models import TERMS, random_ids, random_state, steer, tiny
+from tests.helpers.kernel_cases import close, scan_inputs
 from tests.helpers.numeric import assert_close
 
 
@@ -124,3 +126,25 @@ def test_what_runs_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not kernels.runs_numba(torch.zeros(2))
     monkeypatch.setenv("AGENTMEM_NUMBA", "0")
     assert not kernels.runs_numba(x)
+
+
+@pytest.mark.parametrize(("rows", "length", "heads", "rank"), [(3, 70, 2, 5), (1, 16, 1, 8), (40, 300, 2, 16)])
+def test_gradients_are_those_of_the_definition(
+    seed: int, rows: int, length: int, heads: int, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AGENTMEM_NUMBA", "1")
+    args = ScanArgs(*(x.requires_grad_() for x in scan_inputs(seed, rows, length, heads, rank, "smooth")))
+    generator = torch.Generator().manual_seed(seed)
+
+    def gradients(args: ScanArgs, scan: Callable[[ScanArgs], tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
+        generator.manual_seed(seed)
+        outputs = scan(args)
+        total = sum((x * torch.randn(x.shape, generator=generator).to(x)).sum() for x in outputs)
+        assert isinstance(total, Tensor)
+        return torch.autograd.grad(total, args)
+
+    found = gradients(args, ops.scan)
+    assert all(map(torch.equal, found, gradients(args, ops.scan))), "the same whichever thread computes what"
+    want = gradients(ScanArgs(*(x.detach().double().requires_grad_() for x in args)), scan_reference)
+    for name, x, y in zip(ScanArgs._fields, found, want, strict=True):
+        close(x / y.abs().max(), (y / y.abs().max()).float(), 3 * (length + 3 * rank), name)

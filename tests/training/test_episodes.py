@@ -6,6 +6,7 @@ import json
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -311,3 +312,22 @@ def test_impossible_configs_are_refused() -> None:
     with pytest.raises(ConfigError, match="needs more attributes"):
         FactEpisodes(config=EpisodeConfig(facts=(4, 4), kinds=("month",)))
     assert POOLS["month"]
+
+
+def test_a_course_goes_from_one_fact_to_many() -> None:
+    config = EpisodeConfig(
+        facts=(1, 6), fillers=(2, 2), grow=300, systems=0.5, repeats=2, questions=12, acts=(("ask", 1.0),)
+    )
+    source = FactEpisodes(seed=2, config=config)
+    told_facts = [len({fact.attribute for turn in source.episode(n).turns for fact in turn.facts}) for n in range(400)]
+    assert set(told_facts[:100]) == {1}
+    assert max(told_facts[:200]) < 6
+    assert max(told_facts[300:]) == 6
+    assert {turn.act for n in range(100) for turn in source.episode(n).turns} == {"tell"}
+    assert source.episode(-1).turns == FactEpisodes(seed=2, config=replace(config, grow=0)).episode(-1).turns
+    episode = source.episode(399)
+    asked = Counter(question.attribute for question in episode.questions if question.act == "ask")
+    assert max(asked.values()) == 2, "each fact is asked for in two wordings"
+    systems = {source.episode(n).system for n in range(60)}
+    assert None in systems
+    assert len(systems) > 5

@@ -82,6 +82,22 @@ TELL_SEVERAL = (
 )
 """Several facts in one message, each in its own sentence."""
 
+SYSTEMS = (
+    "",
+    "You are a helpful assistant.",
+    "You are a friendly assistant.",
+    "Answer briefly.",
+    "Be concise.",
+    "You help a team with its work.",
+    "You are an assistant with a memory.",
+    "You are a coding assistant.",
+    "Answer in plain English.",
+    "You are a personal assistant. Be polite and short.",
+    "Help the user with the analysis of data.",
+    "You work for customer support.",
+)
+"""System messages, of which an episode may have one."""
+
 ACKNOWLEDGE = (
     "Got it.",
     "Thank you, noted.",

@@ -1,0 +1,366 @@
+"""Training examples: the passes that an engine would run for a conversation, planned by the engine's own code.
+
+An engine writes a history in one of three ways, and an adapter has to work with all of them:
+
+    turns       every reply was a turn: its prompt shows the window, new messages are written, then the reply
+    exchanges   messages were remembered up to each reply, without a prompt (`Engine.remember`)
+    whole       the history came all at once, and what no prompt shows was written in long passes
+
+`ExampleMaker` asks `plan_turn` and `plan_remember` what they would do, so window, template, segments and write rules
+are those of the engine. An `Example` holds passes that follow each other through the state, and questions that each
+start from the state after the last pass. `collate` lays examples out as tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from random import Random
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from agentmem.delta.config import WriteStrategy
+from agentmem.errors import ConfigError, DataError
+from agentmem.generation.plan import CatchUp, Request, plan_remember, plan_turn
+from agentmem.messages import Message
+from agentmem.prompt.transcript import Transcript, Window, sentence_numbers
+from agentmem.record import ConsumedRecord
+from agentmem.state import MemoryState
+from agentmem.training.conversations import Ask, Conversation
+
+History = Literal["turns", "exchanges", "whole", "mixed"]
+
+_LAST_MESSAGE = Window(messages=1)
+_WAYS: tuple[History, ...] = ("turns", "exchanges", "whole")
+_REPLY_WEIGHT = 3.0
+"""Total weight of a reply that is judged as a whole, so that long replies do not outweigh the values of others."""
+_PLANNED = "planned"  # in place of the fingerprints of a state that is never run
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Tokens that go through the model together, from position 0.
+
+    Attributes:
+        ids: token ids.
+        segments: the segment of each, -1 where the token is only read; for token adapters only the sign matters.
+        weights: the weight of predicting each token in the loss; 0 = it does not count.
+        split: where the second of two write passes begins, which reads on in the KV of the first: message and sentence
+            adapters write the prompt's messages before the reply. `len(ids)` where there is one.
+    """
+
+    ids: list[int]
+    segments: list[int]
+    weights: list[float]
+    split: int
+
+    @property
+    def counts(self) -> bool:
+        """Whether any token counts in the loss."""
+        return any(self.weights)
+
+
+@dataclass(frozen=True)
+class Example:
+    """What is written, in order, and the questions afterwards, each of which starts from the state after all passes.
+
+    Attributes:
+        passes: the written history; passes of a conversation's own replies may count in the loss.
+        asks: questions with their replies.
+        origin: where the conversation comes from.
+    """
+
+    passes: tuple[Pass, ...]
+    asks: tuple[Pass, ...]
+    origin: str = ""
+
+    @property
+    def weight(self) -> float:
+        """Total weight in the loss."""
+        return sum(sum(each.weights) for each in (*self.passes, *self.asks))
+
+
+class ExampleMaker:
+    """Turns conversations into examples.
+
+    Args:
+        transcript: renders messages, as the engine's does.
+        tokenizer: the tokenizer, for the places of values in a reply.
+        strategy: the adapter's write strategy.
+        limit: the model's longest context, in tokens.
+        window: what prompts show.
+        history: how the history is written; "mixed" draws one of the others for each conversation.
+        other_weight: the weight of a reply's tokens outside of its values, where the values are known.
+
+    Raises:
+        ConfigError: `history` is unknown.
+    """
+
+    def __init__(
+        self,
+        transcript: Transcript,
+        tokenizer: Any,
+        strategy: WriteStrategy,
+        limit: int,
+        *,
+        window: Window = _LAST_MESSAGE,
+        history: History = "mixed",
+        other_weight: float = 0.1,
+    ) -> None:
+        if history not in get_args(History):
+            raise ConfigError(f"history must be one of {', '.join(get_args(History))}; found {history!r}")
+        self._transcript, self._tokenizer = transcript, tokenizer
+        self._strategy: WriteStrategy = strategy
+        self._limit, self._window, self._history = limit, window, history
+        self._other_weight = other_weight
+        self._closing = transcript.closing_ids()
+        # The matrices play no part in a plan, so they are as small as can be.
+        self._empty = MemoryState.zeros((1, 1, 1, 1), _PLANNED, _PLANNED)
+        self._reply_ids = lru_cache(maxsize=65_536)(self._render_reply)
+
+    def __call__(self, conversation: Conversation, rng: Random) -> Example:
+        """The example of a conversation.
+
+        Args:
+            conversation: messages with questions after them, or with replies that count.
+            rng: draws what is left open: how the history is written, and which reply is the target where the history
+                is not written turn by turn.
+
+        Raises:
+            DataError: nothing in it counts in the loss, or a message is longer than the model's context.
+            TranscriptError, WindowError: the template refuses it, or the window cannot show it.
+        """
+        messages, way = conversation.messages, self._history
+        if way == "mixed":
+            way = rng.choice(_WAYS)
+        replies = [i for i, message in enumerate(messages) if message.role == "assistant"]
+        targets = [i for i in replies if conversation.train[i]]
+        target: int | None = None
+        if not conversation.asks:
+            if not targets:
+                raise DataError(f"{conversation.origin or 'a conversation'}: no reply counts in the loss")
+            target = targets[-1] if way == "turns" else rng.choice(targets)
+        stop = len(messages) if target is None else max((i + 1 for i in replies if i < target), default=0)
+
+        passes, consumed = list[Pass](), 0
+        if way != "whole":
+            for reply in replies:
+                if reply >= stop:
+                    break
+                if way == "turns":
+                    passes += self._turn(conversation, reply, consumed)
+                else:
+                    passes += self._remember(messages[: reply + 1], consumed, conversation.origin)
+                consumed = reply + 1
+        if consumed < stop:
+            passes += self._remember(messages[:stop], consumed, conversation.origin)
+        if target is not None:
+            passes += self._turn(conversation, target, stop)
+        return Example(
+            tuple(passes), tuple(self._ask(conversation, ask) for ask in conversation.asks), conversation.origin
+        )
+
+    def _turn(self, conversation: Conversation, index: int, consumed: int) -> Iterator[Pass]:
+        """The passes of the turn whose reply is message `index`, after `consumed` messages were consumed."""
+        weight = 1.0 if conversation.train[index] else 0.0
+        ids, content = self._reply_ids(conversation.messages[index])
+        weights = [weight if n <= content else 0.0 for n in range(len(ids))]
+        history, reply = conversation.messages[:index], conversation.messages[index]
+        yield from self._planned(history, consumed, conversation.tools, reply, weights, conversation.origin)
+
+    def _ask(self, conversation: Conversation, ask: Ask) -> Pass:
+        """The pass of a question after the whole conversation."""
+        messages = conversation.messages
+        history = (*messages, *ask.messages)
+        weights = self._ask_weights(ask)
+        tools = ask.tools or conversation.tools
+        *before, last = self._planned(history, len(messages), tools, ask.reply, weights, conversation.origin)
+        if before:
+            raise DataError(
+                f"{conversation.origin or 'a conversation'}: the messages of a question must show in its prompt; a "
+                f"window that shows {len(ask.messages)} messages is needed"
+            )
+        return last
+
+    def _planned(
+        self,
+        history: Sequence[Message],
+        consumed: int,
+        tools: Sequence[Any],
+        reply: Message,
+        weights: Sequence[float],
+        origin: str,
+    ) -> Iterator[Pass]:
+        request = Request(history, {"window": self._window, "tools": tools})
+        plan = plan_turn(request, self._state(history[:consumed]), self._transcript, self._strategy, self._limit)
+        yield from self._chunks(plan, origin)
+        ids, content = self._reply_ids(reply)
+        if self._strategy == "sentence":
+            numbers = sentence_numbers(reply.content, ids[:content], self._encode)
+            segments = [*([-1] * len(plan.generation_prompt)), *numbers, *([-1] * (len(ids) - content))]
+        else:
+            segments = [0] * (len(plan.generation_prompt) + len(ids))
+        prompt = plan.prompt
+        every = [*prompt.ids, *plan.generation_prompt, *ids]
+        yield Pass(
+            every,
+            [*prompt.segments, *segments],
+            [*([0.0] * (len(prompt.ids) + len(plan.generation_prompt))), *weights],
+            len(every) if self._strategy == "token" else len(prompt.ids),
+        )
+
+    def _remember(self, messages: Sequence[Message], consumed: int, origin: str) -> Iterator[Pass]:
+        """The passes that write messages without a prompt, after `consumed` of them were consumed."""
+        state = self._state(messages[:consumed])
+        yield from self._chunks(plan_remember(messages, state, self._transcript, self._strategy, self._limit), origin)
+
+    def _chunks(self, plan: CatchUp, origin: str) -> Iterator[Pass]:
+        for chunk in plan.catch_up_chunks:
+            if not chunk.closes:
+                raise DataError(f"{origin or 'a conversation'}: a message is longer than the model's context")
+            yield Pass(chunk.ids, chunk.segments, [0.0] * len(chunk.ids), len(chunk.ids))
+
+    def _state(self, messages: Sequence[Message]) -> MemoryState:
+        """A state that has consumed these messages."""
+        record = ConsumedRecord.empty().align(self._transcript.history(messages)).record
+        return self._empty.replaced(record=record)
+
+    def _render_reply(self, reply: Message) -> tuple[list[int], int]:
+        """The tokens of a reply after the generation prompt, its end included, and how many of them are content."""
+        rendered = self._transcript.render([Message("user", "x"), reply], add_generation_prompt=False)
+        own = [token for token, owner in zip(rendered.input_ids, rendered.owner, strict=True) if owner == 1]
+        opening = self._opening()
+        start = next((n for n, (a, b) in enumerate(zip(own, opening, strict=False)) if a != b), len(opening))
+        ids = own[start:]
+        ends = len(self._closing) and ids[-len(self._closing) :] == self._closing
+        return ids, len(ids) - len(self._closing) if ends else len(ids) - 1
+
+    @lru_cache(maxsize=1)  # noqa: B019 - one value, of an object that lives as long as the training
+    def _opening(self) -> list[int]:
+        """The tokens of the generation prompt."""
+        rendered = self._transcript.render([Message("user", "x")], add_generation_prompt=True)
+        return [token for token, owner in zip(rendered.input_ids, rendered.owner, strict=True) if owner == 1]
+
+    def _ask_weights(self, ask: Ask) -> list[float]:
+        """The weight of each token of a reply: full for its values and what follows each, so that values end right."""
+        ids, content = self._reply_ids(ask.reply)
+        weights = [min(1.0, _REPLY_WEIGHT / (content + 1)) if n <= content else 0.0 for n in range(len(ids))]
+        encoded = self._tokenizer(ask.reply.content, add_special_tokens=False, return_offsets_mapping=True)
+        spans = list(_spans(ask.reply.content, ask.values))
+        if not spans or encoded["input_ids"] != ids[:content]:
+            return weights
+        weights = [self._other_weight if n <= content else 0.0 for n in range(len(ids))]
+        for n, (start, stop) in enumerate(encoded["offset_mapping"]):
+            if any(start < last and first < stop for first, last in spans):
+                weights[n] = weights[n + 1] = 1.0
+        return weights
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+
+def _spans(text: str, values: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """The places of values in a text."""
+    for value in values:
+        start = text.find(value) if value else -1
+        while start >= 0:
+            yield start, start + len(value)
+            start = text.find(value, start + len(value))
+
+
+def collate(examples: Sequence[Example], pad: int, *, joined: bool) -> dict[str, Any]:
+    """Lay examples out as tensors.
+
+    Args:
+        examples: B examples.
+        pad: the token id of padding.
+        joined: put all passes of an example into one row, with a block for each (`blocks`); they are then computed in
+            one call. Only for token adapters, for which this changes no number.
+
+    Returns:
+        `passes`, a list of layouts to run one after another, and `asks`, one layout or None. A layout is a dict of
+        ids, positions, segments [N, T] int64, weights [N, T] float32, and
+            rows: [N] int64, which of the B examples each row belongs to;
+            blocks: [N, T] int64, the pass of each token, -1 = padding (only if `joined`);
+            split: how many columns come before the second of two write passes; T where there is one.
+    """
+    passes: list[dict[str, Any]] = []
+    if joined:
+        rows = [(n, example.passes) for n, example in enumerate(examples) if example.passes]
+        if rows:
+            passes = [_joined(rows, pad)]
+    else:
+        for place in range(max((len(example.passes) for example in examples), default=0)):
+            chosen = [(n, e.passes[place]) for n, e in enumerate(examples) if place < len(e.passes)]
+            passes.append(_apart(chosen, pad))
+    asks = [(n, ask) for n, example in enumerate(examples) for ask in example.asks]
+    return {"count": len(examples), "passes": passes, "asks": _apart(asks, pad) if asks else None}
+
+
+def _joined(rows: Sequence[tuple[int, Sequence[Pass]]], pad: int) -> dict[str, Any]:
+    """Rows of several passes each."""
+    whole = [Pass([t for p in passes for t in p.ids], [], [], 0) for _, passes in rows]
+    segments = [[s for p in passes for s in p.segments] for _, passes in rows]
+    weights = [[w for p in passes for w in _shifted_in(p.weights)] for _, passes in rows]
+    blocks = [[n for n, p in enumerate(passes) for _ in p.ids] for _, passes in rows]
+    positions = [[n for p in passes for n in range(len(p.ids))] for _, passes in rows]
+    length = max(len(each.ids) for each in whole)
+    return {
+        "rows": torch.tensor([row for row, _ in rows]),
+        "ids": _padded([each.ids for each in whole], length, pad, torch.int64),
+        "segments": _padded(segments, length, -1, torch.int64),
+        "weights": _padded(weights, length, 0.0, torch.float32),
+        "positions": _padded(positions, length, 0, torch.int64),
+        "blocks": _padded(blocks, length, -1, torch.int64),
+        "split": length,
+    }
+
+
+def _apart(rows: Sequence[tuple[int, Pass]], pad: int) -> dict[str, Any]:
+    """Rows of one pass each, or of two that are padded to begin at the same column."""
+    split = max(each.split for _, each in rows)
+    two = any(each.split < len(each.ids) for _, each in rows)
+    laid = [(row, _with_gap(each, split, pad) if two else each) for row, each in rows]
+    length = max(len(each.ids) for _, each in laid)
+    real = [
+        [1] * min(old.split, len(old.ids)) + [0] * (len(new.ids) - len(old.ids)) + [1] * (len(old.ids) - old.split)
+        for (_, old), (_, new) in zip(rows, laid, strict=True)
+    ]
+    mask = _padded(real, length, 0, torch.int64)
+    return {
+        "rows": torch.tensor([row for row, _ in laid]),
+        "ids": _padded([each.ids for _, each in laid], length, pad, torch.int64),
+        "segments": _padded([each.segments for _, each in laid], length, -1, torch.int64),
+        "weights": _padded([_shifted_in(each.weights) for _, each in laid], length, 0.0, torch.float32),
+        "positions": (mask.cumsum(-1) - 1).clamp_min(0),
+        "mask": mask,
+        "split": split if two else length,
+    }
+
+
+def _with_gap(each: Pass, split: int, pad: int) -> Pass:
+    """The pass with padding before its second part, so that this begins at column `split`."""
+    gap = split - each.split
+    first, second = slice(each.split), slice(each.split, None)
+    return replace(
+        each,
+        ids=[*each.ids[first], *([pad] * gap), *each.ids[second]],
+        segments=[*each.segments[first], *([-1] * gap), *each.segments[second]],
+        weights=[*each.weights[first], *([0.0] * gap), *each.weights[second]],
+    )
+
+
+def _shifted_in(weights: Sequence[float]) -> Sequence[float]:
+    """The weights of a pass whose first token nothing predicts."""
+    return [0.0, *weights[1:]]
+
+
+def _padded(values: Sequence[Sequence[float]], length: int, fill: float, dtype: torch.dtype) -> Tensor:
+    out = torch.full((len(values), length), fill, dtype=dtype)
+    for row, value in zip(out, values, strict=True):
+        row[: len(value)] = torch.tensor(value, dtype=dtype)
+    return out

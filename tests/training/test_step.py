@@ -1,0 +1,232 @@
+"""Examples are what an engine runs; a step's loss and gradients are those of its passes, however they are laid out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import agentmem
+from agentmem import Engine, MemoryConfig, Message, SteeredModel
+from agentmem.errors import ConfigError, DataError
+from agentmem.generation.sampling import Sampling
+from agentmem.prompt.transcript import Transcript, Window
+from agentmem.training.conversations import Ask, Conversation
+from agentmem.training.examples import Example, ExampleMaker, Pass, collate
+from agentmem.training.fitted import start_as_copier, start_fitted
+from agentmem.training.step import MemoryStep
+from tests.helpers.core_models import TERMS, attach_lively, build, tiny
+from tests.helpers.numeric import assert_close
+
+TEXTS = ("The dog is Otto.", "How are you? Fine, I hope.", "The port is 8080.")
+STRATEGIES = ("token", "message", "sentence")
+
+
+@pytest.fixture(scope="module")
+def nano() -> Engine:
+    return agentmem.load("nano", adapter=False)
+
+
+def steered_nano(nano: Engine, strategy: str) -> SteeredModel:
+    """Memory that writes at random and corrects nothing, so that replies are nano's own."""
+    steered = SteeredModel.attach(nano.model, config=MemoryConfig(rank=4, write_strategy=strategy), seed=1)  # type: ignore[arg-type]
+    steered.memory.requires_grad_(True)
+    return steered
+
+
+def maker(engine: Engine, strategy: str, **options: Any) -> ExampleMaker:
+    transcript = Transcript(engine.tokenizer)
+    return ExampleMaker(transcript, engine.tokenizer, strategy, engine.max_tokens_limit, **options)  # type: ignore[arg-type]
+
+
+def conversation(messages: Sequence[Message], *, train: bool = False, **options: Any) -> Conversation:
+    return Conversation(
+        tuple(messages), tuple(train and message.role == "assistant" for message in messages), **options
+    )
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("history", ["turns", "exchanges", "whole"])
+def test_an_example_writes_what_the_engine_writes(nano: Engine, strategy: str, history: str) -> None:
+    steered = steered_nano(nano, strategy)
+    engine = Engine(nano.model, nano.tokenizer, steered)
+    window, state, messages = Window(messages=3), engine.zero_state(), list[Message]()
+    for text in TEXTS:
+        messages.append(Message("user", text))
+        turn = engine.turn(messages, state, window=window, sampling=Sampling(max_tokens=24))
+        assert turn.state is not None
+        assert tuple(engine.tokenizer.encode(turn.message.content)) == turn.token_ids
+        messages.append(turn.message)
+        if history == "turns":
+            state = turn.state
+        elif history == "exchanges":
+            state = engine.remember(messages, state).state
+    if history == "whole":
+        state = engine.remember(messages, state).state
+    asked = conversation(messages, asks=(Ask((Message("user", "Who?"),), Message("assistant", "Otto.")),))
+    example = maker(engine, strategy, window=window, history=history)(asked, Random(0))
+    step = MemoryStep(steered)
+    joined = {step.joined, False}
+    for way in joined:
+        found = step.states(collate([example], 0, joined=way))
+        assert_close(found[0], torch.tensor(state.matrices), TERMS)
+    engine.close()
+
+
+def test_only_values_and_what_ends_them_have_full_weight(nano: Engine) -> None:
+    ask = Ask((Message("user", "Which port?"),), Message("assistant", "The port is 8080."), values=("8080",))
+    told = conversation([Message("user", "The port is 8080."), Message("assistant", "OK.")], asks=(ask,))
+    example = maker(nano, "token", history="exchanges", other_weight=0.25)(told, Random(0))
+    (asked,) = example.asks
+    full = [token for token, weight in zip(asked.ids, asked.weights, strict=True) if weight == 1.0]
+    rest = [token for token, weight in zip(asked.ids, asked.weights, strict=True) if weight == 0.25]
+    assert nano.tokenizer.decode(full).strip() == "8080."
+    assert nano.tokenizer.decode(rest).startswith("The port is")
+    assert not any(each.counts for each in example.passes)
+
+
+def test_the_reply_that_counts_is_read_with_what_its_window_shows(nano: Engine) -> None:
+    messages = [Message(role, text) for text in TEXTS for role in ("user", "assistant")]
+    example = maker(nano, "token", window=Window(messages=1), history="turns")(
+        conversation(messages, train=True), Random(0)
+    )
+    assert not example.asks
+    assert len(example.passes) == 3
+    assert all(each.counts for each in example.passes)
+    shown = nano.tokenizer.decode(example.passes[2].ids)
+    assert "8080" in shown
+    assert "Otto" not in shown
+    with pytest.raises(DataError, match="no reply counts"):
+        maker(nano, "token")(conversation(messages), Random(0))
+    with pytest.raises(ConfigError, match="history must be one of turns, exchanges, whole, mixed"):
+        maker(nano, "token", history="all")
+
+
+# What follows needs no text: passes of random tokens, with recalled values.
+
+
+def passes(seed: int, *, strategy: str = "token") -> Example:
+    """Three written passes and two questions; every question's last two tokens count."""
+    rng = Random(seed)
+
+    def one(length: int, counted: int) -> Pass:
+        ids = [rng.randrange(3, 61) for _ in range(length)]
+        segments = [n // 4 for n in range(length)]
+        split = length if strategy == "token" or not counted else length - 4
+        return Pass(ids, segments, [0.0] * (length - counted) + [1.0] * counted, split)
+
+    return Example(tuple(one(rng.randrange(5, 12), 0) for _ in range(3)), tuple(one(9, 2) for _ in range(2)))
+
+
+def lively(strategy: str = "token", architecture: str = "llama") -> SteeredModel:
+    steered = attach_lively(tiny(architecture), write_strategy=strategy, couple_lambda=False, num_state_heads=2)
+    steered.memory.requires_grad_(True)
+    return steered
+
+
+def gradients(step: MemoryStep, examples: Sequence[Example], *, joined: bool | None = None) -> tuple[Tensor, Tensor]:
+    """The loss, and the gradients of all trained parameters in one vector."""
+    batch = collate(examples, 0, joined=step.joined if joined is None else joined)
+    loss = step(batch)["loss"]
+    trained = [p for p in step.memory.parameters() if p.requires_grad]
+    found = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
+    return loss.detach(), torch.cat([x.flatten() for x in found])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_each_row_of_a_batch_is_as_it_is_alone(strategy: str) -> None:
+    step = MemoryStep(lively(strategy))
+    examples = [passes(seed, strategy=strategy) for seed in range(3)]
+    together = step.losses(collate(examples, 0, joined=step.joined))[0]
+    alone = [step.losses(collate([each], 0, joined=False))[0] for each in examples]
+    assert_close(together, torch.cat(alone), 4 * TERMS)
+
+
+def test_joined_rows_change_no_gradient() -> None:
+    step, examples = MemoryStep(lively()), [passes(seed) for seed in range(3)]
+    assert step.joined
+    assert not MemoryStep(lively(architecture="gemma3")).joined
+    for found, expected in zip(gradients(step, examples), gradients(step, examples, joined=False), strict=True):
+        assert_close(found, expected, 20 * TERMS)
+
+
+def test_checkpointing_changes_no_gradient_and_truncation_cuts_it() -> None:
+    examples = [passes(seed) for seed in range(2)]
+    loss, full = gradients(MemoryStep(lively()), examples, joined=False)
+    for options, same in (
+        ({"gradient_checkpointing": True}, True),
+        ({"truncate": 4}, True),
+        ({"truncate": 1}, False),
+        ({"gradient": "first_order"}, False),
+    ):
+        found_loss, found = gradients(MemoryStep(lively(), **options), examples, joined=False)
+        assert_close(found_loss, loss, 4 * TERMS)
+        if same:
+            assert_close(found, full, 20 * TERMS)
+        else:
+            assert (found - full).norm() > 0.01 * full.norm(), options
+
+
+def test_first_order_gradients_are_exact_where_nothing_is_corrected() -> None:
+    def step(gradient: str) -> MemoryStep:
+        steered = SteeredModel.attach(tiny("llama"), config=MemoryConfig(rank=4, couple_lambda=False), seed=1)
+        return MemoryStep(steered, gradient=gradient)  # type: ignore[arg-type]
+
+    found, expected = (gradients(step(kind), [passes(3)]) for kind in ("first_order", "full"))
+    assert found[1].abs().max() > 0
+    assert_close(found[1], expected[1], 20 * TERMS)
+
+
+def test_memory_is_only_read_where_it_should_be() -> None:
+    """With `reading` at 0 only tokens that predict a target are corrected, so what is written is the bare model's."""
+    steered, bare = lively(), lively()
+    with torch.no_grad():
+        for name, parameter in bare.memory.named_parameters():
+            if "delta_" in name:
+                parameter.zero_()
+    batch = collate([passes(1)], 0, joined=True)
+    quiet = MemoryStep(steered, read_penalty=0.5)
+    assert not torch.allclose(quiet.states(batch), MemoryStep(bare).states(batch))
+    quiet.reading = 0.0
+    assert_close(quiet.states(batch), MemoryStep(bare).states(batch), TERMS)
+    result = quiet(batch)
+    assert result["penalty"] > 0
+    assert_close(result["loss"], result["sum"] / result["weight"] + result["penalty"], 10)
+    assert quiet.losses(batch, "zero")[0].tolist() != quiet.losses(batch)[0].tolist()
+
+
+def recall(number: int) -> Example:
+    """One of six names gets one of 40 values; the question names it, and its reply is the value."""
+    rng = Random(number)
+    facts = [(name, rng.randrange(20, 60)) for name in rng.sample(range(5, 11), 2)]
+    told = tuple(Pass([3, name, name, value], [0] * 4, [0.0] * 4, 4) for name, value in facts)
+    asks = tuple(Pass([4, name, name, value, 2], [0] * 5, [0.0, 0.0, 0.0, 1.0, 1.0], 5) for name, value in facts)
+    return Example(told, asks)
+
+
+def test_a_fitted_start_recalls_before_any_training() -> None:
+    steered = SteeredModel.attach(
+        build("llama", tie_word_embeddings=True), config=MemoryConfig(rank=8, couple_lambda=False, lambda_bias_init=7.0)
+    )
+    found = start_fitted(steered, [recall(number) for number in range(200)], 0)
+    assert found == 400
+    step = MemoryStep(steered)
+    batch = collate([recall(number) for number in range(1000, 1040)], 0, joined=True)
+    memory, zero, foreign = (step.losses(batch, start)[0].mean() for start in ("memory", "zero", "foreign"))
+    assert memory < foreign - 0.1
+    assert torch.isfinite(zero)
+    with pytest.raises(DataError, match="at least 16 values"):
+        start_fitted(steered, [recall(0)], 0)
+
+
+def test_a_copier_reads_what_it_wrote() -> None:
+    steered = SteeredModel.attach(tiny("llama"), config=MemoryConfig(rank=4), seed=1)
+    start_as_copier(steered, gain=0.5)
+    for module in steered.memory:
+        parameters = dict(module.named_parameters())
+        assert torch.equal(parameters["memory_k_proj"], parameters["memory_q_proj"])
+        assert torch.equal(parameters["delta_o_proj"], 0.5 * parameters["memory_v_proj"].T)

@@ -74,6 +74,18 @@ def test_a_hundred_turns_of_a_chat_take_less_than_two_megabytes(url: str, path: 
     assert early < late < 1.1 * early
 
 
+@pytest.mark.slow
+def test_turn_1000_takes_what_turn_100_took(url: str, path: Path, sql: Sql) -> None:
+    sizes = {}
+    with SQLAlchemySaver.from_url(url, synchronous="OFF") as saver:
+        turn = chat(saver)
+        for number in range(1, 1001):
+            turn()
+            if number in (50, 150, 900, 1000):
+                sizes[number] = vacuumed(path, sql)
+    assert sizes[1000] - sizes[900] == pytest.approx(sizes[150] - sizes[50], rel=0.1)
+
+
 @pytest.mark.parametrize("wrap", [list, _DeltaSnapshot])
 def test_a_list_that_grows_takes_what_is_added(saver: SQLAlchemySaver, sql: Sql, wrap: Callable[[Any], Any]) -> None:
     """Storing whole lists would take 800 times one item for the last forty steps."""

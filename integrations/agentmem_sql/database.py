@@ -34,7 +34,7 @@ from weakref import WeakSet, WeakValueDictionary
 from sqlalchemy import URL, Connection, Engine, inspect
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.pool import Pool, StaticPool
+from sqlalchemy.pool import Pool, QueuePool, StaticPool
 
 from agentmem.errors import StorageError
 from agentmem_sql import db_errors
@@ -164,6 +164,8 @@ class Database:
         if kind == "lost":  # the pool has dropped that connection, and all that are as old
             if self._cache is not None:
                 self._cache.forget_all()
+            if self._transactions is not None:
+                self._transactions.release()
             if number <= _RECONNECTS:
                 return 0.0
         elif kind == "unprepared" and number <= _MOST_UNPREPARED:
@@ -191,7 +193,7 @@ class Database:
         self.writing_threads.shutdown(wait=False)
         self.reading_threads.shutdown(wait=False)
         if self._source.engine is None and self._transactions is not None:
-            self._transactions.engine.dispose()
+            self._transactions.close()
         if self._anchor is not None:
             self._anchor.close()
 
@@ -267,7 +269,7 @@ class Database:
         """
         with self._making:
             if self._inherited and self._source.engine is None and self._transactions is not None:
-                self._transactions.engine.dispose(close=self.backend == "sqlite")
+                self._transactions.leave_inherited(close=self.backend == "sqlite")
             self._inherited = False
 
     def _check_exists(self, transactions: _Transactions) -> None:
@@ -351,6 +353,7 @@ def _identity(path: str) -> tuple[int, int] | None:
 
 
 _databases: WeakSet[Database] = WeakSet()
+_left_alone: list[Connection] = []
 
 
 def _after_fork() -> None:
@@ -379,6 +382,13 @@ class _Transactions:
         self.engine = self.reader = self.writer = engine
         self._made_here = made_here
         self._backend = engine.dialect.name
+        # Connections stay checked out between two uses unless somebody waits for one, or the pool is set up to look
+        # at them first: a checkout takes a sixth of the time of a put.
+        pool: Any = engine.pool
+        self._keeps = made_here and type(pool) is QueuePool and pool._recycle == -1 and not pool._pre_ping
+        self._idle: list[Connection] = []
+        self._waiting = 0  # threads that wait for the pool
+        self._lock = threading.Lock()
         # Whether a statement of a read commits itself. A listener for `begin` may set what the rows that one sees
         # depend on, for as long as the transaction lasts.
         self.autocommits = self._backend == "postgresql" and (made_here or not engine.dispatch.begin)
@@ -389,21 +399,69 @@ class _Transactions:
 
     def read(self, work: Work[T]) -> T:
         """Do work that changes nothing, or is one statement that commits itself."""
-        with connect(self.reader) as connection:
-            if not self._made_here:  # listeners and pools of the owner expect that SQLAlchemy knows of it
-                connection.begin()  # closing the connection rolls it back
-            elif self.autocommits:
-                _set_autocommit(connection, True)
-            try:
-                return work(connection)
-            except (DBAPIError, InvalidRequestError) as error:
-                _leave_unusable(connection, error)
-                raise
+        return self._on_connection(self.reader, self._read_on, work)
 
     def write(self, work: Work[T]) -> T:
         """Do work in one transaction, on a connection of its own."""
-        with connect(self.writer) as connection:
-            return self.write_on(connection, work)
+        return self._on_connection(self.writer, self.write_on, work)
+
+    def _on_connection(self, engine: Engine, do: Callable[[Connection, Work[T]], T], work: Work[T]) -> T:
+        with self._lock:
+            connection = self._idle.pop() if self._idle else None
+            self._waiting += connection is None
+        if connection is None:
+            try:
+                connection = connect(engine)
+            finally:
+                with self._lock:
+                    self._waiting -= 1
+        try:
+            result = do(connection, work)
+        except BaseException:
+            connection.close()
+            raise
+        with self._lock:
+            keep = self._keeps and not self._waiting and not connection.in_transaction()
+            if keep:
+                self._idle.append(connection)
+        if not keep:
+            connection.close()
+        return result
+
+    def release(self) -> None:
+        """Give the idle connections back to the pool."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
+
+    def close(self) -> None:
+        """Close the engine's connections: those that are idle now, others after their use."""
+        self._keeps = False
+        self.release()
+        self.engine.dispose()
+
+    def leave_inherited(self, *, close: bool) -> None:
+        """Leave alone, or close, the connections of the process that this one was forked from."""
+        self._lock, self._waiting = threading.Lock(), 0
+        inherited, self._idle = self._idle, []
+        if close:
+            for connection in inherited:
+                connection.invalidate()
+        else:  # collected as garbage, they would be given to a pool whose lock a thread of that process may hold
+            _left_alone.extend(inherited)
+        self.engine.dispose(close=close)
+
+    def _read_on(self, connection: Connection, work: Work[T]) -> T:
+        if not self._made_here:  # listeners and pools of the owner expect that SQLAlchemy knows of it
+            connection.begin()  # closing the connection rolls it back
+        elif self.autocommits:
+            _set_autocommit(connection, True)
+        try:
+            return work(connection)
+        except (DBAPIError, InvalidRequestError) as error:
+            _leave_unusable(connection, error)
+            raise
 
     def write_on(self, connection: Connection, work: Work[T]) -> T:
         """Do work in one transaction on a connection of `writer` that has none open."""

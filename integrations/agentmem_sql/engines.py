@@ -280,12 +280,12 @@ def make_engine(source: Source, synchronous: str) -> Engine:
 def _arguments(url: URL, options: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `create_engine`: ours, and over them the caller's."""
     chosen: dict[str, Any] = {"hide_parameters": True, "skip_autocommit_rollback": True}
+    chosen["pool_reset_on_return"] = None  # a work ends what it begins, and nobody else begins any
     if not {"pool", "poolclass"} & options.keys():
         chosen |= {"pool_size": POOL_SIZE, "max_overflow": 0}
     connect_args: dict[str, Any] = {}
     match url.get_backend_name():
         case "sqlite":
-            chosen["pool_reset_on_return"] = None  # a work ends what it begins, and nobody else begins any
             connect_args["isolation_level"] = None
             if "timeout" not in url.query:
                 connect_args["timeout"] = BUSY_TIMEOUT

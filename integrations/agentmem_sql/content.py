@@ -1,9 +1,8 @@
-"""Between LangGraph's values and content.
+"""Conversion between LangGraph's values and content.
 
-Everything that calls the serializer on channel values is here, and none of it needs a connection: values are
-packed before a transaction begins and unpacked after it has ended. No pickle is ever written or read, whatever
-the serializer is set to. With an `EncryptedSerializer` the serializer inside it is called; encryption is
-between content and the database (see `protection`), so that equal values are one content all the same.
+Everything that calls the serializer on channel values is here, and none of it needs a connection. No pickle is ever
+written or read, whatever the serializer's settings. Of an `EncryptedSerializer` only the serializer inside is called;
+content is encrypted on its way to the database (see `protection`), so equal values are still stored once.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
-from langchain_core.messages import BaseMessage
 from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph.checkpoint.serde.jsonplus import _msgpack_enc
 from langgraph.checkpoint.serde.types import _DeltaSnapshot
@@ -24,7 +22,7 @@ from agentmem_sql.message_cache import (
     CachedThread,
     DecodeTemplates,
     MessageSnapshot,
-    match_or_snapshot,
+    match_stored,
     take_snapshot,
 )
 from agentmem_sql.protection import Protection
@@ -36,13 +34,7 @@ _WHAT = "value of channel"  # in errors
 
 
 class Value(NamedTuple):
-    """A value to be stored.
-
-    Attributes:
-        channel: whose it is.
-        value: of any type that the serializer knows.
-        place: of a pending write that may be replaced, the digest of its key (see `list_tree.own_body`).
-    """
+    """A value to be stored; `place`: the digest of the key of a pending write that may be replaced (see `own_body`)."""
 
     channel: str
     value: Any
@@ -50,7 +42,7 @@ class Value(NamedTuple):
 
 
 def dump(serde: SerializerProtocol, value: Any, *what: str) -> bytes:
-    """A value's bytes: the type tag, a zero byte, the serialised value. Errors name what it is, and whose.
+    """A value's bytes: the type tag, a zero byte, the serialised value. `what` names the value in errors.
 
     Raises:
         StorageError: the serializer fell back to pickle.
@@ -107,91 +99,43 @@ class Packer:
             StorageError: the serializer would pickle a value; names the channel.
             TypeError: the serializer does not know a value; names the channel.
         """
-        digests = [b""] * len(values)
-        items = _Items([], [], [])
-        lists: list[tuple[int, int, list[bytes]]] = []  # positions, what the lists are of, and their entries
-        for position, (channel, value, place) in enumerate(values):
-            if place is not None:
-                digests[position] = self._own(place, channel, value)
-            elif type(value) is list and value:
-                # Of a copy: a node that runs meanwhile may change the list.
-                lists.append((position, *self._entries(value.copy(), tree.ITEMS, items, channel)))
-            elif type(value) is _DeltaSnapshot and type(value.value) is list and value.value:
-                lists.append((position, *self._entries(value.value.copy(), tree.SNAPSHOT, items, channel)))
-            else:
-                items.add(dump(self._serde, value, _WHAT, channel), digests, position)
-        for (entries, at, prefix), digest in zip(items.places, self._add_values(items.bodies), strict=True):
-            entries[at] = prefix + digest
-        for message, snapshot, entries, at in items.snapshots:
-            snapshot.link = entries[at]
-            snapshot.digest = snapshot.link[len(LINK) :]
-            self.snapshots.append((message, snapshot))
-        for position, of, entries in lists:
-            digests[position] = self._list(of, entries)
-        return digests
+        return [self._pack(*value) for value in values]
 
-    def stored(self) -> list[tuple[bytes, Body]]:
-        """What may be remembered of `new` after the commit. The content of a write's own may be freed at any time."""
-        leaves: list[tuple[bytes, Body]] = []
-        inner: list[tuple[bytes, int, bytes]] = []
-        for digest, (kind, body) in self.new.items():
-            if kind not in tree.LEAVES:
-                inner.append((digest, kind, body))
-            elif kind != tree.OWN:
-                leaves.append((digest, body))
-        return leaves + [(digest, tree.parse(kind, body)) for digest, kind, body in inner]
+    def _pack(self, channel: str, value: Any, place: bytes | None) -> bytes:
+        if place is not None:
+            return self._own(place, channel, value)
+        # Lists are copied: a node that runs meanwhile may change them.
+        if type(value) is list and value:
+            return self._list(value.copy(), tree.ITEMS, channel)
+        if type(value) is _DeltaSnapshot and type(value.value) is list and value.value:
+            return self._list(value.value.copy(), tree.SNAPSHOT, channel)
+        return self._value(dump(self._serde, value, _WHAT, channel))
 
     def _own(self, place: bytes, channel: str, value: Any) -> bytes:
         """Content that only the pending write at this place refers to.
 
-        It is always sent: a writer that replaces it frees it without counting the epoch up, so what is known of the
-        thread does not tell whether it is still there.
+        It is always sent. A writer that replaces the write deletes it without increasing the epoch, so the cache cannot
+        tell whether it is still there.
         """
         body = tree.own_body(place, dump(self._serde, value, _WHAT, channel))
         if len(body) > tree.PART_BYTES:
-            return self.pack([Value(channel, value)])[0]
+            return self._pack(channel, value, None)
         (digest,) = self._digests(tree.OWN, [body])
         self.new[digest] = tree.OWN, body
         return digest
 
-    def _entries(self, values: list[Any], of: int, items: _Items, channel: str) -> tuple[int, list[bytes]]:
-        """What a list is of, and how its lowest level refers to each item; places of digests are left to `items`."""
+    def _list(self, values: list[Any], of: int, channel: str) -> bytes:
         if type(values[0]) in _NUMBERS and all(type(value) in _NUMBERS for value in values):
-            entries = [b""] * len(range(0, len(values), tree.RUN))
-            for at in range(len(entries)):
-                items.add(
-                    dump(self._serde, values[at * tree.RUN : at * tree.RUN + tree.RUN], _WHAT, channel),
-                    entries,
-                    at,
-                    LINK,
-                )
-            return of + tree.RUNS, entries
-        if type(values[0]) is str and is_langgraphs(self._serde) and all(type(value) is str for value in values):
-            # As below, without the calls that make up most of the time of a long list.
+            runs = [values[at : at + tree.RUN] for at in range(0, len(values), tree.RUN)]
+            entries = [LINK + self._value(dump(self._serde, run, _WHAT, channel)) for run in runs]
+            of += tree.RUNS
+        elif type(values[0]) is str and is_langgraphs(self._serde) and all(type(value) is str for value in values):
+            # As in `_entries`, without the calls that make up most of the time of a long list.
             bodies = [_TEXT + _msgpack_enc(value) for value in values]
-            entries = [bytes((len(body),)) + body if len(body) <= tree.INLINE else b"" for body in bodies]
-            for at, body in enumerate(bodies):
-                if len(body) > tree.INLINE:
-                    items.add(body, entries, at, LINK)
-            return of, entries
-        matches, new = match_or_snapshot(values, self.known.messages)
-        entries = [b"" if match is None else match.link for match in matches]
-        if len(new) < len(values):
-            self.relies_on_cache = True
-        for at, snapshot in new.items():
-            value = values[at]
-            # In a list the serializer makes no difference between bytes and bytearrays.
-            body = dump(self._serde, bytes(value) if type(value) is bytearray else value, _WHAT, channel)
-            if len(body) <= tree.INLINE:
-                entries[at] = bytes((len(body),)) + body
-                continue
-            items.add(body, entries, at, LINK)
-            if snapshot is not None:
-                items.snapshots.append((value, snapshot, entries, at))
-        return of, entries
-
-    def _list(self, of: int, entries: list[bytes]) -> bytes:
-        levels = []  # what is left over of each level, lowest first
+            entries = [self._entry(body) for body in bodies]
+        else:
+            entries = self._entries(values, channel)
+        levels = []  # the entries left over from each level, lowest first
         while len(entries) >= tree.FANOUT:
             full = len(entries) - len(entries) % tree.FANOUT
             levels.append(entries[full:])
@@ -202,21 +146,36 @@ class Packer:
         body = b"".join([entry for level in levels[::-1] for entry in level])
         return self._add(tree.LIST, [tree.LIST_HEAD.pack(of, len(counts)) + counts + body])[0]
 
-    def _add_values(self, bodies: Sequence[bytes]) -> list[bytes]:
-        """The digests of serialised values; one that is too large for a row is stored in parts."""
-        if max(map(len, bodies), default=0) <= tree.PART_BYTES:
-            return self._add(tree.VALUE, bodies)
-        digests: list[bytes] = []
-        for body in bodies:
-            if len(body) <= tree.PART_BYTES:
-                digests += self._add(tree.VALUE, [body])
-            else:
-                parts = [body[at : at + tree.PART_BYTES] for at in range(0, len(body), tree.PART_BYTES)]
-                digests += self._add(tree.SPLIT, [b"".join(self._add(tree.PART, parts))])
-        return digests
+    def _entries(self, values: list[Any], channel: str) -> list[bytes]:
+        """How the lowest level of a list refers to each item."""
+        entries, new = match_stored(values, self.known.messages)
+        if len(new) < len(values):
+            self.relies_on_cache = True
+        for at in new:
+            value = values[at]
+            snapshot = take_snapshot(value, whole=False)  # before it is serialised, see `CachedThread.add_new`
+            # In a list the serializer makes no difference between bytes and bytearrays.
+            body = dump(self._serde, bytes(value) if type(value) is bytearray else value, _WHAT, channel)
+            entries[at] = self._entry(body)
+            if snapshot is not None and len(body) > tree.INLINE:
+                snapshot.link, snapshot.digest = entries[at], entries[at][len(LINK) :]
+                self.snapshots.append((value, snapshot))
+        return entries
+
+    def _entry(self, body: bytes) -> bytes:
+        """How a list refers to an item: the item itself if it is short, else its digest."""
+        return bytes((len(body),)) + body if len(body) <= tree.INLINE else LINK + self._value(body)
+
+    def _value(self, body: bytes) -> bytes:
+        """Store a serialised value, in parts if it is too large for a row."""
+        if len(body) <= tree.PART_BYTES:
+            return self._add(tree.VALUE, [body])[0]
+        parts = [body[at : at + tree.PART_BYTES] for at in range(0, len(body), tree.PART_BYTES)]
+        return self._add(tree.SPLIT, [b"".join(self._add(tree.PART, parts))])[0]
 
     def _add(self, kind: int, bodies: Sequence[bytes]) -> list[bytes]:
-        digests = self._digests(kind, bodies) if bodies else []
+        """The digests of bodies, which become part of `new` unless the thread has them."""
+        digests = self._digests(kind, bodies)
         for digest, body in zip(digests, bodies, strict=True):
             if digest in self.known.stored:
                 self.relies_on_cache = True
@@ -225,27 +184,8 @@ class Packer:
         return digests
 
 
-class _Items(NamedTuple):
-    """Serialised values that are digested together, and where their digests go.
-
-    Attributes:
-        bodies: the values.
-        places: for each a list, the position in it, and what stands before the digest there.
-        snapshots: of the messages among them: the message, its snapshot, and the place of its digest.
-    """
-
-    bodies: list[bytes]
-    places: list[tuple[list[bytes], int, bytes]]
-    snapshots: list[tuple[Any, MessageSnapshot, list[bytes], int]]
-
-    def add(self, body: bytes, entries: list[bytes], at: int, prefix: bytes = b"") -> None:
-        """Add a value whose digest goes to a position of a list."""
-        self.bodies.append(body)
-        self.places.append((entries, at, prefix))
-
-
 class Unpacker:
-    """Unpacks values out of content that was fetched; every value anew, so that no two results share one."""
+    """Unpacks values from content that was fetched; each value anew, so that results share nothing."""
 
     def __init__(
         self,
@@ -266,7 +206,7 @@ class Unpacker:
         return self.unpack_all([digest])[0]
 
     def unpack_all(self, digests: Sequence[bytes]) -> list[Any]:
-        """The values of contents; tells the cache what was read."""
+        """The values of contents; the cache remembers what was read."""
         values = [self._value(digest) for digest in digests]
         if self._read:
             self._known.add(self._read)
@@ -310,7 +250,7 @@ class Unpacker:
 
     def _load(self, digest: bytes, body: bytes) -> Any:
         value = load(self._serde, tree.value_of(body) if body.startswith(tree.OWN_MARK) else body)
-        snapshot = take_snapshot(value, digest, whole=True) if isinstance(value, BaseMessage) else None
+        snapshot = take_snapshot(value, digest, whole=True)
         if snapshot is not None and self._templates is not None:
             self._templates.learn(body, value, snapshot)
         self._read.append((digest, body if snapshot is None else snapshot))

@@ -1,18 +1,15 @@
-"""A database, and transactions on it: work is always a function of a SQLAlchemy `Connection`.
+"""A database, and transactions on it. Work is always a function of a SQLAlchemy `Connection`.
 
-A read is promised no transaction, so none is begun where the driver lets us: every statement is sent alone and sees
-what is committed when it runs. A write is one transaction of isolation READ COMMITTED (on SQLite, which has but one
-isolation, one that takes the write lock at once), committed when the work returns and rolled back when it raises; one
-that is a single statement is a transaction by itself where the driver's mode allows it.
+A read is no transaction, where the driver lets us: each statement sees what is committed when it runs. A write is one
+READ COMMITTED transaction (on SQLite one that takes the write lock at once), committed when the work returns and rolled
+back when it raises; a single statement may commit itself instead.
 
-Work may be run again as a whole, so it must leave nothing behind but what it stores and returns: a write that lost
-against other transactions is run again after a pause, and whatever met a connection that had been closed once, at
-once.
+Work may be run again as a whole, so it must have no effect but what it stores and returns. A write that lost against
+other transactions is run again after a pause, and work that met a closed connection is run again at once.
 
-Servers see to their own locks. SQLite lets one connection write; left to its busy handler, waiting writers poll and
-the unlucky one starves, so the writers of one process queue here, whichever saver they use, and readers go on beside
-them. A database in memory is shared through SQLite's `memdb` file system, lives until `close` and has no write-ahead
-log, so there readers queue too.
+SQLite lets one connection write. Left to its busy handler, waiting writers poll and an unlucky one starves, so the
+writers of one process queue here, whichever saver they use; readers do not wait. A database in memory is shared through
+SQLite's `memdb` file system and has no write-ahead log, so its readers queue too.
 """
 
 from __future__ import annotations
@@ -34,11 +31,11 @@ from weakref import WeakSet, WeakValueDictionary
 from sqlalchemy import URL, Connection, Engine, inspect
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.pool import Pool, StaticPool
+from sqlalchemy.pool import QueuePool, StaticPool
 
 from agentmem.errors import StorageError
 from agentmem_sql import db_errors
-from agentmem_sql.engines import SYNCHRONOUS, Source, make_engine, safe_url, source_of
+from agentmem_sql.engines import SYNCHRONOUS, Source, check_shared, make_engine, safe_url, source_of
 from agentmem_sql.message_cache import ThreadCache
 from agentmem_sql.migrations import MIGRATIONS, Migration, alone, is_current, migrate
 from agentmem_sql.protection import Protection
@@ -51,16 +48,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Work = Callable[[Connection], T]
 
-# Threads that do the work of tasks.
-THREADS = 16
-# How long a writer in the queue goes without looking for itself, in seconds.
-_PATIENCE = 1.0
+THREADS = 16  # that do the work of tasks
 # How often the work of a call is run again because its transaction lost, its connection was lost, or a statement
-# prepared on its connection was no good any more, which every connection of a pool may have.
+# prepared on its connection was no longer valid, which may be so on every connection of a pool.
 _RETRIES, _RECONNECTS, _MOST_UNPREPARED = 6, 1, 32
-# Beyond this nobody waits for a turn that may not come: a lock timeout may have taken most of it, in seconds.
-_RETRY_BUDGET = 20.0
-_FIRST_PAUSE = 0.01
+_RETRY_BUDGET = 20.0  # seconds after which nothing is run again: a lock timeout may have taken most of them
+_FIRST_PAUSE = 0.01  # seconds
+_PATIENCE = 1.0  # seconds after which a writer in the queue checks by itself whether it is its turn
 
 
 class Database:
@@ -78,19 +72,18 @@ class Database:
         cache: ThreadCache | None = None,
         migrations: Sequence[Migration] = MIGRATIONS,
     ) -> None:
-        """Take a URL, or an engine of the caller's, which keeps its settings and is never disposed of.
+        """Take a URL, or the caller's engine, which keeps its settings and is never disposed of.
 
         Args:
             engine: the database; an asynchronous engine is taken for its URL and options.
-            tables: the tables that are made, or brought up to date, before the first work.
-            synchronous: how SQLite's files are synchronised: OFF, NORMAL, FULL or EXTRA.
-            engine_options: more arguments for `create_engine`, for an engine made here.
-            must_exist: make neither file nor tables, and refuse a database that has none.
-            protection: settled once the tables are there, before the first work, by one process and one thread at a
-                time; where that fails the next call begins with it again. Who only reads a database that is settled
-                waits for no writer.
-            cache: forgets everything when a connection turns out to be lost, and in a process that was forked.
-            migrations: what makes the tables.
+            tables: created or migrated before the first work.
+            synchronous: SQLite's setting: OFF, NORMAL, FULL or EXTRA.
+            engine_options: more arguments for `create_engine`, for a URL.
+            must_exist: create neither file nor tables, and refuse a database without them.
+            protection: settled before the first work, by one process and one thread at a time, and again by the next
+                call if that fails. On a settled database nobody waits for a writer.
+            cache: cleared when a connection turns out to be lost, and in a forked process.
+            migrations: create the tables.
 
         Raises:
             StorageError: the URL or the engine cannot be used.
@@ -117,7 +110,7 @@ class Database:
         self._queue = _queue_of(self._source) if self.backend == "sqlite" else None
         self._transactions = None if own is None else _Transactions(own, made_here=False)
         if own is not None and self.backend == "sqlite" and self._one_connection:
-            _check_shared(own)
+            check_shared(own)
         self._making = threading.Lock()
         self._inherited = False  # whether the connections are those of the process that this one was forked from
         self._file: tuple[str, tuple[int, int]] | None = None  # that of SQLite, and which one it was at first
@@ -126,10 +119,10 @@ class Database:
         _databases.add(self)
 
     def run(self, work: Work[T], *, write: bool = False, autocommit: bool = False) -> T:
-        """Do work, a write in one transaction; with `autocommit` the write is one statement, and may be one itself.
+        """Do work, a write in one transaction; with `autocommit` the write is a single statement and may commit itself.
 
         Raises:
-            StorageError: the database could not be opened or did not take it, or the saver is closed.
+            StorageError: the database cannot be opened or reports an error, or the saver is closed.
             MissingExtraError: the driver is not installed.
         """
         failures: dict[str, float] = {}
@@ -154,16 +147,18 @@ class Database:
             time.sleep(pause)
 
     def _pause(self, error: DBAPIError, failures: dict[str, float]) -> float:
-        """How long to wait before the work is run again; raises where it is not.
+        """How long to wait before the work is run again; raises if it is not.
 
-        `failures` counts the failures of one call by what to do about them, and says when the first one was.
+        `failures` counts the failures of one call by kind, and holds the time of the first.
         """
         since = failures.setdefault("since", time.monotonic())
         kind = "lost" if error.connection_invalidated else "unprepared" if db_errors.is_unprepared(error) else ""
         number = failures[kind] = failures.get(kind, 0) + 1
-        if kind == "lost":  # the pool has dropped that connection, and all that are as old
+        if kind == "lost":  # the pool replaces it, and all that are as old
             if self._cache is not None:
                 self._cache.forget_all()
+            if self._transactions is not None:
+                self._transactions.release()
             if number <= _RECONNECTS:
                 return 0.0
         elif kind == "unprepared" and number <= _MOST_UNPREPARED:
@@ -174,11 +169,7 @@ class Database:
         raise StorageError(f"the database {where} answered: {message}; {db_errors.advice(error)}") from error
 
     def check_open(self) -> None:
-        """Refuse a call after `close`.
-
-        Raises:
-            StorageError: it is closed.
-        """
+        """Raise `StorageError` after `close`."""
         if self._closed:
             raise StorageError(
                 "this SQLAlchemySaver is closed, so that the call did nothing, also if it was made before and waited; "
@@ -191,12 +182,12 @@ class Database:
         self.writing_threads.shutdown(wait=False)
         self.reading_threads.shutdown(wait=False)
         if self._source.engine is None and self._transactions is not None:
-            self._transactions.engine.dispose()
+            self._transactions.close()
         if self._anchor is not None:
             self._anchor.close()
 
     def after_fork(self) -> None:
-        """Forget, in a process that was just forked, what belongs to the threads of the other one."""
+        """Replace what belongs to the threads of the process that this one was just forked from."""
         self._make_threads()
         self._making = threading.Lock()
         self._inherited = True
@@ -206,7 +197,7 @@ class Database:
             self._cache.after_fork()
 
     def _make_threads(self) -> None:
-        """Threads for tasks, started when first needed. Readers have their own: writers may all wait for one lock."""
+        """Threads for tasks, started when needed. Readers have their own, since all writers may wait for one lock."""
         self.writing_threads = ThreadPoolExecutor(THREADS, "agentmem-sql-write")
         self.reading_threads = ThreadPoolExecutor(THREADS, "agentmem-sql-read")
 
@@ -217,7 +208,7 @@ class Database:
             return self._transactions
 
     def _set_up(self, transactions: _Transactions) -> None:
-        """See to the tables and to `prepare`; doing it again does no harm."""
+        """Prepare the database for the first work; doing it again does no harm."""
         if self._ready:  # while this caller waited for its turn
             return
         if self._must_exist:
@@ -244,15 +235,13 @@ class Database:
             self._leave_inherited()
         if self._queue is None or not (write or self._one_connection):
             return do()
-        if self._one_connection and self._source.engine is not None:
-            do = partial(self._unless_busy, self._source.engine.pool, do)
-        return self._queue.run(do)
+        return self._queue.run(partial(self._unless_busy, do) if self._one_connection else do)
 
-    def _unless_busy(self, pool: Pool, do: Callable[[], T]) -> T:
-        """Do something unless the only connection there is is in a transaction of the caller's."""
-        record = vars(pool).get("connection")  # what there is before the first use is nothing
-        driver = None if record is None else record.driver_connection
-        if getattr(driver, "in_transaction", False):
+    def _unless_busy(self, do: Callable[[], T]) -> T:
+        """Do something unless the caller has a transaction open on the engine's only connection."""
+        pool = None if self._source.engine is None else self._source.engine.pool
+        record = vars(pool).get("connection") if pool else None  # None before the first use
+        if record is not None and getattr(record.driver_connection, "in_transaction", False):
             raise StorageError(
                 "the engine given to SQLAlchemySaver has one connection (StaticPool), and a transaction of yours "
                 "is open on it, which the saver would end; commit first, or give the saver an engine of its own"
@@ -260,14 +249,14 @@ class Database:
         return do()
 
     def _leave_inherited(self) -> None:
-        """Leave the connections of the other process alone (SQLAlchemy's recipe), or close them where they are files.
+        """Leave the connections of the other process alone (SQLAlchemy's recipe), or close those to files.
 
-        SQLite's notes of a file's locks are inherited, the locks are not: as long as an inherited connection is
-        open, a new one would take no lock that those notes say is held.
+        The process inherits SQLite's list of its locks, but not the locks. While an inherited connection is open, a new
+        one would not take a lock that the list says is held.
         """
         with self._making:
             if self._inherited and self._source.engine is None and self._transactions is not None:
-                self._transactions.engine.dispose(close=self.backend == "sqlite")
+                self._transactions.leave_inherited(close=self.backend == "sqlite")
             self._inherited = False
 
     def _check_exists(self, transactions: _Transactions) -> None:
@@ -295,7 +284,7 @@ class Database:
         return str(self._source.url.database).removeprefix("file:").partition("?")[0]
 
     def _take_memory(self) -> None:
-        """Name a database in memory so that every connection sees it, and hold it open."""
+        """Name a database in memory, so that all connections share it, and keep it open."""
         engine, url = self._source.engine, self._source.url
         if engine is not None:
             if not isinstance(engine.pool, StaticPool):
@@ -321,26 +310,6 @@ class Database:
         self._source = Source(named, self._source.options)
 
 
-def _check_shared(engine: Engine) -> None:
-    """Refuse the one connection of an engine if other threads cannot use it: graphs and tasks do.
-
-    Raises:
-        StorageError: they cannot.
-    """
-    pool: Any = engine.pool
-    if "connection" not in vars(pool):
-        engine.raw_connection().close()
-    try:
-        with ThreadPoolExecutor(1) as other:
-            other.submit(pool.connection.driver_connection.cursor).result()
-    except sqlite3.ProgrammingError as error:
-        raise StorageError(
-            "expected an engine whose one connection (StaticPool) every thread may use, found one for the thread that "
-            "opened it; write create_engine(..., poolclass=StaticPool, connect_args={'check_same_thread': False}), or "
-            "SQLAlchemySaver.from_url('sqlite:///:memory:')"
-        ) from error
-
-
 def _identity(path: str) -> tuple[int, int] | None:
     """Which file there is at a path; takes about a microsecond."""
     try:
@@ -351,6 +320,7 @@ def _identity(path: str) -> tuple[int, int] | None:
 
 
 _databases: WeakSet[Database] = WeakSet()
+_left_alone: list[Connection] = []
 
 
 def _after_fork() -> None:
@@ -370,17 +340,24 @@ if hasattr(os, "register_at_fork"):
 class _Transactions:
     """Reads and writes on one engine.
 
-    On an engine that was made here the driver's mode says whether a statement commits itself, since changing
-    SQLAlchemy's isolation level for each use costs more than a read. On one of the caller's the mode is SQLAlchemy's:
-    its settings and listeners go on.
+    On an engine made here the driver's mode says whether a statement commits itself, since changing SQLAlchemy's
+    isolation level for each use costs more than a read. The caller's engine is used through SQLAlchemy alone, so its
+    settings and listeners stay in effect.
     """
 
     def __init__(self, engine: Engine, *, made_here: bool) -> None:
         self.engine = self.reader = self.writer = engine
         self._made_here = made_here
         self._backend = engine.dialect.name
-        # Whether a statement of a read commits itself. A listener for `begin` may set what the rows that one sees
-        # depend on, for as long as the transaction lasts.
+        # Connections stay checked out between two uses unless somebody waits for one, or the pool is set up to look
+        # at them first: a checkout takes a sixth of the time of a put.
+        pool: Any = engine.pool
+        self._keeps = made_here and type(pool) is QueuePool and pool._recycle == -1 and not pool._pre_ping
+        self._idle: list[Connection] = []
+        self._waiting = 0  # threads that wait for the pool
+        self._lock = threading.Lock()
+        # Whether the statements of a read commit themselves. A listener for `begin` may make a setting for the
+        # transaction that decides which rows are visible.
         self.autocommits = self._backend == "postgresql" and (made_here or not engine.dispatch.begin)
         if self._backend == "postgresql" and not made_here:
             self.writer = engine.execution_options(isolation_level="READ COMMITTED")
@@ -388,22 +365,70 @@ class _Transactions:
                 self.reader = engine.execution_options(isolation_level="AUTOCOMMIT")
 
     def read(self, work: Work[T]) -> T:
-        """Do work that changes nothing, or is one statement that commits itself."""
-        with connect(self.reader) as connection:
-            if not self._made_here:  # listeners and pools of the owner expect that SQLAlchemy knows of it
-                connection.begin()  # closing the connection rolls it back
-            elif self.autocommits:
-                _set_autocommit(connection, True)
-            try:
-                return work(connection)
-            except (DBAPIError, InvalidRequestError) as error:
-                _leave_unusable(connection, error)
-                raise
+        """Do work that changes nothing, or is a single statement that commits itself."""
+        return self._on_connection(self.reader, self._read_on, work)
 
     def write(self, work: Work[T]) -> T:
         """Do work in one transaction, on a connection of its own."""
-        with connect(self.writer) as connection:
-            return self.write_on(connection, work)
+        return self._on_connection(self.writer, self.write_on, work)
+
+    def _on_connection(self, engine: Engine, do: Callable[[Connection, Work[T]], T], work: Work[T]) -> T:
+        with self._lock:
+            connection = self._idle.pop() if self._idle else None
+            self._waiting += connection is None
+        if connection is None:
+            try:
+                connection = connect(engine)
+            finally:
+                with self._lock:
+                    self._waiting -= 1
+        try:
+            result = do(connection, work)
+        except BaseException:
+            connection.close()
+            raise
+        with self._lock:
+            keep = self._keeps and not self._waiting and not connection.in_transaction()
+            if keep:
+                self._idle.append(connection)
+        if not keep:
+            connection.close()
+        return result
+
+    def release(self) -> None:
+        """Give the idle connections back to the pool."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
+
+    def close(self) -> None:
+        """Close the engine's connections: those that are idle now, others after their use."""
+        self._keeps = False
+        self.release()
+        self.engine.dispose()
+
+    def leave_inherited(self, *, close: bool) -> None:
+        """Leave alone, or close, the connections of the process that this one was forked from."""
+        self._lock, self._waiting = threading.Lock(), 0
+        inherited, self._idle = self._idle, []
+        if close:
+            for connection in inherited:
+                connection.invalidate()
+        else:  # collected as garbage, they would be given to a pool whose lock a thread of that process may hold
+            _left_alone.extend(inherited)
+        self.engine.dispose(close=close)
+
+    def _read_on(self, connection: Connection, work: Work[T]) -> T:
+        if not self._made_here:  # listeners and pools of the owner expect that SQLAlchemy knows of it
+            connection.begin()  # closing the connection rolls it back
+        elif self.autocommits:
+            _set_autocommit(connection, True)
+        try:
+            return work(connection)
+        except (DBAPIError, InvalidRequestError) as error:
+            _leave_unusable(connection, error)
+            raise
 
     def write_on(self, connection: Connection, work: Work[T]) -> T:
         """Do work in one transaction on a connection of `writer` that has none open."""
@@ -432,8 +457,7 @@ class _Transactions:
         """Begin, on the database, the transaction that SQLAlchemy thinks has begun."""
         if self._backend == "sqlite":
             # Take the write lock at once, waiting for it. A deferred transaction that reads and then writes fails
-            # without waiting when another connection wrote in between, so one that a listener of the engine began is
-            # begun anew.
+            # without waiting if another connection wrote in between, so one begun by a listener is begun again.
             driver: Any = connection.connection.driver_connection
             if driver.in_transaction:
                 change(connection, "ROLLBACK", ())
@@ -460,15 +484,14 @@ def connect(engine: Engine) -> Connection:
             "or pass engine_options={'pool_size': ...}"
         ) from error
     except (OSError, TypeError, ValueError, RuntimeError) as error:
-        # What drivers raise before they speak to a server: no such host, an option that they do not know, an
-        # authentication method that needs another package.
+        # What drivers raise before they reach a server: an unknown host or option, a missing package.
         raise StorageError(
             f"cannot connect to {safe_url(engine.url)}: {type(error).__name__}: {error}; {db_errors.advice(error)}"
         ) from error
 
 
 def _roll_back(connection: Connection) -> None:
-    """End, on the database, what SQLAlchemy may think there is no need to end."""
+    """End the database's transaction even if SQLAlchemy knows of none."""
     if connection.closed or connection.invalidated:
         return
     try:
@@ -476,19 +499,19 @@ def _roll_back(connection: Connection) -> None:
         driver.rollback()
     except BaseException as error:
         connection.invalidate()
-        if not isinstance(error, Exception):  # otherwise the caller hears of the error that led here
+        if not isinstance(error, Exception):  # otherwise the caller gets the error that led here
             raise
 
 
 def _leave_unusable(connection: Connection, error: BaseException) -> None:
-    """Close a connection whose state is not what SQLAlchemy takes it for, or whose prepared statements are no good."""
+    """Close a connection whose state SQLAlchemy has wrong, or whose prepared statements are invalid."""
     stale = isinstance(error, DBAPIError) and db_errors.is_unprepared(error)
     if isinstance(error, InvalidRequestError) or (stale and not connection.invalidated):
         connection.invalidate()
 
 
 def _execute(connection: Connection, driver: Any, statement: str) -> None:
-    """Begin or end a transaction of SQLite's; errors are wrapped as SQLAlchemy does it."""
+    """Begin or end a transaction of SQLite; errors are wrapped as SQLAlchemy does."""
     try:
         driver.execute(statement)
     except sqlite3.Error as error:
@@ -509,7 +532,7 @@ def _set_autocommit(connection: Connection, mode: bool) -> None:
 
 
 class _Ticket:
-    """A place in the queue; `turn` is there for one who found others in it."""
+    """A place in the queue; `turn` exists if others were in the queue before."""
 
     def __init__(self) -> None:
         self.turn: threading.Event | None = None
@@ -519,15 +542,13 @@ class _Ticket:
 class WriterQueue:
     """A first-come first-served lock.
 
-    It is never held while code of the caller runs (values are serialised before, deserialised after), so whoever
-    holds it finishes. An interruption (Ctrl-C) may come between any two steps of the main thread, also while it
-    leaves. That it is gone is therefore noted in one step, by itself; if the next in the queue was not called any
-    more, it finds out by looking.
+    No code of the caller runs while it is held. Ctrl-C may interrupt the main thread between any two steps, so leaving
+    is one step, the flag `gone`; if the next in the queue is not woken then, it finds out by itself.
     """
 
     def __init__(self) -> None:
         self._mutex = threading.Lock()  # guards the queue, held for microseconds
-        self._tickets: deque[_Ticket] = deque()  # the first one's turn it is; there may be some that are gone
+        self._tickets: deque[_Ticket] = deque()  # the first that is not gone has its turn
 
     def run(self, do: Callable[[], T]) -> T:
         """Wait until it is this caller's turn, and call `do`."""
@@ -547,7 +568,7 @@ class WriterQueue:
             self._call_first()
 
     def _call_first(self) -> None:
-        """Remove those at the head who are gone, and tell the first that it is its turn; any number of times."""
+        """Remove tickets that are gone from the head, and wake the first; may be called at any time."""
         with self._mutex:
             while self._tickets and self._tickets[0].gone:
                 self._tickets.popleft()
@@ -561,7 +582,7 @@ _queues_mutex = threading.Lock()
 
 
 def _queue_of(source: Source) -> WriterQueue:
-    """The queue of a SQLite database, shared by everybody in this process who uses it."""
+    """The queue of a SQLite database, shared by all its users in this process."""
     if source.engine is not None and isinstance(source.engine.pool, StaticPool):
         key: object = source.engine.pool
     else:

@@ -1,12 +1,11 @@
-"""Delta channels: values that checkpoints do not hold, but that follow from what was written before.
+"""Delta channels: values that checkpoints do not contain, but that follow from earlier writes.
 
-LangGraph stores such a channel's value now and then (the seed) and asks for the writes since then, along the parents
-of a checkpoint. One recursive statement reads the rows of up to a hundred parents, another reads the writes, and
-content is read as always. The writes come with the thread's epoch: if it has changed since the first row was read,
-something was taken out in between, and everything is read again.
+LangGraph stores such a channel's value now and then (the seed) and asks for the writes since then, along the parents of
+a checkpoint. One recursive statement reads the rows of up to a hundred parents, another reads their writes with the
+thread's epoch: if that has changed since the first row was read, something was removed, and all is read again.
 
-When ancestors are pruned, what they wrote since the last seed is kept with their nearest survivor, as its HISTORY: the
-seed and the writes in their order, by reference. So a pruned thread means what it meant before.
+When ancestors are pruned, what they wrote since the last seed is kept with their nearest survivor as its HISTORY: the
+seed and the writes in order, by reference.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from agentmem_sql.message_cache import Body, CachedThread
 from agentmem_sql.protection import Protection
 from agentmem_sql.reader import Missing, Reader, chunks
 from agentmem_sql.rows import Address, Row, StoredWrite, check_seal, damaged, decode_write, unpack_content
-from agentmem_sql.schema import decode_text, encode_text, open_key
+from agentmem_sql.schema import by, decode_text, encode_text, open_key
 
 _ANCESTORS = 100  # in one statement
 
 
 @dataclass
 class Ancestor:
-    """A checkpoint on the way to the root: what it holds, and what its own pruned ancestors left."""
+    """A checkpoint on the way to the root: what it contains, and what its own pruned ancestors left."""
 
     ns: bytes
     id: bytes
@@ -42,12 +41,12 @@ class AncestorReader:
     """Reads the ancestors of checkpoints."""
 
     def __init__(self, reader: Reader, protection: Protection) -> None:
-        self._protection = protection
-        self._reader = reader
+        self.protection = protection
+        self.reader = reader
         threads, blobs = reader.tables.threads, reader.tables.blobs
         checkpoints, writes = reader.tables.checkpoints, reader.tables.writes
         columns = [column for column in checkpoints.c if column.name not in ("thread", "ns")]
-        here = and_(checkpoints.c.thread == bindparam("thread"), checkpoints.c.ns == bindparam("ns"))
+        here = by(checkpoints, "thread", "ns")
         start = select(*columns, cast(literal(0), Integer).label("depth"))
         chain = start.where(here, checkpoints.c.id == bindparam("id")).cte("ancestors", recursive=True)
         step = select(*columns, chain.c.depth + 1)
@@ -65,9 +64,7 @@ class AncestorReader:
             .outerjoin(writes, of_channels)
             .where(threads.c.number == bindparam("thread"))
         )
-        self._history = select(blobs.c.kind, blobs.c.body).where(
-            blobs.c.thread == bindparam("thread"), blobs.c.digest == bindparam("digest")
-        )
+        self._history = select(blobs.c.kind, blobs.c.body).where(by(blobs, "thread", "digest"))
 
     def read(
         self, connection: Connection, address: Address, channels: Sequence[str]
@@ -80,13 +77,13 @@ class AncestorReader:
             StorageError: something was changed or damaged since it was stored.
         """
         before = None
-        while (located := self._reader.locate(connection, address)) is not None:
+        while (located := self.reader.locate(connection, address)) is not None:
             known, start = located
             try:
                 ancestors = self._read_rows(connection, address, known, start, channels)
                 histories = self.histories(connection, address.thread, known, ancestors, channels)
                 wanted = {digest for history in histories.values() for digest in history.digests}
-                return histories, self._reader.collect(connection, known, wanted), known
+                return histories, self.reader.collect(connection, known, wanted), known
             except Missing:
                 if before == (known.epoch, start):
                     raise damaged(address.thread, decode_text(start), "a value of an ancestor") from None
@@ -98,18 +95,18 @@ class AncestorReader:
         return [{**row, "ns": keys["ns"]} for row in connection.execute(self._chain, keys).mappings()]
 
     def ancestor(self, connection: Connection, thread: int | None, row: Row) -> Ancestor:
-        """A checkpoint's row with what pruned ancestors left with it, still without its writes.
+        """A checkpoint with what pruned ancestors left with it, still without its writes.
 
         Raises:
-            Missing: that is not there, or is not what was stored.
+            Missing: that is missing or damaged.
         """
         left: dict[str, History] = {}
         if row["history"] is not None:
             stored = connection.execute(self._history, {"thread": thread, "digest": row["history"]}).one_or_none()
             if stored is None or stored.kind != HISTORY:
                 raise Missing
-            body = self._protection.decrypt(stored.body)
-            if self._protection.digest(HISTORY, body) != row["history"]:
+            body = self.protection.decrypt(stored.body)
+            if self.protection.digest(HISTORY, body) != row["history"]:
                 raise Missing
             left = read_history(body)
         return Ancestor(row["ns"], row["id"], unpack_content(row["content"]), left)
@@ -120,7 +117,7 @@ class AncestorReader:
         """The checkpoint itself and its ancestors, until every channel is found.
 
         Raises:
-            Missing: the checkpoint is not there, or something that was left with one of them.
+            Missing: the checkpoint is missing, or something that was left with one of them.
         """
         ancestors: dict[bytes, Ancestor] = {}
         missing = set(channels)
@@ -130,11 +127,11 @@ class AncestorReader:
             rows = self.rows(connection, keys)
             following = rows[-1]["parent"] if len(rows) == _ANCESTORS else None
             for row in rows:
-                if row["id"] in ancestors:  # a checkpoint that was stored as its own ancestor
+                if row["id"] in ancestors:  # it was stored as its own ancestor
                     return list(ancestors.values())
-                check_seal(self._protection, address.thread, row)
+                check_seal(self.protection, address.thread, row)
                 ancestor = self.ancestor(connection, known.number, row)
-                if ancestors:  # what the checkpoint itself holds is not asked for
+                if ancestors:  # the checkpoint's own values do not count
                     missing -= ancestor.digests.keys()
                 missing -= {name for name, history in ancestor.left.items() if history.seed is not None}
                 ancestors[ancestor.id] = ancestor
@@ -155,7 +152,7 @@ class AncestorReader:
         """The seed and writes of each channel, along a checkpoint and its ancestors (the checkpoint stands first).
 
         Raises:
-            Missing: something was taken out of the thread since it was found.
+            Missing: something was removed from the thread meanwhile.
             StorageError: a write was changed or damaged since it was stored.
         """
         by_id = {ancestor.id: ancestor for ancestor in ancestors[1:]}
@@ -169,7 +166,7 @@ class AncestorReader:
                     continue
                 if row["checkpoint"] not in by_id:  # the index that found the row says something else than the row
                     raise damaged(thread_id, decode_text(row["checkpoint"]), "a pending write")
-                by_id[row["checkpoint"]].writes.append(decode_write(self._protection, thread_id, row))
+                by_id[row["checkpoint"]].writes.append(decode_write(self.protection, thread_id, row))
         return {name: _fold(ancestors, name) for name in channels}
 
 

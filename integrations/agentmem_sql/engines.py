@@ -1,16 +1,17 @@
-"""From a URL, or an engine of the caller's, to the one synchronous engine that a saver works with.
+"""From a URL, or the caller's engine, to the one synchronous engine that a saver works with.
 
-A URL may name its driver or leave it to us (`postgresql://`). One that names an asynchronous driver is served by the
-synchronous one of the same database, and what is said in that driver's words is translated, or refused by name:
-tasks are served by threads, which is as quick for one task and quicker for many. An `AsyncEngine` is taken for its
-URL and options in the same way.
+A URL that names an asynchronous driver is served by the synchronous driver of the same database, with the options
+translated or refused by name: tasks are served by threads, which is as fast for one task and faster for many. An
+`AsyncEngine` is taken for its URL and options in the same way.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
+import sqlite3
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import URL, Engine, ExceptionContext, create_engine, event, make_url
@@ -23,16 +24,15 @@ from agentmem_sql.statements import DIRECT
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-# How long a writer waits for the lock of a SQLite file that another process holds, in seconds.
-BUSY_TIMEOUT = 30
+BUSY_TIMEOUT = 30  # seconds that a writer waits for the lock of a SQLite file held by another process
 
-# Connections of one engine. Whoever finds all of them in use waits for one, which is sooner done than opening
-# another: it takes milliseconds, on PostgreSQL a process of the server, and servers allow few (100 by default).
+# Connections of one engine. If all are in use, waiting for one is faster than opening another, which takes
+# milliseconds and on PostgreSQL a process of the server; and servers allow few (100 by default).
 POOL_SIZE = 16
 
 SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
 
-# The driver of each database, the extra that installs it, and the asynchronous drivers whose place it takes.
+# The driver of each database, the extra that installs it, and the asynchronous drivers that it replaces.
 _MYSQL = "pymysql", "mysql", ("asyncmy", "aiomysql")
 _DRIVERS = {
     "sqlite": ("pysqlite", "sql", ("aiosqlite",)),
@@ -47,8 +47,8 @@ _INSTEAD = {
     "mysqldb": "use pymysql, which needs no compiler",
 }
 
-# Options of asynchronous drivers that have no counterpart, and what to do. Others that it does not have, the
-# synchronous driver refuses by name itself.
+# Options of asynchronous drivers without a counterpart, and what to do. Any others are refused by the synchronous
+# driver itself.
 _REFUSED = {
     "async_creator": "write `creator`, a function that makes a synchronous connection",
     "auth_plugin": "write connect_args={'auth_plugin_map': ...}",
@@ -59,13 +59,7 @@ _REFUSED = {
 
 
 class Source(NamedTuple):
-    """Where a database is and how it is connected to, in the words of its synchronous driver.
-
-    Attributes:
-        url: with the driver's name.
-        options: for `create_engine`.
-        engine: the caller's own, if it is synchronous; it keeps its settings and is never disposed of.
-    """
+    """A database as its synchronous driver addresses it, with options for `create_engine`; or the caller's engine."""
 
     url: URL
     options: Mapping[str, Any]
@@ -84,17 +78,11 @@ class Source(NamedTuple):
 
 
 def source_of(database: Engine | AsyncEngine | URL | str, options: Mapping[str, Any] | None = None) -> Source:
-    """Read a URL or an engine.
-
-    Args:
-        database: which one.
-        options: arguments for `create_engine`, which may hold `connect_args` in the words of the driver that the URL
-            names.
+    """Read a URL, with arguments for `create_engine` as for the driver that it names; or an engine.
 
     Raises:
-        StorageError: the URL cannot be read, names a database or driver that cannot be used, or an option of an
-            asynchronous driver that the synchronous one has no counterpart for; or an asynchronous engine has its
-            database in memory, or connections that the caller makes.
+        StorageError: the URL cannot be read, or names a database, a driver or an option that cannot be used; or an
+            asynchronous engine has its database in memory, or connections made by the caller's code.
     """
     if isinstance(database, URL | str):
         fixed = {"isolation_level", "skip_autocommit_rollback"} & (options or {}).keys()
@@ -119,10 +107,10 @@ def source_of(database: Engine | AsyncEngine | URL | str, options: Mapping[str, 
 
 
 def parse(url: URL | str) -> URL:
-    """The URL of a database that can be used here, as SQLAlchemy writes it.
+    """A URL as SQLAlchemy reads it.
 
     Raises:
-        StorageError: it cannot be read, or names a database or a driver that this version does not speak.
+        StorageError: it cannot be read, or names a database or a driver that cannot be used.
     """
     try:
         parsed = make_url(url)
@@ -149,12 +137,32 @@ def parse(url: URL | str) -> URL:
     return parsed.set(drivername=f"{name}+{driver}" if driver else name)
 
 
+def check_shared(engine: Engine) -> None:
+    """Refuse the one connection of an engine if other threads cannot use it: graphs and tasks do.
+
+    Raises:
+        StorageError: they cannot.
+    """
+    pool: Any = engine.pool
+    if "connection" not in vars(pool):
+        engine.raw_connection().close()
+    try:
+        with ThreadPoolExecutor(1) as other:
+            other.submit(pool.connection.driver_connection.cursor).result()
+    except sqlite3.ProgrammingError as error:
+        raise StorageError(
+            "expected an engine whose one connection (StaticPool) every thread may use, found one for the thread that "
+            "opened it; write create_engine(..., poolclass=StaticPool, connect_args={'check_same_thread': False}), or "
+            "SQLAlchemySaver.from_url('sqlite:///:memory:')"
+        ) from error
+
+
 def safe_url(url: URL) -> str:
-    """A URL without what may be secret: a password, and options, which may hold one as well."""
+    """A URL without its password and options, which may be secret."""
     return url.set(query={}).render_as_string(hide_password=True)
 
 
-# What asynchronous drivers and engines say, in the words of the synchronous ones.
+# From asynchronous drivers and engines to synchronous ones.
 
 
 def _with_driver(url: URL) -> URL:
@@ -165,7 +173,7 @@ def _with_driver(url: URL) -> URL:
 
 
 def _translated(url: URL, options: dict[str, Any]) -> Source:
-    """A URL that names its synchronous driver, and options for `create_engine` that go with it."""
+    """The URL of the synchronous driver, and options for `create_engine` that go with it."""
     driver = url.drivername.partition("+")[2]
     connect_args: dict[str, Any] = options.get("connect_args", {})
     for name in [*options, *connect_args, *url.query]:
@@ -191,7 +199,7 @@ def _translated(url: URL, options: dict[str, Any]) -> Source:
 
 
 def _of_asyncpg(name: str, value: Any) -> dict[str, Any]:
-    """An option of asyncpg as psycopg takes it; settings of the server stay apart, as there are several."""
+    """An option of asyncpg as psycopg takes it; server settings are collected separately."""
     match name:
         case "ssl" if isinstance(value, str):
             return {"sslmode": value}
@@ -219,7 +227,7 @@ def _no_counterpart(name: str, driver: str, instead: str) -> StorageError:
 
 
 def _options_of(engine: AsyncEngine) -> dict[str, Any]:
-    """What an asynchronous engine was made with, as far as a synchronous one can be made so."""
+    """The options that an asynchronous engine was made with, as far as a synchronous one has them."""
     pool: Any = engine.pool
     creator: Any = pool._creator
     if getattr(creator, "__module__", None) != create_engine.__module__:
@@ -280,12 +288,12 @@ def make_engine(source: Source, synchronous: str) -> Engine:
 def _arguments(url: URL, options: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `create_engine`: ours, and over them the caller's."""
     chosen: dict[str, Any] = {"hide_parameters": True, "skip_autocommit_rollback": True}
+    chosen["pool_reset_on_return"] = None  # a work ends what it begins, and nobody else begins any
     if not {"pool", "poolclass"} & options.keys():
         chosen |= {"pool_size": POOL_SIZE, "max_overflow": 0}
     connect_args: dict[str, Any] = {}
     match url.get_backend_name():
         case "sqlite":
-            chosen["pool_reset_on_return"] = None  # a work ends what it begins, and nobody else begins any
             connect_args["isolation_level"] = None
             if "timeout" not in url.query:
                 connect_args["timeout"] = BUSY_TIMEOUT

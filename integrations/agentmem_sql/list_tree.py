@@ -3,19 +3,18 @@
 The kinds of content:
 
     VALUE     a serialised value: the serializer's type tag, a zero byte, its bytes
-    LIST      a list: what it is of (see below), and the entries that are in no node, level by level
+    LIST      a list: what it holds (see below), and the entries that are in no node, level by level
     NODE      16 entries of a level
     SPLIT     the digests of the parts of a body that is too large for one row
     PART      such a part
     HISTORY   what pruned ancestors wrote to delta channels (see `delta_channels`)
-    OWN       the value of one pending write that may be replaced, and nothing else's (see `own_body`)
+    OWN       the value of one pending write that may be replaced (see `own_body`)
 
-An entry of the lowest level is the digest of an item, or the item itself where that is hardly longer. As soon as a
-level has 16 entries they become a NODE, whose digest is an entry of the level above. What is left over of each level,
-fewer than 16 entries, stands in the LIST. So nodes are always full and never change, two lists that begin alike share
-the nodes of their common beginning, and a list that grows by one item stores that item and a LIST of some 600 bytes,
-hardly more when it is long. Long lists of numbers are cut into runs of 256 numbers, each a VALUE. A snapshot of a delta
-channel that holds a list is stored as that list.
+An entry of the lowest level is the digest of an item, or a short item itself. Every 16 entries of a level form a NODE,
+whose digest is an entry of the level above; the rest of each level, fewer than 16 entries, is in the LIST. So nodes
+never change, lists with the same beginning share nodes, and a list that grows by an item stores that item and a LIST of
+some 600 bytes, however long it is. Lists of numbers are cut into runs of 256 numbers, each a VALUE. A snapshot of a
+delta channel that holds a list is stored as that list.
 
 Pure functions: no database, no serializer settings.
 """
@@ -34,25 +33,24 @@ from agentmem_sql.schema import DIGEST_BYTES
 VALUE, LIST, NODE, SPLIT, PART, HISTORY, OWN = range(7)
 LEAVES = frozenset({VALUE, PART, OWN})  # kinds that refer to nothing
 
-# What a LIST is of.
-ITEMS, RUNS, SNAPSHOT, SNAPSHOT_RUNS = range(4)  # each with its runs next to it
+# What a LIST holds.
+ITEMS, RUNS, SNAPSHOT, SNAPSHOT_RUNS = range(4)  # RUNS after each: the same as runs of numbers
 
 FANOUT = 16
 RUN = 256
-INLINE = 48  # bytes of an item that costs less in its leaf than in a row of its own
+INLINE = 48  # most bytes of an item that is not stored in a row of its own
 # The smallest packet limit in use (MySQL's default of 16 MB) holds a body of this size however it is quoted.
 PART_BYTES = 4 * 2**20
 
-# Before the entries of a LIST: what it is of, number of levels; then each level's number of entries, highest first
+# Before the entries of a LIST: what it holds, number of levels; then each level's number of entries, highest first
 LIST_HEAD = struct.Struct(">BB")
-# No serializer's type tag begins with this byte, so the body of an OWN is told from that of a VALUE.
-OWN_MARK = b"\xff"
+OWN_MARK = b"\xff"  # begins the body of an OWN; no serializer's type tag begins so
 LINK = b"\0"  # before a digest; before an item stands its length, 1 to INLINE
 _LINK_BYTES = len(LINK) + DIGEST_BYTES
 
 
 class Inline(bytes):
-    """An item that its leaf holds itself."""
+    """An item that is its own entry."""
 
     __slots__ = ()
 
@@ -64,7 +62,7 @@ class Node(NamedTuple):
         kind: LIST, NODE, SPLIT or HISTORY.
         entries: of a LIST those of all levels, highest first.
         counts: of a LIST the number of entries of each level.
-        of: what a LIST is of.
+        of: what a LIST holds.
     """
 
     kind: int
@@ -79,10 +77,9 @@ class Node(NamedTuple):
 
 
 def own_body(place: bytes, value: bytes) -> bytes:
-    """The body of an OWN: the 32-byte digest of the place of the write, and the serialised value.
+    """The body of an OWN: a digest of the write's key (32 bytes), and the serialised value.
 
-    The place makes the digest of the content this write's own. So when the write is replaced, its old content is free:
-    nothing else in the thread can refer to it, and nobody has to look.
+    No other write has equal content, so when the write is replaced, its old content can be deleted without a search.
     """
     return OWN_MARK + place + value
 
@@ -129,7 +126,7 @@ class History:
     """What a delta channel was before a checkpoint whose ancestors are gone.
 
     Attributes:
-        seed: the content of the value that the writes apply to; None if the search goes on at the parent.
+        seed: the content of the value that the writes apply to; None if the parent has to be searched.
         writes: (task, content), oldest first.
     """
 

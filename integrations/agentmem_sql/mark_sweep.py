@@ -1,8 +1,8 @@
-"""Garbage collection: deletes content that nothing refers to, by mark and sweep over one thread.
+"""Garbage collection: deletes content without references, by mark and sweep over one thread.
 
-Content refers to content (a list to its nodes, those to items), so live content is found by marking it from the
-thread's checkpoints and pending writes down. Only one thread is looked at, in a transaction that holds its row
-exclusively (see `writer`), and the thread's epoch is increased so that no process relies on what it remembers.
+Content refers to content (a list to its nodes, those to items), so live content is marked starting from the thread's
+checkpoints and pending writes. This takes an exclusive lock on the thread's row (see `writer`) and increases the
+thread's epoch, so that no process relies on what it remembers.
 
 To report what would be deleted, no lock is needed if content is read before the rows that refer to it: both are
 committed together, so while the epoch stays the same, nothing that was read can have lost its reference.
@@ -13,14 +13,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Set
 from typing import NamedTuple
 
-from sqlalchemy import BindParameter, Connection, bindparam, delete, func, select, update
+from sqlalchemy import Connection, bindparam, delete, func, select, update
 
 from agentmem.errors import StorageError
 from agentmem_sql.list_tree import LEAVES, OWN, parse
 from agentmem_sql.protection import Protection
 from agentmem_sql.reader import chunks
 from agentmem_sql.rows import unpack_content
-from agentmem_sql.schema import Tables
+from agentmem_sql.schema import Tables, by
 
 
 class Content(NamedTuple):
@@ -36,31 +36,29 @@ class Sweeper:
     def __init__(self, tables: Tables, protection: Protection) -> None:
         self._protection = protection
         threads, checkpoints, writes, blobs = tables.threads, tables.checkpoints, tables.writes, tables.blobs
-        thread: BindParameter[int] = bindparam("of")
-        chosen = (blobs.c.thread == thread) & blobs.c.digest.in_(bindparam("digests", expanding=True))
-        self._count_up = update(threads).where(threads.c.number == thread).values(epoch=threads.c.epoch + 1)
-        self._referring = select(checkpoints.c.content, checkpoints.c.history).where(checkpoints.c.thread == thread)
-        self._written = select(writes.c.digest).where(writes.c.thread == thread).distinct()
-        self._inner = select(blobs.c.digest, blobs.c.kind, blobs.c.body).where(
-            blobs.c.thread == thread, blobs.c.kind.not_in(LEAVES)
-        )
-        self._all = select(blobs.c.digest).where(blobs.c.thread == thread)
+        chosen = by(blobs, "thread") & blobs.c.digest.in_(bindparam("digests", expanding=True))
+        counted_up = update(threads).where(threads.c.number == bindparam("thread"))
+        self._count_up = counted_up.values(epoch=threads.c.epoch + 1)
+        self._referring = select(checkpoints.c.content, checkpoints.c.history).where(by(checkpoints, "thread"))
+        self._written = select(writes.c.digest).where(by(writes, "thread")).distinct()
+        inner = select(blobs.c.digest, blobs.c.kind, blobs.c.body).where(by(blobs, "thread"))
+        self._inner = inner.where(blobs.c.kind.not_in(LEAVES))
+        self._all = select(blobs.c.digest).where(by(blobs, "thread"))
         self._own = select(blobs.c.digest).where(chosen, blobs.c.kind == OWN)
         self._free = delete(blobs).where(chosen)
         self._weigh = select(func.sum(func.length(blobs.c.body))).where(chosen)
 
     def free_replaced(self, connection: Connection, thread: int, replaced: Collection[bytes]) -> bool:
-        """Free what replaced pending writes held; says whether the whole thread had to be swept for that.
+        """Delete the content of replaced pending writes; gives whether the whole thread had to be swept.
 
-        Content that belongs to one write (see `list_tree.own_body`) is deleted at once: nothing else refers to it and
-        no process relies on it, so the epoch stays the same. Databases written by older versions hold other content
-        too, and so do values that are too large for one row.
+        Content of one write only (see `list_tree.own_body`) is simply deleted: no process relies on it, so the epoch
+        stays the same. Older versions stored other content too, and so do values that are too large for one row.
         """
-        own = set(connection.execute(self._own, {"of": thread, "digests": sorted(replaced)}).scalars())
+        own = set(connection.execute(self._own, {"thread": thread, "digests": sorted(replaced)}).scalars())
         if own != set(replaced):
             self.sweep(connection, thread)
             return True
-        connection.execute(self._free, {"of": thread, "digests": sorted(own)})
+        connection.execute(self._free, {"thread": thread, "digests": sorted(own)})
         return False
 
     def sweep(self, connection: Connection, thread: int) -> None:
@@ -70,7 +68,7 @@ class Sweeper:
             StorageError: content cannot be read; nothing is deleted then.
         """
         content = self.content(connection, thread)
-        of = {"of": thread}
+        of = {"thread": thread}
         roots: set[bytes] = set(connection.execute(self._written, of).scalars())
         for packed, history in connection.execute(self._referring, of):
             roots.update(referred(packed, history))
@@ -79,8 +77,8 @@ class Sweeper:
     def free(self, connection: Connection, thread: int, dead: Collection[bytes]) -> None:
         """Delete content that nothing refers to, and increase the thread's epoch."""
         for part in chunks(sorted(dead)):
-            connection.execute(self._free, {"of": thread, "digests": part})
-        connection.execute(self._count_up, {"of": thread})
+            connection.execute(self._free, {"thread": thread, "digests": part})
+        connection.execute(self._count_up, {"thread": thread})
 
     def content(self, connection: Connection, thread: int) -> Content:
         """Everything stored in a thread, whether anything refers to it or not.
@@ -88,7 +86,7 @@ class Sweeper:
         Raises:
             StorageError: some content cannot be read, so that its references are unknown.
         """
-        of = {"of": thread}
+        of = {"thread": thread}
         digests = set(connection.execute(self._all, of).scalars())
         links = {row[0]: self._links(*row) for row in connection.execute(self._inner, of)}
         return Content(digests, links)
@@ -104,7 +102,9 @@ class Sweeper:
 
     def weigh(self, connection: Connection, thread: int, digests: Collection[bytes]) -> int:
         """The stored size of content in bytes, without the database's own overhead."""
-        parts = (connection.execute(self._weigh, {"of": thread, "digests": part}) for part in chunks(sorted(digests)))
+        parts = (
+            connection.execute(self._weigh, {"thread": thread, "digests": part}) for part in chunks(sorted(digests))
+        )
         return sum(int(size.scalar_one() or 0) for size in parts)
 
 

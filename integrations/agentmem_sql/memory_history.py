@@ -1,8 +1,8 @@
 """The memories of a thread, along the parents of a checkpoint.
 
-The rows of the checkpoints are read, and of the content the memories. Where no channel is named, the latest value of
-each channel is decoded once, except lists, to see whether it is a memory; messages are not read. Nothing is kept in the
-saver's cache, where old memories would drive out what the next turn needs. Between pages nothing is held open.
+Of the content only memories are read. If no channel is named, the latest value of each channel other than a list is
+decoded once, to see whether it is a memory. Nothing is kept in the saver's cache, where old memories would displace
+what the next turn needs. Between pages nothing is held open.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from sqlalchemy import Connection, select
 from agentmem.errors import CorruptStateError, StateMismatchError, StorageError
 from agentmem.state import MemoryState
 from agentmem_sql.content import Unpacker, dump
+from agentmem_sql.database import Database
+from agentmem_sql.delta_channels import AncestorReader
 from agentmem_sql.list_tree import LIST, VALUE
 from agentmem_sql.message_cache import Body, CachedThread
 from agentmem_sql.reader import Missing
 from agentmem_sql.rows import Address, StoredCheckpoint, damaged, decode_row
 from agentmem_sql.schema import open_key
-from agentmem_sql.store import Store
 
 # Channels of LangGraph's own; what they hold is never a memory.
 _RESERVED = ("__", "branch:")
@@ -37,14 +38,14 @@ _FIRST_PAGE, _PAGE = 4, 32  # memories read at once
 
 @dataclass(frozen=True)
 class MemoryStep:
-    """A checkpoint in which a memory is another than in the checkpoint before.
+    """A checkpoint whose memory differs from that of the checkpoint before.
 
     Attributes:
         checkpoint_id: the checkpoint.
-        step: its number in its thread as LangGraph counts, None if its metadata do not say.
+        step: LangGraph's number of the checkpoint; None if its metadata have none.
         source: what made it: "input", "loop", "update" or "fork"; None likewise.
         time: when it was made; None likewise.
-        channel: where the memory is kept.
+        channel: the channel of the memory.
         state: the memory.
         new: how many messages it consumed since the checkpoint before; all of them if it was restarted.
         new_digests: the 8-byte digests of those messages, oldest first; of more than 256 the last 256.
@@ -99,10 +100,16 @@ class _Change(NamedTuple):
 
 
 def memory_history(
-    store: Store, serde: SerializerProtocol, address: Address, channel: str | None, *, newest_first: bool
+    database: Database,
+    ancestors: AncestorReader,
+    serde: SerializerProtocol,
+    address: Address,
+    channel: str | None,
+    *,
+    newest_first: bool,
 ) -> Iterator[MemoryStep]:
     """The memories along the parents of the checkpoint at `address`; see `SQLAlchemySaver.memory_history`."""
-    walk = _Walk(store, serde, address, channel)
+    walk = _Walk(database, ancestors, serde, address, channel)
     changes = walk.changes()
     if not newest_first:
         changes = reversed(list(changes))
@@ -116,7 +123,7 @@ def memory_history(
             if change.before is not None:
                 wanted.setdefault(change.before, (change.channel, str(change.parent)))
         unread = {digest: place for digest, place in wanted.items() if digest not in states}
-        contents = store.database.run(partial(walk.collect, wanted=unread))
+        contents = database.run(partial(walk.collect, wanted=unread))
         # What was taken out together with its checkpoint meanwhile is in neither of the two.
         states = {digest: states[digest] for digest in wanted.keys() & states.keys()} | {
             digest: walk.state(digest, contents, *place) for digest, place in unread.items() if digest in contents
@@ -130,13 +137,23 @@ def memory_history(
 class _Walk:
     """The way from a checkpoint to its first ancestor."""
 
-    def __init__(self, store: Store, serde: SerializerProtocol, address: Address, channel: str | None) -> None:
-        self._store = store
+    def __init__(
+        self,
+        database: Database,
+        ancestors: AncestorReader,
+        serde: SerializerProtocol,
+        address: Address,
+        channel: str | None,
+    ) -> None:
+        self._database = database
+        self._ancestors = ancestors
+        self._reader = ancestors.reader
+        self._protection = ancestors.protection
         self._serde = serde
         self._address = address
         self._named = channel
         self._is_memory: dict[str, bool] = {} if channel is None else {channel: True}
-        self._none = store.protection.digest(VALUE, dump(serde, None, "an empty memory"))
+        self._none = self._protection.digest(VALUE, dump(serde, None, "an empty memory"))
         self._thread = CachedThread()  # its number and epoch, no content
 
     def changes(self) -> Iterator[_Change]:
@@ -146,7 +163,7 @@ class _Walk:
             StorageError: the checkpoint is not there, or a row was changed or damaged.
         """
         latest: dict[str, tuple[StoredCheckpoint, bytes]] = {}  # channel -> the earliest checkpoint yet of this content
-        for stored in chain(self._ancestors(), [None]):
+        for stored in chain(self._rows(), [None]):
             digests = {} if stored is None else stored.digests
             held = {name: digest for name, digest in digests.items() if self._is_memory.get(name)}
             for name, (at, digest) in sorted(latest.items(), reverse=True):
@@ -154,11 +171,11 @@ class _Walk:
                     yield _Change(at, name, digest, held.get(name), None if stored is None else stored.id)
             latest = {} if stored is None else {name: (stored, digest) for name, digest in held.items()}
 
-    def _ancestors(self) -> Iterator[StoredCheckpoint]:
+    def _rows(self) -> Iterator[StoredCheckpoint]:
         """The checkpoint and its ancestors, read many at a time."""
         thread, ns, named = self._address
-        database, ancestors = self._store.database, self._store.ancestors
-        located = database.run(partial(self._store.reader.locate, address=self._address))
+        database = self._database
+        located = database.run(partial(self._reader.locate, address=self._address))
         if located is None and named is not None:
             raise StorageError(
                 f"expected the checkpoint {named!r} in namespace {ns!r} of thread {thread[:80]!r}, found none; "
@@ -171,7 +188,7 @@ class _Walk:
         seen: set[bytes] = set()
         while following is not None:
             keys = {"thread": self._thread.number, "ns": open_key(ns), "id": following}
-            rows = database.run(partial(ancestors.rows, keys=keys))
+            rows = database.run(partial(self._ancestors.rows, keys=keys))
             following = rows[-1]["parent"] if rows else None
             page: list[StoredCheckpoint] = []
             for row in rows:
@@ -179,7 +196,7 @@ class _Walk:
                     following = None
                     break
                 seen.add(row["id"])
-                page.append(decode_row(self._store.protection, self._serde, thread, row))
+                page.append(decode_row(self._protection, self._serde, thread, row))
             if self._named is None:
                 database.run(partial(self._classify, page=page))
             yield from page
@@ -194,7 +211,7 @@ class _Walk:
         if not latest:
             return
         # Lists are no memories, and may be long: only their kind is read.
-        blobs = self._store.reader.tables.blobs
+        blobs = self._reader.tables.blobs
         is_list = (blobs.c.thread == self._thread.number, blobs.c.kind == LIST)
         digests = {digest for digest, _ in latest.values()}
         lists = set(connection.execute(select(blobs.c.digest).where(*is_list, blobs.c.digest.in_(digests))).scalars())
@@ -217,13 +234,13 @@ class _Walk:
         try:
             # Of a thread that is not the saver's own: nothing is remembered of what is read.
             unknown = CachedThread(self._thread.number, self._thread.epoch)
-            return self._store.reader.collect(connection, unknown, wanted)
+            return self._reader.collect(connection, unknown, wanted)
         except (Missing, StorageError):
             if len(wanted) > 1:  # one after the other, to leave out or to name the one that is at fault
                 parts = (self.collect(connection, {digest: place}) for digest, place in wanted.items())
                 return {digest: body for part in parts for digest, body in part.items()}
             [(channel, at)] = wanted.values()
-            if self._store.reader.locate(connection, Address(thread, ns, at)) is None:
+            if self._reader.locate(connection, Address(thread, ns, at)) is None:
                 return {}
             raise damaged(thread, at, f"the value of channel {channel!r}") from None
 

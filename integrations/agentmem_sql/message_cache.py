@@ -1,39 +1,36 @@
 """What a process remembers of the threads that it wrote and read: channels, content, and messages by value.
 
-LangGraph passes the whole list of messages to every checkpoint, and a thread of a thousand messages would be
-serialised a thousand times over. A `MessageSnapshot` is what a stored message looked like: its class and its fields,
-by value. A message is taken for stored if its class and fields are the same now; changed in place, however deep, it
-is not, whatever object it is. The same snapshot yields new messages, equal to what deserialising gives and sharing
-nothing that can be changed, at a fraction of the time.
+LangGraph passes the whole list of messages to every checkpoint, so a thread of a thousand messages would be serialised
+a thousand times. A `MessageSnapshot` holds what a stored message looked like: its class and its fields, by value. A
+message counts as stored if its class and fields are the same now; one that was changed in place, however deep, does
+not, even if it is the same object. A snapshot also makes new messages, equal to deserialised ones, much faster.
 
-Fields that are all strings, None or empty are compared as they are. Others are compared as msgpack, which tells
-apart what Python's equality does not: `1`, `True` and `1.0`, the two zeros, a string and the member of an
-enum that equals it, the order of keys. Only messages of langchain-core's own classes whose fields are plain data
-are kept so, others are serialised and deserialised every time.
+Fields that are strings, None or empty are compared directly. Others are compared as msgpack, which distinguishes what
+Python's equality does not: `1`, `True` and `1.0`, the two zeros, a string and an equal enum member, the order of keys.
+Only messages of langchain-core's own classes with plain data are remembered; others are serialised every time.
 
-A `CachedThread` is true for one number and one epoch of a thread: whatever it names was committed, and nothing has
-been taken out of the thread since, or its epoch would be another. Who finds another epoch throws it away. Entries are
-made after a commit only.
+A `CachedThread` is valid for one number and one epoch of a thread: all that it names was committed, and nothing has
+been removed from the thread since, or its epoch would have changed. Entries are only made after a commit.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import ormsgpack
 from langchain_core.messages import BaseMessage
 from langgraph.checkpoint.serde.jsonplus import EXT_PYDANTIC_V2
 from pydantic import BaseModel
 
-from agentmem_sql.list_tree import LINK, Node
+from agentmem_sql.list_tree import LEAVES, LINK, OWN, Node, parse
 
 _CLASSES_OF = "langchain_core.messages."
-# What is not exactly a string, a number, bytes, a list or a dictionary is an error, and its message not recalled.
+# Anything but exactly a string, a number, bytes, a list or a dictionary is an error, and its message not remembered.
 _EXACT = (
     ormsgpack.OPT_PASSTHROUGH_DATACLASS
     | ormsgpack.OPT_PASSTHROUGH_DATETIME
@@ -43,12 +40,12 @@ _EXACT = (
     | ormsgpack.OPT_PASSTHROUGH_UUID
 )
 
-# What msgpack makes of something that is no plain data, and what arrays and tensors make of a comparison.
+# What msgpack raises for other than plain data, and arrays and tensors for a comparison.
 _NOT_PLAIN = (TypeError, ValueError, RuntimeError)
 
 _pack, _unpack = ormsgpack.packb, ormsgpack.unpackb
 _new = object.__new__
-# The slots of a message are set by their descriptors, which takes half the time of looking each up by its name.
+# The slots of a message are set through their descriptors, in half the time that setting by name takes.
 _set_fields, _set_assigned, _set_extra, _set_private = (
     BaseModel.__dict__[name].__set__
     for name in ("__dict__", "__pydantic_fields_set__", "__pydantic_extra__", "__pydantic_private__")
@@ -56,7 +53,7 @@ _set_fields, _set_assigned, _set_extra, _set_private = (
 
 _COST = 1000  # bytes of memory that a snapshot takes beside its strings, roughly
 
-# In the place of what is empty in a snapshot; never handed out.
+# Stand for empty fields in snapshots; never handed out.
 _EMPTY: Mapping[type, Any] = {list: [], dict: {}}
 
 T = TypeVar("T", bound=Hashable)
@@ -67,40 +64,40 @@ class MessageSnapshot:
     """A stored message by value.
 
     Attributes:
-        digest: the content it is stored as.
         id: the message's id.
         kind: its class.
-        fields: its fields, never handed out; or as msgpack, where one is not a string, None or empty.
-        empty: those of `fields` that every copy needs an object of its own for, and its type.
+        fields: its fields, never handed out; as msgpack, if one is not a string, None or empty.
+        link: how a list refers to the message's content; one object, so that it is hashed once.
+        empty: the empty fields, of which every copy needs its own, with their types.
         assigned: pydantic's names of the fields that were set.
-        whole: deserialised, so that copies may be handed out; one made from a caller's message may differ
-            from that in what the serializer or pydantic make of it.
+        whole: deserialised, so that copies may be handed out. A caller's message may differ from what the serializer
+            or pydantic would make of it.
         cost: bytes of memory, roughly.
-        link: how a list refers to it; one object, so that it is hashed once.
+        digest: the content it is stored as.
     """
 
-    digest: bytes
     id: str
     kind: type[BaseMessage]
     fields: dict[str, Any] | bytes
+    link: bytes
     empty: tuple[tuple[str, type], ...]
     assigned: frozenset[str]
     whole: bool
     cost: int
-    link: bytes
+    digest: bytes
 
     def like(self, digest: bytes, fields: dict[str, Any], size: int) -> tuple[BaseMessage, MessageSnapshot] | None:
-        """Another stored message whose fields are of the same types, and what it looks like; it takes `fields`.
+        """Another stored message with fields of the same types, and its snapshot; the message takes over `fields`.
 
-        None if one that is empty here is not empty there. `size`: the bytes that it is stored as.
+        None if a field that is empty here is not empty there. `size`: of the stored message, in bytes.
         """
         own = fields.copy()
         for field, of in self.empty:
             if fields[field]:
                 return None
             own[field] = _EMPTY[of]
-        same = self.kind, own, self.empty, self.assigned, True
-        snapshot = MessageSnapshot(digest, own["id"], *same, _COST + size, LINK + digest)
+        same = self.empty, self.assigned, True
+        snapshot = MessageSnapshot(own["id"], self.kind, own, LINK + digest, *same, _COST + size, digest)
         return _message(self.kind, fields, self.assigned), snapshot
 
     def copy(self) -> BaseMessage:
@@ -115,7 +112,7 @@ class MessageSnapshot:
 
 
 def _message(kind: type[BaseMessage], fields: dict[str, Any], assigned: frozenset[str]) -> BaseMessage:
-    """A message of these fields, which are taken as they are."""
+    """A message with exactly these fields."""
     message = _new(kind)
     _set_fields(message, fields)
     _set_assigned(message, set(assigned))
@@ -124,8 +121,8 @@ def _message(kind: type[BaseMessage], fields: dict[str, Any], assigned: frozense
     return message
 
 
-def take_snapshot(message: object, digest: bytes, *, whole: bool) -> MessageSnapshot | None:
-    """The snapshot of a message that is stored as `digest`; None if it is none to be remembered."""
+def take_snapshot(message: object, digest: bytes = b"", *, whole: bool) -> MessageSnapshot | None:
+    """The snapshot of a message that is stored as `digest`; None if it is not to be remembered."""
     if not (type(message).__module__.startswith(_CLASSES_OF) and isinstance(message, BaseMessage)):
         return None
     kind = type(message)
@@ -148,14 +145,15 @@ def take_snapshot(message: object, digest: bytes, *, whole: bool) -> MessageSnap
                 packed = _pack(fields, option=_EXACT)
             except TypeError:
                 return None
-            return MessageSnapshot(digest, name, kind, packed, (), assigned, whole, 600 + len(packed), LINK + digest)
-    return MessageSnapshot(digest, name, kind, fields, _shared(tuple(empty)), assigned, whole, size, LINK + digest)
+            return MessageSnapshot(name, kind, packed, LINK + digest, (), assigned, whole, 600 + len(packed), digest)
+    return MessageSnapshot(name, kind, fields, LINK + digest, _shared(tuple(empty)), assigned, whole, size, digest)
 
 
-def match_stored(items: Iterable[Any], stored: Mapping[str, MessageSnapshot]) -> list[MessageSnapshot | None]:
-    """For each item of a list the stored message that it equals, or None."""
-    matches: list[MessageSnapshot | None] = []
-    add, get = matches.append, stored.get
+def match_stored(items: Iterable[Any], stored: Mapping[str, MessageSnapshot]) -> tuple[list[bytes], list[int]]:
+    """How a list refers to each item that equals a stored message (b"" for others), and the positions of the others."""
+    links: list[bytes] = []
+    new: list[int] = []
+    add, get = links.append, stored.get
     for item in items:  # a thousand times for one checkpoint of a long thread: no function of ours is called in here
         fields = getattr(item, "__dict__", None)
         name = None if fields is None else fields.get("id")
@@ -166,61 +164,48 @@ def match_stored(items: Iterable[Any], stored: Mapping[str, MessageSnapshot]) ->
                 same = (fields if type(expected) is dict else _pack(fields, option=_EXACT)) == expected
             except _NOT_PLAIN:  # and so was not there
                 same = False
-            if not same or type(item) is not match.kind or item.__pydantic_extra__:
-                match = None
-        add(match)
-    return matches
-
-
-def match_or_snapshot(
-    items: Sequence[Any], stored: Mapping[str, MessageSnapshot]
-) -> tuple[list[MessageSnapshot | None], dict[int, MessageSnapshot | None]]:
-    """For each item the stored message that it equals, or None; and, by position, the snapshots of those that are new.
-
-    The snapshot of an item that is no message to be remembered is None.
-    """
-    matches = match_stored(items, stored)
-    new = {at: take_snapshot(items[at], b"", whole=False) for at, match in enumerate(matches) if match is None}
-    return matches, new
+            if same and type(item) is match.kind and not item.__pydantic_extra__:
+                add(match.link)
+                continue
+        new.append(len(links))
+        add(b"")
+    return links, new
 
 
 @lru_cache(maxsize=256)
 def _shared(value: T) -> T:
-    """One object for all that are equal: messages of a class mostly have the same.
-
-    Thousands of small objects would cost a collection of garbage more than they cost memory.
-    """
+    """One object for all equal ones, of which messages have few: thousands would slow the garbage collector down."""
     return value
 
 
-# Decoding by template. A serializer revives a message by importing its class and calling it, and pydantic looks at
-# every field: for a thread of a thousand messages that is most of the time that reading takes. The class of a message
-# and the types of its fields are its template. The first message of a template goes through the serializer. If that
-# changes nothing, the others whose lists and dictionaries are empty are made from their fields as they stand.
+# Decoding by template. To decode a message, a serializer imports its class and calls it, and pydantic validates every
+# field: most of the time of reading a long thread. A message's class and the types of its fields are its template. The
+# first message of a template goes through the serializer. If that changes nothing, further ones whose lists and
+# dictionaries are empty are made directly from their fields.
 
 _Template = tuple[Any, ...]
 
 _MOST = 1000  # templates; there are hardly more than classes
 
-# Where the bytes of an extension type of msgpack begin, by its first byte: those of 1 to 16 bytes are no messages.
+# Where the data of an msgpack extension begins, by its first byte; extensions of 1 to 16 bytes are no messages.
 _TAG = b"msgpack\0"
 _HEADERS = {_TAG + bytes((first,)): len(_TAG) + length for first, length in ((0xC7, 3), (0xC8, 4), (0xC9, 6))}
 
 
 class DecodeTemplates:
-    """The templates that one serializer is known to leave as they are."""
+    """The templates whose messages one serializer is known to leave unchanged."""
 
     def __init__(self) -> None:
         self._templates: dict[_Template, MessageSnapshot | None] = {}
 
     def decode(self, digest: bytes, body: bytes) -> tuple[BaseMessage, MessageSnapshot] | None:
-        """The message that is stored so, and its snapshot; None if its template is not known."""
+        """The message in a stored body, and its snapshot; None if its template is not known."""
         parsed = _parse_message(body)
         template = None if parsed is None else self._templates.get(parsed[0])
         return None if parsed is None or template is None else template.like(digest, parsed[1], len(body))
 
     def learn(self, body: bytes, message: BaseMessage, snapshot: MessageSnapshot) -> None:
-        """See what the serializer made of a value whose template is not known."""
+        """Learn a template from what the serializer made of a body."""
         parsed = _parse_message(body)
         if parsed is None or parsed[0] in self._templates or len(self._templates) >= _MOST:
             return
@@ -231,30 +216,31 @@ class DecodeTemplates:
 
 
 def _parse_message(body: bytes) -> tuple[_Template, dict[str, Any]] | None:
-    """Template and fields of a value that is one object of the kind that messages are."""
+    """Template and fields of a body that is a single pydantic object, as messages are."""
     start = _HEADERS.get(body[: len(_TAG) + 1])
     if start is None or body[start - 1] != EXT_PYDANTIC_V2:
         return None
     try:
         module, name, fields, method = ormsgpack.unpackb(body[start:])
-    except ValueError:  # an object within: not as plain as that
+    except ValueError:  # it contains another object
         return None
     return (module, name, method, *fields, *map(type, fields.values())), fields
 
 
 # What is known of threads.
 
-# channel -> its version at a checkpoint, and the digest of what it held; no digest: the channel was empty.
+# channel -> its version at a checkpoint, and the digest of its value; None if the channel was empty.
 ChannelHeads = Mapping[str, tuple[str | int | float, bytes | None]]
 Body = bytes | Node | MessageSnapshot
+Unparsed = tuple[int, bytes]  # kind and body of a `Node` to be: most are followed by another before they are read
 
-# Bytes of memory, roughly: for a digest in a set, a value beside its bytes, parsed content, a channel at a checkpoint.
+# Bytes of memory, roughly: of a digest in a set, a value besides its bytes, parsed content, a channel at a checkpoint.
 _DIGEST_COST = 120
 _VALUE_COST = 130
 _NODE_COST = 1800
 _CHANNEL_COST = 250
 _THREAD_COST = 3000
-# Of a thread, kept at most: checkpoints whose channels are known, and bytes of values that are no messages.
+# Kept of a thread at most: checkpoints whose channels are known, and bytes of values other than messages.
 _CHECKPOINTS = 16
 _VALUE_BYTES = 2**20
 _CALLS_BETWEEN_SUMS = 32
@@ -264,12 +250,12 @@ class CachedThread:
     """What is known of a thread."""
 
     def __init__(self, number: int | None = None, epoch: int = 0) -> None:
-        """Know nothing yet but the thread's number and epoch; without a number not even that."""
+        """An empty cache of the thread with this number; without a number the thread is unknown."""
         self.number = number
         self.epoch = epoch
-        self.void = False  # a connection was lost since: the database may have gone back to an earlier time
+        self.void = False  # whether a connection was lost since: another server may lack the last commits
         self.stored: set[bytes] = set()  # digests of content that the thread has
-        self.bodies: dict[bytes, Node | MessageSnapshot] = {}  # some of it
+        self.bodies: dict[bytes, Node | MessageSnapshot | Unparsed] = {}  # some of it
         self.messages: dict[str, MessageSnapshot] = {}  # by the message's id
         self.size = 0
         self._values: OrderedDict[bytes, bytes] = OrderedDict()
@@ -286,7 +272,7 @@ class CachedThread:
                 self.heads.popitem(last=False)
 
     def collect(self, roots: Iterable[bytes]) -> tuple[dict[bytes, Body], set[bytes]]:
-        """Content and what it refers to, as far as it is known; and the digests of what is not."""
+        """Content and all that it refers to, as far as it is known; and the digests of what is not."""
         contents: dict[bytes, Body] = {}
         missing: set[bytes] = set()
         pending = list(roots)
@@ -295,7 +281,10 @@ class CachedThread:
             digest = pending.pop()
             if digest in contents or digest in missing:
                 continue
-            body: Body | None = bodies.get(digest)
+            stored = bodies.get(digest)
+            body = cast(Body | None, stored)
+            if type(stored) is tuple:
+                body = bodies[digest] = parse(*stored)
             if body is None or (type(body) is MessageSnapshot and not body.whole):
                 body = values.get(digest)
             if body is None:
@@ -306,15 +295,20 @@ class CachedThread:
                 pending += [entry for entry in body.entries if type(entry) is bytes]  # not what is inline
         return contents, missing
 
-    def add_new(self, contents: Iterable[tuple[bytes, Body]], snapshots: Iterable[tuple[Any, MessageSnapshot]]) -> None:
-        """`add` what was stored, and messages that are still as their snapshots say.
+    def add_new(
+        self, contents: Mapping[bytes, tuple[int, bytes]], snapshots: Iterable[tuple[Any, MessageSnapshot]]
+    ) -> None:
+        """`add` what was stored, digest -> (kind, body), and messages that still equal their snapshots.
 
-        A node that ran meanwhile may have changed a message while it was serialised.
+        A node that runs meanwhile may have changed a message while it was serialised. A write's own content is left
+        out, as it may be deleted at any time.
         """
-        same = [each for message, each in snapshots if match_stored([message], {each.id: each})[0]]
-        self.add([*contents, *((snapshot.digest, snapshot) for snapshot in same)])
+        same = [(each.digest, each) for message, each in snapshots if not match_stored([message], {each.id: each})[1]]
+        stored = contents.items()
+        self.add([(digest, body if kind in LEAVES else (kind, body)) for digest, (kind, body) in stored if kind != OWN])
+        self.add(same)
 
-    def add(self, contents: Iterable[tuple[bytes, Body]]) -> None:
+    def add(self, contents: Iterable[tuple[bytes, Body | Unparsed]]) -> None:
         """Remember content that the thread has."""
         stored, bodies, messages, values = self.stored, self.bodies, self.messages, self._values
         size = 0
@@ -350,10 +344,7 @@ class CachedThread:
 
 
 class ThreadCache:
-    """The threads of one database that are known, up to a budget in bytes. Thread-safe.
-
-    Threads are dropped least recently used first when all of them together pass the budget.
-    """
+    """The known threads of one database, up to a budget in bytes: the least recently used go first. Thread-safe."""
 
     def __init__(self, budget: int) -> None:
         """`budget` 0 remembers nothing from one call to the next."""
@@ -363,14 +354,14 @@ class ThreadCache:
         self._lock = Lock()
 
     def forget_all(self) -> None:
-        """Know nothing: whoever answers after a connection was lost may not have the last commits."""
+        """Forget all threads: the server that answers after a lost connection may lack the last commits."""
         with self._lock:
             for thread in self._threads.values():
                 thread.void = True
             self._threads.clear()
 
     def after_fork(self) -> None:
-        """Know nothing: in a process that was just forked, another thread may have been at it."""
+        """Forget all threads, in a process that was just forked: another thread may have been changing the cache."""
         self._lock = Lock()
         self._threads.clear()
 

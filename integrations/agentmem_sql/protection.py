@@ -1,13 +1,12 @@
-"""How stored bytes are protected: digests and seals (MACs of rows), keyed if there is a key, and encryption.
+"""How stored bytes are protected: by digests and seals (MACs of rows), keyed if there is a key, and by encryption.
 
-Without a key, digests are SHA-256 and find damage. With one they are HMAC-SHA256, so that nobody who can write
-to the database can put other bytes in place of ours. With an `EncryptedSerializer` every body and every
-checkpoint's row is encrypted by its cipher, and a row that is not is refused. Equal content must still have
-equal digests to be stored once, and a plain digest would tell whoever reads the file what it can guess; so an
-encrypted database has a random key of its own for the digests, kept in it encrypted.
+Without a key, digests are SHA-256 and detect damage. With a key they are HMAC-SHA256, so that nobody without it can
+replace stored bytes unnoticed. With an `EncryptedSerializer`, content and checkpoints are encrypted by its cipher, and
+rows that are not are refused. Equal content must have equal digests to be stored once, but from plain digests a reader
+could confirm guesses; so an encrypted database keeps a random key for them, itself encrypted.
 
-The settings table says which of all this a database was made with. A saver that is set up otherwise is refused
-when it opens the database, before it reads or writes a row.
+The settings table records how a database is protected. A saver with other settings is refused when it opens the
+database, before it reads or writes a row.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class Protection:
     """Digests, seals and encryption of one database; shared by a saver and its clones."""
 
     def __init__(self, serde: SerializerProtocol, hmac_key: bytes | None) -> None:
-        """Take the cipher of an `EncryptedSerializer`, and the caller's key for digests.
+        """Use the cipher of an `EncryptedSerializer`, and the caller's key for digests.
 
         Raises:
             ConfigError: the key is not bytes or too short.
@@ -57,7 +56,8 @@ class Protection:
             )
         self._cipher: CipherProtocol | None = serde.cipher if isinstance(serde, EncryptedSerializer) else None
         self._hmac_key = hmac_key
-        self._key = hmac_key  # in an encrypted database without hmac_key: known once it is open
+        self._key = hmac_key  # of an encrypted database without hmac_key it is known once that is open
+        self.has_key = self._cipher is None or hmac_key is not None  # for digests
 
     @property
     def encrypts(self) -> bool:
@@ -65,10 +65,7 @@ class Protection:
         return self._cipher is not None
 
     def digest(self, kind: int, plain: bytes) -> bytes:
-        """The digest that a blob is keyed by; equal bodies of different kinds have different ones.
-
-        A kind that someone put there from outside and that is none gives no digest.
-        """
+        """The digest of a body of content, different for each kind; empty for a kind that does not exist."""
         if type(kind) is not int or not 0 <= kind < len(_KINDS):
             return b""
         return self.digests(kind, [plain])[0]
@@ -81,15 +78,13 @@ class Protection:
         return [hmac.digest(key, mark + body, "sha256") for body in bodies]
 
     def run_key(self, run_id: str) -> bytes:
-        """What checkpoints of a run are found by; runs may share one, so what is found is compared."""
+        """A part of a digest that checkpoints of a run are found by; other runs may have the same."""
         return self.digest(_RUN, run_id.encode("utf-8", "surrogatepass"))[:RUN_BYTES]
 
     def row_mac(self, fields: Iterable[object]) -> bytes:
-        """One digest over several columns, each with its length: no byte can move from one to another.
-
-        Numbers count as their digits; what is neither that, bytes nor None is what a damaged file gives.
-        """
+        """One digest over several columns, each with its length, so that no byte can move from one to another."""
         columns = [
+            # Other types come from damaged files only.
             data if data is None or type(data) is bytes else b"%d" % data if type(data) is int else repr(data).encode()
             for data in fields
         ]
@@ -132,10 +127,10 @@ class Protection:
     # The settings of a database.
 
     def is_settled(self, connection: Connection, tables: Tables) -> bool:
-        """Whether the database says how it is protected, and this saver is set up for that.
+        """Whether the database records how it is protected.
 
         Raises:
-            StorageError: it is protected in another way, or with another key.
+            StorageError: it is protected in another way than this saver does, or with another key.
         """
         rows = connection.execute(select(tables.settings.c.name, tables.settings.c.value)).all()
         stored = {name: value for name, value in rows if isinstance(name, bytes) and isinstance(value, bytes)}
@@ -149,7 +144,7 @@ class Protection:
             )
         if self.encrypts:
             secret = self.decrypt(stored.get(_SECRET, b""))
-            self._key = self._hmac_key or secret
+            self._key, self.has_key = self._hmac_key or secret, True
         if self._key is not None and not hmac.compare_digest(stored.get(_CHECK, b""), self.row_mac([_CHECKED])):
             raise StorageError(
                 "expected the key that this checkpoint database was made with, found another; "
@@ -158,10 +153,10 @@ class Protection:
         return True
 
     def settle(self, connection: Connection, tables: Tables) -> None:
-        """Write down how a new database is protected, in a transaction that may write.
+        """Record how a new database is protected, in a transaction that may write.
 
         Raises:
-            StorageError: another process was faster, and protects it in another way.
+            StorageError: another process did so first, in another way.
         """
         if self.is_settled(connection, tables):
             return
@@ -169,7 +164,7 @@ class Protection:
         if self.encrypts:
             secret = token_bytes(32)
             settings[_SECRET] = self.encrypt(secret)
-            self._key = self._hmac_key or secret
+            self._key, self.has_key = self._hmac_key or secret, True
         if self._key is not None:
             settings[_CHECK] = self.row_mac([_CHECKED])
         rows = [{"name": name, "value": value} for name, value in settings.items()]

@@ -1,11 +1,11 @@
-"""Taking checkpoints out of a thread, and copying one: what stays means what it meant.
+"""Removing checkpoints from a thread, and copying a thread, without changing what is left.
 
-A checkpoint whose parent is taken out gets the nearest ancestor that stays as its parent, or none. What its delta
-channels need of the ancestors in between is kept with it first (see `delta_channels`), so that its state is what it
-was. Then pending writes, rows and the content that nothing refers to any more go. All this is one transaction that
-holds the thread alone: a run that goes on at the same time waits, and finds its checkpoint.
+A checkpoint whose parent is removed gets its nearest remaining ancestor as parent, or none. What its delta channels
+need from the ancestors in between is first stored with it (see `delta_channels`), so its state stays the same. Then
+pending writes, rows and content without references are deleted. All this is one transaction with an exclusive lock on
+the thread: a run that goes on at the same time waits, and finds its checkpoint.
 
-What goes is worked out as a `_Removal` before anything is changed, so it can also be reported without being done.
+What is removed is worked out as a `_Removal` before anything is changed, so it can also be reported only.
 """
 
 from __future__ import annotations
@@ -27,46 +27,45 @@ from agentmem_sql.mark_sweep import Content, Sweeper, referred, unreachable
 from agentmem_sql.message_cache import CachedThread, ThreadCache
 from agentmem_sql.protection import Protection
 from agentmem_sql.reader import Missing, chunks
-from agentmem_sql.report import row_bytes, thread_bytes
 from agentmem_sql.rows import (
     Row,
     StoredCheckpoint,
     check_seal,
     damaged,
     decode_row,
-    decode_write,
+    decode_writes,
     seal_checkpoint,
     seal_write,
 )
-from agentmem_sql.schema import decode_text, thread_key
+from agentmem_sql.schema import by, decode_text, encode_text, thread_key
 from agentmem_sql.statements import add_rows, insert_missing
 from agentmem_sql.writer import Locked, Writer
 
 Key = tuple[bytes, bytes]  # a checkpoint's namespace and id
-# Given all checkpoints of a thread, and the keys of those that pending writes wait for: the checkpoints that go, or
-# None for the thread with all that it has.
+# From all checkpoints of a thread, and the keys of those that pending writes wait for: the checkpoints to remove, or
+# None for the whole thread.
 Choose = Callable[[Mapping[Key, Row], Collection[Key]], Collection[Key] | None]
 
-# Channels of LangGraph's own that are empty after they were read, and hold a run's input until then.
+# LangGraph's own channels, which are empty except for a run's input until it is read.
 _RESERVED = ("__", "branch:")
 
 _ATTEMPTS = 3
 
 
 class UnreadableThreadError(StorageError):
-    """Something of a thread is not what was stored, so nothing of it was taken out."""
+    """Some data of a thread is not what was stored, so nothing was removed."""
 
 
 @dataclass(frozen=True)
 class ThreadRetention:
-    """What went of a thread, or would.
+    """What was removed from a thread, or would be.
 
     Attributes:
-        thread_id: its name.
-        removed: checkpoints that went.
-        kept: checkpoints that stayed.
-        deleted: whether the thread went with them: nothing was left, not even writes to a checkpoint yet to come.
-        bytes_freed: that content and rows take less, without what the database adds.
+        thread_id: the thread's id.
+        removed: number of checkpoints removed.
+        kept: number of checkpoints left.
+        deleted: whether the whole thread was deleted: nothing was left, not even writes that wait for a checkpoint.
+        bytes_freed: by how much content and rows shrink, without the database's own overhead.
     """
 
     thread_id: str
@@ -77,12 +76,12 @@ class ThreadRetention:
 
 
 class _Removal(NamedTuple):
-    """What taking some of a thread's checkpoints out comes to."""
+    """What removing some of a thread's checkpoints changes."""
 
     victims: Collection[Key]
-    relinked: Sequence[Row]  # survivors that get another parent, as they will be
+    relinked: Sequence[Row]  # the new rows of survivors that get another parent
     added: Mapping[bytes, tuple[int, bytes]]  # content that these need: digest -> (kind, body)
-    dead: Collection[bytes]  # content that nothing refers to then
+    dead: Collection[bytes]  # content without references afterwards
 
 
 class Pruner:
@@ -97,61 +96,50 @@ class Pruner:
         ancestors: AncestorReader,
         sweeper: Sweeper,
     ) -> None:
-        self._database = database
-        self._protection = protection
+        self.database = database
+        self.protection = protection
         self._cache = cache
         self._writer = writer
         self._ancestors = ancestors
         self._sweeper = sweeper
         tables = database.tables
         checkpoints, writes, threads = tables.checkpoints, tables.writes, tables.threads
-        thread: BindParameter[int] = bindparam("of")
-        ns: BindParameter[bytes] = bindparam("in_ns")
         ids: BindParameter[Any] = bindparam("ids", expanding=True)
-        self._rows = select(checkpoints).where(checkpoints.c.thread == thread)
+        self._rows = select(checkpoints).where(by(checkpoints, "thread"))
+        self._writes = select(writes).where(by(writes, "thread"))
         self._of_run = (
             select(threads.c.name, checkpoints)
             .join_from(checkpoints, threads, checkpoints.c.thread == threads.c.number)
             .where(checkpoints.c.run.in_(bindparam("runs", expanding=True)))
         )
+        of_row = (checkpoints.c.thread == bindparam("of"), checkpoints.c.ns == bindparam("in_ns"))
         self._relink = (
             update(checkpoints)
-            .where(checkpoints.c.thread == thread, checkpoints.c.ns == ns, checkpoints.c.id == bindparam("of_id"))
+            .where(*of_row, checkpoints.c.id == bindparam("of_id"))
             .values(parent=bindparam("to_parent"), history=bindparam("to_history"), seal=bindparam("to_seal"))
         )
-        self._remove_writes = delete(writes).where(
-            writes.c.thread == thread, writes.c.ns == ns, writes.c.checkpoint.in_(ids)
-        )
-        self._remove_rows = delete(checkpoints).where(
-            checkpoints.c.thread == thread, checkpoints.c.ns == ns, checkpoints.c.id.in_(ids)
-        )
-        self._write_sizes = select(
-            writes.c.ns, writes.c.checkpoint, writes.c.digest, row_bytes(writes).label("size")
-        ).where(writes.c.thread == thread)
-        self._written_to = select(writes.c.ns, writes.c.checkpoint).where(writes.c.thread == thread).distinct()
-        self._all_writes = select(writes).where(writes.c.thread == thread)
+        self._remove_writes = delete(writes).where(by(writes, "thread", "ns"), writes.c.checkpoint.in_(ids))
+        self._remove_rows = delete(checkpoints).where(by(checkpoints, "thread", "ns"), checkpoints.c.id.in_(ids))
         # Under another name: MariaDB would not know which of the two tables an INSERT ... SELECT means.
         source = tables.blobs.alias("source")
         self._contents = select(
             bindparam("to", type_=source.c.thread.type), source.c.digest, source.c.kind, source.c.body
-        ).where(source.c.thread == thread)
-        self._find = select(threads.c.number, threads.c.epoch).where(threads.c.key == bindparam("key"))
-        self._bytes = thread_bytes(tables, thread)
+        ).where(source.c.thread == bindparam("of"))
 
     # On the database.
 
     def remove(
         self, serde: SerializerProtocol, thread_id: str, choose: Choose, *, dry_run: bool = False
     ) -> ThreadRetention:
-        """Take the checkpoints that `choose` names out of a thread, and the thread with them if nothing is left.
+        """Remove the checkpoints that `choose` names from a thread, and the thread with them if nothing is left.
 
-        With `dry_run` nothing is changed or locked, and the answer is what would go.
+        With `dry_run` nothing is changed or locked; the result is what would be removed.
 
         Raises:
-            UnreadableThreadError: something was changed or damaged since it was stored; nothing is taken out.
+            UnreadableThreadError: something was changed or damaged since it was stored; nothing is removed.
         """
         work = self._preview if dry_run else self._take
-        taken = self._database.run(partial(work, thread_id=thread_id, serde=serde, choose=choose), write=not dry_run)
+        taken = self.database.run(partial(work, thread_id=thread_id, serde=serde, choose=choose), write=not dry_run)
         if taken is None:
             return ThreadRetention(thread_id)
         if taken.deleted and not dry_run:
@@ -159,12 +147,12 @@ class Pruner:
         return taken
 
     def delete_runs(self, serde: SerializerProtocol, run_ids: Collection[str]) -> None:
-        """Take the checkpoints of runs out of all threads, each thread in a transaction of its own.
+        """Remove the checkpoints of runs from all threads, each thread in a separate transaction.
 
         Raises:
             StorageError: one was changed or damaged since it was stored.
         """
-        of_runs = self._database.run(partial(self._threads_of_runs, serde=serde, run_ids=set(run_ids)))
+        of_runs = self.database.run(partial(self._threads_of_runs, serde=serde, run_ids=set(run_ids)))
         for name, keys in of_runs.items():
 
             def choose(rows: Mapping[Key, Row], _awaited: Collection[Key], keys: set[Key] = keys) -> set[Key]:
@@ -173,13 +161,13 @@ class Pruner:
             self.remove(serde, decode_text(name), choose)
 
     def copy_thread(self, source_id: str, target_id: str) -> None:
-        """Copy everything of a thread to another; what the other has under the same ids is replaced.
+        """Copy everything in a thread to another; data of the same ids is replaced.
 
         Raises:
             StorageError: something was changed or damaged since it was stored; nothing is copied.
         """
         if source_id != target_id:
-            self._database.run(partial(self._copy, source_id=source_id, target_id=target_id), write=True)
+            self.database.run(partial(self._copy, source_id=source_id, target_id=target_id), write=True)
 
     # In a transaction.
 
@@ -189,9 +177,9 @@ class Pruner:
         Raises:
             StorageError: one was changed or damaged since it was stored.
         """
-        rows = connection.execute(self._rows, {"of": thread.number}).mappings().all()
+        rows = connection.execute(self._rows, {"thread": thread.number}).mappings().all()
         for row in rows:
-            check_seal(self._protection, thread_id, row)
+            check_seal(self.protection, thread_id, row)
         return {(row["ns"], row["id"]): row for row in rows}
 
     def _threads_of_runs(
@@ -199,10 +187,10 @@ class Pruner:
     ) -> dict[bytes, set[Key]]:
         """The checkpoints of runs, by thread name."""
         threads: defaultdict[bytes, set[Key]] = defaultdict(set)
-        for part in chunks(sorted({self._protection.run_key(run) for run in run_ids})):
+        for part in chunks(sorted({self.protection.run_key(run) for run in run_ids})):
             for row in connection.execute(self._of_run, {"runs": part}).mappings():
-                stored = decode_row(self._protection, serde, decode_text(row["name"]), row)
-                if stored.metadata.get("run_id") in run_ids:  # the column has only the beginning of a digest
+                stored = decode_row(self.protection, serde, decode_text(row["name"]), row)
+                if stored.metadata.get("run_id") in run_ids:  # the column holds only a part of the digest
                     threads[row["name"]].add((row["ns"], row["id"]))
         return threads
 
@@ -210,7 +198,8 @@ class Pruner:
         thread = self._writer.lock(connection, thread_id)
         if thread is None:
             return None
-        taken, removal = self._plan(connection, thread_id, thread, **how)
+        content = self._sweeper.content(connection, thread.number)
+        taken, removal = self._plan(connection, thread_id, thread, content, **how)
         if taken.deleted:
             self._writer.delete_thread(connection, thread_id)
         elif removal is not None:
@@ -218,36 +207,31 @@ class Pruner:
         return taken
 
     def _preview(self, connection: Connection, thread_id: str, **how: Any) -> ThreadRetention | None:
-        taken = None
         for attempt in range(1, _ATTEMPTS + 1):
-            thread = self._unlocked(connection, thread_id)
+            thread = self._writer.find(connection, thread_id)
             if thread is None:
                 return None
             try:
-                content = self._sweeper.content(connection, thread.number)
-                taken, _ = self._plan(connection, thread_id, thread, content=content, **how)
-            except UnreadableThreadError:  # or something was taken out meanwhile
+                content = self._sweeper.content(connection, thread.number)  # first, see `mark_sweep`
+                taken, _ = self._plan(connection, thread_id, thread, content, **how)
+            except UnreadableThreadError:  # or something was removed meanwhile
                 if attempt == _ATTEMPTS:
                     raise
                 continue
-            if self._unlocked(connection, thread_id) == thread:
-                break  # else it is looked at again; where it is pruned time and again, this is as good as any answer
+            if self._writer.find(connection, thread_id) == thread:
+                break  # otherwise it is read again; if it is pruned time and again, this is as good as any answer
         return taken
-
-    def _unlocked(self, connection: Connection, thread_id: str) -> Locked | None:
-        row = connection.execute(self._find, {"key": thread_key(thread_id)}).one_or_none()
-        return None if row is None else Locked(row.number, row.epoch)
 
     def _plan(
         self,
         connection: Connection,
         thread_id: str,
         thread: Locked,
+        content: Content,
         serde: SerializerProtocol,
         choose: Choose,
-        content: Content | None = None,
     ) -> tuple[ThreadRetention, _Removal | None]:
-        """What taking out comes to; without `content` it is read, which wants the thread locked.
+        """What would be removed.
 
         Raises:
             UnreadableThreadError: something was changed or damaged since it was stored.
@@ -255,19 +239,19 @@ class Pruner:
         number = thread.number
         try:
             rows = self._rows_of(connection, thread_id, thread)
-            written_to = connection.execute(self._written_to, {"of": number})
-            awaited = {(write.ns, write.checkpoint) for write in written_to} - rows.keys()
+            writes = connection.execute(self._writes, {"thread": number}).mappings().all()
+            awaited = {(write["ns"], write["checkpoint"]) for write in writes} - rows.keys()
             chosen = choose(rows, awaited)
             victims = set(rows if chosen is None else chosen)
             kept = len(rows) - len(victims)
             if chosen is not None and not victims:
                 return ThreadRetention(thread_id, kept=kept), None
-            # Where writes wait for a checkpoint that has yet to arrive, a run has just begun: the thread stays for it.
+            # Writes that wait for a checkpoint belong to a run that has just begun: the thread stays for it.
             if chosen is None or not (kept or awaited):
-                size = int(connection.execute(self._bytes, {"of": number}).scalar_one())
+                own = len(thread_key(thread_id)) + len(encode_text(thread_id))
+                size = own + sum(map(_size, [*rows.values(), *writes]))
+                size += self._sweeper.weigh(connection, number, content.digests)
                 return ThreadRetention(thread_id, len(victims), deleted=True, bytes_freed=size), None
-            if content is None:
-                content = self._sweeper.content(connection, number)
             survivors = {key: row for key, row in rows.items() if key not in victims}
             relinked: list[Row] = []
             added: dict[bytes, tuple[int, bytes]] = {}
@@ -281,16 +265,16 @@ class Pruner:
             raise UnreadableThreadError(str(error)) from error
         freed = sum(map(_size, rows.values())) - sum(map(_size, survivors.values()))
         roots = {digest for row in survivors.values() for digest in referred(row["content"], row["history"])}
-        for write in connection.execute(self._write_sizes, {"of": number}):
-            if (write.ns, write.checkpoint) in victims:
-                freed += int(write.size)
+        for write in writes:
+            if (write["ns"], write["checkpoint"]) in victims:
+                freed += _size(write)
             else:
-                roots.add(write.digest)
+                roots.add(write["digest"])
         links = {digest: frozenset(parse(kind, body).links) for digest, (kind, body) in added.items()}
         dead = unreachable(Content(content.digests, {**content.links, **links}), roots)
         freed += self._sweeper.weigh(connection, number, dead)
         freed -= sum(
-            len(self._protection.encrypt(body)) for digest, (_, body) in added.items() if digest not in content.digests
+            len(self.protection.encrypt(body)) for digest, (_, body) in added.items() if digest not in content.digests
         )
         taken = ThreadRetention(thread_id, len(victims), kept, bytes_freed=freed)
         return taken, _Removal(victims, relinked, added, dead)
@@ -306,7 +290,7 @@ class Pruner:
             by_namespace[ns].append(checkpoint_id)
         for ns, ids in by_namespace.items():
             for part in chunks(ids):
-                keys = {"of": number, "in_ns": ns, "ids": part}
+                keys = {"thread": number, "ns": ns, "ids": part}
                 connection.execute(self._remove_writes, keys)
                 connection.execute(self._remove_rows, keys)
         self._sweeper.free(connection, number, removal.dead)
@@ -321,15 +305,15 @@ class Pruner:
         victims: set[Key],
         row: Row,
     ) -> tuple[Row, bytes | None]:
-        """A survivor with another parent, and what its delta channels need of the ancestors that go."""
+        """The new row of a survivor whose parent is removed, and what its delta channels need of them."""
         ns, parent = row["ns"], row["parent"]
         chain, left = [row], victims & rows.keys()
         while (ns, parent) in left:
-            left.remove((ns, parent))  # a checkpoint that was stored as its own ancestor comes once
+            left.remove((ns, parent))  # ends even if a checkpoint was stored as its own ancestor
             chain.append(rows[ns, parent])
             parent = chain[-1]["parent"]
         body = None
-        if deltas := _deltas(decode_row(self._protection, serde, thread_id, row)):
+        if deltas := _deltas(decode_row(self.protection, serde, thread_id, row)):
             try:
                 ancestors = [self._ancestors.ancestor(connection, thread.number, passed) for passed in chain]
                 known = CachedThread(thread.number, thread.epoch)
@@ -341,18 +325,18 @@ class Pruner:
         new = {
             **row,
             "parent": parent if (ns, parent) in rows else None,
-            "history": None if body is None else self._protection.digest(HISTORY, body),
+            "history": None if body is None else self.protection.digest(HISTORY, body),
         }
-        return {**new, "seal": seal_checkpoint(self._protection, thread_id, new)}, body
+        return {**new, "seal": seal_checkpoint(self.protection, thread_id, new)}, body
 
     def _copy(self, connection: Connection, source_id: str, target_id: str) -> None:
-        # Both are locked in an order that all copies keep to, so that no two wait for each other.
+        # All copies lock in the same order, so that no two wait for each other.
         locked = {thread_id: self._writer.lock(connection, thread_id) for thread_id in sorted((source_id, target_id))}
         if locked[source_id] is None:
             return
         source = self._writer.open_thread(connection, source_id, alone=True)
         target = self._writer.open_thread(connection, target_id, alone=True)
-        tables, protection = self._database.tables, self._protection
+        tables, protection = self.database.tables, self.protection
         into = insert_missing(connection.dialect.name, tables.blobs)
         copying = into.from_select(["thread", "digest", "kind", "body"], self._contents)
         connection.execute(copying, {"of": source.number, "to": target.number})
@@ -361,8 +345,9 @@ class Pruner:
             new = {**row, "thread": target.number}
             checkpoints.append({**new, "seal": seal_checkpoint(protection, target_id, new)})
         writes: list[Row] = []
-        for row in connection.execute(self._all_writes, {"of": source.number}).mappings().all():
-            decode_write(protection, source_id, row)  # refuses one that was changed
+        pending = connection.execute(self._writes, {"thread": source.number}).mappings().all()
+        decode_writes(protection, source_id, pending)  # raises if one was changed
+        for row in pending:
             new = {**row, "thread": target.number}
             writes.append({**new, "seal": seal_write(protection, target_id, new)})
         for table, rows in ((tables.checkpoints, checkpoints), (tables.writes, writes)):
@@ -372,7 +357,7 @@ class Pruner:
 
 
 def all_but_newest(rows: Mapping[Key, Row], _awaited: Collection[Key] = ()) -> set[Key]:
-    """What `keep_latest` takes out: all but the newest checkpoint of each namespace."""
+    """What `keep_latest` removes: all but the newest checkpoint of each namespace."""
     newest: dict[bytes, bytes] = {}
     for ns, checkpoint_id in rows:
         newest[ns] = max(checkpoint_id, newest.get(ns, b""))
@@ -385,10 +370,10 @@ def _size(row: Row) -> int:
 
 
 def _deltas(stored: StoredCheckpoint) -> list[str]:
-    """Channels of a checkpoint whose value may follow from what was written before it.
+    """Channels of a checkpoint whose value may follow from earlier writes.
 
-    LangGraph counts their updates in the metadata. Others that hold nothing are kept as well, in case they were
-    written without counters, except those that LangGraph empties itself.
+    LangGraph counts their updates in the metadata. Other empty channels are included, in case they were written without
+    counters, except those that LangGraph empties itself.
     """
     counted: Mapping[str, Any] = stored.metadata.get("counters_since_delta_snapshot") or {}
     names: Mapping[str, Any] = stored.body["channel_versions"]

@@ -1,7 +1,7 @@
-"""Reports how many bytes threads and databases take.
+"""How many bytes threads and the database take.
 
-Counted are the bodies of content, and the columns of rows that hold bytes. What a database adds to both (keys, indexes,
-page headers, free space) differs between databases, and is included in the size that the database itself reports.
+Counted are the bodies of content and the binary columns of rows. What a database adds (keys, indexes, page headers,
+free space) differs between databases; the size that the database itself reports includes it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from operator import add
 from typing import Any, Literal, get_args
 
 from sqlalchemy import (
-    BindParameter,
     ColumnElement,
     Connection,
     FromClause,
@@ -48,7 +47,7 @@ class ThreadSize:
         content_bytes: size of their bodies, as stored.
         row_bytes: size of its rows.
         oldest: when its oldest checkpoint was stored; None if it has none.
-        newest: when its newest checkpoint was stored.
+        newest: when its newest checkpoint was stored; None if it has none.
     """
 
     thread_id: str
@@ -77,13 +76,8 @@ class StorageReport:
     """The size of the threads in a database.
 
     Attributes:
-        threads: the first threads, up to `limit`; the sums cover all threads.
-        thread_count: number of threads.
-        checkpoints: number of checkpoints of all threads.
-        pending_writes: number of pending writes of all threads.
-        blobs: number of distinct pieces of content of all threads.
-        content_bytes: size of the content of all threads.
-        row_bytes: size of the rows of all threads.
+        threads: the first threads, up to `limit`.
+        thread_count: number of all threads. The next five sum over all of them as well, see `ThreadSize`.
         database_bytes: the size that the database reports: on SQLite that of the file, elsewhere that of these tables
             with their indexes. MySQL reports its last statistics, which may be old.
         free_bytes: the part of it that is free for new rows; None if the database does not report it (PostgreSQL).
@@ -156,21 +150,10 @@ def _time(milliseconds: int) -> datetime:
     return datetime.fromtimestamp(milliseconds / 1000, UTC)
 
 
-def row_bytes(table: Table) -> ColumnElement[int]:
+def _row_bytes(table: Table) -> ColumnElement[int]:
     """The bytes of a row's columns."""
     binary = (column for column in table.columns if isinstance(column.type, LargeBinary))
     return reduce(add, (func.coalesce(func.length(column), 0) for column in binary))
-
-
-def thread_bytes(tables: Tables, thread: BindParameter[int]) -> Select[int]:
-    """The size of everything in a thread, including its own row."""
-
-    def of_thread(size: ColumnElement[int], table: Table) -> ColumnElement[int]:
-        return func.coalesce(select(func.sum(size)).where(table.c.thread == thread).scalar_subquery(), 0)
-
-    content = of_thread(func.length(tables.blobs.c.body), tables.blobs)
-    rows = (of_thread(row_bytes(table), table) for table in (tables.checkpoints, tables.writes))
-    return select(reduce(add, (row_bytes(tables.threads), content, *rows))).where(tables.threads.c.number == thread)
 
 
 def _statement(tables: Tables) -> Select[Any]:
@@ -182,10 +165,10 @@ def _statement(tables: Tables) -> Select[Any]:
 
     namespaces = func.count(checkpoints.c.ns.distinct()).label("namespaces")
     times = (func.min(checkpoints.c.created).label("oldest"), func.max(checkpoints.c.created).label("newest"))
-    stored = by_thread(checkpoints, row_bytes(checkpoints), namespaces, *times)
-    pending = by_thread(writes, row_bytes(writes))
+    stored = by_thread(checkpoints, _row_bytes(checkpoints), namespaces, *times)
+    pending = by_thread(writes, _row_bytes(writes))
     content = by_thread(blobs, func.length(blobs.c.body))
-    row_sizes = (row_bytes(threads), func.coalesce(stored.c.bytes, 0), func.coalesce(pending.c.bytes, 0))
+    row_sizes = (_row_bytes(threads), func.coalesce(stored.c.bytes, 0), func.coalesce(pending.c.bytes, 0))
     counted: dict[str, ColumnElement[Any]] = {
         "checkpoints": stored.c.rows,
         "namespaces": stored.c.namespaces,

@@ -21,13 +21,11 @@ from sqlalchemy import ColumnElement, Connection, case, exists, func, null, or_,
 
 from agentmem.errors import ConfigError
 from agentmem_sql.content import load
-from agentmem_sql.ids import check_ids
 from agentmem_sql.protection import Protection
-from agentmem_sql.prune import Key, ThreadRetention, UnreadableThreadError
+from agentmem_sql.prune import Key, Pruner, ThreadRetention, UnreadableThreadError
 from agentmem_sql.reader import chunks
-from agentmem_sql.rows import Row
+from agentmem_sql.rows import Row, check_ids
 from agentmem_sql.schema import Tables, decode_text, encode_text, thread_key
-from agentmem_sql.store import Store
 
 _PAGE = 500
 
@@ -156,7 +154,7 @@ class _Limits:
 
 
 def sweep(
-    store: Store,
+    pruner: Pruner,
     serde: SerializerProtocol,
     policy: Retention,
     *,
@@ -173,8 +171,8 @@ def sweep(
         raise ConfigError(f"expected `now` with a time zone, found {now!r}; use datetime.now(UTC)")
     at = datetime.now(UTC) if now is None else now
     oldest, alive = _earlier(at, policy.max_age), _earlier(at, policy.idle)
-    limits = _Limits(policy.max_checkpoints, oldest, alive, store.protection, serde)
-    database, tables = store.database, store.database.tables
+    limits = _Limits(policy.max_checkpoints, oldest, alive, pruner.protection, serde)
+    database, tables = pruner.database, pruner.database.tables
     keys = None if thread_ids is None else [thread_key(thread_id) for thread_id in check_ids(thread_ids)]
     scopes: list[Sequence[bytes] | None] = [None] if keys is None else list(chunks(keys))
     results: list[ThreadRetention] = []
@@ -185,7 +183,7 @@ def sweep(
             page, after = database.run(partial(_page, tables=tables, limits=limits, keys=scope, after=after))
             for thread_id in page:
                 try:
-                    taken = store.pruner.remove(serde, thread_id, limits.choose, dry_run=dry_run)
+                    taken = pruner.remove(serde, thread_id, limits.choose, dry_run=dry_run)
                 except UnreadableThreadError as error:
                     failed[thread_id] = str(error)
                 else:

@@ -1,19 +1,20 @@
-"""Between LangGraph's checkpoints and rows.
+"""Conversion between LangGraph's checkpoints and rows.
 
-A row is sealed: one digest over its columns and its thread, so that nothing in it can be changed, and no row
-moved elsewhere, unnoticed. Where the channels' values lie is packed into the column `content`, name by name.
+A row is sealed by one digest over its columns and its thread, so that no change and no move to another place goes
+unnoticed. The digests of the channels' values are packed into the column `content`, with the channels' names.
 """
 
 from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import sha256
 from operator import itemgetter
 from typing import Any, NamedTuple, cast
+from uuid import UUID
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import (
@@ -26,9 +27,8 @@ from langgraph.checkpoint.base import (
 )
 from langgraph.checkpoint.serde.base import SerializerProtocol
 
-from agentmem.errors import StorageError
+from agentmem.errors import ConfigError, StorageError
 from agentmem_sql.content import Packer, Unpacker, Value, dump, load
-from agentmem_sql.ids import check_id
 from agentmem_sql.message_cache import Body, CachedThread, ChannelHeads, DecodeTemplates
 from agentmem_sql.protection import Protection
 from agentmem_sql.schema import DIGEST_BYTES, decode_text, encode_text, exact_key, is_hashed, open_key, thread_key
@@ -41,8 +41,34 @@ _of_write = itemgetter("ns", "checkpoint", "task", "idx", "path", "channel", "di
 Row = Mapping[Any, Any]  # of a table, by column
 
 
+def check_id(value: Any, what: str = "thread id") -> str:
+    """The id as text. Whole numbers and UUIDs are accepted, as by LangGraph's own savers.
+
+    Raises:
+        ConfigError: it is something else, for example None, which would become the id "None".
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | UUID) and not isinstance(value, bool):
+        return str(value)
+    raise ConfigError(f"expected a {what} (a string), found {value!r} of type {type(value).__name__}")
+
+
+def check_ids(values: Any, what: str = "thread id") -> list[str]:
+    """The ids as text, in order, each once.
+
+    Raises:
+        ConfigError: one of them is not an id, or a single string was passed, which is a sequence of strings, too.
+    """
+    if isinstance(values, str | bytes | int | UUID):
+        raise ConfigError(f"expected a sequence of {what}s, found one {what}, {values!r}; pass [{values!r}]")
+    if isinstance(values, Mapping) or not isinstance(values, Iterable):
+        raise ConfigError(f"expected a sequence of {what}s, found {values!r} of type {type(values).__name__}")
+    return list(dict.fromkeys(check_id(value, what) for value in values))
+
+
 class Address(NamedTuple):
-    """Where a config points: a thread, a namespace in it, and a checkpoint there or None for the newest."""
+    """What a config names: a thread, a namespace, and a checkpoint, or None for the newest."""
 
     thread: str
     ns: str
@@ -54,7 +80,7 @@ class Address(NamedTuple):
 
         Raises:
             StorageError: it names no thread.
-            ConfigError: its thread id or checkpoint id is none, for example None.
+            ConfigError: its thread id or checkpoint id is not an id.
         """
         configurable = config.get("configurable", {})
         if "thread_id" not in configurable:
@@ -92,7 +118,7 @@ class StoredWrite:
 
 @dataclass
 class StoredCheckpoint:
-    """A checkpoint as read: its own dictionary without channel values, and where its content lies."""
+    """A checkpoint as read: its own dictionary without channel values, and the digests of its content."""
 
     address: Address
     id: str
@@ -113,13 +139,7 @@ class StoredCheckpoint:
 
 
 class Encoded(NamedTuple):
-    """What a call is to store.
-
-    Attributes:
-        packer: with the content.
-        rows: that refer to the content, without the thread's number.
-        heads: of a checkpoint, what its channels hold.
-    """
+    """What a call stores: content, rows that refer to it (without the thread's number), and a checkpoint's heads."""
 
     packer: Packer
     rows: Sequence[Row]
@@ -136,10 +156,10 @@ def encode_checkpoint(
     known: CachedThread,
     parents: ChannelHeads,
 ) -> Encoded:
-    """A checkpoint to be stored. `address`: of its parent.
+    """A checkpoint to be stored; `address` is that of its parent.
 
-    A channel that is not in `new_versions` holds what it held in the parent at the same version. Where the
-    parent does not know that version (there is none, or it is gone) the value that came along is stored.
+    A channel that is not in `new_versions` has the parent's value, if the parent has that version. Otherwise (it has
+    another, or is gone) the value that was passed is stored.
     """
     values = checkpoint["channel_values"]
     heads: dict[str, tuple[str | int | float, bytes | None]] = {}
@@ -157,7 +177,6 @@ def encode_checkpoint(
         heads[value.channel] = heads[value.channel][0], digest
     own: dict[str, Any] = {**checkpoint}
     del own["channel_values"], own["id"]
-    # In this order each neighbour is asked once: the serializer, the keys, the cipher.
     metadata_body, own_body = dump(serde, metadata, "metadata"), dump(serde, own, "checkpoint")
     content = pack_content({name: digest for name, (_, digest) in heads.items() if digest is not None})
     ns = open_key(address.ns)
@@ -173,7 +192,7 @@ def encode_checkpoint(
     run = metadata.get("run_id")
     row["run"] = protection.run_key(run) if isinstance(run, str) else None
     row["metadata"], row["body"] = protection.encrypt(metadata_body), protection.encrypt(own_body)
-    row["seal"] = protection.row_mac((thread_key(address.thread), *_of_checkpoint(row)))
+    row["seal"] = seal_checkpoint(protection, address.thread, row)
     return Encoded(packer, [row], heads)
 
 
@@ -189,8 +208,8 @@ def encode_writes(
     """The pending writes of a task, to be stored.
 
     Raises:
-        StorageError: the address names no checkpoint to hang them on.
-        ConfigError: the task id is none.
+        StorageError: the address names no checkpoint.
+        ConfigError: the task id is not an id.
     """
     if address.id is None:
         raise StorageError("expected a config with the checkpoint id to store writes under, found none")
@@ -201,7 +220,7 @@ def encode_writes(
     by_index = {
         WRITES_IDX_MAP.get(channel, position): (channel, value) for position, (channel, value) in enumerate(writes)
     }
-    # What may be replaced has content of its own, so that it can be freed without a look at the whole thread.
+    # What may be replaced has content of its own, so that it can be deleted without a sweep of the thread.
     values = [
         Value(channel, value, _place(ns, checkpoint, task, index) if channel in WRITES_IDX_MAP else None)
         for index, (channel, value) in by_index.items()
@@ -213,7 +232,7 @@ def encode_writes(
         for index, value, digest in zip(by_index, values, packer.pack(values), strict=True)
     ]
     for row in rows:
-        row["seal"] = protection.row_mac((thread_key(address.thread), *_of_write(row)))
+        row["seal"] = seal_write(protection, address.thread, row)
     return Encoded(packer, rows, None)
 
 
@@ -259,9 +278,8 @@ def decode_writes(protection: Protection, thread: str, rows: Sequence[Row]) -> l
     Raises:
         StorageError: a row was changed or damaged since it was written.
     """
-    key = thread_key(thread)
     for row in rows:
-        if protection.row_mac((key, *_of_write(row))) != row["seal"]:
+        if seal_write(protection, thread, row) != row["seal"]:
             raise damaged(thread, decode_text(row["checkpoint"]), "a pending write")
     return [
         StoredWrite(
@@ -274,7 +292,7 @@ def decode_writes(protection: Protection, thread: str, rows: Sequence[Row]) -> l
 def to_tuple(
     stored: StoredCheckpoint, serde: SerializerProtocol, known: CachedThread, templates: DecodeTemplates | None
 ) -> CheckpointTuple:
-    """What LangGraph gets; `templates` as for an `Unpacker`."""
+    """A checkpoint as LangGraph gets it; `templates` as for an `Unpacker`."""
     config, parent = stored.address.config(stored.id), stored.parent
     parent_config = None if parent is None else stored.address.config(parent)
     writes = sorted(stored.writes, key=lambda write: write.order) if len(stored.writes) > 1 else stored.writes

@@ -1,6 +1,7 @@
 """`SQLAlchemySaver`: LangGraph's checkpointer interface, synchronous and asynchronous, in one class.
 
-Every asynchronous method runs the synchronous one in a thread.
+Values are packed before the work that needs a connection and unpacked after it, so the caller's code never runs inside
+a transaction. Every asynchronous method runs the synchronous one in a thread.
 """
 
 from __future__ import annotations
@@ -15,35 +16,50 @@ from functools import partial, wraps
 from itertools import islice
 from secrets import randbelow
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
+from weakref import WeakKeyDictionary
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import (
+    WRITES_IDX_MAP,
     BaseCheckpointSaver,
     ChannelVersions,
     Checkpoint,
     CheckpointMetadata,
     CheckpointTuple,
     DeltaChannelHistory,
+    get_checkpoint_metadata,
 )
 from langgraph.checkpoint.serde._msgpack import STRICT_MSGPACK_ENABLED
 from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
 from sqlalchemy import URL, Engine
 
-from agentmem_sql.ids import check_id, check_ids
+from agentmem.errors import ConfigError, StorageError
+from agentmem_sql.content import Unpacker
+from agentmem_sql.database import Database
+from agentmem_sql.delta_channels import AncestorReader
+from agentmem_sql.mark_sweep import Sweeper
 from agentmem_sql.memory_history import MemoryStep, memory_history
+from agentmem_sql.message_cache import CachedThread, ChannelHeads, DecodeTemplates, ThreadCache
 from agentmem_sql.protection import Protection
+from agentmem_sql.prune import Pruner, all_but_newest
+from agentmem_sql.reader import Listing, LoadedCheckpoint, Reader
 from agentmem_sql.report import Order, StorageReport, storage_report
 from agentmem_sql.retention import Retention, RetentionReport, sweep
-from agentmem_sql.rows import Address
+from agentmem_sql.rows import Address, Encoded, check_id, check_ids, encode_checkpoint, encode_writes, to_tuple
 from agentmem_sql.schema import DEFAULT_PREFIX, Tables
-from agentmem_sql.serializer import CheckedSerializer
-from agentmem_sql.store import Store
+from agentmem_sql.serializer import CheckedSerializer, is_langgraphs
+from agentmem_sql.statements import MOST_CONTENT, MOST_ROWS
+from agentmem_sql.writer import Locked, WriteConflict, WriteMode, Writer
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 CACHE_BYTES = 64 * 2**20
+
+# How often a write is tried, and how often of these it relies on what is known of the thread. Where a thread is pruned
+# all the time, nothing is left out after that, so that nothing can be wrong.
+_ATTEMPTS, _RELYING = 8, 4
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -59,11 +75,11 @@ def plain_serde(serde: SerializerProtocol) -> SerializerProtocol:
 def _for_tasks(
     method: Callable[Concatenate[SQLAlchemySaver, P], T], *, reads: bool = False
 ) -> Callable[Concatenate[SQLAlchemySaver, P], Coroutine[Any, Any, T]]:
-    """The asynchronous form of a method; `reads`: it never waits for a writer."""
+    """The asynchronous form of a method, which never waits for a writer if it only `reads`."""
 
     @wraps(method)
     async def twin(self: SQLAlchemySaver, /, *arguments: P.args, **named: P.kwargs) -> T:
-        database = self._store.database
+        database = self._database
         threads = database.reading_threads if reads else database.writing_threads
         return await self._in_thread(threads, getattr(self, method.__name__), *arguments, **named)
 
@@ -80,7 +96,7 @@ def _iterated_by_tasks(
     async def twin(self: SQLAlchemySaver, /, *arguments: P.args, **named: P.kwargs) -> AsyncIterator[T]:
         items = getattr(self, method.__name__)(*arguments, **named)
         while True:
-            made, error = await self._in_thread(self._store.database.reading_threads, _some_of, items)
+            made, error = await self._in_thread(self._database.reading_threads, _some_of, items)
             for item in made:
                 yield item
             if error is not None:
@@ -115,12 +131,11 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
     with its digest when it is read.
 
     The asynchronous methods (`aput`, `aget_tuple` and so on) run the synchronous ones in the saver's own threads. A
-    task that is cancelled while it waits for a free thread does nothing. A task that is cancelled later ends when its
-    call has ended, so that the call is always completed.
+    task that is cancelled while it waits for a free thread does nothing; one that is cancelled later ends when its call
+    has been completed.
 
     Every method raises `StorageError` if the database cannot be opened, reports an error, has a newer schema, or holds
-    damaged data; and `ConfigError` if an id is not one (None, for example), or if a single string is passed for a list
-    of ids.
+    damaged data; and `ConfigError` for something that is not an id, or a single string instead of a list of ids.
     """
 
     def __init__(
@@ -152,13 +167,22 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
             of_url: further arguments of `from_url`.
 
         Raises:
-            StorageError: the engine cannot be used: it has an unsupported driver; or it is asynchronous, and has its
-                database in memory, connections made by your code, or an option that the synchronous driver lacks.
+            StorageError: the engine has an unsupported driver; or it is asynchronous, and has its database in memory,
+                connections made by your code, or an option that the synchronous driver lacks.
             ConfigError: `hmac_key` or `table_prefix` cannot be used.
         """
         super().__init__(serde=serde if serde or STRICT_MSGPACK_ENABLED else CheckedSerializer())
         tables, protection = Tables(prefix=table_prefix, schema=schema), Protection(self.serde, hmac_key)
-        self._store = Store(engine, tables=tables, protection=protection, cache_bytes=cache_bytes, **of_url)
+        self._protection = protection
+        self._cache = ThreadCache(cache_bytes)
+        self._database = Database(engine, tables=tables, protection=protection, cache=self._cache, **of_url)
+        # By serializer: a clone of the saver has another, which may read the same bytes as something else.
+        self._templates: WeakKeyDictionary[SerializerProtocol, DecodeTemplates] = WeakKeyDictionary()
+        self._reader = Reader(tables, protection, self._cache)
+        self._ancestors = AncestorReader(self._reader, protection)
+        sweeper = Sweeper(tables, protection)
+        self._writer = Writer(tables, protection, sweeper)
+        self._pruner = Pruner(self._database, protection, self._cache, self._writer, self._ancestors, sweeper)
 
     @classmethod
     def from_url(
@@ -214,11 +238,11 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
 
     def setup(self) -> None:
         """Create the tables now, and not on first use."""
-        self._store.database.run(lambda _: None)
+        self._database.run(lambda _: None)
 
     def close(self) -> None:
         """Close every connection; later calls raise. Works in and outside an event loop."""
-        self._store.database.close()
+        self._database.close()
 
     async def aclose(self) -> None:
         """As `close`, without blocking the event loop."""
@@ -249,7 +273,9 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
 
         The parent is the checkpoint that `config` names. A checkpoint of the same id is replaced.
         """
-        return self._store.put(self._serde, config, checkpoint, metadata, new_versions)
+        serde, merged = self._serde, get_checkpoint_metadata(config, metadata)
+        encode = partial(encode_checkpoint, serde, self._protection, checkpoint, merged, new_versions)
+        return self._write(serde, config, encode, self._writer.put_checkpoint, WriteMode.INSERT, checkpoint["id"])
 
     def put_writes(
         self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str = ""
@@ -259,13 +285,77 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         Repeating the call changes nothing, unless all writes are to special channels (error, interrupt, resume,
         scheduled): those replace the task's earlier ones.
         """
-        self._store.put_writes(self._serde, config, writes, task_id, task_path)
+        if not writes:
+            return
+        serde = self._serde
+
+        def encode(address: Address, known: CachedThread, _parents: ChannelHeads) -> Encoded:
+            return encode_writes(serde, self._protection, writes, task_id, task_path, address, known)
+
+        # Writes to special channels replace what the task had there, and a task that was resumed writes its results
+        # together with the answers: what is there already is looked for first.
+        special = any(channel in WRITES_IDX_MAP for channel, _ in writes)
+        mode = WriteMode.CHECK if special else WriteMode.INSERT
+        self._write(serde, config, encode, self._writer.put_writes, mode)
+
+    def _write(
+        self,
+        serde: SerializerProtocol,
+        config: RunnableConfig,
+        encode: Callable[[Address, CachedThread, ChannelHeads], Encoded],
+        put: Callable[..., Locked | None],
+        mode: WriteMode,
+        checkpoint_id: str = "",
+    ) -> RunnableConfig:
+        """Encode and write, again if it must be in another mode; return the config of the checkpoint, if it is one.
+
+        Raises:
+            StorageError: others changed the thread every time.
+        """
+        if not self._protection.has_key:
+            self.setup()
+        address = Address.of(config)
+        for attempt in range(_ATTEMPTS):
+            relying = attempt < _RELYING
+            known = self._cache.get(address.thread) if relying else CachedThread()
+            parents: ChannelHeads | None = None
+            if relying and checkpoint_id and address.id is not None:
+                parents = known.heads.get((address.ns, address.id))
+                if parents is None and (
+                    stored := self._database.run(partial(self._reader.row, serde=serde, address=address))
+                ):
+                    known, parents = stored.known, stored.checkpoint.heads
+            new = encode(address, known, parents or {})
+            if mode is WriteMode.INSERT and known.number is None:
+                mode = WriteMode.CHECK
+            small = len(new.packer.new) <= MOST_CONTENT and len(new.rows) <= MOST_ROWS
+            write = partial(put, thread_id=address.thread, new=new, mode=mode, in_one=small)
+            try:
+                locked = self._database.run(write, write=True, autocommit=small and mode is WriteMode.INSERT)
+            except WriteConflict as conflict:
+                if conflict.mode is WriteMode.CHECK:
+                    self._cache.drop(address.thread)
+                if mode is not WriteMode.EXCLUSIVE:
+                    mode = conflict.mode
+                continue
+            if locked is not None:
+                known = self._cache.at(address.thread, *locked)
+                known.add_new(new.packer.new, new.packer.snapshots)
+                if new.heads is not None:
+                    known.remember_channels(address.ns, checkpoint_id, new.heads)
+            return address.config(checkpoint_id)
+        raise StorageError(
+            f"thread {address.thread[:80]!r} was changed by others {_ATTEMPTS} times while something was being stored "
+            "in it; nothing was stored, try again"
+        )
 
     # Reading.
 
     def get_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
         """The checkpoint that `config` names, or the newest of its namespace; None if there is none."""
-        return self._store.get_tuple(self._serde, config)
+        serde = self._serde
+        stored = self._database.run(partial(self._reader.find, serde=serde, address=Address.of(config)))
+        return None if stored is None else self._tuple(serde, stored)
 
     def list(
         self,
@@ -286,7 +376,20 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
             before: only checkpoints with an id below this config's.
             limit: at most this many, counted after the filter.
         """
-        return self._store.list(self._serde, config, filter, before, limit)
+        serde = self._serde
+        listing = Listing(self._reader, serde, config, filter=filter, before=before, limit=limit)
+        while not listing.finished:
+            for stored in self._database.run(listing.next_page):
+                yield self._tuple(serde, stored)
+
+    def _tuple(self, serde: SerializerProtocol, stored: LoadedCheckpoint) -> CheckpointTuple:
+        return to_tuple(stored.checkpoint, serde, stored.known, self._templates_of(serde))
+
+    def _templates_of(self, serde: SerializerProtocol) -> DecodeTemplates | None:
+        """What messages may be decoded by without the serializer; None where it may run code of the caller's."""
+        if not is_langgraphs(serde) or getattr(serde, "_custom_unpack_ext_hook", True):
+            return None
+        return self._templates.get(serde) or self._templates.setdefault(serde, DecodeTemplates())
 
     def get_delta_channel_history(
         self, *, config: RunnableConfig, channels: Sequence[str]
@@ -297,13 +400,31 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         channel without a stored value has no `seed`. Pruning does not change the result for channels that the
         checkpoint itself does not hold, and LangGraph asks for no others.
         """
-        return self._store.delta_history(self._serde, config, channels)
+        if not channels:
+            return {}
+        read = partial(self._ancestors.read, address=Address.of(config), channels=[*dict.fromkeys(channels)])
+        stored = self._database.run(read)
+        if stored is None:
+            return {name: DeltaChannelHistory(writes=[]) for name in channels}
+        histories, contents, known = stored
+        serde = self._serde
+        unpacker = Unpacker(serde, contents, known, self._templates_of(serde))
+        result: dict[str, DeltaChannelHistory] = {}
+        for name, history in histories.items():
+            values = unpacker.unpack_all([digest for _, digest in history.writes])
+            writes = [(task, name, value) for (task, _), value in zip(history.writes, values, strict=True)]
+            result[name] = DeltaChannelHistory(writes=writes)
+            if history.seed is not None:
+                result[name]["seed"] = unpacker.unpack(history.seed)
+        return result
 
     # Deleting and copying.
 
     def delete_thread(self, thread_id: str) -> None:
         """Delete everything in a thread, content included, in one transaction."""
-        self._store.delete_thread(check_id(thread_id))
+        thread_id = check_id(thread_id)
+        self._database.run(partial(self._writer.delete_thread, thread_id=thread_id), write=True)
+        self._cache.drop(thread_id)
 
     def delete_for_runs(self, run_ids: Sequence[str]) -> None:
         """Delete the checkpoints whose metadata name one of these runs, in all threads.
@@ -312,7 +433,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         channels need from the runs' writes is kept.
         """
         if runs := check_ids(run_ids, "run id"):
-            self._store.pruner.delete_runs(self._serde, runs)
+            self._pruner.delete_runs(self._serde, runs)
 
     def copy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
         """Copy all checkpoints, pending writes and content of a thread to another thread, with their ids.
@@ -320,7 +441,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         Data that the other thread has under the same ids is replaced; its other data stays. It is not an error if the
         source does not exist.
         """
-        self._store.pruner.copy_thread(check_id(source_thread_id), check_id(target_thread_id))
+        self._pruner.copy_thread(check_id(source_thread_id), check_id(target_thread_id))
 
     def prune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
         """Delete checkpoints: `keep_latest` leaves the newest of each namespace, `delete` leaves nothing.
@@ -331,7 +452,13 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         Raises:
             ConfigError: an unknown strategy.
         """
-        self._store.prune(self._serde, check_ids(thread_ids), strategy)
+        if strategy not in ("keep_latest", "delete"):
+            raise ConfigError(f"expected the strategy 'keep_latest' or 'delete', found {strategy!r}")
+        for thread_id in check_ids(thread_ids):
+            if strategy == "delete":
+                self.delete_thread(thread_id)
+            else:
+                self._pruner.remove(self._serde, thread_id, all_but_newest)
 
     # Looking into threads, and keeping the database small.
 
@@ -346,14 +473,12 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
     ) -> Iterator[MemoryStep]:
         """The memories that led to the thread's newest checkpoint, oldest first.
 
-        There is one step for every checkpoint whose memory, in some channel, differs from that of its parent. A
-        checkpoint that does not change the memory gives no step, nor does one that empties it; the memory after that
-        counts as restarted. Branches that the newest checkpoint does not descend from are not included; pass one of
-        their checkpoints to see them.
+        There is one step for every checkpoint whose memory, in some channel, differs from that of its parent, and none
+        for one that empties it; the memory after that counts as restarted. Branches that the newest checkpoint does not
+        descend from are not included; name one of their checkpoints to see them.
 
         A thread that does not exist has no steps. If a thread is pruned meanwhile, the remaining steps are returned.
-        The history is read page by page, and one page at a time is in memory; `newest_first` starts at once, without
-        going back to the thread's first checkpoint.
+        The history is read page by page; `newest_first` starts without going back to the first checkpoint.
 
         Args:
             thread_id: the thread.
@@ -365,10 +490,10 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
 
         Raises:
             StorageError: there is no such checkpoint, or stored data is damaged (the error names the checkpoint).
-            CorruptStateError: the value in a checkpoint is not a memory, or not one that this version can read.
+            CorruptStateError: a value is not a memory, or not one that this version can read.
         """
         address = Address(check_id(thread_id), checkpoint_ns, checkpoint_id)
-        return memory_history(self._store, self._serde, address, channel, newest_first=newest_first)
+        return memory_history(self._database, self._ancestors, self._serde, address, channel, newest_first=newest_first)
 
     def retain(
         self,
@@ -386,18 +511,15 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
 
         Args:
             policy: what to keep.
-            thread_ids: the threads to sweep; None for all. It is not an error if one does not exist.
-            dry_run: only report what would be deleted. Nothing is changed or locked; the figures are those of a real
-                run, if nothing is written in between.
+            thread_ids: the threads to sweep, which need not exist; None for all.
+            dry_run: only report what would be deleted; nothing is changed or locked.
             now: the time from which ages are counted, with a time zone; None for the present.
 
         Raises:
-            ConfigError: `thread_ids` is a single string or holds something that is not an id, or `now` has no time
-                zone.
-            StorageError: the database reported an error. A thread with damaged data is left as it is and named in the
-                report; the other threads are swept.
+            ConfigError: `thread_ids` is not a sequence of ids, or `now` has no time zone.
+            StorageError: the database reported an error. Damaged threads are left as they are and named in the report.
         """
-        return sweep(self._store, self._serde, policy, thread_ids=thread_ids, dry_run=dry_run, now=now)
+        return sweep(self._pruner, self._serde, policy, thread_ids=thread_ids, dry_run=dry_run, now=now)
 
     def storage_report(self, *, limit: int | None = None, order: Order = "bytes") -> StorageReport:
         """How much space threads take, by a few statements that read the lengths of all rows but no content.
@@ -410,14 +532,13 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         Raises:
             ConfigError: `limit` is below 1, or `order` is unknown.
         """
-        return storage_report(self._store.database, limit, order)
+        return storage_report(self._database, limit, order)
 
     def get_next_version(self, current: str | int | float | None, channel: None) -> Any:
         """The version after `current`: a number that sorts as text, and a random part.
 
-        So two branches from one checkpoint never give different values the same version. The random part does not
-        depend on `random.seed`, which a graph may call. A thread copied from a checkpointer with integer versions keeps
-        integers, since LangGraph compares all versions of a checkpoint.
+        So two branches from one checkpoint never give different values one version; `random.seed` has no influence.
+        A thread copied from a checkpointer with integer versions keeps integers, since LangGraph compares them.
         """
         if isinstance(current, int):
             return current + 1
@@ -431,11 +552,11 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
 
         If the task is cancelled, the cancellation is raised when the call has ended, or at once if it has not begun.
         """
-        self._store.database.check_open()
+        self._database.check_open()
         try:
             future = threads.submit(copy_context().run, partial(call, *arguments, **named))
         except RuntimeError:
-            self._store.database.check_open()  # closed this very moment
+            self._database.check_open()  # closed this very moment
             raise
         waiting = asyncio.wrap_future(future)
         try:

@@ -1,23 +1,22 @@
-"""The tables, one definition for every database.
+"""The tables, with one definition for every database.
 
-Keys, names and values are bytes everywhere. Text columns differ too much to hold them: collations merge
-`a`, `A` and `á`, NUL and lone surrogates are refused, index rows have length limits. Nothing of
-unbounded length is part of a key (see `encode_text`), so the widest primary key, that of the writes, takes under
-600 bytes.
+Keys, names and values are bytes everywhere, since text columns differ too much: collations merge `a`, `A` and `á`, NUL
+and lone surrogates are refused, indexed text is limited. No key contains anything of unbounded length, so the widest
+primary key, that of the writes, takes under 600 bytes.
 
-    schema_versions   which migrations this database has seen
+    schema_versions   which migrations this database has had
     settings          how its rows are protected (see `protection`)
-    threads           one row a thread; every other row hangs on its number. `epoch` counts the times that
-                      anything was taken out of the thread: whoever knows the epoch knows what is still there.
-                      It starts at random, so that no thread of tables made anew is taken for a former one
-    blobs             content of the thread, one row a distinct content, keyed by digest (see `list_tree`)
-    checkpoints       metadata, the checkpoint without its channel values, and where those are
+    threads           one row a thread, whose number is in all its other rows. `epoch` is increased whenever content is
+                      removed from the thread, so who knows the epoch knows what is still there. It starts at random,
+                      so that a thread of new tables is not taken for an earlier one
+    blobs             content of the thread, one row for each distinct content, by digest (see `list_tree`)
+    checkpoints       metadata, the checkpoint without its channel values, and the digests of those
     writes            pending writes of a checkpoint
 
 A channel value and the pending write that made it are the same content and so the same row.
 
-No foreign key says that a row's thread exists: whoever inserts holds the row of the thread, and who deletes the thread
-holds it alone (see `writer`). The database would look once more for every row, a fifteenth of the time of a put.
+There are no foreign keys: who inserts rows has locked the row of the thread, and who deletes the thread has locked it
+exclusively (see `writer`). The check of every row would take a fifteenth of the time of a put.
 """
 
 from __future__ import annotations
@@ -26,7 +25,19 @@ from functools import lru_cache
 from hashlib import sha256
 from typing import Any
 
-from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, MetaData, SmallInteger, Table
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    ColumnElement,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    Table,
+    and_,
+    bindparam,
+)
 from sqlalchemy.dialects import mysql
 from sqlalchemy.types import TypeEngine
 
@@ -52,10 +63,10 @@ class Tables:
     """The tables under a name prefix and in a schema; `metadata` holds them all (for Alembic, too)."""
 
     def __init__(self, *, prefix: str = DEFAULT_PREFIX, schema: str | None = None) -> None:
-        """Make no table yet.
+        """Define the tables.
 
         Raises:
-            ConfigError: no table can have a name that begins so.
+            ConfigError: table names cannot begin with `prefix`.
         """
         if not isinstance(prefix, str) or "\0" in prefix or len(prefix.encode("utf-8", "replace")) > MOST_PREFIX_BYTES:
             raise ConfigError(
@@ -128,17 +139,20 @@ class Tables:
         return Column("thread", _NUMBER, primary_key=True, autoincrement=False)
 
 
+def by(table: Table, *columns: str) -> ColumnElement[bool]:
+    """The rows in which these columns equal the parameters of the same names."""
+    return and_(*(table.c[name] == bindparam(name) for name in columns))
+
+
 def metadata(*, prefix: str = DEFAULT_PREFIX, schema: str | None = None) -> MetaData:
     """The tables as SQLAlchemy metadata, to be merged into an Alembic `target_metadata`."""
     return Tables(prefix=prefix, schema=schema).metadata
 
 
-# Text of LangGraph as the bytes that tables are keyed by. Encodings are exact (NUL, lone surrogates and every plane
-# survive), keep the order of the text, and distinct inputs give distinct keys. Where the length is open, text longer
-# than a key is replaced by a tagged SHA-256; the name itself is then stored in another column.
+# Text as keys. Encodings are exact, also for NUL and lone surrogates, and keep the order of the text. Namespaces longer
+# than a key are replaced by a tagged SHA-256, and their name is stored in another column.
 
-# Never occurs in UTF-8, so a hashed key equals no spelled one.
-_HASHED = b"\xff"
+_HASHED = b"\xff"  # the tag; never occurs in UTF-8
 
 
 def encode_text(text: str) -> bytes:
@@ -150,7 +164,7 @@ def decode_text(data: bytes) -> str:
     """The inverse of `encode_text`.
 
     Raises:
-        StorageError: the bytes are none that it made.
+        StorageError: the bytes are not encoded text.
     """
     try:
         return data.decode("utf-8", "surrogatepass")
@@ -180,7 +194,7 @@ def is_hashed(key: bytes) -> bool:
 
 
 def exact_key(text: str, what: str) -> bytes:
-    """A key that spells the text, for ids that are sorted by and read back.
+    """A key that contains the text, for ids that are sorted by and read back.
 
     Raises:
         StorageError: the text takes more than `KEY_BYTES` bytes.

@@ -1,11 +1,10 @@
-"""The statements of the hot paths, and where statements differ by database.
+"""The statements of put and get, and whatever differs between databases.
 
-SQLAlchemy looks every statement up in its cache of compiled ones, sets up types for parameters and results and
-describes the columns of what comes back. Here everything is bytes and integers, which every driver takes and gives
-as they are, so that can be left out: it takes longer than SQLite needs to run the statement. So statements of the hot
-paths are compiled once for each dialect and run on the driver's cursor. What SQLAlchemy does about errors (wrapping
-them, invalidating connections, handlers of the engine's owner) is left to it, and so is the whole statement on engines
-that are not ours, or where somebody listens to cursors.
+For every statement SQLAlchemy looks up its compiled form, sets up types for parameters and results and describes the
+columns of the result, which takes longer than SQLite needs to run it. Here all values are bytes and integers, which
+drivers take and return as they are. So the statements of put and get are compiled once for each dialect and run on the
+driver's cursor. SQLAlchemy still handles errors (wraps them, invalidates connections, calls handlers), and runs the
+whole statement on engines of the caller's, or if there are listeners for cursors.
 """
 
 from __future__ import annotations
@@ -42,8 +41,7 @@ from sqlalchemy.sql.dml import Insert
 from agentmem.errors import StorageError
 from agentmem_sql import db_errors
 
-# An execution option of engines on which statements may go past SQLAlchemy's execution.
-DIRECT = "agentmem_direct"
+DIRECT = "agentmem_direct"  # execution option of engines whose statements may run directly on the cursor
 
 _LIST = "agentmem_list"
 _CURSOR = "agentmem_cursor"
@@ -57,7 +55,7 @@ Rows = Sequence[tuple[Any, ...]]
 
 @dataclass(frozen=True)
 class Text:
-    """A compiled statement: its SQL, the order of parameters that have no names, and those that SQLAlchemy adds."""
+    """A compiled statement: its SQL, the order of parameters without names, and those that SQLAlchemy adds."""
 
     sql: str
     order: Sequence[str] | None
@@ -71,7 +69,7 @@ class Text:
 
 
 class Prepared:
-    """A statement whose parameters are all given, and no lists."""
+    """A statement without lists as parameters."""
 
     def __init__(self, statement: Executable) -> None:
         self._statement = statement
@@ -79,7 +77,7 @@ class Prepared:
         self._texts: dict[tuple[type[Dialect], str], Text] = {}
 
     def run(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> int:
-        """Execute it for every row; gives the number of rows that were changed."""
+        """Execute it for every row; gives the number of changed rows."""
         text = self.text(connection)
         parameters: Any = rows if text is None else [text.arrange(row) for row in rows]
         if len(parameters) == 1:
@@ -89,14 +87,14 @@ class Prepared:
         return change(connection, text.sql, parameters)
 
     def rows(self, connection: Connection, parameters: Mapping[str, Any]) -> Rows:
-        """Execute it once; gives the rows that it selects, by position."""
+        """Execute it once; gives the selected rows."""
         text = self.text(connection)
         if text is None:
             return [tuple(row) for row in connection.execute(self._statement, parameters)]
         return fetch(connection, text.sql, text.arrange(parameters))
 
     def text(self, connection: Connection) -> Text | None:
-        """What the driver is given; None where it depends on the connection."""
+        """What the driver gets; None if that depends on the connection."""
         if "schema_translate_map" in connection._execution_options:
             return None
         dialect = connection.dialect
@@ -112,8 +110,8 @@ class Prepared:
 class PreparedLookup:
     """A SELECT of the rows whose `column` is in a list, which is the statement's last parameter.
 
-    PostgreSQL is given the list as one array, so that the statement is always the same. Other drivers are given as
-    many placeholders as there are items.
+    PostgreSQL gets the list as one array, so that the statement is always the same, other databases as many
+    placeholders as there are items.
     """
 
     def __init__(self, column: Column[bytes], name: str, select: Callable[[ColumnElement[bool]], Executable]) -> None:
@@ -158,7 +156,7 @@ class PreparedLookups:
 
 
 def change(connection: Connection, sql: str, parameters: Any) -> int:
-    """Execute a statement, for every one of a list of parameters; gives the number of rows that were changed."""
+    """Execute a statement, for each of a list of parameters; gives the number of changed rows."""
     if _is_watched(connection):
         return connection.exec_driver_sql(sql, parameters, {"preserve_rowcount": True}).rowcount
     count: int = _on_cursor(connection, sql, parameters, rows=False)
@@ -174,7 +172,7 @@ def fetch(connection: Connection, sql: str, parameters: Any) -> Rows:
 
 
 def kept(table: Table, key: Hashable, make: Callable[[], T]) -> T:
-    """What is made once for a table, and forgotten with it."""
+    """An object that is made once for a table."""
     made: T | None = table.info.get(key)
     if made is None:
         made = table.info[key] = make()
@@ -191,10 +189,10 @@ def _is_watched(connection: Connection) -> bool:
 
 
 def _on_cursor(connection: Connection, sql: str, parameters: Any, *, rows: bool) -> Any:
-    """The rows that a statement gives, or the number of those that it changed.
+    """The rows of a statement, or the number of rows that it changed.
 
-    Changes keep their cursor of psycopg's for the next one: making it and finding out anew how parameters are sent
-    takes a quarter of the time of a statement. One that rows were read with would hold them.
+    A cursor of psycopg is kept for the next change: making it and deciding how to send parameters takes a quarter of
+    the time of a statement. It is not kept after a read, as it would keep the rows.
     """
     dialect, cursor = connection.dialect, None
     try:
@@ -212,7 +210,7 @@ def _on_cursor(connection: Connection, sql: str, parameters: Any, *, rows: bool)
             cursor.close()
         return result
     except BaseException as error:  # noqa: BLE001
-        # It raises. Without the statement it wraps the errors of the driver only.
+        # This raises. Without the statement it wraps only the driver's errors.
         statement = sql if isinstance(error, dialect.loaded_dbapi.Error) else None
         connection._handle_dbapi_exception(error, statement, None, cursor, None)
 
@@ -229,23 +227,23 @@ def contains(dialect: str, column: ColumnElement[bytes], name: str) -> ColumnEle
 def add_rows(connection: Connection, table: Table, rows: Sequence[Mapping[str, Any]], *, replace: bool) -> None:
     """Insert rows; those that exist are replaced or left alone."""
     if rows:
-        # Made anew, a statement would cost more than running it.
+        # To make a statement takes longer than to run it.
         dialect, make = connection.dialect.name, upsert if replace else insert_missing
         statement = kept(table, ("insert", dialect, replace), lambda: make(dialect, table))
         connection.execute(statement, list(rows))
 
 
 def insert_missing(dialect: str, table: Table) -> Insert:
-    """INSERT that leaves a row alone whose primary key (or unique key) is there already."""
+    """INSERT that does nothing for rows whose primary key (or unique key) exists."""
     if dialect in ("mysql", "mariadb"):
-        # Not INSERT IGNORE: that also cuts over-long values short without an error.
+        # Not INSERT IGNORE, which also truncates values without an error.
         first = next(iter(table.primary_key))
         return mysql.insert(table).on_duplicate_key_update({first.name: first})
     return _insert(dialect, table).on_conflict_do_nothing()
 
 
 def upsert(dialect: str, table: Table) -> Insert:
-    """INSERT that replaces every other column of a row whose primary key is there already."""
+    """INSERT that replaces rows whose primary key exists."""
     others = [column.name for column in table.columns if not column.primary_key]
     if dialect in ("mysql", "mariadb"):
         replacing = mysql.insert(table)
@@ -261,12 +259,12 @@ def _insert(dialect: str, table: Table) -> sqlite.Insert | postgresql.Insert:
 
 
 def enable_wal(connection: Connection) -> None:
-    """Let readers and the writer of a SQLite file go on beside each other; the file remembers it.
+    """Give a SQLite file a write-ahead log, so that readers and the writer do not wait for each other.
 
-    A file that cannot be written stays as it is.
+    A read-only file stays as it is.
 
     Raises:
-        StorageError: the file lies where a write-ahead log cannot be kept, such as a network share.
+        StorageError: the file is where a write-ahead log is impossible, such as a network share.
     """
     if connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal":
         return
@@ -284,7 +282,7 @@ def enable_wal(connection: Connection) -> None:
 
 
 def check_mysql(connection: Connection) -> None:
-    """Refuse a MySQL or MariaDB server that is set up so that writes would fail, or mean something else.
+    """Refuse a MySQL or MariaDB server with settings under which writes fail or mean something else.
 
     Raises:
         StorageError: with what to change.
@@ -305,7 +303,7 @@ def check_mysql(connection: Connection) -> None:
 
 
 def insert_new(connection: Connection, table: Table, row: Mapping[str, Any]) -> bool:
-    """Insert a row unless there is one with its key; says whether it was inserted."""
+    """Insert a row unless its key exists; gives whether it was inserted."""
     if connection.dialect.name not in ("mysql", "mariadb"):
         # psycopg tells the number of rows of an INSERT only if asked to.
         statement = insert_missing(connection.dialect.name, table).execution_options(preserve_rowcount=True)
@@ -313,7 +311,7 @@ def insert_new(connection: Connection, table: Table, row: Mapping[str, Any]) -> 
     try:
         connection.execute(insert(table), row)
     except IntegrityError as error:
-        # There the count of ON DUPLICATE KEY is the same for both cases; and a failed statement fails alone.
+        # MySQL's count for ON DUPLICATE KEY does not tell; and the transaction goes on after a failed statement.
         if error.orig is not None and error.orig.args[:1] == (_MYSQL_DUPLICATE,):
             return False
         raise
@@ -321,17 +319,17 @@ def insert_new(connection: Connection, table: Table, row: Mapping[str, Any]) -> 
 
 
 def insert_content(dialect: str, blobs: Table) -> Prepared:
-    """INSERT of content, unless it is there."""
+    """INSERT of content that does not exist yet."""
     return kept(blobs, ("content", dialect), lambda: Prepared(insert_missing(dialect, blobs)))
 
 
 def insert_locked(dialect: str, table: Table, threads: Table) -> Prepared:
-    """INSERT of a row for the thread of number `of` if its epoch is `in_epoch`, whose row is locked (shared)."""
+    """INSERT of a row for thread number `of` if its epoch is `in_epoch`; locks the thread's row (shared)."""
 
     def make() -> Prepared:
         columns = _columns(table)
         values: list[ColumnElement[Any]] = [bindparam(column.name, type_=column.type) for column in columns]
-        if dialect == "postgresql":  # there a parameter that is only selected would be text
+        if dialect == "postgresql":  # where a parameter that is only selected would be text
             values = [cast(value, value.type) for value in values]
         of_thread = threads.c.number == bindparam("of"), threads.c.epoch == bindparam("in_epoch")
         thread = select(threads.c.number, *values).where(*of_thread).with_for_update(read=True, key_share=True)
@@ -345,13 +343,12 @@ def _columns(table: Table) -> list[Column[Any]]:
     return [column for column in table.columns if column.name != "thread"]
 
 
-# PostgreSQL's write in one statement: content, the lock on the thread's row and the rows that refer to the content
-# travel in one round trip. A statement is a transaction, so there is no BEGIN and no COMMIT to wait for either. Other
-# databases have no INSERT inside a WITH; there, and where there is much to insert, the writer does the same in several.
+# PostgreSQL's write in one statement: content, the lock on the thread's row and the rows that refer to the content take
+# one round trip, without BEGIN and COMMIT. Other databases have no INSERT inside a WITH; there, and if there is much to
+# insert, the writer uses several statements.
 
-# Every number of rows is a statement of its own, which the server plans when it is new.
-MOST_CONTENT = 12
-MOST_ROWS = 4
+# Every number of rows needs another statement, which the server has to plan.
+MOST_CONTENT, MOST_ROWS = 12, 4
 
 
 def insert_all(
@@ -362,14 +359,14 @@ def insert_all(
     content: Sequence[Mapping[str, Any]],
     rows: Sequence[Mapping[str, Any]],
 ) -> int:
-    """Insert rows and the content they need if the thread has this number and epoch; gives the number of rows.
+    """Insert rows and their content if the thread has this number and epoch; gives the number of rows.
 
     Args:
         connection: in autocommit mode, or in a transaction.
-        table: where `rows` go.
-        tables: those of threads and of content.
+        table: of `rows`.
+        tables: of threads and of content.
         thread: number and epoch.
-        content: rows with digest, kind and body; what is there already is left alone.
+        content: rows with digest, kind and body; existing ones are left alone.
         rows: at least one, without the thread's number.
     """
     size = len(content), len(rows)
@@ -385,7 +382,7 @@ def insert_all(
 def _insert_all(
     table: Table, threads: Table, blobs: Table, contents: int, rows: int
 ) -> tuple[Prepared, Sequence[str], itemgetter[Any], itemgetter[Any]]:
-    """A statement for a number of rows, its parameters' names, and what comes into their order from each row."""
+    """A statement for so many rows, its parameters' names, and how to get them in order from content and rows."""
     of_thread = threads.c.number == bindparam("of"), threads.c.epoch == bindparam("in_epoch")
     locked = select(threads.c.number).where(*of_thread).with_for_update(read=True, key_share=True).cte("locked")
     names = ["of", "in_epoch"]

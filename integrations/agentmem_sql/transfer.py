@@ -27,7 +27,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from agentmem.errors import ConfigError, StorageError
-from agentmem_sql.ids import check_ids
+from agentmem_sql.rows import check_ids
 from agentmem_sql.saver import SQLAlchemySaver, plain_serde
 from agentmem_sql.serializer import is_langgraphs
 

@@ -1,12 +1,12 @@
 """What is written, as functions of a connection inside a transaction.
 
-A writer takes a shared lock on the thread's row, which gives the thread's number and epoch: whoever takes
-content out of a thread holds that lock alone and counts the epoch up. Under one epoch nothing disappears, so
-what the cache says is there need not be looked for or sent again. Content is inserted sorted by digest, so that
-two writers of one thread never wait for each other crosswise; the rows that refer to it come last.
+A writer takes a shared lock on the thread's row, which holds the thread's number and epoch. Whoever removes content
+from a thread takes that lock exclusively and increases the epoch. So under one epoch nothing disappears, and what the
+cache knows is neither looked for nor sent again. Content is inserted sorted by digest, so that two writers of one
+thread do not wait for each other in a circle; the rows that refer to it come last.
 
-How a write goes about it is its `WriteMode`. If it turns out to be the wrong one, everything is rolled back, and the
-call is packed again and written in the next mode.
+How a write is done is its `WriteMode`. If that is the wrong one, everything is rolled back, and the call is encoded
+again and written in the next mode.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from enum import Enum, auto
 from secrets import randbelow
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Table, bindparam, delete, select
+from sqlalchemy import Connection, Table, delete, select
 from sqlalchemy.exc import IntegrityError
 
 from agentmem_sql.content import Packer
@@ -24,7 +24,7 @@ from agentmem_sql.list_tree import OWN
 from agentmem_sql.mark_sweep import Sweeper, referred_contents
 from agentmem_sql.protection import Protection
 from agentmem_sql.rows import Encoded, Row, seal_checkpoint
-from agentmem_sql.schema import Tables, encode_text, thread_key
+from agentmem_sql.schema import Tables, by, encode_text, thread_key
 from agentmem_sql.statements import add_rows, insert_all, insert_content, insert_locked, insert_new
 
 
@@ -32,24 +32,20 @@ class WriteMode(Enum):
     """How a write is done."""
 
     INSERT = auto()
-    """The rows are new and the cache knows the thread: they are inserted out of the thread's row of that number and
-    epoch, which costs no statement of its own. If nothing is inserted so (the epoch is another, the thread is gone, or
-    a row is there already), the next mode is CHECK."""
+    """The rows are new and the cache knows the thread: they are inserted if its row has that number and epoch, which
+    needs no further statement. If nothing is inserted (the epoch is another, the thread is gone, or a row exists
+    already), the next mode is CHECK."""
 
     CHECK = auto()
-    """The thread's row is locked (shared), and rows of the same keys are looked for first. Where one would be replaced
-    and so leave content that nothing refers to, the next mode is EXCLUSIVE."""
+    """The thread's row is locked (shared), and rows of the same keys are looked for first. If a row would be replaced
+    and so leave content without references, the next mode is EXCLUSIVE."""
 
     EXCLUSIVE = auto()
-    """The thread's row is locked by this transaction alone; rows are replaced, and the thread is swept at the end."""
+    """The thread's row is locked exclusively; rows are replaced, and content without references is deleted."""
 
 
 class WriteConflict(Exception):
-    """Nothing was written.
-
-    Attributes:
-        mode: the next one to try; CHECK says that the cache was wrong.
-    """
+    """Nothing was written; `mode` is the next one to try, and CHECK means that the cache was wrong."""
 
     def __init__(self, mode: WriteMode) -> None:
         super().__init__(mode)
@@ -57,7 +53,7 @@ class WriteConflict(Exception):
 
 
 class Locked(NamedTuple):
-    """A thread whose row this transaction holds."""
+    """A thread whose row this transaction has locked."""
 
     number: int
     epoch: int
@@ -71,27 +67,20 @@ class Writer:
         self._protection = protection
         self._sweeper = sweeper
         threads, checkpoints, writes = tables.threads, tables.checkpoints, tables.writes
-        find = select(threads.c.number, threads.c.epoch).where(threads.c.key == bindparam("key"))
-        self._lock = find.with_for_update()
-        self._share = find.with_for_update(read=True, key_share=True)
-        self._of_task = select(writes.c.idx, writes.c.digest).where(
-            writes.c.thread == bindparam("thread"),
-            writes.c.ns == bindparam("ns"),
-            writes.c.checkpoint == bindparam("checkpoint"),
-            writes.c.task == bindparam("task"),
-        )
-        self._stored = select(checkpoints.c.content, checkpoints.c.parent, checkpoints.c.history).where(
-            checkpoints.c.thread == bindparam("thread"),
-            checkpoints.c.ns == bindparam("ns"),
-            checkpoints.c.id == bindparam("id"),
-        )
+        self._find = select(threads.c.number, threads.c.epoch).where(by(threads, "key"))
+        self._lock = self._find.with_for_update()
+        self._share = self._find.with_for_update(read=True, key_share=True)
+        of_task = by(writes, "thread", "ns", "checkpoint", "task")
+        self._of_task = select(writes.c.idx, writes.c.digest).where(of_task)
+        stored = select(checkpoints.c.content, checkpoints.c.parent, checkpoints.c.history)
+        self._stored = stored.where(by(checkpoints, "thread", "ns", "id"))
 
     def put_checkpoint(
         self, connection: Connection, thread_id: str, new: Encoded, mode: WriteMode, *, in_one: bool
     ) -> Locked:
-        """Store a checkpoint; one of the same id is replaced, but keeps what its pruned ancestors left it.
+        """Store a checkpoint; one of the same id is replaced, but keeps the history of its pruned ancestors.
 
-        `in_one`: whether rows and content go into one statement, where the database can do that.
+        `in_one`: insert rows and content in one statement, where the database can do that.
 
         Raises:
             WriteConflict: the write is to be done in another mode.
@@ -121,10 +110,9 @@ class Writer:
     def put_writes(
         self, connection: Connection, thread_id: str, new: Encoded, mode: WriteMode, *, in_one: bool
     ) -> Locked | None:
-        """Store pending writes; the checkpoint they belong to may arrive later.
+        """Store pending writes; their checkpoint may arrive later.
 
-        None if content was left out that came along for writes that are there already: the cache must not take it for
-        stored.
+        None if content was left out because its writes exist already: the cache must not count it as stored.
 
         Raises:
             WriteConflict: the write is to be done in another mode.
@@ -154,7 +142,7 @@ class Writer:
         return thread
 
     def delete_thread(self, connection: Connection, thread_id: str) -> None:
-        """Remove every row of a thread; one that is not there is no error."""
+        """Delete every row of a thread, if it exists."""
         thread = self.lock(connection, thread_id)
         if thread is not None:
             tables = self._tables
@@ -163,16 +151,20 @@ class Writer:
             connection.execute(delete(tables.threads).where(tables.threads.c.number == thread.number))
 
     def lock(self, connection: Connection, thread_id: str) -> Locked | None:
-        """Take a thread for this transaction alone; None if there is no such thread."""
+        """Lock a thread exclusively; None if there is no such thread."""
         return self._locked(connection, self._lock, thread_id)
 
+    def find(self, connection: Connection, thread_id: str) -> Locked | None:
+        """The number and epoch of a thread, without a lock."""
+        return self._locked(connection, self._find, thread_id)
+
     def sweep(self, connection: Connection, thread: Locked) -> Locked:
-        """Free what nothing refers to, in a transaction that holds the thread alone."""
+        """Delete content without references, in a transaction that has locked the thread exclusively."""
         self._sweeper.sweep(connection, thread.number)
         return Locked(thread.number, thread.epoch + 1)
 
     def open_thread(self, connection: Connection, thread_id: str, *, alone: bool) -> Locked:
-        """Lock a thread, which is made if it is not there."""
+        """Lock a thread, exclusively if `alone`; it is created if it does not exist."""
         statement = self._lock if alone else self._share
         thread = self._locked(connection, statement, thread_id)
         if thread is None:
@@ -183,7 +175,7 @@ class Writer:
         return thread
 
     def add_content(self, connection: Connection, thread: int, contents: Mapping[bytes, tuple[int, bytes]]) -> None:
-        """Store content; what is there already is left alone."""
+        """Store content that is not there yet."""
         if contents:
             rows = self._content_rows(contents, thread=thread)
             insert_content(connection.dialect.name, self._tables.blobs).run(connection, rows)
@@ -196,10 +188,10 @@ class Writer:
         ]
 
     def _insert(self, connection: Connection, table: Table, new: Encoded, in_one: bool) -> Locked:
-        """Store new rows and their content if the thread is what the cache says."""
+        """Store new rows and their content if the cache is right about the thread."""
         dialect, tables, contents, known = connection.dialect.name, self._tables, new.packer.new, new.packer.known
         assert known.number is not None
-        if known.void:  # the server that answers now may never have had what the cache says
+        if known.void:  # the server that answers now may lack what the cache knows
             raise WriteConflict(WriteMode.CHECK)
         thread = Locked(known.number, known.epoch)
         try:
@@ -217,7 +209,7 @@ class Writer:
         return thread
 
     def _begin(self, connection: Connection, thread_id: str, packer: Packer, mode: WriteMode) -> Locked:
-        """Lock the thread, which is made if it is not there and must be the one that the packer relies on."""
+        """Lock the thread, created if needed, and check that it is the one that the packer relies on."""
         thread = self.open_thread(connection, thread_id, alone=mode is WriteMode.EXCLUSIVE)
         known = packer.known
         if known.void or (packer.relies_on_cache and thread != (known.number, known.epoch)):

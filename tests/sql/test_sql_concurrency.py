@@ -99,7 +99,7 @@ def test_a_task_waits_for_a_page_of_a_listing_and_not_for_each_checkpoint(
             calls.append(args)
             return super().submit(*args)
 
-    monkeypatch.setattr(saver._store.database, "reading_threads", Counting(2))
+    monkeypatch.setattr(saver._database, "reading_threads", Counting(2))
 
     async def listed() -> tuple[list[Any], Exception | None]:
         found: list[Any] = []
@@ -122,7 +122,7 @@ def test_a_task_waits_for_a_page_of_a_listing_and_not_for_each_checkpoint(
 
 def test_calls_that_wait_when_a_saver_closes_say_so(saver: SQLAlchemySaver) -> None:
     put(saver, config())
-    database, free = saver._store.database, threading.Event()
+    database, free = saver._database, threading.Event()
 
     async def close_under_them() -> list[Any]:
         for _ in range(THREADS):

@@ -326,7 +326,7 @@ def test_a_call_that_someone_stored_is_refused_by_name(url: str, path: Path, wha
     with SQLAlchemySaver.from_url(url, cache_bytes=0) as saver:
         at = put(saver, config(), {"x": ["item", "y" * 100]})
         with closing(sqlite3.connect(path)) as connection:
-            forge(connection, saver._store.protection, body=b"msgpack\0" + ormsgpack.packb(call))
+            forge(connection, saver._protection, body=b"msgpack\0" + ormsgpack.packb(call))
             connection.commit()
         for ask in (lambda: saver.get_tuple(at), lambda: list(saver.list(None))):
             with pytest.raises(StorageError, match=rf"names {what[0]}\.{what[1]}, .*allowed_msgpack_modules=\["):
@@ -377,7 +377,7 @@ def test_a_pickle_that_someone_stored_is_not_read(
     with SQLAlchemySaver.from_url(url, **{**PROTECTION[protection], "serde": serde}) as saver:
         at = put(saver, config(), {"x": ["item", "y" * 100]})
         with closing(sqlite3.connect(path)) as connection:
-            forge(connection, saver._store.protection, body=b"pickle\0" + pickled)
+            forge(connection, saver._protection, body=b"pickle\0" + pickled)
             connection.commit()
         with pytest.raises(StorageError, match="pickle"):
             saver.get_tuple(at)

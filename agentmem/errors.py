@@ -19,7 +19,7 @@
     ├── TurnTimeoutError           the turn took longer than its timeout
     ├── EngineClosedError          the engine was closed
     ├── DataError                  training data cannot be read, or too much of it cannot be used
-    ├── TrainingError              a process that computed part of a training step failed
+    ├── TrainingError              a training run cannot go on; its last checkpoint is whole
     ├── StorageError               a database lacks what was requested, or holds something this version cannot read
     └── FactStoreError             the fact store cannot be opened or used
         ├── FactIndexError         its search index is lost or damaged; the facts are not
@@ -121,7 +121,7 @@ class DataError(AgentMemError, ValueError):
 
 
 class TrainingError(AgentMemError, RuntimeError):
-    """A process that computes part of a training step failed; the last checkpoint is intact."""
+    """A training run cannot go on: its loss is no number, or memory ran out. The last checkpoint is whole."""
 
 
 class StorageError(AgentMemError, RuntimeError):

@@ -36,6 +36,7 @@ from agentmem.errors import (
     ConfigError,
     MissingAdapterError,
     ModelNotFoundError,
+    UnsupportedModelError,
     install_hint,
 )
 
@@ -90,15 +91,9 @@ def load(
             other, or a library that one of them needs is not installed.
         ModelNotFoundError: the model's files cannot be found or read.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    place = _place(model)
-    if model == SMOLLM2 and place == SMOLLM2:
-        command = f"python -m agentmem.training.smollm2 {_smollm2_places()[1]}"
-        raise ModelNotFoundError(
-            f"smollm2 is expected in {' or '.join(map(str, _smollm2_places()))}, and is in neither; run `make smollm2` "
-            f"in a clone, or `{command}` (either fetches 93 MB), or load {_SMOLLM2_HUB!r} from a hub"
-        )
+    place = _existing_place(model)
     if device_map is not None and device != "auto":
         raise ConfigError(f"give device= or device_map=; found {device!r} and {device_map!r}")
     target = _device(device)
@@ -124,17 +119,7 @@ def load(
             weights = load_adapter(directory)
             if weights.base is None:
                 check_base(place, directory, str(adapter or directory))
-        tokenizer = _read(AutoTokenizer.from_pretrained, place, **common)
-        if getattr(tokenizer, "chat_template", None) is None:
-            raise ConfigError(
-                f"the tokenizer of {model} has no chat template; use a chat model, or set one and save it"
-            )
-        if not tokenizer.encode(
-            "a", add_special_tokens=False
-        ):  # what transformers makes of a directory without its files
-            raise ModelNotFoundError(
-                f"the model at {place!r} is not complete: its tokenizer has no vocabulary; fetch the model again"
-            )
+        tokenizer = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
         loaded, report = _read(
             AutoModelForCausalLM.from_pretrained, place, output_loading_info=True, **common, **options
         )
@@ -165,6 +150,39 @@ def load(
         max_batch=max_batch,
         template_options=template_options,
     )
+
+
+def load_tokenizer(model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model, see `load`.
+
+    Raises:
+        ConfigError: it has no chat template.
+        ModelNotFoundError: its files cannot be found or read.
+    """
+    from transformers import AutoTokenizer
+
+    place = _existing_place(model)
+    tokenizer = _read(AutoTokenizer.from_pretrained, place, revision=revision, trust_remote_code=trust_remote_code)
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ConfigError(f"the tokenizer of {model} has no chat template; use a chat model, or set one and save it")
+    if not tokenizer.encode("a", add_special_tokens=False):  # what transformers makes of a directory without its files
+        raise ModelNotFoundError(
+            f"the model at {place!r} is not complete: its tokenizer has no vocabulary; fetch the model again"
+        )
+    return tokenizer
+
+
+def load_skeleton(model: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """A model without its weights (on torch's "meta" device), to look at its layers; raises as `load` does."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    place = _existing_place(model)
+    config = _read(AutoConfig.from_pretrained, place, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise UnsupportedModelError(f"the model at {place!r} is no causal language model: {error}") from error
 
 
 def context_limit(model: str | Path = "nano") -> int | None:
@@ -198,6 +216,18 @@ def _place(model: str | Path) -> str:
         return str(NANO)
     places = _smollm2_places() if model == SMOLLM2 else []
     return str(next((place for place in places if (place / "config.json").is_file()), model))
+
+
+def _existing_place(model: str | Path) -> str:
+    """The same; refuses a model that has a name of ours and is not there."""
+    place = _place(model)
+    if model == SMOLLM2 and place == SMOLLM2:
+        command = f"python -m agentmem.training.smollm2 {_smollm2_places()[1]}"
+        raise ModelNotFoundError(
+            f"smollm2 is expected in {' or '.join(map(str, _smollm2_places()))}, and is in neither; run `make smollm2` "
+            f"in a clone, or `{command}` (either fetches 93 MB), or load {_SMOLLM2_HUB!r} from a hub"
+        )
+    return place
 
 
 def _smollm2_places() -> list[Path]:

@@ -1,1 +1,1 @@
-"""Training: one loop (`loop`), a base model from conversations (`pretrain`), memory from replies (`adapter`)."""
+"""Training: data (`sources`), what an engine would run of it (`examples`), a step (`step`), the loop, a run (`run`)."""

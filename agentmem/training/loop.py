@@ -1,211 +1,441 @@
-"""The training loop: AdamW with warm-up and cosine decay, gradient clipping, atomic checkpoints, exact resumption.
+"""The training loop: `transformers.Trainer` for any module whose forward pass returns its loss.
 
-The loss of a step must depend only on the parameters and the step's number (batches are drawn from a seed and that
-number). Then a run that is stopped and resumed ends with the same bits as one that was not. A step has `PARTS` parts,
-which any number of processes can share without changing the bits. A checkpoint is one safetensors file, replaced
-atomically; nothing in it can execute.
+What differs from the Trainer as it is:
+
+- A step's loss is the weighted mean over all its batches, on all devices. So examples may be divided among devices,
+  batches and accumulated batches in any way without changing what is learned.
+- An example follows from its number, and the numbers of a step from the step's. So a run that is resumed continues with
+  the examples that would have come next, and nothing is computed to get there.
+- A checkpoint holds the trained parameters and the optimiser's moments in safetensors, nothing that can execute, and no
+  frozen parameter. It is whole or it is not there (`checkpoints`).
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
-import platform
+import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from agentmem.errors import ConfigError
-from agentmem.training.gradients import ParallelGradients, PartLoss
+from agentmem.errors import ConfigError, TrainingError
+from agentmem.training.checkpoints import LOG_FILE, checkpoints, cut_log, last_checkpoint, remove
+from agentmem.training.config import TrainConfig
 
-PARTS = 2
-"""Parts of a step, whose gradients are summed; at most this many processes can share the work."""
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # options of mallopt, from malloc.h
+_PARAMETERS_FILE = "parameters.safetensors"
+_MOMENTS_FILE = "optimizer.safetensors"
+_STATE_FILE = "trainer_state.json"  # the Trainer's own, by this name
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+_WAIT = 6 * 3600  # seconds that other processes wait while the first one measures
+_RECENT = 50  # steps whose mean loss is shown
+
+
+class ExampleDataset(torch.utils.data.Dataset[Any]):
+    """Examples by number: those of step s are numbers s * n to (s + 1) * n - 1, for n conversations a step.
+
+    Args:
+        count: the number of conversations; they are taken in an order drawn anew each time all have been taken.
+        make: makes the example of a conversation's number, with a source of random choices.
+        seed: determines orders and choices.
+        length: examples of the whole run.
+    """
+
+    _SHUFFLED = 1 << 22  # sources larger than this are endless generators, whose own order is as good as any
+
+    def __init__(self, count: int, make: Callable[[int, Random], Any], *, seed: int, length: int) -> None:
+        self._count, self._make, self._seed, self._length = count, make, seed, length
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Any:
+        return self._make(self._conversation(index), Random(f"{self._seed}/{index}"))
+
+    def _conversation(self, index: int) -> int:
+        if self._count > self._SHUFFLED:
+            return index % self._count
+        round_, place = divmod(index, self._count)
+        if self._order[0] != round_:
+            order = list(range(self._count))
+            Random(f"{self._seed}/order/{round_}").shuffle(order)
+            self._order = round_, order
+        return self._order[1][place]
 
 
 @dataclass(frozen=True)
-class TrainingPlan:
-    """How long and how fast to train.
+class TrainProgress:
+    """How far a run is: loss is the mean of the last 50 steps, arms and score those of the last measurement."""
 
-    Attributes:
-        steps: optimiser steps in all.
-        learning_rate: the peak, reached after `warmup` steps; then it decays along a cosine to `floor` times the
-            peak.
-        weight_decay: decoupled; applied to matrices, not to vectors.
-        clip: the largest global gradient norm.
-        save_every: steps between checkpoints.
-    """
-
-    steps: int
-    learning_rate: float
-    warmup: int = 50
-    floor: float = 0.05
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    save_every: int = 200
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.save_every < 1 or self.learning_rate <= 0:
-            raise ConfigError(f"steps and save_every must be at least 1 and learning_rate positive; found {self}")
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.learning_rate * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+    step: int
+    max_steps: int
+    loss: float
+    seconds: float
+    seconds_left: float
+    arms: Mapping[str, float] = field(default_factory=dict)
+    score: float | None = None
 
 
-@dataclass
-class TrainingLog:
-    """What a run has done: the loss of every step, and the seconds of wall time over all its sessions."""
-
-    losses: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def recent(self, count: int = 50) -> float:
-        """Mean loss of the last `count` steps (nan before the first step)."""
-        tail = self.losses[-count:]
-        return sum(tail) / len(tail) if tail else math.nan
-
-
-def fit(
-    parameters: Iterable[tuple[str, nn.Parameter]],
-    loss_of: PartLoss,
-    plan: TrainingPlan,
-    *,
-    processes: int = 1,
-    checkpoint: Path | None = None,
-    on_step: Callable[[int, TrainingLog], None] | None = None,
-) -> TrainingLog:
-    """Train the named parameters in place.
+class TrainingLoop(Trainer):  # type: ignore[misc]  # transformers is not followed by the type checker
+    """Trains the parameters of a module that are not frozen.
 
     Args:
-        parameters: the parameters to train, by unique names.
-        loss_of: computes the loss of one of the `PARTS` parts of a step (counted from 0), with its graph; the
-            losses of the parts add up to the loss of the step.
-        plan: steps and rates.
-        processes: how many processes compute the parts, at most `PARTS`, with one thread each; the bits are those
-            of one process with one thread.
-        checkpoint: a file to save to, and to resume from if it exists; None saves nothing.
-        on_step: called after every step with the number of completed steps and the log.
-
-    Raises:
-        ConfigError: the checkpoint holds other parameters or belongs to a run with another plan; or `processes` is 0.
-        FloatingPointError: the loss is not finite; the last checkpoint is intact.
-        TrainingError: a process failed; the last checkpoint is intact.
+        step: `step(batch)` returns a dict with `loss`, the mean by weight over the batch's tokens, `weight`, the sum of
+            these weights, and other numbers for the log.
+        dataset: the examples, `batch_size * accumulate * processes` for each step.
+        collate: makes a batch of a list of examples.
+        weigh: the `weight` of a batch before it is computed.
+        config: the run; only its steps, rates and directory matter here.
+        arguments: see `training_arguments`.
+        on_progress: called after every step, in the first process only.
     """
-    named = dict(parameters)
-    matrices = [p for p in named.values() if p.dim() > 1]
-    vectors = [p for p in named.values() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": plan.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        lr=plan.learning_rate,
-        betas=(0.9, 0.98),
-    )
-    log, done = TrainingLog(), 0
-    if checkpoint is not None and checkpoint.exists():
-        log, done = _load(checkpoint, named, optimizer, plan)
-    began = time.perf_counter() - log.seconds
-    processes = processes if done < plan.steps else 1
-    with ParallelGradients(list(named.values()), loss_of, count=PARTS, processes=processes) as parts:
-        for step in range(done, plan.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = plan.rate(step)
-            value = parts.run(step)
-            if not math.isfinite(value):
-                raise FloatingPointError(f"the loss of step {step} is {value}; lower the learning rate")
-            torch.nn.utils.clip_grad_norm_(list(named.values()), plan.clip)
-            optimizer.step()
-            log.losses.append(value)
-            log.seconds = time.perf_counter() - began
-            if checkpoint is not None and ((step + 1) % plan.save_every == 0 or step + 1 == plan.steps):
-                _save(checkpoint, named, optimizer, plan, log)
-            if on_step is not None:
-                on_step(step + 1, log)
-    return log
 
+    # Each batch's loss is already its share of the step's: the Trainer must not divide it again.
+    loss_is_scaled_for_ga = True
 
-def _plan_text(plan: TrainingPlan) -> str:
-    """The plan as text for a checkpoint's header."""
-    return f"Plan({', '.join(f'{field.name}={getattr(plan, field.name)!r}' for field in fields(plan))})"
+    def __init__(
+        self,
+        step: nn.Module,
+        dataset: ExampleDataset,
+        collate: Callable[[Sequence[Any]], dict[str, Any]],
+        weigh: Callable[[dict[str, Any]], Tensor],
+        config: TrainConfig,
+        arguments: TrainingArguments,
+        *,
+        on_progress: Callable[[TrainProgress], None] | None = None,
+    ) -> None:
+        self.config, self._weigh, self._on_progress = config, weigh, on_progress
+        self.out = Path(config.out)
+        super().__init__(step, arguments, collate, dataset, callbacks=[_Hooks(self)])
+        self.remove_callback(PrinterCallback)
+        self.stop = StopRequest()
+        self.stopped = False  # whether the run was stopped from outside
+        self.arms: Mapping[str, float] = {}
+        self.score: float | None = None
+        self._total_weight = torch.zeros(())
+        self._scalars: dict[str, Tensor] = {}
+        self._losses: list[float] = []
+        self._seconds_before = 0.0
+        self._began = time.perf_counter()
+        self._first_step = 0
+        if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
+            raise ConfigError("FSDP is supported in its second version: set fsdp_version: 2 in accelerate's config")
 
+    def run(self) -> None:
+        """Train to the end, or until the process is told to stop, from the last checkpoint if there is one.
 
-def _save(
-    path: Path,
-    named: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    plan: TrainingPlan,
-    log: TrainingLog,
-) -> None:
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in named.items():
-        tensors[f"parameter/{name}"] = parameter.detach().contiguous()
-        # A parameter that has never had a gradient has no moments.
-        for moment in _MOMENTS:
-            if moment in optimizer.state[parameter]:
-                tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment].contiguous()
-                tensors[f"step/{name}"] = torch.as_tensor(optimizer.state[parameter]["step"])
-    header = {"plan": _plan_text(plan), "losses": json.dumps(log.losses), "seconds": repr(log.seconds)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".partial")
-    save_file(tensors, fresh, metadata=header)
-    os.replace(fresh, path)
+        Raises:
+            TrainingError: the loss or the gradient is not finite.
+        """
+        last = last_checkpoint(self.out)
+        with self.stop.listen():
+            self.train(resume_from_checkpoint=None if last is None else str(last))
 
+    # What a step is.
 
-def _load(
-    path: Path, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, plan: TrainingPlan
-) -> tuple[TrainingLog, int]:
-    with safe_open(path, framework="pt") as file:
-        header = file.metadata()
-        held = set(file.keys())
-        if header.get("plan") != _plan_text(plan) or {f"parameter/{n}" for n in named} != {
-            key for key in held if key.startswith("parameter/")
-        }:
-            raise ConfigError(
-                f"{path} is the checkpoint of another run: expected {_plan_text(plan)}, found {header.get('plan')}; "
-                "remove it to start anew"
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        # The dataset has the order; a random sampler would also hold a permutation of an endless source.
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], None]:
+        """The batches of a step; their weights are added over all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        weight = sum(
+            (self._weigh(batch).to(device, torch.float32) for batch in batches), torch.zeros((), device=device)
+        )
+        if self.accelerator.num_processes > 1:
+            # One exchange for both: all processes have to stop after the same step.
+            both = torch.stack([weight, torch.full_like(weight, float(self.stop.requested))])
+            weight, stops = self.accelerator.gather(both[None]).sum(0)
+            self.stopped = bool(stops > 0)
+        self._total_weight = weight
+        return batches, None
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The batch's share of the step's weighted mean.
+
+        Times the number of processes, since the gradients of processes are averaged and not added.
+        """
+        outputs = model(inputs)
+        for name, value in outputs.items():
+            if name not in ("loss", "sum", "weight"):
+                self._scalars[name] = torch.as_tensor(value).detach()
+        share = outputs["weight"].detach() / self._total_weight.clamp_min(1e-9)
+        loss = outputs["loss"] * share * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Warm-up, then a cosine down to `floor` times the rate."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler: Any = torch.optim.lr_scheduler.LambdaLR(
+                self.optimizer if optimizer is None else optimizer, partial(rate_factor, self.config)
             )
-        for name, parameter in named.items():
-            stored = file.get_tensor(f"parameter/{name}")
-            if stored.shape != parameter.shape:
-                raise ConfigError(
-                    f"{path}: {name} must have shape {tuple(parameter.shape)}, found {tuple(stored.shape)}; "
-                    "remove the checkpoint to start anew"
-                )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Weights decay in matrices, not in biases and scales."""
+        return [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
+
+    # Checkpoints.
+
+    def save_parameters(self, directory: Path) -> None:
+        """Write the trained parameters. Called in all processes at once; the first one writes."""
+        tensors = {name: full(parameter.detach()).cpu().contiguous() for name, parameter in self._trained()}
+        if self.args.should_save:
+            save_file(tensors, directory / _PARAMETERS_FILE)
+
+    def load_parameters(self, directory: Path) -> None:
+        """Read them back, in place."""
+        stored = load_file(directory / _PARAMETERS_FILE)
+        for name, parameter in self._trained():
             with torch.no_grad():
-                parameter.copy_(stored)
-            if f"step/{name}" in held:
-                optimizer.state[parameter] = {
-                    "step": file.get_tensor(f"step/{name}"),
-                    **{moment: file.get_tensor(f"{moment}/{name}") for moment in _MOMENTS},
-                }
-    losses = json.loads(header["losses"])
-    return TrainingLog(losses, float(header["seconds"])), len(losses)
+                parameter.copy_(like(stored[name], parameter))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        name = f"checkpoint-{self.state.global_step}"
+        aside = self.out / f".{name}.partial"
+        if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self.save_parameters(aside)
+        if self.is_deepspeed_enabled:  # each process writes its own part of the moments
+            self.model_wrapped.save_checkpoint(str(aside), exclude_frozen_parameters=True)
+        else:
+            moments = self._moments()
+            if self.args.should_save:
+                save_file(moments, aside / _MOMENTS_FILE)
+        if self.args.should_save:
+            self.state.save_to_json(str(aside / _STATE_FILE))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            remove(self.out / name)
+            os.replace(aside, self.out / name)
+            for _, old in checkpoints(self.out)[: -self.config.keep]:
+                remove(old)
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.load_parameters(Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        if not self.is_deepspeed_enabled:  # which loads its own
+            stored = load_file(Path(checkpoint) / _MOMENTS_FILE)
+            for name, parameter in self._trained():
+                held = {moment: stored[key] for moment in _MOMENTS if (key := f"{moment}/{name}") in stored}
+                if held:
+                    placed = {m: t if m == "step" else like(t, parameter) for m, t in held.items()}
+                    self.optimizer.state[parameter] = placed
+        # All that a schedule depends on is the number of the step.
+        state = self.lr_scheduler.state_dict()
+        rates = [rate * rate_factor(self.config, self.state.global_step) for rate in state["base_lrs"]]
+        state |= {"last_epoch": self.state.global_step, "_step_count": self.state.global_step + 1, "_last_lr": rates}
+        self.lr_scheduler.load_state_dict(state)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing to load: what is drawn in a step follows from its number."""
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def _moments(self) -> dict[str, Tensor]:
+        state = self.optimizer.state
+        return {
+            f"{moment}/{name}": full(torch.as_tensor(state[parameter][moment])).cpu().contiguous().clone()
+            for name, parameter in self._trained()
+            for moment in _MOMENTS
+            if moment in state.get(parameter, {})
+        }
+
+    # What is seen of a run.
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Write a line to `log.jsonl`, and to what `report_to` names.
+
+        Raises:
+            TrainingError: the loss or the gradient is not finite.
+        """
+        step = self.state.global_step
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                last = last_checkpoint(self.out)
+                raise TrainingError(
+                    f"the {name} of step {step} is {logs[name]}; lower learning_rate (it is "
+                    f"{self.config.learning_rate}) or raise warmup. Checkpoints are whole; the last one: {last}"
+                )
+        if "loss" in logs:
+            logs |= {name: float(value) for name, value in self._scalars.items()}
+            self._losses = [*self._losses[1 - _RECENT :], logs["loss"]]
+        super().log(logs, start_time)
+        self.state.log_history.clear()  # it would go into every checkpoint
+        if "loss" in logs:
+            self.write_line({key: value for key, value in logs.items() if key != "epoch"})
+            self._show()
+
+    def write_line(self, values: Mapping[str, Any]) -> None:
+        """Append a line to the log, in the first process."""
+        if self.args.should_save:
+            line = {"step": self.state.global_step, "seconds": round(self.seconds(), 2), **values}
+            with (self.out / LOG_FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def seconds(self) -> float:
+        """Seconds of this run in all its sittings."""
+        return self._seconds_before + time.perf_counter() - self._began
+
+    def _show(self) -> None:
+        if self._on_progress is None or not self.is_world_process_zero():
+            return
+        step = self.state.global_step
+        done = step - self._first_step
+        each = (time.perf_counter() - self._began) / max(1, done)
+        self._on_progress(
+            TrainProgress(
+                step=step,
+                max_steps=self.state.max_steps,
+                loss=sum(self._losses) / max(1, len(self._losses)),
+                seconds=self.seconds(),
+                seconds_left=each * (self.state.max_steps - step),
+                arms=self.arms,
+                score=self.score,
+            )
+        )
+
+    # Where subclasses join in.
+
+    def begin(self) -> None:
+        """Take up the log where the run is resumed; what was logged after the checkpoint comes again."""
+        self._first_step, self._began = self.state.global_step, time.perf_counter()
+        if self.args.should_save:
+            self._seconds_before = cut_log(self.out / LOG_FILE, self.state.global_step)
+
+    def before_step(self) -> None:
+        """Called before each step."""
+
+    def after_step(self) -> None:
+        """Called after each step, unless the run ends because it was stopped."""
 
 
-def keep_memory() -> bool:
-    """Let this process keep freed memory blocks; True where the C library has the setting (glibc).
+class _Hooks(TrainerCallback):  # type: ignore[misc]
+    def __init__(self, loop: TrainingLoop) -> None:
+        self._loop = loop
 
-    By default glibc maps large blocks anew and unmaps them when they are freed, so every training step pays page faults
-    for activations that the previous step had freed: about half of its time for a small model. The setting affects the
-    whole process.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**28))
-    answers = [mallopt(name, value) for name, value in settings]
-    return all(answer == 1 for answer in answers)
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._loop.begin()
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._loop.before_step()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        loop = self._loop
+        if loop.accelerator.num_processes == 1:
+            loop.stopped = loop.stop.requested
+        if loop.stopped:
+            control.should_training_stop = control.should_save = True
+        else:
+            loop.after_step()
+
+
+def training_arguments(config: TrainConfig) -> TrainingArguments:
+    """The Trainer's own options for a run. Finds the device, and joins the other processes if there are any."""
+    arguments = TrainingArguments(
+        output_dir=config.out,
+        max_steps=config.max_steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulate,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1],
+        max_grad_norm=config.clip,
+        optim="adamw_torch",
+        seed=config.seed,
+        use_cpu=config.device == "cpu",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_steps=config.save_every,
+        report_to=list(config.report_to) or "none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_num_workers=config.workers,
+        dataloader_persistent_workers=config.workers > 0,
+        dataloader_pin_memory=config.device not in ("cpu", "mps") and torch.cuda.is_available(),
+        # A batch in which nothing is written reaches no write parameter.
+        ddp_find_unused_parameters=True,
+        ddp_timeout=_WAIT,
+    )
+    # Several visible GPUs and one process: the Trainer would replicate the step by threads, which share one model here.
+    arguments.device  # noqa: B018 - finds the devices
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def rate_factor(config: TrainConfig, step: int) -> float:
+    """The learning rate of a step, counted from 0, as a share of the highest."""
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, config.max_steps - config.warmup)
+    return config.floor + (1 - config.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+class StopRequest:
+    """Whether the process was told to end (SIGTERM or Ctrl-C); the loop then saves a checkpoint and returns."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextmanager
+    def listen(self) -> Iterator[None]:
+        """Catch the signals while training; a second Ctrl-C interrupts at once. Only in a process's main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+        def note(number: int, _frame: Any) -> None:
+            self.requested = True
+            signal.signal(number, before[number])
+
+        try:
+            for number in before:
+                signal.signal(number, note)
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """A tensor that may be spread over devices, in one piece."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor in one piece, where and in what parts a parameter is."""
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return tensor.to(parameter.device).reshape(parameter.shape)

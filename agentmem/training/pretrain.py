@@ -6,95 +6,99 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from random import Random
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from agentmem.training.loop import PARTS, TrainingLog, TrainingPlan, fit
+from agentmem.training.config import TrainConfig
+from agentmem.training.loop import ExampleDataset, TrainingLoop, TrainProgress, training_arguments
+from agentmem.training.sources import ENDLESS
 
 REST_WEIGHT = 0.2
 _REST_SHARE = 0.2
 
-
-@dataclass(frozen=True)
-class LMBatch:
-    """Right-padded conversations: ids [B, T] int64, mask [B, T] bool, weight [B, T] float32.
-
-    `weight[b, t]` is the weight of predicting token t; 0 for padding.
-    """
-
-    ids: Tensor
-    mask: Tensor
-    weight: Tensor
+LMBatch = dict[str, Any]
+"""Right-padded conversations: `ids` [B, T] int64, and `weights` [B, T] float32 of predicting each, 0 for padding."""
 
 
 def pad_batch(rows: Sequence[tuple[Sequence[int], Sequence[float]]], pad: int) -> LMBatch:
     """Put rows of (ids, weights) into one right-padded batch."""
     length = max(len(ids) for ids, _ in rows)
     ids = torch.full((len(rows), length), pad)
-    mask = torch.zeros(len(rows), length, dtype=torch.bool)
-    weight = torch.zeros(len(rows), length)
-    for i, (row, weights) in enumerate(rows):
+    weights = torch.zeros(len(rows), length)
+    for i, (row, own) in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = True
-        weight[i, : len(row)] = torch.tensor(weights)
-    return LMBatch(ids, mask, weight)
+        weights[i, : len(row)] = torch.tensor(own)
+    return {"ids": ids, "weights": weights}
 
 
-def lm_loss(model: PreTrainedModel, batch: LMBatch, generator: torch.Generator, rows: slice = slice(None)) -> Tensor:
-    """Weighted next-token cross-entropy, in nats per unit of weight; of `rows` only, as a share of the batch's.
+def thinned(batch: LMBatch, generator: torch.Generator) -> LMBatch:
+    """The batch with only a random share of the tokens outside of replies, their weight raised to match.
 
-    The vocabulary product is the most expensive part of a small model. So of the tokens outside of replies only a
-    random share is used, with its weight raised to match: the expected loss is the same.
+    The vocabulary product is the most expensive part of a small model, and the expected loss is the same.
     """
-    weight = batch.weight[:, 1:]
-    taken = (weight >= 1) | ((weight > 0) & (torch.rand(weight.shape, generator=generator) < _REST_SHARE))
-    weight = torch.where(weight >= 1, weight, weight / _REST_SHARE)
-    total_weight = weight[taken].sum()
-    ids, weight, taken = batch.ids[rows], weight[rows], taken[rows]
-    if not bool(taken.any()):
-        return torch.zeros(())
-    # Padding is on the right, where causal attention never looks, so no mask is needed; without one attention is
-    # faster.
-    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-    head = model.get_output_embeddings()
-    assert head is not None
-    losses = F.cross_entropy(head(hidden[:, :-1][taken]).float(), ids[:, 1:][taken], reduction="none")
-    return (losses * weight[taken]).sum() / total_weight
+    weights = batch["weights"]
+    kept = (weights >= 1) | (torch.rand(weights.shape, generator=generator) < _REST_SHARE)
+    raised = torch.where(weights >= 1, weights, weights / _REST_SHARE)
+    return {**batch, "weights": torch.where(kept, raised, 0.0)}
+
+
+class LMStep(nn.Module):
+    """Weighted next-token cross-entropy of a model, in nats per unit of weight."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """`loss` and `weight`, the sum of the weights."""
+        weights = batch["weights"][:, 1:]
+        counts = weights > 0
+        # Padding is on the right, where causal attention never looks, so no mask is needed; without one attention is
+        # faster.
+        hidden = self.model.get_decoder()(input_ids=batch["ids"], use_cache=False).last_hidden_state
+        logits = self.model.get_output_embeddings()(hidden[:, :-1][counts]).float()
+        losses = F.cross_entropy(logits, batch["ids"][:, 1:][counts], reduction="none")
+        weight = weights.sum()
+        return {"loss": (losses * weights[counts]).sum() / weight.clamp_min(1e-6), "weight": weight}
 
 
 def pretrain(
     model: PreTrainedModel,
     batch_of: Callable[[int], LMBatch],
-    plan: TrainingPlan,
+    config: TrainConfig,
     *,
-    seed: int,
-    processes: int = 1,
-    checkpoint: Path | None = None,
-    on_step: Callable[[int, TrainingLog], None] | None = None,
-) -> TrainingLog:
-    """Train the unfrozen parameters of `model` in place, on the batches from `batch_of`; raises what `fit` raises."""
-    model.train()
-    drawn = lru_cache(maxsize=1)(batch_of)  # a process that computes several parts of a step draws its batch once
+    on_progress: Callable[[TrainProgress], None] | None = None,
+) -> None:
+    """Train the unfrozen parameters of `model` in place; a run that is in `config.out` goes on.
 
-    def loss_of(step: int, part: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        return lm_loss(model, drawn(step), generator, slice(part, None, PARTS))
+    Args:
+        model: the model.
+        batch_of: the batch of a step, counted from 0.
+        config: steps, rates and directory.
+        on_progress: called after every step.
 
-    try:
-        return fit(
-            [(name, p) for name, p in model.named_parameters() if p.requires_grad],
-            loss_of,
-            plan,
-            processes=processes,
-            checkpoint=checkpoint,
-            on_step=on_step,
-        )
-    finally:
-        model.eval()
+    Raises:
+        TrainingError: the loss is not finite; the last checkpoint is whole.
+    """
+
+    def make(number: int, _: Random) -> LMBatch:
+        return thinned(batch_of(number), torch.Generator().manual_seed(config.seed * 1_000_003 + number))
+
+    dataset = ExampleDataset(ENDLESS, make, seed=config.seed, length=config.max_steps)
+    loop = TrainingLoop(
+        LMStep(model),
+        dataset,
+        lambda batches: batches[0],  # a batch is an example of its own: its rows were chosen to be equally long
+        lambda batch: batch["weights"][:, 1:].sum(),
+        config,
+        training_arguments(config),
+        on_progress=on_progress,
+    )
+    loop.run()
+    model.eval()

@@ -105,7 +105,7 @@ class MemoryStep(nn.Module):
         state, results = self._write(batch)
         if batch["asks"] is not None:
             results.append(self._run(batch["asks"], state[batch["asks"]["rows"]]))
-        weight = _total_weight(batch)
+        weight = total_weight(batch)
         total = torch.stack([result.losses.sum() for result in results]).sum()
         penalty = total.new_zeros(())
         if self._read_penalty:
@@ -249,7 +249,8 @@ def _real(layout: Mapping[str, Any], columns: slice) -> Tensor:
     return real[:, columns]
 
 
-def _total_weight(batch: Mapping[str, Any]) -> Tensor:
+def total_weight(batch: Mapping[str, Any]) -> Tensor:
+    """The sum of the weights of all tokens of a batch."""
     weights = [layout["weights"].sum() for layout in batch["passes"]]
     if batch["asks"] is not None:
         weights.append(batch["asks"]["weights"].sum())

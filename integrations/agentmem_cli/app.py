@@ -13,6 +13,7 @@ import typer
 
 from agentmem import __version__
 from agentmem.errors import ConfigError, MissingExtraError
+from agentmem.training.command import train_command
 from agentmem_cli.options import (
     Adapter,
     AsJson,
@@ -242,6 +243,7 @@ def storage_prune(
 
 
 storage.command("import")(import_threads)
+app.command("train")(train_command)
 
 
 def _require(**extras: str) -> None:

@@ -17,11 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from agentmem import SteeredModel
 from agentmem.errors import ConfigError
 from agentmem.nano.recipe.build import Recipe, build
-from agentmem.nano.recipe.chatml import TEMPLATE
-from agentmem.nano.recipe.model import fresh_model, nano_config
-from agentmem.training.loop import TrainingPlan
-from agentmem.training.pretrain import pad_batch, pretrain
-from tests.helpers.bpe import byte_bpe
 
 MICRO = Recipe(
     tokenizer_episodes=20,
@@ -39,7 +34,7 @@ MICRO = Recipe(
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     before = torch.get_num_threads()
-    yield build(tmp_path_factory.mktemp("nano"), seed=1, recipe=MICRO, processes=1, console=Console(file=StringIO()))
+    yield build(tmp_path_factory.mktemp("nano"), seed=1, recipe=MICRO, threads=1, console=Console(file=StringIO()))
     assert torch.get_num_threads() == before
 
 
@@ -77,30 +72,16 @@ def test_the_same_seed_makes_the_same_weights_even_when_stopped(built: Path, tmp
             return super().write(text)
 
     with pytest.raises(Stop):
-        build(tmp_path, seed=1, recipe=MICRO, processes=1, console=Console(file=Breaking(), force_terminal=True))
-    assert (tmp_path / ".build" / "skills.safetensors").exists()
-    build(tmp_path, seed=1, recipe=MICRO, processes=1, console=Console(file=StringIO()))
+        build(tmp_path, seed=1, recipe=MICRO, threads=1, console=Console(file=Breaking(), force_terminal=True))
+    assert (tmp_path / ".build/skills/checkpoint-2").exists()
+    build(tmp_path, seed=1, recipe=MICRO, threads=1, console=Console(file=StringIO()))
     for name in ("model.safetensors", "adapter/adapter.safetensors"):
         first, second = load_file(built / name), load_file(tmp_path / name)
         assert all(torch.equal(first[key], second[key]) for key in first), name
-
-
-def test_checkpoints_of_another_recipe_are_refused(tmp_path: Path) -> None:
-    model = fresh_model(nano_config(byte_bpe([], TEMPLATE), width=32, layers=2), 1)
-    rows = [([1, 2, 3], [1.0, 1.0, 1.0])]
-    pretrain(
-        model,
-        lambda _: pad_batch(rows, 0),
-        TrainingPlan(1, 1e-3),
-        seed=0,
-        checkpoint=tmp_path / ".build/base.safetensors",
-    )
-    with pytest.raises(ConfigError, match="another run"):
-        build(tmp_path, seed=1, recipe=MICRO, processes=1, console=Console(file=StringIO()))
 
 
 def test_an_unfinished_build_of_another_seed_is_refused(tmp_path: Path) -> None:
     (tmp_path / ".build").mkdir()
     (tmp_path / ".build" / "run.json").write_text('{"seed": 0}')
     with pytest.raises(ConfigError, match="unfinished build"):
-        build(tmp_path, seed=1, recipe=MICRO, processes=1, console=Console(file=StringIO()))
+        build(tmp_path, seed=1, recipe=MICRO, threads=1, console=Console(file=StringIO()))

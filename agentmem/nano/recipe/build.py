@@ -32,14 +32,20 @@ from agentmem.delta.fingerprint import write_digests
 from agentmem.delta.model import SteeredModel
 from agentmem.errors import ConfigError
 from agentmem.nano.recipe.batches import BaseBatches
-from agentmem.nano.recipe.memory_batches import MemoryBatches
+from agentmem.nano.recipe.memory_batches import WRITE_WEIGHT, MemoryBatches
 from agentmem.nano.recipe.model import fresh_model, nano_config, tie_twins
 from agentmem.nano.recipe.tokenizer import train_tokenizer, twins
-from agentmem.training.adapter import start_as_copier, train_adapter
-from agentmem.training.loop import PARTS, TrainingLog, TrainingPlan, keep_memory
+from agentmem.training.checkpoints import LOG_FILE, logged
+from agentmem.training.config import TrainConfig
+from agentmem.training.examples import collate
+from agentmem.training.fitted import start_as_copier
+from agentmem.training.loop import ExampleDataset, TrainProgress, training_arguments
 from agentmem.training.pretrain import pretrain
+from agentmem.training.sources import ENDLESS
+from agentmem.training.step import MemoryStep, total_weight
+from agentmem.training.trainer import MemoryTrainer
 
-_OnStep = Callable[[int, TrainingLog], None]
+_OnProgress = Callable[[TrainProgress], None]
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ def build(
     *,
     seed: int = 0,
     recipe: Recipe | None = None,
-    processes: int = PARTS,
+    threads: int | None = None,
     console: Console | None = None,
 ) -> Path:
     """Build nano in `out_dir` and return that directory.
@@ -86,8 +92,7 @@ def build(
         out_dir: created if missing; a finished build in it is replaced only once the new one is complete.
         seed: seed of the tokenizer's corpus, of the initial weights and of every batch.
         recipe: sizes or lengths other than the shipped model's.
-        processes: number of processes that share the work, with one thread each; the weights are the same to the
-            bit.
+        threads: CPU threads; None = torch's own number. With the same number the weights are the same to the bit.
         console: where progress is shown; None = standard output.
 
     Raises:
@@ -98,9 +103,8 @@ def build(
     work = out / ".build"
     work.mkdir(parents=True, exist_ok=True)
     _claim(work, seed, recipe)
-    keep_memory()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads or threads_before)
     columns = (TextColumn("{task.description:<10}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
                TextColumn("loss {task.fields[loss]}"), TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
     try:
@@ -109,19 +113,22 @@ def build(
             pairs = twins(tokenizer)
             model = fresh_model(nano_config(tokenizer, width=recipe.width, layers=recipe.layers), seed, pairs)
             tie_twins(model, pairs)
-            logs = {}
-            for number, (name, plan) in enumerate(_plans(recipe).items()):
-                shower = _shower(progress, name, plan.steps)
-                logs[name] = _base(work, name, model, tokenizer, seed + number, recipe, plan, processes, shower)
+            for number, (name, (steps, rate)) in enumerate(_stages(recipe).items()):
+                config = _config(work / name, seed + number, steps, rate, weight_decay=0.01, warmup=30)
+                pretrain(
+                    model,
+                    _base_batches(name, tokenizer, config, recipe),
+                    config,
+                    on_progress=_shower(progress, name, steps),
+                )
             _round(model)
             steered = SteeredModel.attach(model, config=recipe.memory, seed=seed)
-            logs["adapter"] = _memory(
-                work, steered, tokenizer, seed, recipe, processes, _shower(progress, "adapter", recipe.memory_steps)
-            )
+            _memory(work, steered, tokenizer, seed, recipe, _shower(progress, "adapter", recipe.memory_steps))
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(threads_before)
+    logs = {name: logged(work / name / LOG_FILE) for name in (*_stages(recipe), "adapter")}
     _ship(out, tokenizer, model, steered)
-    text = json.dumps(_report(out, model, steered, seed, recipe, logs) | {"processes": processes}, indent=2) + "\n"
+    text = json.dumps(_report(out, model, steered, seed, recipe, logs), indent=2) + "\n"
     (out / "recipe.json").write_text(text, "utf-8")
     shutil.rmtree(work)
     return out
@@ -147,37 +154,30 @@ def _tokenizer(work: Path, seed: int, recipe: Recipe) -> PreTrainedTokenizerBase
     return tokenizer
 
 
-def _plans(recipe: Recipe) -> dict[str, TrainingPlan]:
-    """The training stages of the base."""
+def _stages(recipe: Recipe) -> dict[str, tuple[int, float]]:
+    """The training stages of the base: steps and highest rate."""
     return {
-        "base": TrainingPlan(recipe.base_steps, recipe.base_rate, warmup=30),
-        "skills": TrainingPlan(recipe.skill_steps, recipe.skill_rate, warmup=30),
-        "again": TrainingPlan(recipe.again_steps, recipe.again_rate, warmup=30),
+        "base": (recipe.base_steps, recipe.base_rate),
+        "skills": (recipe.skill_steps, recipe.skill_rate),
+        "again": (recipe.again_steps, recipe.again_rate),
     }
 
 
-def _base(
-    work: Path,
-    name: str,
-    model: Qwen3ForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    seed: int,
-    recipe: Recipe,
-    plan: TrainingPlan,
-    processes: int,
-    on_step: _OnStep,
-) -> TrainingLog:
-    """Train one stage of the base: the first in a curriculum, the others mostly on tools and facts."""
+def _config(out: Path, seed: int, steps: int, rate: float, **more: Any) -> TrainConfig:
+    options: dict[str, Any] = {"model": "nano", "device": "cpu", "batch_size": 1, "evaluate_every": 0, "keep": 1} | more
+    return TrainConfig(out=str(out), seed=seed, max_steps=steps, learning_rate=rate, **options)
+
+
+def _base_batches(name: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, recipe: Recipe) -> BaseBatches:
+    """The batches of one stage of the base: the first in a curriculum, the others mostly on tools and facts."""
     first = name == "base"
-    batches = BaseBatches(
+    return BaseBatches(
         tokenizer,
-        seed=seed,
+        seed=config.seed,
         episodes=recipe.base_episodes if first else recipe.skill_episodes,
-        steps=plan.steps,
+        steps=config.max_steps,
         skills=None if first else recipe.skill_share,
     )
-    checkpoint = work / f"{name}.safetensors"
-    return pretrain(model, batches, plan, seed=seed, processes=processes, checkpoint=checkpoint, on_step=on_step)
 
 
 def _memory(
@@ -186,18 +186,27 @@ def _memory(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     recipe: Recipe,
-    processes: int,
-    on_step: _OnStep,
-) -> TrainingLog:
+    on_progress: _OnProgress,
+) -> None:
+    """Train the adapter."""
     start_as_copier(steered)
-    return train_adapter(
+    # The loss is a mean over the weights of questions (1) and written turns (a half). The norm is clipped where that of
+    # their sum would be clipped at 1.
+    clip = 1 / (1 + WRITE_WEIGHT)
+    config = _config(work / "adapter", seed, recipe.memory_steps, recipe.memory_rate, warmup=50, clip=clip)
+    batches = MemoryBatches(tokenizer, seed=seed, steps=recipe.memory_steps)
+    pad, step = tokenizer.convert_tokens_to_ids("<|endoftext|>"), MemoryStep(steered)
+    dataset = ExampleDataset(ENDLESS, lambda number, _: batches(number), seed=seed, length=recipe.memory_steps)
+    MemoryTrainer(
+        step,
         steered,
-        MemoryBatches(tokenizer, seed=seed, steps=recipe.memory_steps),
-        TrainingPlan(recipe.memory_steps, recipe.memory_rate, weight_decay=0.0),
-        processes=processes,
-        checkpoint=work / "adapter.safetensors",
-        on_step=on_step,
-    )
+        dataset,
+        lambda examples: collate(examples[0], pad, joined=step.joined),
+        total_weight,
+        config,
+        training_arguments(config),
+        on_progress=on_progress,
+    ).run()
 
 
 def _round(model: Qwen3ForCausalLM) -> None:
@@ -221,7 +230,12 @@ def _ship(out: Path, tokenizer: PreTrainedTokenizerBase, model: Qwen3ForCausalLM
 
 
 def _report(
-    out: Path, model: Qwen3ForCausalLM, steered: SteeredModel, seed: int, recipe: Recipe, logs: dict[str, TrainingLog]
+    out: Path,
+    model: Qwen3ForCausalLM,
+    steered: SteeredModel,
+    seed: int,
+    recipe: Recipe,
+    logs: dict[str, tuple[list[float], float]],
 ) -> dict[str, Any]:
     shipped = [p for p in out.rglob("*") if p.is_file() and ".build" not in p.parts and p.name != "recipe.json"]
     return {
@@ -234,12 +248,12 @@ def _report(
         },
         "training": {
             name: {
-                "steps": len(log.losses),
-                "seconds": round(log.seconds, 1),
-                "loss_every_100_steps": [round(loss, 4) for loss in log.losses[99::100]],
-                "final_loss": round(log.recent(), 4),
+                "steps": len(losses),
+                "seconds": round(seconds, 1),
+                "loss_every_100_steps": [round(loss, 4) for loss in losses[99::100]],
+                "final_loss": round(sum(losses[-50:]) / len(losses[-50:]), 4),
             }
-            for name, log in logs.items()
+            for name, (losses, seconds) in logs.items()
         },
         "versions": {
             "agentmem": __version__,
@@ -251,10 +265,6 @@ def _report(
     }
 
 
-def _shower(progress: Progress, name: str, steps: int) -> Callable[[int, TrainingLog], None]:
+def _shower(progress: Progress, name: str, steps: int) -> _OnProgress:
     task = progress.add_task(name, total=steps, loss="-")
-
-    def show(step: int, log: TrainingLog) -> None:
-        progress.update(task, completed=step, loss=f"{log.recent():.3f}")
-
-    return show
+    return lambda now: progress.update(task, completed=now.step, loss=f"{now.loss:.3f}")

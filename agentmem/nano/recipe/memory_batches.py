@@ -8,7 +8,7 @@ turn, or the last few, which are read again with writes off; the question and it
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from transformers import PreTrainedTokenizerBase
@@ -16,9 +16,11 @@ from transformers import PreTrainedTokenizerBase
 from agentmem.nano.recipe.batches import EpisodeEncoder
 from agentmem.nano.recipe.chatml import render
 from agentmem.nano.recipe.episodes import MemoryEpisode, draw_memory_episode
-from agentmem.training.adapter import MemoryBatch, Row, memory_batch
+from agentmem.training.examples import Example, Pass
 
 ACKNOWLEDGE_WEIGHT = 0.2
+WRITE_WEIGHT = 0.5
+"""Weight of all replies in the written turns of a batch; that of all questions is 1."""
 _SKILLS = ("tool", "fact", "filler", "chatter", "offer", "unoffered", "remembered", "ask")
 _SKILL_WEIGHTS = (10, 12, 6, 4, 12, 4, 46, 6)
 
@@ -90,15 +92,14 @@ class MemoryBatches:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, seed: int, steps: int) -> None:
         self._encoder = EpisodeEncoder(tokenizer)
-        self._pad = tokenizer.convert_tokens_to_ids("<|endoftext|>")
         self._seed, self._steps = seed, steps
 
-    def __call__(self, step: int) -> MemoryBatch:
-        """The batch of one step."""
+    def __call__(self, step: int) -> list[Example]:
+        """The conversations of one step."""
         return self.draw(Random(f"memory-{self._seed}-{step}"), stage_mix(step, self._steps))
 
-    def draw(self, rng: Random, mix: Mix) -> MemoryBatch:
-        """A batch of the given mix."""
+    def draw(self, rng: Random, mix: Mix) -> list[Example]:
+        """Conversations of the given mix."""
         bindings, fillers = rng.randint(*mix.bindings), rng.randint(*mix.fillers)
         changes, asks = rng.choice((0, 0, 0, 1, 1, 2)), rng.choice((0, 0, 1, 2))
         shown = min(rng.choice((0, 0, 0, 0, 1, 2)), bindings + fillers)
@@ -106,8 +107,7 @@ class MemoryBatches:
         calls = rng.randint(*mix.calls)
         if mix.plain:
             changes, asks, shown, system = 0, 0, 0, False
-        written: list[Row] = []
-        questions: list[tuple[int, Row]] = []
+        examples: list[Example] = []
         for i in range(mix.episodes):
             kinds = ["unknown" if mix.unknown and i % mix.unknown == 0 else "ask", *(["ask"] * (0 if shown else 2))]
             if mix.skills:
@@ -126,32 +126,31 @@ class MemoryBatches:
                 tooled=0.4 if mix.calls[1] else 0.25 if mix.skills else 0.0,
                 questions=kinds,
             )
-            written.append(self.written(episode, apart=apart))
-            questions += [(i, row) for row in self.asked(episode)]
-        return memory_batch(written, questions, self._pad)
+            examples.append(Example(self.written(episode, apart=apart), self.asked(episode)))
+        return _weighted(examples)
 
-    def written(self, episode: MemoryEpisode, *, apart: bool) -> Row:
-        """The write pass of an episode, with a block for each turn or one block for all of them."""
-        row = Row()
+    def written(self, episode: MemoryEpisode, *, apart: bool) -> tuple[Pass, ...]:
+        """The write passes of an episode: one for each turn, or one for all of them."""
+        passes: list[Pass] = []
         for i, turn in enumerate(episode.turns):
-            block = i if apart else 0
             if apart or i == 0:
+                passes.append(Pass([], [], [], 0))
                 opening = [episode.system] if episode.system else []
                 tools = episode.tools if i in episode.equipped or not apart else ()
                 for piece in render(opening, tools):
-                    row.extend(self._encoder.encode(piece.text), write=False, weight=0.0, block=block)
+                    self._extend(passes[-1], piece.text, write=False, weight=0.0)
             # A reply that answers a question needs memory; the others repeat what is in view.
             counts = 1.0 if i in episode.recalls else ACKNOWLEDGE_WEIGHT
             for piece in render(turn):
                 weight = counts if piece.reply else 0.0
-                row.extend(self._encoder.encode(piece.text), write=True, weight=weight, block=block)
-        return row
+                self._extend(passes[-1], piece.text, write=True, weight=weight)
+        return tuple(map(_finished, passes))
 
-    def asked(self, episode: MemoryEpisode) -> list[Row]:
+    def asked(self, episode: MemoryEpisode) -> tuple[Pass, ...]:
         """The read passes of an episode: shown turns with writes off, then the question and its replies."""
-        rows = []
+        passes = []
         for question in episode.questions:
-            row = Row()
+            asked = Pass([], [], [], 0)
             shown = episode.turns[len(episode.turns) - episode.shown :]
             tools = question.tools
             opening = [question.system] if question.system else []
@@ -165,6 +164,30 @@ class MemoryBatches:
             )
             for i, piece in enumerate(render(messages, tools)):
                 reads = i >= head
-                row.extend(self._encoder.encode(piece.text), write=reads, weight=1.0 if reads and piece.reply else 0.0)
-            rows.append(row)
-        return rows
+                self._extend(asked, piece.text, write=reads, weight=1.0 if reads and piece.reply else 0.0)
+            passes.append(_finished(asked))
+        return tuple(passes)
+
+    def _extend(self, each: Pass, text: str, *, write: bool, weight: float) -> None:
+        ids = self._encoder.encode(text)
+        each.ids.extend(ids)
+        each.segments.extend([0 if write else -1] * len(ids))
+        each.weights.extend([weight] * len(ids))
+
+
+def _finished(each: Pass) -> Pass:
+    return replace(each, split=len(each.ids))
+
+
+def _weighted(examples: list[Example]) -> list[Example]:
+    """The examples with weights that add up to 1 for all questions, and to `WRITE_WEIGHT` for all written turns."""
+    written = sum(sum(each.weights) for example in examples for each in example.passes)
+    asked = sum(sum(each.weights) for example in examples for each in example.asks)
+
+    def scaled(passes: tuple[Pass, ...], factor: float) -> tuple[Pass, ...]:
+        return tuple(replace(each, weights=[weight * factor for weight in each.weights]) for each in passes)
+
+    return [
+        Example(scaled(example.passes, WRITE_WEIGHT / (written or 1.0)), scaled(example.asks, 1.0 / (asked or 1.0)))
+        for example in examples
+    ]

@@ -1,0 +1,529 @@
+"""A training run, from its config to an adapter with its evidence: `train`, and `dry_run`, which shows one example.
+
+Everything that can be wrong with the options, the files, the data or the chat template is found before the weights are
+loaded. Then the memory is attached in float32 beside the frozen model, trained, and measured on held-out conversations
+as it goes. What is left in the output directory:
+
+    adapter.safetensors delta_mem_config.json    the best adapter; `agentmem.load(model, adapter=out)`
+    README.md                                    its card
+    predictions.jsonl                            what it replied to each question, and what the controls did
+    log.jsonl train.json                         every step and measurement; the config
+    checkpoint-N best-N                          what a resumed run goes on from
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from agentmem.delta.adapter import AUTHORS_FILE, SAFETENSORS_FILE, Adapter, load_adapter, save_adapter
+from agentmem.delta.attach import find_sites, targeted
+from agentmem.delta.config import CONFIG_FILE, MemoryConfig
+from agentmem.delta.model import SteeredModel
+from agentmem.engine import Engine
+from agentmem.errors import AgentMemError, ConfigError, DataError, TrainingError
+from agentmem.loading import load, load_skeleton, load_tokenizer
+from agentmem.messages import Message
+from agentmem.prompt.transcript import Transcript, Window
+from agentmem.training.arms import ARMS, CONTROLLED, ArmResults, Probe, measure, probes_of
+from agentmem.training.card import CardFacts, write_card
+from agentmem.training.checkpoints import best_adapters, last_checkpoint
+from agentmem.training.config import RUN_FILE, TrainConfig, suggestion
+from agentmem.training.conversations import Ask, Conversation
+from agentmem.training.episodes import EpisodeConfig
+from agentmem.training.examples import Example, ExampleMaker, collate
+from agentmem.training.facts.values import Vocabulary
+from agentmem.training.fitted import start_as_copier, start_fitted
+from agentmem.training.loop import ExampleDataset, TrainProgress, training_arguments
+from agentmem.training.progress import show_example, shown_progress
+from agentmem.training.sources import ENDLESS, MixedSource, Source, SourceOptions, open_sources
+from agentmem.training.step import MemoryStep, Start, total_weight
+from agentmem.training.trainer import Measurement, MemoryTrainer
+
+_CHECKED = 1000  # conversations that are made into examples before the weights are loaded
+_FITTED = 1500  # conversations that new weights are fitted to
+_PREDICTIONS = "predictions.jsonl"
+_TOOL = {"type": "function", "function": {"name": "look_up", "description": "", "parameters": {"type": "object"}}}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        out: its directory.
+        steps: how many steps were trained.
+        finished: False if the run was stopped and can be resumed; there is then no adapter in `out` itself yet.
+        score: the kept adapter's, memory minus the larger of zero and foreign; None where nothing was measured.
+        arms: the share of right replies of each arm, or its loss where replies cannot be judged by their text.
+        seconds: how long it took, in all sittings.
+    """
+
+    out: Path
+    steps: int
+    finished: bool
+    score: float | None
+    arms: Mapping[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """What a run needs beside the weights: all checked. `shape` is the config of the language model."""
+
+    config: TrainConfig
+    tokenizer: Any
+    memory: MemoryConfig
+    adapter: Adapter | None
+    source: Source
+    held_out: tuple[Conversation, ...]
+    maker: ExampleMaker
+    window: Window
+    shape: Any
+
+    def example(self, number: int, rng: Random) -> Example:
+        """The example of training conversation `number`."""
+        return self.maker(self.source.conversation(number), rng)
+
+    @property
+    def pad(self) -> int:
+        """The token of padding; where a tokenizer has none any will do, since padding is masked."""
+        return self.tokenizer.pad_token_id or 0
+
+    def batch(self, examples: Sequence[Example], *, joined: bool) -> dict[str, Any]:
+        """Examples as tensors."""
+        return collate(examples, self.pad, joined=joined)
+
+
+def train(config: TrainConfig, *, on_progress: Callable[[TrainProgress], None] | None = None) -> TrainResult:
+    """Train a memory.
+
+    Args:
+        config: what to train, on what, and how.
+        on_progress: called after every step; None = progress is shown on standard error.
+
+    Raises:
+        ConfigError: an option, or what it names, cannot be used; or `out` holds another run.
+        DataError, TranscriptError, WindowError: the data, or the model's chat template, cannot be used.
+        ModelNotFoundError, UnsupportedModelError, AdapterError: see `agentmem.load` and `SteeredModel.attach`.
+        TrainingError: the loss is not finite, or memory ran out; the last checkpoint is whole.
+    """
+    first = int(os.environ.get("RANK", "0")) == 0
+    out = Path(config.out)
+    with _threads(config.threads):
+        if first:
+            _check_out(config, out)
+        run = prepare(config)
+        if first:
+            _claim(config, out)
+        shown = shown_progress() if on_progress is None and first else nullcontext(on_progress)
+        with _explained_shortage(run), shown as progress:
+            trainer = _trainer(run, progress)
+            trainer.run()
+            return _finish(run, trainer)
+
+
+def dry_run(config: TrainConfig, console: Console | None = None) -> None:
+    """Check everything that needs no weights, and print the first example as it is written and read.
+
+    Raises:
+        What `train` raises before it loads weights.
+    """
+    run = prepare(config)
+    show_example(run.example(0, Random(f"{config.seed}/0")), run.tokenizer, console)
+    console = console or Console()
+    skipped = ", ".join(f"{count} with {reason}" for reason, count in run.source.skipped.items())
+    count = len(run.source)
+    console.print(
+        f"{run.source.name}: {'without end' if count >= ENDLESS else f'{count} conversations'}"
+        f"{'; left out: ' + skipped if skipped else ''}; {len(run.held_out)} held out, "
+        f"{len(probes_of(run.held_out))} questions that can be judged by the reply's text",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def prepare(config: TrainConfig) -> PreparedRun:
+    """Check a config and all that it names, and open the data. Loads no weights; see `train` for the errors."""
+    for name, value in (("model", config.model), ("out", config.out), ("data", config.data)):
+        if not value:
+            raise ConfigError(f"a run needs {name}; give --{name}, or {name}: in the YAML file")
+    for package in config.report_to:
+        if find_spec(package) is None:
+            raise ConfigError(f"report_to names {package}, which is not installed: pip install {package}")
+    if config.push is not None:
+        from huggingface_hub import get_token
+
+        if "/" not in config.push or get_token() is None:
+            raise ConfigError(f"push takes ORG/NAME and a hub token (`hf auth login`); found {config.push!r}, "
+                              f"{'no token' if get_token() is None else 'a token'}")  # fmt: skip
+    adapter = None if config.adapter is None else load_adapter(config.adapter)
+    memory = _options(MemoryConfig, "memory", config.memory) if adapter is None else adapter.config
+    facts = _options(EpisodeConfig, "facts", config.facts)
+    window = Window(tokens=config.window_tokens, messages=config.window_messages)
+    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    transcript = Transcript(tokenizer)
+    tools = _shows_tools(transcript)
+    source = open_sources(
+        config.data,
+        shares=config.data_shares or None,
+        data_dir=None if config.data_dir is None else Path(config.data_dir),
+        seed=config.seed,
+        options=SourceOptions(facts, Vocabulary.from_tokenizer(tokenizer), max_bad=config.max_bad, tools=tools),
+    )
+    skeleton = load_skeleton(config.model, trust_remote_code=config.trust_remote_code)
+    shape = skeleton.config.get_text_config()
+    targeted(find_sites(skeleton), memory)  # refuses an architecture, or a layer that is not there
+    maker = ExampleMaker(
+        transcript,
+        tokenizer,
+        memory.write_strategy,
+        shape.max_position_embeddings,
+        window=window,
+        history=config.history,
+        other_weight=config.other_weight,
+    )
+    held_out = source.held_out(config.held_out) if config.evaluate_every else ()
+    run = PreparedRun(config, tokenizer, memory, adapter, source, held_out, maker, window, shape)
+    _check_examples(run, tools)
+    return run
+
+
+def _check_examples(run: PreparedRun, tools: bool) -> None:
+    """Make examples of the first conversations, and of what is held out: whatever is wrong with them shows here."""
+    count = len(run.source)
+    if not count:
+        raise DataError(f"{run.source.name} has no training conversation; hold out less of it, or give more")
+    conversations = [
+        run.source.conversation(number) for number in range(min(count, _CHECKED if count < ENDLESS else 64))
+    ]
+    for number, conversation in enumerate([*conversations, *run.held_out]):
+        if conversation.tools and not tools:
+            raise ConfigError(
+                f"{conversation.origin} has tools, and the model's chat template does not show them; use another "
+                "model, or leave such conversations out"
+            )
+        try:
+            run.maker(conversation, Random(number))
+        except AgentMemError as error:
+            raise type(error)(f"{conversation.origin}: {error}") from error
+
+
+def _shows_tools(transcript: Transcript) -> bool:
+    """Whether the chat template has a place for tools; some leave them out without a word."""
+    messages = [Message("user", "x")]
+    return "look_up" in transcript.render(messages, tools=[_TOOL]).text
+
+
+def _options(kind: Any, name: str, values: Mapping[str, Any]) -> Any:
+    """A config dataclass from the keys of `memory` or `facts`."""
+    names = [each.name for each in fields(kind)]
+    for key in values:
+        if key not in names:
+            raise ConfigError(
+                f"unknown option {key!r} of {name}{suggestion(str(key), names)}; known: {', '.join(names)}"
+            )
+    plain = {
+        key: tuple(value.items()) if isinstance(value, dict) else tuple(value) if isinstance(value, list) else value
+        for key, value in values.items()
+    }
+    return kind(**plain)
+
+
+def _conversations_a_step(config: TrainConfig) -> int:
+    return config.batch_size * config.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _check_out(config: TrainConfig, out: Path) -> None:
+    """Refuse a directory that holds something else than the run to resume."""
+    if not config.out:
+        return  # refused with the other missing options
+    file = out / RUN_FILE
+    if not file.exists():
+        if (out / CONFIG_FILE).exists():
+            raise ConfigError(f"{out} holds an adapter that no run in it made; give another out")
+        return
+    try:
+        stored = json.loads(file.read_text("utf-8"))
+        keys, conversations = stored["config"], stored["conversations_a_step"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file} cannot be read ({error}); give another out, or remove that directory") from error
+    last = last_checkpoint(out)
+    if not config.resume:
+        raise ConfigError(
+            f"{out} holds a run ({'no checkpoint yet' if last is None else last.name}); give --resume to go on with "
+            "it, or another out to start anew"
+        )
+    different = config.differences(keys, _conversations_a_step(config), conversations)
+    if different:
+        raise ConfigError(
+            f"{out} holds a run with other options, so it cannot be resumed with these: {'; '.join(different)}. "
+            "Set them as they were, or give another out"
+        )
+
+
+def _claim(config: TrainConfig, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    body = {"config": config.to_mapping(), "conversations_a_step": _conversations_a_step(config)}
+    aside = out / f".{RUN_FILE}.partial"
+    aside.write_text(json.dumps(body, indent=2) + "\n", "utf-8")
+    os.replace(aside, out / RUN_FILE)
+
+
+def _trainer(run: PreparedRun, on_progress: Callable[[TrainProgress], None] | None) -> MemoryTrainer:
+    """Load the weights, attach the memory, and set up the loop."""
+    config = run.config
+    arguments = training_arguments(config)
+    engine = load(
+        config.model,
+        False,
+        str(arguments.device),
+        config.dtype,
+        config.attn_implementation,
+        quantize=config.quantize,
+        trust_remote_code=config.trust_remote_code,
+    )
+    engine.close()
+    model = engine.model
+    if run.adapter is None:
+        steered = SteeredModel.attach(model, config=run.memory, dtype=torch.float32, seed=config.seed)
+    else:
+        steered = SteeredModel.attach(model, adapter=run.adapter, dtype=torch.float32)
+    if run.adapter is None and last_checkpoint(Path(config.out)) is None:
+        _start(run, steered)
+    step = MemoryStep(
+        steered,
+        gradient=config.gradient,
+        truncate=config.truncate,
+        read_penalty=config.read_penalty,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+    dataset = ExampleDataset(
+        len(run.source),
+        run.example,
+        seed=config.seed,
+        length=config.max_steps * config.batch_size * config.accumulate * arguments.world_size,
+    )
+    measured = _measurement(run, model) if config.evaluate_every and run.held_out else None
+    joined = step.joined
+    return MemoryTrainer(
+        step,
+        steered,
+        dataset,
+        lambda examples: run.batch(examples, joined=joined),
+        total_weight,
+        config,
+        arguments,
+        measure=measured,
+        on_progress=on_progress,
+    )
+
+
+def _start(run: PreparedRun, steered: SteeredModel) -> None:
+    """Initialise new weights."""
+    if run.config.start == "copier":
+        start_as_copier(steered)
+    elif run.config.start == "fitted":
+        count = min(_FITTED, len(run.source))
+        start_fitted(steered, [run.example(n, Random(n)) for n in range(count)], run.pad, seed=run.config.seed)
+
+
+def _measurement(run: PreparedRun, model: Any) -> Callable[[Adapter], Measurement]:
+    """The function that measures an adapter on held-out conversations while the run goes on.
+
+    It measures a copy: an engine packs the weights that it uses, and a trained parameter must stay where its optimiser
+    has it.
+    """
+    probes = probes_of(run.held_out)[: run.config.probes]
+    predictions = Path(run.config.out) / f".{_PREDICTIONS}.partial"
+    questions = [run.maker(conversation, Random(0)) for conversation in map(as_question, run.held_out)]
+    questions = [question for question in questions if question.asks][: run.config.probes]
+
+    def by_replies(adapter: Adapter) -> Measurement:
+        predictions.unlink(missing_ok=True)
+        results = _ask(run, model, adapter, probes, CONTROLLED, predictions)
+        arms = {str(arm): results.share(arm).value for arm in results.arms}
+        return Measurement(results.score, arms, lambda path: os.replace(predictions, path / _PREDICTIONS))
+
+    def by_loss(adapter: Adapter) -> Measurement:
+        step = MemoryStep(_copy(model, adapter))
+        sums: dict[Start, float] = {"memory": 0.0, "zero": 0.0, "foreign": 0.0}
+        size, count = max(2, run.config.batch_size), 0
+        for begin in range(0, len(questions), size):
+            batch = _to(run.batch(questions[begin : begin + size], joined=step.joined), model.device)
+            for arm in sums:
+                losses, weights = step.losses(batch, arm)
+                sums[arm] += float((losses / weights.clamp_min(1e-9)).sum())
+            count += len(losses)
+        arms = {f"{arm}_loss": value / max(1, count) for arm, value in sums.items()}
+        return Measurement(min(arms["zero_loss"], arms["foreign_loss"]) - arms["memory_loss"], arms)
+
+    return by_replies if len({probe.conversation for probe in probes}) > 1 else by_loss
+
+
+def _ask(
+    run: PreparedRun, model: Any, adapter: Adapter, probes: Sequence[Probe], arms: Sequence[Any], predictions: Path
+) -> ArmResults:
+    with Engine(model, run.tokenizer, _copy(model, adapter), name=run.config.model) as engine:
+        return measure(
+            engine,
+            probes,
+            arms,
+            window=run.window,
+            max_tokens=run.config.probe_tokens,
+            predictions=predictions,
+            labels={"seed": run.config.seed},
+        )
+
+
+def _copy(model: Any, adapter: Adapter) -> SteeredModel:
+    steered = SteeredModel.attach(model, adapter=adapter, dtype=torch.float32)
+    steered.memory.requires_grad_(False)
+    return steered
+
+
+def as_question(conversation: Conversation) -> Conversation:
+    """A conversation whose last reply that counts, and what it replies to, are a question about what came before."""
+    if conversation.asks:
+        return conversation
+    messages = conversation.messages
+    places = [i for i, counts in enumerate(conversation.train) if counts and i >= 3 and messages[i - 1].role == "user"]
+    if not places:
+        return conversation
+    last = places[-1]
+    return replace(
+        conversation,
+        messages=messages[: last - 1],
+        train=(False,) * (last - 1),
+        asks=(Ask((messages[last - 1],), messages[last], tools=conversation.tools),),
+    )
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device)
+    if isinstance(batch, dict):
+        return {key: _to(value, device) for key, value in batch.items()}
+    return [_to(value, device) for value in batch] if isinstance(batch, list) else batch
+
+
+def _finish(run: PreparedRun, trainer: MemoryTrainer) -> TrainResult:
+    """Leave the best adapter in the output directory, with its card."""
+    config, out = run.config, Path(run.config.out)
+    adapter = trainer.adapter()
+    result = TrainResult(
+        out, trainer.state.global_step, not trainer.stopped, trainer.state.best_metric, {}, trainer.seconds()
+    )
+    if trainer.stopped or not trainer.is_world_process_zero():
+        return result
+    best = best_adapters(out)
+    if best:
+        adapter = load_adapter(best[-1][1])
+    save_adapter(out, adapter, format="authors" if config.format == "authors" else "safetensors")
+    probes, results = probes_of(run.held_out), None
+    if config.evaluate_every and len({probe.conversation for probe in probes}) > 1:
+        results = _ask(run, trainer.steered.model, adapter, probes, ARMS, out / _PREDICTIONS)
+        result = replace(result, arms={str(arm): results.share(arm).value for arm in results.arms}, score=results.score)
+    (out / f".{_PREDICTIONS}.partial").unlink(missing_ok=True)
+    source = run.source
+    left_out = ("out", "resume", "push", "data_dir")
+    kept = {key: value for key, value in config.to_mapping().items() if key not in left_out}
+    facts = CardFacts(
+        name=config.push or out.name,
+        base=config.model,
+        sources=source.sources if isinstance(source, MixedSource) else [source],
+        recipe=kept,
+        steps=result.steps,
+        seconds=result.seconds,
+        machine=f"{trainer.args.world_size} x {_machine(trainer.args.device)}",
+        results=results,
+    )
+    write_card(out, facts)
+    if config.push is not None:
+        _push(config.push, out)
+    return result
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def _push(name: str, out: Path) -> None:
+    """Upload the adapter, its card and its predictions; neither checkpoints nor the log."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    files = [SAFETENSORS_FILE, AUTHORS_FILE, CONFIG_FILE, "README.md", _PREDICTIONS]
+    try:
+        HfApi().create_repo(name, exist_ok=True)
+        HfApi().upload_folder(repo_id=name, folder_path=out, allow_patterns=files)
+    except (HfHubHTTPError, OSError) as error:
+        raise TrainingError(f"the adapter is in {out}, but it could not be uploaded to {name}: {error}") from error
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _explained_shortage(run: PreparedRun) -> Iterator[None]:
+    """Say what helps where memory runs out."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error) or type(error).__name__
+        short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text
+        if isinstance(error, AgentMemError) or not short:
+            raise
+        raise TrainingError(f"{_shortage(run)}. The last checkpoint is whole ({text.splitlines()[0]})") from error
+
+
+def _shortage(run: PreparedRun) -> str:
+    """Which options make a step smaller, and by how much: an estimate for a transformer of the usual shape."""
+    config, shape = run.config, run.shape
+    examples = [run.example(number, Random(number)) for number in range(min(8, len(run.source)))]
+    sizes = [[len(each.ids) for each in (*example.passes, *example.asks)] for example in examples]
+    tokens = sum(map(sum, sizes)) / len(sizes)
+    # Gradients reach no further down than the lowest layer with memory.
+    layers = shape.num_hidden_layers - min(run.memory.target_layers, default=0)
+    # Norms, queries, keys, values and attention outputs in the hidden size; gate, up and their product in the MLP's.
+    each = layers * (8 * shape.hidden_size + 3 * getattr(shape, "intermediate_size", 4 * shape.hidden_size))
+    each *= 4 if config.dtype == "float32" or (config.dtype == "auto" and not torch.cuda.is_available()) else 2
+    whole = config.batch_size * tokens * each
+    one_pass = whole * sum(map(max, sizes)) / sum(map(sum, sizes))
+    passes = max(map(len, sizes))
+    half = max(1, config.batch_size // 2)
+    helps = [
+        f"batch_size: {half} needs {_gigabytes(whole * half / config.batch_size)} (with accumulate: "
+        f"{config.accumulate * config.batch_size // half} the steps stay the same)",
+        f"gradient_checkpointing: true about {_gigabytes(one_pass)}, and a third more time",
+        f"truncate: {max(1, passes // 2)} about {_gigabytes(whole * max(1, passes // 2) / passes)}",
+    ]
+    return (
+        f"memory ran out: {config.batch_size} conversations of about {tokens:.0f} tokens keep about "
+        f"{_gigabytes(whole)} for the gradient, on each device. What helps: {'; '.join(helps)}"
+    )
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"

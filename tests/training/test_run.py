@@ -1,0 +1,220 @@
+"""A run from its config to an adapter: what is refused before weights are loaded, and what is left at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+import agentmem
+from agentmem.errors import AgentMemError, ConfigError, DataError, TrainingError
+from agentmem.training import run as training
+from agentmem.training.__main__ import app
+from agentmem.training.command import accelerate_path
+from agentmem.training.config import TrainConfig
+from agentmem.training.run import dry_run, train
+
+MICRO: dict[str, Any] = {
+    "model": "nano",
+    "data": ("facts",),
+    "device": "cpu",
+    "memory": {"rank": 4},
+    "facts": {"facts": (1, 2), "fillers": (0, 0)},
+    "max_steps": 4,
+    "batch_size": 2,
+    "held_out": 4,
+    "evaluate_every": 2,
+    "save_every": 2,
+    "probes": 3,
+    "probe_tokens": 4,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights are loaded")
+
+    monkeypatch.setattr(training, "load", refuse)
+
+
+def config(out: Path, **changes: Any) -> TrainConfig:
+    return TrainConfig(**{**MICRO, "out": str(out), **changes})
+
+
+def talk(number: int) -> list[dict[str, Any]]:
+    """Three turns; the last reply says again what the first one told."""
+    return [
+        {"role": "user", "content": f"My editor is helix {number}."},
+        {"role": "assistant", "content": "Fine."},
+        {"role": "user", "content": "Hello!"},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "What is my editor?"},
+        {"role": "assistant", "content": f"Your editor is helix {number}."},
+    ]
+
+
+def chats(path: Path, **extra: Any) -> str:
+    rows = [json.dumps({"messages": talk(number), **extra}) for number in range(30)]
+    path.write_text("\n".join(rows) + "\n", "utf-8")
+    return str(path)
+
+
+def test_a_run_leaves_an_adapter_that_loads_and_its_evidence(tmp_path: Path) -> None:
+    seen: list[Any] = []
+    result = train(config(tmp_path / "out"), on_progress=seen.append)
+    assert (result.finished, result.steps) == (True, 4)
+    assert [now.step for now in seen] == [1, 2, 3, 4]
+    assert set(result.arms) == {"memory", "zero", "foreign", "bare", "whole"}
+    lines = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text("utf-8").splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "arms" in line] == [2, 4]
+    assert (tmp_path / "out/predictions.jsonl").exists()
+    card = (tmp_path / "out/README.md").read_text("utf-8")
+    assert "base_model: nano" in card
+    assert "4 steps in" in card
+    assert "| its own memory |" in card
+    assert not list((tmp_path / "out").glob(".*"))
+    with agentmem.load("nano", tmp_path / "out", device="cpu") as engine:
+        assert engine.steered is not None
+        assert engine.steered.config.rank == 4
+        # Trained: the copier's weights would be tied still.
+        tensors = engine.steered.adapter.tensors
+        assert not torch.equal(*(tensors[f"model.layers.0.self_attn.memory_{head}_proj"] for head in "qk"))
+
+
+def test_a_file_of_conversations_is_measured_by_its_losses(tmp_path: Path) -> None:
+    changes = {"data": (chats(tmp_path / "chats.jsonl"),), "max_steps": 2, "memory": {"write_strategy": "message"}}
+    train(config(tmp_path / "out", **changes), on_progress=lambda _: None)
+    lines = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text("utf-8").splitlines()]
+    (arms,) = [line["arms"] for line in lines if "arms" in line]
+    assert set(arms) == {"memory_loss", "zero_loss", "foreign_loss"}
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model": ""}, "needs model"),
+        ({"data": ("fact",)}, "did you mean 'facts'"),
+        ({"memory": {"rnk": 4}}, "did you mean 'rank'"),
+        ({"memory": {"target_layers": [9]}}, "9"),
+        ({"facts": {"changs": 0.1}}, "did you mean 'changes'"),
+        ({"report_to": ("trackio",)}, "not installed"),
+        ({"push": "nobody/nothing"}, "no token"),
+        ({"data": ("personas",)}, "data_dir"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_weights_are_loaded(
+    tmp_path: Path, changes: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(AgentMemError, match=says):
+        train(config(tmp_path / "out", **changes), on_progress=lambda _: None)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_data_that_the_model_cannot_show_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = {"type": "function", "function": {"name": "open", "parameters": {"type": "object", "properties": {}}}}
+    monkeypatch.setattr(training, "_shows_tools", lambda _: False)
+    with pytest.raises(ConfigError, match="does not show them"):
+        train(config(tmp_path / "out", data=(chats(tmp_path / "chats.jsonl", tools=[tool]),)))
+    (tmp_path / "empty.jsonl").write_text('{"messages": []}\n', "utf-8")
+    with pytest.raises(DataError):
+        train(config(tmp_path / "out", data=(str(tmp_path / "empty.jsonl"),)))
+
+
+def test_a_directory_that_holds_another_run_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    train(config(out, max_steps=2, evaluate_every=0), on_progress=lambda _: None)
+    with pytest.raises(ConfigError, match="--resume to go on"):
+        train(config(out, max_steps=2, evaluate_every=0))
+    with pytest.raises(ConfigError, match="seed was 0, now 1"):
+        train(config(out, max_steps=2, evaluate_every=0, seed=1, resume=True))
+    again = train(config(out, max_steps=2, evaluate_every=0, resume=True), on_progress=lambda _: None)
+    assert again.steps == 2
+    agentmem.load("nano", device="cpu", adapter=out).close()
+    (out / "train.json").unlink()
+    with pytest.raises(ConfigError, match="holds an adapter"):
+        train(config(out, resume=True))
+
+
+def test_out_of_memory_names_what_helps_with_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(training, "_trainer", full)
+    with pytest.raises(
+        TrainingError, match=r"batch_size: 1 needs .* MB .*gradient_checkpointing.* MB.*truncate: \d .* MB"
+    ):
+        train(config(tmp_path / "out"), on_progress=lambda _: None)
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_dry_run_marks_what_each_token_is_for(tmp_path: Path) -> None:
+    shown = StringIO()
+    changes = {"data": (chats(tmp_path / "chats.jsonl"),), "history": "turns", "window_messages": 3}
+    dry_run(config(tmp_path / "out", **changes), Console(file=shown, width=200))
+    text = shown.getvalue()
+    # The earlier reply is in the window of the last turn: read again, not written again.
+    assert "read               '<|im_start|>user" in text
+    assert "written, loss 1" in text
+    assert "chats.jsonl: 2" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_takes_a_file_and_options(tmp_path: Path) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text("model: nano\ndata: facts\ndevice: cpu\nout: nowhere\n", "utf-8")
+    result = CliRunner().invoke(
+        app, ["--config", str(file), "--dry-run", "--held-out", "4", "--memory", "write_strategy=sentence"]
+    )
+    assert result.exit_code == 0, result.output
+    assert "written, loss 1" in result.output
+    assert "are written before the others read" in result.output
+
+
+@pytest.mark.slow
+def test_accelerate_launches_two_processes_that_learn_what_one_learns(tmp_path: Path) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text(json.dumps({**MICRO, "evaluate_every": 4, "history": "turns"}), "utf-8")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(accelerate_path("ddp"))]
+    launch += ["--num_processes", "2", "-m", "agentmem.training", "--config", str(file)]
+    done = subprocess.run(
+        [*launch, "--out", str(tmp_path / "two"), "--batch-size", "1"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    train(config(tmp_path / "one", evaluate_every=4, history="turns"), on_progress=lambda _: None)
+    logs = [
+        [
+            json.loads(line)["loss"]
+            for line in (tmp_path / name / "log.jsonl").read_text("utf-8").splitlines()
+            if "loss" in line
+        ]
+        for name in ("one", "two")
+    ]
+    assert logs[1] == pytest.approx(logs[0], rel=1e-5)

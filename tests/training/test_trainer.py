@@ -1,0 +1,260 @@
+"""The loop: what is learned does not depend on how a step is divided, nor on where a run is cut."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from agentmem.delta.adapter import load_adapter
+from agentmem.errors import TrainingError
+from agentmem.training.checkpoints import LOG_FILE, best_adapters, checkpoints, last_checkpoint
+from agentmem.training.loop import ExampleDataset
+from agentmem.training.trainer import Measurement
+from tests.helpers.toy_training import toy_trainer
+
+# A fork of a process with threads may hang where it needs one of them; the loop needs none.
+forks = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run(out: Path, **keys: Any) -> dict[str, Tensor]:
+    """Train, from the last checkpoint if there is one; the memory at the end."""
+    trainer = toy_trainer(out, **keys)
+    trainer.run()
+    return dict(trainer.adapter().tensors)
+
+
+def losses(out: Path) -> list[float]:
+    lines = [json.loads(line) for line in (out / LOG_FILE).read_text("utf-8").splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 1 + len(lines)))
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def start(out: Path, environment: dict[str, str] | None = None, pause: float = 0.0, **keys: Any) -> Any:
+    """The same run in a process of its own."""
+
+    def work() -> None:
+        os.environ.update(environment or {})
+        run(out, on_progress=lambda _: time.sleep(pause), **keys)
+
+    return forked(work)
+
+
+def group(rank: int, port: int) -> dict[str, str]:
+    """What a launcher tells one of two processes."""
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return {"WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true", **place}
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+    return port
+
+
+def forked(work: Callable[[], None]) -> Any:
+    """A fork of this process, which takes no time to start."""
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
+
+
+def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 0.0) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=tolerance, atol=tolerance, msg=name)
+
+
+def test_it_learns_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    trainer = toy_trainer(tmp_path, max_steps=60)
+    before = [p.detach().clone() for p in trainer.steered.model.parameters()]
+    trainer.train()
+    found = losses(tmp_path)
+    assert sum(found[-10:]) < 0.8 * sum(found[:10])
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.steered.model.parameters(), strict=True))
+
+
+def test_a_step_is_the_same_however_it_is_divided_into_batches(tmp_path: Path) -> None:
+    """Weights differ from example to example, so a mean of the batches' means would be another loss."""
+    whole = run(tmp_path / "whole", batch_size=4)
+    parts = run(tmp_path / "parts", batch_size=1, accumulate=4)
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    assert_same(parts, whole, 1e-5)
+
+
+@forks
+def test_two_processes_with_half_the_batch_learn_what_one_learns(tmp_path: Path) -> None:
+    port = free_port()
+    ranks = [start(tmp_path / "two", group(rank, port), batch_size=1, accumulate=2) for rank in (0, 1)]
+    for process in ranks:
+        process.join(120)
+        assert process.exitcode == 0
+    wanted = run(tmp_path / "one", batch_size=4)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert_same(dict(load_adapter(tmp_path / "two/checkpoint-6").tensors), wanted, 1e-5)
+
+
+@forks
+def test_parameters_that_are_spread_over_processes_are_saved_and_resumed_whole(tmp_path: Path) -> None:
+    port = free_port()
+
+    def work(rank: int) -> None:
+        os.environ.update(group(rank, port))
+        for stop in (True, False):
+            trainer = toy_trainer(tmp_path / "two", batch_size=2)
+            fully_shard(trainer.model, mesh=init_device_mesh("cpu", (2,)))
+            trainer.accelerator.prepare_model = lambda model, **_: model  # it is spread already
+            trainer.stop.requested = stop  # the first run ends after a step
+            trainer.run()
+        assert all(isinstance(parameter, DTensor) for parameter in trainer.steered.memory.parameters())
+
+    ranks = [forked(partial(work, rank)) for rank in (0, 1)]
+    for process in ranks:
+        process.join(120)
+        assert process.exitcode == 0
+    wanted = run(tmp_path / "one", batch_size=4)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert_same(dict(load_adapter(tmp_path / "two/checkpoint-6").tensors), wanted, 1e-5)
+
+
+@forks
+def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    wanted = run(tmp_path / "straight", max_steps=12)
+    process = start(tmp_path / "cut", pause=0.2, max_steps=12)
+    while len(checkpoints(tmp_path / "cut")) < 2 and process.is_alive():
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    assert 4 <= checkpoints(tmp_path / "cut")[-1][0] < 12
+    # As if it had been killed while it wrote a checkpoint, and a line of the log.
+    half = tmp_path / "cut/.checkpoint-99.partial"
+    half.mkdir()
+    (half / "adapter.safetensors").write_bytes(b"half")
+    with (tmp_path / "cut" / LOG_FILE).open("a", encoding="utf-8") as file:
+        file.write('{"step": 12, "los')
+    assert_same(run(tmp_path / "cut", max_steps=12), wanted)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "straight")
+
+
+def test_a_checkpoint_is_an_adapter_without_the_model(tmp_path: Path) -> None:
+    found = run(tmp_path)
+    assert_same(dict(load_adapter(tmp_path / "checkpoint-6").tensors), found)
+    assert sorted(path.name for path in (tmp_path / "checkpoint-6").iterdir()) == [
+        "adapter.safetensors",
+        "delta_mem_config.json",
+        "optimizer.safetensors",
+        "trainer_state.json",
+    ]
+
+
+def test_only_so_many_checkpoints_are_kept(tmp_path: Path) -> None:
+    run(tmp_path, keep=2)
+    assert [step for step, _ in checkpoints(tmp_path)] == [4, 6]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_finished_run_is_only_loaded(tmp_path: Path) -> None:
+    wanted = run(tmp_path)
+
+    def refuse(number: int, rng: Random) -> Any:
+        raise AssertionError("no example is needed")
+
+    assert_same(run(tmp_path, make=refuse), wanted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_with_a_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
+    def stop_at_3(now: Any) -> None:
+        if now.step == 3:
+            os.kill(os.getpid(), number)
+
+    trainer = toy_trainer(tmp_path, on_progress=stop_at_3)
+    handler = signal.getsignal(number)
+    trainer.run()
+    assert trainer.stopped
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+    assert signal.getsignal(number) is handler
+
+
+def test_the_best_memory_is_kept_and_no_progress_ends_the_run(tmp_path: Path) -> None:
+    scores, measured = iter([0.2, 0.5, 0.4, 0.5, 0.9]), []
+
+    def measure(adapter: Any) -> Measurement:
+        measured.append(adapter)
+        return Measurement(next(scores), {"memory": 0.0}, lambda path: (path / "note").write_text("x"))
+
+    toy_trainer(tmp_path, measure=measure, max_steps=20, evaluate_every=2, patience=2).train()
+    assert len(measured) == 4  # of equal ones the later is kept, but it is no progress
+    assert [step for step, _ in best_adapters(tmp_path)] == [8]
+    assert_same(dict(load_adapter(tmp_path / "best-8").tensors), dict(measured[3].tensors))
+    assert (tmp_path / "best-8/note").exists()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-8"
+    arms = [json.loads(line) for line in (tmp_path / LOG_FILE).read_text("utf-8").splitlines()]
+    assert [line["score"] for line in arms if "score" in line] == [0.2, 0.5, 0.4, 0.5]
+
+
+def test_a_resumed_run_knows_the_best_of_before(tmp_path: Path) -> None:
+    scores = {2: 0.9, 4: 0.1, 6: 0.2}
+
+    def trainer(*, dies: bool) -> Any:
+        made: Any = None
+
+        def measure(_: Any) -> Measurement:
+            step = made.state.global_step
+            if dies and step == 6:
+                raise KeyboardInterrupt
+            return Measurement(scores[step], {})
+
+        made = toy_trainer(tmp_path, measure=measure, evaluate_every=2)
+        return made
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer(dies=True).train()
+    again = trainer(dies=False)
+    again.train(resume_from_checkpoint=str(last_checkpoint(tmp_path)))
+    assert again.state.best_global_step == 2
+    assert [step for step, _ in best_adapters(tmp_path)] == [2]
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(tmp_path: Path) -> None:
+    def broken(number: int, rng: Random) -> Any:
+        return [5, 6, 7, 4], [5, 6, 7], float("nan") if number == 33 else 1.0
+
+    with pytest.raises(TrainingError, match="learning_rate"):
+        run(tmp_path, make=broken, max_steps=20, save_every=1)
+    last = last_checkpoint(tmp_path)
+    assert last is not None
+    assert all(tensor.isfinite().all() for tensor in load_adapter(last).tensors.values())
+
+
+def test_each_round_takes_every_conversation_once_in_an_order_of_its_own() -> None:
+    dataset = ExampleDataset(7, lambda number, rng: (number, rng.random()), seed=1, length=21)
+    rounds = [[dataset[i][0] for i in range(start, start + 7)] for start in (0, 7, 14)]
+    assert [sorted(numbers) for numbers in rounds] == [list(range(7))] * 3
+    assert len({tuple(numbers) for numbers in rounds}) == 3
+    assert dataset[3] == dataset[3]
+    endless = ExampleDataset(2**31, lambda number, rng: number, seed=1, length=10)
+    assert [endless[i] for i in range(3)] == [0, 1, 2]

@@ -77,6 +77,9 @@ class TrainConfig:
     )
     full_gradient_from: float = _key(1.0, "loss", "Share of the steps after which first_order becomes full.")
     read_penalty: float = _key(0.0, "loss", "Weight of a penalty on reads where nothing is asked.")
+    read_warmup: float = _key(
+        0.0, "loss", "Share of the steps over which tokens outside of replies come to be corrected by what they read."
+    )
     truncate: int | None = _key(None, "loss", "Turns back through which the gradient goes; null: all.")
     gradient_checkpointing: bool = _key(False, "loss", "Compute activations again and not keep them: slower, smaller.")
     max_steps: int = _key(1000, "steps", "Steps in all.")
@@ -114,7 +117,7 @@ class TrainConfig:
             self._need(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1, or null")
         for name in ("weight_decay", "read_penalty", "other_weight"):
             self._need(getattr(self, name) >= 0, name, "at least 0")
-        for name in ("max_bad", "floor", "full_gradient_from"):
+        for name in ("max_bad", "floor", "full_gradient_from", "read_warmup"):
             self._need(0 <= getattr(self, name) <= 1, name, "from 0 to 1")
         self._need(self.learning_rate > 0, "learning_rate", "above 0")
         self._need(self.clip > 0, "clip", "above 0")

@@ -32,7 +32,7 @@ from agentmem.delta.attach import find_sites, targeted
 from agentmem.delta.config import CONFIG_FILE, MemoryConfig
 from agentmem.delta.model import SteeredModel
 from agentmem.engine import Engine
-from agentmem.errors import AgentMemError, ConfigError, DataError, TrainingError
+from agentmem.errors import AgentMemError, ConfigError, DataError, TrainingError, TranscriptError
 from agentmem.loading import load, load_skeleton, load_tokenizer
 from agentmem.messages import Message
 from agentmem.prompt.transcript import Transcript, Window
@@ -221,9 +221,12 @@ def _check_examples(run: PreparedRun, tools: bool) -> None:
 
 
 def _shows_tools(transcript: Transcript) -> bool:
-    """Whether the chat template has a place for tools; some leave them out without a word."""
-    messages = [Message("user", "x")]
-    return "look_up" in transcript.render(messages, tools=[_TOOL]).text
+    """Whether the chat template has a place for tools."""
+    try:
+        transcript.render([Message("user", "x")], tools=[_TOOL])
+    except TranscriptError:
+        return False
+    return True
 
 
 def _options(kind: Any, name: str, values: Mapping[str, Any]) -> Any:

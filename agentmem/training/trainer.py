@@ -108,10 +108,12 @@ class MemoryTrainer(TrainingLoop):
                     remove(directory)
 
     def before_step(self) -> None:
-        """Let gradients through the memory's effect on what is written, once it is time."""
-        begins = self.config.full_gradient_from * self.state.max_steps
-        if self.config.gradient == "first_order" and self.state.global_step >= begins:
-            self.accelerator.unwrap_model(self.model).gradient = "full"
+        """Set what depends on the step: how much tokens outside of replies read, and how far gradients go."""
+        done, module = self.state.global_step / self.state.max_steps, self.accelerator.unwrap_model(self.model)
+        warmup = self.config.read_warmup
+        module.reading = min(1.0, done / warmup) if warmup else 1.0
+        if self.config.gradient == "first_order" and done >= self.config.full_gradient_from:
+            module.gradient = "full"
 
     def after_step(self) -> None:
         """Measure the memory when it is time."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from agentmem.training.__main__ import app
 from agentmem.training.command import accelerate_path
 from agentmem.training.config import TrainConfig
 from agentmem.training.run import dry_run, train
+from agentmem.training.step import MemoryStep
 
 MICRO: dict[str, Any] = {
     "model": "nano",
@@ -107,6 +109,25 @@ def test_a_file_of_conversations_is_measured_by_its_losses(tmp_path: Path) -> No
     lines = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text("utf-8").splitlines()]
     (arms,) = [line["arms"] for line in lines if "arms" in line]
     assert set(arms) == {"memory_loss", "zero_loss", "foreign_loss"}
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_template_without_tools_trains_without_tools(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    without = shutil.ignore_patterns("adapter", "*.safetensors", "agentmem_sha256.json")
+    shutil.copytree(Path(agentmem.__file__).parent / "nano/weights", model, ignore=without)
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    template += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    (model / "chat_template.jinja").write_text(template, "utf-8")
+    shown = StringIO()
+    dry_run(
+        config(tmp_path / "out", model=str(model), facts={"acts": {"ask": 0.5, "tool_call": 0.5}}), Console(file=shown)
+    )
+    assert "pass 1" in shown.getvalue()
+    tool = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}
+    data = (chats(tmp_path / "chats.jsonl", tools=[tool]),)
+    with pytest.raises(ConfigError, match="template does not show them"):
+        dry_run(config(tmp_path / "out", model=str(model), data=data))
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -218,3 +239,17 @@ def test_accelerate_launches_two_processes_that_learn_what_one_learns(tmp_path: 
         for name in ("one", "two")
     ]
     assert logs[1] == pytest.approx(logs[0], rel=1e-5)
+
+
+def test_reading_and_gradients_change_with_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[float, str]] = []
+    forward = MemoryStep.forward
+
+    def watched(step: MemoryStep, batch: Any) -> Any:
+        seen.append((step.reading, step.gradient))
+        return forward(step, batch)
+
+    monkeypatch.setattr(MemoryStep, "forward", watched)
+    course = {"read_warmup": 0.5, "gradient": "first_order", "full_gradient_from": 0.5, "evaluate_every": 0}
+    train(config(tmp_path / "out", **course), on_progress=lambda _: None)
+    assert seen == [(0.0, "first_order"), (0.5, "first_order"), (1.0, "full"), (1.0, "full")]

@@ -108,13 +108,14 @@ test-newest: .venv-newest/.installed  ## the same tests with the newest versions
 NUMERIC := $(addprefix tests/,core/test_recurrence.py core/test_equivalence.py core/test_decode.py core/test_mechanism.py \
 	core/test_contract.py core/test_attach.py core/test_training_and_precision.py kernels/test_step.py kernels/test_scan.py \
 	kernels/test_numba.py) $(if $(QUICK),,$(addprefix tests/,kernels/test_fullgraph.py engine/test_turns.py \
-	engine/test_batching.py engine/test_kv_reuse.py training/test_training.py langgraph/test_memory_graphs.py))
+	engine/test_batching.py engine/test_kv_reuse.py training/test_training.py training/test_step.py langgraph/test_memory_graphs.py))
+# oneDNN chooses by itself: on a processor with AMX it would ask the lowered rest of torch for AVX-512.
 # Passive: threads that wait for each other in a busy loop would take the processors from the tests beside them.
 NUMERIC_RUN = OMP_WAIT_POLICY=passive OMP_NUM_THREADS=$$AGENTMEM_TEST_THREADS \
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(NUMERIC) $(ARGS)
 test-numeric: .venv/.installed-dev  ## numeric tests with other instruction sets and threads; QUICK=1 for fewer
-	export ATEN_CPU_CAPABILITY=default AGENTMEM_TEST_THREADS=2; $(NUMERIC_RUN)
-	export ATEN_CPU_CAPABILITY=avx2 AGENTMEM_TEST_THREADS=1; $(NUMERIC_RUN)
+	export ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 AGENTMEM_TEST_THREADS=2; $(NUMERIC_RUN)
+	export ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 AGENTMEM_TEST_THREADS=1; $(NUMERIC_RUN)
 	export AGENTMEM_TEST_THREADS=2; $(NUMERIC_RUN)
 
 lint: .venv/.installed-dev  ## ruff, mypy, and the direction of imports

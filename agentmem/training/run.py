@@ -338,8 +338,11 @@ def _start(run: PreparedRun, steered: SteeredModel) -> None:
     if run.config.start == "copier":
         start_as_copier(steered)
     elif run.config.start == "fitted":
-        count = min(_FITTED, len(run.source))
-        start_fitted(steered, [run.example(n, Random(n)) for n in range(count)], run.pad, seed=run.config.seed)
+        count = len(run.source)
+        # Of an endless source conversations that training does not reach, which a course (`grow`) has not thinned out.
+        first = ENDLESS // 2 if count >= ENDLESS else 0
+        numbers = range(first, first + min(_FITTED, count))
+        start_fitted(steered, [run.example(n, Random(n)) for n in numbers], run.pad, seed=run.config.seed)
 
 
 def _measurement(run: PreparedRun, model: Any) -> Callable[[Adapter], Measurement]:

@@ -96,6 +96,24 @@ class Conversation:
                 )
 
 
+class HeldConversations:
+    """The part of a source that all sources share which hold their conversations: training and held-out ones."""
+
+    def __init__(self, train: Sequence[Conversation], held_out: Sequence[Conversation]) -> None:
+        self._train, self._held_out = tuple(train), tuple(held_out)
+
+    def __len__(self) -> int:
+        return len(self._train)
+
+    def conversation(self, number: int) -> Conversation:
+        """Training conversation `number`, from 0."""
+        return self._train[number]
+
+    def held_out(self, count: int) -> tuple[Conversation, ...]:
+        """`count` held-out conversations, or all if there are fewer."""
+        return self._held_out[:count]
+
+
 @dataclass(frozen=True)
 class BadLine:
     """A line that is no conversation to train on: its number, from 1, and why."""

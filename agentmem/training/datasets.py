@@ -21,7 +21,7 @@ from typing import Any
 
 from agentmem.errors import DataError
 from agentmem.messages import Message, Role, ToolCall
-from agentmem.training.conversations import Ask, Conversation, SourceFile, read_file
+from agentmem.training.conversations import Ask, Conversation, HeldConversations, SourceFile, read_file
 from agentmem.training.facts.splits import split_of
 
 
@@ -194,7 +194,7 @@ def _says(text: str, value: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text, re.IGNORECASE) is not None
 
 
-class CoffeeOrders:
+class CoffeeOrders(HeldConversations):
     """`taskmaster4`: orders in a coffee bar.
 
     Reads `data_*.json` of Taskmaster-4. Replies after the first turn count. With `tools` the calls that are noted with
@@ -229,20 +229,9 @@ class CoffeeOrders:
                     ) from error
                 if made is not None:
                     (train if split_of(identifier, "conversation") == "train" else held_out).append(made)
-        self._train, self._held_out = tuple(train), tuple(held_out)
+        super().__init__(train, held_out)
         self.files = tuple(folder.files)
         self.skipped: Mapping[str, int] = dict(skipped)
-
-    def __len__(self) -> int:
-        return len(self._train)
-
-    def conversation(self, number: int) -> Conversation:
-        """Conversation `number`, from 0."""
-        return self._train[number]
-
-    def held_out(self, count: int) -> tuple[Conversation, ...]:
-        """`count` held-out conversations, or all if there are fewer."""
-        return self._held_out[:count]
 
 
 def _order(
@@ -313,7 +302,7 @@ def _tools(parameters: Mapping[str, set[str]]) -> tuple[dict[str, Any], ...]:
     )
 
 
-class PersonaChats:
+class PersonaChats(HeldConversations):
     """`personas`: chats in which the assistant keeps to a description of itself that it was given at the start.
 
     Reads `*.csv` of Synthetic-Persona-Chat. The speaker who begins is the user; what the other one is like stands in a
@@ -344,20 +333,9 @@ class PersonaChats:
                 made = _persona_chat(row, f"personas:{file}:{number}", skipped)
                 if made is not None:
                     (train if split_of(row[2], "conversation") == "train" else held_out).append(made)
-        self._train, self._held_out = tuple(train), tuple(held_out)
+        super().__init__(train, held_out)
         self.files = tuple(folder.files)
         self.skipped: Mapping[str, int] = dict(skipped)
-
-    def __len__(self) -> int:
-        return len(self._train)
-
-    def conversation(self, number: int) -> Conversation:
-        """Conversation `number`, from 0."""
-        return self._train[number]
-
-    def held_out(self, count: int) -> tuple[Conversation, ...]:
-        """`count` held-out conversations, or all if there are fewer."""
-        return self._held_out[:count]
 
 
 _SPEAKER = re.compile(r"User ([12]): *")

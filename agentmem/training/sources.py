@@ -22,7 +22,7 @@ from random import Random
 from typing import Literal, Protocol
 
 from agentmem.errors import ConfigError, DataError
-from agentmem.training.conversations import Ask, Conversation, SourceFile, read_conversations
+from agentmem.training.conversations import Ask, Conversation, HeldConversations, SourceFile, read_conversations
 from agentmem.training.datasets import CoffeeOrders, PersonaChats, SchemaGuidedDialogues
 from agentmem.training.episodes import EpisodeConfig, FactEpisode, FactEpisodes
 from agentmem.training.facts.splits import Split
@@ -233,7 +233,7 @@ def as_conversation(episode: FactEpisode, origin: str = "") -> Conversation:
     return Conversation(messages, (False,) * len(messages), asks=asks, origin=origin)
 
 
-class FileSource:
+class FileSource(HeldConversations):
     """A JSONL file of the user's (`read_conversations`).
 
     Which conversations are held out follows from a hash of their messages, so equal ones are on the same side, and
@@ -267,19 +267,10 @@ class FileSource:
         elif len(set(places)) == 1:
             limit = 0.0
         pairs = list(zip(conversations.good, places, strict=True))
-        self._train = tuple(conversation for conversation, place in pairs if place >= limit)
-        self._held_out = tuple(conversation for conversation, place in pairs if place < limit)
-
-    def __len__(self) -> int:
-        return len(self._train)
-
-    def conversation(self, number: int) -> Conversation:
-        """Conversation `number`, from 0, in the file's order."""
-        return self._train[number]
-
-    def held_out(self, count: int) -> tuple[Conversation, ...]:
-        """`count` conversations that are held out, or all if there are fewer."""
-        return self._held_out[:count]
+        super().__init__(
+            [conversation for conversation, place in pairs if place >= limit],  # in the file's order
+            [conversation for conversation, place in pairs if place < limit],
+        )
 
 
 def _place(conversation: Conversation) -> float:

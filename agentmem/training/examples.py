@@ -117,6 +117,8 @@ class ExampleMaker:
         self._limit, self._window, self._history = limit, window, history
         self._other_weight = other_weight
         self._closing = transcript.closing_ids()
+        opened = transcript.render([Message("user", "x")], add_generation_prompt=True)
+        self._opening = [token for token, owner in zip(opened.input_ids, opened.owner, strict=True) if owner == 1]
         # The matrices play no part in a plan, so they are as small as can be.
         self._empty = MemoryState.zeros((1, 1, 1, 1), _PLANNED, _PLANNED)
         self._reply_ids = lru_cache(maxsize=65_536)(self._render_reply)
@@ -232,17 +234,13 @@ class ExampleMaker:
         """The tokens of a reply after the generation prompt, its end included, and how many of them are content."""
         rendered = self._transcript.render([Message("user", "x"), reply], add_generation_prompt=False)
         own = [token for token, owner in zip(rendered.input_ids, rendered.owner, strict=True) if owner == 1]
-        opening = self._opening()
-        start = next((n for n, (a, b) in enumerate(zip(own, opening, strict=False)) if a != b), len(opening))
+        # What a template opens a reply with may have more in a prompt (a block of reasoning) than in a history.
+        start = next(
+            (n for n, (a, b) in enumerate(zip(own, self._opening, strict=False)) if a != b), len(self._opening)
+        )
         ids = own[start:]
         ends = len(self._closing) and ids[-len(self._closing) :] == self._closing
         return ids, len(ids) - len(self._closing) if ends else len(ids) - 1
-
-    @lru_cache(maxsize=1)  # noqa: B019 - one value, of an object that lives as long as the training
-    def _opening(self) -> list[int]:
-        """The tokens of the generation prompt."""
-        rendered = self._transcript.render([Message("user", "x")], add_generation_prompt=True)
-        return [token for token, owner in zip(rendered.input_ids, rendered.owner, strict=True) if owner == 1]
 
     def _ask_weights(self, ask: Ask) -> list[float]:
         """The weight of each token of a reply: full for its values and what follows each, so that values end right."""

@@ -25,6 +25,7 @@ from random import Random
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from rich.console import Console
 
 from agentmem.delta.adapter import AUTHORS_FILE, SAFETENSORS_FILE, Adapter, load_adapter, save_adapter
@@ -367,9 +368,10 @@ def _measurement(run: PreparedRun, model: Any) -> Callable[[Adapter], Measuremen
         sums: dict[Start, float] = {"memory": 0.0, "zero": 0.0, "foreign": 0.0}
         size, count = max(2, run.config.batch_size), 0
         for begin in range(0, len(questions), size):
-            batch = _to(run.batch(questions[begin : begin + size], joined=step.joined), model.device)
+            batch = send_to_device(run.batch(questions[begin : begin + size], joined=step.joined), model.device)
+            states = step.states(batch)
             for arm in sums:
-                losses, weights = step.losses(batch, arm)
+                losses, weights = step.losses(batch, arm, states)
                 sums[arm] += float((losses / weights.clamp_min(1e-9)).sum())
             count += len(losses)
         arms = {f"{arm}_loss": value / max(1, count) for arm, value in sums.items()}
@@ -414,14 +416,6 @@ def as_question(conversation: Conversation) -> Conversation:
         train=(False,) * (last - 1),
         asks=(Ask((messages[last - 1],), messages[last], tools=conversation.tools),),
     )
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device)
-    if isinstance(batch, dict):
-        return {key: _to(value, device) for key, value in batch.items()}
-    return [_to(value, device) for value in batch] if isinstance(batch, list) else batch
 
 
 def _finish(run: PreparedRun, trainer: MemoryTrainer) -> TrainResult:

@@ -118,18 +118,21 @@ class MemoryStep(nn.Module):
         return self._write(batch)[0]
 
     @torch.no_grad()
-    def losses(self, batch: Mapping[str, Any], start: Start = "memory") -> tuple[Tensor, Tensor]:
+    def losses(
+        self, batch: Mapping[str, Any], start: Start = "memory", states: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Each question's loss with a memory, without gradients.
 
         Args:
             batch: examples with questions.
             start: the state that questions start from: their own, zeros, or that of the next example in the batch.
+            states: what `states` gave for this batch; None: it is computed.
 
         Returns:
             The sum of cross-entropies of every question and its weight, both [questions].
         """
         asks = batch["asks"]
-        state, _ = self._write(batch)
+        state = self.states(batch) if states is None else states
         if start == "zero":
             state = torch.zeros_like(state)
         elif start == "foreign":
@@ -226,7 +229,7 @@ class MemoryStep(nn.Module):
 
     def _quietness(self, batch: Mapping[str, Any], results: list[_Result]) -> Tensor:
         """Mean over layers of the ratio of mean squared reads, outside of targets to at targets."""
-        layouts = [*batch["passes"], *([batch["asks"]] if batch["asks"] is not None else [])]
+        layouts = _layouts(batch)
         targets = sum(int((layout["weights"] > 0).sum()) for layout in layouts)
         others = sum(int(_real(layout, slice(None)).sum()) for layout in layouts) - targets
         quiet = torch.stack([result.quiet for result in results]).sum(0) / max(1, others)
@@ -251,10 +254,12 @@ def _real(layout: Mapping[str, Any], columns: slice) -> Tensor:
 
 def total_weight(batch: Mapping[str, Any]) -> Tensor:
     """The sum of the weights of all tokens of a batch."""
-    weights = [layout["weights"].sum() for layout in batch["passes"]]
-    if batch["asks"] is not None:
-        weights.append(batch["asks"]["weights"].sum())
-    return torch.stack(weights).sum()
+    return torch.stack([layout["weights"].sum() for layout in _layouts(batch)]).sum()
+
+
+def _layouts(batch: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """All layouts of a batch, the questions' last."""
+    return [*batch["passes"], *([] if batch["asks"] is None else [batch["asks"]])]
 
 
 def _plainly_causal(model: nn.Module) -> bool:

@@ -88,6 +88,13 @@ class MemoryStep(nn.Module):
         self._steered = steered
         self._truncate, self._read_penalty = truncate, read_penalty
         self._checkpointing = gradient_checkpointing
+        self.train()
+
+    def train(self, mode: bool = True) -> MemoryStep:
+        """As every module's, but the frozen model stays as an engine runs it, without dropout."""
+        super().train(mode)
+        self.model.eval()
+        return self
 
     @property
     def joined(self) -> bool:

@@ -199,6 +199,14 @@ def test_memory_is_only_read_where_it_should_be() -> None:
     assert quiet.losses(batch, "zero")[0].tolist() != quiet.losses(batch)[0].tolist()
 
 
+def test_the_frozen_model_is_run_as_an_engine_runs_it() -> None:
+    step = MemoryStep(attach_lively(build("llama", attention_dropout=0.5), couple_lambda=False))
+    step.train()
+    assert not any(module.training for module in step.model.modules())
+    batch = collate([passes(1)], 0, joined=False)
+    assert_close(step(batch)["loss"].detach(), step(batch)["loss"].detach(), 1)
+
+
 def recall(number: int) -> Example:
     """One of six names gets one of 40 values; the question names it, and its reply is the value."""
     rng = Random(number)

@@ -95,6 +95,17 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread of torch, also where `make test-numeric` asks for more: for tests that compare bits of whole runs."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """Hold torch to its threads once it is imported: tests run side by side, and sums keep their order."""

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from agentmem.training.config import TrainConfig
 from agentmem.training.run import dry_run, train
 from agentmem.training.step import MemoryStep
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 MICRO: dict[str, Any] = {
     "model": "nano",
     "data": ("facts",),
@@ -40,14 +40,6 @@ MICRO: dict[str, Any] = {
     "probes": 3,
     "probe_tokens": 4,
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -28,16 +28,10 @@ from agentmem.training.loop import ExampleDataset
 from agentmem.training.trainer import Measurement
 from tests.helpers.toy_training import toy_trainer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # A fork of a process with threads may hang where it needs one of them; the loop needs none.
 forks = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run(out: Path, **keys: Any) -> dict[str, Tensor]:
@@ -105,16 +99,21 @@ def test_a_step_is_the_same_however_it_is_divided_into_batches(tmp_path: Path) -
     assert_same(parts, whole, 1e-5)
 
 
+def assert_two_learnt_as_one(out: Path, ranks: list[Any]) -> None:
+    """Two processes end, and left the losses and the weights of one process with the whole batch."""
+    for process in ranks:
+        process.join(120)
+        assert process.exitcode == 0
+    wanted = run(out / "one", batch_size=4)
+    assert losses(out / "two") == pytest.approx(losses(out / "one"), rel=1e-5)
+    assert_same(dict(load_adapter(out / "two/checkpoint-6").tensors), wanted, 1e-5)
+
+
 @forks
 def test_two_processes_with_half_the_batch_learn_what_one_learns(tmp_path: Path) -> None:
     port = free_port()
     ranks = [start(tmp_path / "two", group(rank, port), batch_size=1, accumulate=2) for rank in (0, 1)]
-    for process in ranks:
-        process.join(120)
-        assert process.exitcode == 0
-    wanted = run(tmp_path / "one", batch_size=4)
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
-    assert_same(dict(load_adapter(tmp_path / "two/checkpoint-6").tensors), wanted, 1e-5)
+    assert_two_learnt_as_one(tmp_path, ranks)
 
 
 @forks
@@ -132,12 +131,7 @@ def test_parameters_that_are_spread_over_processes_are_saved_and_resumed_whole(t
         assert all(isinstance(parameter, DTensor) for parameter in trainer.steered.memory.parameters())
 
     ranks = [forked(partial(work, rank)) for rank in (0, 1)]
-    for process in ranks:
-        process.join(120)
-        assert process.exitcode == 0
-    wanted = run(tmp_path / "one", batch_size=4)
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
-    assert_same(dict(load_adapter(tmp_path / "two/checkpoint-6").tensors), wanted, 1e-5)
+    assert_two_learnt_as_one(tmp_path, ranks)
 
 
 @forks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -23,15 +22,8 @@ from agentmem.training.step import MemoryStep, total_weight
 from agentmem.training.trainer import MemoryTrainer
 from tests.helpers.core_models import build
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 VOCABULARY = 40
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def micro(seed: int = 0) -> Any:

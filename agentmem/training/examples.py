@@ -284,7 +284,10 @@ def collate(examples: Sequence[Example], pad: int, *, joined: bool) -> dict[str,
         ids, positions, segments [N, T] int64, weights [N, T] float32, and
             rows: [N] int64, which of the B examples each row belongs to;
             blocks: [N, T] int64, the pass of each token, -1 = padding (only if `joined`);
-            split: how many columns come before the second of two write passes; T where there is one.
+            split: how many columns come before the second of two write passes, or before what an example's questions
+                do not share; T where there is neither;
+            first, of: [n] and [N] int64, which rows have a beginning that others share, and which of the n each row
+                continues (only where questions share one). Columns before `split` need those n rows only.
     """
     passes: list[dict[str, Any]] = []
     if joined:
@@ -296,7 +299,32 @@ def collate(examples: Sequence[Example], pad: int, *, joined: bool) -> dict[str,
             chosen = [(n, e.passes[place]) for n, e in enumerate(examples) if place < len(e.passes)]
             passes.append(_apart(chosen, pad))
     asks = [(n, ask) for n, example in enumerate(examples) for ask in example.asks]
-    return {"count": len(examples), "passes": passes, "asks": _apart(asks, pad) if asks else None}
+    return {"count": len(examples), "passes": passes, "asks": _questions(asks, pad) if asks else None}
+
+
+def _questions(rows: Sequence[tuple[int, Pass]], pad: int) -> dict[str, Any]:
+    """Rows of one question each. What all questions of an example begin with (the system message) is to be run once."""
+    if any(each.split < len(each.ids) for _, each in rows):
+        return _apart(rows, pad)  # message and sentence adapters have two parts already
+    numbers = sorted({row for row, _ in rows})
+    shared = {number: _common([each for row, each in rows if row == number]) for number in numbers}
+    if len(numbers) == len(rows) or not all(shared.values()):
+        return _apart(rows, pad)
+    layout = _apart([(row, replace(each, split=shared[row])) for row, each in rows], pad)
+    owners = layout["rows"]
+    layout["first"] = torch.tensor([owners.tolist().index(number) for number in numbers])
+    layout["of"] = torch.searchsorted(torch.tensor(numbers), owners)
+    return layout
+
+
+def _common(questions: Sequence[Pass]) -> int:
+    """How many tokens questions have in common, at least one before the first that counts."""
+    limit = min(next((n for n, w in enumerate(q.weights) if w), len(q.ids)) for q in questions) - 1
+    first = questions[0]
+    for n in range(limit):
+        if any((q.ids[n], q.segments[n]) != (first.ids[n], first.segments[n]) for q in questions):
+            return n
+    return max(0, limit)
 
 
 def _joined(rows: Sequence[tuple[int, Sequence[Pass]]], pad: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ Training then only has to improve on it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +53,10 @@ def start_as_copier(steered: SteeredModel, gain: float = 0.3) -> None:
         for module in _modules(steered):
             module.get_parameter("memory_k_proj").copy_(module.get_parameter("memory_q_proj"))
             module.get_parameter("delta_o_proj").copy_(gain * module.get_parameter("memory_v_proj").T)
+
+
+class _SeenAllError(Exception):
+    """Ends a model's call after the last layer with memory."""
 
 
 @dataclass(frozen=True)
@@ -355,10 +360,13 @@ def _collect(steered: SteeredModel, places: Sequence[_Places], pad: int, rows: i
 def _hidden(steered: SteeredModel, wanted: Sequence[tuple[Pass, list[int]]], pad: int, rows: int) -> list[list[Tensor]]:
     """For each layer with memory, the inputs of its attention at the wanted positions of every pass, [n, D] each."""
     inputs: dict[int, Tensor] = {}
+    last = max(site.layer for site in steered.sites)
 
     def keep(layer: int) -> object:
         def hook(_module: object, arguments: tuple[Tensor, ...]) -> None:
             inputs[layer] = arguments[0]
+            if layer == last:
+                raise _SeenAllError  # what the layers above make of it is of no interest
 
         return hook
 
@@ -375,7 +383,8 @@ def _hidden(steered: SteeredModel, wanted: Sequence[tuple[Pass, list[int]]], pad
             chosen = order[begin : begin + rows]
             length = max(len(wanted[n][0].ids) for n in chosen)
             ids = torch.tensor([wanted[n][0].ids + [pad] * (length - len(wanted[n][0].ids)) for n in chosen])
-            steered.model.get_decoder()(input_ids=ids.to(steered.model.device), use_cache=False)
+            with suppress(_SeenAllError):
+                steered.model.get_decoder()(input_ids=ids.to(steered.model.device), use_cache=False)
             for row, n in enumerate(chosen):
                 for layer in range(len(hidden)):
                     hidden[layer][n] = inputs[layer][row, wanted[n][1]].float().cpu()

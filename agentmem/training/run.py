@@ -53,7 +53,7 @@ from agentmem.training.step import MemoryStep, Start, total_weight
 from agentmem.training.trainer import Measurement, MemoryTrainer
 
 _CHECKED = 1000  # conversations that are made into examples before the weights are loaded
-_FITTED = 1500  # conversations that new weights are fitted to
+_FITTED = 500  # conversations that new weights are fitted to
 _PREDICTIONS = "predictions.jsonl"
 _TOOL = {"type": "function", "function": {"name": "look_up", "description": "", "parameters": {"type": "object"}}}
 

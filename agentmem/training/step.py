@@ -41,8 +41,8 @@ class _Result:
     Attributes:
         state: the state after it.
         losses: [N] float32, each row's weighted sum of cross-entropies.
-        quiet: [L] float32, per layer the sum of the squared reads of tokens that predict no target.
-        loud: [L] float32, the same of tokens that predict one.
+        quiet: [N, L] float32, per row and layer the sum of the squared reads of tokens that predict no target.
+        loud: [N, L] float32, the same of tokens that predict one.
     """
 
     state: Tensor
@@ -177,9 +177,16 @@ class MemoryStep(nn.Module):
             from transformers import DynamicCache
 
             cache = DynamicCache()
-        first, cache = self._call(layout, slice(0, split), state, cache)
-        if split == length:
-            return first
+        if "of" not in layout:
+            first, cache = self._call(layout, slice(0, split), state, cache)
+            if split == length:
+                return first
+        else:
+            rows, of = layout["first"], layout["of"]
+            beginnings = {name: layout[name][rows] for name in ("ids", "segments", "weights", "positions", "mask")}
+            shared, cache = self._call(beginnings, slice(0, split), state[rows], cache)
+            cache.batch_select_indices(of)
+            first = _Result(*(value[of] for value in vars(shared).values()))
         second, _ = self._call(layout, slice(split, length), first.state, cache)
         joined = (first.losses + second.losses, first.quiet + second.quiet, first.loud + second.loud)
         return _Result(second.state, *joined)
@@ -192,6 +199,7 @@ class MemoryStep(nn.Module):
             weights = torch.cat([weights[:, :-1], torch.zeros_like(weights[:, -1:])], 1)  # a second part is no target
         counts = weights > 0
         targeted = bool(counts.any())
+        leads = bool((layout["weights"] > 0).any())  # a second part reads on in the keys and values of the first
         mask = layout["mask"][:, : columns.stop] if "mask" in layout else None
         hidden: list[Tensor] = []
         decoder = self._steered.model.get_decoder()
@@ -207,7 +215,7 @@ class MemoryStep(nn.Module):
                     segments=segments,
                     logits_to_keep=-1,
                     cache=cache,
-                    first_order=self.gradient == "first_order" and not targeted,
+                    first_order=self.gradient == "first_order" and not leads,
                     keep_reads=self._read_penalty > 0,
                     read_scale=None if self.reading >= 1 else counts + self.reading * ~counts,
                 )
@@ -226,21 +234,20 @@ class MemoryStep(nn.Module):
     def _reads(
         self, reads: tuple[Tensor, ...] | None, counts: Tensor, real: Tensor, like: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Sums per layer of squared reads, of tokens that predict no target and of those that do, each [L]."""
+        """Sums of squared reads, of tokens that predict no target and of those that do, each [N, L]."""
         if reads is None:
-            nothing = like.new_zeros(len(self.memory))
+            nothing = like.new_zeros(len(like), len(self.memory))
             return nothing, nothing
-        quiet, loud = (real & ~counts).float(), counts.float()
-        sizes = [read.square().sum((-1, -2)) for read in reads]  # each [N, T]
-        return torch.stack([(x * quiet).sum() for x in sizes]), torch.stack([(x * loud).sum() for x in sizes])
+        sizes = torch.stack([read.square().sum((-1, -2)) for read in reads], 1)  # [N, L, T]
+        return (sizes * (real & ~counts)[:, None]).sum(-1), (sizes * counts[:, None]).sum(-1)
 
     def _quietness(self, batch: Mapping[str, Any], results: list[_Result]) -> Tensor:
         """Mean over layers of the ratio of mean squared reads, outside of targets to at targets."""
         layouts = _layouts(batch)
         targets = sum(int((layout["weights"] > 0).sum()) for layout in layouts)
         others = sum(int(_real(layout, slice(None)).sum()) for layout in layouts) - targets
-        quiet = torch.stack([result.quiet for result in results]).sum(0) / max(1, others)
-        loud = torch.stack([result.loud for result in results]).sum(0) / max(1, targets)
+        quiet = torch.cat([result.quiet for result in results]).sum(0) / max(1, others)
+        loud = torch.cat([result.loud for result in results]).sum(0) / max(1, targets)
         # The denominator is a scale only: otherwise reading more at targets would be rewarded too.
         return (quiet / (loud.detach() + _TINY)).mean()
 

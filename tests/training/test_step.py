@@ -154,6 +154,36 @@ def test_joined_rows_change_no_gradient() -> None:
         assert_close(found, expected, 20 * TERMS)
 
 
+def test_what_questions_share_is_run_once_and_changes_no_gradient() -> None:
+    def asking(seed: int) -> Example:
+        """Three questions with the same first tokens, of which some are written and some only read."""
+        rng = Random(seed)
+        shared = [rng.randrange(3, 61) for _ in range(rng.randrange(3, 6))]
+        told, asks = passes(seed).passes, []
+        for _ in range(3):
+            rest = [rng.randrange(3, 61) for _ in range(rng.randrange(4, 8))]
+            ids = [*shared, *rest]
+            asks.append(Pass(ids, [-1, -1, *range(len(ids) - 2)], [0.0] * (len(ids) - 2) + [1.0] * 2, len(ids)))
+        return Example(told, tuple(asks))
+
+    together = [asking(1), asking(2)]
+    alone = [Example(each.passes, (ask,)) for each in together for ask in each.asks]
+    layout = collate(together, 0, joined=True)["asks"]
+    assert len(layout["first"]) == 2
+    assert layout["of"].tolist() == [0, 0, 0, 1, 1, 1]
+    assert "first" not in collate(alone, 0, joined=True)["asks"]
+    for gradient in ("full", "first_order"):
+        step = MemoryStep(lively(), gradient=gradient)  # type: ignore[arg-type]
+        for found, expected in zip(gradients(step, together), gradients(step, alone), strict=True):
+            assert_close(found, expected, 20 * TERMS)
+        quiet = MemoryStep(lively(), read_penalty=0.5)
+        batch = collate(together, 0, joined=False)
+        penalty = quiet(batch)["penalty"]
+        for name in ("first", "of"):
+            batch["asks"].pop(name)
+        assert_close(penalty, quiet(batch)["penalty"], 20 * TERMS)
+
+
 def test_checkpointing_changes_no_gradient_and_truncation_cuts_it() -> None:
     examples = [passes(seed) for seed in range(2)]
     loss, full = gradients(MemoryStep(lively()), examples, joined=False)

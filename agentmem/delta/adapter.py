@@ -17,7 +17,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,6 +69,10 @@ class Adapter:
     def digest(self) -> str:
         """SHA-256 (hex) over the fingerprint and `base`: adapters in our format are checked against it."""
         return hashlib.sha256(f"{self.fingerprint}\n{self.base}".encode()).hexdigest()
+
+    def rounded(self, dtype: torch.dtype) -> Adapter:
+        """The adapter with its weights in another dtype, as a file of that dtype would give it back."""
+        return replace(self, tensors={name: tensor.to(dtype) for name, tensor in self.tensors.items()})
 
 
 def load_adapter(directory: str | Path) -> Adapter:

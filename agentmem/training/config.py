@@ -23,8 +23,8 @@ RUN_FILE = "train.json"
 """In the output directory: the config of the run that it belongs to."""
 
 _MAY_CHANGE = (
-    *("resume", "device", "threads", "workers", "report_to", "out", "format", "push", "save_every", "keep"),
-    *("evaluate_every", "probes", "probe_tokens", "patience"),
+    *("resume", "device", "threads", "workers", "report_to", "out", "format", "store", "push", "save_every", "keep"),
+    *("evaluate_every", "probes", "probe_tokens", "patience", "frozen_cache"),
 )
 """Keys that a resumed run may set anew: they do not change what is learned from which conversation."""
 _DIVISION = ("batch_size", "accumulate")  # free as long as a step has as many conversations in all
@@ -82,6 +82,9 @@ class TrainConfig:
     )
     truncate: int | None = _key(None, "loss", "Turns back through which the gradient goes; null: all.")
     gradient_checkpointing: bool = _key(False, "loss", "Compute activations again and not keep them: slower, smaller.")
+    frozen_cache: float = _key(
+        1.0, "loss", "Gigabytes for what the layers below the memory make of texts, where data comes back; 0: none."
+    )
     max_steps: int = _key(1000, "steps", "Steps in all.")
     batch_size: int = _key(8, "steps", "Conversations of a step on each device.")
     accumulate: int = _key(1, "steps", "Batches whose gradients make one step.")
@@ -104,6 +107,9 @@ class TrainConfig:
     out: str = _key("", "run", "The directory for the adapter, its card, log and checkpoints.")
     resume: bool = _key(False, "run", "Go on with the run in that directory, if there is one.")
     format: Literal["ours", "authors"] = _key("ours", "run", "Of the adapter: safetensors, or as the paper's authors.")
+    store: Literal["float32", "bfloat16"] = _key(
+        "float32", "run", "Of the adapter's weights in its file; bfloat16 makes it half as large."
+    )
     push: str | None = _key(None, "run", "Upload the adapter and its card to this repository of the hub: ORG/NAME.")
 
     def __post_init__(self) -> None:
@@ -115,7 +121,7 @@ class TrainConfig:
             self._need(getattr(self, name) >= 0, name, "at least 0")
         for name in ("window_messages", "window_tokens", "threads", "truncate"):
             self._need(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1, or null")
-        for name in ("weight_decay", "read_penalty", "other_weight"):
+        for name in ("weight_decay", "read_penalty", "other_weight", "frozen_cache"):
             self._need(getattr(self, name) >= 0, name, "at least 0")
         for name in ("max_bad", "floor", "full_gradient_from", "read_warmup"):
             self._need(0 <= getattr(self, name) <= 1, name, "from 0 to 1")

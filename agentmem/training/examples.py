@@ -347,37 +347,25 @@ def _joined(rows: Sequence[tuple[int, Sequence[Pass]]], pad: int) -> dict[str, A
 
 
 def _apart(rows: Sequence[tuple[int, Pass]], pad: int) -> dict[str, Any]:
-    """Rows of one pass each, or of two that are padded to begin at the same column."""
+    """Rows of one pass each, or of two parts, of which the second begins at the same column in every row."""
     split = max(each.split for _, each in rows)
     two = any(each.split < len(each.ids) for _, each in rows)
-    laid = [(row, _with_gap(each, split, pad) if two else each) for row, each in rows]
-    length = max(len(each.ids) for _, each in laid)
-    real = [
-        [1] * min(old.split, len(old.ids)) + [0] * (len(new.ids) - len(old.ids)) + [1] * (len(old.ids) - old.split)
-        for (_, old), (_, new) in zip(rows, laid, strict=True)
-    ]
-    mask = _padded(real, length, 0, torch.int64)
+    # Padding before the first part: between the parts it would stand inside of a sliding window.
+    gaps = [split - each.split if two else 0 for _, each in rows]
+    length = max(gap + len(each.ids) for gap, (_, each) in zip(gaps, rows, strict=True))
+    passes = list(zip(gaps, (each for _, each in rows), strict=True))
+    mask = _padded([[0] * gap + [1] * len(each.ids) for gap, each in passes], length, 0, torch.int64)
     return {
-        "rows": torch.tensor([row for row, _ in laid]),
-        "ids": _padded([each.ids for _, each in laid], length, pad, torch.int64),
-        "segments": _padded([each.segments for _, each in laid], length, -1, torch.int64),
-        "weights": _padded([_shifted_in(each.weights) for _, each in laid], length, 0.0, torch.float32),
+        "rows": torch.tensor([row for row, _ in rows]),
+        "ids": _padded([[pad] * gap + each.ids for gap, each in passes], length, pad, torch.int64),
+        "segments": _padded([[-1] * gap + each.segments for gap, each in passes], length, -1, torch.int64),
+        "weights": _padded(
+            [[0.0] * gap + [*_shifted_in(each.weights)] for gap, each in passes], length, 0.0, torch.float32
+        ),
         "positions": (mask.cumsum(-1) - 1).clamp_min(0),
         "mask": mask,
         "split": split if two else length,
     }
-
-
-def _with_gap(each: Pass, split: int, pad: int) -> Pass:
-    """The pass with padding before its second part, so that this begins at column `split`."""
-    gap = split - each.split
-    first, second = slice(each.split), slice(each.split, None)
-    return replace(
-        each,
-        ids=[*each.ids[first], *([pad] * gap), *each.ids[second]],
-        segments=[*each.segments[first], *([-1] * gap), *each.segments[second]],
-        weights=[*each.weights[first], *([0.0] * gap), *each.weights[second]],
-    )
 
 
 def _shifted_in(weights: Sequence[float]) -> Sequence[float]:

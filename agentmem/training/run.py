@@ -46,6 +46,7 @@ from agentmem.training.episodes import EpisodeConfig
 from agentmem.training.examples import Example, ExampleMaker, collate
 from agentmem.training.facts.values import Vocabulary
 from agentmem.training.fitted import start_as_copier, start_fitted
+from agentmem.training.frozen import FrozenFeatures
 from agentmem.training.loop import ExampleDataset, TrainProgress, training_arguments
 from agentmem.training.progress import show_example, shown_progress
 from agentmem.training.sources import ENDLESS, MixedSource, Source, SourceOptions, open_sources
@@ -306,12 +307,16 @@ def _trainer(run: PreparedRun, on_progress: Callable[[TrainProgress], None] | No
         steered = SteeredModel.attach(model, adapter=run.adapter, dtype=torch.float32)
     if run.adapter is None and last_checkpoint(Path(config.out)) is None:
         _start(run, steered)
+    lowest, features = min(steered.layers), None
+    if config.frozen_cache and lowest and len(run.source) < ENDLESS:  # what never comes back needs no place
+        features = FrozenFeatures(model, lowest, int(config.frozen_cache * 1e9))
     step = MemoryStep(
         steered,
         gradient=config.gradient,
         truncate=config.truncate,
         read_penalty=config.read_penalty,
         gradient_checkpointing=config.gradient_checkpointing,
+        features=features,
     )
     dataset = ExampleDataset(
         len(run.source),
@@ -430,6 +435,7 @@ def _finish(run: PreparedRun, trainer: MemoryTrainer) -> TrainResult:
     best = best_adapters(out)
     if best:
         adapter = load_adapter(best[-1][1])
+    adapter = adapter.rounded(getattr(torch, config.store))
     save_adapter(out, adapter, format="authors" if config.format == "authors" else "safetensors")
     probes, results = probes_of(run.held_out), None
     if config.evaluate_every and len({probe.conversation for probe in probes}) > 1:

@@ -26,10 +26,12 @@ from torch.utils.checkpoint import checkpoint
 
 from agentmem.delta.model import SteeredModel
 from agentmem.training.blocks import attending_apart
+from agentmem.training.frozen import FrozenFeatures
 
 Gradient = Literal["full", "first_order"]
 Start = Literal["memory", "zero", "foreign"]
 
+_BY_ROW = ("ids", "segments", "weights", "positions", "mask", "features")  # of a layout
 _TINY = 1e-6
 _SHORT = 256  # tokens of a row
 
@@ -61,6 +63,7 @@ class MemoryStep(nn.Module):
         read_penalty: how much of the ratio of mean squared reads, of tokens that predict no target to those that do,
             is added to the loss. It keeps the memory out of what it has nothing to say about.
         gradient_checkpointing: keep only the state between passes, and run each pass again when gradients need it.
+        features: the features of texts that come back; None = every layer is run for every text.
 
     Attributes:
         memory: the trained parameters.
@@ -79,6 +82,7 @@ class MemoryStep(nn.Module):
         truncate: int | None = None,
         read_penalty: float = 0.0,
         gradient_checkpointing: bool = False,
+        features: FrozenFeatures | None = None,
     ) -> None:
         super().__init__()
         self.model: nn.Module = steered.model.requires_grad_(False)
@@ -87,7 +91,7 @@ class MemoryStep(nn.Module):
         self.reading = 1.0
         self._steered = steered
         self._truncate, self._read_penalty = truncate, read_penalty
-        self._checkpointing = gradient_checkpointing
+        self._checkpointing, self._features = gradient_checkpointing, features
         self.train()
 
     def train(self, mode: bool = True) -> MemoryStep:
@@ -169,6 +173,8 @@ class MemoryStep(nn.Module):
 
     def _compute(self, layout: Mapping[str, Any], state: Tensor) -> _Result:
         split, length = layout["split"], layout["ids"].shape[1]
+        if self._features is not None:
+            layout = {**layout, "features": self._features.rows(layout)}
         if "blocks" in layout:
             with attending_apart(self._steered.model, layout["blocks"]):
                 return self._call(layout, slice(0, length), state, None)[0]
@@ -183,7 +189,7 @@ class MemoryStep(nn.Module):
                 return first
         else:
             rows, of = layout["first"], layout["of"]
-            beginnings = {name: layout[name][rows] for name in ("ids", "segments", "weights", "positions", "mask")}
+            beginnings = {name: value[rows] for name, value in layout.items() if name in _BY_ROW}
             shared, cache = self._call(beginnings, slice(0, split), state[rows], cache)
             cache.batch_select_indices(of)
             first = _Result(*(value[of] for value in vars(shared).values()))
@@ -205,8 +211,11 @@ class MemoryStep(nn.Module):
         decoder = self._steered.model.get_decoder()
         # Logits are computed only for tokens with weight, so the hidden state is taken before the vocabulary product.
         handle = decoder.register_forward_hook(lambda _module, _inputs, output: hidden.append(output.last_hidden_state))
+        skipping: AbstractContextManager[None] = nullcontext()
+        if self._features is not None:
+            skipping = self._features.in_place_of_layers(layout["features"][:, columns])
         try:
-            with _quick_attention(ids):
+            with _quick_attention(ids), skipping:
                 out = self._steered(
                     ids,
                     state,

@@ -123,7 +123,8 @@ class MemoryTrainer(TrainingLoop):
 
     def _measure_now(self, measure: Callable[[Adapter], Measurement]) -> None:
         """Measure the memory, keep it if it is the best so far, and end the run if it has not been for too long."""
-        adapter, step = self.adapter(), self.state.global_step
+        # Rounded as it will be stored, so that what is measured is what is kept.
+        adapter, step = self.adapter().rounded(getattr(torch, self.config.store)), self.state.global_step
         score = [0.0]
         if self.is_world_process_zero():
             measurement = measure(adapter)

@@ -17,6 +17,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import agentmem
+from agentmem.delta.adapter import load_adapter
 from agentmem.errors import AgentMemError, ConfigError, DataError, TrainingError
 from agentmem.training import run as training
 from agentmem.training.__main__ import app
@@ -101,6 +102,17 @@ def test_a_file_of_conversations_is_measured_by_its_losses(tmp_path: Path) -> No
     lines = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text("utf-8").splitlines()]
     (arms,) = [line["arms"] for line in lines if "arms" in line]
     assert set(arms) == {"memory_loss", "zero_loss", "foreign_loss"}
+
+
+def test_an_adapter_is_stored_in_half_the_size_and_measured_as_it_is_stored(tmp_path: Path) -> None:
+    train(config(tmp_path / "out", max_steps=2, store="bfloat16"), on_progress=lambda _: None)
+    stored = load_adapter(tmp_path / "out")
+    assert {tensor.dtype for tensor in stored.tensors.values()} == {torch.bfloat16}
+    lines = (tmp_path / "out/predictions.jsonl").read_text("utf-8").splitlines()
+    assert {json.loads(line)["adapter_fingerprint"] for line in lines} == {stored.fingerprint}
+    with agentmem.load("nano", tmp_path / "out", device="cpu") as engine:
+        assert engine.steered is not None
+        assert next(engine.steered.memory.parameters()).dtype == torch.float32
 
 
 @pytest.mark.usefixtures("no_weights")

@@ -18,6 +18,7 @@ from agentmem.prompt.transcript import Transcript, Window
 from agentmem.training.conversations import Ask, Conversation
 from agentmem.training.examples import Example, ExampleMaker, Pass, collate
 from agentmem.training.fitted import start_as_copier, start_fitted
+from agentmem.training.frozen import FrozenFeatures
 from agentmem.training.step import MemoryStep
 from tests.helpers.core_models import TERMS, attach_lively, build, tiny
 from tests.helpers.numeric import assert_close
@@ -122,6 +123,18 @@ def passes(seed: int, *, strategy: str = "token") -> Example:
     return Example(tuple(one(rng.randrange(5, 12), 0) for _ in range(3)), tuple(one(9, 2) for _ in range(2)))
 
 
+def asking(seed: int) -> Example:
+    """Three questions with the same first tokens, of which some are written and some only read."""
+    rng = Random(seed)
+    shared = [rng.randrange(3, 61) for _ in range(rng.randrange(3, 6))]
+    told, asks = passes(seed).passes, []
+    for _ in range(3):
+        rest = [rng.randrange(3, 61) for _ in range(rng.randrange(4, 8))]
+        ids = [*shared, *rest]
+        asks.append(Pass(ids, [-1, -1, *range(len(ids) - 2)], [0.0] * (len(ids) - 2) + [1.0] * 2, len(ids)))
+    return Example(told, tuple(asks))
+
+
 def lively(strategy: str = "token", architecture: str = "llama") -> SteeredModel:
     steered = attach_lively(tiny(architecture), write_strategy=strategy, couple_lambda=False, num_state_heads=2)
     steered.memory.requires_grad_(True)
@@ -155,17 +168,6 @@ def test_joined_rows_change_no_gradient() -> None:
 
 
 def test_what_questions_share_is_run_once_and_changes_no_gradient() -> None:
-    def asking(seed: int) -> Example:
-        """Three questions with the same first tokens, of which some are written and some only read."""
-        rng = Random(seed)
-        shared = [rng.randrange(3, 61) for _ in range(rng.randrange(3, 6))]
-        told, asks = passes(seed).passes, []
-        for _ in range(3):
-            rest = [rng.randrange(3, 61) for _ in range(rng.randrange(4, 8))]
-            ids = [*shared, *rest]
-            asks.append(Pass(ids, [-1, -1, *range(len(ids) - 2)], [0.0] * (len(ids) - 2) + [1.0] * 2, len(ids)))
-        return Example(told, tuple(asks))
-
     together = [asking(1), asking(2)]
     alone = [Example(each.passes, (ask,)) for each in together for ask in each.asks]
     layout = collate(together, 0, joined=True)["asks"]
@@ -182,6 +184,29 @@ def test_what_questions_share_is_run_once_and_changes_no_gradient() -> None:
         for name in ("first", "of"):
             batch["asks"].pop(name)
         assert_close(penalty, quiet(batch)["penalty"], 20 * TERMS)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "strategy"), [("llama", "token"), ("qwen3", "message"), ("gemma3", "token"), ("llama", "sentence")]
+)
+@pytest.mark.parametrize("limit", [1 << 20, 0])
+def test_frozen_features_of_texts_that_come_back_change_no_gradient(
+    architecture: str, strategy: str, limit: int
+) -> None:
+    steered = attach_lively(
+        tiny(architecture), write_strategy=strategy, couple_lambda=False, num_state_heads=2, target_layers=[1]
+    )
+    steered.memory.requires_grad_(True)
+    examples = [asking(seed) if strategy == "token" else passes(seed, strategy=strategy) for seed in range(3)]
+    features = FrozenFeatures(steered.model, 1, limit)
+    plain, quick = MemoryStep(steered), MemoryStep(steered, features=features)
+    for _ in range(2):
+        for found, expected in zip(gradients(quick, examples), gradients(plain, examples), strict=True):
+            assert_close(found, expected, 20 * TERMS)
+    tokens = sum(len(each.ids) for example in examples for each in (*example.passes, *example.asks))
+    assert (features.computed, features.found) == ((tokens, tokens) if limit else (2 * tokens, 0))
+    checkpointed = MemoryStep(steered, features=features, gradient_checkpointing=True)
+    assert_close(gradients(checkpointed, examples)[1], gradients(plain, examples)[1], 20 * TERMS)
 
 
 def test_checkpointing_changes_no_gradient_and_truncation_cuts_it() -> None:

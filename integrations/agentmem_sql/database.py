@@ -8,8 +8,8 @@ Work may be run again as a whole, so it must have no effect but what it stores a
 other transactions is run again after a pause, and work that met a closed connection is run again at once.
 
 SQLite lets one connection write. Left to its busy handler, waiting writers poll and an unlucky one starves, so the
-writers of one process queue here, whichever saver they use; readers do not wait. A database in memory is shared through
-SQLite's `memdb` file system and has no write-ahead log, so its readers queue too.
+writers of one process take a lock here, whichever saver they use; readers do not wait. A database in memory is one
+connection, which its readers and writers take turns on.
 """
 
 from __future__ import annotations
@@ -19,13 +19,11 @@ import random
 import sqlite3
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from uuid import uuid4
 from weakref import WeakSet, WeakValueDictionary
 
 from sqlalchemy import URL, Connection, Engine, inspect
@@ -54,7 +52,6 @@ THREADS = 16  # that do the work of tasks
 _RETRIES, _RECONNECTS, _MOST_UNPREPARED = 6, 1, 32
 _RETRY_BUDGET = 20.0  # seconds after which nothing is run again: a lock timeout may have taken most of them
 _FIRST_PAUSE = 0.01  # seconds
-_PATIENCE = 1.0  # seconds after which a writer in the queue checks by itself whether it is its turn
 
 
 class Database:
@@ -101,13 +98,16 @@ class Database:
         self._protection = protection
         self._cache = cache
         self._migrations = migrations
-        self._anchor: sqlite3.Connection | None = None
-        if self._source.in_memory:
-            self._take_memory()
         self.backend = self._source.url.get_backend_name()
-        own = self._source.engine
-        self._one_connection = self._source.in_memory or (own is not None and isinstance(own.pool, StaticPool))
-        self._queue = _queue_of(self._source) if self.backend == "sqlite" else None
+        own, in_memory = self._source.engine, self._source.in_memory
+        if in_memory and own is not None and not isinstance(own.pool, StaticPool):
+            raise StorageError(
+                f"expected an in-memory engine with poolclass=StaticPool, found {type(own.pool).__name__}, which gives "
+                "every thread a database of its own; use StaticPool, a file, or "
+                "SQLAlchemySaver.from_url('sqlite:///:memory:')"
+            )
+        self._one_connection = in_memory or (own is not None and isinstance(own.pool, StaticPool))
+        self._turn = _turn_of(self._source) if self.backend == "sqlite" else None
         self._transactions = None if own is None else _Transactions(own, made_here=False)
         if own is not None and self.backend == "sqlite" and self._one_connection:
             check_shared(own)
@@ -183,16 +183,14 @@ class Database:
         self.reading_threads.shutdown(wait=False)
         if self._source.engine is None and self._transactions is not None:
             self._transactions.close()
-        if self._anchor is not None:
-            self._anchor.close()
 
     def after_fork(self) -> None:
         """Replace what belongs to the threads of the process that this one was just forked from."""
         self._make_threads()
         self._making = threading.Lock()
         self._inherited = True
-        if self._queue is not None:
-            self._queue = _queue_of(self._source)
+        if self._turn is not None:
+            self._turn = _turn_of(self._source)
         if self._cache is not None:
             self._cache.after_fork()
 
@@ -233,12 +231,15 @@ class Database:
     def _in_turn(self, do: Callable[[], T], *, write: bool) -> T:
         if self._inherited:
             self._leave_inherited()
-        if self._queue is None or not (write or self._one_connection):
+        if self._turn is None or not (write or self._one_connection):
             return do()
-        return self._queue.run(partial(self._unless_busy, do) if self._one_connection else do)
+        with self._turn:
+            if self._one_connection:
+                self._check_free()
+            return do()
 
-    def _unless_busy(self, do: Callable[[], T]) -> T:
-        """Do something unless the caller has a transaction open on the engine's only connection."""
+    def _check_free(self) -> None:
+        """Refuse to work while the caller has a transaction open on the engine's only connection."""
         pool = None if self._source.engine is None else self._source.engine.pool
         record = vars(pool).get("connection") if pool else None  # None before the first use
         if record is not None and getattr(record.driver_connection, "in_transaction", False):
@@ -246,7 +247,6 @@ class Database:
                 "the engine given to SQLAlchemySaver has one connection (StaticPool), and a transaction of yours "
                 "is open on it, which the saver would end; commit first, or give the saver an engine of its own"
             )
-        return do()
 
     def _leave_inherited(self) -> None:
         """Leave the connections of the other process alone (SQLAlchemy's recipe), or close those to files.
@@ -255,7 +255,9 @@ class Database:
         one would not take a lock that the list says is held.
         """
         with self._making:
-            if self._inherited and self._source.engine is None and self._transactions is not None:
+            # A database in memory was copied with the process.
+            ours = self._source.engine is None and not self._source.in_memory
+            if self._inherited and ours and self._transactions is not None:
                 self._transactions.leave_inherited(close=self.backend == "sqlite")
             self._inherited = False
 
@@ -283,32 +285,6 @@ class Database:
         """Where a SQLite file is."""
         return str(self._source.url.database).removeprefix("file:").partition("?")[0]
 
-    def _take_memory(self) -> None:
-        """Name a database in memory, so that all connections share it, and keep it open."""
-        engine, url = self._source.engine, self._source.url
-        if engine is not None:
-            if not isinstance(engine.pool, StaticPool):
-                raise StorageError(
-                    f"expected an in-memory engine with poolclass=StaticPool, found {type(engine.pool).__name__}, "
-                    "which gives every thread a database of its own; use StaticPool, a file, "
-                    "or SQLAlchemySaver.from_url('sqlite:///:memory:')"
-                )
-            return
-        if self._must_exist:
-            raise StorageError(
-                "expected the URL of a SQLite file, found a database in memory, which only its process sees"
-            )
-        if url.query:
-            raise StorageError(
-                "expected 'sqlite:///:memory:' for a database in memory, "
-                f"found the options {dict(url.query)}; "
-                "remove them, or pass an engine of your own"
-            )
-        name = f"file:/agentmem-{uuid4().hex}?vfs=memdb"
-        self._anchor = sqlite3.connect(name, uri=True, check_same_thread=False)
-        named = url.set(database=name.split("?")[0], query={"vfs": "memdb", "uri": "true"})
-        self._source = Source(named, self._source.options)
-
 
 def _identity(path: str) -> tuple[int, int] | None:
     """Which file there is at a path; takes about a microsecond."""
@@ -324,8 +300,8 @@ _left_alone: list[Connection] = []
 
 
 def _after_fork() -> None:
-    global _queues_mutex, _queues
-    _queues_mutex, _queues = threading.Lock(), WeakValueDictionary()  # those who wait are threads of the other process
+    global _turns_mutex, _turns
+    _turns_mutex, _turns = threading.Lock(), WeakValueDictionary()  # those who wait are threads of the other process
     for database in list(_databases):
         database.after_fork()
 
@@ -528,64 +504,17 @@ def _set_autocommit(connection: Connection, mode: bool) -> None:
             raise OperationalError(None, None, error, connection_invalidated=True) from error
 
 
-# The queue of SQLite's writers.
+# The turns of SQLite's writers.
+
+_turns: WeakValueDictionary[object, threading.Lock] = WeakValueDictionary()
+_turns_mutex = threading.Lock()
 
 
-class _Ticket:
-    """A place in the queue; `turn` exists if others were in the queue before."""
-
-    def __init__(self) -> None:
-        self.turn: threading.Event | None = None
-        self.gone = False
-
-
-class WriterQueue:
-    """A first-come first-served lock.
-
-    No code of the caller runs while it is held. Ctrl-C may interrupt the main thread between any two steps, so leaving
-    is one step, the flag `gone`; if the next in the queue is not woken then, it finds out by itself.
-    """
-
-    def __init__(self) -> None:
-        self._mutex = threading.Lock()  # guards the queue, held for microseconds
-        self._tickets: deque[_Ticket] = deque()  # the first that is not gone has its turn
-
-    def run(self, do: Callable[[], T]) -> T:
-        """Wait until it is this caller's turn, and call `do`."""
-        ticket = _Ticket()
-        try:
-            with self._mutex:
-                if self._tickets:
-                    ticket.turn = threading.Event()
-                self._tickets.append(ticket)
-            if ticket.turn is not None:
-                self._call_first()
-                while not ticket.turn.wait(_PATIENCE):
-                    self._call_first()
-            return do()
-        finally:
-            ticket.gone = True
-            self._call_first()
-
-    def _call_first(self) -> None:
-        """Remove tickets that are gone from the head, and wake the first; may be called at any time."""
-        with self._mutex:
-            while self._tickets and self._tickets[0].gone:
-                self._tickets.popleft()
-            first = self._tickets[0].turn if self._tickets else None
-            if first is not None:
-                first.set()
-
-
-_queues: WeakValueDictionary[object, WriterQueue] = WeakValueDictionary()
-_queues_mutex = threading.Lock()
-
-
-def _queue_of(source: Source) -> WriterQueue:
-    """The queue of a SQLite database, shared by all its users in this process."""
+def _turn_of(source: Source) -> threading.Lock:
+    """The lock that the writers of a SQLite database take, shared by all its users in this process."""
     if source.engine is not None and isinstance(source.engine.pool, StaticPool):
         key: object = source.engine.pool
     else:
         key = object() if source.in_memory else Path(str(source.url.database)).resolve()
-    with _queues_mutex:
-        return _queues.setdefault(key, WriterQueue())
+    with _turns_mutex:
+        return _turns.setdefault(key, threading.Lock())

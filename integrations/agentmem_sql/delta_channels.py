@@ -14,14 +14,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, Integer, and_, bindparam, cast, literal, select
+from sqlalchemy import Connection, Integer, bindparam, cast, literal, select
 
 from agentmem_sql.list_tree import HISTORY, History, read_history
 from agentmem_sql.message_cache import Body, CachedThread
 from agentmem_sql.protection import Protection
-from agentmem_sql.reader import Missing, Reader, chunks
-from agentmem_sql.rows import Address, Row, StoredWrite, check_seal, damaged, decode_write, unpack_content
-from agentmem_sql.schema import by, decode_text, encode_text, open_key
+from agentmem_sql.reader import Holders, Missing, Reader, chunks
+from agentmem_sql.rows import Address, Row, StoredWrite, check_seal, damaged, unpack_content
+from agentmem_sql.schema import by, decode_text, open_key
 
 _ANCESTORS = 100  # in one statement
 
@@ -43,8 +43,7 @@ class AncestorReader:
     def __init__(self, reader: Reader, protection: Protection) -> None:
         self.protection = protection
         self.reader = reader
-        threads, blobs = reader.tables.threads, reader.tables.blobs
-        checkpoints, writes = reader.tables.checkpoints, reader.tables.writes
+        blobs, checkpoints = reader.tables.blobs, reader.tables.checkpoints
         columns = [column for column in checkpoints.c if column.name not in ("thread", "ns")]
         here = by(checkpoints, "thread", "ns")
         start = select(*columns, cast(literal(0), Integer).label("depth"))
@@ -52,18 +51,6 @@ class AncestorReader:
         step = select(*columns, chain.c.depth + 1)
         step = step.where(here, checkpoints.c.id == chain.c.parent, chain.c.depth < _ANCESTORS - 1)
         self._chain = select(chain.union_all(step)).order_by("depth")
-        of_channels = and_(
-            writes.c.thread == threads.c.number,
-            writes.c.ns == bindparam("ns"),
-            writes.c.checkpoint.in_(bindparam("ids", expanding=True)),
-            writes.c.channel.in_(bindparam("channels", expanding=True)),
-        )
-        self._pending = (
-            select(threads.c.epoch, *writes.c)  # a row without a write where there are none
-            .select_from(threads)
-            .outerjoin(writes, of_channels)
-            .where(threads.c.number == bindparam("thread"))
-        )
         self._history = select(blobs.c.kind, blobs.c.body).where(by(blobs, "thread", "digest"))
 
     def read(
@@ -155,18 +142,10 @@ class AncestorReader:
             Missing: something was removed from the thread meanwhile.
             StorageError: a write was changed or damaged since it was stored.
         """
-        by_id = {ancestor.id: ancestor for ancestor in ancestors[1:]}
-        keys = {"thread": known.number, "ns": ancestors[0].ns, "channels": [encode_text(name) for name in channels]}
-        for part in chunks(list(by_id)):
-            rows = connection.execute(self._pending, {**keys, "ids": part}).mappings().all()
-            if not rows or rows[0]["epoch"] != known.epoch:
+        for part in chunks(ancestors[1:]):
+            holders: Holders = {(known.number, ancestor.id): (thread_id, ancestor.writes) for ancestor in part}
+            if self.reader.add_writes(connection, ancestors[0].ns, holders) != {(known.number, known.epoch)}:
                 raise Missing
-            for row in rows:
-                if row["checkpoint"] is None:
-                    continue
-                if row["checkpoint"] not in by_id:  # the index that found the row says something else than the row
-                    raise damaged(thread_id, decode_text(row["checkpoint"]), "a pending write")
-                by_id[row["checkpoint"]].writes.append(decode_write(self.protection, thread_id, row))
         return {name: _fold(ancestors, name) for name in channels}
 
 

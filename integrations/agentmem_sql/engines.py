@@ -1,14 +1,13 @@
 """From a URL, or the caller's engine, to the one synchronous engine that a saver works with.
 
-A URL that names an asynchronous driver is served by the synchronous driver of the same database, with the options
-translated or refused by name: tasks are served by threads, which is as fast for one task and faster for many. An
-`AsyncEngine` is taken for its URL and options in the same way.
+A URL that names an asynchronous driver is served by the synchronous driver of the same database: tasks are served by
+threads, which is as fast for one task and faster for many. Options that only the asynchronous driver has are refused by
+name. An `AsyncEngine` is taken for its URL and options in the same way.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
 import sqlite3
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -47,14 +46,23 @@ _INSTEAD = {
     "mysqldb": "use pymysql, which needs no compiler",
 }
 
-# Options of asynchronous drivers without a counterpart, and what to do. Any others are refused by the synchronous
-# driver itself.
+# Options of asynchronous drivers that the synchronous one lacks, and what to write there. Any others are refused by the
+# synchronous driver itself.
 _REFUSED = {
     "async_creator": "write `creator`, a function that makes a synchronous connection",
     "auth_plugin": "write connect_args={'auth_plugin_map': ...}",
-    "direct_tls": "write sslnegotiation=direct",
     "iter_chunk_size": "leave it out",
-    "prepared_statement_name_func": "behind PgBouncer write connect_args={'prepare_threshold': None}",
+}
+_WITHOUT_CACHE = "leave it out, or behind PgBouncer write connect_args={'prepare_threshold': None}"
+_REFUSED_OF_ASYNCPG = {
+    "command_timeout": "write options='-c statement_timeout=...', in milliseconds",
+    "direct_tls": "write sslnegotiation=direct",
+    "prepared_statement_cache_size": _WITHOUT_CACHE,
+    "prepared_statement_name_func": _WITHOUT_CACHE,
+    "server_settings": "write options='-c name=value -c ...'",
+    "ssl": "write sslmode= (require, verify-full ...), sslrootcert=, sslcert=",
+    "statement_cache_size": _WITHOUT_CACHE,
+    "timeout": "write connect_timeout=, in whole seconds",
 }
 
 
@@ -91,7 +99,7 @@ def source_of(database: Engine | AsyncEngine | URL | str, options: Mapping[str, 
                 f"expected engine_options without {fixed.pop()!r}, which is not free: writes are READ COMMITTED "
                 "transactions and reads have none; leave it out"
             )
-        return _translated(parse(database), dict(options or {}))
+        return _synchronous(parse(database), options or {})
     if options:
         raise StorageError("expected engine_options beside a URL, found them beside an engine, which has its own")
     url = parse(database.url)
@@ -103,7 +111,7 @@ def source_of(database: Engine | AsyncEngine | URL | str, options: Mapping[str, 
             "use a file, a synchronous engine with poolclass=StaticPool, or "
             "SQLAlchemySaver.from_url('sqlite:///:memory:')"
         )
-    return _translated(url, _options_of(database))
+    return _synchronous(url, _options_of(database))
 
 
 def parse(url: URL | str) -> URL:
@@ -172,58 +180,17 @@ def _with_driver(url: URL) -> URL:
     return url.set(drivername=f"{name}+{_DRIVERS[name][0]}")
 
 
-def _translated(url: URL, options: dict[str, Any]) -> Source:
-    """The URL of the synchronous driver, and options for `create_engine` that go with it."""
+def _synchronous(url: URL, options: Mapping[str, Any]) -> Source:
+    """The same database and options with the synchronous driver."""
     driver = url.drivername.partition("+")[2]
-    connect_args: dict[str, Any] = options.get("connect_args", {})
-    for name in [*options, *connect_args, *url.query]:
-        if name in _REFUSED:
-            raise _no_counterpart(name, driver, _REFUSED[name])
-    if driver == "asyncpg":
-        query = dict(url.query)
-        translated: dict[str, Any] = {}
-        settings: list[str] = []
-        for name, value in {**url.query, **connect_args}.items():
-            option = _of_asyncpg(name, value)
-            if option != {name: value}:
-                query.pop(name, None)
-            if name not in query:
-                settings += option.pop("server_settings", [])
-                translated |= option
-        if settings:
-            translated["options"] = " ".join(f"-c {setting}" for setting in settings)
-        url = url.set(query=query)
-        if translated:
-            options["connect_args"] = translated
+    refused = _REFUSED | (_REFUSED_OF_ASYNCPG if driver == "asyncpg" else {})
+    for name in (*options, *options.get("connect_args", {}), *url.query):
+        if name in refused:
+            raise StorageError(
+                f"expected options of a synchronous driver, found {name!r}{' of ' * bool(driver)}{driver}, which has "
+                f"no counterpart of that name; {refused[name]}"
+            )
     return Source(_with_driver(url), options)
-
-
-def _of_asyncpg(name: str, value: Any) -> dict[str, Any]:
-    """An option of asyncpg as psycopg takes it; server settings are collected separately."""
-    match name:
-        case "ssl" if isinstance(value, str):
-            return {"sslmode": value}
-        case "ssl":
-            raise _no_counterpart(name, "asyncpg", "write sslmode= (require, verify-full ...), sslrootcert=, sslcert=")
-        case "timeout":
-            return {"connect_timeout": math.ceil(float(value))}
-        case "command_timeout":
-            return {"server_settings": [f"statement_timeout={math.ceil(1000 * float(value))}"]}
-        case "server_settings":
-            escaped = {setting: str(text).replace("\\", "\\\\").replace(" ", "\\ ") for setting, text in value.items()}
-            return {"server_settings": [f"{setting}={text}" for setting, text in escaped.items()]}
-        case "statement_cache_size" | "prepared_statement_cache_size":
-            if int(value) != 0:
-                raise _no_counterpart(name, "asyncpg", "leave it out: psycopg keeps the statements that it prepared")
-            return {"prepare_threshold": None}
-    return {name: value}
-
-
-def _no_counterpart(name: str, driver: str, instead: str) -> StorageError:
-    found = f"{name!r} of {driver}" if driver else repr(name)
-    return StorageError(
-        f"expected options of a synchronous driver, found {found}, which has no counterpart there; {instead}"
-    )
 
 
 def _options_of(engine: AsyncEngine) -> dict[str, Any]:
@@ -236,23 +203,23 @@ def _options_of(engine: AsyncEngine) -> dict[str, Any]:
             "or `creator`), which cannot make synchronous ones; pass a full URL, or a synchronous engine with a "
             "`creator`"
         )
-    options: dict[str, Any] = {"pool_recycle": pool._recycle, "pool_pre_ping": pool._pre_ping}
-    if engine.echo:
-        options["echo"] = engine.echo
+    # SQLAlchemy keeps `connect_args` nowhere but among what its own creator closes over.
+    arguments: Mapping[str, Any] = inspect.getclosurevars(creator).nonlocals.get("cparams", {})
+    of_url = engine.dialect.create_connect_args(engine.url)[1]
+    execution = engine.get_execution_options()
+    own = {name: value for name, value in arguments.items() if name not in of_url or of_url[name] != value}
+    options: dict[str, Any] = {
+        "connect_args": own,
+        "echo": engine.echo,
+        # Reads and writes have an isolation level of their own.
+        "execution_options": {name: value for name, value in execution.items() if name != "isolation_level"},
+        "pool_recycle": pool._recycle,
+        "pool_pre_ping": pool._pre_ping,
+    }
     if isinstance(pool, NullPool | StaticPool):
         options["poolclass"] = type(pool)
     elif isinstance(pool, QueuePool):
         options |= {"pool_size": pool.size(), "max_overflow": pool._max_overflow, "pool_timeout": pool._timeout}
-    inherited = {**engine.get_execution_options()}
-    inherited.pop("isolation_level", None)  # reads and writes have theirs
-    if inherited:
-        options["execution_options"] = inherited
-    # SQLAlchemy keeps `connect_args` nowhere but among what its own creator closes over.
-    arguments: Mapping[str, Any] = inspect.getclosurevars(creator).nonlocals.get("cparams", {})
-    of_url = engine.dialect.create_connect_args(engine.url)[1]
-    connect_args = {name: value for name, value in arguments.items() if name not in of_url or of_url[name] != value}
-    if connect_args:
-        options["connect_args"] = connect_args
     return options
 
 
@@ -267,7 +234,7 @@ def make_engine(source: Source, synchronous: str) -> Engine:
     """
     backend = source.url.get_backend_name()
     try:
-        engine = create_engine(source.url, **_arguments(source.url, source.options))
+        engine = create_engine(source.url, **_arguments(source))
     except ImportError as error:  # not only ModuleNotFoundError: psycopg without its library says this
         driver, extra, _ = _DRIVERS[backend]
         raise MissingExtraError(error.name or driver, extra) from error
@@ -285,13 +252,16 @@ def make_engine(source: Source, synchronous: str) -> Engine:
     return engine
 
 
-def _arguments(url: URL, options: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments(source: Source) -> dict[str, Any]:
     """The arguments of `create_engine`: ours, and over them the caller's."""
+    url, options, _ = source
     chosen: dict[str, Any] = {"hide_parameters": True, "skip_autocommit_rollback": True}
     chosen["pool_reset_on_return"] = None  # a work ends what it begins, and nobody else begins any
-    if not {"pool", "poolclass"} & options.keys():
-        chosen |= {"pool_size": POOL_SIZE, "max_overflow": 0}
     connect_args: dict[str, Any] = {}
+    if source.in_memory:  # which one connection sees, that everybody shares
+        chosen["poolclass"], connect_args["check_same_thread"] = StaticPool, False
+    elif not {"pool", "poolclass"} & options.keys():
+        chosen |= {"pool_size": POOL_SIZE, "max_overflow": 0}
     match url.get_backend_name():
         case "sqlite":
             connect_args["isolation_level"] = None

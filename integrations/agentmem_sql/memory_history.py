@@ -8,7 +8,7 @@ what the next turn needs. Between pages nothing is held open.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from itertools import chain, islice, repeat
@@ -113,48 +113,33 @@ def memory_history(
     changes = walk.changes()
     if not newest_first:
         changes = reversed(list(changes))
-    states: dict[bytes, MemoryState | None] = {}  # of the page before
     for size in chain([_FIRST_PAGE], repeat(_PAGE)):
         page = list(islice(changes, size))
         if not page:
             return
-        wanted = {change.digest: (change.channel, change.stored.id) for change in page}
-        for change in page:
-            if change.before is not None:
-                wanted.setdefault(change.before, (change.channel, str(change.parent)))
-        unread = {digest: place for digest, place in wanted.items() if digest not in states}
-        contents = database.run(partial(walk.collect, wanted=unread))
-        # What was taken out together with its checkpoint meanwhile is in neither of the two.
-        states = {digest: states[digest] for digest in wanted.keys() & states.keys()} | {
-            digest: walk.state(digest, contents, *place) for digest, place in unread.items() if digest in contents
-        }
+        # Where each memory stands.
+        wanted = {change.before: (change.channel, str(change.parent)) for change in page if change.before is not None}
+        wanted |= {change.digest: (change.channel, change.stored.id) for change in page}
+        contents = database.run(partial(walk.collect, wanted=wanted))
+        # Without those that were taken out together with their checkpoints meanwhile.
+        states = {digest: walk.state(digest, contents, *wanted[digest]) for digest in wanted.keys() & contents.keys()}
         for change in page:
             state, before = states.get(change.digest), states.get(change.before or b"")
             if state is not None and state != before:
                 yield _step(change, state, before)
 
 
+@dataclass
 class _Walk:
     """The way from a checkpoint to its first ancestor."""
 
-    def __init__(
-        self,
-        database: Database,
-        ancestors: AncestorReader,
-        serde: SerializerProtocol,
-        address: Address,
-        channel: str | None,
-    ) -> None:
-        self._database = database
-        self._ancestors = ancestors
-        self._reader = ancestors.reader
-        self._protection = ancestors.protection
-        self._serde = serde
-        self._address = address
-        self._named = channel
-        self._is_memory: dict[str, bool] = {} if channel is None else {channel: True}
-        self._none = self._protection.digest(VALUE, dump(serde, None, "an empty memory"))
-        self._thread = CachedThread()  # its number and epoch, no content
+    database: Database
+    ancestors: AncestorReader
+    serde: SerializerProtocol
+    address: Address
+    channel: str | None  # None looks for memories in every channel
+    is_memory: dict[str, bool] = field(default_factory=dict)  # by channel
+    thread: CachedThread = field(default_factory=CachedThread)  # its number and epoch, no content
 
     def changes(self) -> Iterator[_Change]:
         """Where the memories change, newest first; of one channel, or of every channel that holds memories.
@@ -165,7 +150,7 @@ class _Walk:
         latest: dict[str, tuple[StoredCheckpoint, bytes]] = {}  # channel -> the earliest checkpoint yet of this content
         for stored in chain(self._rows(), [None]):
             digests = {} if stored is None else stored.digests
-            held = {name: digest for name, digest in digests.items() if self._is_memory.get(name)}
+            held = {name: digest for name, digest in digests.items() if self.is_memory.get(name, name == self.channel)}
             for name, (at, digest) in sorted(latest.items(), reverse=True):
                 if held.get(name) != digest:
                     yield _Change(at, name, digest, held.get(name), None if stored is None else stored.id)
@@ -173,9 +158,8 @@ class _Walk:
 
     def _rows(self) -> Iterator[StoredCheckpoint]:
         """The checkpoint and its ancestors, read many at a time."""
-        thread, ns, named = self._address
-        database = self._database
-        located = database.run(partial(self._reader.locate, address=self._address))
+        thread, ns, named = self.address
+        located = self.database.run(partial(self.ancestors.reader.locate, address=self.address))
         if located is None and named is not None:
             raise StorageError(
                 f"expected the checkpoint {named!r} in namespace {ns!r} of thread {thread[:80]!r}, found none; "
@@ -183,12 +167,12 @@ class _Walk:
             )
         if located is None:
             return
-        self._thread = CachedThread(located[0].number, located[0].epoch)
+        self.thread = CachedThread(located[0].number, located[0].epoch)
         following: bytes | None = located[1]
         seen: set[bytes] = set()
         while following is not None:
-            keys = {"thread": self._thread.number, "ns": open_key(ns), "id": following}
-            rows = database.run(partial(self._ancestors.rows, keys=keys))
+            keys = {"thread": self.thread.number, "ns": open_key(ns), "id": following}
+            rows = self.database.run(partial(self.ancestors.rows, keys=keys))
             following = rows[-1]["parent"] if rows else None
             page: list[StoredCheckpoint] = []
             for row in rows:
@@ -196,33 +180,34 @@ class _Walk:
                     following = None
                     break
                 seen.add(row["id"])
-                page.append(decode_row(self._protection, self._serde, thread, row))
-            if self._named is None:
-                database.run(partial(self._classify, page=page))
+                page.append(decode_row(self.ancestors.protection, self.serde, thread, row))
+            if self.channel is None:
+                self.database.run(partial(self._classify, page=page))
             yield from page
 
     def _classify(self, connection: Connection, page: Sequence[StoredCheckpoint]) -> None:
         """Note of the channels met for the first time whether their latest value that is not None is a memory."""
+        none = self.ancestors.protection.digest(VALUE, dump(self.serde, None, "an empty memory"))
         latest: dict[str, tuple[bytes, str]] = {}
         for stored in page:
             for name, digest in stored.digests.items():
-                if name not in self._is_memory and digest != self._none and not name.startswith(_RESERVED):
+                if name not in self.is_memory and digest != none and not name.startswith(_RESERVED):
                     latest.setdefault(name, (digest, stored.id))
         if not latest:
             return
         # Lists are no memories, and may be long: only their kind is read.
-        blobs = self._reader.tables.blobs
-        is_list = (blobs.c.thread == self._thread.number, blobs.c.kind == LIST)
+        blobs = self.ancestors.reader.tables.blobs
+        is_list = (blobs.c.thread == self.thread.number, blobs.c.kind == LIST)
         digests = {digest for digest, _ in latest.values()}
         lists = set(connection.execute(select(blobs.c.digest).where(*is_list, blobs.c.digest.in_(digests))).scalars())
         wanted = {digest: (name, at) for name, (digest, at) in latest.items() if digest not in lists}
         contents = self.collect(connection, wanted)
         for name, (digest, _) in latest.items():
             if digest in lists or digest in contents:  # else it was taken out meanwhile: an earlier value tells
-                self._is_memory[name] = digest not in lists and _looks_like_memory(self._unpack(digest, contents))
+                self.is_memory[name] = digest not in lists and _looks_like_memory(self._unpack(digest, contents))
 
     def _unpack(self, digest: bytes, contents: Mapping[bytes, Body]) -> Any:
-        return Unpacker(self._serde, contents, CachedThread()).unpack(digest)
+        return Unpacker(self.serde, contents, CachedThread()).unpack(digest)
 
     def collect(self, connection: Connection, wanted: Mapping[bytes, tuple[str, str]]) -> dict[bytes, Body]:
         """The content of values, given with their channels and checkpoints; without those taken out meanwhile.
@@ -230,17 +215,17 @@ class _Walk:
         Raises:
             StorageError: a value is damaged; names the checkpoint.
         """
-        thread, ns, _ = self._address
+        thread, ns, _ = self.address
         try:
             # Of a thread that is not the saver's own: nothing is remembered of what is read.
-            unknown = CachedThread(self._thread.number, self._thread.epoch)
-            return self._reader.collect(connection, unknown, wanted)
+            unknown = CachedThread(self.thread.number, self.thread.epoch)
+            return self.ancestors.reader.collect(connection, unknown, wanted)
         except (Missing, StorageError):
             if len(wanted) > 1:  # one after the other, to leave out or to name the one that is at fault
                 parts = (self.collect(connection, {digest: place}) for digest, place in wanted.items())
                 return {digest: body for part in parts for digest, body in part.items()}
             [(channel, at)] = wanted.values()
-            if self._reader.locate(connection, Address(thread, ns, at)) is None:
+            if self.ancestors.reader.locate(connection, Address(thread, ns, at)) is None:
                 return {}
             raise damaged(thread, at, f"the value of channel {channel!r}") from None
 
@@ -251,13 +236,13 @@ class _Walk:
             CorruptStateError: it is no sound memory.
         """
         value = self._unpack(digest, contents)
-        if value is None or not (self._named or _looks_like_memory(value)):
+        if value is None or not (self.channel or _looks_like_memory(value)):
             return None
         try:
             return MemoryState.from_dict(value)
         except CorruptStateError as error:
             raise CorruptStateError(
-                f"channel {channel!r} of checkpoint {at!r} in thread {self._address.thread[:80]!r} holds no sound "
+                f"channel {channel!r} of checkpoint {at!r} in thread {self.address.thread[:80]!r} holds no sound "
                 f"memory: {error}"
             ) from error
 

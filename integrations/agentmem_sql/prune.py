@@ -49,8 +49,6 @@ Choose = Callable[[Mapping[Key, Row], Collection[Key]], Collection[Key] | None]
 # LangGraph's own channels, which are empty except for a run's input until it is read.
 _RESERVED = ("__", "branch:")
 
-_ATTEMPTS = 3
-
 
 class UnreadableThreadError(StorageError):
     """Some data of a thread is not what was stored, so nothing was removed."""
@@ -138,10 +136,8 @@ class Pruner:
         Raises:
             UnreadableThreadError: something was changed or damaged since it was stored; nothing is removed.
         """
-        work = self._preview if dry_run else self._take
-        taken = self.database.run(partial(work, thread_id=thread_id, serde=serde, choose=choose), write=not dry_run)
-        if taken is None:
-            return ThreadRetention(thread_id)
+        take = partial(self._take, serde=serde, thread_id=thread_id, choose=choose, dry_run=dry_run)
+        taken = self.database.run(take, write=not dry_run)
         if taken.deleted and not dry_run:
             self._cache.drop(thread_id)
         return taken
@@ -194,33 +190,24 @@ class Pruner:
                     threads[row["name"]].add((row["ns"], row["id"]))
         return threads
 
-    def _take(self, connection: Connection, thread_id: str, **how: Any) -> ThreadRetention | None:
-        thread = self._writer.lock(connection, thread_id)
-        if thread is None:
-            return None
-        content = self._sweeper.content(connection, thread.number)
-        taken, removal = self._plan(connection, thread_id, thread, content, **how)
-        if taken.deleted:
-            self._writer.delete_thread(connection, thread_id)
-        elif removal is not None:
-            self._apply(connection, thread, removal)
-        return taken
-
-    def _preview(self, connection: Connection, thread_id: str, **how: Any) -> ThreadRetention | None:
-        for attempt in range(1, _ATTEMPTS + 1):
-            thread = self._writer.find(connection, thread_id)
-            if thread is None:
-                return None
+    def _take(
+        self, connection: Connection, serde: SerializerProtocol, thread_id: str, choose: Choose, *, dry_run: bool
+    ) -> ThreadRetention:
+        find = self._writer.find if dry_run else self._writer.lock
+        while (thread := find(connection, thread_id)) is not None:
             try:
                 content = self._sweeper.content(connection, thread.number)  # first, see `mark_sweep`
-                taken, _ = self._plan(connection, thread_id, thread, content, **how)
-            except UnreadableThreadError:  # or something was removed meanwhile
-                if attempt == _ATTEMPTS:
-                    raise
-                continue
-            if self._writer.find(connection, thread_id) == thread:
-                break  # otherwise it is read again; if it is pruned time and again, this is as good as any answer
-        return taken
+                taken, removal = self._plan(connection, thread_id, thread, content, serde, choose)
+            except StorageError as error:
+                if dry_run and find(connection, thread_id) != thread:
+                    continue  # something was removed meanwhile
+                raise UnreadableThreadError(str(error)) from error
+            if taken.deleted and not dry_run:
+                self._writer.delete_thread(connection, thread_id)
+            elif removal is not None and not dry_run:
+                self._apply(connection, thread, removal)
+            return taken
+        return ThreadRetention(thread_id)
 
     def _plan(
         self,
@@ -234,35 +221,32 @@ class Pruner:
         """What would be removed.
 
         Raises:
-            UnreadableThreadError: something was changed or damaged since it was stored.
+            StorageError: something was changed or damaged since it was stored.
         """
         number = thread.number
-        try:
-            rows = self._rows_of(connection, thread_id, thread)
-            writes = connection.execute(self._writes, {"thread": number}).mappings().all()
-            awaited = {(write["ns"], write["checkpoint"]) for write in writes} - rows.keys()
-            chosen = choose(rows, awaited)
-            victims = set(rows if chosen is None else chosen)
-            kept = len(rows) - len(victims)
-            if chosen is not None and not victims:
-                return ThreadRetention(thread_id, kept=kept), None
-            # Writes that wait for a checkpoint belong to a run that has just begun: the thread stays for it.
-            if chosen is None or not (kept or awaited):
-                own = len(thread_key(thread_id)) + len(encode_text(thread_id))
-                size = own + sum(map(_size, [*rows.values(), *writes]))
-                size += self._sweeper.weigh(connection, number, content.digests)
-                return ThreadRetention(thread_id, len(victims), deleted=True, bytes_freed=size), None
-            survivors = {key: row for key, row in rows.items() if key not in victims}
-            relinked: list[Row] = []
-            added: dict[bytes, tuple[int, bytes]] = {}
-            for key, row in survivors.items():
-                if (row["ns"], row["parent"]) in victims:
-                    survivors[key], body = self._relinked(connection, serde, thread_id, thread, rows, victims, row)
-                    relinked.append(survivors[key])
-                    if body is not None:
-                        added[survivors[key]["history"]] = HISTORY, body
-        except StorageError as error:
-            raise UnreadableThreadError(str(error)) from error
+        rows = self._rows_of(connection, thread_id, thread)
+        writes = connection.execute(self._writes, {"thread": number}).mappings().all()
+        awaited = {(write["ns"], write["checkpoint"]) for write in writes} - rows.keys()
+        chosen = choose(rows, awaited)
+        victims = set(rows if chosen is None else chosen)
+        kept = len(rows) - len(victims)
+        if chosen is not None and not victims:
+            return ThreadRetention(thread_id, kept=kept), None
+        # Writes that wait for a checkpoint belong to a run that has just begun: the thread stays for it.
+        if chosen is None or not (kept or awaited):
+            own = len(thread_key(thread_id)) + len(encode_text(thread_id))
+            size = own + sum(map(_size, [*rows.values(), *writes]))
+            size += self._sweeper.weigh(connection, number, content.digests)
+            return ThreadRetention(thread_id, len(victims), deleted=True, bytes_freed=size), None
+        survivors = {key: row for key, row in rows.items() if key not in victims}
+        relinked: list[Row] = []
+        added: dict[bytes, tuple[int, bytes]] = {}
+        for key, row in survivors.items():
+            if (row["ns"], row["parent"]) in victims:
+                survivors[key], body = self._relinked(connection, serde, thread_id, thread, rows, victims, row)
+                relinked.append(survivors[key])
+                if body is not None:
+                    added[survivors[key]["history"]] = HISTORY, body
         freed = sum(map(_size, rows.values())) - sum(map(_size, survivors.values()))
         roots = {digest for row in survivors.values() for digest in referred(row["content"], row["history"])}
         for write in writes:

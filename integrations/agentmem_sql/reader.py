@@ -10,9 +10,11 @@ What this process has written or read before is not fetched again (see `message_
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from functools import partial
+from itertools import chain, islice
 from typing import Any, NamedTuple, TypeVar
 
 from langchain_core.runnables import RunnableConfig
@@ -20,6 +22,7 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 from sqlalchemy import ColumnElement, Connection, and_, bindparam, literal_column, or_, select, tuple_
 
 from agentmem.errors import StorageError
+from agentmem_sql.database import Database
 from agentmem_sql.list_tree import LEAVES, Node, parse
 from agentmem_sql.message_cache import Body, CachedThread, ThreadCache
 from agentmem_sql.protection import Protection
@@ -27,6 +30,7 @@ from agentmem_sql.rows import (
     Address,
     Row,
     StoredCheckpoint,
+    StoredWrite,
     damaged,
     decode_metadata,
     decode_rest,
@@ -36,9 +40,9 @@ from agentmem_sql.rows import (
     matches,
     metadata_bytes,
 )
-from agentmem_sql.schema import Tables, decode_text, encode_text, exact_key, open_key, thread_key
+from agentmem_sql.schema import Tables, by, decode_text, encode_text, exact_key, open_key, thread_key
 from agentmem_sql.serializer import is_langgraphs
-from agentmem_sql.statements import Prepared, PreparedLookup, PreparedLookups, Rows, contains
+from agentmem_sql.statements import Prepared, PreparedLookup, Rows, contains
 
 T = TypeVar("T")
 
@@ -59,6 +63,10 @@ class LoadedCheckpoint(NamedTuple):
 
     checkpoint: StoredCheckpoint
     known: CachedThread
+
+
+# Number of the thread and key of a checkpoint -> the thread's id, and the checkpoint's pending writes.
+Holders = dict[tuple[int | None, bytes], tuple[str, list[StoredWrite]]]
 
 
 class Missing(Exception):
@@ -125,20 +133,19 @@ class Reader:
         }
         self._searches: dict[Hashable, Prepared] = {}
         of_page = (writes.c.thread == threads.c.number, writes.c.ns == bindparam("ns"))
-        self._pending = PreparedLookups(
+        self._pending = PreparedLookup(
             lambda among: (
-                select(threads.c.epoch, threads.c.number, *writes.c)
+                select(threads.c.epoch, threads.c.number, *writes.c)  # a row without a write where there are none
                 .outerjoin_from(threads, writes, and_(*of_page, among(writes.c.checkpoint, "ids")))
                 .where(among(threads.c.number, "threads"))
             )
         )
+        content = select(blobs.c.digest, blobs.c.kind, blobs.c.body)
         self._content = PreparedLookup(
-            blobs.c.digest,
-            "digests",
-            select(blobs.c.digest, blobs.c.kind, blobs.c.body).where(blobs.c.thread == bindparam("thread")).where,
+            lambda among: content.where(by(blobs, "thread"), among(blobs.c.digest, "digests")), last="digests"
         )
-        self._contents = PreparedLookups(
-            lambda among: select(blobs.c.thread, blobs.c.digest, blobs.c.kind, blobs.c.body).where(
+        self._contents = PreparedLookup(
+            lambda among: content.add_columns(blobs.c.thread).where(
                 among(blobs.c.thread, "threads"), among(blobs.c.digest, "digests")
             )
         )
@@ -245,8 +252,8 @@ class Reader:
         rows: dict[int | None, list[Any]] = {thread: [] for thread in wanted}
         digests = sorted(set().union(*wanted.values()))
         if len(wanted) > 1 and len(wanted) * len(digests) <= _MOST_LOOKUPS:
-            for thread, *row in self._contents.rows(connection, {"threads": [*wanted], "digests": digests}):
-                rows[thread].append(row)
+            for row in self._contents.rows(connection, {"threads": [*wanted], "digests": digests}):
+                rows[row[-1]].append(row[:-1])
             return rows
         for thread, missing in wanted.items():
             for part in chunks(sorted(missing)):
@@ -271,28 +278,17 @@ class Reader:
         Raises:
             StorageError: one was changed or damaged since it was stored.
         """
-        by_thread: defaultdict[int, list[LoadedCheckpoint]] = defaultdict(list)
-        by_ns: defaultdict[bytes, dict[tuple[int, bytes], LoadedCheckpoint]] = defaultdict(dict)
+        by_thread: defaultdict[int | None, list[LoadedCheckpoint]] = defaultdict(list)
+        by_ns: defaultdict[bytes, Holders] = defaultdict(dict)
         for item in listed:
             address, number = item.checkpoint.address, item.known.number
-            assert number is not None
             by_thread[number].append(item)
-            by_ns[open_key(address.ns)][number, encode_text(item.checkpoint.id)] = item
-        epochs: defaultdict[int, set[int]] = defaultdict(set)
-        for ns, members in by_ns.items():
-            numbers, ids = ([*{*each}] for each in zip(*members, strict=True))
-            for epoch, number, *values in self._pending.rows(connection, {"ns": ns, "threads": numbers, "ids": ids}):
+            holder = address.thread, item.checkpoint.writes
+            by_ns[open_key(address.ns)][number, encode_text(item.checkpoint.id)] = holder
+        epochs: defaultdict[int | None, set[int]] = defaultdict(set)
+        for ns, holders in by_ns.items():
+            for number, epoch in self.add_writes(connection, ns, holders):
                 epochs[number].add(epoch)
-                row = dict(zip(self.tables.writes.c.keys(), values, strict=True))
-                if row["thread"] is None:
-                    continue
-                holder = members.get((number, row["checkpoint"]))
-                if holder is not None:
-                    thread = holder.checkpoint.address.thread
-                    holder.checkpoint.writes.append(decode_write(self._protection, thread, row))
-                elif row["checkpoint"] not in ids:  # the index that found the row says something else than the row
-                    thread = listed[0].checkpoint.address.thread
-                    raise damaged(thread, decode_text(row["checkpoint"]), "a pending write")
         # If something was taken out of a thread meanwhile, it may have been these writes.
         threads = [items for number, items in by_thread.items() if epochs[number] == {i.known.epoch for i in items}]
         intact: set[int | None] = set()
@@ -309,6 +305,26 @@ class Reader:
         )
         return [item for item in found if item is not None]
 
+    def add_writes(self, connection: Connection, ns: bytes, holders: Holders) -> set[tuple[int, int]]:
+        """Fetch the pending writes of checkpoints of a namespace; gives numbers and epochs of the threads meanwhile.
+
+        Raises:
+            StorageError: one was changed or damaged since it was stored.
+        """
+        numbers, ids = ([*{*each}] for each in zip(*holders, strict=True))
+        rows = self._pending.rows(connection, {"ns": ns, "threads": numbers, "ids": ids})
+        for _, number, *values in rows:
+            row = dict(zip(self.tables.writes.c.keys(), values, strict=True))
+            if row["thread"] is None:
+                continue
+            holder = holders.get((number, row["checkpoint"]))
+            if holder is not None:
+                holder[1].append(decode_write(self._protection, holder[0], row))
+            elif row["checkpoint"] not in ids:  # the index that found the row says something else than the row
+                thread, _ = next(iter(holders.values()))
+                raise damaged(thread, decode_text(row["checkpoint"]), "a pending write")
+        return {(number, epoch) for epoch, number, *_ in rows}
+
     def search(
         self, connection: Connection, given: Mapping[str, Any], parts: Sequence[tuple[bytes, ...]]
     ) -> list[dict[str, Any]]:
@@ -318,19 +334,21 @@ class Reader:
         """
         dialect = connection.dialect.name
         shape = dialect, *given, *map(len, parts)
-        search, names = (
-            self._searches.get(shape),
-            [[f"part_{at}_{n}" for n in range(len(p))] for at, p in enumerate(parts)],
-        )
+        search = self._searches.get(shape)
+        names = [[f"part_{at}_{n}" for n in range(len(part))] for at, part in enumerate(parts)]
         if search is None:
-            found = (
-                or_(*(contains(dialect, self.tables.checkpoints.c.metadata, name) for name in each)) for each in names
-            )
+            metadata = self.tables.checkpoints.c.metadata
+            found = (or_(*(contains(dialect, metadata, name) for name in each)) for each in names)
             limits = (self._limits[name] for name in given if name in self._limits)
             search = self._searches[shape] = Prepared(self._listed.where(*limits, *found))
         values = dict(zip(chain(*names), chain(*parts), strict=True))
         columns = [column.name for column in self._row_columns]
         return [dict(zip(columns, row, strict=True)) for row in search.rows(connection, {**given, **values})]
+
+    def parts(self, serde: SerializerProtocol, wanted: Mapping[str, Any]) -> list[tuple[bytes, ...]]:
+        """What the database can look for; see `metadata_bytes`."""
+        readable = is_langgraphs(serde) and not self._protection.encrypts
+        return metadata_bytes(serde, wanted) if readable else []
 
     def decode(self, serde: SerializerProtocol, row: Row, wanted: Mapping[str, Any]) -> LoadedCheckpoint | None:
         """A row of a search; None where its metadata are not those wanted."""
@@ -341,83 +359,52 @@ class Reader:
         stored = decode_rest(self._protection, serde, thread, row, metadata)
         return LoadedCheckpoint(stored, self._cache.at(thread, row["number"], row["epoch"]))
 
-    def parts(self, serde: SerializerProtocol, wanted: Mapping[str, Any]) -> list[tuple[bytes, ...]]:
-        """What the database can look for; see `metadata_bytes`."""
-        readable = is_langgraphs(serde) and not self._protection.encrypts
-        return metadata_bytes(serde, wanted) if readable else []
-
 
 def _roots(stored: StoredCheckpoint) -> set[bytes]:
     """The content that a checkpoint and its pending writes name."""
     return {*stored.digests.values(), *[write.digest for write in stored.writes]}
 
 
-class Listing:
-    """A listing, newest first, page by page: between pages nothing is held open.
+def listing(
+    database: Database,
+    reader: Reader,
+    serde: SerializerProtocol,
+    config: RunnableConfig | None,
+    *,
+    filter: Mapping[str, Any] | None,
+    before: RunnableConfig | None,
+    limit: int | None,
+) -> Iterator[LoadedCheckpoint]:
+    """Checkpoints, newest first, page by page: between pages nothing is held open.
 
     `config` None lists every thread; a config without `checkpoint_ns` every namespace of its thread.
 
     The order has no index, which every `put` would pay for: a search looks through all rows that may be listed. So few
     searches are made, each for more rows, and what a search found is completed page by page.
     """
-
-    def __init__(
-        self,
-        reader: Reader,
-        serde: SerializerProtocol,
-        config: RunnableConfig | None,
-        *,
-        filter: Mapping[str, Any] | None,
-        before: RunnableConfig | None,
-        limit: int | None,
-    ) -> None:
-        self._reader = reader
-        self._serde = serde
-        self._filter = filter or {}
-        self._left = limit
-        self._parts = reader.parts(serde, self._filter)
-        searched = len(self._parts) == len(self._filter)
-        self._size = min(limit or _MOST_ROWS, _MOST_ROWS) if searched and (limit or self._filter) else _PAGE
-        self._given: dict[str, Any] = {}
-        if config is not None:
-            address = Address.of(config)
-            self._given["key"] = thread_key(address.thread)
-            if "checkpoint_ns" in config["configurable"]:
-                self._given["ns"] = open_key(address.ns)
-            if address.id is not None:
-                self._given["id"] = exact_key(address.id, "checkpoint id")
-        end = None if before is None else before["configurable"].get("checkpoint_id")
-        if end:
-            self._given["end"] = encode_text(end)
-        self._rows: Sequence[Row] = ()  # found, and not yet given
-        self._ended = False  # whether no search finds more
-        self.finished = limit is not None and limit <= 0
-
-    def next_page(self, connection: Connection) -> list[LoadedCheckpoint]:
-        """The next checkpoints that match; may be none although the listing is not `finished`."""
-        if not self._rows:
-            self._search(connection)
-        # A search is not given up half-way as often as a thread is.
-        page = 2 * _PAGE if self._filter else _PAGE
-        most = page if self._left is None else min(self._left, page)
-        wanted: list[LoadedCheckpoint] = []
-        used = 0
-        while used < len(self._rows) and len(wanted) < most:
-            item = self._reader.decode(self._serde, self._rows[used], self._filter)
-            used += 1
-            if item is not None:
-                wanted.append(item)
-        completed = self._reader.complete(connection, self._serde, wanted) if wanted else []
-        self._rows = self._rows[used:]
-        if self._left is not None:  # one that was taken out meanwhile makes room for the next that matches
-            self._left -= len(completed)
-        self.finished = self._left == 0 or (self._ended and not self._rows)
-        return completed
-
-    def _search(self, connection: Connection) -> None:
-        """Find the next rows that may match."""
-        self._rows = self._reader.search(connection, {"size": self._size, **self._given}, self._parts)
-        self._ended = len(self._rows) < self._size
-        if self._rows:
-            self._given |= {f"last_{name}": self._rows[-1][name] for name in _ORDER}
-        self._size = min(4 * self._size, _MOST_ROWS)
+    wanted, left = filter or {}, sys.maxsize if limit is None else limit
+    parts = reader.parts(serde, wanted)
+    given: dict[str, Any] = {}
+    if config is not None:
+        address = Address.of(config)
+        given["key"] = thread_key(address.thread)
+        if "checkpoint_ns" in config["configurable"]:
+            given["ns"] = open_key(address.ns)
+        if address.id is not None:
+            given["id"] = exact_key(address.id, "checkpoint id")
+    if end := before and before["configurable"].get("checkpoint_id"):
+        given["end"] = encode_text(end)
+    size = min(left, _MOST_ROWS) if len(parts) == len(wanted) and (limit or wanted) else _PAGE
+    # A search is not given up half-way as often as a thread is.
+    page = 2 * _PAGE if wanted else _PAGE
+    while left > 0:
+        rows = database.run(partial(reader.search, given={"size": size, **given}, parts=parts))
+        matching = (item for row in rows if (item := reader.decode(serde, row, wanted)) is not None)
+        while listed := list(islice(matching, min(left, page))):
+            completed = database.run(partial(reader.complete, serde=serde, listed=listed))
+            left -= len(completed)  # one that was taken out meanwhile makes room for the next that matches
+            yield from completed
+        if len(rows) < size:
+            return
+        given |= {f"last_{name}": rows[-1][name] for name in _ORDER}
+        size = min(4 * size, _MOST_ROWS)

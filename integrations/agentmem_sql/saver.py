@@ -43,7 +43,7 @@ from agentmem_sql.memory_history import MemoryStep, memory_history
 from agentmem_sql.message_cache import CachedThread, ChannelHeads, DecodeTemplates, ThreadCache
 from agentmem_sql.protection import Protection
 from agentmem_sql.prune import Pruner, all_but_newest
-from agentmem_sql.reader import Listing, LoadedCheckpoint, Reader
+from agentmem_sql.reader import LoadedCheckpoint, Reader, listing
 from agentmem_sql.report import Order, StorageReport, storage_report
 from agentmem_sql.retention import Retention, RetentionReport, sweep
 from agentmem_sql.rows import Address, Encoded, check_id, check_ids, encode_checkpoint, encode_writes, to_tuple
@@ -95,28 +95,12 @@ def _iterated_by_tasks(
     @wraps(method)
     async def twin(self: SQLAlchemySaver, /, *arguments: P.args, **named: P.kwargs) -> AsyncIterator[T]:
         items = getattr(self, method.__name__)(*arguments, **named)
-        while True:
-            made, error = await self._in_thread(self._database.reading_threads, _some_of, items)
+        while made := await self._in_thread(self._database.reading_threads, list, islice(items, _PAGE)):
             for item in made:
                 yield item
-            if error is not None:
-                raise error
-            if len(made) < _PAGE:
-                return
 
     twin.__name__, twin.__doc__ = f"a{method.__name__}", f"As `{method.__name__}`, for a task."
     return twin
-
-
-def _some_of(items: Iterator[T]) -> tuple[list[T], Exception | None]:
-    """The next items, and the error that ended them."""
-    made: list[T] = []
-    try:
-        for item in islice(items, _PAGE):
-            made.append(item)
-    except Exception as error:  # noqa: BLE001
-        return made, error
-    return made, None
 
 
 class SQLAlchemySaver(BaseCheckpointSaver[str]):
@@ -147,15 +131,17 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         table_prefix: str = DEFAULT_PREFIX,
         hmac_key: bytes | None = None,
         cache_bytes: int = CACHE_BYTES,
-        **of_url: Any,
+        synchronous: str = "FULL",
+        engine_options: Mapping[str, Any] | None = None,
+        must_exist: bool = False,
     ) -> None:
-        """Use your own engine, with its pool and settings; closing the saver leaves it open.
+        """Use your own engine, with its pool and settings, which closing the saver leaves open; or a URL.
 
         From an `AsyncEngine` only the URL and options are used: the saver makes its own engine from them, with the
         synchronous driver of the same database. Listeners are not copied.
 
         Args:
-            engine: an engine of SQLAlchemy, or a URL, as for `from_url`.
+            engine: an engine of SQLAlchemy, or a URL as for `from_url`.
             serde: as for every LangGraph checkpointer. If left out, a stored value makes only types that LangGraph
                 stores and that are loaded, and is refused otherwise. An `EncryptedSerializer` encrypts everything but
                 times and the names and ids of threads, namespaces, channels, checkpoints and tasks.
@@ -164,18 +150,30 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
             hmac_key: at least 16 secret bytes. Digests then become signatures, so that nobody without the key can
                 change stored data unnoticed.
             cache_bytes: how much of recently used threads this process keeps in memory, roughly.
-            of_url: further arguments of `from_url`.
+            synchronous: SQLite's setting, for a URL. With FULL, acknowledged checkpoints survive a power cut; with
+                NORMAL the last ones may be lost, but none is ever half-written.
+            engine_options: further arguments for `create_engine`, for a URL.
+            must_exist: create neither a file nor tables; the first call raises `StorageError` if there are none.
 
         Raises:
-            StorageError: the engine has an unsupported driver; or it is asynchronous, and has its database in memory,
-                connections made by your code, or an option that the synchronous driver lacks.
+            StorageError: the URL cannot be read, or names a database, a driver or an option that cannot be used; or an
+                asynchronous engine has its database in memory, connections made by your code, or an option that the
+                synchronous driver lacks.
             ConfigError: `hmac_key` or `table_prefix` cannot be used.
         """
         super().__init__(serde=serde if serde or STRICT_MSGPACK_ENABLED else CheckedSerializer())
         tables, protection = Tables(prefix=table_prefix, schema=schema), Protection(self.serde, hmac_key)
         self._protection = protection
         self._cache = ThreadCache(cache_bytes)
-        self._database = Database(engine, tables=tables, protection=protection, cache=self._cache, **of_url)
+        self._database = Database(
+            engine,
+            tables=tables,
+            synchronous=synchronous,
+            engine_options=engine_options,
+            must_exist=must_exist,
+            protection=protection,
+            cache=self._cache,
+        )
         # By serializer: a clone of the saver has another, which may read the same bytes as something else.
         self._templates: WeakKeyDictionary[SerializerProtocol, DecodeTemplates] = WeakKeyDictionary()
         self._reader = Reader(tables, protection, self._cache)
@@ -185,49 +183,15 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         self._pruner = Pruner(self._database, protection, self._cache, self._writer, self._ancestors, sweeper)
 
     @classmethod
-    def from_url(
-        cls,
-        url: str | URL,
-        *,
-        serde: SerializerProtocol | None = None,
-        schema: str | None = None,
-        table_prefix: str = DEFAULT_PREFIX,
-        hmac_key: bytes | None = None,
-        cache_bytes: int = CACHE_BYTES,
-        synchronous: str = "FULL",
-        engine_options: Mapping[str, Any] | None = None,
-        must_exist: bool = False,
-    ) -> Self:
-        """A saver for a database URL.
+    def from_url(cls: Callable[Concatenate[str | URL, P], T], url: str | URL, *args: P.args, **options: P.kwargs) -> T:
+        """A saver for a database URL, with the options of `SQLAlchemySaver`; nothing is opened yet.
 
         For example `sqlite:///threads.db`, `sqlite:///:memory:`, `postgresql://user@host/database`,
         `mysql://user@host/database`. For a URL that names an asynchronous driver (aiosqlite, asyncpg, asyncmy,
-        aiomysql) the synchronous driver of the same database is used: pysqlite, psycopg or PyMySQL. Nothing is opened
-        yet. SQLite files get a write-ahead log.
-
-        Args:
-            url: the database.
-            serde: see `SQLAlchemySaver`, as for `schema`, `table_prefix`, `hmac_key` and `cache_bytes`.
-            synchronous: SQLite's setting. With FULL, acknowledged checkpoints survive a power cut; with NORMAL the last
-                ones may be lost, but none is ever half-written.
-            engine_options: further arguments for `create_engine`.
-            must_exist: create neither a file nor tables; the first call raises `StorageError` if there are none.
-
-        Raises:
-            StorageError: the URL cannot be read, or names a database, a driver or an option that cannot be used.
-            ConfigError: `hmac_key` or `table_prefix` cannot be used.
+        aiomysql) the synchronous driver of the same database is used: pysqlite, psycopg or PyMySQL. SQLite files get a
+        write-ahead log.
         """
-        return cls(
-            url,
-            serde=serde,
-            schema=schema,
-            table_prefix=table_prefix,
-            hmac_key=hmac_key,
-            cache_bytes=cache_bytes,
-            synchronous=synchronous,
-            engine_options=engine_options,
-            must_exist=must_exist,
-        )
+        return cls(url, *args, **options)
 
     @property
     def _serde(self) -> SerializerProtocol:
@@ -377,10 +341,9 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
             limit: at most this many, counted after the filter.
         """
         serde = self._serde
-        listing = Listing(self._reader, serde, config, filter=filter, before=before, limit=limit)
-        while not listing.finished:
-            for stored in self._database.run(listing.next_page):
-                yield self._tuple(serde, stored)
+        reader = self._reader
+        for stored in listing(self._database, reader, serde, config, filter=filter, before=before, limit=limit):
+            yield self._tuple(serde, stored)
 
     def _tuple(self, serde: SerializerProtocol, stored: LoadedCheckpoint) -> CheckpointTuple:
         return to_tuple(stored.checkpoint, serde, stored.known, self._templates_of(serde))

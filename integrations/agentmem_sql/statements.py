@@ -35,7 +35,7 @@ from sqlalchemy import (
     values,
 )
 from sqlalchemy.dialects import mysql, postgresql, sqlite
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql.dml import Insert
 
 from agentmem.errors import StorageError
@@ -45,7 +45,6 @@ DIRECT = "agentmem_direct"  # execution option of engines whose statements may r
 
 _LIST = "agentmem_list"
 _CURSOR = "agentmem_cursor"
-_MYSQL_DUPLICATE = 1062
 _MARKS = {"qmark": "?", "format": "%s"}
 
 T = TypeVar("T")
@@ -107,52 +106,36 @@ class Prepared:
         return text
 
 
-class PreparedLookup:
-    """A SELECT of the rows whose `column` is in a list, which is the statement's last parameter.
+# Says that a column is in the list of a parameter's name.
+Among = Callable[[Column[Any], str], ColumnElement[bool]]
 
-    PostgreSQL gets the list as one array, so that the statement is always the same, other databases as many
-    placeholders as there are items.
+
+class PreparedLookup:
+    """A SELECT of the rows whose columns are in lists.
+
+    PostgreSQL gets each list as one array, so that the statement is always the same, other databases as many
+    placeholders as there are items. They are written here for a single list that stands last in the statement, whatever
+    the tables are called, and else by SQLAlchemy.
     """
 
-    def __init__(self, column: Column[bytes], name: str, select: Callable[[ColumnElement[bool]], Executable]) -> None:
-        """`select` makes the statement from the condition; `name` is the parameter's."""
-        self._name = name
-        self._plain = select(column.in_(bindparam(name, expanding=True)))
-        self._marked = Prepared(select(column.in_([literal_column(_LIST)])))
-        self._array = Prepared(select(column == any_(bindparam(name, type_=ARRAY(column.type)))))
-
-    def rows(self, connection: Connection, parameters: Mapping[str, Any]) -> Rows:
-        """The rows found, by position."""
-        dialect = connection.dialect
-        text = (self._array if dialect.name == "postgresql" else self._marked).text(connection)
-        if text is None or dialect.paramstyle not in ("pyformat", *_MARKS):
-            return [tuple(row) for row in connection.execute(self._plain, parameters)]
-        arranged = text.arrange(parameters)
-        if dialect.name == "postgresql":
-            return fetch(connection, text.sql, arranged)
-        items = parameters[self._name]
-        # The list is the last thing in the statement, whatever the tables are called.
-        head, _, tail = text.sql.rpartition(_LIST)
-        if text.order is None:
-            named = {f"{_LIST}_{at}": item for at, item in enumerate(items)}
-            return fetch(connection, head + ", ".join([f"%({name})s" for name in named]) + tail, {**arranged, **named})
-        marks = ", ".join([_MARKS[dialect.paramstyle]] * len(items))
-        return fetch(connection, head + marks + tail, (*arranged, *items))
-
-
-class PreparedLookups:
-    """As `PreparedLookup`, of several lists."""
-
-    def __init__(self, select: Callable[[Callable[[Column[Any], str], ColumnElement[bool]]], Executable]) -> None:
-        """`select` makes the statement from what says that a column is in the list of a name."""
+    def __init__(self, select: Callable[[Among], Executable], *, last: str = "") -> None:
+        """`select` makes the statement; `last` names the only list, which is the last parameter."""
+        self._last = last
         self._plain = select(lambda column, name: column.in_(bindparam(name, expanding=True)))
+        self._marked = Prepared(select(lambda column, _: column.in_([literal_column(_LIST)])))
         self._arrays = Prepared(select(lambda column, name: column == any_(bindparam(name, type_=ARRAY(column.type)))))
 
     def rows(self, connection: Connection, parameters: Mapping[str, Any]) -> Rows:
         """The rows found, by position."""
         if connection.dialect.name == "postgresql":
             return self._arrays.rows(connection, parameters)
-        return [tuple(row) for row in connection.execute(self._plain, parameters)]
+        mark = _MARKS.get(connection.dialect.paramstyle) if self._last else None
+        text = self._marked.text(connection) if mark else None
+        if mark is None or text is None:
+            return [tuple(row) for row in connection.execute(self._plain, parameters)]
+        items = parameters[self._last]
+        head, _, tail = text.sql.rpartition(_LIST)
+        return fetch(connection, head + ", ".join([mark] * len(items)) + tail, (*text.arrange(parameters), *items))
 
 
 def change(connection: Connection, sql: str, parameters: Any) -> int:
@@ -266,8 +249,6 @@ def enable_wal(connection: Connection) -> None:
     Raises:
         StorageError: the file is where a write-ahead log is impossible, such as a network share.
     """
-    if connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal":
-        return
     try:
         journal = connection.exec_driver_sql("PRAGMA journal_mode=WAL").scalar_one()
     except DBAPIError as error:
@@ -300,22 +281,6 @@ def check_mysql(connection: Connection) -> None:
             "writes of READ COMMITTED transactions; set binlog_format to ROW or MIXED (SET GLOBAL binlog_format = "
             "'ROW'), or switch the binary log off"
         )
-
-
-def insert_new(connection: Connection, table: Table, row: Mapping[str, Any]) -> bool:
-    """Insert a row unless its key exists; gives whether it was inserted."""
-    if connection.dialect.name not in ("mysql", "mariadb"):
-        # psycopg tells the number of rows of an INSERT only if asked to.
-        statement = insert_missing(connection.dialect.name, table).execution_options(preserve_rowcount=True)
-        return connection.execute(statement, row).rowcount == 1
-    try:
-        connection.execute(insert(table), row)
-    except IntegrityError as error:
-        # MySQL's count for ON DUPLICATE KEY does not tell; and the transaction goes on after a failed statement.
-        if error.orig is not None and error.orig.args[:1] == (_MYSQL_DUPLICATE,):
-            return False
-        raise
-    return True
 
 
 def insert_content(dialect: str, blobs: Table) -> Prepared:

@@ -16,7 +16,7 @@ from enum import Enum, auto
 from secrets import randbelow
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Table, delete, select
+from sqlalchemy import Connection, Table, delete, insert, select
 from sqlalchemy.exc import IntegrityError
 
 from agentmem_sql.content import Packer
@@ -25,7 +25,7 @@ from agentmem_sql.mark_sweep import Sweeper, referred_contents
 from agentmem_sql.protection import Protection
 from agentmem_sql.rows import Encoded, Row, seal_checkpoint
 from agentmem_sql.schema import Tables, by, encode_text, thread_key
-from agentmem_sql.statements import add_rows, insert_all, insert_content, insert_locked, insert_new
+from agentmem_sql.statements import add_rows, insert_all, insert_content, insert_locked
 
 
 class WriteMode(Enum):
@@ -37,8 +37,8 @@ class WriteMode(Enum):
     already), the next mode is CHECK."""
 
     CHECK = auto()
-    """The thread's row is locked (shared), and rows of the same keys are looked for first. If a row would be replaced
-    and so leave content without references, the next mode is EXCLUSIVE."""
+    """The thread's row is locked (shared). If a row would be replaced, and so might leave content without references,
+    the next mode is EXCLUSIVE."""
 
     EXCLUSIVE = auto()
     """The thread's row is locked exclusively; rows are replaced, and content without references is deleted."""
@@ -91,13 +91,13 @@ class Writer:
         thread = self._begin(connection, thread_id, new.packer, mode)
         self.add_content(connection, thread.number, new.packer.new)
         row = {"thread": thread.number, **row}
-        if insert_new(connection, checkpoints, row):
+        stored = self._stored_row(connection, row, row["id"]) if mode is WriteMode.EXCLUSIVE else None
+        if stored is None:
+            try:
+                connection.execute(insert(checkpoints), row)
+            except IntegrityError as error:
+                raise WriteConflict(WriteMode.EXCLUSIVE) from error
             return thread
-        stored = self._stored_row(connection, row, row["id"])
-        assert stored is not None
-        orphans = stored.content != row["content"]
-        if orphans and mode is not WriteMode.EXCLUSIVE:
-            raise WriteConflict(WriteMode.EXCLUSIVE)
         parent = row["parent"]
         relinked = stored.parent is not None and parent not in (None, stored.parent)
         pruned = relinked and self._stored_row(connection, row, parent) is None
@@ -105,7 +105,7 @@ class Writer:
             row = {**row, "parent": stored.parent, "history": stored.history}
             row = {**row, "seal": seal_checkpoint(self._protection, thread_id, row)}
         add_rows(connection, checkpoints, [row], replace=True)
-        return self.sweep(connection, thread) if orphans else thread
+        return thread if stored.content == row["content"] else self.sweep(connection, thread)
 
     def put_writes(
         self, connection: Connection, thread_id: str, new: Encoded, mode: WriteMode, *, in_one: bool

@@ -8,6 +8,7 @@ content is encrypted on its way to the database (see `protection`), so equal val
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 from langgraph.checkpoint.serde.base import SerializerProtocol
@@ -60,11 +61,7 @@ def dump(serde: SerializerProtocol, value: Any, *what: str) -> bytes:
 
 
 def load(serde: SerializerProtocol, body: bytes) -> Any:
-    """The value of such bytes.
-
-    Raises:
-        StorageError: the bytes are a pickle.
-    """
+    """The value of such bytes; raises `StorageError` for a pickle."""
     tag, _, data = body.partition(b"\0")
     name = tag.decode()
     if name != "msgpack":
@@ -72,33 +69,20 @@ def load(serde: SerializerProtocol, body: bytes) -> Any:
     return serde.loads_typed((name, data))
 
 
+@dataclass
 class Packer:
-    """Packs the values of one call; equal content once.
+    """Packs the values of one call; equal content once."""
 
-    Attributes:
-        known: what is known of the thread.
-        new: content that the thread does not have, as far as is known: digest -> (kind, body).
-        relies_on_cache: whether something was left out because `known` says that the thread has it.
-        snapshots: messages of this call that may be remembered when they are stored.
-    """
-
-    def __init__(
-        self, serde: SerializerProtocol, protection: Protection, known: CachedThread, *, relies_on_cache: bool = False
-    ) -> None:
-        self.known = known
-        self.new: dict[bytes, tuple[int, bytes]] = {}
-        self.relies_on_cache = relies_on_cache
-        self.snapshots: list[tuple[Any, MessageSnapshot]] = []
-        self._serde = serde
-        self._digests = protection.digests
+    serde: SerializerProtocol
+    protection: Protection
+    known: CachedThread  # what is known of the thread
+    relies_on_cache: bool = False  # whether something was left out because `known` says that the thread has it
+    new: dict[bytes, tuple[int, bytes]] = field(default_factory=dict)  # the rest: digest -> (kind, body)
+    # Messages of this call that may be remembered when they are stored.
+    snapshots: list[tuple[Any, MessageSnapshot]] = field(default_factory=list)
 
     def pack(self, values: Sequence[Value]) -> list[bytes]:
-        """The digests of the contents of values.
-
-        Raises:
-            StorageError: the serializer would pickle a value; names the channel.
-            TypeError: the serializer does not know a value; names the channel.
-        """
+        """The digests of the contents of values; raises as `dump`, with the channel's name."""
         return [self._pack(*value) for value in values]
 
     def _pack(self, channel: str, value: Any, place: bytes | None) -> bytes:
@@ -109,7 +93,7 @@ class Packer:
             return self._list(value.copy(), tree.ITEMS, channel)
         if type(value) is _DeltaSnapshot and type(value.value) is list and value.value:
             return self._list(value.value.copy(), tree.SNAPSHOT, channel)
-        return self._value(dump(self._serde, value, _WHAT, channel))
+        return self._value(dump(self.serde, value, _WHAT, channel))
 
     def _own(self, place: bytes, channel: str, value: Any) -> bytes:
         """Content that only the pending write at this place refers to.
@@ -117,19 +101,19 @@ class Packer:
         It is always sent. A writer that replaces the write deletes it without increasing the epoch, so the cache cannot
         tell whether it is still there.
         """
-        body = tree.own_body(place, dump(self._serde, value, _WHAT, channel))
+        body = tree.own_body(place, dump(self.serde, value, _WHAT, channel))
         if len(body) > tree.PART_BYTES:
             return self._pack(channel, value, None)
-        (digest,) = self._digests(tree.OWN, [body])
+        (digest,) = self.protection.digests(tree.OWN, [body])
         self.new[digest] = tree.OWN, body
         return digest
 
     def _list(self, values: list[Any], of: int, channel: str) -> bytes:
         if type(values[0]) in _NUMBERS and all(type(value) in _NUMBERS for value in values):
             runs = [values[at : at + tree.RUN] for at in range(0, len(values), tree.RUN)]
-            entries = [LINK + self._value(dump(self._serde, run, _WHAT, channel)) for run in runs]
+            entries = [LINK + self._value(dump(self.serde, run, _WHAT, channel)) for run in runs]
             of += tree.RUNS
-        elif type(values[0]) is str and is_langgraphs(self._serde) and all(type(value) is str for value in values):
+        elif type(values[0]) is str and is_langgraphs(self.serde) and all(type(value) is str for value in values):
             # As in `_entries`, without the calls that make up most of the time of a long list.
             bodies = [_TEXT + _msgpack_enc(value) for value in values]
             entries = [self._entry(body) for body in bodies]
@@ -155,7 +139,7 @@ class Packer:
             value = values[at]
             snapshot = take_snapshot(value, whole=False)  # before it is serialised, see `CachedThread.add_new`
             # In a list the serializer makes no difference between bytes and bytearrays.
-            body = dump(self._serde, bytes(value) if type(value) is bytearray else value, _WHAT, channel)
+            body = dump(self.serde, bytes(value) if type(value) is bytearray else value, _WHAT, channel)
             entries[at] = self._entry(body)
             if snapshot is not None and len(body) > tree.INLINE:
                 snapshot.link, snapshot.digest = entries[at], entries[at][len(LINK) :]
@@ -175,7 +159,7 @@ class Packer:
 
     def _add(self, kind: int, bodies: Sequence[bytes]) -> list[bytes]:
         """The digests of bodies, which become part of `new` unless the thread has them."""
-        digests = self._digests(kind, bodies)
+        digests = self.protection.digests(kind, bodies)
         for digest, body in zip(digests, bodies, strict=True):
             if digest in self.known.stored:
                 self.relies_on_cache = True
@@ -184,22 +168,15 @@ class Packer:
         return digests
 
 
+@dataclass
 class Unpacker:
     """Unpacks values from content that was fetched; each value anew, so that results share nothing."""
 
-    def __init__(
-        self,
-        serde: SerializerProtocol,
-        contents: Mapping[bytes, Body],
-        known: CachedThread,
-        templates: DecodeTemplates | None = None,
-    ) -> None:
-        """`templates` are those of the serializer, if messages may be read without it."""
-        self._serde = serde
-        self._templates = templates
-        self._contents = contents
-        self._known = known
-        self._read: list[tuple[bytes, Body]] = []
+    serde: SerializerProtocol
+    contents: Mapping[bytes, Body]
+    known: CachedThread
+    templates: DecodeTemplates | None = None  # those of the serializer, if messages may be read without it
+    _read: list[tuple[bytes, Body]] = field(default_factory=list)
 
     def unpack(self, digest: bytes) -> Any:
         """The value of content."""
@@ -209,18 +186,18 @@ class Unpacker:
         """The values of contents; the cache remembers what was read."""
         values = [self._value(digest) for digest in digests]
         if self._read:
-            self._known.add(self._read)
+            self.known.add(self._read)
             self._read = []
         return values
 
     def _value(self, digest: bytes) -> Any:
-        body = self._contents[digest]
+        body = self.contents[digest]
         if isinstance(body, MessageSnapshot):
             return body.copy()
         if isinstance(body, bytes):
             return self._load(digest, body)
         if body.kind == tree.SPLIT:
-            return load(self._serde, b"".join([cast(bytes, self._contents[part]) for part in body.entries]))
+            return load(self.serde, b"".join([cast(bytes, self.contents[part]) for part in body.entries]))
         items = self._list(body)
         return _DeltaSnapshot(items) if body.of in (tree.SNAPSHOT, tree.SNAPSHOT_RUNS) else items
 
@@ -228,19 +205,19 @@ class Unpacker:
         entries: list[bytes] = []
         start = 0
         for count in node.counts:
-            entries = [below for digest in entries for below in cast(Node, self._contents[digest]).entries]
+            entries = [below for digest in entries for below in cast(Node, self.contents[digest]).entries]
             entries += node.entries[start : start + count]
             start += count
         if node.of in (tree.RUNS, tree.SNAPSHOT_RUNS):
             return [number for digest in entries for number in self._value(digest)]
         items: list[Any] = []
-        contents, templates = self._contents, self._templates
+        contents, templates = self.contents, self.templates
         for entry in entries:
             body: Body = entry if type(entry) is Inline else contents[entry]
             if type(body) is MessageSnapshot:
                 items.append(body.copy())
             elif type(entry) is Inline:
-                items.append(load(self._serde, entry))
+                items.append(load(self.serde, entry))
             elif templates and isinstance(body, bytes) and (decoded := templates.decode(entry, body)):
                 items.append(decoded[0])
                 self._read.append((entry, decoded[1]))
@@ -249,10 +226,10 @@ class Unpacker:
         return items
 
     def _load(self, digest: bytes, body: bytes) -> Any:
-        value = load(self._serde, tree.value_of(body) if body.startswith(tree.OWN_MARK) else body)
+        value = load(self.serde, tree.value_of(body) if body.startswith(tree.OWN_MARK) else body)
         snapshot = take_snapshot(value, digest, whole=True)
-        if snapshot is not None and self._templates is not None:
-            self._templates.learn(body, value, snapshot)
+        if snapshot is not None and self.templates is not None:
+            self.templates.learn(body, value, snapshot)
         self._read.append((digest, body if snapshot is None else snapshot))
         return value
 

@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from weakref import WeakSet, WeakValueDictionary
+from weakref import WeakValueDictionary
 
 from sqlalchemy import URL, Connection, Engine, inspect
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, OperationalError
@@ -72,18 +72,11 @@ class Database:
         """Take a URL, or the caller's engine, which keeps its settings and is never disposed of.
 
         Args:
-            engine: the database; an asynchronous engine is taken for its URL and options.
-            tables: created or migrated before the first work.
-            synchronous: SQLite's setting: OFF, NORMAL, FULL or EXTRA.
-            engine_options: more arguments for `create_engine`, for a URL.
-            must_exist: create neither file nor tables, and refuse a database without them.
+            engine: as for `SQLAlchemySaver`, as are the other arguments that are not below.
+            tables: created or migrated before the first work, by `migrations`.
             protection: settled before the first work, by one process and one thread at a time, and again by the next
                 call if that fails. On a settled database nobody waits for a writer.
             cache: cleared when a connection turns out to be lost, and in a forked process.
-            migrations: create the tables.
-
-        Raises:
-            StorageError: the URL or the engine cannot be used.
         """
         if synchronous.upper() not in SYNCHRONOUS:
             raise StorageError(
@@ -92,7 +85,6 @@ class Database:
             )
         self.tables = tables
         self._make_threads()
-        self._synchronous = synchronous.upper()
         self._source = source_of(engine, engine_options)
         self._must_exist = must_exist
         self._protection = protection
@@ -108,30 +100,28 @@ class Database:
             )
         self._one_connection = in_memory or (own is not None and isinstance(own.pool, StaticPool))
         self._turn = _turn_of(self._source) if self.backend == "sqlite" else None
-        self._transactions = None if own is None else _Transactions(own, made_here=False)
+        engine = own or make_engine(self._source, synchronous.upper())
+        self._transactions = _Transactions(engine, made_here=own is None)
         if own is not None and self.backend == "sqlite" and self._one_connection:
             check_shared(own)
-        self._making = threading.Lock()
-        self._inherited = False  # whether the connections are those of the process that this one was forked from
+        self._process = os.getpid()  # the one whose connections these are
         self._file: tuple[str, tuple[int, int]] | None = None  # that of SQLite, and which one it was at first
         self._ready = False
         self._closed = False
-        _databases.add(self)
 
     def run(self, work: Work[T], *, write: bool = False, autocommit: bool = False) -> T:
         """Do work, a write in one transaction; with `autocommit` the write is a single statement and may commit itself.
 
         Raises:
             StorageError: the database cannot be opened or reports an error, or the saver is closed.
-            MissingExtraError: the driver is not installed.
         """
         failures: dict[str, float] = {}
         while True:
             try:
                 self.check_open()
-                transactions = self._transactions or self._connect()
+                transactions = self._transactions
                 if not self._ready:
-                    self._in_turn(partial(self._set_up, transactions), write=True)
+                    self._in_turn(self._set_up, write=True)
                 if self._file is not None and _identity(self._file[0]) != self._file[1]:
                     raise StorageError(
                         f"expected the SQLite file that was opened at {self._file[0]!r}, found "
@@ -157,8 +147,7 @@ class Database:
         if kind == "lost":  # the pool replaces it, and all that are as old
             if self._cache is not None:
                 self._cache.forget_all()
-            if self._transactions is not None:
-                self._transactions.release()
+            self._transactions.release()
             if number <= _RECONNECTS:
                 return 0.0
         elif kind == "unprepared" and number <= _MOST_UNPREPARED:
@@ -169,7 +158,9 @@ class Database:
         raise StorageError(f"the database {where} answered: {message}; {db_errors.advice(error)}") from error
 
     def check_open(self) -> None:
-        """Raise `StorageError` after `close`."""
+        """Raise `StorageError` after `close`; called before anything else, also in a process that was forked."""
+        if self._process != os.getpid():
+            self._leave_inherited()
         if self._closed:
             raise StorageError(
                 "this SQLAlchemySaver is closed, so that the call did nothing, also if it was made before and waited; "
@@ -178,39 +169,26 @@ class Database:
 
     def close(self) -> None:
         """Close every connection that was opened here; from anywhere, any number of times."""
+        if self._process != os.getpid():
+            self._leave_inherited()
         self._closed = True
         self.writing_threads.shutdown(wait=False)
         self.reading_threads.shutdown(wait=False)
-        if self._source.engine is None and self._transactions is not None:
+        if self._source.engine is None:
             self._transactions.close()
-
-    def after_fork(self) -> None:
-        """Replace what belongs to the threads of the process that this one was just forked from."""
-        self._make_threads()
-        self._making = threading.Lock()
-        self._inherited = True
-        if self._turn is not None:
-            self._turn = _turn_of(self._source)
-        if self._cache is not None:
-            self._cache.after_fork()
 
     def _make_threads(self) -> None:
         """Threads for tasks, started when needed. Readers have their own, since all writers may wait for one lock."""
         self.writing_threads = ThreadPoolExecutor(THREADS, "agentmem-sql-write")
         self.reading_threads = ThreadPoolExecutor(THREADS, "agentmem-sql-read")
 
-    def _connect(self) -> _Transactions:
-        with self._making:
-            if self._transactions is None:
-                self._transactions = _Transactions(make_engine(self._source, self._synchronous), made_here=True)
-            return self._transactions
-
-    def _set_up(self, transactions: _Transactions) -> None:
+    def _set_up(self) -> None:
         """Prepare the database for the first work; doing it again does no harm."""
         if self._ready:  # while this caller waited for its turn
             return
+        transactions = self._transactions
         if self._must_exist:
-            self._check_exists(transactions)
+            self._check_exists()
         if self.backend in ("mysql", "mariadb"):
             transactions.read(check_mysql)
         if self.backend == "sqlite" and self._source.engine is None and not self._source.in_memory:
@@ -229,8 +207,6 @@ class Database:
         self._ready = True
 
     def _in_turn(self, do: Callable[[], T], *, write: bool) -> T:
-        if self._inherited:
-            self._leave_inherited()
         if self._turn is None or not (write or self._one_connection):
             return do()
         with self._turn:
@@ -249,24 +225,25 @@ class Database:
             )
 
     def _leave_inherited(self) -> None:
-        """Leave the connections of the other process alone (SQLAlchemy's recipe), or close those to files.
+        """Leave the connections of the process that this one was forked from alone, or close those to files.
 
         The process inherits SQLite's list of its locks, but not the locks. While an inherited connection is open, a new
-        one would not take a lock that the list says is held.
+        one would not take a lock that the list says is held. A database in memory was copied with the process.
         """
-        with self._making:
-            # A database in memory was copied with the process.
-            ours = self._source.engine is None and not self._source.in_memory
-            if self._inherited and ours and self._transactions is not None:
+        with _forked:
+            if self._process == os.getpid():  # another thread was here first
+                return
+            self._make_threads()
+            if self._turn is not None:
+                self._turn = _turn_of(self._source)
+            if self._cache is not None:
+                self._cache.after_fork()
+            if self._source.engine is None and not self._source.in_memory:
                 self._transactions.leave_inherited(close=self.backend == "sqlite")
-            self._inherited = False
+            self._process = os.getpid()
 
-    def _check_exists(self, transactions: _Transactions) -> None:
+    def _check_exists(self) -> None:
         threads, where = self.tables.threads, safe_url(self._source.url)
-
-        def has_tables(connection: Connection) -> bool:
-            return inspect(connection).has_table(threads.name, schema=threads.schema)
-
         if self.backend == "sqlite" and not self._source.in_memory:
             path = Path(self._path)
             if not path.is_file():
@@ -274,7 +251,7 @@ class Database:
                     f"expected a SQLite file at {str(path)!r}, found {'a folder' if path.is_dir() else 'nothing'} "
                     "there; correct the path (sqlite:///relative.db, sqlite:////absolute/path.db)"
                 )
-        if not transactions.read(has_tables):
+        if not self._transactions.read(lambda database: inspect(database).has_table(threads.name, threads.schema)):
             raise StorageError(
                 f"expected the table {threads.fullname!r} in the database {where}, found no such table: no threads "
                 "were ever kept there, or under another table prefix or schema; correct the URL, or name these"
@@ -295,19 +272,8 @@ def _identity(path: str) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-_databases: WeakSet[Database] = WeakSet()
+_forked = threading.Lock()
 _left_alone: list[Connection] = []
-
-
-def _after_fork() -> None:
-    global _turns_mutex, _turns
-    _turns_mutex, _turns = threading.Lock(), WeakValueDictionary()  # those who wait are threads of the other process
-    for database in list(_databases):
-        database.after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 # Transactions.
@@ -447,11 +413,7 @@ class _Transactions:
 
 
 def connect(engine: Engine) -> Connection:
-    """A connection from the pool.
-
-    Raises:
-        StorageError: the driver could not use what the URL or the engine's options say, or none came free.
-    """
+    """A connection from the pool; `StorageError` if the driver cannot use the URL or options, or none comes free."""
     try:
         return engine.connect()
     except PoolTimeout as error:
@@ -506,7 +468,7 @@ def _set_autocommit(connection: Connection, mode: bool) -> None:
 
 # The turns of SQLite's writers.
 
-_turns: WeakValueDictionary[object, threading.Lock] = WeakValueDictionary()
+_turns: WeakValueDictionary[tuple[int, object], threading.Lock] = WeakValueDictionary()  # by process and database
 _turns_mutex = threading.Lock()
 
 
@@ -517,4 +479,4 @@ def _turn_of(source: Source) -> threading.Lock:
     else:
         key = object() if source.in_memory else Path(str(source.url.database)).resolve()
     with _turns_mutex:
-        return _turns.setdefault(key, threading.Lock())
+        return _turns.setdefault((os.getpid(), key), threading.Lock())

@@ -10,7 +10,6 @@ from sqlalchemy.exc import DBAPIError
 
 # Serialisation failure and deadlock of PostgreSQL; deadlock, lock timeout and snapshot conflict of MySQL.
 _TRANSIENT = {"40001", "40P01", "1213", "1205", "1020"}
-_READ_ONLY = {"25006", "1290", "1792", "1836"}
 # A prepared statement that the server has forgotten, or whose tables have been altered since.
 _FORGOTTEN = {"26000"}
 _ALTERED = ("cached plan must not change result type", "cached statement plan is invalid")
@@ -119,11 +118,6 @@ def is_transient(error: DBAPIError) -> bool:
 def is_unprepared(error: DBAPIError) -> bool:
     """Whether a statement is fine but the connection's prepared form of it is not."""
     return code(error) in _FORGOTTEN or any(said in str(error.orig) for said in _ALTERED)
-
-
-def is_read_only(error: DBAPIError) -> bool:
-    """Whether the database takes no writes from this connection."""
-    return code(error) in _READ_ONLY or code(error).startswith("SQLITE_READONLY")
 
 
 def is_missing_table(error: DBAPIError) -> bool:

@@ -18,7 +18,6 @@ from sqlalchemy import Connection, Integer, bindparam, cast, literal, select
 
 from agentmem_sql.list_tree import HISTORY, History, read_history
 from agentmem_sql.message_cache import Body, CachedThread
-from agentmem_sql.protection import Protection
 from agentmem_sql.reader import Holders, Missing, Reader, chunks
 from agentmem_sql.rows import Address, Row, StoredWrite, check_seal, damaged, unpack_content
 from agentmem_sql.schema import by, decode_text, open_key
@@ -40,8 +39,8 @@ class Ancestor:
 class AncestorReader:
     """Reads the ancestors of checkpoints."""
 
-    def __init__(self, reader: Reader, protection: Protection) -> None:
-        self.protection = protection
+    def __init__(self, reader: Reader) -> None:
+        self.protection = reader.protection
         self.reader = reader
         blobs, checkpoints = reader.tables.blobs, reader.tables.checkpoints
         columns = [column for column in checkpoints.c if column.name not in ("thread", "ns")]
@@ -59,9 +58,6 @@ class AncestorReader:
         """For each channel the nearest seed among a checkpoint's ancestors and the writes since; and the content.
 
         None if there is no such checkpoint.
-
-        Raises:
-            StorageError: something was changed or damaged since it was stored.
         """
         before = None
         while (located := self.reader.locate(connection, address)) is not None:
@@ -82,11 +78,7 @@ class AncestorReader:
         return [{**row, "ns": keys["ns"]} for row in connection.execute(self._chain, keys).mappings()]
 
     def ancestor(self, connection: Connection, thread: int | None, row: Row) -> Ancestor:
-        """A checkpoint with what pruned ancestors left with it, still without its writes.
-
-        Raises:
-            Missing: that is missing or damaged.
-        """
+        """A checkpoint with what pruned ancestors left with it, still without its writes; raises `Missing`."""
         left: dict[str, History] = {}
         if row["history"] is not None:
             stored = connection.execute(self._history, {"thread": thread, "digest": row["history"]}).one_or_none()
@@ -101,11 +93,7 @@ class AncestorReader:
     def _read_rows(
         self, connection: Connection, address: Address, known: CachedThread, start: bytes, channels: Sequence[str]
     ) -> list[Ancestor]:
-        """The checkpoint itself and its ancestors, until every channel is found.
-
-        Raises:
-            Missing: the checkpoint is missing, or something that was left with one of them.
-        """
+        """The checkpoint itself and its ancestors, until every channel is found; raises `Missing`."""
         ancestors: dict[bytes, Ancestor] = {}
         missing = set(channels)
         following: bytes | None = start
@@ -140,7 +128,6 @@ class AncestorReader:
 
         Raises:
             Missing: something was removed from the thread meanwhile.
-            StorageError: a write was changed or damaged since it was stored.
         """
         for part in chunks(ancestors[1:]):
             holders: Holders = {(known.number, ancestor.id): (thread_id, ancestor.writes) for ancestor in part}

@@ -40,15 +40,12 @@ _DRIVERS = {
     "mariadb": _MYSQL,
 }
 _SPELLINGS = {"postgres": "postgresql"}  # of hosting services
-_INSTEAD = {
-    "psycopg2": "use psycopg (version 3)",
-    "pg8000": "use psycopg",
-    "mysqldb": "use pymysql, which needs no compiler",
-}
 
-# Options of asynchronous drivers that the synchronous one lacks, and what to write there. Any others are refused by the
-# synchronous driver itself.
+# Options that are not free or that the synchronous driver lacks, and what to do. Any others it refuses itself.
+_ISOLATION = "leave it out: writes are READ COMMITTED transactions, and reads have none"
 _REFUSED = {
+    "isolation_level": _ISOLATION,
+    "skip_autocommit_rollback": _ISOLATION,
     "async_creator": "write `creator`, a function that makes a synchronous connection",
     "auth_plugin": "write connect_args={'auth_plugin_map': ...}",
     "iter_chunk_size": "leave it out",
@@ -86,19 +83,8 @@ class Source(NamedTuple):
 
 
 def source_of(database: Engine | AsyncEngine | URL | str, options: Mapping[str, Any] | None = None) -> Source:
-    """Read a URL, with arguments for `create_engine` as for the driver that it names; or an engine.
-
-    Raises:
-        StorageError: the URL cannot be read, or names a database, a driver or an option that cannot be used; or an
-            asynchronous engine has its database in memory, or connections made by the caller's code.
-    """
+    """Read a URL, with arguments for `create_engine`, or an engine; raises as `SQLAlchemySaver`."""
     if isinstance(database, URL | str):
-        fixed = {"isolation_level", "skip_autocommit_rollback"} & (options or {}).keys()
-        if fixed:
-            raise StorageError(
-                f"expected engine_options without {fixed.pop()!r}, which is not free: writes are READ COMMITTED "
-                "transactions and reads have none; leave it out"
-            )
         return _synchronous(parse(database), options or {})
     if options:
         raise StorageError("expected engine_options beside a URL, found them beside an engine, which has its own")
@@ -134,7 +120,6 @@ def parse(url: URL | str) -> URL:
         usable = f"{name} or {name}+{own}" if own else "sqlite, postgresql, mysql or mariadb"
         raise StorageError(
             f"expected a URL that begins with {usable}, found {parsed.drivername!r}, which this version cannot use"
-            + (f": {_INSTEAD[driver]}" if driver in _INSTEAD else "")
         )
     if name == "sqlite" and parsed.host:
         raise StorageError(
@@ -146,11 +131,7 @@ def parse(url: URL | str) -> URL:
 
 
 def check_shared(engine: Engine) -> None:
-    """Refuse the one connection of an engine if other threads cannot use it: graphs and tasks do.
-
-    Raises:
-        StorageError: they cannot.
-    """
+    """Refuse the one connection of an engine if other threads cannot use it: graphs and tasks do."""
     pool: Any = engine.pool
     if "connection" not in vars(pool):
         engine.raw_connection().close()
@@ -187,8 +168,8 @@ def _synchronous(url: URL, options: Mapping[str, Any]) -> Source:
     for name in (*options, *options.get("connect_args", {}), *url.query):
         if name in refused:
             raise StorageError(
-                f"expected options of a synchronous driver, found {name!r}{' of ' * bool(driver)}{driver}, which has "
-                f"no counterpart of that name; {refused[name]}"
+                f"expected options of {_DRIVERS[url.get_backend_name()][0]} that may be chosen, found {name!r}"
+                f"{' of ' * bool(driver)}{driver}; {refused[name]}"
             )
     return Source(_with_driver(url), options)
 
@@ -227,10 +208,9 @@ def _options_of(engine: AsyncEngine) -> dict[str, Any]:
 
 
 def make_engine(source: Source, synchronous: str) -> Engine:
-    """The engine of a source that is not one already; `synchronous` is how SQLite's files are synchronised.
+    """The engine of a source that is not one already; raises `MissingExtraError` without its driver.
 
-    Raises:
-        MissingExtraError: the driver is not installed.
+    `synchronous`: how SQLite's files are synchronised.
     """
     backend = source.url.get_backend_name()
     try:

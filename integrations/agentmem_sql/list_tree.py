@@ -90,11 +90,7 @@ def value_of(body: bytes) -> bytes:
 
 
 def parse(kind: int, body: bytes) -> Node:
-    """The entries of a LIST, NODE, SPLIT or HISTORY body.
-
-    Raises:
-        StorageError: the body is not one.
-    """
+    """The entries of a LIST, NODE, SPLIT or HISTORY body."""
     if kind == LIST:
         of, levels = LIST_HEAD.unpack_from(body)
         start = LIST_HEAD.size + levels

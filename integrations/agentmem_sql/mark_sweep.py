@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Set
 from typing import NamedTuple
 
-from sqlalchemy import Connection, bindparam, delete, func, select, update
+from sqlalchemy import Connection, bindparam, case, delete, func, null, select, update
 
 from agentmem.errors import StorageError
 from agentmem_sql.list_tree import LEAVES, OWN, parse
@@ -41,9 +41,8 @@ class Sweeper:
         self._count_up = counted_up.values(epoch=threads.c.epoch + 1)
         self._referring = select(checkpoints.c.content, checkpoints.c.history).where(by(checkpoints, "thread"))
         self._written = select(writes.c.digest).where(by(writes, "thread")).distinct()
-        inner = select(blobs.c.digest, blobs.c.kind, blobs.c.body).where(by(blobs, "thread"))
-        self._inner = inner.where(blobs.c.kind.not_in(LEAVES))
-        self._all = select(blobs.c.digest).where(by(blobs, "thread"))
+        body = case((blobs.c.kind.not_in(LEAVES), blobs.c.body), else_=null())
+        self._all = select(blobs.c.digest, blobs.c.kind, body).where(by(blobs, "thread"))
         self._own = select(blobs.c.digest).where(chosen, blobs.c.kind == OWN)
         self._free = delete(blobs).where(chosen)
         self._weigh = select(func.sum(func.length(blobs.c.body))).where(chosen)
@@ -62,11 +61,7 @@ class Sweeper:
         return False
 
     def sweep(self, connection: Connection, thread: int) -> None:
-        """Delete the content of a thread that nothing refers to.
-
-        Raises:
-            StorageError: content cannot be read; nothing is deleted then.
-        """
+        """Delete the content of a thread that nothing refers to; raises as `content`."""
         content = self.content(connection, thread)
         of = {"thread": thread}
         roots: set[bytes] = set(connection.execute(self._written, of).scalars())
@@ -86,10 +81,8 @@ class Sweeper:
         Raises:
             StorageError: some content cannot be read, so that its references are unknown.
         """
-        of = {"thread": thread}
-        digests = set(connection.execute(self._all, of).scalars())
-        links = {row[0]: self._links(*row) for row in connection.execute(self._inner, of)}
-        return Content(digests, links)
+        rows = connection.execute(self._all, {"thread": thread}).all()
+        return Content({row[0] for row in rows}, {row[0]: self._links(*row) for row in rows if row[2] is not None})
 
     def _links(self, digest: bytes, kind: int, stored: bytes) -> frozenset[bytes]:
         body = self._protection.decrypt(stored)
@@ -115,17 +108,10 @@ def referred(packed: bytes, history: bytes | None) -> Iterable[bytes]:
         yield history
 
 
-def referred_contents(
-    contents: Mapping[bytes, tuple[int, bytes]], roots: Iterable[bytes]
-) -> dict[bytes, tuple[int, bytes]]:
-    """The part of new content, given as digest -> (kind, body), that the roots refer to."""
-    found: dict[bytes, tuple[int, bytes]] = {}
-    pending = set(roots) & contents.keys()
-    while pending:
-        found.update({digest: contents[digest] for digest in pending})
-        nodes = (parse(*contents[digest]) for digest in pending if contents[digest][0] not in LEAVES)
-        pending = {link for node in nodes for link in node.links if link in contents} - found.keys()
-    return found
+def links_of(contents: Mapping[bytes, tuple[int, bytes]]) -> dict[bytes, frozenset[bytes]]:
+    """The references in new content, given as digest -> (kind, body)."""
+    inner = {digest: content for digest, content in contents.items() if content[0] not in LEAVES}
+    return {digest: frozenset(parse(*content).links) for digest, content in inner.items()}
 
 
 def unreachable(content: Content, roots: Iterable[bytes]) -> set[bytes]:

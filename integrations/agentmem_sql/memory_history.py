@@ -27,11 +27,8 @@ from agentmem_sql.delta_channels import AncestorReader
 from agentmem_sql.list_tree import LIST, VALUE
 from agentmem_sql.message_cache import Body, CachedThread
 from agentmem_sql.reader import Missing
-from agentmem_sql.rows import Address, StoredCheckpoint, damaged, decode_row
+from agentmem_sql.rows import RESERVED, Address, StoredCheckpoint, damaged, decode_row
 from agentmem_sql.schema import open_key
-
-# Channels of LangGraph's own; what they hold is never a memory.
-_RESERVED = ("__", "branch:")
 
 _FIRST_PAGE, _PAGE = 4, 32  # memories read at once
 
@@ -99,38 +96,8 @@ class _Change(NamedTuple):
     parent: str | None
 
 
-def memory_history(
-    database: Database,
-    ancestors: AncestorReader,
-    serde: SerializerProtocol,
-    address: Address,
-    channel: str | None,
-    *,
-    newest_first: bool,
-) -> Iterator[MemoryStep]:
-    """The memories along the parents of the checkpoint at `address`; see `SQLAlchemySaver.memory_history`."""
-    walk = _Walk(database, ancestors, serde, address, channel)
-    changes = walk.changes()
-    if not newest_first:
-        changes = reversed(list(changes))
-    for size in chain([_FIRST_PAGE], repeat(_PAGE)):
-        page = list(islice(changes, size))
-        if not page:
-            return
-        # Where each memory stands.
-        wanted = {change.before: (change.channel, str(change.parent)) for change in page if change.before is not None}
-        wanted |= {change.digest: (change.channel, change.stored.id) for change in page}
-        contents = database.run(partial(walk.collect, wanted=wanted))
-        # Without those that were taken out together with their checkpoints meanwhile.
-        states = {digest: walk.state(digest, contents, *wanted[digest]) for digest in wanted.keys() & contents.keys()}
-        for change in page:
-            state, before = states.get(change.digest), states.get(change.before or b"")
-            if state is not None and state != before:
-                yield _step(change, state, before)
-
-
 @dataclass
-class _Walk:
+class MemoryWalk:
     """The way from a checkpoint to its first ancestor."""
 
     database: Database
@@ -141,12 +108,29 @@ class _Walk:
     is_memory: dict[str, bool] = field(default_factory=dict)  # by channel
     thread: CachedThread = field(default_factory=CachedThread)  # its number and epoch, no content
 
-    def changes(self) -> Iterator[_Change]:
-        """Where the memories change, newest first; of one channel, or of every channel that holds memories.
+    def steps(self, *, newest_first: bool) -> Iterator[MemoryStep]:
+        """See `SQLAlchemySaver.memory_history`."""
+        changes = self.changes()
+        if not newest_first:
+            changes = reversed(list(changes))
+        for size in chain([_FIRST_PAGE], repeat(_PAGE)):
+            page = list(islice(changes, size))
+            if not page:
+                return
+            # Where each memory stands.
+            wanted = {each.before: (each.channel, str(each.parent)) for each in page if each.before is not None}
+            wanted |= {each.digest: (each.channel, each.stored.id) for each in page}
+            contents = self.database.run(partial(self.collect, wanted=wanted))
+            # Without those that were taken out together with their checkpoints meanwhile.
+            found = wanted.keys() & contents.keys()
+            states = {digest: self.state(digest, contents, *wanted[digest]) for digest in found}
+            for change in page:
+                state, before = states.get(change.digest), states.get(change.before or b"")
+                if state is not None and state != before:
+                    yield _step(change, state, before)
 
-        Raises:
-            StorageError: the checkpoint is not there, or a row was changed or damaged.
-        """
+    def changes(self) -> Iterator[_Change]:
+        """Where the memories change, newest first; of one channel, or of every channel that holds memories."""
         latest: dict[str, tuple[StoredCheckpoint, bytes]] = {}  # channel -> the earliest checkpoint yet of this content
         for stored in chain(self._rows(), [None]):
             digests = {} if stored is None else stored.digests
@@ -191,7 +175,7 @@ class _Walk:
         latest: dict[str, tuple[bytes, str]] = {}
         for stored in page:
             for name, digest in stored.digests.items():
-                if name not in self.is_memory and digest != none and not name.startswith(_RESERVED):
+                if name not in self.is_memory and digest != none and not name.startswith(RESERVED):
                     latest.setdefault(name, (digest, stored.id))
         if not latest:
             return
@@ -210,11 +194,7 @@ class _Walk:
         return Unpacker(self.serde, contents, CachedThread()).unpack(digest)
 
     def collect(self, connection: Connection, wanted: Mapping[bytes, tuple[str, str]]) -> dict[bytes, Body]:
-        """The content of values, given with their channels and checkpoints; without those taken out meanwhile.
-
-        Raises:
-            StorageError: a value is damaged; names the checkpoint.
-        """
+        """The content of values, given with their channels and checkpoints; without those taken out meanwhile."""
         thread, ns, _ = self.address
         try:
             # Of a thread that is not the saver's own: nothing is remembered of what is read.
@@ -230,11 +210,7 @@ class _Walk:
             raise damaged(thread, at, f"the value of channel {channel!r}") from None
 
     def state(self, digest: bytes, contents: Mapping[bytes, Body], channel: str, at: str) -> MemoryState | None:
-        """The memory in content; None where it holds none, unless the channel was named.
-
-        Raises:
-            CorruptStateError: it is no sound memory.
-        """
+        """The memory in content; None where it holds none, unless the channel was named."""
         value = self._unpack(digest, contents)
         if value is None or not (self.channel or _looks_like_memory(value)):
             return None

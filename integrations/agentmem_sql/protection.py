@@ -153,11 +153,7 @@ class Protection:
         return True
 
     def settle(self, connection: Connection, tables: Tables) -> None:
-        """Record how a new database is protected, in a transaction that may write.
-
-        Raises:
-            StorageError: another process did so first, in another way.
-        """
+        """Record how a new database is protected, in a transaction that may write; raises as `is_settled`."""
         if self.is_settled(connection, tables):
             return
         settings = {_MODE: self._mode()}

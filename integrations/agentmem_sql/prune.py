@@ -5,16 +5,16 @@ need from the ancestors in between is first stored with it (see `delta_channels`
 pending writes, rows and content without references are deleted. All this is one transaction with an exclusive lock on
 the thread: a run that goes on at the same time waits, and finds its checkpoint.
 
-What is removed is worked out as a `_Removal` before anything is changed, so it can also be reported only.
+What is removed is worked out before anything is changed, so it can also be reported only.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from langgraph.checkpoint.serde.base import SerializerProtocol
 from sqlalchemy import BindParameter, Connection, bindparam, delete, select, update
@@ -22,12 +22,13 @@ from sqlalchemy import BindParameter, Connection, bindparam, delete, select, upd
 from agentmem.errors import StorageError
 from agentmem_sql.database import Database
 from agentmem_sql.delta_channels import AncestorReader
-from agentmem_sql.list_tree import HISTORY, history_body, parse
-from agentmem_sql.mark_sweep import Content, Sweeper, referred, unreachable
+from agentmem_sql.list_tree import HISTORY, history_body
+from agentmem_sql.mark_sweep import Content, Sweeper, links_of, referred, unreachable
 from agentmem_sql.message_cache import CachedThread, ThreadCache
 from agentmem_sql.protection import Protection
 from agentmem_sql.reader import Missing, chunks
 from agentmem_sql.rows import (
+    RESERVED,
     Row,
     StoredCheckpoint,
     check_seal,
@@ -38,16 +39,13 @@ from agentmem_sql.rows import (
     seal_write,
 )
 from agentmem_sql.schema import by, decode_text, encode_text, thread_key
-from agentmem_sql.statements import add_rows, insert_missing
+from agentmem_sql.statements import add_rows, insertion
 from agentmem_sql.writer import Locked, Writer
 
 Key = tuple[bytes, bytes]  # a checkpoint's namespace and id
 # From all checkpoints of a thread, and the keys of those that pending writes wait for: the checkpoints to remove, or
 # None for the whole thread.
 Choose = Callable[[Mapping[Key, Row], Collection[Key]], Collection[Key] | None]
-
-# LangGraph's own channels, which are empty except for a run's input until it is read.
-_RESERVED = ("__", "branch:")
 
 
 class UnreadableThreadError(StorageError):
@@ -71,15 +69,6 @@ class ThreadRetention:
     kept: int = 0
     deleted: bool = False
     bytes_freed: int = 0
-
-
-class _Removal(NamedTuple):
-    """What removing some of a thread's checkpoints changes."""
-
-    victims: Collection[Key]
-    relinked: Sequence[Row]  # the new rows of survivors that get another parent
-    added: Mapping[bytes, tuple[int, bytes]]  # content that these need: digest -> (kind, body)
-    dead: Collection[bytes]  # content without references afterwards
 
 
 class Pruner:
@@ -143,36 +132,20 @@ class Pruner:
         return taken
 
     def delete_runs(self, serde: SerializerProtocol, run_ids: Collection[str]) -> None:
-        """Remove the checkpoints of runs from all threads, each thread in a separate transaction.
-
-        Raises:
-            StorageError: one was changed or damaged since it was stored.
-        """
+        """Remove the checkpoints of runs from all threads, each thread in a separate transaction."""
         of_runs = self.database.run(partial(self._threads_of_runs, serde=serde, run_ids=set(run_ids)))
         for name, keys in of_runs.items():
-
-            def choose(rows: Mapping[Key, Row], _awaited: Collection[Key], keys: set[Key] = keys) -> set[Key]:
-                return keys & rows.keys()
-
-            self.remove(serde, decode_text(name), choose)
+            self.remove(serde, decode_text(name), lambda rows, _, keys=keys: keys & rows.keys())  # type: ignore[misc]
 
     def copy_thread(self, source_id: str, target_id: str) -> None:
-        """Copy everything in a thread to another; data of the same ids is replaced.
-
-        Raises:
-            StorageError: something was changed or damaged since it was stored; nothing is copied.
-        """
+        """Copy everything in a thread to another; data of the same ids is replaced."""
         if source_id != target_id:
             self.database.run(partial(self._copy, source_id=source_id, target_id=target_id), write=True)
 
     # In a transaction.
 
     def _rows_of(self, connection: Connection, thread_id: str, thread: Locked) -> dict[Key, Row]:
-        """The checkpoints of a thread.
-
-        Raises:
-            StorageError: one was changed or damaged since it was stored.
-        """
+        """The checkpoints of a thread."""
         rows = connection.execute(self._rows, {"thread": thread.number}).mappings().all()
         for row in rows:
             check_seal(self.protection, thread_id, row)
@@ -193,37 +166,27 @@ class Pruner:
     def _take(
         self, connection: Connection, serde: SerializerProtocol, thread_id: str, choose: Choose, *, dry_run: bool
     ) -> ThreadRetention:
-        find = self._writer.find if dry_run else self._writer.lock
-        while (thread := find(connection, thread_id)) is not None:
+        find = partial(self._writer.find, connection, thread_id)
+        while (thread := find(lock=not dry_run)) is not None:
             try:
-                content = self._sweeper.content(connection, thread.number)  # first, see `mark_sweep`
-                taken, removal = self._plan(connection, thread_id, thread, content, serde, choose)
+                return self._take_from(connection, serde, thread_id, thread, choose, dry_run=dry_run)
             except StorageError as error:
-                if dry_run and find(connection, thread_id) != thread:
-                    continue  # something was removed meanwhile
-                raise UnreadableThreadError(str(error)) from error
-            if taken.deleted and not dry_run:
-                self._writer.delete_thread(connection, thread_id)
-            elif removal is not None and not dry_run:
-                self._apply(connection, thread, removal)
-            return taken
+                if not dry_run or find(lock=False) == thread:  # otherwise something was removed meanwhile
+                    raise UnreadableThreadError(str(error)) from error
         return ThreadRetention(thread_id)
 
-    def _plan(
+    def _take_from(
         self,
         connection: Connection,
+        serde: SerializerProtocol,
         thread_id: str,
         thread: Locked,
-        content: Content,
-        serde: SerializerProtocol,
         choose: Choose,
-    ) -> tuple[ThreadRetention, _Removal | None]:
-        """What would be removed.
-
-        Raises:
-            StorageError: something was changed or damaged since it was stored.
-        """
+        *,
+        dry_run: bool,
+    ) -> ThreadRetention:
         number = thread.number
+        content = self._sweeper.content(connection, number)  # first, see `mark_sweep`
         rows = self._rows_of(connection, thread_id, thread)
         writes = connection.execute(self._writes, {"thread": number}).mappings().all()
         awaited = {(write["ns"], write["checkpoint"]) for write in writes} - rows.keys()
@@ -231,15 +194,17 @@ class Pruner:
         victims = set(rows if chosen is None else chosen)
         kept = len(rows) - len(victims)
         if chosen is not None and not victims:
-            return ThreadRetention(thread_id, kept=kept), None
+            return ThreadRetention(thread_id, kept=kept)
         # Writes that wait for a checkpoint belong to a run that has just begun: the thread stays for it.
         if chosen is None or not (kept or awaited):
             own = len(thread_key(thread_id)) + len(encode_text(thread_id))
             size = own + sum(map(_size, [*rows.values(), *writes]))
             size += self._sweeper.weigh(connection, number, content.digests)
-            return ThreadRetention(thread_id, len(victims), deleted=True, bytes_freed=size), None
+            if not dry_run:
+                self._writer.delete_thread(connection, thread_id)
+            return ThreadRetention(thread_id, len(victims), deleted=True, bytes_freed=size)
         survivors = {key: row for key, row in rows.items() if key not in victims}
-        relinked: list[Row] = []
+        relinked: list[Row] = []  # survivors that get another parent, and content that these need
         added: dict[bytes, tuple[int, bytes]] = {}
         for key, row in survivors.items():
             if (row["ns"], row["parent"]) in victims:
@@ -254,30 +219,30 @@ class Pruner:
                 freed += _size(write)
             else:
                 roots.add(write["digest"])
-        links = {digest: frozenset(parse(kind, body).links) for digest, (kind, body) in added.items()}
-        dead = unreachable(Content(content.digests, {**content.links, **links}), roots)
+        dead = unreachable(Content(content.digests, {**content.links, **links_of(added)}), roots)
         freed += self._sweeper.weigh(connection, number, dead)
         freed -= sum(
             len(self.protection.encrypt(body)) for digest, (_, body) in added.items() if digest not in content.digests
         )
-        taken = ThreadRetention(thread_id, len(victims), kept, bytes_freed=freed)
-        return taken, _Removal(victims, relinked, added, dead)
+        if not dry_run:
+            self._writer.add_content(connection, number, added)
+            for row in relinked:
+                values = {"to_parent": row["parent"], "to_history": row["history"], "to_seal": row["seal"]}
+                connection.execute(self._relink, {"of": number, "in_ns": row["ns"], "of_id": row["id"], **values})
+            self._delete(connection, number, victims)
+            self._sweeper.free(connection, number, dead)
+        return ThreadRetention(thread_id, len(victims), kept, bytes_freed=freed)
 
-    def _apply(self, connection: Connection, thread: Locked, removal: _Removal) -> None:
-        number = thread.number
-        self._writer.add_content(connection, number, removal.added)
-        for row in removal.relinked:
-            values = {"to_parent": row["parent"], "to_history": row["history"], "to_seal": row["seal"]}
-            connection.execute(self._relink, {"of": number, "in_ns": row["ns"], "of_id": row["id"], **values})
+    def _delete(self, connection: Connection, number: int, victims: Collection[Key]) -> None:
+        """Delete the rows of checkpoints, and their pending writes."""
         by_namespace: defaultdict[bytes, list[bytes]] = defaultdict(list)
-        for ns, checkpoint_id in removal.victims:
+        for ns, checkpoint_id in victims:
             by_namespace[ns].append(checkpoint_id)
         for ns, ids in by_namespace.items():
             for part in chunks(ids):
                 keys = {"thread": number, "ns": ns, "ids": part}
                 connection.execute(self._remove_writes, keys)
                 connection.execute(self._remove_rows, keys)
-        self._sweeper.free(connection, number, removal.dead)
 
     def _relinked(
         self,
@@ -315,27 +280,25 @@ class Pruner:
 
     def _copy(self, connection: Connection, source_id: str, target_id: str) -> None:
         # All copies lock in the same order, so that no two wait for each other.
-        locked = {thread_id: self._writer.lock(connection, thread_id) for thread_id in sorted((source_id, target_id))}
-        if locked[source_id] is None:
+        ids = sorted((source_id, target_id))
+        locked = {thread_id: self._writer.find(connection, thread_id, lock=True) for thread_id in ids}
+        source = locked[source_id]
+        if source is None:
             return
-        source = self._writer.open_thread(connection, source_id, alone=True)
-        target = self._writer.open_thread(connection, target_id, alone=True)
+        target = locked[target_id] or self._writer.open_thread(connection, target_id, alone=True)
         tables, protection = self.database.tables, self.protection
-        into = insert_missing(connection.dialect.name, tables.blobs)
+        into = insertion(connection.dialect.name, tables.blobs, replace=False)
         copying = into.from_select(["thread", "digest", "kind", "body"], self._contents)
         connection.execute(copying, {"of": source.number, "to": target.number})
-        checkpoints: list[Row] = []
-        for row in self._rows_of(connection, source_id, source).values():
-            new = {**row, "thread": target.number}
-            checkpoints.append({**new, "seal": seal_checkpoint(protection, target_id, new)})
-        writes: list[Row] = []
-        pending = connection.execute(self._writes, {"thread": source.number}).mappings().all()
-        decode_writes(protection, source_id, pending)  # raises if one was changed
-        for row in pending:
-            new = {**row, "thread": target.number}
-            writes.append({**new, "seal": seal_write(protection, target_id, new)})
-        for table, rows in ((tables.checkpoints, checkpoints), (tables.writes, writes)):
-            for part in chunks(rows):
+        checkpoints = list(self._rows_of(connection, source_id, source).values())
+        writes = connection.execute(self._writes, {"thread": source.number}).mappings().all()
+        decode_writes(protection, source_id, writes)  # raises if one was changed
+        for table, rows, seal in (
+            (tables.checkpoints, checkpoints, seal_checkpoint),
+            (tables.writes, writes, seal_write),
+        ):
+            moved = [{**row, "thread": target.number} for row in rows]
+            for part in chunks([{**row, "seal": seal(protection, target_id, row)} for row in moved]):
                 add_rows(connection, table, part, replace=True)
         self._writer.sweep(connection, target)
 
@@ -362,4 +325,4 @@ def _deltas(stored: StoredCheckpoint) -> list[str]:
     counted: Mapping[str, Any] = stored.metadata.get("counters_since_delta_snapshot") or {}
     names: Mapping[str, Any] = stored.body["channel_versions"]
     empty = (name for name in names if name not in stored.digests)
-    return [name for name in empty if name in counted or not name.startswith(_RESERVED)]
+    return [name for name in empty if name in counted or not name.startswith(RESERVED)]

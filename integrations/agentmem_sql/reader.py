@@ -13,9 +13,10 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import chain, islice
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.serde.base import SerializerProtocol
@@ -35,7 +36,6 @@ from agentmem_sql.rows import (
     decode_metadata,
     decode_rest,
     decode_row,
-    decode_write,
     decode_writes,
     matches,
     metadata_bytes,
@@ -58,13 +58,6 @@ _ATTEMPTS = 3
 _PENDING = ("task", "idx", "path", "channel", "digest", "seal")
 
 
-class LoadedCheckpoint(NamedTuple):
-    """A checkpoint, and what this process knows of its thread."""
-
-    checkpoint: StoredCheckpoint
-    known: CachedThread
-
-
 # Number of the thread and key of a checkpoint -> the thread's id, and the checkpoint's pending writes.
 Holders = dict[tuple[int | None, bytes], tuple[str, list[StoredWrite]]]
 
@@ -82,7 +75,7 @@ class Reader:
     """Reads the tables of one database; its statements are built once, which takes longer than running them."""
 
     def __init__(self, tables: Tables, protection: Protection, cache: ThreadCache) -> None:
-        self._protection = protection
+        self.protection = protection
         self._cache = cache
         self.tables = tables
         threads, checkpoints, writes, blobs = tables.threads, tables.checkpoints, tables.writes, tables.blobs
@@ -92,7 +85,6 @@ class Reader:
             writes.c.ns == checkpoints.c.ns,
             writes.c.checkpoint == checkpoints.c.id,
         )
-        in_namespace = and_(threads.c.key == bindparam("key"), checkpoints.c.ns == bindparam("ns"))
         own = [column for column in checkpoints.c if column.name not in ("thread", "ns")]
         self._own = tuple(column.name for column in own)
         with_writes = (
@@ -100,7 +92,7 @@ class Reader:
             .select_from(threads)
             .join(checkpoints, checkpoints.c.thread == threads.c.number)
             .outerjoin(writes, pending)
-            .where(in_namespace)
+            .where(by(threads, "key"), by(checkpoints, "ns"))
         )
         others = checkpoints.alias()
         newest = (
@@ -111,7 +103,7 @@ class Reader:
             .correlate(threads)
             .scalar_subquery()
         )
-        self._named = Prepared(with_writes.where(checkpoints.c.id == bindparam("id")))
+        self._named = Prepared(with_writes.where(by(checkpoints, "id")))
         self._newest = Prepared(with_writes.where(checkpoints.c.id == newest))
         self._listed = (
             select(*self._row_columns)
@@ -122,9 +114,9 @@ class Reader:
         after = tuple_(*(bindparam(f"last_{name}", type_=checkpoints.c[name].type) for name in _ORDER))
         # What a listing may be limited to, by the name of a parameter.
         self._limits: dict[str, ColumnElement[bool]] = {
-            "key": threads.c.key == bindparam("key"),
-            "ns": checkpoints.c.ns == bindparam("ns"),
-            "id": checkpoints.c.id == bindparam("id"),
+            "key": by(threads, "key"),
+            "ns": by(checkpoints, "ns"),
+            "id": by(checkpoints, "id"),
             "end": checkpoints.c.id < bindparam("end"),
             # The first condition is one that an index of the thread's checkpoints can begin at.
             "last_id": and_(
@@ -150,7 +142,7 @@ class Reader:
             )
         )
 
-    def find(self, connection: Connection, serde: SerializerProtocol, address: Address) -> LoadedCheckpoint | None:
+    def find(self, connection: Connection, serde: SerializerProtocol, address: Address) -> StoredCheckpoint | None:
         """The checkpoint that an address names, or the newest of its namespace; None where there is none.
 
         Raises:
@@ -158,23 +150,19 @@ class Reader:
         """
         before = None
         for _ in range(_ATTEMPTS):
-            loaded = self.row(connection, serde, address)
-            if loaded is None:
+            stored = self.row(connection, serde, address)
+            if stored is None:
                 return None
-            try:
-                stored, known = loaded
-                stored.contents = self.collect(connection, known, _roots(stored))
-                return loaded
-            except Missing:
-                # Under one epoch only what a pending write held may go, when it is replaced: its row names another.
-                if before == (known.epoch, stored.id, _roots(stored)):
-                    break
-                before = known.epoch, stored.id, _roots(stored)
-        else:
-            raise StorageError(
-                f"thread {address.thread[:80]!r} was pruned {_ATTEMPTS} times while it was being read; try again"
-            )
-        raise damaged(address.thread, stored.id, "a stored value")
+            # Under one epoch only what a pending write held may go, when it is replaced: its row names another.
+            if before == (stored.known.epoch, stored.id, _roots(stored)):
+                raise damaged(address.thread, stored.id, "a stored value")
+            before = stored.known.epoch, stored.id, _roots(stored)
+            with suppress(Missing):
+                stored.contents = self.collect(connection, stored.known, before[-1])
+                return stored
+        raise StorageError(
+            f"thread {address.thread[:80]!r} was pruned {_ATTEMPTS} times while it was being read; try again"
+        )
 
     def locate(self, connection: Connection, address: Address) -> tuple[CachedThread, bytes] | None:
         """What is known of a thread, and the key of the checkpoint that an address names; None if there is none."""
@@ -184,7 +172,7 @@ class Reader:
         number, epoch, *values = rows[0]
         return self._cache.at(address.thread, number, epoch), values[self._own.index("id")]
 
-    def row(self, connection: Connection, serde: SerializerProtocol, address: Address) -> LoadedCheckpoint | None:
+    def row(self, connection: Connection, serde: SerializerProtocol, address: Address) -> StoredCheckpoint | None:
         """As `find`, without the content."""
         rows = self._rows(connection, address)
         if not rows:
@@ -192,14 +180,13 @@ class Reader:
         ns, width = open_key(address.ns), 2 + len(self._own)
         number, epoch, *values = rows[0]
         own = dict(zip(self._own, values, strict=False), ns=ns)
-        stored = decode_row(self._protection, serde, address.thread, own)
+        stored = decode_row(self.protection, serde, address.thread, own)
         same = {"ns": ns, "checkpoint": own["id"]}
         pending = [dict(zip(_PENDING, row[width:], strict=True), **same) for row in rows if row[width] is not None]
-        stored.writes += decode_writes(self._protection, address.thread, pending)
-        heads = stored.heads
-        known = self._cache.at(address.thread, number, epoch)
-        known.remember_channels(address.ns, stored.id, heads)
-        return LoadedCheckpoint(stored, known)
+        stored.writes += decode_writes(self.protection, address.thread, pending)
+        stored.known = self._cache.at(address.thread, number, epoch)
+        stored.known.remember_channels(address.ns, stored.id, stored.heads)
+        return stored
 
     def _rows(self, connection: Connection, address: Address) -> Rows:
         """The row of a checkpoint after the thread's number and epoch, once for each of its pending writes."""
@@ -262,7 +249,7 @@ class Reader:
 
     def _checked(self, known: CachedThread, rows: Iterable[Sequence[Any]]) -> dict[bytes, Body]:
         """The content of rows of a thread, without what is not what was stored."""
-        decrypt, digest_of = self._protection.decrypt, self._protection.digest
+        decrypt, digest_of = self.protection.decrypt, self.protection.digest
         bodies = [(digest, kind, decrypt(stored)) for digest, kind, stored in rows]
         intact = [(digest, kind, body) for digest, kind, body in bodies if digest_of(kind, body) == digest]
         nodes = {digest: parse(kind, body) for digest, kind, body in intact if kind not in LEAVES}
@@ -271,20 +258,15 @@ class Reader:
         return {**nodes, **{digest: body for digest, kind, body in intact if kind in LEAVES}}
 
     def complete(
-        self, connection: Connection, serde: SerializerProtocol, listed: Sequence[LoadedCheckpoint]
-    ) -> list[LoadedCheckpoint]:
-        """Fetch pending writes and content of a page; checkpoints that were taken out meanwhile are left out.
-
-        Raises:
-            StorageError: one was changed or damaged since it was stored.
-        """
-        by_thread: defaultdict[int | None, list[LoadedCheckpoint]] = defaultdict(list)
+        self, connection: Connection, serde: SerializerProtocol, listed: Sequence[StoredCheckpoint]
+    ) -> list[StoredCheckpoint]:
+        """Fetch pending writes and content of a page; checkpoints that were taken out meanwhile are left out."""
+        by_thread: defaultdict[int | None, list[StoredCheckpoint]] = defaultdict(list)
         by_ns: defaultdict[bytes, Holders] = defaultdict(dict)
         for item in listed:
-            address, number = item.checkpoint.address, item.known.number
+            address, number = item.address, item.known.number
             by_thread[number].append(item)
-            holder = address.thread, item.checkpoint.writes
-            by_ns[open_key(address.ns)][number, encode_text(item.checkpoint.id)] = holder
+            by_ns[open_key(address.ns)][number, encode_text(item.id)] = address.thread, item.writes
         epochs: defaultdict[int | None, set[int]] = defaultdict(set)
         for ns, holders in by_ns.items():
             for number, epoch in self.add_writes(connection, ns, holders):
@@ -292,25 +274,18 @@ class Reader:
         # If something was taken out of a thread meanwhile, it may have been these writes.
         threads = [items for number, items in by_thread.items() if epochs[number] == {i.known.epoch for i in items}]
         intact: set[int | None] = set()
-        roots = [{root for item in items for root in _roots(item.checkpoint)} for items in threads]
+        roots = [{root for item in items for root in _roots(item)} for items in threads]
         wanted = [(items[0].known, each) for items, each in zip(threads, roots, strict=True)]
         for items, contents in zip(threads, self._collect_all(connection, wanted), strict=True):
             if contents is not None:  # otherwise taken out or replaced meanwhile, or damaged: `find` tells
                 intact.add(items[0].known.number)
                 for item in items:
-                    item.checkpoint.contents = contents
-        found = (
-            item if item.known.number in intact else self.find(connection, serde, item.checkpoint.address)
-            for item in listed
-        )
+                    item.contents = contents
+        found = (item if item.known.number in intact else self.find(connection, serde, item.address) for item in listed)
         return [item for item in found if item is not None]
 
     def add_writes(self, connection: Connection, ns: bytes, holders: Holders) -> set[tuple[int, int]]:
-        """Fetch the pending writes of checkpoints of a namespace; gives numbers and epochs of the threads meanwhile.
-
-        Raises:
-            StorageError: one was changed or damaged since it was stored.
-        """
+        """Fetch the pending writes of checkpoints of a namespace; gives numbers and epochs of the threads meanwhile."""
         numbers, ids = ([*{*each}] for each in zip(*holders, strict=True))
         rows = self._pending.rows(connection, {"ns": ns, "threads": numbers, "ids": ids})
         for _, number, *values in rows:
@@ -319,7 +294,7 @@ class Reader:
                 continue
             holder = holders.get((number, row["checkpoint"]))
             if holder is not None:
-                holder[1].append(decode_write(self._protection, holder[0], row))
+                holder[1].extend(decode_writes(self.protection, holder[0], [row]))
             elif row["checkpoint"] not in ids:  # the index that found the row says something else than the row
                 thread, _ = next(iter(holders.values()))
                 raise damaged(thread, decode_text(row["checkpoint"]), "a pending write")
@@ -345,19 +320,15 @@ class Reader:
         columns = [column.name for column in self._row_columns]
         return [dict(zip(columns, row, strict=True)) for row in search.rows(connection, {**given, **values})]
 
-    def parts(self, serde: SerializerProtocol, wanted: Mapping[str, Any]) -> list[tuple[bytes, ...]]:
-        """What the database can look for; see `metadata_bytes`."""
-        readable = is_langgraphs(serde) and not self._protection.encrypts
-        return metadata_bytes(serde, wanted) if readable else []
-
-    def decode(self, serde: SerializerProtocol, row: Row, wanted: Mapping[str, Any]) -> LoadedCheckpoint | None:
+    def decode(self, serde: SerializerProtocol, row: Row, wanted: Mapping[str, Any]) -> StoredCheckpoint | None:
         """A row of a search; None where its metadata are not those wanted."""
         thread = decode_text(row["name"])
-        metadata = decode_metadata(self._protection, serde, thread, row)
+        metadata = decode_metadata(self.protection, serde, thread, row)
         if not matches(metadata, wanted):
             return None
-        stored = decode_rest(self._protection, serde, thread, row, metadata)
-        return LoadedCheckpoint(stored, self._cache.at(thread, row["number"], row["epoch"]))
+        stored = decode_rest(self.protection, serde, thread, row, metadata)
+        stored.known = self._cache.at(thread, row["number"], row["epoch"])
+        return stored
 
 
 def _roots(stored: StoredCheckpoint) -> set[bytes]:
@@ -374,7 +345,7 @@ def listing(
     filter: Mapping[str, Any] | None,
     before: RunnableConfig | None,
     limit: int | None,
-) -> Iterator[LoadedCheckpoint]:
+) -> Iterator[StoredCheckpoint]:
     """Checkpoints, newest first, page by page: between pages nothing is held open.
 
     `config` None lists every thread; a config without `checkpoint_ns` every namespace of its thread.
@@ -383,7 +354,8 @@ def listing(
     searches are made, each for more rows, and what a search found is completed page by page.
     """
     wanted, left = filter or {}, sys.maxsize if limit is None else limit
-    parts = reader.parts(serde, wanted)
+    # What the database can look for.
+    parts = metadata_bytes(serde, wanted) if is_langgraphs(serde) and not reader.protection.encrypts else []
     given: dict[str, Any] = {}
     if config is not None:
         address = Address.of(config)

@@ -13,19 +13,7 @@ from functools import partial, reduce
 from operator import add
 from typing import Any, Literal, get_args
 
-from sqlalchemy import (
-    ColumnElement,
-    Connection,
-    FromClause,
-    LargeBinary,
-    Select,
-    Subquery,
-    Table,
-    bindparam,
-    func,
-    select,
-    text,
-)
+from sqlalchemy import ColumnElement, Connection, LargeBinary, Select, Subquery, Table, bindparam, func, select, text
 
 from agentmem.errors import ConfigError
 from agentmem_sql.database import Database
@@ -104,11 +92,7 @@ class StorageReport:
 
 
 def storage_report(database: Database, limit: int | None, order: Order) -> StorageReport:
-    """See `SQLAlchemySaver.storage_report`.
-
-    Raises:
-        ConfigError: `limit` is below 1, or `order` is unknown.
-    """
+    """See `SQLAlchemySaver.storage_report`."""
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ConfigError(f"expected `limit` to be a number of threads from 1 up, or None for all, found {limit!r}")
     if order not in get_args(Order):
@@ -178,20 +162,17 @@ def _statement(tables: Tables) -> Select[Any]:
         "row_bytes": reduce(add, row_sizes),
     }
     columns = (func.coalesce(column, 0).label(name) for name, column in counted.items())
-    joined: FromClause = threads
+    query = select(threads.c.name, stored.c.oldest, stored.c.newest, *columns).order_by(threads.c.number)
     for part in (stored, pending, content):
-        joined = joined.outerjoin(part, part.c.thread == threads.c.number)
-    query = select(threads.c.name, stored.c.oldest, stored.c.newest, *columns)
-    return query.select_from(joined).order_by(threads.c.number)
+        query = query.outerjoin_from(threads, part, part.c.thread == threads.c.number)
+    return query
 
 
 def _database_size(connection: Connection, tables: Tables) -> tuple[int, int | None]:
     """The size of the database (SQLite) or of these tables, and the free part of it if the database reports it."""
     if connection.dialect.name == "sqlite":
-        pages, size, free = (
-            connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
-            for name in ("page_count", "page_size", "freelist_count")
-        )
+        pragmas = ("page_count", "freelist_count", "page_size")
+        pages, free, size = (connection.exec_driver_sql(f"PRAGMA {name}").scalar_one() for name in pragmas)
         return pages * size, free * size
     schema = connection.schema_for_object(tables.threads)
     every = tables.metadata.sorted_tables

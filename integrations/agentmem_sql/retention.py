@@ -1,23 +1,22 @@
 """Retention: policies for how long threads and checkpoints are kept, and the sweep that applies them.
 
 One statement finds the threads in which something has to be deleted; most have nothing to delete and are not locked.
-What is deleted from a thread is decided when the thread is locked, from its content at that moment. Each thread is a
-separate transaction, so an interrupted sweep has finished some threads completely, and the next sweep goes on with the
-others.
+What is deleted from a thread is decided when the thread is locked, from its content at that moment.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
-from uuid import UUID
 
+from langgraph.checkpoint.base.id import UUID
 from langgraph.checkpoint.serde.base import SerializerProtocol
-from sqlalchemy import ColumnElement, Connection, case, exists, func, null, or_, select
+from sqlalchemy import ColumnElement, Connection, case, exists, false, func, null, or_, select
 
 from agentmem.errors import ConfigError
 from agentmem_sql.content import load
@@ -107,20 +106,19 @@ class RetentionReport:
 
 @dataclass(frozen=True)
 class _Limits:
-    """A policy at one moment. Times are as in the column `created`; what is below one of them is too old."""
+    """A policy at one moment. Times are as in the column `created`; what is below is too old; 0 for no limit."""
 
-    count: int | None
-    oldest: int | None
-    alive: int | None
+    count: int
+    oldest: int
+    alive: int
     protection: Protection
     serde: SerializerProtocol
 
     def choose(self, rows: Mapping[Key, Row], awaited: Collection[Key]) -> Collection[Key] | None:
         """The checkpoints to delete, out of all checkpoints of a thread; None to delete the whole thread."""
-        if self.alive is not None:
-            times = [row["created"] for row in rows.values()] or [_made_at(name) for _, name in awaited]
-            if max(times, default=0) < self.alive:
-                return None
+        times = [row["created"] for row in rows.values()] or [_made_at(name) for _, name in awaited]
+        if max(times, default=0) < self.alive:
+            return None
         namespaces: defaultdict[bytes, list[bytes]] = defaultdict(list)
         for ns, checkpoint_id in sorted(rows, reverse=True):
             namespaces[ns].append(checkpoint_id)
@@ -128,7 +126,7 @@ class _Limits:
             (ns, checkpoint_id)
             for ns, newest_first in namespaces.items()
             for position, checkpoint_id in enumerate(newest_first)
-            if position and self._is_over(position, rows[ns, checkpoint_id])
+            if position and (position >= self.count or rows[ns, checkpoint_id]["created"] < self.oldest)
         }
         oldest_left = min((key for key in rows if key[0] == b"" and key not in gone), default=None)
         for ns, newest_first in namespaces.items():
@@ -138,10 +136,6 @@ class _Limits:
             if caller is not None and (caller in gone or (oldest_left is not None and caller < oldest_left)):
                 gone.update((ns, checkpoint_id) for checkpoint_id in newest_first)
         return gone
-
-    def _is_over(self, position: int, row: Row) -> bool:
-        too_many = self.count is not None and position >= self.count
-        return too_many or (self.oldest is not None and row["created"] < self.oldest)
 
     def _caller(self, row: Row) -> Key | None:
         """The checkpoint of the main graph that called this row's subgraph; None if the row is of no such call."""
@@ -162,16 +156,12 @@ def sweep(
     dry_run: bool,
     now: datetime | None,
 ) -> RetentionReport:
-    """Apply a policy to threads, or only report what that would do.
-
-    Raises:
-        ConfigError: `thread_ids` is a single string or holds something that is not an id, or `now` has no time zone.
-    """
+    """See `SQLAlchemySaver.retain`."""
     if now is not None and now.tzinfo is None:
         raise ConfigError(f"expected `now` with a time zone, found {now!r}; use datetime.now(UTC)")
     at = datetime.now(UTC) if now is None else now
     oldest, alive = _earlier(at, policy.max_age), _earlier(at, policy.idle)
-    limits = _Limits(policy.max_checkpoints, oldest, alive, pruner.protection, serde)
+    limits = _Limits(policy.max_checkpoints or sys.maxsize, oldest, alive, pruner.protection, serde)
     database, tables = pruner.database, pruner.database.tables
     keys = None if thread_ids is None else [thread_key(thread_id) for thread_id in check_ids(thread_ids)]
     scopes: list[Sequence[bytes] | None] = [None] if keys is None else list(chunks(keys))
@@ -197,10 +187,10 @@ def sweep(
     return RetentionReport(dry_run=dry_run, threads=tuple(results), failed=failed, kept=kept, threads_kept=threads_kept)
 
 
-def _earlier(now: datetime, span: timedelta | None) -> int | None:
+def _earlier(now: datetime, span: timedelta | None) -> int:
     """The time before `now` in milliseconds since 1970; a datetime could not hold `timedelta.max`."""
     epoch = datetime.fromtimestamp(0, UTC)
-    return None if span is None else (now - epoch) // timedelta(milliseconds=1) - span // timedelta(milliseconds=1)
+    return 0 if span is None else (now - epoch) // timedelta(milliseconds=1) - span // timedelta(milliseconds=1)
 
 
 def _made_at(checkpoint_id: bytes) -> int:
@@ -209,14 +199,12 @@ def _made_at(checkpoint_id: bytes) -> int:
     0 for an id without a time: writes that wait for such a checkpoint do not keep a thread.
     """
     try:
-        bits = UUID(checkpoint_id.decode()).int
+        made = UUID(checkpoint_id.decode())
     except ValueError:
         return 0
-    version = bits >> 76 & 0xF
-    if version == 6:  # 100 ns since 15 October 1582, the highest bits first, around the version
-        ticks = bits >> 96 << 28 | (bits >> 80 & 0xFFFF) << 12 | bits >> 64 & 0xFFF
-        return (ticks - 0x01B21DD213814000) // 10_000
-    return bits >> 80 if version == 7 else 0
+    if made.version == 6:  # 100 ns since 15 October 1582
+        return (made.time - 0x01B21DD213814000) // 10_000
+    return made.time if made.version == 7 else 0
 
 
 def _page(
@@ -231,13 +219,13 @@ def _page(
     awaited = case((~stored, newest), else_=null())
     query = (
         select(threads.c.number, threads.c.name, stored.label("stored"), awaited.label("awaited"))
-        .where(threads.c.number > after, or_(*_conditions(tables, limits)))
+        .where(threads.c.number > after, or_(false(), *_conditions(tables, limits)))
         .order_by(threads.c.number)
         .limit(_PAGE)
     )
     rows = connection.execute(query if keys is None else query.where(threads.c.key.in_(keys))).all()
     # Writes that wait for a checkpoint may belong to a run that has just begun.
-    due = [row for row in rows if row.stored or _made_at(row.awaited or b"") < (limits.alive or 0)]
+    due = [row for row in rows if row.stored or _made_at(row.awaited or b"") < limits.alive]
     return [decode_text(row.name) for row in due], rows[-1].number if len(rows) == _PAGE else None
 
 
@@ -246,15 +234,15 @@ def _conditions(tables: Tables, limits: _Limits) -> Iterator[ColumnElement[bool]
     threads, checkpoints = tables.threads, tables.checkpoints
     newer = checkpoints.alias()
     here = checkpoints.c.thread == threads.c.number
-    if limits.alive is not None:
+    if limits.alive > 0:
         newest = select(func.max(checkpoints.c.created)).where(here).correlate(threads).scalar_subquery()
         yield func.coalesce(newest, 0) < limits.alive  # 0: no checkpoint, see `_page`
-    if limits.oldest is not None:
+    if limits.oldest > 0:
         same = (newer.c.thread == checkpoints.c.thread) & (newer.c.ns == checkpoints.c.ns)
         has_newer = exists().where(same, newer.c.id > checkpoints.c.id)
         old = select(checkpoints.c.id).where(here, checkpoints.c.created < limits.oldest, has_newer)
         yield old.correlate(threads).exists()
-    if limits.count is not None:
+    if limits.count < sys.maxsize:
         full = select(checkpoints.c.ns).where(here).group_by(checkpoints.c.ns)
         yield full.having(func.count() > limits.count).correlate(threads).exists()
 
@@ -262,10 +250,7 @@ def _conditions(tables: Tables, limits: _Limits) -> Iterator[ColumnElement[bool]
 def _count(connection: Connection, tables: Tables, keys: Sequence[bytes] | None) -> tuple[int, int]:
     """The number of threads, and the number of their checkpoints."""
     threads, checkpoints = tables.threads, tables.checkpoints
-    thread_count = select(func.count()).select_from(threads)
-    checkpoint_count = select(func.count()).select_from(checkpoints)
-    if keys is not None:
-        chosen = threads.c.key.in_(keys)
-        thread_count = thread_count.where(chosen)
-        checkpoint_count = checkpoint_count.join(threads, threads.c.number == checkpoints.c.thread).where(chosen)
-    return connection.execute(thread_count).scalar_one(), connection.execute(checkpoint_count).scalar_one()
+    counted = select(func.count(threads.c.number.distinct()), func.count(checkpoints.c.id))
+    counted = counted.outerjoin_from(threads, checkpoints, checkpoints.c.thread == threads.c.number)
+    row = connection.execute(counted if keys is None else counted.where(threads.c.key.in_(keys))).one()
+    return row[0], row[1]

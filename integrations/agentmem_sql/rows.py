@@ -1,7 +1,8 @@
 """Conversion between LangGraph's checkpoints and rows.
 
 A row is sealed by one digest over its columns and its thread, so that no change and no move to another place goes
-unnoticed. The digests of the channels' values are packed into the column `content`, with the channels' names.
+unnoticed: whatever reads one that was changed or damaged since it was written raises the `StorageError` of `damaged`.
+The digests of the channels' values are packed into the column `content`, with the channels' names.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ _LENGTH = struct.Struct(">I")
 # What is sealed of a row.
 _of_checkpoint = itemgetter("ns", "id", "ns_name", "parent", "created", "run", "metadata", "body", "content", "history")
 _of_write = itemgetter("ns", "checkpoint", "task", "idx", "path", "channel", "digest")
+
+# What the names of LangGraph's own channels begin with. They are empty except for a run's input until it is read.
+RESERVED = ("__", "branch:")
 
 Row = Mapping[Any, Any]  # of a table, by column
 
@@ -128,6 +132,7 @@ class StoredCheckpoint:
     body: dict[str, Any]
     digests: dict[str, bytes]  # channel -> content; no empty channels
     history: bytes | None
+    known: CachedThread = field(default_factory=CachedThread)  # what this process knows of its thread
     writes: list[StoredWrite] = field(default_factory=list)
     contents: Mapping[bytes, Body] = field(default_factory=dict)  # everything that the two refer to
 
@@ -177,21 +182,19 @@ def encode_checkpoint(
         heads[value.channel] = heads[value.channel][0], digest
     own: dict[str, Any] = {**checkpoint}
     del own["channel_values"], own["id"]
-    metadata_body, own_body = dump(serde, metadata, "metadata"), dump(serde, own, "checkpoint")
-    content = pack_content({name: digest for name, (_, digest) in heads.items() if digest is not None})
-    ns = open_key(address.ns)
+    ns, run = open_key(address.ns), metadata.get("run_id")
     row: dict[str, Any] = {
         "ns": ns,
         "id": exact_key(checkpoint["id"], "checkpoint id"),
         "ns_name": encode_text(address.ns) if is_hashed(ns) else None,
         "parent": None if address.id is None else exact_key(address.id, "checkpoint id"),
         "created": time.time_ns() // 1_000_000,
-        "content": content,
+        "run": protection.run_key(run) if isinstance(run, str) else None,
+        "metadata": protection.encrypt(dump(serde, metadata, "metadata")),
+        "body": protection.encrypt(dump(serde, own, "checkpoint")),
+        "content": pack_content({name: digest for name, (_, digest) in heads.items() if digest is not None}),
         "history": None,
     }
-    run = metadata.get("run_id")
-    row["run"] = protection.run_key(run) if isinstance(run, str) else None
-    row["metadata"], row["body"] = protection.encrypt(metadata_body), protection.encrypt(own_body)
     row["seal"] = seal_checkpoint(protection, address.thread, row)
     return Encoded(packer, [row], heads)
 
@@ -242,11 +245,7 @@ def _place(ns: bytes, checkpoint: bytes, task: bytes, index: int) -> bytes:
 
 
 def decode_row(protection: Protection, serde: SerializerProtocol, thread: str, row: Row) -> StoredCheckpoint:
-    """A row of the checkpoints table.
-
-    Raises:
-        StorageError: the row was changed or damaged since it was written.
-    """
+    """A row of the checkpoints table."""
     return decode_rest(protection, serde, thread, row, decode_metadata(protection, serde, thread, row))
 
 
@@ -267,17 +266,8 @@ def decode_rest(
     return StoredCheckpoint(address, checkpoint_id, parent, row["created"], metadata, body, digests, row["history"])
 
 
-def decode_write(protection: Protection, thread: str, row: Row) -> StoredWrite:
-    """As `decode_writes`, for one row."""
-    return decode_writes(protection, thread, [row])[0]
-
-
 def decode_writes(protection: Protection, thread: str, rows: Sequence[Row]) -> list[StoredWrite]:
-    """Rows of the writes table.
-
-    Raises:
-        StorageError: a row was changed or damaged since it was written.
-    """
+    """Rows of the writes table."""
     for row in rows:
         if seal_write(protection, thread, row) != row["seal"]:
             raise damaged(thread, decode_text(row["checkpoint"]), "a pending write")
@@ -289,15 +279,13 @@ def decode_writes(protection: Protection, thread: str, rows: Sequence[Row]) -> l
     ]
 
 
-def to_tuple(
-    stored: StoredCheckpoint, serde: SerializerProtocol, known: CachedThread, templates: DecodeTemplates | None
-) -> CheckpointTuple:
+def to_tuple(stored: StoredCheckpoint, serde: SerializerProtocol, templates: DecodeTemplates | None) -> CheckpointTuple:
     """A checkpoint as LangGraph gets it; `templates` as for an `Unpacker`."""
     config, parent = stored.address.config(stored.id), stored.parent
     parent_config = None if parent is None else stored.address.config(parent)
     writes = sorted(stored.writes, key=lambda write: write.order) if len(stored.writes) > 1 else stored.writes
     digests = [*stored.digests.values(), *[write.digest for write in writes]]
-    values = Unpacker(serde, stored.contents, known, templates).unpack_all(digests)
+    values = Unpacker(serde, stored.contents, stored.known, templates).unpack_all(digests)
     channel_values = dict(zip(stored.digests, values, strict=False))
     pending = zip(writes, values[len(channel_values) :], strict=True)
     return CheckpointTuple(
@@ -315,11 +303,7 @@ def seal_checkpoint(protection: Protection, thread: str, row: Row) -> bytes:
 
 
 def check_seal(protection: Protection, thread: str, row: Row) -> None:
-    """Compare a checkpoint's row with its seal.
-
-    Raises:
-        StorageError: the row was changed or damaged since it was written.
-    """
+    """Compare a checkpoint's row with its seal."""
     if seal_checkpoint(protection, thread, row) != row["seal"]:
         raise damaged(thread, decode_text(row["id"]), "the checkpoint's row")
 

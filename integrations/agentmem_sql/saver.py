@@ -1,14 +1,13 @@
 """`SQLAlchemySaver`: LangGraph's checkpointer interface, synchronous and asynchronous, in one class.
 
 Values are packed before the work that needs a connection and unpacked after it, so the caller's code never runs inside
-a transaction. Every asynchronous method runs the synchronous one in a thread.
+a transaction.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
 from contextlib import suppress
 from contextvars import copy_context
 from datetime import datetime
@@ -39,11 +38,11 @@ from agentmem_sql.content import Unpacker
 from agentmem_sql.database import Database
 from agentmem_sql.delta_channels import AncestorReader
 from agentmem_sql.mark_sweep import Sweeper
-from agentmem_sql.memory_history import MemoryStep, memory_history
+from agentmem_sql.memory_history import MemoryStep, MemoryWalk
 from agentmem_sql.message_cache import CachedThread, ChannelHeads, DecodeTemplates, ThreadCache
 from agentmem_sql.protection import Protection
 from agentmem_sql.prune import Pruner, all_but_newest
-from agentmem_sql.reader import LoadedCheckpoint, Reader, listing
+from agentmem_sql.reader import Reader, listing
 from agentmem_sql.report import Order, StorageReport, storage_report
 from agentmem_sql.retention import Retention, RetentionReport, sweep
 from agentmem_sql.rows import Address, Encoded, check_id, check_ids, encode_checkpoint, encode_writes, to_tuple
@@ -79,9 +78,7 @@ def _for_tasks(
 
     @wraps(method)
     async def twin(self: SQLAlchemySaver, /, *arguments: P.args, **named: P.kwargs) -> T:
-        database = self._database
-        threads = database.reading_threads if reads else database.writing_threads
-        return await self._in_thread(threads, getattr(self, method.__name__), *arguments, **named)
+        return await self._in_thread(reads, getattr(self, method.__name__), *arguments, **named)
 
     twin.__name__, twin.__doc__ = f"a{method.__name__}", f"As `{method.__name__}`, for a task."
     return twin
@@ -95,7 +92,7 @@ def _iterated_by_tasks(
     @wraps(method)
     async def twin(self: SQLAlchemySaver, /, *arguments: P.args, **named: P.kwargs) -> AsyncIterator[T]:
         items = getattr(self, method.__name__)(*arguments, **named)
-        while made := await self._in_thread(self._database.reading_threads, list, islice(items, _PAGE)):
+        while made := await self._in_thread(True, list, islice(items, _PAGE)):
             for item in made:
                 yield item
 
@@ -159,6 +156,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
             StorageError: the URL cannot be read, or names a database, a driver or an option that cannot be used; or an
                 asynchronous engine has its database in memory, connections made by your code, or an option that the
                 synchronous driver lacks.
+            MissingExtraError: the driver is not installed.
             ConfigError: `hmac_key` or `table_prefix` cannot be used.
         """
         super().__init__(serde=serde if serde or STRICT_MSGPACK_ENABLED else CheckedSerializer())
@@ -177,7 +175,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         # By serializer: a clone of the saver has another, which may read the same bytes as something else.
         self._templates: WeakKeyDictionary[SerializerProtocol, DecodeTemplates] = WeakKeyDictionary()
         self._reader = Reader(tables, protection, self._cache)
-        self._ancestors = AncestorReader(self._reader, protection)
+        self._ancestors = AncestorReader(self._reader)
         sweeper = Sweeper(tables, protection)
         self._writer = Writer(tables, protection, sweeper)
         self._pruner = Pruner(self._database, protection, self._cache, self._writer, self._ancestors, sweeper)
@@ -192,11 +190,6 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         write-ahead log.
         """
         return cls(url, *args, **options)
-
-    @property
-    def _serde(self) -> SerializerProtocol:
-        """The serializer without encryption."""
-        return plain_serde(self.serde)
 
     # Opening and closing. Clones made by `with_allowlist` share the database; closing one closes it for all.
 
@@ -237,7 +230,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
 
         The parent is the checkpoint that `config` names. A checkpoint of the same id is replaced.
         """
-        serde, merged = self._serde, get_checkpoint_metadata(config, metadata)
+        serde, merged = plain_serde(self.serde), get_checkpoint_metadata(config, metadata)
         encode = partial(encode_checkpoint, serde, self._protection, checkpoint, merged, new_versions)
         return self._write(serde, config, encode, self._writer.put_checkpoint, WriteMode.INSERT, checkpoint["id"])
 
@@ -251,7 +244,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         """
         if not writes:
             return
-        serde = self._serde
+        serde = plain_serde(self.serde)
 
         def encode(address: Address, known: CachedThread, _parents: ChannelHeads) -> Encoded:
             return encode_writes(serde, self._protection, writes, task_id, task_path, address, known)
@@ -288,7 +281,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
                 if parents is None and (
                     stored := self._database.run(partial(self._reader.row, serde=serde, address=address))
                 ):
-                    known, parents = stored.known, stored.checkpoint.heads
+                    known, parents = stored.known, stored.heads
             new = encode(address, known, parents or {})
             if mode is WriteMode.INSERT and known.number is None:
                 mode = WriteMode.CHECK
@@ -317,9 +310,9 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
 
     def get_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
         """The checkpoint that `config` names, or the newest of its namespace; None if there is none."""
-        serde = self._serde
+        serde = plain_serde(self.serde)
         stored = self._database.run(partial(self._reader.find, serde=serde, address=Address.of(config)))
-        return None if stored is None else self._tuple(serde, stored)
+        return None if stored is None else to_tuple(stored, serde, self._templates_of(serde))
 
     def list(
         self,
@@ -340,13 +333,10 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
             before: only checkpoints with an id below this config's.
             limit: at most this many, counted after the filter.
         """
-        serde = self._serde
+        serde = plain_serde(self.serde)
         reader = self._reader
         for stored in listing(self._database, reader, serde, config, filter=filter, before=before, limit=limit):
-            yield self._tuple(serde, stored)
-
-    def _tuple(self, serde: SerializerProtocol, stored: LoadedCheckpoint) -> CheckpointTuple:
-        return to_tuple(stored.checkpoint, serde, stored.known, self._templates_of(serde))
+            yield to_tuple(stored, serde, self._templates_of(serde))
 
     def _templates_of(self, serde: SerializerProtocol) -> DecodeTemplates | None:
         """What messages may be decoded by without the serializer; None where it may run code of the caller's."""
@@ -370,7 +360,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         if stored is None:
             return {name: DeltaChannelHistory(writes=[]) for name in channels}
         histories, contents, known = stored
-        serde = self._serde
+        serde = plain_serde(self.serde)
         unpacker = Unpacker(serde, contents, known, self._templates_of(serde))
         result: dict[str, DeltaChannelHistory] = {}
         for name, history in histories.items():
@@ -396,7 +386,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         channels need from the runs' writes is kept.
         """
         if runs := check_ids(run_ids, "run id"):
-            self._pruner.delete_runs(self._serde, runs)
+            self._pruner.delete_runs(plain_serde(self.serde), runs)
 
     def copy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
         """Copy all checkpoints, pending writes and content of a thread to another thread, with their ids.
@@ -421,7 +411,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
             if strategy == "delete":
                 self.delete_thread(thread_id)
             else:
-                self._pruner.remove(self._serde, thread_id, all_but_newest)
+                self._pruner.remove(plain_serde(self.serde), thread_id, all_but_newest)
 
     # Looking into threads, and keeping the database small.
 
@@ -455,8 +445,9 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
             StorageError: there is no such checkpoint, or stored data is damaged (the error names the checkpoint).
             CorruptStateError: a value is not a memory, or not one that this version can read.
         """
-        address = Address(check_id(thread_id), checkpoint_ns, checkpoint_id)
-        return memory_history(self._database, self._ancestors, self._serde, address, channel, newest_first=newest_first)
+        address, serde = Address(check_id(thread_id), checkpoint_ns, checkpoint_id), plain_serde(self.serde)
+        walk = MemoryWalk(self._database, self._ancestors, serde, address, channel)
+        return walk.steps(newest_first=newest_first)
 
     def retain(
         self,
@@ -482,7 +473,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
             ConfigError: `thread_ids` is not a sequence of ids, or `now` has no time zone.
             StorageError: the database reported an error. Damaged threads are left as they are and named in the report.
         """
-        return sweep(self._pruner, self._serde, policy, thread_ids=thread_ids, dry_run=dry_run, now=now)
+        return sweep(self._pruner, plain_serde(self.serde), policy, thread_ids=thread_ids, dry_run=dry_run, now=now)
 
     def storage_report(self, *, limit: int | None = None, order: Order = "bytes") -> StorageReport:
         """How much space threads take, by a few statements that read the lengths of all rows but no content.
@@ -510,16 +501,18 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
 
     # Asynchronous calls.
 
-    async def _in_thread(self, threads: Executor, call: Callable[..., T], *arguments: Any, **named: Any) -> T:
-        """Call something in one of these threads, with the context variables of this task.
+    async def _in_thread(self, reads: bool, call: Callable[..., T], *arguments: Any, **named: Any) -> T:
+        """Call something in a thread for those that read, or that write, with the context variables of this task.
 
         If the task is cancelled, the cancellation is raised when the call has ended, or at once if it has not begun.
         """
-        self._database.check_open()
+        database = self._database
+        database.check_open()
         try:
+            threads = database.reading_threads if reads else database.writing_threads
             future = threads.submit(copy_context().run, partial(call, *arguments, **named))
         except RuntimeError:
-            self._database.check_open()  # closed this very moment
+            database.check_open()  # closed this very moment
             raise
         waiting = asyncio.wrap_future(future)
         try:

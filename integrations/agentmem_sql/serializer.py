@@ -43,8 +43,11 @@ class CheckedSerializer(JsonPlusSerializer):
             return True
         if module in sys.modules:
             kind = getattr(sys.modules[module], name, None)
-            # What is not there cannot be called: LangGraph gives its data.
-            if kind is None or (isinstance(kind, type) and self._is_stored(kind)):
+            if kind is None:  # what is not there cannot be called: LangGraph gives its data
+                return True
+            if isinstance(kind, type) and (
+                is_dataclass(kind) or issubclass(kind, _KINDS) or any(hasattr(kind, mark) for mark in _MARKS)
+            ):
                 return True
         _refused.key = key
         return False
@@ -69,10 +72,6 @@ class CheckedSerializer(JsonPlusSerializer):
                 f"module first, or pass serde=JsonPlusSerializer(allowed_msgpack_modules=[({module!r}, {name!r})])"
             )
         return value
-
-    @staticmethod
-    def _is_stored(kind: type) -> bool:
-        return is_dataclass(kind) or issubclass(kind, _KINDS) or any(hasattr(kind, mark) for mark in _MARKS)
 
 
 def is_langgraphs(serde: SerializerProtocol) -> TypeGuard[JsonPlusSerializer]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from operator import itemgetter
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from sqlalchemy import (
     Connection,
     Dialect,
     Executable,
+    FromClause,
     Select,
     Table,
     any_,
@@ -211,34 +213,25 @@ def add_rows(connection: Connection, table: Table, rows: Sequence[Mapping[str, A
     """Insert rows; those that exist are replaced or left alone."""
     if rows:
         # To make a statement takes longer than to run it.
-        dialect, make = connection.dialect.name, upsert if replace else insert_missing
-        statement = kept(table, ("insert", dialect, replace), lambda: make(dialect, table))
+        dialect = connection.dialect.name
+        statement = kept(table, ("insert", dialect, replace), lambda: insertion(dialect, table, replace=replace))
         connection.execute(statement, list(rows))
 
 
-def insert_missing(dialect: str, table: Table) -> Insert:
-    """INSERT that does nothing for rows whose primary key (or unique key) exists."""
-    if dialect in ("mysql", "mariadb"):
-        # Not INSERT IGNORE, which also truncates values without an error.
-        first = next(iter(table.primary_key))
-        return mysql.insert(table).on_duplicate_key_update({first.name: first})
-    return _insert(dialect, table).on_conflict_do_nothing()
-
-
-def upsert(dialect: str, table: Table) -> Insert:
-    """INSERT that replaces rows whose primary key exists."""
+def insertion(dialect: str, table: Table, *, replace: bool) -> Insert:
+    """INSERT for rows of which those whose primary key (or unique key) exists are replaced or left alone."""
     others = [column.name for column in table.columns if not column.primary_key]
     if dialect in ("mysql", "mariadb"):
-        replacing = mysql.insert(table)
-        return replacing.on_duplicate_key_update({name: replacing.inserted[name] for name in others})
-    inserting = _insert(dialect, table)
-    return inserting.on_conflict_do_update(
-        index_elements=list(table.primary_key), set_={name: inserting.excluded[name] for name in others}
-    )
-
-
-def _insert(dialect: str, table: Table) -> sqlite.Insert | postgresql.Insert:
-    return postgresql.insert(table) if dialect == "postgresql" else sqlite.insert(table)
+        of_mysql = mysql.insert(table)
+        # Not INSERT IGNORE, which also truncates values without an error.
+        first = next(iter(table.primary_key))
+        new = {name: of_mysql.inserted[name] for name in others} if replace else {first.name: first}
+        return of_mysql.on_duplicate_key_update(new)
+    inserting = postgresql.insert(table) if dialect == "postgresql" else sqlite.insert(table)
+    if not replace:
+        return inserting.on_conflict_do_nothing()
+    new = {name: inserting.excluded[name] for name in others}
+    return inserting.on_conflict_do_update(index_elements=list(table.primary_key), set_=new)
 
 
 def enable_wal(connection: Connection) -> None:
@@ -252,7 +245,7 @@ def enable_wal(connection: Connection) -> None:
     try:
         journal = connection.exec_driver_sql("PRAGMA journal_mode=WAL").scalar_one()
     except DBAPIError as error:
-        if db_errors.is_read_only(error):
+        if db_errors.code(error).startswith("SQLITE_READONLY"):
             return
         raise
     if journal != "wal":
@@ -285,7 +278,7 @@ def check_mysql(connection: Connection) -> None:
 
 def insert_content(dialect: str, blobs: Table) -> Prepared:
     """INSERT of content that does not exist yet."""
-    return kept(blobs, ("content", dialect), lambda: Prepared(insert_missing(dialect, blobs)))
+    return kept(blobs, ("content", dialect), lambda: Prepared(insertion(dialect, blobs, replace=False)))
 
 
 def insert_locked(dialect: str, table: Table, threads: Table) -> Prepared:
@@ -312,8 +305,8 @@ def _columns(table: Table) -> list[Column[Any]]:
 # one round trip, without BEGIN and COMMIT. Other databases have no INSERT inside a WITH; there, and if there is much to
 # insert, the writer uses several statements.
 
-# Every number of rows needs another statement, which the server has to plan.
-MOST_CONTENT, MOST_ROWS = 12, 4
+# All content is three arrays, but every number of rows needs another statement, which the server has to plan.
+MOST_CONTENT, MOST_ROWS = 64, 4
 
 
 def insert_all(
@@ -324,51 +317,42 @@ def insert_all(
     content: Sequence[Mapping[str, Any]],
     rows: Sequence[Mapping[str, Any]],
 ) -> int:
-    """Insert rows and their content if the thread has this number and epoch; gives the number of rows.
+    """Insert rows of a table and their content if the thread has this number and epoch; gives the number of rows.
 
-    Args:
-        connection: in autocommit mode, or in a transaction.
-        table: of `rows`.
-        tables: of threads and of content.
-        thread: number and epoch.
-        content: rows with digest, kind and body; existing ones are left alone.
-        rows: at least one, without the thread's number.
+    `tables`: of threads and of content. `content`: rows with digest, kind and body; existing ones are left alone.
+    `rows`: at least one, without the thread's number.
     """
-    size = len(content), len(rows)
-    statement, names, of_content, of_row = kept(table, ("all", size), lambda: _insert_all(table, *tables, *size))
-    values: list[Any] = [*thread]
-    for row in content:
-        values += of_content(row)
-    for row in rows:
-        values += of_row(row)
-    return statement.run(connection, [dict(zip(names, values, strict=True))])
+    shape = bool(content), len(rows)
+    statement, names, of_row = kept(table, ("all", shape), lambda: _insert_all(table, *tables, *shape))
+    parameters: dict[str, Any] = dict(zip(names, chain(thread, *map(of_row, rows)), strict=True))
+    if content:
+        parameters |= {name: [row[name] for row in content] for name in ("digest", "kind", "body")}
+    return statement.run(connection, [parameters])
 
 
 def _insert_all(
-    table: Table, threads: Table, blobs: Table, contents: int, rows: int
-) -> tuple[Prepared, Sequence[str], itemgetter[Any], itemgetter[Any]]:
-    """A statement for so many rows, its parameters' names, and how to get them in order from content and rows."""
+    table: Table, threads: Table, blobs: Table, has_content: bool, rows: int
+) -> tuple[Prepared, Sequence[str], itemgetter[Any]]:
+    """A statement for so many rows, the names of its first parameters, and how to get those in order from a row."""
     of_thread = threads.c.number == bindparam("of"), threads.c.epoch == bindparam("in_epoch")
     locked = select(threads.c.number).where(*of_thread).with_for_update(read=True, key_share=True).cte("locked")
-    names = ["of", "in_epoch"]
+    columns, of_content = _columns(table), _columns(blobs)
 
-    def given(columns: Sequence[Column[Any]], count: int, prefix: str) -> Select[Any]:
-        data = []
-        for at in range(count):
-            row = [f"{prefix}{each.name}_{at}" for each in columns]
-            names.extend(row)
-            # Cast, since a parameter that is only selected has no type there.
-            data.append(tuple(cast(bindparam(name), each.type) for name, each in zip(row, columns, strict=True)))
-        new = values(*(column(each.name, each.type) for each in columns), name=f"{prefix}given").data(data)
+    def given(new: FromClause) -> Select[Any]:
         return select(locked.c.number, *new.c).select_from(locked.join(new, true()))
 
-    def order(columns: Sequence[Column[Any]]) -> itemgetter[Any]:
-        return itemgetter(*(each.name for each in columns))
-
-    of_blob, of_table = _columns(blobs), _columns(table)
-    content = given(of_blob, contents, "content_") if contents else None
-    adding = insert(table).from_select(["thread", *of_table], given(of_table, rows, ""))
-    if content is not None:
-        new = postgresql.insert(blobs).from_select(["thread", *of_blob], content)
-        adding = adding.add_cte(new.on_conflict_do_nothing().cte("content"))
-    return Prepared(adding), names, order(of_blob), order(of_table)
+    # Cast, since a parameter that is only selected has no type there.
+    data = [tuple(cast(bindparam(f"{each.name}_{at}"), each.type) for each in columns) for at in range(rows)]
+    new = values(*(column(each.name, each.type) for each in columns), name="given").data(data)
+    adding = insert(table).from_select(["thread", *columns], given(new))
+    if has_content:
+        arrays = func.unnest(*(bindparam(each.name, type_=ARRAY(each.type)) for each in of_content))
+        content = given(
+            arrays.table_valued(
+                *(each.name for each in of_content),
+            ).render_derived(name="new")
+        )
+        missing = postgresql.insert(blobs).from_select(["thread", *of_content], content).on_conflict_do_nothing()
+        adding = adding.add_cte(missing.cte("content"))
+    names = ["of", "in_epoch", *(f"{each.name}_{at}" for at in range(rows) for each in columns)]
+    return Prepared(adding), names, itemgetter(*(each.name for each in columns))

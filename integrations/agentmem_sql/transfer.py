@@ -12,7 +12,6 @@ import copy
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from threading import Event
 from typing import Any
 
@@ -75,7 +74,7 @@ class TransferError(StorageError):
 
     def __init__(self, report: TransferReport) -> None:
         failed = [str(error) for error in report.failures.values()]
-        named = "; ".join(failed[:_NAMED] + [f"and {len(failed) - _NAMED} more"] * (len(failed) > _NAMED))
+        named = "; ".join(failed[:_NAMED]) + "; ..." * (len(failed) > _NAMED)
         super().__init__(f"{len(failed)} of {report.threads} threads were not copied, the others were: {named}")
         self.report = report
 
@@ -109,11 +108,11 @@ def copy_threads(
         StorageError: the target cannot be written. Errors of the source's driver are raised unchanged.
         ConfigError: `thread_ids` is a single string or holds something that is not an id.
     """
-    threads: dict[Any, _Outlines] = {thread: {} for thread in check_ids(() if thread_ids is None else thread_ids)}
+    named: dict[Any, _Outlines] = {thread: {} for thread in check_ids(() if thread_ids is None else thread_ids)}
     target.setup()  # first, since a target that cannot be opened is not the failure of one thread
     source = _verbatim(source, target.serde)
     report = TransferReport()
-    for thread, outlines in (_outlines(source, None) if thread_ids is None else threads).items():
+    for thread, outlines in (_outlines(source, None) if thread_ids is None else named).items():
         report.threads += 1
         before, where = (report.checkpoints, report.writes), f"thread {str(thread)[:80]!r}"
         try:
@@ -153,8 +152,8 @@ async def acopy_threads(
         if stopped.is_set():
             raise asyncio.CancelledError
 
-    copying = partial(copy_threads, source, target, thread_ids=thread_ids, on_thread=after)
-    task = asyncio.ensure_future(asyncio.to_thread(copying))
+    copying = asyncio.to_thread(copy_threads, source, target, thread_ids=thread_ids, on_thread=after)
+    task = asyncio.ensure_future(copying)
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:

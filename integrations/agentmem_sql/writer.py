@@ -21,7 +21,7 @@ from sqlalchemy.exc import IntegrityError
 
 from agentmem_sql.content import Packer
 from agentmem_sql.list_tree import OWN
-from agentmem_sql.mark_sweep import Sweeper, referred_contents
+from agentmem_sql.mark_sweep import Content, Sweeper, links_of, unreachable
 from agentmem_sql.protection import Protection
 from agentmem_sql.rows import Encoded, Row, seal_checkpoint
 from agentmem_sql.schema import Tables, by, encode_text, thread_key
@@ -60,7 +60,7 @@ class Locked(NamedTuple):
 
 
 class Writer:
-    """Writes the tables of one database."""
+    """Writes the tables of one database; raises `WriteConflict` if a write is to be done in another mode."""
 
     def __init__(self, tables: Tables, protection: Protection, sweeper: Sweeper) -> None:
         self._tables = tables
@@ -81,9 +81,6 @@ class Writer:
         """Store a checkpoint; one of the same id is replaced, but keeps the history of its pruned ancestors.
 
         `in_one`: insert rows and content in one statement, where the database can do that.
-
-        Raises:
-            WriteConflict: the write is to be done in another mode.
         """
         checkpoints, (row,) = self._tables.checkpoints, new.rows
         if mode is WriteMode.INSERT:
@@ -113,9 +110,6 @@ class Writer:
         """Store pending writes; their checkpoint may arrive later.
 
         None if content was left out because its writes exist already: the cache must not count it as stored.
-
-        Raises:
-            WriteConflict: the write is to be done in another mode.
         """
         if mode is WriteMode.INSERT:
             return self._insert(connection, self._tables.writes, new, in_one)
@@ -126,11 +120,11 @@ class Writer:
         stored = {row.idx: row.digest for row in connection.execute(self._of_task, keys)}
         if any(row["idx"] >= 0 for row in rows):  # only special channels replace what the task wrote before
             rows = [row for row in rows if row["idx"] not in stored]
-            contents = referred_contents(new.packer.new, (row["digest"] for row in rows))
-            self.add_content(connection, thread.number, contents)
+            contents = new.packer.new
+            left_out = unreachable(Content(contents.keys(), links_of(contents)), (row["digest"] for row in rows))
+            self.add_content(connection, thread.number, {each: contents[each] for each in contents.keys() - left_out})
             add_rows(connection, self._tables.writes, rows, replace=False)
-            left_out = new.packer.new.keys() - contents.keys()
-            return None if any(new.packer.new[digest][0] != OWN for digest in left_out) else thread
+            return None if any(contents[digest][0] != OWN for digest in left_out) else thread
         digests = {row["idx"]: row["digest"] for row in rows}
         replaced = {digest for idx, digest in stored.items() if digests.get(idx, digest) != digest}
         if replaced and mode is not WriteMode.EXCLUSIVE:
@@ -143,20 +137,16 @@ class Writer:
 
     def delete_thread(self, connection: Connection, thread_id: str) -> None:
         """Delete every row of a thread, if it exists."""
-        thread = self.lock(connection, thread_id)
+        thread = self.find(connection, thread_id, lock=True)
         if thread is not None:
             tables = self._tables
             for table in (tables.writes, tables.checkpoints, tables.blobs):
                 connection.execute(delete(table).where(table.c.thread == thread.number))
             connection.execute(delete(tables.threads).where(tables.threads.c.number == thread.number))
 
-    def lock(self, connection: Connection, thread_id: str) -> Locked | None:
-        """Lock a thread exclusively; None if there is no such thread."""
-        return self._locked(connection, self._lock, thread_id)
-
-    def find(self, connection: Connection, thread_id: str) -> Locked | None:
-        """The number and epoch of a thread, without a lock."""
-        return self._locked(connection, self._find, thread_id)
+    def find(self, connection: Connection, thread_id: str, *, lock: bool) -> Locked | None:
+        """The number and epoch of a thread, which `lock` locks exclusively; None if there is no such thread."""
+        return self._locked(connection, self._lock if lock else self._find, thread_id)
 
     def sweep(self, connection: Connection, thread: Locked) -> Locked:
         """Delete content without references, in a transaction that has locked the thread exclusively."""

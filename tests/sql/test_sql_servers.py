@@ -10,6 +10,7 @@ import gc
 import select
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -41,6 +42,9 @@ async def test_connections_that_the_server_ended_are_replaced(server_url: str, s
                 await asyncio.gather(*(aput(saver, f"{run} task {number}", x=1) for number in range(12)))
                 assert sessions(server_url, end=True) >= 1
         assert len(list(saver.list(None))) == 48
+    ends = time.monotonic() + 30  # a server takes its time to notice that a client has left
+    while sessions(server_url) and time.monotonic() < ends:
+        await asyncio.sleep(0.05)
     assert sessions(server_url) == 0
 
 

@@ -368,7 +368,7 @@ def test_the_options_of_an_async_engine_are_taken_over() -> None:
     assert source.url.render_as_string(hide_password=False) == "postgresql+psycopg://u:p@h/d?target_session_attrs=any"
     assert source.options == {
         "connect_args": {"connect_timeout": 3, "prepare_threshold": None},
-        "echo": False,
+        "echo": None,
         "pool_size": 3,
         "max_overflow": 2,
         "pool_timeout": 7,

@@ -40,7 +40,8 @@ class ReplyFormat:
         schema: a JSON schema: a reply without calls is JSON that fits it. None: such a reply is free text.
 
     Raises:
-        ConfigError: calls without a tool to call, or options that do not constrain the reply at all.
+        ConfigError: calls without a tool to call, options that do not constrain the reply at all, or a schema with a
+            reference that leads only to itself.
     """
 
     tools: Sequence[Mapping[str, Any]] = ()
@@ -61,6 +62,8 @@ class ReplyFormat:
                 raise ConfigError(
                     f"a tool is {{'type': 'function', 'function': {{'name': ..., 'parameters': ...}}}}; found {tool!r}"
                 )
+            _check_references(function.get("parameters"), f"the parameters of {function['name']!r}")
+        _check_references(self.schema, "the schema")
 
 
 def lark(form: ReplyFormat, tags: Tags, *, thinking: bool) -> str:
@@ -153,7 +156,40 @@ def _objects_only(schema: dict[str, Any]) -> dict[str, Any]:
         return schema
     if not schema.keys() & {"$ref", "allOf", "anyOf", "oneOf"}:
         return {**schema, "type": "object"}
-    return {"allOf": [schema, {"type": "object"}]}
+    definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}  # stay where references point
+    return {"allOf": [{key: schema[key] for key in schema.keys() - definitions}, {"type": "object"}], **definitions}
+
+
+def _check_references(schema: Any, where: str) -> None:
+    """Refuse a schema in which following a reference leads back to it, and to nothing that a value could be.
+
+    Raises:
+        ConfigError: names the reference.
+    """
+    pending, seen = [schema], set[int]()
+    while pending:
+        part = pending.pop()
+        if isinstance(part, Mapping | list | tuple) and id(part) not in seen:  # an object that holds itself is no JSON
+            seen.add(id(part))
+            pending += part.values() if isinstance(part, Mapping) else part
+        followed: list[str] = []
+        while isinstance(part, Mapping) and isinstance(reference := part.get("$ref"), str):
+            if reference in followed:
+                raise ConfigError(
+                    f"expected references that lead to a type, found {' -> '.join([*followed, reference])} in {where}, "
+                    "which leads only to itself; give its definition a type"
+                )
+            followed.append(reference)
+            part = _pointed(schema, reference)
+
+
+def _pointed(schema: Any, reference: str) -> Any:
+    """The part of a schema that a reference points to; None for another document, or nothing."""
+    first, *names = reference.split("/")
+    for name in names if first == "#" else ["#"]:
+        key = name.replace("~1", "/").replace("~0", "~")
+        schema = schema.get(key) if isinstance(schema, Mapping) else None
+    return schema
 
 
 def _rebased(schema: Any, to: str) -> Any:

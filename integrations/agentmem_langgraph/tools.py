@@ -39,12 +39,14 @@ def openai_tool(tool: Tool, strict: bool | None = None) -> dict[str, Any]:
     """A tool in OpenAI's form.
 
     Raises:
-        ConfigError: the tool is not a function with a name, or cannot be described.
+        ConfigError: the tool is not a function with a name, or cannot be described; or its parameters have a reference
+            that leads only to itself.
     """
     plain: dict[str, Any] = _without_nulls(_converted(convert_to_openai_tool, tool, strict=strict))
     function = plain.get("function")
     if plain.get("type") != "function" or not isinstance(function, Mapping) or not function.get("name"):
         raise ConfigError(f"a tool is a function with a name; found {plain!r}; leave out others")
+    ReplyFormat([plain], "may")  # checks the references
     own = _own_schema(tool)
     if own is None or not _holds_itself(own):
         return plain
@@ -147,10 +149,19 @@ def _references(schema: Any) -> Iterator[str]:
 
 
 def _rooted(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """If a schema is only a reference to one of its definitions, that definition; else the schema."""
-    definitions, target = schema.get("$defs", {}), str(schema.get("$ref", ""))
-    definition = definitions.get(target.removeprefix(_DEFINITIONS)) if target.startswith(_DEFINITIONS) else None
-    return {**definition, "$defs": definitions} if definition is not None else dict(schema)
+    """If a schema is only a reference to one of its definitions, that definition; else the schema.
+
+    Raises:
+        ConfigError: it has a reference that leads only to itself.
+    """
+    ReplyFormat(schema=schema)  # checks the references
+    definitions = schema.get("$defs", {})
+    while (target := str(schema.get("$ref", ""))).startswith(_DEFINITIONS):
+        definition = definitions.get(target.removeprefix(_DEFINITIONS))
+        if not isinstance(definition, Mapping):
+            break
+        schema = {**definition, "$defs": definitions}
+    return dict(schema)
 
 
 def _untitled(schema: Any, *, names: bool = False) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from enum import Enum
 from typing import Any, Literal
@@ -202,6 +203,36 @@ def test_arguments_are_always_an_object(make_engine: MakeEngine) -> None:
     for seed in range(3):
         (call,) = say(engine, ReplyFormat(tools=[loose], calls="must"), seed).message.tool_calls
         assert isinstance(call.arguments, dict)
+
+
+def test_arguments_may_be_defined_by_a_reference_alone(make_engine: MakeEngine) -> None:
+    node = {"type": "object", "properties": {"child": {"$ref": "#/$defs/N"}}, "additionalProperties": False}
+    parameters = {"$ref": "#/$defs/N", "$defs": {"N": node}}
+    reply = say(make_engine(), ReplyFormat(tools=[tool("grow", parameters)], calls="must"))
+    jsonschema.validate(reply.message.tool_calls[0].arguments, parameters)
+
+
+@pytest.mark.parametrize(
+    ("schema", "named"),
+    [
+        ({"$ref": "#"}, "# -> #"),
+        ({"$ref": "#/$defs/A", "$defs": {"A": {"$ref": "#/$defs/A"}}}, "#/$defs/A -> #/$defs/A"),
+        (
+            {
+                "type": "object",
+                "properties": {"x": {"type": "array", "items": {"$ref": "#/$defs/B"}}},
+                "$defs": {"A": {"$ref": "#/$defs/B"}, "B": {"$ref": "#/$defs/A", "description": "b"}},
+            },
+            "-> #/$defs/B",
+        ),
+    ],
+    ids=["root", "one", "two"],
+)
+def test_a_reference_that_leads_only_to_itself_is_refused(schema: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{re.escape(named)} in the schema.*give its definition a type"):
+        ReplyFormat(schema=schema)
+    with pytest.raises(ConfigError, match=rf"{re.escape(named)} in the parameters of 'f'"):
+        ReplyFormat(tools=[tool("f", schema)], calls="may")
 
 
 @pytest.mark.parametrize(

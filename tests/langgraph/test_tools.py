@@ -235,6 +235,14 @@ def test_what_holds_itself_and_cannot_say_so_is_refused(nano: ChatDeltaMem, meth
         nano.with_structured_output(Endless, method=method)
 
 
+def test_a_reference_that_leads_only_to_itself_is_refused(nano: ChatDeltaMem) -> None:
+    endless = {"$ref": "#/$defs/A", "$defs": {"A": {"$ref": "#/$defs/A"}}}
+    with pytest.raises(ConfigError, match=r"#/\$defs/A in the parameters of 'f', which leads only to itself"):
+        nano.bind_tools([{"type": "function", "function": {"name": "f", "parameters": endless}}])
+    with pytest.raises(ConfigError, match="leads only to itself"):
+        nano.with_structured_output(endless)
+
+
 def test_the_form_of_openai(nano: ChatDeltaMem) -> None:
     schema = {"name": "trip", "strict": True, "schema": Trip.model_json_schema()}
     Trip.model_validate(nano.with_structured_output(schema, method="json_schema").invoke("Plan a trip."))

@@ -223,7 +223,7 @@ def test_arguments_may_be_defined_by_a_reference_alone(make_engine: MakeEngine) 
                 "properties": {"x": {"type": "array", "items": {"$ref": "#/$defs/B"}}},
                 "$defs": {"A": {"$ref": "#/$defs/B"}, "B": {"$ref": "#/$defs/A", "description": "b"}},
             },
-            "-> #/$defs/B",
+            "#/$defs/A -> #/$defs/B -> #/$defs/A",
         ),
     ],
     ids=["root", "one", "two"],

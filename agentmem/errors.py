@@ -18,7 +18,7 @@
     ├── TurnCancelledError         the caller cancelled the turn
     ├── TurnTimeoutError           the turn took longer than its timeout
     ├── EngineClosedError          the engine was closed
-    ├── DataError                  training data cannot be read, or too much of it cannot be used
+    ├── DataError                  data to train on or to measure by cannot be read or used
     ├── TrainingError              a training run cannot go on; its last checkpoint is whole
     ├── StorageError               a database lacks what was requested, or holds something this version cannot read
     └── FactStoreError             the fact store cannot be opened or used
@@ -117,7 +117,7 @@ class EngineClosedError(AgentMemError, RuntimeError):
 
 
 class DataError(AgentMemError, ValueError):
-    """Training data cannot be read, or too much of it cannot be used; the message lists the first bad lines."""
+    """Data to train on or to measure by cannot be read, or too much of it cannot be used; the message says where."""
 
 
 class TrainingError(AgentMemError, RuntimeError):

@@ -19,12 +19,14 @@ from typing import Any
 
 from agentmem.engine import Engine
 from agentmem.errors import ConfigError
-from agentmem.training.arms import Arm, ArmResults, Writing, measure, probes_of
+from agentmem.training.arms import Writing, measure, probes_of
+from agentmem.training.contexts import ARMS, Arm
 from agentmem.training.conversations import Conversation
 from agentmem.training.episodes import EpisodeConfig, FactEpisode, FactEpisodes
 from agentmem.training.facts.splits import Split
 from agentmem.training.facts.values import OPEN_KIND, POOLS, Vocabulary
 from agentmem.training.intervals import Share
+from agentmem.training.predictions import ArmResults
 from agentmem.training.sources import as_conversation
 
 SEED = 20_261_130
@@ -262,6 +264,8 @@ def run_facts(
     """
     if unknown := [key for key in cells if key not in CELLS]:
         raise ConfigError(f"cells are {', '.join(CELLS)}; found {', '.join(unknown)}")
+    if unknown := [arm for arm in arms or () if arm not in ARMS]:
+        raise ConfigError(f"arms are {', '.join(ARMS)}; found {', '.join(unknown)}")
     if limit < 1:
         raise ConfigError(f"a cell needs 1 question or more; found {limit}")
     started = time.monotonic()

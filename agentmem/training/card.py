@@ -14,16 +14,9 @@ from typing import Any, Protocol
 
 from agentmem.delta.adapter import load_adapter
 from agentmem.delta.published import CARD
-from agentmem.training.arms import Arm, ArmResults
+from agentmem.training.contexts import SETUPS
 from agentmem.training.conversations import SourceFile
-
-_ARMS: dict[Arm, str] = {
-    "memory": "its own memory",
-    "zero": "an empty memory",
-    "foreign": "the memory of another conversation",
-    "bare": "question alone, no memory",
-    "whole": "whole conversation in the prompt, no memory",
-}
+from agentmem.training.predictions import ArmResults
 
 
 class CardSource(Protocol):
@@ -163,7 +156,9 @@ def _results(results: ArmResults | None) -> str:
     ]
     for arm in results.arms:
         share = results.share(arm)
-        lines.append(f"| {_ARMS[arm]} | {share.value:.3f} | {share.low:.3f} to {share.high:.3f} | {share.questions} |")
+        lines.append(
+            f"| {SETUPS[arm].title} | {share.value:.3f} | {share.low:.3f} to {share.high:.3f} | {share.questions} |"
+        )
     if {"memory", "zero", "foreign"} <= set(results.arms):
         gain = results.gain
         interval = f"{gain.low:.3f} to {gain.high:.3f}"

@@ -87,6 +87,7 @@ class SchemaGuidedDialogues:
     Args:
         path: the folder.
         whole_dialogues: have every dialogue of train as a conversation too, whose replies after the first turn count.
+        train: False reads the files of dev alone; there are no training conversations then.
 
     Raises:
         DataError: a file is missing or is not in this form.
@@ -95,10 +96,12 @@ class SchemaGuidedDialogues:
     name = "sgd"
     licence = "CC-BY-SA-4.0"
 
-    def __init__(self, path: Path, *, whole_dialogues: bool = False) -> None:
+    def __init__(self, path: Path, *, whole_dialogues: bool = False, train: bool = True) -> None:
         folder = _Folder(path, self.name)
         skipped = Counter[str]()
-        self._items, others = _recall_items(folder, "train", skipped, keep_others=whole_dialogues)
+        self._items, others = (), ()
+        if train:
+            self._items, others = _recall_items(folder, "train", skipped, keep_others=whole_dialogues)
         self._held_out, _ = _recall_items(folder, "dev", skipped, keep_others=False)
         # Training meets every dialogue once as a whole, those with items included.
         self._dialogues = others

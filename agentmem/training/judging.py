@@ -27,8 +27,11 @@ class Verdict:
     named_forbidden: bool
 
 
-def judge(ask: Ask, reply: Message, *, max_words: int = MAX_WORDS) -> Verdict:
-    """Judge the reply to a question. Where a tool call is the right reply, its arguments must have the value."""
+def judge(ask: Ask, reply: Message, *, max_words: int | None = MAX_WORDS) -> Verdict:
+    """Judge the reply to a question. Where a tool call is the right reply, its arguments must have the value.
+
+    `max_words`: most words of a right reply; None: any number.
+    """
     arguments = " ".join(json.dumps(dict(call.arguments), ensure_ascii=False) for call in reply.tool_calls)
     named_forbidden = any(contains(f"{reply.content} {arguments}", value) for value in ask.forbidden)
     if ask.check is not None:
@@ -38,7 +41,7 @@ def judge(ask: Ask, reply: Message, *, max_words: int = MAX_WORDS) -> Verdict:
         right = same and any(contains(arguments, value) for value in ask.values)
     else:
         right = any(contains(reply.content, value) for value in ask.values)
-    short = len(reply.content.split()) <= max_words
+    short = max_words is None or len(reply.content.split()) <= max_words
     return Verdict(right and short and not named_forbidden, named_forbidden)
 
 

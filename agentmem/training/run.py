@@ -37,10 +37,11 @@ from agentmem.errors import AgentMemError, ConfigError, DataError, TrainingError
 from agentmem.loading import load, load_skeleton, load_tokenizer
 from agentmem.messages import Message
 from agentmem.prompt.transcript import Transcript, Window
-from agentmem.training.arms import ARMS, CONTROLLED, ArmResults, Probe, measure, probes_of
+from agentmem.training.arms import measure, probes_of
 from agentmem.training.card import CardFacts, write_card
 from agentmem.training.checkpoints import best_adapters, last_checkpoint
 from agentmem.training.config import RUN_FILE, TrainConfig, suggestion
+from agentmem.training.contexts import BASIC, CONTROLLED
 from agentmem.training.conversations import Ask, Conversation
 from agentmem.training.episodes import EpisodeConfig
 from agentmem.training.examples import Example, ExampleMaker, collate
@@ -48,6 +49,7 @@ from agentmem.training.facts.values import Vocabulary
 from agentmem.training.fitted import start_as_copier, start_fitted
 from agentmem.training.frozen import FrozenFeatures
 from agentmem.training.loop import ExampleDataset, TrainProgress, training_arguments
+from agentmem.training.predictions import ArmResults, Probe
 from agentmem.training.progress import show_example, shown_progress
 from agentmem.training.sources import ENDLESS, MixedSource, Source, SourceOptions, open_sources
 from agentmem.training.step import MemoryStep, Start, total_weight
@@ -439,7 +441,7 @@ def _finish(run: PreparedRun, trainer: MemoryTrainer) -> TrainResult:
     save_adapter(out, adapter, format="authors" if config.format == "authors" else "safetensors")
     probes, results = probes_of(run.held_out), None
     if config.evaluate_every and len({probe.conversation for probe in probes}) > 1:
-        results = _ask(run, trainer.steered.model, adapter, probes, ARMS, out / _PREDICTIONS)
+        results = _ask(run, trainer.steered.model, adapter, probes, BASIC, out / _PREDICTIONS)
         result = replace(result, arms={str(arm): results.share(arm).value for arm in results.arms}, score=results.score)
     (out / f".{_PREDICTIONS}.partial").unlink(missing_ok=True)
     source = run.source

@@ -14,12 +14,13 @@ from agentmem import Engine, MemoryConfig, Message, SteeredModel
 from agentmem.errors import ConfigError
 from agentmem.evaluation.facts import CELLS, SEED, CellResult, FactsCell, facts_table, run_facts
 from agentmem.nano.recipe.chatml import TEMPLATE
-from agentmem.training.arms import Arm, ArmResults, Prediction
+from agentmem.training.contexts import Arm
 from agentmem.training.facts import wordings as say
 from agentmem.training.facts.rules import RULES
 from agentmem.training.facts.splits import split_of, wordings
 from agentmem.training.facts.values import POOLS, Vocabulary
 from agentmem.training.judging import contains, judge
+from agentmem.training.predictions import ArmResults, Prediction
 from agentmem_cli.app import app
 from tests.helpers.bpe import byte_bpe
 from tests.helpers.core_models import build

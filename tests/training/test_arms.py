@@ -17,10 +17,12 @@ from agentmem.delta.adapter import save_adapter
 from agentmem.errors import ConfigError, MissingAdapterError, StateMismatchError
 from agentmem.messages import ToolCall
 from agentmem.nano.recipe.language import answer, ask, change, draw_bindings, filler, redraw, tell
-from agentmem.training.arms import ARMS, Arm, ArmResults, Probe, measure, probes_of
+from agentmem.training.arms import measure, probes_of
+from agentmem.training.contexts import BASIC, Arm
 from agentmem.training.conversations import Ask, Conversation
 from agentmem.training.intervals import gain, share
 from agentmem.training.judging import contains, is_judged, judge
+from agentmem.training.predictions import ArmResults, Probe
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +62,11 @@ def probes() -> tuple[Probe, ...]:
 
 @pytest.fixture(scope="module")
 def results(nano: Engine, probes: tuple[Probe, ...]) -> ArmResults:
-    return measure(nano, probes, ARMS)
+    return measure(nano, probes, BASIC)
 
 
 def test_a_memory_that_works_beats_its_controls(results: ArmResults) -> None:
-    shares = {arm: results.share(arm) for arm in ARMS}
+    shares = {arm: results.share(arm) for arm in BASIC}
     assert all(s.questions == 24 for s in shares.values())
     assert shares["memory"].value > 0.85
     assert shares["whole"].value > 0.7
@@ -78,7 +80,7 @@ def test_a_memory_that_works_beats_its_controls(results: ArmResults) -> None:
 
 def test_only_the_whole_conversation_is_in_a_prompt(results: ArmResults) -> None:
     """All other arms read a prompt of the same length: the question."""
-    by_arm = {arm: [p.prompt_tokens for p in results.predictions if p.arm == arm] for arm in ARMS}
+    by_arm = {arm: [p.prompt_tokens for p in results.predictions if p.arm == arm] for arm in BASIC}
     assert by_arm["memory"] == by_arm["zero"] == by_arm["foreign"] == by_arm["bare"]
     assert min(by_arm["whole"]) > 2 * max(by_arm["memory"])
 

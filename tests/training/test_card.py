@@ -12,9 +12,10 @@ from agentmem import MemoryConfig, Message, SteeredModel
 from agentmem.delta.adapter import load_adapter
 from agentmem.delta.published import base_name
 from agentmem.errors import AgentMemError
-from agentmem.training.arms import Arm, ArmResults, Prediction
 from agentmem.training.card import CardFacts, write_card
+from agentmem.training.contexts import Arm
 from agentmem.training.conversations import SourceFile
+from agentmem.training.predictions import ArmResults, Prediction
 from tests.helpers.core_models import tiny
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"

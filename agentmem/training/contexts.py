@@ -1,0 +1,135 @@
+"""What each arm of a measurement may know: whose memory it has, and what of the conversation its prompt shows.
+
+    memory         the conversation's own memory
+    zero           an empty memory
+    foreign        the memory of another conversation of the same length
+    bare           the model without memory, and the question alone
+    whole          the model without memory, and the whole conversation in the prompt
+    window         the model without memory, and the last messages
+    retrieval      the model without memory, and the messages that fit the question best (BM25)
+    window_memory  the conversation's own memory, and the last messages
+    hybrid         the conversation's own memory, and the messages that fit the question best
+    constant       no model: the one answer that is right most often among questions of a kind
+
+The last messages and the best ones get the same number of tokens. A new arm that combines these parts is a line of
+`SETUPS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from agentmem.errors import MissingExtraError
+from agentmem.messages import Message
+
+Arm = Literal[
+    "memory", "zero", "foreign", "bare", "whole", "window", "retrieval", "window_memory", "hybrid", "constant"
+]
+
+
+@dataclass(frozen=True)
+class ArmSetup:
+    """What an arm may know.
+
+    Attributes:
+        memory: whose memory it has; None: the model without memory.
+        shows: what the prompt shows of the conversation beside its system messages and the question: nothing, the last
+            messages, the ones that fit the question best, or all of them.
+        title: what a reader is told.
+    """
+
+    memory: Literal["own", "foreign", "empty"] | None
+    shows: Literal["nothing", "last", "best", "all"]
+    title: str
+
+
+SETUPS: dict[Arm, ArmSetup] = {
+    "memory": ArmSetup("own", "nothing", "its own memory"),
+    "zero": ArmSetup("empty", "nothing", "an empty memory"),
+    "foreign": ArmSetup("foreign", "nothing", "the memory of another conversation"),
+    "bare": ArmSetup(None, "nothing", "question alone, no memory"),
+    "whole": ArmSetup(None, "all", "whole conversation in the prompt, no memory"),
+    "window": ArmSetup(None, "last", "last messages in the prompt, no memory"),
+    "retrieval": ArmSetup(None, "best", "best messages by BM25 in the prompt, no memory"),
+    "window_memory": ArmSetup("own", "last", "its own memory, and last messages in the prompt"),
+    "hybrid": ArmSetup("own", "best", "its own memory, and best messages by BM25 in the prompt"),
+    "constant": ArmSetup(None, "nothing", "best constant answer, no model"),
+}
+
+ARMS: tuple[Arm, ...] = tuple(SETUPS)
+CONTROLLED: tuple[Arm, ...] = ("memory", "zero", "foreign")
+"""The arms that a score needs."""
+BASIC: tuple[Arm, ...] = (*CONTROLLED, "bare", "whole")
+"""The controlled arms, and the model without memory at both ends: told nothing, told everything."""
+
+_INTRODUCTION = "Earlier in this conversation:"
+_MISFITS = 8  # messages in a row that are too long for what is left of the budget, after which no more are tried
+
+
+def excerpts(told: Sequence[Message], question: str, fits: Callable[[Message], bool]) -> Message | None:
+    """The messages that fit a question best, quoted in one system message in the order in which they were said.
+
+    Messages are taken by their BM25 score, and where scores are equal (as where no word of the question occurs) the
+    later one first, so that the budget is used as far as whole messages fill it.
+
+    Args:
+        told: the conversation; its system messages are not quoted.
+        question: the text that is searched with.
+        fits: whether a prompt with such a message is within the budget.
+
+    Returns:
+        The message, which is never written; None if none fits.
+
+    Raises:
+        MissingExtraError: bm25s is not installed.
+    """
+    spoken = [message for message in told if message.role != "system" and message.content.strip()]
+    scores = bm25_scores([message.content for message in spoken], question)
+    taken: list[int] = []
+    found: Message | None = None
+    misfits = 0
+    for place in sorted(range(len(spoken)), key=lambda place: (-scores[place], -place)):
+        quoted = _quoted([spoken[i] for i in sorted([*taken, place])])
+        if fits(quoted):
+            taken.append(place)
+            found, misfits = quoted, 0
+        elif (misfits := misfits + 1) == _MISFITS:
+            break
+    return found
+
+
+def _quoted(messages: Sequence[Message]) -> Message:
+    lines = [f"{message.role}: {message.content}" for message in messages]
+    return Message("system", "\n".join([_INTRODUCTION, *lines]), write=False)
+
+
+def bm25_scores(texts: Sequence[str], query: str) -> list[float]:
+    """The BM25 score of each text for a query, by bm25s with its English stop words.
+
+    Raises:
+        MissingExtraError: bm25s is not installed.
+    """
+    bm25s = import_bm25s()
+    words = bm25s.tokenize(list(texts), return_ids=False, show_progress=False)
+    asked = bm25s.tokenize([query], return_ids=False, show_progress=False)[0]
+    known = {word for of_text in words for word in of_text}
+    if not (asked := [word for word in asked if word in known]):  # an index without words cannot be made
+        return [0.0] * len(texts)
+    index = bm25s.BM25()
+    index.index(words, show_progress=False)
+    return [float(score) for score in index.get_scores(asked)]
+
+
+def import_bm25s() -> Any:
+    """The package bm25s.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        import bm25s
+    except ImportError:
+        raise MissingExtraError("bm25s", "eval") from None
+    return bm25s

@@ -22,8 +22,9 @@ PYTHON = $(eval PYTHON := $(shell for name in python3.11 python3.12 python3.13 p
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo "$$name" && break; done))$(PYTHON)
 endif
 
-# Wheels only: nothing is built here, and a dependency that has to be built is noticed at once. One of the tests' is an
-# exception: forbiddenfruit (for blockbuster) comes as source only; it is plain Python, packed in seconds, no compiler.
+# Wheels only: nothing is built here, and a dependency that has to be built is noticed at once. Five of the tests' are
+# exceptions: forbiddenfruit (for blockbuster) and four that lm-eval needs come as source only; they are plain Python,
+# packed in seconds, no compiler.
 # Python compiles the few modules that are used when they are used: compiling all 17,000 here takes longer than the rest
 # of the setup.
 # pip is upgraded first because dependency groups need 25.1. It says nothing but errors (-qq): otherwise it prints a line
@@ -40,7 +41,7 @@ define install
 		--only-binary=:all: -c $(2) -e '.[all]' $(3)
 endef
 
-dev := --no-binary=forbiddenfruit --group dev
+dev := --no-binary=forbiddenfruit,langdetect,rouge-score,sqlitedict,word2number --group dev
 
 # A stamp is written last, so an interrupted setup is taken up again the next time.
 .venv/.installed: pyproject.toml constraints.txt

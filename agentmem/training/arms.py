@@ -46,9 +46,11 @@ MAX_TOKENS = 24
 CONTEXT_TOKENS = 128
 """Most tokens that `window`, `retrieval` and the like show of a conversation beside the question."""
 
+LEAST_CONTEXT = 16
+"""Fewest tokens that `context_tokens` may be, so that the ones that open a reply always fit."""
+
 _LAST_MESSAGE = Window(messages=1)
 _KEY = 16  # hexadecimal digits of a prediction's key
-_LEAST_CONTEXT = 16  # tokens, so that the tokens which open a reply always fit
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -182,8 +184,8 @@ class _Measurement:
             raise ConfigError(f"arms are {', '.join(ARMS)}; found {', '.join(sorted(unknown))}")
         if "foreign" in arms and len(self.told) < 2:
             raise ConfigError("the foreign arm needs the memory of another conversation; give two or more")
-        if self.context_tokens < _LEAST_CONTEXT:
-            raise ConfigError(f"context_tokens are at least {_LEAST_CONTEXT}; found {self.context_tokens}")
+        if self.context_tokens < LEAST_CONTEXT:
+            raise ConfigError(f"context_tokens are at least {LEAST_CONTEXT}; found {self.context_tokens}")
         if self.writing not in get_args(Writing):
             raise ConfigError(f"writing is {' or '.join(get_args(Writing))}; found {self.writing!r}")
         if self.writing == "live":

@@ -44,8 +44,13 @@ app.add_typer(nano, name="nano")
 storage = typer.Typer(help="The databases that keep threads: what they hold, and what is to go.", no_args_is_help=True)
 app.add_typer(storage, name="storage")
 
-_FACTS_ONLY = ("device", "dtype", "quantize", "limit", "cells", "arms")
-_RECALL_ONLY = ("questions", "elsewhere", "processes", "plot")
+# Which of the tasks of `agentmem evaluate` take an option: "data" stands for all that read a data directory.
+_TASKS_OF = {
+    ("device", "dtype", "quantize", "limit", "arms"): {"facts", "data"},
+    ("data_dir", "require", "context_tokens", "max_tokens", "concurrency"): {"data"},
+    ("cells",): {"facts"},
+    ("questions", "elsewhere", "processes", "plot"): {"recall"},
+}
 
 Url = Annotated[
     str,
@@ -97,19 +102,40 @@ def evaluate(
     dtype: Dtype = "auto",
     quantize: Quantize = None,
     task: Annotated[
-        Literal["recall", "facts"],
-        typer.Option(help='"recall": nano\'s language; "facts": natural English, for every chat model.'),
+        str,
+        typer.Option(
+            metavar="TASK,...",
+            help='"recall": nano\'s language; or some of "facts" (natural English), "sgd", "bfcl-memory", "ifeval".',
+        ),
     ] = "recall",
     out: Annotated[
-        Path | None, typer.Option(help="The results file (runs/recall.json), for facts a directory (runs/facts).")
+        Path | None, typer.Option(help="The results file (runs/recall.json), but for recall a directory (runs/TASK).")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Conversations are drawn from it.")] = None,
     page: Annotated[Path | None, typer.Option(help="A page whose result marks take the table.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="facts: least questions in a cell.")] = 200,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Most questions of a task (all); facts: least in a cell (200).")
+    ] = None,
     cells: Annotated[str | None, typer.Option(help="facts: only these cells, with commas between.")] = None,
     arms: Annotated[
-        str | None, typer.Option(help="facts: only these of memory,zero,foreign,bare,whole.", metavar="ARM,...")
+        str | None,
+        typer.Option(
+            metavar="ARM,...",
+            help="Only these of memory,zero,foreign,bare,whole,window,retrieval,window_memory,hybrid,constant.",
+        ),
     ] = None,
+    data_dir: Annotated[
+        list[Path] | None, typer.Option(help="Has the folders of the tasks' data; may be repeated.")
+    ] = None,
+    require: Annotated[
+        list[str] | None,
+        typer.Option(help='Exit code 1 unless so: "memory-foreign>0.2", "sgd:low(memory-zero)>0"; may be repeated.'),
+    ] = None,
+    context_tokens: Annotated[
+        int, typer.Option(help="Most tokens that window, retrieval and the like show of a conversation.")
+    ] = 128,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens of a reply; left out, the task's own.")] = None,
+    concurrency: Annotated[int, typer.Option(help="Turns that run at once.")] = 32,
     questions: Annotated[int, typer.Option(help="recall: questions of an arm in each cell that has a bar.")] = 1000,
     elsewhere: Annotated[int, typer.Option(help="recall: questions everywhere else.")] = 200,
     processes: Annotated[int, typer.Option(help="recall: engines side by side, a core each.")] = 2,
@@ -118,17 +144,36 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure memory with controls: what a conversation left in it, and what the same questions get without it."""
-    from agentmem_cli.evaluate import evaluate_facts, evaluate_recall
+    from agentmem_cli.evaluate import Evaluation, evaluate_recall, evaluate_tasks
 
-    others = {"recall": _FACTS_ONLY, "facts": _RECALL_ONLY}[task]
-    sources = {name: context.get_parameter_source(name) for name in others}
-    if wrong := [name for name, source in sources.items() if source is not None and source.name != "DEFAULT"]:
-        raise ConfigError(f"--{wrong[0]} is no option of --task {task}; leave it out, or take the other task")
-    if task == "facts":
-        loading = Loading(model, adapter, device, dtype, quantize)
-        raise typer.Exit(evaluate_facts(loading, out or Path("runs/facts"), limit, cells, arms, seed, page))
-    file, drawn = out or Path("runs/recall.json"), 1 if seed is None else seed
-    raise typer.Exit(evaluate_recall(model, adapter, file, questions, elsewhere, drawn, processes, page, plot))
+    tasks = tuple(dict.fromkeys(name.strip() for name in task.split(",")))
+    if "recall" in tasks and len(tasks) > 1:
+        raise ConfigError(f"the task recall is measured alone, in nano's language; found --task {task}")
+    groups = {name if name in ("recall", "facts") else "data" for name in tasks}
+    for name in (name for names, of in _TASKS_OF.items() if not of & groups for name in names):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            option = name.replace("_", "-")
+            raise ConfigError(f"--{option} is no option of --task {task}; leave it out, or take another task")
+    if tasks == ("recall",):
+        file, drawn = out or Path("runs/recall.json"), 1 if seed is None else seed
+        raise typer.Exit(evaluate_recall(model, adapter, file, questions, elsewhere, drawn, processes, page, plot))
+    evaluation = Evaluation(
+        Loading(model, adapter, device, dtype, quantize),
+        tasks,
+        out or Path("runs", "-".join(tasks)),
+        arms=None if arms is None else tuple(name.strip() for name in arms.split(",")),
+        limit=limit,
+        seed=seed,
+        page=page,
+        cells=None if cells is None else tuple(cells.split(",")),
+        data_dirs=tuple(data_dir or ()),
+        requirements=tuple(require or ()),
+        context_tokens=context_tokens,
+        max_tokens=max_tokens,
+        concurrency=concurrency,
+    )
+    raise typer.Exit(evaluate_tasks(evaluation))
 
 
 @app.command()

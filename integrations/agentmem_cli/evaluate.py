@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 from rich.console import Console
 from rich.markdown import Markdown
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,11 +21,20 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from agentmem.evaluation.comparison import (
+    DEFAULT_ARMS,
+    Comparison,
+    missed_requirements,
+    prepare_comparison,
+    report,
+    run_comparison,
+)
 from agentmem.evaluation.facts import CELLS, SEED, facts_table, run_facts
 from agentmem.evaluation.report import details, markdown, missed_bars, put_into
 from agentmem.evaluation.report import plot as draw
 from agentmem.evaluation.runner import Setup, plan, run, save
-from agentmem.training.arms import Arm
+from agentmem.training.arms import CONTEXT_TOKENS
+from agentmem.training.contexts import Arm
 from agentmem_cli.options import Loading
 
 
@@ -64,17 +77,81 @@ def evaluate_recall(
     return 1 if missed else 0
 
 
-def evaluate_facts(
-    loading: Loading,
-    out: Path,
-    limit: int,
-    cells: str | None,
-    arms: str | None,
-    seed: int | None,
-    page: Path | None,
-) -> int:
-    """Measure how much is held of facts in natural English. Returns the exit code: 1 if a bar is missed."""
-    console = Console()
+@dataclass(frozen=True)
+class Evaluation:
+    """The options of an evaluation by arms. `cells` matters to facts alone, what follows it to the other tasks."""
+
+    loading: Loading
+    tasks: tuple[str, ...]
+    out: Path
+    arms: tuple[str, ...] | None = None
+    limit: int | None = None
+    seed: int | None = None
+    page: Path | None = None
+    cells: tuple[str, ...] | None = None
+    data_dirs: tuple[Path, ...] = ()
+    requirements: tuple[str, ...] = ()
+    context_tokens: int = CONTEXT_TOKENS
+    max_tokens: int | None = None
+    concurrency: int = 32
+
+
+def evaluate_tasks(options: Evaluation) -> int:
+    """Measure tasks by arms. Returns the exit code: 1 if a bar is missed or a requirement is not met."""
+    others = tuple(task for task in options.tasks if task != "facts")
+    comparison = _comparison(options, others) if others else None
+    console, missed, tables = Console(), list[str](), list[str]()
+    if "facts" in options.tasks:
+        out = options.out / "facts" if others else options.out
+        with _progress(console) as show:
+            facts = run_facts(
+                options.loading.load,
+                out,
+                cells=tuple(CELLS) if options.cells is None else options.cells,
+                limit=200 if options.limit is None else options.limit,
+                # Names are checked where they are used.
+                arms=None if options.arms is None else cast(tuple[Arm, ...], options.arms),
+                seed=SEED if options.seed is None else options.seed,
+                on_progress=show,
+            )
+        tables.append(facts_table(facts))
+        console.print(f"results: {out / 'results.json'}, every reply: {out / 'predictions'}", highlight=False)
+        missed += [text for row in facts["cells"] for text in row["missed"]]
+    if comparison is not None:
+        with _progress(console) as show:
+            results = run_comparison(comparison, options.loading.load, options.out, show)
+        tables.append(report(results))
+        place = options.out
+        console.print(f"results: {place / 'results.json'}, every reply: {place / 'predictions'}", highlight=False)
+        missed += missed_requirements(results)
+    for table in tables:
+        console.print(Markdown(table))
+    if options.page is not None:
+        put_into(options.page, "\n\n".join(tables))
+    for line in missed:
+        console.print(f"[red]falls short[/red]: {escape(line)}", highlight=False)
+    return 1 if missed else 0
+
+
+def _comparison(options: Evaluation, tasks: tuple[str, ...]) -> Comparison:
+    memory = options.loading.adapter != "none"
+    return prepare_comparison(
+        tasks,
+        options.data_dirs,
+        arms=(DEFAULT_ARMS if memory else ("bare",)) if options.arms is None else options.arms,
+        limit=options.limit,
+        requirements=options.requirements,
+        context_tokens=options.context_tokens,
+        max_tokens=options.max_tokens,
+        concurrency=options.concurrency,
+        seed=SEED if options.seed is None else options.seed,
+        has_memory=memory,
+    )
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A line for each title, with the time that is left."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
         tasks: dict[str, TaskID] = {}
@@ -84,19 +161,4 @@ def evaluate_facts(
                 tasks[title] = progress.add_task(title, total=wanted)
             progress.update(tasks[title], completed=made)
 
-        results = run_facts(
-            loading.load,
-            out,
-            cells=tuple(CELLS) if cells is None else tuple(cells.split(",")),
-            limit=limit,
-            # Names are checked where they are used.
-            arms=None if arms is None else cast(list[Arm], arms.split(",")),
-            seed=SEED if seed is None else seed,
-            on_progress=show,
-        )
-    table = facts_table(results)
-    console.print(Markdown(table))
-    console.print(f"results: {out / 'results.json'}, every reply: {out / 'predictions'}", highlight=False)
-    if page is not None:
-        put_into(page, table)
-    return 1 if any(row["missed"] for row in results["cells"]) else 0
+        yield show

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from agentmem import Engine, MemoryConfig, Message, SteeredModel
+from agentmem import Engine, Message
 from agentmem.errors import ConfigError
 from agentmem.evaluation.facts import CELLS, SEED, CellResult, FactsCell, facts_table, run_facts
-from agentmem.nano.recipe.chatml import TEMPLATE
 from agentmem.training.contexts import Arm
 from agentmem.training.facts import wordings as say
 from agentmem.training.facts.rules import RULES
@@ -22,8 +21,7 @@ from agentmem.training.facts.values import POOLS, Vocabulary
 from agentmem.training.judging import contains, judge
 from agentmem.training.predictions import ArmResults, Prediction
 from agentmem_cli.app import app
-from tests.helpers.bpe import byte_bpe
-from tests.helpers.core_models import build
+from tests.helpers.chatterer import save_chatterer
 
 WORDS = Vocabulary()
 
@@ -120,19 +118,7 @@ def test_missed_bars_and_limits_are_named() -> None:
 
 @pytest.fixture(scope="module")
 def chatterer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model with a random memory."""
-    directory = tmp_path_factory.mktemp("chatterer")
-    corpus = [text for pair in say.SMALL_TALK for text in pair] + [*say.TELL, *say.ASK]
-    tokenizer = byte_bpe(corpus, TEMPLATE)
-    nothing = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
-    model = build("qwen3", vocab_size=len(tokenizer), **sizes, **heads, **nothing)
-    model.generation_config.eos_token_id = list(range(0, len(tokenizer), 2))
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    SteeredModel.attach(model, config=MemoryConfig(rank=2), seed=1).save(directory / "adapter")
-    return directory
+    return save_chatterer(tmp_path_factory.mktemp("chatterer"))
 
 
 def test_a_table_by_the_command(chatterer: Path, tmp_path: Path) -> None:
@@ -169,8 +155,14 @@ def test_what_does_not_fit_is_refused(chatterer: Path, tmp_path: Path) -> None:
         run_facts(opened, tmp_path, cells=("known-3",))
     with pytest.raises(ConfigError, match="1 question or more"):
         run_facts(opened, tmp_path, limit=0)
+    with pytest.raises(ConfigError, match=r"arms are memory, zero, .*found zeroed"):
+        run_facts(opened, tmp_path, arms=("zeroed",))  # type: ignore[arg-type]
     command: list[Any] = ["evaluate", "--model", str(chatterer)]
     done = CliRunner().invoke(app, [*command, "--limit", "3"])
     assert "--limit is no option of --task recall" in str(done.exception)
     done = CliRunner().invoke(app, [*command, "--task", "facts", "--plot", "x.png"])
     assert "--plot is no option of --task facts" in str(done.exception)
+    done = CliRunner().invoke(app, [*command, "--task", "facts", "--data-dir", "x"])
+    assert "--data-dir is no option of --task facts" in str(done.exception)
+    done = CliRunner().invoke(app, [*command, "--task", "facts,recall"])
+    assert "recall is measured alone" in str(done.exception)

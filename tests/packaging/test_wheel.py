@@ -140,9 +140,9 @@ def test_extras_are_the_documented_ones(metadata: Message) -> None:
         if marker:
             extras[marker.strip("'\"")].add(requirement)
     complete = {"langgraph", "sql", "postgres", "mysql", "chroma", "minilm"}
-    # flash is source only, train draws figures, few need quantised weights or a faster CPU: none belongs to what every
-    # agent needs.
-    assert set(extras) == complete | {"cpu", "flash", "quant", "train", "all"}
+    # flash is source only, train and eval measure and draw figures, few need quantised weights or a faster CPU: none
+    # belongs to what every agent needs.
+    assert set(extras) == complete | {"cpu", "eval", "flash", "quant", "train", "all"}
     assert extras["all"] == set[str]().union(*(extras[name] for name in complete))
 
 

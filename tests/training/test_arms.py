@@ -85,6 +85,25 @@ def test_only_the_whole_conversation_is_in_a_prompt(results: ArmResults) -> None
     assert min(by_arm["whole"]) > 2 * max(by_arm["memory"])
 
 
+def test_arms_may_show_part_of_the_conversation(nano: Engine, probes: tuple[Probe, ...]) -> None:
+    arms: tuple[Arm, ...] = ("bare", "window", "retrieval", "window_memory", "hybrid", "constant")
+    shown = measure(nano, probes[:6], arms, context_tokens=24)
+    tokens = {arm: shown.prompt_tokens(arm) for arm in arms}
+    assert tokens["constant"] == 0
+    for arm in ("window", "retrieval"):
+        assert tokens["bare"] < tokens[arm] <= tokens["bare"] + 24
+    assert (tokens["window_memory"], tokens["hybrid"]) == (tokens["window"], tokens["retrieval"])
+    assert shown.share("window_memory").value > 0.6
+    assert 0 < shown.share("constant").value < 0.9
+    assert shown.seconds("constant") == 0 < shown.seconds("window")
+    assert shown.gain_over("window_memory", "bare", "constant").value > 0.2
+
+
+def test_several_conversations_may_be_one_cluster(nano: Engine, probes: tuple[Probe, ...]) -> None:
+    joined = measure(nano, [replace(probe, cluster=probe.conversation // 2) for probe in probes], ("constant",))
+    assert [asked for _, asked in joined.counts("constant")] == [4] * 6
+
+
 def test_conversations_can_be_written_live(nano: Engine, probes: tuple[Probe, ...]) -> None:
     live = measure(nano, probes, writing="live")
     assert live.share("memory").value > 0.85
@@ -176,6 +195,12 @@ def test_what_cannot_be_measured_is_refused(nano: Engine, probes: tuple[Probe, .
     result = (*probes[0].told, Message("tool", "42", tool_call_id="1"))
     with pytest.raises(ConfigError, match="tool results"):
         measure(nano, [Probe(result, probes[0].ask, 0)], ("memory",), writing="live")
+    with pytest.raises(ConfigError, match="window_memory shows the replies as they are given"):
+        measure(nano, probes, ("window_memory",), writing="live")
+    with pytest.raises(ConfigError, match="context_tokens are at least 16"):
+        measure(nano, probes, ("window",), context_tokens=2)
+    with pytest.raises(ConfigError, match="constant arm needs questions with accepted values"):
+        measure(nano, [Probe(probes[0].told, question(check=str.isupper), 0)], ("constant",))
     with agentmem.load("nano", adapter=False) as bare, pytest.raises(MissingAdapterError):
         measure(bare, probes)
 

@@ -15,6 +15,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,7 @@ def run_comparison(
                 concurrency=comparison.concurrency,
                 predictions=out / "predictions" / f"{task.name}.jsonl",
                 labels={"task": task.name, "seed": comparison.seed},
-                on_progress=None if on_progress is None else _titled(on_progress, task.name),
+                on_progress=on_progress and partial(on_progress, task.name),
             )
             required = [each for each in comparison.requirements if each.applies_to(task.name)]
             results["tasks"].append(_task_results(task, measured, max_tokens, required))
@@ -201,10 +202,6 @@ def missed_requirements(results: Mapping[str, Any]) -> list[str]:
         for each in task["requirements"]
         if not each["met"]
     ]
-
-
-def _titled(on_progress: Callable[[str, int, int], None], title: str) -> Callable[[int, int], None]:
-    return lambda made, wanted: on_progress(title, made, wanted)
 
 
 def _task_results(

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -292,17 +293,13 @@ def run_facts(
                 predictions=out / "predictions" / f"{cell.key}.jsonl",
                 labels={"cell": cell.key, "seed": seed},
                 asker=(lambda: engines.enter_context(load())) if cell.restart else None,
-                on_progress=None if on_progress is None else _titled(on_progress, cell.title),
+                on_progress=on_progress and partial(on_progress, cell.title),
             )
             done.append(CellResult.of(cell, measured))
             results = facts | {"seconds": round(time.monotonic() - started), "cells": [r.plain() for r in done]}
             (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
             (out / "report.md").write_text(f"# Facts held by {engine.name}\n\n{facts_table(results)}\n", "utf-8")
     return results
-
-
-def _titled(on_progress: Callable[[str, int, int], None], title: str) -> Callable[[int, int], None]:
-    return lambda made, wanted: on_progress(title, made, wanted)
 
 
 def facts_table(results: dict[str, Any]) -> str:

@@ -45,7 +45,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 def done(chatterer: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path, list[str]]:
     out = tmp_path_factory.mktemp("out")
     command = ["--model", chatterer, "--task", "sgd,bfcl-memory", "--arms", ",".join(ARMS), "--data-dir", data]
-    command += ["--out", out, "--context-tokens", "32", "--require", "memory-foreign>-2"]
+    command += ["--out", out, "--context-tokens", "48", "--require", "memory-foreign>-2"]
     return run(*command), out, [str(part) for part in command]
 
 
@@ -61,11 +61,11 @@ def test_every_arm_is_reported(done: tuple[Result, Path, list[str]]) -> None:
     tokens = {arm: row["prompt_tokens"] for arm, row in sgd["arms"].items()}
     assert tokens["constant"] == 0
     assert tokens["memory"] == tokens["zero"] == tokens["foreign"] == tokens["bare"]
-    assert tokens["bare"] < tokens["window"] <= tokens["bare"] + 32
-    assert tokens["bare"] < tokens["retrieval"] <= tokens["bare"] + 32 + 8  # the tokens that open the reply
+    assert tokens["bare"] < tokens["window"] <= tokens["bare"] + 48
+    assert tokens["bare"] < tokens["retrieval"] <= tokens["bare"] + 48
     assert tokens["hybrid"] == tokens["retrieval"]
     assert tokens["window_memory"] == tokens["window"]
-    assert tokens["whole"] > tokens["window"]
+    assert tokens["whole"] >= tokens["window"]
     assert bfcl["arms"]["constant"]["share"] == 0.8  # the best of the two answers in customer, and one each elsewhere
     assert list(bfcl["kinds"]) == ["customer", "finance", "healthcare", "student"]
     compared = {(row["arm"], *row["over"]) for row in sgd["differences"]}

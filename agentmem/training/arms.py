@@ -36,7 +36,15 @@ from agentmem.state import MemoryState
 from agentmem.training.contexts import ARMS, CONTROLLED, SETUPS, Arm, excerpts, import_bm25s
 from agentmem.training.conversations import Conversation
 from agentmem.training.judging import MAX_WORDS, is_judged
-from agentmem.training.predictions import ArmResults, Prediction, PredictionLog, Probe, Question, Reply, best_constants
+from agentmem.training.predictions import (
+    ArmQuestion,
+    ArmReply,
+    ArmResults,
+    Prediction,
+    PredictionLog,
+    Probe,
+    best_constants,
+)
 
 Writing = Literal["remember", "live"]
 
@@ -116,14 +124,14 @@ def measure(
             f"the constant arm needs questions with accepted values; those of kind {min(unanswered)!r} have none"
         )
     log = PredictionLog(predictions, dict(labels or {}), engine, max_words)
-    questions = [Question(probe, arm, run.key(probe, arm, constants)) for arm in arms for probe in run.probes]
+    questions = [ArmQuestion(probe, arm, run.key(probe, arm, constants)) for arm in arms for probe in run.probes]
     for question in questions:
         if question.arm == "constant" and question.key not in log.replies:
-            log.put(question, Reply(Message("assistant", constants[question.probe.ask.kind]), 0))
+            log.put(question, ArmReply(Message("assistant", constants[question.probe.ask.kind]), 0))
     pending = [question for question in questions if question.key not in log.replies]
     total, done = len(questions), len(questions) - len(pending)
 
-    groups: dict[str, list[Question]] = defaultdict(list)  # one reply for each group
+    groups: dict[str, list[ArmQuestion]] = defaultdict(list)  # one reply for each group
     for question in pending:
         groups[run.prompt_key(question)].append(question)
     for question in questions:
@@ -136,7 +144,7 @@ def measure(
     if on_progress is not None:
         on_progress(done, total)
 
-    def ask(group: list[Question]) -> None:
+    def ask(group: list[ArmQuestion]) -> None:
         nonlocal done
         reply = run.ask(asking, group[0], states)
         with lock:
@@ -199,7 +207,7 @@ class _Measurement:
         if any(setup.memory is not None for setup in setups):
             self.engine.zero_state()  # raises where there is no memory
 
-    def sources(self, question: Question) -> list[int]:
+    def sources(self, question: ArmQuestion) -> list[int]:
         """The conversation whose memory a question is asked with; none for the arms that have none."""
         number = question.probe.conversation
         memory = SETUPS[question.arm].memory
@@ -226,7 +234,7 @@ class _Measurement:
                 state = turn.state
         return state
 
-    def ask(self, engine: Engine, question: Question, states: Mapping[int, MemoryState]) -> Reply:
+    def ask(self, engine: Engine, question: ArmQuestion, states: Mapping[int, MemoryState]) -> ArmReply:
         """One reply. Of the conversation the prompt shows its system messages, and what the arm shows."""
         asked, told, setup = question.probe.ask, question.probe.told, SETUPS[question.arm]
         system = [message for message in told if message.role == "system"]
@@ -256,7 +264,7 @@ class _Measurement:
         turn = engine.turn(messages, state, **options)
         seconds = time.monotonic() - started
         cut = setup.shows == "all" and turn.usage.input_tokens < engine.count_tokens(messages, asked.tools)
-        return Reply(turn.message, turn.usage.input_tokens, seconds, cut, context)
+        return ArmReply(turn.message, turn.usage.input_tokens, seconds, cut, context)
 
     def side_by_side(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
         """Results for all items, in order. After an error nothing new is begun."""
@@ -273,7 +281,7 @@ class _Measurement:
         constant = [constants[probe.ask.kind]] if arm == "constant" else []
         return self._digest(probe, arm, [*place, probe.ask.values, probe.ask.kind, *constant])
 
-    def prompt_key(self, question: Question) -> str:
+    def prompt_key(self, question: ArmQuestion) -> str:
         """Equal for questions that get one reply, whatever conversation they belong to."""
         probe, arm = question.probe, question.arm
         if SETUPS[arm].memory in (None, "empty") and SETUPS[arm].shows == "nothing":
@@ -281,7 +289,7 @@ class _Measurement:
         return self._digest(probe, arm, [_digests(probe.told), self._written(probe, arm), self.writing])
 
     def _written(self, probe: Probe, arm: Arm) -> list[str]:
-        return [_digests(self.told[number]) for number in self.sources(Question(probe, arm, ""))]
+        return [_digests(self.told[number]) for number in self.sources(ArmQuestion(probe, arm, ""))]
 
     def _digest(self, probe: Probe, arm: Arm, place: Sequence[Any]) -> str:
         ask, engine, setup = probe.ask, self.engine, SETUPS[arm]

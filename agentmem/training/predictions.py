@@ -37,7 +37,7 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Reply:
+class ArmReply:
     """What an arm replied.
 
     Attributes:
@@ -57,7 +57,7 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Question:
+class ArmQuestion:
     """A probe for an arm; `key` identifies what is asked, of what, and how, and is equal in every run."""
 
     probe: Probe
@@ -70,7 +70,7 @@ class Prediction:
     """The reply of an arm to a probe.
 
     Attributes:
-        key: see `Question`.
+        key: see `ArmQuestion`.
         arm: who replied.
         conversation: number of the conversation, or of what it belongs to (`Probe.cluster`).
         kind: the kind of the question.
@@ -80,7 +80,7 @@ class Prediction:
         prompt_tokens: number of tokens that the prompt showed.
         right: whether the reply is right.
         named_forbidden: whether the reply contains a text of `forbidden`.
-        seconds, cut: as in `Reply`.
+        seconds, cut: as in `ArmReply`.
     """
 
     key: str
@@ -98,7 +98,7 @@ class Prediction:
     cut: bool = False
 
     @classmethod
-    def of(cls, question: Question, reply: Reply, max_words: int | None) -> Prediction:
+    def of(cls, question: ArmQuestion, reply: ArmReply, max_words: int | None) -> Prediction:
         """Judge a reply."""
         probe, ask = question.probe, question.probe.ask
         verdict = judge(ask, reply.message, max_words=max_words)
@@ -218,7 +218,7 @@ class PredictionLog:
     """
 
     def __init__(self, path: Path | None, labels: Mapping[str, Any], engine: Engine, max_words: int | None) -> None:
-        self.replies: dict[str, Reply] = {}
+        self.replies: dict[str, ArmReply] = {}
         self._path = path
         self._max_words = max_words
         self._labels = {
@@ -236,7 +236,7 @@ class PredictionLog:
                 row = json.loads(line)
                 calls = tuple(ToolCall(name, arguments) for name, arguments in row["calls"])
                 message = Message("assistant", row["reply"], calls)
-                self.replies[row["key"]] = Reply(
+                self.replies[row["key"]] = ArmReply(
                     message,
                     row["prompt_tokens"],
                     row.get("seconds", 0.0),  # lines of older versions have none of these three
@@ -249,7 +249,7 @@ class PredictionLog:
             with path.open("a", encoding="utf-8") as file:
                 file.write("\n")
 
-    def put(self, question: Question, reply: Reply) -> None:
+    def put(self, question: ArmQuestion, reply: ArmReply) -> None:
         """Keep a reply."""
         reply = replace(reply, seconds=round(reply.seconds, 4))  # so that it reads as it is kept
         self.replies[question.key] = reply

@@ -7,7 +7,9 @@ is first used. Where that is not to be had, prompts with these instructions are 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +76,9 @@ def _lm_eval() -> tuple[Any, Mapping[str, Any], bool]:
     try:
         import langdetect
         import nltk
-        from lm_eval.tasks.ifeval import instructions_registry, utils
+
+        with redirect_stdout(StringIO()):  # it says that it downloaded even where it could not
+            from lm_eval.tasks.ifeval import instructions_registry, utils
     except ImportError as error:
         raise MissingExtraError(error.name or "lm_eval", "eval") from error
     langdetect.DetectorFactory.seed = 0  # it draws samples of a text

@@ -156,7 +156,8 @@ def _objects_only(schema: dict[str, Any]) -> dict[str, Any]:
         return schema
     if not schema.keys() & {"$ref", "allOf", "anyOf", "oneOf"}:
         return {**schema, "type": "object"}
-    definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}  # stay where references point
+    stay = ("$defs", "definitions")  # where references point
+    definitions: dict[str, Any] = {key: schema[key] for key in stay if key in schema}
     return {"allOf": [{key: schema[key] for key in schema.keys() - definitions}, {"type": "object"}], **definitions}
 
 

@@ -99,7 +99,8 @@ class SchemaGuidedDialogues:
     def __init__(self, path: Path, *, whole_dialogues: bool = False, train: bool = True) -> None:
         folder = _Folder(path, self.name)
         skipped = Counter[str]()
-        self._items, others = (), ()
+        self._items: tuple[Conversation, ...] = ()
+        others: tuple[tuple[str, bytes], ...] = ()
         if train:
             self._items, others = _recall_items(folder, "train", skipped, keep_others=whole_dialogues)
         self._held_out, _ = _recall_items(folder, "dev", skipped, keep_others=False)

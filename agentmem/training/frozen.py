@@ -54,7 +54,7 @@ class FrozenFeatures:
         ]
         texts = [tuple(ids[row, columns].tolist()) for row, columns in places]
         found = self._of(texts)
-        features = ids.new_zeros(*ids.shape, found[0].shape[-1], dtype=found[0].dtype)
+        features: Tensor = ids.new_zeros(*ids.shape, found[0].shape[-1], dtype=found[0].dtype)
         for (row, columns), feature in zip(places, found, strict=True):
             features[row, columns] = feature.to(features.device)
         return features

@@ -92,6 +92,7 @@ def _iterated_by_tasks(
     @wraps(method)
     async def twin(self: SQLAlchemySaver, /, *arguments: P.args, **named: P.kwargs) -> AsyncIterator[T]:
         items = getattr(self, method.__name__)(*arguments, **named)
+        made: list[T]
         while made := await self._in_thread(True, list, islice(items, _PAGE)):
             for item in made:
                 yield item

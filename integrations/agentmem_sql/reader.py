@@ -184,8 +184,9 @@ class Reader:
         same = {"ns": ns, "checkpoint": own["id"]}
         pending = [dict(zip(_PENDING, row[width:], strict=True), **same) for row in rows if row[width] is not None]
         stored.writes += decode_writes(self.protection, address.thread, pending)
+        heads = stored.heads
         stored.known = self._cache.at(address.thread, number, epoch)
-        stored.known.remember_channels(address.ns, stored.id, stored.heads)
+        stored.known.remember_channels(address.ns, stored.id, heads)
         return stored
 
     def _rows(self, connection: Connection, address: Address) -> Rows:

@@ -43,6 +43,7 @@ _of_write = itemgetter("ns", "checkpoint", "task", "idx", "path", "channel", "di
 RESERVED = ("__", "branch:")
 
 Row = Mapping[Any, Any]  # of a table, by column
+_UNKNOWN = CachedThread()
 
 
 def check_id(value: Any, what: str = "thread id") -> str:
@@ -132,7 +133,7 @@ class StoredCheckpoint:
     body: dict[str, Any]
     digests: dict[str, bytes]  # channel -> content; no empty channels
     history: bytes | None
-    known: CachedThread = field(default_factory=CachedThread)  # what this process knows of its thread
+    known: CachedThread = _UNKNOWN  # what this process knows of its thread, where a reader says it
     writes: list[StoredWrite] = field(default_factory=list)
     contents: Mapping[bytes, Body] = field(default_factory=dict)  # everything that the two refer to
 
@@ -182,6 +183,8 @@ def encode_checkpoint(
         heads[value.channel] = heads[value.channel][0], digest
     own: dict[str, Any] = {**checkpoint}
     del own["channel_values"], own["id"]
+    metadata_body, own_body = dump(serde, metadata, "metadata"), dump(serde, own, "checkpoint")
+    content = pack_content({name: digest for name, (_, digest) in heads.items() if digest is not None})
     ns, run = open_key(address.ns), metadata.get("run_id")
     row: dict[str, Any] = {
         "ns": ns,
@@ -190,9 +193,9 @@ def encode_checkpoint(
         "parent": None if address.id is None else exact_key(address.id, "checkpoint id"),
         "created": time.time_ns() // 1_000_000,
         "run": protection.run_key(run) if isinstance(run, str) else None,
-        "metadata": protection.encrypt(dump(serde, metadata, "metadata")),
-        "body": protection.encrypt(dump(serde, own, "checkpoint")),
-        "content": pack_content({name: digest for name, (_, digest) in heads.items() if digest is not None}),
+        "metadata": protection.encrypt(metadata_body),
+        "body": protection.encrypt(own_body),
+        "content": content,
         "history": None,
     }
     row["seal"] = seal_checkpoint(protection, address.thread, row)

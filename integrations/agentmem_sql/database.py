@@ -91,6 +91,7 @@ class Database:
         self._cache = cache
         self._migrations = migrations
         self.backend = self._source.url.get_backend_name()
+        self.url = safe_url(self._source.url)
         own, in_memory = self._source.engine, self._source.in_memory
         if in_memory and own is not None and not isinstance(own.pool, StaticPool):
             raise StorageError(

@@ -49,6 +49,11 @@ MIGRATIONS: Sequence[Migration] = (
         "threads, blobs, checkpoints, writes, settings",
         lambda connection, tables: tables.metadata.create_all(connection),
     ),
+    Migration(
+        3,
+        "audit, audit_chains, subjects, journal",  # `create_all` makes only those that are not there
+        lambda connection, tables: tables.metadata.create_all(connection),
+    ),
 )
 
 

@@ -27,7 +27,7 @@ from agentmem_sql.schema import RUN_BYTES, Tables
 MIN_KEY_BYTES = 16
 
 _PLAIN, _ENCRYPTED = b"\0", b"\1"  # first byte of everything stored
-_MODE, _SECRET, _CHECK = b"protection", b"secret", b"check"
+_MODE, _SECRET, _CHECK, _AUDIT = b"protection", b"secret", b"check", b"audit"
 _RUN = 255  # no kind of content
 _KINDS = [bytes((kind,)) for kind in range(256)]
 _CHECKED = b"agentmem"  # what the check is a digest of
@@ -42,8 +42,8 @@ def _length(length: int) -> bytes:
 class Protection:
     """Digests, seals and encryption of one database; shared by a saver and its clones."""
 
-    def __init__(self, serde: SerializerProtocol, hmac_key: bytes | None) -> None:
-        """Use the cipher of an `EncryptedSerializer`, and the caller's key for digests.
+    def __init__(self, serde: SerializerProtocol, hmac_key: bytes | None, audit: bool = False) -> None:
+        """Use the cipher of an `EncryptedSerializer`, and the caller's key for digests; `audit` switches that on.
 
         Raises:
             ConfigError: the key is not bytes or too short.
@@ -58,6 +58,8 @@ class Protection:
         self._hmac_key = hmac_key
         self._key = hmac_key  # of an encrypted database without hmac_key it is known once that is open
         self.has_key = self._cipher is None or hmac_key is not None  # for digests
+        self.audited: bool | None = None  # whether what is written is also noted in `audit`; None until opened
+        self._audit = audit
 
     @property
     def encrypts(self) -> bool:
@@ -135,6 +137,7 @@ class Protection:
         rows = connection.execute(select(tables.settings.c.name, tables.settings.c.value)).all()
         stored = {name: value for name, value in rows if isinstance(name, bytes) and isinstance(value, bytes)}
         if _MODE not in stored:
+            self.audited = None
             return False
         if stored[_MODE] != self._mode():
             raise StorageError(
@@ -150,19 +153,24 @@ class Protection:
                 "expected the key that this checkpoint database was made with, found another; "
                 "pass the hmac_key and the serde that were used when the database was new"
             )
-        return True
+        self.audited = _AUDIT in stored
+        return self.audited or not self._audit
 
     def settle(self, connection: Connection, tables: Tables) -> None:
         """Record how a new database is protected, in a transaction that may write; raises as `is_settled`."""
         if self.is_settled(connection, tables):
             return
-        settings = {_MODE: self._mode()}
-        if self.encrypts:
+        settings = {_AUDIT: b"1"} if self._audit else {}
+        new = self.audited is None
+        if new:
+            settings[_MODE] = self._mode()
+        if new and self.encrypts:
             secret = token_bytes(32)
             settings[_SECRET] = self.encrypt(secret)
             self._key, self.has_key = self._hmac_key or secret, True
-        if self._key is not None:
+        if new and self._key is not None:
             settings[_CHECK] = self.row_mac([_CHECKED])
+        self.audited = self._audit
         rows = [{"name": name, "value": value} for name, value in settings.items()]
         connection.execute(insert(tables.settings), rows)
 

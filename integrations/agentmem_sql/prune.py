@@ -89,6 +89,7 @@ class Pruner:
         self._writer = writer
         self._ancestors = ancestors
         self._sweeper = sweeper
+        self.on_removal: Callable[[Connection, ThreadRetention], None] | None = None  # called in the transaction
         tables = database.tables
         checkpoints, writes, threads = tables.checkpoints, tables.writes, tables.threads
         ids: BindParameter[Any] = bindparam("ids", expanding=True)
@@ -169,10 +170,14 @@ class Pruner:
         find = partial(self._writer.find, connection, thread_id)
         while (thread := find(lock=not dry_run)) is not None:
             try:
-                return self._take_from(connection, serde, thread_id, thread, choose, dry_run=dry_run)
+                taken = self._take_from(connection, serde, thread_id, thread, choose, dry_run=dry_run)
             except StorageError as error:
                 if not dry_run or find(lock=False) == thread:  # otherwise something was removed meanwhile
                     raise UnreadableThreadError(str(error)) from error
+            else:
+                if self.on_removal is not None and not dry_run and (taken.removed or taken.deleted):
+                    self.on_removal(connection, taken)
+                return taken
         return ThreadRetention(thread_id)
 
     def _take_from(

@@ -34,8 +34,9 @@ from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
 from sqlalchemy import URL, Engine
 
 from agentmem.errors import ConfigError, StorageError
+from agentmem_sql.audit import Audit, Event, SaverParts
 from agentmem_sql.content import Unpacker
-from agentmem_sql.database import Database
+from agentmem_sql.database import Database, Work
 from agentmem_sql.delta_channels import AncestorReader
 from agentmem_sql.mark_sweep import Sweeper
 from agentmem_sql.memory_history import MemoryStep, MemoryWalk
@@ -129,6 +130,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         table_prefix: str = DEFAULT_PREFIX,
         hmac_key: bytes | None = None,
         cache_bytes: int = CACHE_BYTES,
+        audit: bool = False,
         synchronous: str = "FULL",
         engine_options: Mapping[str, Any] | None = None,
         must_exist: bool = False,
@@ -148,6 +150,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
             hmac_key: at least 16 secret bytes. Digests then become signatures, so that nobody without the key can
                 change stored data unnoticed.
             cache_bytes: how much of recently used threads this process keeps in memory, roughly.
+            audit: from now on this database keeps an audit trail (see `agentmem_sql.audit`), whoever opens it.
             synchronous: SQLite's setting, for a URL. With FULL, acknowledged checkpoints survive a power cut; with
                 NORMAL the last ones may be lost, but none is ever half-written.
             engine_options: further arguments for `create_engine`, for a URL.
@@ -161,7 +164,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
             ConfigError: `hmac_key` or `table_prefix` cannot be used.
         """
         super().__init__(serde=serde if serde or STRICT_MSGPACK_ENABLED else CheckedSerializer())
-        tables, protection = Tables(prefix=table_prefix, schema=schema), Protection(self.serde, hmac_key)
+        tables, protection = Tables(prefix=table_prefix, schema=schema), Protection(self.serde, hmac_key, audit)
         self._protection = protection
         self._cache = ThreadCache(cache_bytes)
         self._database = Database(
@@ -180,6 +183,8 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         sweeper = Sweeper(tables, protection)
         self._writer = Writer(tables, protection, sweeper)
         self._pruner = Pruner(self._database, protection, self._cache, self._writer, self._ancestors, sweeper)
+        self._audit = Audit(tables, protection, self._pruner)
+        self.parts = SaverParts(self._database, protection, self._cache, self._writer, self._pruner, self._audit)
 
     @classmethod
     def from_url(cls: Callable[Concatenate[str | URL, P], T], url: str | URL, *args: P.args, **options: P.kwargs) -> T:
@@ -233,7 +238,10 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         """
         serde, merged = plain_serde(self.serde), get_checkpoint_metadata(config, metadata)
         encode = partial(encode_checkpoint, serde, self._protection, checkpoint, merged, new_versions)
-        return self._write(serde, config, encode, self._writer.put_checkpoint, WriteMode.INSERT, checkpoint["id"])
+        put, event = self._writer.put_checkpoint, None
+        if self._protection.audited is not False:  # None: the database was not opened yet
+            event = self._audit.written(self.setup, self.get_tuple, config, checkpoint, merged)
+        return self._write(serde, config, encode, put, WriteMode.INSERT, checkpoint["id"], event)
 
     def put_writes(
         self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str = ""
@@ -264,6 +272,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         put: Callable[..., Locked | None],
         mode: WriteMode,
         checkpoint_id: str = "",
+        event: Event | None = None,
     ) -> RunnableConfig:
         """Encode and write, again if it must be in another mode; return the config of the checkpoint, if it is one.
 
@@ -287,9 +296,12 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
             if mode is WriteMode.INSERT and known.number is None:
                 mode = WriteMode.CHECK
             small = len(new.packer.new) <= MOST_CONTENT and len(new.rows) <= MOST_ROWS
-            write = partial(put, thread_id=address.thread, new=new, mode=mode, in_one=small)
+            write: Work[Locked | None] = partial(put, thread_id=address.thread, new=new, mode=mode, in_one=small)
+            alone = small and mode is WriteMode.INSERT
+            if event is not None:
+                write, alone = self._audit.noting(write, address.thread, event), False
             try:
-                locked = self._database.run(write, write=True, autocommit=small and mode is WriteMode.INSERT)
+                locked = self._database.run(write, write=True, autocommit=alone)
             except WriteConflict as conflict:
                 if conflict.mode is WriteMode.CHECK:
                     self._cache.drop(address.thread)
@@ -377,7 +389,8 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
     def delete_thread(self, thread_id: str) -> None:
         """Delete everything in a thread, content included, in one transaction."""
         thread_id = check_id(thread_id)
-        self._database.run(partial(self._writer.delete_thread, thread_id=thread_id), write=True)
+        work = partial(self._writer.delete_thread, thread_id=thread_id)
+        self._database.run(self._audit.noting(work, thread_id, Event("deleted")), write=True)
         self._cache.drop(thread_id)
 
     def delete_for_runs(self, run_ids: Sequence[str]) -> None:

@@ -12,6 +12,10 @@ primary key, that of the writes, takes under 600 bytes.
     blobs             content of the thread, one row for each distinct content, by digest (see `list_tree`)
     checkpoints       metadata, the checkpoint without its channel values, and the digests of those
     writes            pending writes of a checkpoint
+    audit             what was done to a thread, by whom and when (see `audit`); outlives the thread
+    audit_chains      the last row of each chain of `audit`
+    subjects          whose threads and facts are whose, where their names do not say (see `agentmem_governance`)
+    journal           deletions over several stores that were begun; they are completed after a crash
 
 A channel value and the pending write that made it are the same content and so the same row.
 
@@ -128,6 +132,32 @@ class Tables:
             Column("channel", _BODY, nullable=False),
             Column("digest", _DIGEST, nullable=False),
             Column("seal", _DIGEST, nullable=False),
+        )
+        self.audit = self._table(
+            "audit",
+            Column("chain", _DIGEST, primary_key=True),
+            Column("seq", BigInteger, primary_key=True, autoincrement=False),
+            Column("created", BigInteger, nullable=False),  # milliseconds since 1970
+            Column("body", _BODY, nullable=False),
+            Column("private", _BODY),  # None where there was nothing, or what there was has been forgotten
+            Column("private_digest", _DIGEST),
+            Column("hash", _DIGEST, nullable=False),
+        )
+        self.audit_chains = self._table(
+            "audit_chains",
+            Column("chain", _DIGEST, primary_key=True),
+            Column("seq", BigInteger, nullable=False),
+            Column("hash", _DIGEST, nullable=False),
+        )
+        self.subjects = self._table(
+            "subjects",
+            Column("kind", _KEY, primary_key=True),
+            Column("key", _DIGEST, primary_key=True),
+            Column("value", _BODY, nullable=False),
+            Column("subject", _BODY, nullable=False),
+        )
+        self.journal = self._table(
+            "journal", Column("id", _KEY, primary_key=True), Column("body", _BODY, nullable=False)
         )
         Index(None, self.checkpoints.c.thread, self.checkpoints.c.created)
         Index(None, self.checkpoints.c.run)

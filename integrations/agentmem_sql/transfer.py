@@ -110,7 +110,7 @@ def copy_threads(
     """
     named: dict[Any, _Outlines] = {thread: {} for thread in check_ids(() if thread_ids is None else thread_ids)}
     target.setup()  # first, since a target that cannot be opened is not the failure of one thread
-    source = _verbatim(source, target.serde)
+    source = verbatim(source, target.serde)
     report = TransferReport()
     for thread, outlines in (_outlines(source, None) if thread_ids is None else named).items():
         report.threads += 1
@@ -173,7 +173,7 @@ def _copy_thread(
     if not there:
         raise StorageError("expected the thread in the source, found none; leave it out of thread_ids")
     name = str(thread)
-    here = _outlines(_verbatim(target, target.serde), _at(name)).get(name, {})
+    here = _outlines(verbatim(target, target.serde), _at(name)).get(name, {})
     lacking = {key: writes - here[key][1] if key in here else writes for key, (_, writes) in there.items()}
     ahead = [key for key, (_, writes) in here.items() if key not in there or writes - there[key][1]]
     if ahead and (lacking.keys() - here.keys() or any(lacking.values())):
@@ -251,7 +251,7 @@ def _outlines(saver: Saver, config: RunnableConfig | None) -> dict[Any, _Outline
     return threads
 
 
-def _verbatim(saver: Saver, serde: SerializerProtocol) -> Saver:
+def verbatim(saver: Saver, serde: SerializerProtocol) -> Saver:
     """A clone that deserialises values to plain data only, if `serde` would store them the same.
 
     Then no class of the application is imported or called, and nothing is lost of a value whose class is not at hand,

@@ -135,14 +135,15 @@ class Writer:
             return Locked(thread.number, thread.epoch + 1)
         return thread
 
-    def delete_thread(self, connection: Connection, thread_id: str) -> None:
-        """Delete every row of a thread, if it exists."""
+    def delete_thread(self, connection: Connection, thread_id: str) -> bool:
+        """Delete every row of a thread, if it exists; gives whether it did."""
         thread = self.find(connection, thread_id, lock=True)
         if thread is not None:
             tables = self._tables
             for table in (tables.writes, tables.checkpoints, tables.blobs):
                 connection.execute(delete(table).where(table.c.thread == thread.number))
             connection.execute(delete(tables.threads).where(tables.threads.c.number == thread.number))
+        return thread is not None
 
     def find(self, connection: Connection, thread_id: str, *, lock: bool) -> Locked | None:
         """The number and epoch of a thread, which `lock` locks exclusively; None if there is no such thread."""

@@ -357,6 +357,11 @@ class FactStore:
             self._overwrite_deleted([])
         return len(facts)
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the files are within reach of this process, so that it overwrites what it deletes."""
+        return self._claim is not None
+
     async def aadd(
         self,
         facts: str | Fact | Document | Iterable[str | Fact | Document],

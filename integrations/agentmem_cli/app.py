@@ -14,6 +14,7 @@ import typer
 from agentmem import __version__
 from agentmem.errors import ConfigError, MissingExtraError
 from agentmem.training.command import train_command
+from agentmem_cli import govern
 from agentmem_cli.options import (
     Adapter,
     AsJson,
@@ -289,6 +290,9 @@ def storage_prune(
 
 storage.command("import")(import_threads)
 app.command("train")(train_command)
+for governing in (govern.subjects, govern.forget, govern.verify, govern.audit, govern.export):
+    app.command()(governing)
+app.command("import")(govern.import_subject)
 
 
 def _require(**extras: str) -> None:

@@ -75,7 +75,7 @@ class Place:
             serde=self.serde,
             schema=self.schema,
             table_prefix=self.prefix,
-            hmac_key=None if self.hmac_key_file is None else _read_key(self.hmac_key_file),
+            hmac_key=None if self.hmac_key_file is None else read_key(self.hmac_key_file),
             cache_bytes=0,
             must_exist=not make,
         )
@@ -156,7 +156,12 @@ def _encrypting(serde: JsonPlusSerializer) -> EncryptedSerializer:
         raise ConfigError(f"expected {_KEY} to be 16, 24 or 32 bytes, found {len(os.environ[_KEY])}") from error
 
 
-def _read_key(file: Path) -> bytes:
+def read_key(file: Path) -> bytes:
+    """The bytes of a key file.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
     try:
         return file.read_bytes()
     except OSError as error:

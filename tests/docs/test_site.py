@@ -38,7 +38,9 @@ def test_every_page_stands_once_in_the_navigation() -> None:
     assert sorted(listed) == sorted(DOCS.rglob("*.md"))
 
 
-@pytest.mark.parametrize("package", ["agentmem", "agentmem_langgraph", "agentmem_sql", "agentmem_chroma"])
+@pytest.mark.parametrize(
+    "package", ["agentmem", "agentmem_langgraph", "agentmem_sql", "agentmem_chroma", "agentmem_governance"]
+)
 def test_the_reference_has_every_public_name_once(package: str) -> None:
     described = _DIRECTIVE.findall((DOCS / "reference" / f"{package}.md").read_text())
     public = [f"{package}.{name}" for name in import_module(package).__all__ if name != "__version__"]

@@ -21,7 +21,14 @@ import pytest
 import agentmem
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = {"agentmem", "agentmem_langgraph", "agentmem_sql", "agentmem_chroma", "agentmem_cli"}
+PACKAGES = {
+    "agentmem",
+    "agentmem_langgraph",
+    "agentmem_sql",
+    "agentmem_chroma",
+    "agentmem_governance",
+    "agentmem_cli",
+}
 MAX_WHEEL_BYTES = 14_000_000
 MAX_NANO_BYTES = 12_000_000
 

@@ -1,0 +1,148 @@
+"""A receipt: what was forgotten, as counts and digests, with what could not be reached; plain JSON, signed by a key.
+
+It holds no text of messages or facts. The subject's name is in it, since whoever keeps receipts has to know whose they
+are; keep them as such. Ids of checkpoints are random, ids of facts are hashes of their text, source and thread.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from agentmem.errors import ConfigError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """What a deletion did.
+
+    Attributes:
+        id: names the receipt; the audit trail refers to it.
+        operation: "forget subject" or "forget message".
+        subject: whose; None in a receipt of a deletion that was completed after a crash at its very end, when the name
+            had gone already.
+        subject_digest: SHA-256 of the name.
+        time: when it was complete, ISO 8601 in UTC.
+        began: when it was asked for.
+        actor: who asked for it.
+        database: where, without password.
+        threads: for each thread its key (SHA-256 of its id) and what went: numbers of checkpoints, pending writes and
+            contents, their bytes, the ids of the checkpoints, and a digest over the contents' digests.
+        messages: the ids of single messages that were forgotten.
+        facts: the ids of facts that went.
+        rebuilt: the memories that were built anew: thread, channel, and the digests before and after.
+        purged: what was done to files so that they hold no bytes of it.
+        not_reached: where bytes of it may still be, and what to do about that.
+        format: version of this form.
+        signature: HMAC-SHA256 over all of the above, hexadecimal; None without a key.
+    """
+
+    id: str
+    operation: str
+    subject: str | None
+    subject_digest: str
+    time: str
+    began: str
+    actor: str
+    database: str
+    threads: Sequence[Mapping[str, Any]] = ()
+    messages: Sequence[str] = ()
+    facts: Sequence[str] = ()
+    rebuilt: Sequence[Mapping[str, Any]] = ()
+    purged: Sequence[str] = ()
+    not_reached: Sequence[str] = ()
+    format: int = FORMAT
+    signature: str | None = field(default=None)
+
+    @property
+    def checkpoints(self) -> int:
+        """How many checkpoints went."""
+        return sum(int(thread["checkpoints"]) for thread in self.threads)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hexadecimal) over everything but the signature."""
+        return sha256(self._body()).hexdigest()
+
+    def _body(self) -> bytes:
+        data = asdict(self)
+        del data["signature"]
+        return json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
+
+    def signed(self, key: bytes) -> Receipt:
+        """The receipt with a signature by this key."""
+        return Receipt(**{**self._fields(), "signature": hmac.digest(key, self._body(), "sha256").hex()})
+
+    def is_signed_by(self, key: bytes) -> bool:
+        """Whether the signature is this key's, and of this very content."""
+        expected = hmac.digest(key, self._body(), "sha256").hex()
+        return self.signature is not None and hmac.compare_digest(self.signature, expected)
+
+    def _fields(self) -> dict[str, Any]:
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
+    def to_json(self) -> str:
+        """The receipt as text for a file."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    def save(self, path: str | Path) -> Path:
+        """Write the receipt to a file."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+        return Path(path)
+
+    @classmethod
+    def from_json(cls, text: str) -> Receipt:
+        """The inverse of `to_json`.
+
+        Raises:
+            ConfigError: the text is no receipt, or one of a newer version.
+        """
+        names = {each.name for each in fields(cls)}
+        try:
+            data = json.loads(text)
+            if data.get("format", 0) > FORMAT:
+                raise ConfigError(f"expected a receipt of format {FORMAT}, found {data['format']}; upgrade agentmem")
+            if data.keys() != names:
+                raise ConfigError(f"expected a receipt with {sorted(names)}, found {sorted(data)}")
+        except (ValueError, AttributeError, TypeError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"expected a receipt as JSON, found something else: {error}") from error
+        return cls(**data)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Receipt:
+        """Read a receipt from a file; see `from_json` for the errors.
+
+        Raises:
+            ConfigError: the file cannot be read.
+        """
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"the receipt cannot be read: {error}") from error
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a receipt says, compared with what is there.
+
+    Attributes:
+        signature: "valid", "invalid", "absent", or "not checked" where there is a signature and no key.
+        back: what is there again, each in a sentence.
+    """
+
+    signature: str
+    back: tuple[str, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing is back and the signature, if checked, is right."""
+        return not self.back and self.signature != "invalid"

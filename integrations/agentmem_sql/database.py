@@ -253,6 +253,10 @@ class Database:
                     "there; correct the path (sqlite:///relative.db, sqlite:////absolute/path.db)"
                 )
         if not self._transactions.read(lambda database: inspect(database).has_table(threads.name, threads.schema)):
+            if self._source.in_memory:
+                raise StorageError(
+                    "expected the URL of a SQLite file, found a database in memory, which only its process sees"
+                )
             raise StorageError(
                 f"expected the table {threads.fullname!r} in the database {where}, found no such table: no threads "
                 "were ever kept there, or under another table prefix or schema; correct the URL, or name these"

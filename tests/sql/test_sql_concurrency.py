@@ -22,6 +22,7 @@ from sqlalchemy import Engine, event
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.database import THREADS
+from agentmem_sql.migrations import MIGRATIONS
 from tests.helpers.sql_cases import Sql, aput, config, put
 from tests.helpers.sql_chains import unaccounted
 from tests.helpers.sql_processes import Process, fork, write
@@ -83,7 +84,7 @@ def test_processes_that_write_one_file_wait_for_each_other(
             expected |= dict.fromkeys([(own, own), ("everybody's", own)], len(one.said()))
         stored = [(one.config["configurable"]["thread_id"], one.metadata["writer"]) for one in saver.list(None)]  # type: ignore[typeddict-item]
         assert Counter(stored) == expected
-    assert sql("SELECT count(*) FROM agentmem_schema_versions") == [(1,)]
+    assert sql("SELECT count(*) FROM agentmem_schema_versions") == [(len(MIGRATIONS),)]
     assert sql("SELECT count(*) FROM agentmem_blobs WHERE length(body) > 1000") == [(4,)]
     assert unaccounted(sql) == (set(), set())
 

@@ -127,7 +127,7 @@ def test_a_database_that_must_exist(new_url: NewUrl, path: Path, backend: str) -
         saver.get_tuple(config())
     with (
         SQLAlchemySaver.from_url("sqlite://", must_exist=True) as saver,
-        pytest.raises(StorageError, match="no such table"),
+        pytest.raises(StorageError, match="found a database in memory"),
     ):
         saver.setup()
     with (

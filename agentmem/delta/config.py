@@ -19,6 +19,7 @@ from agentmem.errors import ConfigError
 WriteStrategy = Literal["token", "message", "sentence"]
 UpdateMode = Literal["standard", "lambda_outside", "no_lambda"]
 DeltaHead = Literal["q", "k", "v", "o"]
+SteeredTokens = Literal["all", "reply"]
 
 CONFIG_FILE = "delta_mem_config.json"
 DIGEST_KEY = "agentmem_sha256"
@@ -87,6 +88,10 @@ class MemoryConfig:
         rankwise_gates: one gate for each state row; otherwise one for each state head.
         delta_heads: which projections are corrected.
         target_layers: layers that carry memory; empty means all.
+        steered_tokens: which tokens an engine lets the memory correct. "all": every token, as in the paper. "reply":
+            only those that predict a reply, which are the last token of a prompt and the reply's own; what is written
+            then comes from the hidden states of the bare model, whatever the memory holds. Not an option of the
+            authors' format; there it is in the json only where it is "reply".
         delta_o_rmsnorm: whether the correction of o goes through an RMSNorm, after all scaling.
         trainable_delta_scale: whether alpha / rank is multiplied by a trained factor sigmoid(raw) *
             delta_scale_max, one per layer or for each head (`delta_scale_granularity`).
@@ -110,6 +115,7 @@ class MemoryConfig:
     rankwise_gates: bool = True
     delta_heads: tuple[DeltaHead, ...] = ("q", "o")
     target_layers: tuple[int, ...] = ()
+    steered_tokens: SteeredTokens = "all"
     delta_o_rmsnorm: bool = False
     delta_o_rmsnorm_eps: float = 1e-6
     trainable_delta_scale: bool = False
@@ -133,6 +139,7 @@ class MemoryConfig:
             "state_update_mode",
             "standard, lambda_outside or no_lambda",
         )
+        self._need(self.steered_tokens in get_args(SteeredTokens), "steered_tokens", "all or reply")
         heads = self.delta_heads
         self._need(
             bool(heads) and all(h in DELTA_HEADS for h in heads) and len(set(heads)) == len(heads),
@@ -164,13 +171,14 @@ class MemoryConfig:
         return replace(self, **changes)
 
     def to_json(self) -> dict[str, Any]:
-        """The authors' json object; `lambda_bias_init`, which theirs lacks, is included only where it is not 4."""
+        """The authors' json object. What theirs lacks is included only where it is not the default."""
         body: dict[str, Any] = {**_ARCHIVED_OFF, **_ARCHIVED_IDLE, **asdict(self)}
         body["memory_write_granularity"] = _GRANULARITY_OUT[body.pop("write_strategy")]
         body["delta_heads"] = list(self.delta_heads)
         body["target_layers"] = list(self.target_layers)
-        if self.lambda_bias_init == type(self).lambda_bias_init:
-            del body["lambda_bias_init"]
+        for name in ("lambda_bias_init", "steered_tokens"):
+            if body[name] == getattr(type(self), name):
+                del body[name]
         return body
 
     @classmethod

@@ -196,7 +196,7 @@ class SteeredModel:
         attention_bias: Tensor | None = None,
         first_order: bool = False,
         keep_reads: bool = False,
-        read_scale: Tensor | None = None,
+        steer: bool | Tensor = True,
     ) -> SteeredOutput:
         """Read tokens while the state corrects the attention, and write them into the state.
 
@@ -222,7 +222,8 @@ class SteeredModel:
                 the state, and through `reads`, but not through what corrections do to the hidden states of this call;
                 the model's activations are not kept. The logits have no gradient then.
             keep_reads: whether to return what each layer has read.
-            read_scale: [B, T] float32, for training: how much of its read each token is corrected by; None = all.
+            steer: whether tokens are corrected by what they read: one bool, a bool for each of [B, T], or by how much,
+                [B, T] float32. Tokens that are not have the hidden states of the bare model, and write all the same.
 
         Raises:
             SegmentsRequiredError: a message or sentence adapter should write but has no segments.
@@ -246,13 +247,13 @@ class SteeredModel:
         self._check_pending(pending, batch)
         if position_ids is None:
             position_ids = _positions(attention_mask, past, length, input_ids)
-        _need_shape("read_scale", read_scale, (batch, length))
-        stepping = length == 1 and not keep_reads and read_scale is None and not torch.is_grad_enabled()
+        _need_shape("steer", steer if isinstance(steer, Tensor) else None, (batch, length))
+        stepping = length == 1 and not keep_reads and steer is True and not torch.is_grad_enabled()
         context = self._context(state, attention_mask, segments, write, pending, length, stepping)
         mask = attention_mask if attention_bias is None else mask_for(self.model, attention_bias)
         inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
         context.kept = {} if keep_reads else None
-        context.read_scale = read_scale
+        context.steer = steer
         if first_order and torch.is_grad_enabled():
             context.first_order = True
             # Layers above the last one with memory have no part in what is written.

@@ -58,7 +58,7 @@ class ForwardContext(ABC):
         first_order: whether gradients flow through what is written and read, but not through the model, which then
             runs without a graph.
         kept: the read of each layer, [B, T, H, r]; None: they are not kept.
-        read_scale: [B, T] float32, by which each token's read is multiplied before it corrects anything; None = 1.
+        steer: whether tokens are corrected by what they read: one bool, or by how much, [B, T] bool or float32.
         stops: whether to leave the model, by `AllRead`, as soon as the last layer has read.
     """
 
@@ -67,7 +67,7 @@ class ForwardContext(ABC):
         self.state = state
         self.first_order = False
         self.kept: dict[int, Tensor] | None = None
-        self.read_scale: Tensor | None = None
+        self.steer: bool | Tensor = True
         self.stops = False
         self._reads: dict[int, Tensor] = {}
         self._layers_read = 0
@@ -97,12 +97,14 @@ class ForwardContext(ABC):
                 self.kept[layer] = read
             if self.stops and self._layers_read == len(self.memory):
                 raise AllRead
-            if self.read_scale is not None:
-                read = read * self.read_scale.to(read.device)[..., None, None]
+            if isinstance(self.steer, Tensor):
+                read = read * self.steer.to(read.device)[..., None, None]
             self._reads[layer] = read.detach() if self.first_order else read
         if layer not in self._reads:  # none of the layer's input projections ran; `end` raises
             return output
         read = self._reads.pop(layer) if site.is_output else self._reads[layer]
+        if self.steer is False:
+            return output
         for head, start in site.heads:
             output = self.memory[layer].correct(head, read, output, start)
         return output

@@ -112,13 +112,20 @@ class DecodeBatch:
             self._run_together(requests)
 
     def extend(
-        self, sequence: Sequence, ids: abc.Sequence[int], segments: abc.Sequence[int], *, logits: bool, close: bool
+        self,
+        sequence: Sequence,
+        ids: abc.Sequence[int],
+        segments: abc.Sequence[int],
+        *,
+        logits: bool,
+        close: bool,
+        reply_from: int = 0,
     ) -> None:
         """As `ModelRunner.extend`; a sequence that has a row leaves it first, with the tokens that it read there."""
         if sequence.row is not None:
             self.leave(sequence, keep=True)
         try:
-            self._runner.extend(sequence, ids, segments, logits=logits, close=close)
+            self._runner.extend(sequence, ids, segments, logits=logits, close=close, reply_from=reply_from)
         except torch.OutOfMemoryError:
             self.release()  # free what is kept for later, so that the next attempt may fit
             raise

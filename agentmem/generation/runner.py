@@ -37,6 +37,7 @@ class ModelRunner:
         device: the device of tokens and states.
         strategy: the adapter's write strategy; None without an adapter.
         writes_at_close: whether memory is written when a pass closes, and not by every token.
+        steers_replies_only: whether the memory corrects only the tokens that predict a reply.
         context_limit: the longest context that the model takes, in tokens.
     """
 
@@ -46,6 +47,7 @@ class ModelRunner:
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.strategy: WriteStrategy | None = steered.config.write_strategy if steered is not None else None
         self.writes_at_close = self.strategy not in (None, "token")
+        self.steers_replies_only = steered is not None and steered.config.steered_tokens == "reply"
         self.context_limit: int = model.config.get_text_config().max_position_embeddings
         self.model_fingerprint = model_fingerprint(model)
         self.adapter_fingerprint = steered.adapter_fingerprint if steered is not None else ""
@@ -63,12 +65,15 @@ class ModelRunner:
         logits: bool = True,
         position_ids: Tensor | None = None,
         attention_bias: Tensor | None = None,
+        steer: bool | Tensor = True,
     ) -> ForwardOutput:
         """One forward pass over tokens [B, T]; of the bare model where `state` is None.
 
         The arguments are those of `SteeredModel.__call__`; `logits`: whether the logits of the last tokens are wanted.
         """
-        if state is not None:
+        # A pass that neither writes nor is steered is one of the bare model, unless it closes what earlier ones opened.
+        idle = steer is False and write is False and pending is None
+        if state is not None and not idle:
             assert self.steered is not None
             out = self.steered(
                 tokens,
@@ -81,6 +86,7 @@ class ModelRunner:
                 close=close,
                 position_ids=position_ids,
                 attention_bias=attention_bias,
+                steer=steer,
             )
             return ForwardOutput(None if out.logits is None else out.logits[:, -1], out.state, out.pending)
         inputs = {"input_ids": tokens, "cache": cache, "use_cache": True}
@@ -88,11 +94,18 @@ class ModelRunner:
             inputs |= {"attention_mask": mask_for(self.model, attention_bias), "position_ids": position_ids}
         if not logits:
             self.model.get_decoder()(**inputs)
-            return ForwardOutput(None, None, None)
-        return ForwardOutput(self.model(**inputs, logits_to_keep=1).logits[:, -1], None, None)
+            return ForwardOutput(None, state, None)
+        return ForwardOutput(self.model(**inputs, logits_to_keep=1).logits[:, -1], state, None)
 
     def extend(
-        self, sequence: Sequence, ids: abc.Sequence[int], segments: abc.Sequence[int], *, logits: bool, close: bool
+        self,
+        sequence: Sequence,
+        ids: abc.Sequence[int],
+        segments: abc.Sequence[int],
+        *,
+        logits: bool,
+        close: bool,
+        reply_from: int = 0,
     ) -> None:
         """Read tokens at the end of a sequence that has no row, in a pass of their own.
 
@@ -102,8 +115,12 @@ class ModelRunner:
             segments: a segment for each token, -1 = not written; for token adapters only the sign matters.
             logits: whether to store the logits of the last token in `sequence.logits`.
             close: for message and sentence adapters, whether the pass ends here.
+            reply_from: the first of the tokens that predict a reply; `len(ids)` if none does.
         """
         sequence.next_token = None
+        steer: bool | Tensor = True
+        if self.steers_replies_only and reply_from:
+            steer = reply_from < len(ids) and self._to_device([int(n >= reply_from) for n in range(len(ids))]).bool()
         writes = max(segments) >= 0
         # Where all tokens write, a token adapter needs no segments.
         numbered = writes and (self.writes_at_close or min(segments) < 0)
@@ -116,6 +133,7 @@ class ModelRunner:
             pending=sequence.pending,
             close=close,
             logits=logits,
+            steer=steer,
         )
         sequence.state, sequence.pending = out.state, out.pending
         if out.logits is not None:

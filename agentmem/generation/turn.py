@@ -249,7 +249,7 @@ def catch_up(context: TurnContext, plan: CatchUp) -> Steps[Sequence]:
     # Made without the model's config, so that every layer keeps all its KV, even sliding ones, and can be cut back.
     sequence = Sequence(None if plan.start is None else context.runner.load_state(plan.start), DynamicCache())
     for chunk in plan.catch_up_chunks:
-        yield from _feed(context, sequence, chunk.ids, chunk.segments, close=chunk.closes)
+        yield from _feed(context, sequence, chunk.ids, chunk.segments, close=chunk.closes, reply_from=len(chunk.ids))
         sequence.cache = DynamicCache()  # the next pass begins at position 0 again
     return sequence
 
@@ -268,14 +268,18 @@ def prefill(context: TurnContext, plan: Plan, sequence: Sequence) -> Steps[Promp
         if hit.logits is not None:
             sequence.logits, sequence.state, sequence.pending = hit.logits, hit.state, hit.pending
             return Prompt(hit, length)
-    yield from _feed(context, sequence, key.ids[length:n], key.segments[length:n])
+    # The last token is the first that predicts a token of the reply.
+    last = len(key.ids) - 1
+    yield from _feed(context, sequence, key.ids[length:n], key.segments[length:n], reply_from=last - length)
     if plan.strategy == "token":
-        yield from _feed(context, sequence, key.ids[n:], key.segments[n:], logits=True)
+        yield from _feed(context, sequence, key.ids[n:], key.segments[n:], logits=True, reply_from=last - n)
     else:
         # The messages' pass ends with their last token; the reply's pass begins with the generation prompt.
         end = len(plan.prompt.ids)
-        yield from _feed(context, sequence, key.ids[n:end], key.segments[n:end])
-        yield from _feed(context, sequence, key.ids[end:], key.segments[end:], logits=True, close=False)
+        yield from _feed(context, sequence, key.ids[n:end], key.segments[n:end], reply_from=last - n)
+        yield from _feed(
+            context, sequence, key.ids[end:], key.segments[end:], logits=True, close=False, reply_from=last - end
+        )
     entry = Prefill(sequence.cache, len(key.ids), sequence.state, sequence.logits, sequence.pending)
     return Prompt(entry, length, 0 if stale is None else length)
 
@@ -416,6 +420,7 @@ def _feed(
     *,
     logits: bool = False,
     close: bool = True,
+    reply_from: int = 0,
 ) -> Steps[None]:
     """Read tokens of one sequence in passes of its own; yields after each pass.
 
@@ -424,6 +429,7 @@ def _feed(
         segments: a segment for each token, -1 = not written; for token adapters only the sign matters.
         logits: whether to store the logits of the last token in `sequence.logits`.
         close: for message and sentence adapters, whether the pass ends here.
+        reply_from: the first of the tokens that predict a reply; `len(ids)` or more if none does.
     """
     closes = close and context.runner.writes_at_close and sequence.state is not None
     if sequence.row is not None and len(ids) <= _FEW and not logits and not closes:
@@ -436,7 +442,12 @@ def _feed(
         end = min(begin + CHUNK_TOKENS, len(ids))
         last = end == len(ids)
         context.batch.extend(
-            sequence, ids[begin:end], segments[begin:end], logits=logits and last, close=close and last
+            sequence,
+            ids[begin:end],
+            segments[begin:end],
+            logits=logits and last,
+            close=close and last,
+            reply_from=max(0, reply_from - begin),
         )
         yield None
 

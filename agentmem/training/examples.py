@@ -14,15 +14,16 @@ start from the state after the last pass. `collate` lays examples out as tensors
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from random import Random
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from agentmem.delta.config import WriteStrategy
+from agentmem.delta.config import SteeredTokens, WriteStrategy
 from agentmem.errors import ConfigError, DataError
 from agentmem.generation.plan import CatchUp, Request, plan_remember, plan_turn
 from agentmem.messages import Message
@@ -50,12 +51,14 @@ class Pass:
         weights: the weight of predicting each token in the loss; 0 = it does not count.
         split: where the second of two write passes begins, which reads on in the KV of the first: message and sentence
             adapters write the prompt's messages before the reply. `len(ids)` where there is one.
+        reply_from: the first token that predicts one of a reply; `len(ids)` where there is none.
     """
 
     ids: list[int]
     segments: list[int]
     weights: list[float]
     split: int
+    reply_from: int = 0
 
     @property
     def counts(self) -> bool:
@@ -212,6 +215,7 @@ class ExampleMaker:
             [*prompt.segments, *segments],
             [*([0.0] * (len(prompt.ids) + len(plan.generation_prompt))), *weights],
             len(every) if self._strategy == "token" else len(prompt.ids),
+            len(prompt.ids) + len(plan.generation_prompt) - 1,
         )
 
     def _remember(self, messages: Sequence[Message], consumed: int, origin: str) -> Iterator[Pass]:
@@ -223,7 +227,7 @@ class ExampleMaker:
         for chunk in plan.catch_up_chunks:
             if not chunk.closes:
                 raise DataError(f"{origin or 'a conversation'}: a message is longer than the model's context")
-            yield Pass(chunk.ids, chunk.segments, [0.0] * len(chunk.ids), len(chunk.ids))
+            yield Pass(chunk.ids, chunk.segments, [0.0] * len(chunk.ids), len(chunk.ids), len(chunk.ids))
 
     def _state(self, messages: Sequence[Message]) -> MemoryState:
         """A state that has consumed these messages."""
@@ -270,7 +274,9 @@ def _spans(text: str, values: Sequence[str]) -> Iterator[tuple[int, int]]:
             start = text.find(value, start + len(value))
 
 
-def collate(examples: Sequence[Example], pad: int, *, joined: bool) -> dict[str, Any]:
+def collate(
+    examples: Sequence[Example], pad: int, *, joined: bool, steered_tokens: SteeredTokens = "all"
+) -> dict[str, Any]:
     """Lay examples out as tensors.
 
     Args:
@@ -278,42 +284,75 @@ def collate(examples: Sequence[Example], pad: int, *, joined: bool) -> dict[str,
         pad: the token id of padding.
         joined: put all passes of an example into one row, with a block for each (`blocks`); they are then computed in
             one call. Only for token adapters, for which this changes no number.
+        steered_tokens: of the adapter's config.
 
     Returns:
         `passes`, a list of layouts to run one after another, and `asks`, one layout or None. A layout is a dict of
         ids, positions, segments [N, T] int64, weights [N, T] float32, and
             rows: [N] int64, which of the B examples each row belongs to;
+            steered: [N, T] bool, which tokens the memory corrects;
             blocks: [N, T] int64, the pass of each token, -1 = padding (only if `joined`);
-            split: how many columns come before the second of two write passes, or before what an example's questions
-                do not share; T where there is neither;
+            cuts: ascending columns, the last of them T: up to each the columns are run in a call of their own. Before
+                the second of two write passes this is what the adapter asks for; before what an example's questions do
+                not share, and before the first token that is steered, it saves time;
             first, of: [n] and [N] int64, which rows have a beginning that others share, and which of the n each row
-                continues (only where questions share one). Columns before `split` need those n rows only.
+                continues (only where questions share one). Columns before the first cut need those n rows only.
     """
     passes: list[dict[str, Any]] = []
     if joined:
         rows = [(n, example.passes) for n, example in enumerate(examples) if example.passes]
         if rows:
-            passes = [_joined(rows, pad)]
+            passes = [_joined(group, pad) for group in _of_like_length(rows)]
     else:
         for place in range(max((len(example.passes) for example in examples), default=0)):
             chosen = [(n, e.passes[place]) for n, e in enumerate(examples) if place < len(e.passes)]
             passes.append(_apart(chosen, pad))
     asks = [(n, ask) for n, example in enumerate(examples) for ask in example.asks]
-    return {"count": len(examples), "passes": passes, "asks": _questions(asks, pad) if asks else None}
+    replies_only = steered_tokens == "reply"
+    questions = _questions(asks, pad, replies_only=replies_only, gaps=joined) if asks else None
+    if not replies_only:
+        for layout in [*passes, *([] if questions is None else [questions])]:
+            layout["steered"] = torch.ones_like(layout["steered"])
+    return {"count": len(examples), "passes": passes, "asks": questions}
 
 
-def _questions(rows: Sequence[tuple[int, Pass]], pad: int) -> dict[str, Any]:
-    """Rows of one question each. What all questions of an example begin with (the system message) is to be run once."""
+def _of_like_length(
+    rows: Sequence[tuple[int, Sequence[Pass]]],
+) -> Iterator[list[tuple[int, Sequence[Pass]]]]:
+    """Rows in groups of which none is padded to more than 4/3 of its length."""
+    lengths = {row: sum(len(each.ids) for each in passes) for row, passes in rows}
+    group: list[tuple[int, Sequence[Pass]]] = []
+    for row in sorted(rows, key=lambda each: lengths[each[0]]):
+        if group and 4 * lengths[group[0][0]] < 3 * lengths[row[0]]:
+            yield group
+            group = []
+        group.append(row)
+    yield group
+
+
+def _questions(rows: Sequence[tuple[int, Pass]], pad: int, *, replies_only: bool, gaps: bool) -> dict[str, Any]:
+    """Rows of one question each.
+
+    What all questions of an example begin with (the system message) is to be run once. Where only replies are steered,
+    what comes before them is to be run without gradients.
+
+    Args:
+        gaps: whether padding may stand between the parts of a row.
+    """
     if any(each.split < len(each.ids) for _, each in rows):
         return _apart(rows, pad)  # message and sentence adapters have two parts already
     numbers = sorted({row for row, _ in rows})
     shared = {number: _common([each for row, each in rows if row == number]) for number in numbers}
-    if len(numbers) == len(rows) or not all(shared.values()):
-        return _apart(rows, pad)
-    layout = _apart([(row, replace(each, split=shared[row])) for row, each in rows], pad)
-    owners = layout["rows"]
-    layout["first"] = torch.tensor([owners.tolist().index(number) for number in numbers])
-    layout["of"] = torch.searchsorted(torch.tensor(numbers), owners)
+    shares = len(numbers) < len(rows) and all(shared.values())
+    replies_only = replies_only and (gaps or not shares)
+    ends = [
+        (*([shared[row]] * shares), *([each.reply_from] * replies_only), len(each.ids)) for row, each in rows
+    ]  # ascending
+    layout = _apart(rows, pad, ends)
+    if shares:
+        owners = layout["rows"]
+        layout["first"] = torch.tensor([owners.tolist().index(number) for number in numbers])
+        layout["of"] = torch.searchsorted(torch.tensor(numbers), owners)
     return layout
 
 
@@ -334,6 +373,7 @@ def _joined(rows: Sequence[tuple[int, Sequence[Pass]]], pad: int) -> dict[str, A
     weights = [[w for p in passes for w in _shifted_in(p.weights)] for _, passes in rows]
     blocks = [[n for n, p in enumerate(passes) for _ in p.ids] for _, passes in rows]
     positions = [[n for p in passes for n in range(len(p.ids))] for _, passes in rows]
+    steered = [[n >= p.reply_from for p in passes for n in range(len(p.ids))] for _, passes in rows]
     length = max(len(each.ids) for each in whole)
     return {
         "rows": torch.tensor([row for row, _ in rows]),
@@ -341,30 +381,45 @@ def _joined(rows: Sequence[tuple[int, Sequence[Pass]]], pad: int) -> dict[str, A
         "segments": _padded(segments, length, -1, torch.int64),
         "weights": _padded(weights, length, 0.0, torch.float32),
         "positions": _padded(positions, length, 0, torch.int64),
+        "steered": _padded(steered, length, 0, torch.bool),
         "blocks": _padded(blocks, length, -1, torch.int64),
-        "split": length,
+        "cuts": (length,),
     }
 
 
-def _apart(rows: Sequence[tuple[int, Pass]], pad: int) -> dict[str, Any]:
-    """Rows of one pass each, or of two parts, of which the second begins at the same column in every row."""
-    split = max(each.split for _, each in rows)
-    two = any(each.split < len(each.ids) for _, each in rows)
-    # Padding before the first part: between the parts it would stand inside of a sliding window.
-    gaps = [split - each.split if two else 0 for _, each in rows]
-    length = max(gap + len(each.ids) for gap, (_, each) in zip(gaps, rows, strict=True))
-    passes = list(zip(gaps, (each for _, each in rows), strict=True))
-    mask = _padded([[0] * gap + [1] * len(each.ids) for gap, each in passes], length, 0, torch.int64)
+def _apart(rows: Sequence[tuple[int, Pass]], pad: int, ends: Sequence[tuple[int, ...]] | None = None) -> dict[str, Any]:
+    """Rows of one pass each, in parts that begin at the same column in every row.
+
+    Args:
+        ends: where each row's parts end, ascending; None: the two write passes are the parts.
+    """
+    if ends is None:
+        two = any(each.split < len(each.ids) for _, each in rows)
+        ends = [(each.split, len(each.ids)) if two else (len(each.ids),) for _, each in rows]
+    sizes = [[stop - start for start, stop in pairwise((0, *each))] for each in ends]
+    widths = [max(column) for column in zip(*sizes, strict=True)]
+    cuts = tuple(accumulate(widths))
+
+    def laid(values: Sequence[Sequence[float]], fill: float, dtype: torch.dtype) -> Tensor:
+        """Each part but the last stands at the right of its columns: inside of a first part padding would be read."""
+        out = torch.full((len(rows), cuts[-1]), fill, dtype=dtype)
+        for row, value, stops, lengths in zip(out, values, ends, sizes, strict=True):
+            starts = [cut - size for cut, size in zip(cuts[:-1], lengths, strict=False)] + [cuts[-1] - widths[-1]]
+            for column, stop, size in zip(starts, stops, lengths, strict=True):
+                row[column : column + size] = torch.tensor(value[stop - size : stop], dtype=dtype)
+        return out
+
+    passes = [each for _, each in rows]
+    mask = laid([[1] * len(each.ids) for each in passes], 0, torch.int64)
     return {
         "rows": torch.tensor([row for row, _ in rows]),
-        "ids": _padded([[pad] * gap + each.ids for gap, each in passes], length, pad, torch.int64),
-        "segments": _padded([[-1] * gap + each.segments for gap, each in passes], length, -1, torch.int64),
-        "weights": _padded(
-            [[0.0] * gap + [*_shifted_in(each.weights)] for gap, each in passes], length, 0.0, torch.float32
-        ),
+        "ids": laid([each.ids for each in passes], pad, torch.int64),
+        "segments": laid([each.segments for each in passes], -1, torch.int64),
+        "weights": laid([_shifted_in(each.weights) for each in passes], 0.0, torch.float32),
         "positions": (mask.cumsum(-1) - 1).clamp_min(0),
+        "steered": laid([[n >= each.reply_from for n in range(len(each.ids))] for each in passes], 0, torch.bool),
         "mask": mask,
-        "split": split if two else length,
+        "cuts": tuple(cut for cut, width in zip(cuts, widths, strict=True) if width),
     }
 
 

@@ -107,7 +107,7 @@ class PreparedRun:
 
     def batch(self, examples: Sequence[Example], *, joined: bool) -> dict[str, Any]:
         """Examples as tensors."""
-        return collate(examples, self.pad, joined=joined)
+        return collate(examples, self.pad, joined=joined, steered_tokens=self.memory.steered_tokens)
 
 
 def train(config: TrainConfig, *, on_progress: Callable[[TrainProgress], None] | None = None) -> TrainResult:

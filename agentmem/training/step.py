@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -31,7 +32,7 @@ from agentmem.training.frozen import FrozenFeatures
 Gradient = Literal["full", "first_order"]
 Start = Literal["memory", "zero", "foreign"]
 
-_BY_ROW = ("ids", "segments", "weights", "positions", "mask", "features")  # of a layout
+_BY_ROW = ("ids", "segments", "weights", "positions", "steered", "mask", "features")  # of a layout
 _TINY = 1e-6
 _SHORT = 256  # tokens of a row
 
@@ -172,40 +173,45 @@ class MemoryStep(nn.Module):
         return _Result(*checkpoint(run, state, use_reentrant=False))
 
     def _compute(self, layout: Mapping[str, Any], state: Tensor) -> _Result:
-        split, length = layout["split"], layout["ids"].shape[1]
+        cuts = layout["cuts"]
         if self._features is not None:
             layout = {**layout, "features": self._features.rows(layout)}
         if "blocks" in layout:
             with attending_apart(self._steered.model, layout["blocks"]):
-                return self._call(layout, slice(0, length), state, None)[0]
-        cache = None
-        if split < length:
+                return self._call(layout, slice(0, *cuts), state, None)
+        cache: Any = None
+        if len(cuts) > 1:
             from transformers import DynamicCache
 
             cache = DynamicCache()
-        if "of" not in layout:
-            first, cache = self._call(layout, slice(0, split), state, cache)
-            if split == length:
-                return first
-        else:
-            rows, of = layout["first"], layout["of"]
-            beginnings = {name: value[rows] for name, value in layout.items() if name in _BY_ROW}
-            shared, cache = self._call(beginnings, slice(0, split), state[rows], cache)
-            cache.batch_select_indices(of)
-            first = _Result(*(value[of] for value in vars(shared).values()))
-        second, _ = self._call(layout, slice(split, length), first.state, cache)
-        joined = (first.losses + second.losses, first.quiet + second.quiet, first.loud + second.loud)
-        return _Result(second.state, *joined)
+        results: list[_Result] = []
+        for start, stop in pairwise((0, *cuts)):
+            columns = slice(start, stop)
+            if "of" not in layout or start:
+                results.append(self._call(layout, columns, state, cache))
+            else:
+                rows, of = layout["first"], layout["of"]
+                beginnings = {name: value[rows] for name, value in layout.items() if name in _BY_ROW}
+                shared = self._call(beginnings, columns, state[rows], cache)
+                cache.batch_select_indices(of)
+                results.append(_Result(*(value[of] for value in vars(shared).values())))
+            state = results[-1].state
+        losses, quiet, loud = (sum(parts[1:], parts[0]) for parts in zip(*map(_sums, results), strict=True))
+        return _Result(state, losses, quiet, loud)
 
-    def _call(self, layout: Mapping[str, Any], columns: slice, state: Tensor, cache: Any) -> tuple[_Result, Any]:
-        """Run some columns of a layout."""
+    def _call(self, layout: Mapping[str, Any], columns: slice, state: Tensor, cache: Any) -> _Result:
+        """Run some columns of a layout; the cache, if any, is extended."""
         ids, segments = layout["ids"][:, columns], layout["segments"][:, columns]
         weights = F.pad(layout["weights"], (0, 1))[:, columns.start + 1 : columns.stop + 1]  # of the token that follows
         if columns.stop < layout["ids"].shape[1]:
             weights = torch.cat([weights[:, :-1], torch.zeros_like(weights[:, -1:])], 1)  # a second part is no target
         counts = weights > 0
         targeted = bool(counts.any())
-        leads = bool((layout["weights"] > 0).any())  # a second part reads on in the keys and values of the first
+        steered = layout["steered"][:, columns]
+        # Without corrections nothing here depends on the memory but what is written. Otherwise a later part may read on
+        # in these keys and values, and counts.
+        apart = not bool(steered.any())
+        apart = apart or (self.gradient == "first_order" and not bool((layout["weights"] > 0).any()))
         mask = layout["mask"][:, : columns.stop] if "mask" in layout else None
         hidden: list[Tensor] = []
         decoder = self._steered.model.get_decoder()
@@ -224,9 +230,9 @@ class MemoryStep(nn.Module):
                     segments=segments,
                     logits_to_keep=-1,
                     cache=cache,
-                    first_order=self.gradient == "first_order" and not leads,
+                    first_order=apart,
                     keep_reads=self._read_penalty > 0,
-                    read_scale=None if self.reading >= 1 else counts + self.reading * ~counts,
+                    steer=self._steer(steered, counts),
                 )
         finally:
             handle.remove()
@@ -238,7 +244,16 @@ class MemoryStep(nn.Module):
             rows = counts.nonzero()[:, 0]
             losses = losses.index_add(0, rows, entropy * weights[counts])
         quiet, loud = self._reads(out.reads, counts, _real(layout, columns), state)
-        return _Result(out.state, losses, quiet, loud), cache
+        return _Result(out.state, losses, quiet, loud)
+
+    def _steer(self, steered: Tensor, counts: Tensor) -> bool | Tensor:
+        """How much each token is corrected by what it reads: [N, T], or one bool where all are alike."""
+        if not bool(steered.any()):
+            return False
+        if self.reading < 1:
+            share: Tensor = steered * (counts + self.reading * ~counts)
+            return share
+        return True if bool(steered.all()) else steered
 
     def _reads(
         self, reads: tuple[Tensor, ...] | None, counts: Tensor, real: Tensor, like: Tensor
@@ -269,10 +284,15 @@ def _quick_attention(ids: Tensor) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+def _sums(result: _Result) -> tuple[Tensor, Tensor, Tensor]:
+    return result.losses, result.quiet, result.loud
+
+
 def _real(layout: Mapping[str, Any], columns: slice) -> Tensor:
-    """Which tokens are no padding, [N, T] bool."""
+    """Which tokens are steered and no padding, [N, T] bool."""
     real: Tensor = layout["blocks"] >= 0 if "blocks" in layout else layout["mask"].bool()
-    return real[:, columns]
+    steered: Tensor = layout["steered"]
+    return (real & steered)[:, columns]
 
 
 def total_weight(batch: Mapping[str, Any]) -> Tensor:

@@ -365,7 +365,10 @@ def test_configs_are_checked_and_made_equal_in_code_too() -> None:
     assert json.dumps(given.to_json()) == json.dumps(same.to_json())
     assert MemoryConfig.from_json(given.to_json()) == given
     assert "lambda_bias_init" not in same.to_json()
-    other = MemoryConfig(lambda_bias_init=2.0, write_strategy="sentence")
+    assert "steered_tokens" not in same.to_json()
+    other = MemoryConfig(lambda_bias_init=2.0, write_strategy="sentence", steered_tokens="reply")
     assert MemoryConfig.from_json(other.to_json()) == other
+    with pytest.raises(ConfigError, match="steered_tokens must be all or reply; found 'none'"):
+        given.replace(steered_tokens="none")
     with pytest.raises(ConfigError, match="alpha must be a finite"):
         given.replace(alpha=float("inf"))

@@ -226,3 +226,17 @@ def test_attention_bias_parts_what_one_call_holds(attention: str) -> None:
     both = steered(ids, state, position_ids=positions, attention_bias=allowed[None, None])
     _close(both.logits, torch.cat((first.logits, second.logits), dim=1))
     _close(both.state, second.state)
+
+
+@pytest.mark.parametrize("strategy", ["token", "message"])
+@torch.no_grad()
+def test_tokens_that_are_not_steered_are_those_of_the_bare_model_and_write(strategy: str) -> None:
+    model = _model("sdpa")
+    steered = steer(model, write_strategy=strategy, rank=4)
+    ids, segments, state = random_ids(2, 12), torch.arange(12).expand(2, -1) // 4, random_state(steered, 2)
+    out = steered(ids, state, segments=segments, steer=False)
+    assert torch.equal(out.logits, model(ids).logits)
+    assert (out.state - state).abs().amax() > 1e-2
+    masked = steered(ids, state, segments=segments, steer=torch.tensor([[False] * 8 + [True] * 4]).expand(2, -1))
+    assert torch.equal(masked.logits[:, :8], out.logits[:, :8])
+    assert (masked.logits[:, 8:] - out.logits[:, 8:]).abs().amax() > 1e-2

@@ -32,7 +32,14 @@ def by_hand(engine: Engine, messages: list[Message], reply: tuple[int, ...], tex
     opening, closing = prompt.input_ids[end:], transcript.closing_ids()
     segments = torch.tensor([numbers[:end]])
     with torch.no_grad():
-        out = steered(torch.tensor([prompt.input_ids[:end]]), write=segments >= 0, segments=segments, cache=True)
+        everywhere = steered.config.steered_tokens == "all"
+        out = steered(
+            torch.tensor([prompt.input_ids[:end]]),
+            write=segments >= 0,
+            segments=segments,
+            cache=True,
+            steer=everywhere,
+        )
         spoken = [0] * (len(opening) + len(reply) + len(closing))
         if strategy == "sentence":
             pieces = sentence_numbers(text, reply, lambda t: engine.tokenizer.encode(t, add_special_tokens=False))
@@ -44,18 +51,21 @@ def by_hand(engine: Engine, messages: list[Message], reply: tuple[int, ...], tex
             write=numbers_after >= 0,
             segments=numbers_after,
             cache=out.cache,
+            steer=everywhere or torch.arange(len(spoken))[None] >= len(opening) - 1,
         )
     state: np.ndarray[Any, Any] = out.state[0].numpy()
     return state
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize(("heads", "steered"), [(1, "all"), (4, "all"), (1, "reply")])
 @pytest.mark.parametrize("ending", ["length", "stop string", "stop inside a token", "second end token"])
 def test_state_equals_feeding_the_returned_reply_by_hand(
-    make_engine: Any, strategy: str, heads: int, ending: str
+    make_engine: Any, strategy: str, heads: int, steered: str, ending: str
 ) -> None:
-    engine = make_engine(write_strategy=strategy, num_state_heads=heads, couple_lambda=heads == 1)
+    engine = make_engine(
+        write_strategy=strategy, num_state_heads=heads, couple_lambda=heads == 1, steered_tokens=steered
+    )
     messages = [Message("system", "Be kind."), user("My favorite color is teal. Really!\n\nDo you know?")]
     free = engine.turn(messages, sampling=Sampling(max_tokens=24))
     assert free.finish_reason == "length"
@@ -117,6 +127,28 @@ def test_prefills_at_hand_change_no_bit(make_engine: Any, strategy: str) -> None
             histories[place] += [user(f"{said}0"), result.message]
             states[place] = result.state
     assert hits > 100
+
+
+@pytest.mark.parametrize("steered", ["reply", "all"])
+def test_where_only_replies_are_steered_a_memory_has_no_part_in_what_is_written(make_engine: Any, steered: str) -> None:
+    """A write is affine in the state then: keys, values and gates are those of the bare model."""
+    engine = make_engine(steered_tokens=steered)
+    zero = engine.zero_state()
+    rng = np.random.default_rng(0)
+    one, two = (rng.normal(size=zero.shape).astype(np.float32) for _ in range(2))
+
+    def after(matrices: np.ndarray[Any, Any]) -> torch.Tensor:
+        start = MemoryState.from_matrices(
+            matrices,
+            zero.record,
+            model_fingerprint=zero.model_fingerprint,
+            adapter_fingerprint=zero.adapter_fingerprint,
+        )
+        return torch.tensor(engine.remember([user("My favorite color is teal.")], start).state.matrices)
+
+    both = after(one + two) + after(zero.matrices)
+    difference = (both - after(one) - after(two)).abs().max()
+    assert (difference < 1e-4) == (steered == "reply")
 
 
 def test_a_history_is_written_once_however_it_is_windowed(make_engine: Any) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import agentmem
@@ -184,6 +186,49 @@ def test_what_questions_share_is_run_once_and_changes_no_gradient() -> None:
         for name in ("first", "of"):
             batch["asks"].pop(name)
         assert_close(penalty, quiet(batch)["penalty"], 20 * TERMS)
+
+
+def replying(seed: int) -> Example:
+    """As `asking`, and each question's last three tokens, of which two are predicted, are steered."""
+    example = asking(seed)
+    asks = tuple(replace(ask, reply_from=len(ask.ids) - 3) for ask in example.asks)
+    told = tuple(replace(each, reply_from=len(each.ids) - number) for number, each in enumerate(example.passes))
+    return replace(example, passes=told, asks=asks)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+@pytest.mark.parametrize("shares", [True, False])
+def test_where_only_replies_are_steered_gradients_are_those_of_calls_that_say_so(
+    architecture: str, shares: bool
+) -> None:
+    steered = lively(architecture=architecture)
+    step, examples = MemoryStep(steered), [replying(seed) for seed in range(3)]
+    if not shares:
+        examples = [Example(each.passes, each.asks[:1]) for each in examples]
+    batch = collate(examples, 0, joined=step.joined, steered_tokens="reply")
+    assert len(batch["asks"]["cuts"]) > 1
+    trained = [p for p in step.memory.parameters() if p.requires_grad]
+    losses = []
+    for example in examples:
+        state = steered.zeros(1)
+        for each in example.passes:
+            state = _called(steered, each, state).state
+        for ask in example.asks:
+            logits = _called(steered, ask, state).logits
+            losses.append(F.cross_entropy(logits[0, -3:-1], torch.tensor(ask.ids[-2:]), reduction="sum"))
+    expected = torch.stack(losses).sum() / sum(each.weight for each in examples)
+    found = step(batch)["loss"]
+    assert_close(found, expected, 20 * TERMS)
+    gradients = [
+        torch.cat([x.flatten() for x in torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)])
+        for loss in (found, expected)
+    ]
+    assert_close(gradients[0], gradients[1], 20 * TERMS)
+
+
+def _called(steered: SteeredModel, each: Pass, state: Tensor) -> Any:
+    steer = torch.arange(len(each.ids))[None] >= each.reply_from
+    return steered(torch.tensor([each.ids]), state, segments=torch.tensor([each.segments]), steer=steer)
 
 
 @pytest.mark.parametrize(

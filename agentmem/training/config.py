@@ -58,6 +58,8 @@ class TrainConfig:
     start: Literal["zero", "copier", "fitted"] = _key(
         "copier", "memory", "New weights: without effect, giving back what was written, or fitted to the model first."
     )
+    start_conversations: int = _key(500, "memory", "Conversations that new weights are fitted to.")
+    lens_steps: int = _key(0, "memory", "Steps through a logit lens after that, on these conversations: see below.")
     data: tuple[str, ...] = _key((), "data", "JSONL files, or facts, sgd, taskmaster4, personas; may be repeated.")
     data_dir: str | None = _key(None, "data", "The folder that holds sgd, taskmaster4 and personas.")
     data_shares: tuple[float, ...] = _key((), "data", "How much of each: a number for each source; none: equal.")
@@ -89,6 +91,11 @@ class TrainConfig:
     batch_size: int = _key(8, "steps", "Conversations of a step on each device.")
     accumulate: int = _key(1, "steps", "Batches whose gradients make one step.")
     learning_rate: float = _key(2e-3, "steps", "The highest rate.")
+    rates: Mapping[str, float] = _key(
+        {},
+        "steps",
+        "Shares of that rate for some parameters, by name: memory_k_proj=0.05 ...; 0: they stay as they are.",
+    )
     warmup: int = _key(40, "steps", "Steps until it is reached.")
     floor: float = _key(0.05, "steps", "What the rate decays to, along a cosine, as a share of the highest.")
     betas: tuple[float, float] = _key((0.9, 0.98), "steps", "Of AdamW.")
@@ -115,9 +122,18 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for each in fields(self):
             object.__setattr__(self, each.name, _of_type(each.name, key_types()[each.name], getattr(self, each.name)))
-        for name in ("max_steps", "batch_size", "accumulate", "save_every", "keep", "probes", "probe_tokens"):
+        for name in (
+            "max_steps",
+            "batch_size",
+            "accumulate",
+            "save_every",
+            "keep",
+            "probes",
+            "probe_tokens",
+            "start_conversations",
+        ):
             self._need(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("warmup", "evaluate_every", "patience", "workers", "held_out"):
+        for name in ("warmup", "evaluate_every", "patience", "workers", "held_out", "lens_steps"):
             self._need(getattr(self, name) >= 0, name, "at least 0")
         for name in ("window_messages", "window_tokens", "threads", "truncate"):
             self._need(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1, or null")
@@ -126,6 +142,8 @@ class TrainConfig:
         for name in ("max_bad", "floor", "full_gradient_from", "read_warmup"):
             self._need(0 <= getattr(self, name) <= 1, name, "from 0 to 1")
         self._need(self.learning_rate > 0, "learning_rate", "above 0")
+        numbers = all(type(share) in (int, float) and share >= 0 for share in self.rates.values())
+        self._need(numbers, "rates", "a number from 0 for each name")
         self._need(self.clip > 0, "clip", "above 0")
         self._need(all(0 <= beta < 1 for beta in self.betas), "betas", "two numbers from 0 to below 1")
         self._need(all(share > 0 for share in self.data_shares), "data_shares", "numbers above 0")
@@ -140,6 +158,8 @@ class TrainConfig:
             raise ConfigError(
                 "patience counts measurements, and evaluate_every: 0 makes none; set one of them otherwise"
             )
+        if self.lens_steps and self.start != "fitted":
+            raise ConfigError(f"lens_steps go on from start: fitted; found start: {self.start}")
         if self.adapter is not None and self.memory:
             raise ConfigError(
                 "an adapter has memory options of its own: give adapter (to train it further) or memory (for a new one)"

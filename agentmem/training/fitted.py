@@ -7,8 +7,9 @@ starting weights for every layer with memory:
 
     keys, queries   the directions in which a written value's token and the reply's token before it agree most
                     (canonical correlations); with two heads the first learns this for a value's first token, the second
-                    for later tokens, which are found by the token before them
-    gates           a regression that tells values from other written tokens
+                    for later tokens, which are found by the token before them. Then they are trained to find the right
+                    token among all that were written (`addressing`)
+    gates           a regression that tells values from other written tokens, trained on in the same way
     values          a regression from the written token's hidden state to its row of the vocabulary matrix, of which
                     every layer and head carries a random slice; the output weights put the slices back together
 
@@ -28,18 +29,19 @@ from agentmem.delta.attach import ProjectionSite
 from agentmem.delta.layer import LayerMemory
 from agentmem.delta.model import SteeredModel
 from agentmem.errors import ConfigError, DataError
+from agentmem.training.addressing import Places, train_addressing
 from agentmem.training.examples import Example, Pass
 
 _KEY_RIDGE, _RIDGE = 0.4, 0.02
 """Share of the mean variance that is added to every direction's, so that rare directions are not trusted. Keys need
 most: with .02 a held-out value was told from three others in 76 of 100 cases by layer 17 of SmolLM2, with .4 in 84."""
-_OTHERS = 4  # tokens of each pass that are taken as examples of what is no value
+_OTHERS = 32  # tokens of each pass, at most, that are taken as examples of what is no value
 _RANDOM_ROWS, _RANDOM_LENGTH, _SKIPPED = 500, 48, 4
 """Rows of random tokens, from which values are learned too: there are never enough different ones in conversations.
 The first tokens of a row are special to many models and left out."""
 _KEY_SCALE = 0.3  # standard deviation of keys and queries before tanh, where it is still nearly linear
 _GATE_VALUE, _GATE_OTHER = 3.0, -5.0  # the gate's logit at values, and elsewhere
-_RAISE = 30.0  # by how much recalling a value raises its token's logit
+_RAISE = 10.0  # by how much recalling a value raises its token's logit
 
 
 def start_as_copier(steered: SteeredModel, gain: float = 0.3) -> None:
@@ -60,8 +62,8 @@ class _SeenAllError(Exception):
 
 
 @dataclass(frozen=True)
-class _Places:
-    """Places in the passes of an example.
+class _Recalls:
+    """What the questions of an example recall.
 
     Attributes:
         pairs: (pass, position of a written value's token, question, position of the token that predicts it, whether it
@@ -74,23 +76,17 @@ class _Places:
 
 @dataclass
 class _Features:
-    """Hidden states of one layer, each [n, D] float32.
+    """Hidden states of one layer, each [n, D].
 
     Attributes:
-        written, asked: of each pair, the value's token where it is written, and the one that predicts it in a reply.
-        others: of written tokens that are no value's.
+        kept: of written tokens, those of values and others.
+        asked: of the tokens in replies that predict a value's token.
         random: of tokens in random rows.
-        tokens, random_tokens: the token of each row of `written` and `random`.
-        first: whether the pair's token is its value's first.
     """
 
-    written: Tensor
+    kept: Tensor
     asked: Tensor
-    others: Tensor
     random: Tensor
-    tokens: Tensor
-    random_tokens: Tensor
-    first: Tensor
 
 
 @torch.no_grad()
@@ -114,31 +110,46 @@ def start_fitted(steered: SteeredModel, examples: Sequence[Example], pad: int, *
     config = steered.config
     if "o" not in config.delta_heads:
         raise ConfigError(f"a fitted start needs the correction of o in delta_heads; found {config.delta_heads}")
-    places = [_places(example) for example in examples]
-    count = sum(len(each.pairs) for each in places)
+    recalls = [_recalls(example) for example in examples]
+    count = sum(len(each.pairs) for each in recalls)
     if count < 2 * config.rank:
         raise DataError(
             f"a fitted start needs at least {2 * config.rank} values that a reply recalls from what was written; found "
             f"{count} in {len(examples)} conversations. Give more data, or start: copier"
         )
-    _fit(steered, _collect(steered, places, pad, rows), _residual_scale(steered, places), seed)
+    _fit(steered, *_collect(steered, recalls, pad, rows), _residual_scale(steered, recalls), seed)
     return count
 
 
-def _fit(steered: SteeredModel, features: Sequence[_Features], residual: float, seed: int) -> None:
+def _fit(
+    steered: SteeredModel,
+    places: Places,
+    random_tokens: Tensor,
+    features: Sequence[_Features],
+    residual: float,
+    seed: int,
+) -> None:
     """Fit all layers; `residual` is the root mean square of what enters the last norm."""
     config = steered.config
     codes, decoder = _token_codes(steered)
     generator = torch.Generator().manual_seed(seed)
     modules = _modules(steered)
     # How much of a value's code each head of each layer recalls, [L, H]; an output counts as much as its head recalls.
-    recalled = torch.stack([_fit_layer(*each, codes, generator) for each in zip(modules, features, strict=True)])
+    recalled = torch.stack(
+        [
+            _fit_layer(module, layer, places, random_tokens, codes, generator)
+            for module, layer in zip(modules, features, strict=True)
+        ]
+    )
+    shares = train_addressing(
+        modules, [layer.kept for layer in features], [layer.asked for layer in features], places, seed=seed
+    )
     # A recalled code raises its token's logit by its squared length, `rank` in every slice, over the last norm's scale.
-    kinds = _kinds(features[0], config.num_state_heads, config.rank)
+    kinds = _kinds(places, config.num_state_heads, config.rank)
     raised = torch.zeros(config.num_state_heads)
     for kind in set(kinds.tolist()):
         raised[kinds == kind] = config.rank * recalled[:, kinds == kind].square().sum()
-    gain = recalled * (_RAISE * residual / (config.scale * raised.clamp_min(1e-6)))
+    gain = shares * recalled * (_RAISE * residual / (config.scale * raised.clamp_min(1e-6)))
     for module, heads in zip(modules, gain, strict=True):
         module.get_parameter("delta_o_proj").copy_(decoder @ _by_head(module, heads))
 
@@ -149,12 +160,12 @@ def _by_head(module: LayerMemory, factors: Tensor) -> Tensor:
     return slices * factors.repeat_interleave(module.config.rank).to(slices)
 
 
-def _kinds(layer: _Features, heads: int, rank: int) -> Tensor:
+def _kinds(places: Places, heads: int, rank: int) -> Tensor:
     """Which tokens of values each head is for, [H]: 0 = all, 1 = first ones, 2 = later ones (the second half of heads).
 
     All heads are for all of them if there is one head, or too few values have several tokens.
     """
-    later = heads // 2 if int((~layer.first).sum()) >= 4 * rank else 0
+    later = heads // 2 if int((~places.first).sum()) >= 4 * rank else 0
     if not later:
         return torch.zeros(heads)
     return torch.tensor([2 if head >= heads - later else 1 for head in range(heads)])
@@ -174,30 +185,40 @@ def _token_codes(steered: SteeredModel) -> tuple[Tensor, Tensor]:
     return rows @ root, root
 
 
-def _fit_layer(module: LayerMemory, layer: _Features, codes: Tensor, generator: torch.Generator) -> Tensor:
+def _fit_layer(
+    module: LayerMemory,
+    layer: _Features,
+    places: Places,
+    random_tokens: Tensor,
+    codes: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
     """Fit all but the output of one layer, whose weight is left holding the slices of codes [V, D], transposed.
 
     Returns:
         How much of a value's code each head recalls, measured on values that the keys were not fitted to, [H].
     """
-    config, dim = module.config, layer.written.shape[1]
+    config, dim = module.config, layer.kept.shape[1]
     rank, heads = config.rank, config.num_state_heads
-    written, asked = _Centred.of(layer.written, layer.others), _Centred.of(layer.asked, layer.asked)
+    kept, answers = layer.kept.float(), layer.asked.float()
+    values, others = kept[places.found], kept[~places.values]
+    written, asked = _Centred.of(values, others), _Centred.of(answers, answers)
     slices = torch.linalg.qr(torch.randn(dim, rank * heads, generator=generator))[0].T  # [H r, D]
-    known = torch.cat([written.pairs, written.without(layer.random)])
-    tokens = torch.cat([layer.tokens, layer.random_tokens])
+    known = torch.cat([written.pairs, written.without(layer.random.float())])
+    found = places.tokens[places.found]
+    tokens = torch.cat([found, random_tokens])
     recalled = []
-    for head, kind in enumerate(_kinds(layer, heads, rank).tolist()):
+    for head, kind in enumerate(_kinds(places, heads, rank).tolist()):
         part = slice(head * rank, (head + 1) * rank)
-        mine = torch.ones_like(layer.first) if kind == 0 else layer.first if kind == 1 else ~layer.first
+        mine = torch.ones_like(places.first) if kind == 0 else places.first if kind == 1 else ~places.first
         x, y = written.pairs[mine], asked.pairs[mine]
         fold = len(x) * 4 // 5
         keys, queries = _correlated(x[:fold], y[:fold], rank)
         _set(module, "memory_k_proj", part, written.weights(keys))
         _set(module, "memory_q_proj", part, asked.weights(queries))
-        values = _ridge(known, codes[tokens] @ slices[part].T)
-        _set(module, "memory_v_proj", part, written.weights(values))
-        weight, bias = _gate(layer.written[mine], torch.cat([layer.others, layer.written[~mine]]))
+        coded = _ridge(known, codes[tokens] @ slices[part].T)
+        _set(module, "memory_v_proj", part, written.weights(coded))
+        weight, bias = _gate(values[mine], torch.cat([others, values[~mine]]))
         gates = part if config.rankwise_gates else slice(head, head + 1)
         _set(module, "beta_proj", gates, weight.expand(gates.stop - gates.start, dim))
         _set(module, "beta_bias", gates, bias.expand(gates.stop - gates.start))
@@ -205,8 +226,8 @@ def _fit_layer(module: LayerMemory, layer: _Features, codes: Tensor, generator: 
         match = (
             (module.unit((x[fold:] @ keys.T)[:, None]) * module.unit((y[fold:] @ queries.T)[:, None])).sum(-1).mean()
         )
-        code = codes[layer.tokens[mine][fold:]] @ slices[part].T
-        share = ((x[fold:] @ values.T) * code).sum() / code.square().sum()
+        code = codes[found[mine][fold:]] @ slices[part].T
+        share = ((x[fold:] @ coded.T) * code).sum() / code.square().sum()
         recalled.append((match * share).clamp_min(0.0))
     return torch.stack(recalled)
 
@@ -280,7 +301,7 @@ def _gate(values: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     return slope * fit, _GATE_VALUE - slope * (high.mean() + mean @ fit)
 
 
-def _places(example: Example) -> _Places:
+def _recalls(example: Example) -> _Recalls:
     """Where an example's questions recall what its passes wrote."""
     pairs = []
     for asked, ask in enumerate(example.asks):
@@ -290,7 +311,7 @@ def _places(example: Example) -> _Places:
             if where is not None:
                 number, at = where
                 pairs += [(number, at + n, asked, start + n - 1, n == 0) for n in range(len(run))]
-    return _Places(example, tuple(pairs))
+    return _Recalls(example, tuple(pairs))
 
 
 def _full(ask: Pass) -> Iterator[tuple[int, int]]:
@@ -315,46 +336,44 @@ def _last_place(passes: Sequence[Pass], run: Sequence[int]) -> tuple[int, int] |
     return None
 
 
-def _collect(steered: SteeredModel, places: Sequence[_Places], pad: int, rows: int) -> list[_Features]:
-    """The bare model's hidden states at all places, layer by layer."""
+def _collect(
+    steered: SteeredModel, recalls: Sequence[_Recalls], pad: int, rows: int
+) -> tuple[Places, Tensor, list[_Features]]:
+    """The places, the tokens of the random rows, and the bare model's hidden states layer by layer."""
     generator = torch.Generator().manual_seed(0)
     wanted: list[tuple[Pass, list[int]]] = []  # a pass, and the positions to keep
-    places_of: list[tuple[int, int, int, int]] = []  # of each pair: wanted pass and position in it, twice
-    tokens, first, other_places = list[int](), list[bool](), list[tuple[int, int]]()
-    for each in places:
-        base = len(wanted)
-        taken: list[list[int]] = [[] for _ in (*each.example.passes, *each.example.asks)]
-        for number, at, asked, before, is_first in each.pairs:
-            question = len(each.example.passes) + asked
-            places_of.append((base + number, len(taken[number]), base + question, len(taken[question])))
-            taken[number].append(at)
-            taken[question].append(before)
-            tokens.append(each.example.passes[number].ids[at])
-            first.append(is_first)
-        values = {(number, at) for number, at, *_ in each.pairs}
-        for number, written in enumerate(each.example.passes):
-            for at in torch.randperm(len(written.ids), generator=generator)[:_OTHERS].tolist():
-                if (number, at) not in values and written.segments[at] >= 0:
-                    other_places.append((base + number, len(taken[number])))
-                    taken[number].append(at)
-        wanted += zip((*each.example.passes, *each.example.asks), taken, strict=True)
+    examples, tokens, values, found, first = list[int](), list[int](), list[bool](), list[int](), list[bool]()
+    written, replies = list[int](), list[int]()  # which of `wanted` are passes and which are questions
+    for number, each in enumerate(recalls):
+        recalled = {(place, at) for place, at, *_ in each.pairs}
+        index: dict[tuple[int, int], int] = {}
+        for place, read in enumerate(each.example.passes):
+            drawn = torch.randperm(len(read.ids), generator=generator)[:_OTHERS].tolist()
+            kept = sorted({at for at in drawn if read.segments[at] >= 0} | {at for p, at in recalled if p == place})
+            for at in kept:
+                index[place, at] = len(tokens)
+                examples.append(number)
+                tokens.append(read.ids[at])
+                values.append((place, at) in recalled)
+            written.append(len(wanted))
+            wanted.append((read, kept))
+        for question, read in enumerate(each.example.asks):
+            pairs = [pair for pair in each.pairs if pair[2] == question]
+            found += [index[place, at] for place, at, *_ in pairs]
+            first += [pair[4] for pair in pairs]
+            replies.append(len(wanted))
+            wanted.append((read, [pair[3] for pair in pairs]))
     hidden = _hidden(steered, wanted, pad, rows)
     vocabulary = steered.model.get_output_embeddings().weight.shape[0]
-    drawn = torch.randint(vocabulary, (_RANDOM_ROWS, _RANDOM_LENGTH), generator=generator)
-    random_rows = [(Pass(row, [], [], len(row)), list(range(_SKIPPED, len(row)))) for row in drawn.tolist()]
-    random = [torch.cat(layer) for layer in _hidden(steered, random_rows, pad, rows)]
-    return [
-        _Features(
-            torch.stack([layer[a][n] for a, n, _, _ in places_of]),
-            torch.stack([layer[b][n] for _, _, b, n in places_of]),
-            torch.stack([layer[a][n] for a, n in other_places]),
-            mixed,
-            torch.tensor(tokens),
-            drawn[:, _SKIPPED:].flatten(),
-            torch.tensor(first),
-        )
+    drawn_rows = torch.randint(vocabulary, (_RANDOM_ROWS, _RANDOM_LENGTH), generator=generator)
+    random_rows = [(Pass(row, [], [], len(row)), list(range(_SKIPPED, len(row)))) for row in drawn_rows.tolist()]
+    random = _hidden(steered, random_rows, pad, rows)
+    places = Places(*(torch.tensor(each) for each in (examples, tokens, values, found, first)))
+    features = [
+        _Features(torch.cat([layer[n] for n in written]), torch.cat([layer[n] for n in replies]), torch.cat(mixed))
         for layer, mixed in zip(hidden, random, strict=True)
     ]
+    return places, drawn_rows[:, _SKIPPED:].flatten(), features
 
 
 def _hidden(steered: SteeredModel, wanted: Sequence[tuple[Pass, list[int]]], pad: int, rows: int) -> list[list[Tensor]]:
@@ -387,14 +406,14 @@ def _hidden(steered: SteeredModel, wanted: Sequence[tuple[Pass, list[int]]], pad
                 steered.model.get_decoder()(input_ids=ids.to(steered.model.device), use_cache=False)
             for row, n in enumerate(chosen):
                 for layer in range(len(hidden)):
-                    hidden[layer][n] = inputs[layer][row, wanted[n][1]].float().cpu()
+                    hidden[layer][n] = inputs[layer][row, wanted[n][1]].cpu()
     finally:
         for handle in handles:
             handle.remove()
     return hidden
 
 
-def _residual_scale(steered: SteeredModel, places: Sequence[_Places]) -> float:
+def _residual_scale(steered: SteeredModel, recalls: Sequence[_Recalls]) -> float:
     """Root mean square of what enters the last norm, at the tokens that predict a recalled value."""
     kept: list[Tensor] = []
     norm = _final_norm_module(steered)
@@ -402,7 +421,7 @@ def _residual_scale(steered: SteeredModel, places: Sequence[_Places]) -> float:
         return 1.0
     handle = norm.register_forward_pre_hook(lambda _module, arguments: kept.append(arguments[0]))
     try:
-        for each in places[:32]:
+        for each in recalls[:32]:
             for _, _, asked, before, _ in each.pairs[:2]:
                 ids = torch.tensor([each.example.asks[asked].ids], device=steered.model.device)
                 steered.model.get_decoder()(input_ids=ids, use_cache=False)

@@ -35,7 +35,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from agentmem.errors import ConfigError, TrainingError
 from agentmem.training.checkpoints import LOG_FILE, checkpoints, cut_log, last_checkpoint, remove
-from agentmem.training.config import TrainConfig
+from agentmem.training.config import TrainConfig, suggestion
 
 _PARAMETERS_FILE = "parameters.safetensors"
 _MOMENTS_FILE = "optimizer.safetensors"
@@ -80,7 +80,10 @@ class ExampleDataset(torch.utils.data.Dataset[Any]):
 
 @dataclass(frozen=True)
 class TrainProgress:
-    """How far a run is: loss is the mean of the last 50 steps, arms and score those of the last measurement."""
+    """How far a run is: loss is the mean of the last 50 steps, arms and score those of the last measurement.
+
+    `stage` is "logit lens" in steps before the first of the model itself, else "training".
+    """
 
     step: int
     max_steps: int
@@ -89,6 +92,7 @@ class TrainProgress:
     seconds_left: float
     arms: Mapping[str, float] = field(default_factory=dict)
     score: float | None = None
+    stage: str = "training"
 
 
 class TrainingLoop(Trainer):  # type: ignore[misc]  # transformers is not followed by the type checker
@@ -182,6 +186,28 @@ class TrainingLoop(Trainer):  # type: ignore[misc]  # transformers is not follow
         share = outputs["weight"].detach() / self._total_weight.clamp_min(1e-9)
         loss = outputs["loss"] * share * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """AdamW, with a group for each rate that the config names.
+
+        Raises:
+            ConfigError: it names a parameter that is not trained.
+        """
+        created = self.optimizer is None
+        super().create_optimizer(model)
+        if created and self.config.rates:
+            names = {parameter: name.rsplit(".", 1)[-1] for name, parameter in self._trained()}
+            for name in self.config.rates.keys() - set(names.values()):
+                known = sorted(set(names.values()))
+                raise ConfigError(f"rates: nothing that is trained is called {name!r}{suggestion(name, known)}; "
+                                  f"there are {', '.join(known)}")  # fmt: skip
+            shares = {parameter: self.config.rates.get(name, 1.0) for parameter, name in names.items()}
+            self.optimizer.param_groups[:] = [
+                {**group, "params": [p for p in group["params"] if shares[p] == share], "lr": group["lr"] * share}
+                for group in self.optimizer.param_groups
+                for share in sorted({shares[p] for p in group["params"]})
+            ]
+        return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Warm-up, then a cosine down to `floor` times the rate."""

@@ -31,7 +31,7 @@ def shown_progress(console: Console | None = None) -> Iterator[Callable[[TrainPr
         yield _PlainLines(console).show
         return
     columns = (
-        TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
         TimeElapsedColumn(), TextColumn("{task.fields[left]}"),
     )  # fmt: skip
     with Progress(*columns, console=console) as bars:
@@ -42,6 +42,7 @@ def shown_progress(console: Console | None = None) -> Iterator[Callable[[TrainPr
             nonlocal last
             bars.update(
                 task,
+                description=now.stage,
                 completed=now.step,
                 total=now.max_steps,
                 loss=f"{now.loss:.3f}",
@@ -66,7 +67,8 @@ class _PlainLines:
             self._console.print(measured(now), highlight=False, soft_wrap=True)
         if fresh or now.step == now.max_steps or time.monotonic() - self._last >= _EVERY:
             self._last = time.monotonic()
-            line = f"step {now.step} of {now.max_steps}, loss {now.loss:.3f}, {duration(now.seconds)}, "
+            stage = "" if now.stage == "training" else f"{now.stage}: "
+            line = f"{stage}step {now.step} of {now.max_steps}, loss {now.loss:.3f}, {duration(now.seconds)}, "
             self._console.print(f"{line}{duration(now.seconds_left)} left", highlight=False, soft_wrap=True)
 
 

@@ -8,7 +8,7 @@ as it goes. What is left in the output directory:
     README.md                                    its card
     predictions.jsonl                            what it replied to each question, and what the controls did
     log.jsonl train.json                         every step and measurement; the config
-    checkpoint-N best-N                          what a resumed run goes on from
+    start checkpoint-N best-N                    what a resumed run goes on from
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from agentmem.messages import Message
 from agentmem.prompt.transcript import Transcript, Window
 from agentmem.training.arms import measure, probes_of
 from agentmem.training.card import CardFacts, write_card
-from agentmem.training.checkpoints import best_adapters, last_checkpoint
+from agentmem.training.checkpoints import best_adapters, last_checkpoint, written_aside
 from agentmem.training.config import RUN_FILE, TrainConfig, suggestion
 from agentmem.training.contexts import BASIC, CONTROLLED
 from agentmem.training.conversations import Ask, Conversation
@@ -48,6 +48,7 @@ from agentmem.training.examples import Example, ExampleMaker, collate
 from agentmem.training.facts.values import Vocabulary
 from agentmem.training.fitted import start_as_copier, start_fitted
 from agentmem.training.frozen import FrozenFeatures
+from agentmem.training.logit_lens import freeze, train_by_lens
 from agentmem.training.loop import ExampleDataset, TrainProgress, training_arguments
 from agentmem.training.predictions import ArmResults, Probe
 from agentmem.training.progress import show_example, shown_progress
@@ -56,7 +57,7 @@ from agentmem.training.step import MemoryStep, Start, total_weight
 from agentmem.training.trainer import Measurement, MemoryTrainer
 
 _CHECKED = 1000  # conversations that are made into examples before the weights are loaded
-_FITTED = 500  # conversations that new weights are fitted to
+_START = "start"  # in the output directory: new weights as they were before the first step
 _PREDICTIONS = "predictions.jsonl"
 _TOOL = {"type": "function", "function": {"name": "look_up", "description": "", "parameters": {"type": "object"}}}
 
@@ -174,6 +175,11 @@ def prepare(config: TrainConfig) -> PreparedRun:
                               f"{'no token' if get_token() is None else 'a token'}")  # fmt: skip
     adapter = None if config.adapter is None else load_adapter(config.adapter)
     memory = _options(MemoryConfig, "memory", config.memory) if adapter is None else adapter.config
+    if config.lens_steps and (memory.write_strategy != "token" or "o" not in memory.delta_heads):
+        raise ConfigError(
+            f"lens_steps need write_strategy: token and o in delta_heads; found {memory.write_strategy} and "
+            f"{', '.join(memory.delta_heads)}"
+        )
     facts = _options(EpisodeConfig, "facts", config.facts)
     window = Window(tokens=config.window_tokens, messages=config.window_messages)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
@@ -307,8 +313,15 @@ def _trainer(run: PreparedRun, on_progress: Callable[[TrainProgress], None] | No
         steered = SteeredModel.attach(model, config=run.memory, dtype=torch.float32, seed=config.seed)
     else:
         steered = SteeredModel.attach(model, adapter=run.adapter, dtype=torch.float32)
-    if run.adapter is None and last_checkpoint(Path(config.out)) is None:
-        _start(run, steered)
+    out = Path(config.out)
+    if run.adapter is None and last_checkpoint(out) is None:
+        if not (out / _START / CONFIG_FILE).exists():
+            _start(run, steered, on_progress)
+            if arguments.should_save:
+                with written_aside(out / _START) as directory:
+                    steered.save(directory)
+        else:  # the run was killed after its start
+            steered = SteeredModel.attach(model, adapter=load_adapter(out / _START), dtype=torch.float32)
     lowest, features = min(steered.layers), None
     if config.frozen_cache and lowest and len(run.source) < ENDLESS:  # what never comes back needs no place
         features = FrozenFeatures(model, lowest, int(config.frozen_cache * 1e9))
@@ -341,16 +354,27 @@ def _trainer(run: PreparedRun, on_progress: Callable[[TrainProgress], None] | No
     )
 
 
-def _start(run: PreparedRun, steered: SteeredModel) -> None:
+def _start(run: PreparedRun, steered: SteeredModel, on_progress: Callable[[TrainProgress], None] | None = None) -> None:
     """Initialise new weights."""
-    if run.config.start == "copier":
+    config = run.config
+    if config.start == "copier":
         start_as_copier(steered)
-    elif run.config.start == "fitted":
+    elif config.start == "fitted":
         count = len(run.source)
         # Of an endless source conversations that training does not reach, which a course (`grow`) has not thinned out.
         first = ENDLESS // 2 if count >= ENDLESS else 0
-        numbers = range(first, first + min(_FITTED, count))
-        start_fitted(steered, [run.example(n, Random(n)) for n in numbers], run.pad, seed=run.config.seed)
+        numbers = range(first, first + min(config.start_conversations, count))
+        examples = [run.example(n, Random(n)) for n in numbers]
+        start_fitted(steered, examples, run.pad, seed=config.seed)
+        if config.lens_steps:
+            train_by_lens(
+                steered,
+                freeze(steered, examples, run.pad),
+                steps=config.lens_steps,
+                batch=_conversations_a_step(config),
+                seed=config.seed,
+                on_progress=on_progress,
+            )
 
 
 def _measurement(run: PreparedRun, model: Any) -> Callable[[Adapter], Measurement]:

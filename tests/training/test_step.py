@@ -21,7 +21,9 @@ from agentmem.training.conversations import Ask, Conversation
 from agentmem.training.examples import Example, ExampleMaker, Pass, collate
 from agentmem.training.fitted import start_as_copier, start_fitted
 from agentmem.training.frozen import FrozenFeatures
-from agentmem.training.step import MemoryStep
+from agentmem.training.logit_lens import freeze, train_by_lens
+from agentmem.training.loop import TrainProgress
+from agentmem.training.step import MemoryStep, Start
 from tests.helpers.core_models import TERMS, attach_lively, build, tiny
 from tests.helpers.numeric import assert_close
 
@@ -311,8 +313,8 @@ def recall(number: int) -> Example:
     """One of six names gets one of 40 values; the question names it, and its reply is the value."""
     rng = Random(number)
     facts = [(name, rng.randrange(20, 60)) for name in rng.sample(range(5, 11), 2)]
-    told = tuple(Pass([3, name, name, value], [0] * 4, [0.0] * 4, 4) for name, value in facts)
-    asks = tuple(Pass([4, name, name, value, 2], [0] * 5, [0.0, 0.0, 0.0, 1.0, 1.0], 5) for name, value in facts)
+    told = tuple(Pass([3, name, name, value], [0] * 4, [0.0] * 4, 4, 4) for name, value in facts)
+    asks = tuple(Pass([4, name, name, value, 2], [0] * 5, [0.0, 0.0, 0.0, 1.0, 1.0], 5, 2) for name, value in facts)
     return Example(told, asks)
 
 
@@ -329,6 +331,28 @@ def test_a_fitted_start_recalls_before_any_training() -> None:
     assert torch.isfinite(zero)
     with pytest.raises(DataError, match="at least 16 values"):
         start_fitted(steered, [recall(0)], 0)
+
+
+def test_steps_through_a_logit_lens_teach_what_the_model_then_does() -> None:
+    options: dict[str, Any] = {"steered_tokens": "reply", "target_layers": (2,)}
+    config = MemoryConfig(rank=8, couple_lambda=False, lambda_bias_init=7.0, **options)
+    steered = SteeredModel.attach(build("llama", tie_word_embeddings=True), config=config)
+    examples = [recall(number) for number in range(150)]
+    start_fitted(steered, examples, 0)
+    step = MemoryStep(steered)
+    batch = collate([recall(number) for number in range(1000, 1040)], 0, joined=True, steered_tokens="reply")
+
+    def losses() -> list[float]:
+        starts: tuple[Start, ...] = ("memory", "zero", "foreign")
+        return [float(step.losses(batch, start)[0].mean()) for start in starts]
+
+    (before, *_), seen = losses(), list[TrainProgress]()
+    train_by_lens(steered, freeze(steered, examples, 0), steps=100, on_progress=seen.append)
+    memory, *controls = losses()
+    assert memory < before - 2.0
+    assert memory < min(controls) - 0.2
+    assert [now.step for now in seen] == list(range(1, 101))
+    assert {now.stage for now in seen} == {"logit lens"}
 
 
 def test_a_copier_reads_what_it_wrote() -> None:

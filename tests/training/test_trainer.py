@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from agentmem.delta.adapter import load_adapter
-from agentmem.errors import TrainingError
+from agentmem.errors import ConfigError, TrainingError
 from agentmem.training.checkpoints import LOG_FILE, best_adapters, checkpoints, last_checkpoint
 from agentmem.training.loop import ExampleDataset
 from agentmem.training.trainer import Measurement
@@ -89,6 +89,27 @@ def test_it_learns_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     found = losses(tmp_path)
     assert sum(found[-10:]) < 0.8 * sum(found[:10])
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.steered.model.parameters(), strict=True))
+
+
+def test_parameters_with_a_rate_of_their_own_learn_at_it_also_when_resumed(tmp_path: Path) -> None:
+    rates = {"memory_k_proj": 0.0, "memory_v_proj": 0.1}
+    before, plain = dict(toy_trainer(tmp_path / "start").adapter().tensors), run(tmp_path / "plain")
+    found = run(tmp_path / "rates", rates=rates)
+    for name, tensor in before.items():
+        if name.endswith("memory_k_proj"):
+            assert torch.equal(found[name], tensor)
+        elif name.endswith("memory_v_proj"):
+            assert 0 < (found[name] - tensor).abs().max() < 0.2 * (plain[name] - tensor).abs().max()
+
+    def stop(now: Any) -> None:
+        if now.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", rates=rates, on_progress=stop)
+    assert_same(run(tmp_path / "cut", rates=rates), found)
+    with pytest.raises(ConfigError, match="nothing that is trained is called 'memory_kproj'"):
+        run(tmp_path / "wrong", rates={"memory_kproj": 0.5})
 
 
 def test_a_step_is_the_same_however_it_is_divided_into_batches(tmp_path: Path) -> None:

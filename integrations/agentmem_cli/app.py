@@ -15,6 +15,7 @@ from agentmem import __version__
 from agentmem.errors import ConfigError, MissingExtraError
 from agentmem.training.command import train_command
 from agentmem_cli import govern
+from agentmem_cli.inspect import inspect
 from agentmem_cli.options import (
     Adapter,
     AsJson,
@@ -293,6 +294,7 @@ app.command("train")(train_command)
 for governing in (govern.subjects, govern.forget, govern.verify, govern.audit, govern.export):
     app.command()(governing)
 app.command("import")(govern.import_subject)
+app.command()(inspect)
 
 
 def _require(**extras: str) -> None:

@@ -57,7 +57,7 @@ def subjects(
 
     from agentmem_cli.terminal import printable
 
-    with _open(db, facts, prefix, schema, encrypted, hmac_key_file) as governor:
+    with open_governor(db, facts, prefix, schema, encrypted, hmac_key_file) as governor:
         owners = governor.subjects()
     if as_json:
         typer.echo(json.dumps([asdict(owner) for owner in owners], indent=2))
@@ -104,7 +104,7 @@ def forget(
         engines = []
         if model is not None:
             engines.append(stack.enter_context(Loading(model, adapter, device, dtype, quantize).load()))
-        opened = _open(db, facts, prefix, schema, encrypted, hmac_key_file, receipt_key_file, actor, engines)
+        opened = open_governor(db, facts, prefix, schema, encrypted, hmac_key_file, receipt_key_file, actor, engines)
         governor = stack.enter_context(opened)
         for receipt in governor.resume(rewrite=not no_rewrite):
             _written(receipt, None)
@@ -138,7 +138,7 @@ def verify(
     from agentmem_governance import Receipt
 
     loaded = Receipt.load(receipt)
-    with _open(db, facts, prefix, schema, encrypted, hmac_key_file, receipt_key_file) as governor:
+    with open_governor(db, facts, prefix, schema, encrypted, hmac_key_file, receipt_key_file) as governor:
         checked = governor.verify(loaded)
     typer.echo(f"signature: {checked.signature}")
     for problem in checked.back:
@@ -161,7 +161,7 @@ def audit(
     """Print the audit trail, and whether its chain holds. Exits with 1 where it does not."""
     from agentmem_cli.terminal import printable
 
-    with _open(db, None, prefix, schema, encrypted, hmac_key_file) as governor:
+    with open_governor(db, None, prefix, schema, encrypted, hmac_key_file) as governor:
         trail = governor.audit(thread)
     entries = [entry.to_dict() for entry in trail.entries]
     if as_json:
@@ -189,7 +189,7 @@ def export(
     hmac_key_file: KeyFile = None,
 ) -> None:
     """Write everything that belongs to a subject into a file that other programs can read."""
-    with _open(db, facts, prefix, schema, encrypted, hmac_key_file, actor=actor) as governor:
+    with open_governor(db, facts, prefix, schema, encrypted, hmac_key_file, actor=actor) as governor:
         done = governor.export(subject, out)
     typer.echo(f"{done.threads} threads with {done.checkpoints} checkpoints and {done.facts} facts are in {out}")
 
@@ -205,13 +205,13 @@ def import_subject(
     hmac_key_file: KeyFile = None,
 ) -> None:
     """Bring an export back, here or elsewhere; what is there already is left alone."""
-    with _open(db, facts, prefix, schema, encrypted, hmac_key_file, actor=actor, make=True) as governor:
+    with open_governor(db, facts, prefix, schema, encrypted, hmac_key_file, actor=actor, make=True) as governor:
         done = governor.restore(file)
     typer.echo(f"{done.checkpoints} checkpoints of {done.threads} threads and {done.facts} facts were brought back")
 
 
 @contextmanager
-def _open(
+def open_governor(
     db: str,
     facts: Path | None,
     prefix: str,

@@ -23,11 +23,12 @@ PACKAGES = {
     "agentmem_chroma": ROOT / "integrations/agentmem_chroma",
     "agentmem_cli": ROOT / "integrations/agentmem_cli",
     "agentmem_governance": ROOT / "integrations/agentmem_governance",
+    "agentmem_inspect": ROOT / "integrations/agentmem_inspect",
     "agentmem_langgraph": ROOT / "integrations/agentmem_langgraph",
     "agentmem_sql": ROOT / "integrations/agentmem_sql",
 }
 # The command stands on more than public names: it runs evaluations and builds nano.
-INTEGRATIONS = ("agentmem_chroma", "agentmem_governance", "agentmem_langgraph", "agentmem_sql")
+INTEGRATIONS = ("agentmem_chroma", "agentmem_governance", "agentmem_inspect", "agentmem_langgraph", "agentmem_sql")
 
 MAX_LINES = 600
 

@@ -27,6 +27,7 @@ PACKAGES = {
     "agentmem_sql",
     "agentmem_chroma",
     "agentmem_governance",
+    "agentmem_inspect",
     "agentmem_cli",
 }
 MAX_WHEEL_BYTES = 14_000_000
@@ -146,7 +147,7 @@ def test_extras_are_the_documented_ones(metadata: Message) -> None:
         requirement, _, marker = line.partition("; extra == ")
         if marker:
             extras[marker.strip("'\"")].add(requirement)
-    complete = {"langgraph", "sql", "postgres", "mysql", "chroma", "minilm"}
+    complete = {"langgraph", "sql", "postgres", "mysql", "chroma", "minilm", "inspect"}
     # flash is source only, train and eval measure and draw figures, few need quantised weights or a faster CPU: none
     # belongs to what every agent needs.
     assert set(extras) == complete | {"cpu", "eval", "flash", "quant", "train", "all"}

@@ -41,7 +41,8 @@ _SAFE = ("GET", "HEAD")
 
 # Not a redirect: one that follows a link from another site would be sent without a cookie that is `SameSite=Strict`.
 _WELCOME = '<!doctype html><html lang="en"><meta charset="utf-8"><title>agentmem</title>'
-_WELCOME += '<meta http-equiv="refresh" content="0; url=/"><a href="/">Go on</a></html>'
+_WELCOME += '<link rel="icon" href="/static/icon.svg"><meta http-equiv="refresh" content="0; url=/">'
+_WELCOME += '<a href="/">Go on</a></html>'
 
 
 class Guard:

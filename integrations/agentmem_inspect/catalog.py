@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, func, select
 
@@ -41,13 +41,17 @@ class ThreadPage:
     total: int
 
 
-@dataclass(frozen=True)
-class Link:
-    """A checkpoint and its parent, and when it was stored."""
+class Link(NamedTuple):
+    """A checkpoint and its parent, and when it was stored, in milliseconds since 1970."""
 
     id: str
     parent: str | None
-    created: datetime
+    created: int
+
+    @property
+    def time(self) -> datetime | None:
+        """When it was stored."""
+        return _time(self.created)
 
 
 @dataclass(frozen=True)
@@ -141,11 +145,7 @@ class Catalog:
         )
         found = self._parts.database.run(lambda connection: connection.execute(rows).all())
         return [
-            Link(
-                decode_text(bytes(own)),
-                None if parent is None else decode_text(bytes(parent)),
-                datetime.fromtimestamp(created / 1000, UTC),
-            )
+            Link(decode_text(bytes(own)), None if parent is None else decode_text(bytes(parent)), created)
             for own, parent, created in found
         ]
 

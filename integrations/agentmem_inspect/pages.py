@@ -101,8 +101,8 @@ class Pages:
         """The checkpoints of a thread, with their branches."""
         number, name = self._thread(request)
         ns, page = request.query_params.get("ns", ""), _whole(request, "page")
-        rows = draw(self._catalog.links(number, ns))
-        shown = rows[page * _TREE_PAGE : (page + 1) * _TREE_PAGE]
+        links = self._catalog.links(number, ns)
+        shown = draw(links, page * _TREE_PAGE, (page + 1) * _TREE_PAGE)
         described = self._catalog.describe(number, name, ns, [row.link for row in shown])
         return self._page(
             "tree.html",
@@ -111,12 +111,12 @@ class Pages:
             ns=ns,
             namespaces=self._catalog.namespaces(number),
             rows=[(row, described[row.link.id]) for row in shown if row.link.id in described],
-            total=len(rows),
-            tips=sum(row.tip for row in rows),
+            total=len(links),
+            tips=len({link.id for link in links} - {link.parent for link in links}),
             width=_width(shown),
             height=ROW_HEIGHT,
             page=page,
-            pages=-(-len(rows) // _TREE_PAGE),
+            pages=-(-len(links) // _TREE_PAGE),
             done=request.query_params.get("done", ""),
         )
 
@@ -391,18 +391,10 @@ class Pages:
 
     def forgetting(self, request: Request) -> Response:
         """Asks whether a message is to be forgotten."""
-        number, name = self._thread(request)
-        message = request.query_params.get("message", "")
-        place = find(self._governor.saver, number, name, "", None)
+        place, message = self._place(request), request.query_params.get("message", "")
         there = [each for messages in place.messages.values() for each in messages if each.id == message]
-        return self._page(
-            "forget_message.html",
-            number=number,
-            name=name,
-            ns="",
-            message=message,
-            said=said(there[0]) if there else None,
-        )
+        told = said(there[0]) if there else None
+        return self._page("forget_message.html", place=place, message=message, said=told)
 
     def forget_message(self, request: Request, fields: Mapping[str, str]) -> Response:
         """Forget a message."""

@@ -53,32 +53,34 @@ class DrawnRow:
         return _x(self.column)
 
 
-def draw(links: Sequence[Link]) -> list[DrawnRow]:
-    """The rows of the picture; `links` are newest first, children before their parents."""
+def draw(links: Sequence[Link], start: int = 0, stop: int | None = None) -> list[DrawnRow]:
+    """Rows of the picture, from `start` up to `stop`; `links` are newest first, children before their parents."""
     there = {link.id for link in links}
     lanes: list[str | None] = []  # by column, the checkpoint that its line leads down to
     rows = []
-    for link in links:
+    for at, link in enumerate(links[:stop]):
         tip = link.id not in lanes
         if tip:
             column = _free(lanes)
         else:
             column = lanes.index(link.id)
             lanes[column] = None
-        straight = [at for at, waits in enumerate(lanes) if waits is not None]
-        lines: list[tuple[int | None, int | None]] = [] if tip else [(column, None)]
         parent = link.parent if link.parent in there else None
+        above, joins = list(lanes) if at >= start else [], None
         if parent is not None and parent in lanes:
-            other = lanes.index(parent)
-            target = min(other, column)  # the left of the two goes on
-            straight.remove(other)
-            lanes[other], lanes[target] = None, parent
-            lines += [(other, target), (None, target)]
+            joins = lanes.index(parent)
+            lanes[joins] = None
+            lanes[min(joins, column)] = parent  # the left of the two goes on
         elif parent is not None:
             lanes[column] = parent
-            lines.append((None, column))
-        lines += [(at, at) for at in straight]
-        rows.append(DrawnRow(link, column, tuple(lines), tip))
+        if at >= start:
+            lines: list[tuple[int | None, int | None]] = [] if tip else [(column, None)]
+            if parent is not None:
+                lines.append((None, lanes.index(parent)))
+            for lane, waits in enumerate(above):
+                if waits is not None:
+                    lines.append((lane, lanes.index(waits) if lane == joins else lane))
+            rows.append(DrawnRow(link, column, tuple(lines), tip))
         while lanes and lanes[-1] is None:
             lanes.pop()
     return rows

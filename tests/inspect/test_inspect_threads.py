@@ -83,7 +83,7 @@ def test_lists_are_the_same_on_every_database(database_url: str) -> None:
 def chain(text: str) -> list[Link]:
     """Checkpoints, newest first, from "child<parent ..."."""
     pairs = (each.partition("<") for each in text.split())
-    return [Link(own, parent or None, None) for own, _, parent in pairs]  # type: ignore[arg-type]
+    return [Link(own, parent or None, 0) for own, _, parent in pairs]
 
 
 @pytest.mark.parametrize(
@@ -102,6 +102,7 @@ def chain(text: str) -> list[Link]:
 def test_branches_have_columns(tree: str, columns: list[int]) -> None:
     rows = draw(chain(tree))
     assert [row.column for row in rows] == columns
+    assert draw(chain(tree), 1, 3) == rows[1:3], "a page is a part of the picture"
     for upper, lower in pairwise(rows):
         ends = {row_end for _, row_end in upper.lines if row_end is not None}
         starts = {row_start for row_start, _ in lower.lines if row_start is not None}

@@ -56,7 +56,8 @@ function matrices(section) {
       const [now, before] = await Promise.all([numbers(step.id), difference ? numbers(from.id) : null]);
       if (call !== shown) return; // the slider has moved on
       draw(step.shape, before ? now.map((value, index) => value - before[index]) : now);
-      const said = difference ? `, less that of ${from.when || from.id}` : from === "nothing" ? ", all of it from this turn" : "";
+      const name = from === fixed ? `checkpoint ${fixed && fixed.id}` : `turn ${steps.indexOf(from) + 1}`;
+      const said = difference ? `, less ${name}` : from === "nothing" ? ", all of it from this turn" : "";
       what.textContent = `Turn ${at + 1} of ${steps.length}, ${step.when || step.id}: ${step.consumed} messages consumed${said}.`;
       if (at > 0) numbers(steps[at - 1].id).catch(() => {});
     } catch (error) {

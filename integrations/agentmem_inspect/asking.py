@@ -97,7 +97,8 @@ def ask(
         raise ConfigError("expected a question, found none")
     if not 1 <= max_tokens <= MOST_TOKENS:
         raise ConfigError(f"expected 1 to {MOST_TOKENS} tokens, found {max_tokens}")
-    told = [each for messages in place.messages.values() for each in to_engine(messages)]
+    # Of several lists, the longest: the others are drafts and parts of it.
+    told = to_engine(max(place.messages.values(), key=len, default=()))
     asked, sampling = Message("user", question), Sampling(max_tokens=max_tokens)
     started = time.perf_counter()
     if arm == "whole":

@@ -45,7 +45,8 @@ class Changes:
 
     def __post_init__(self) -> None:
         self._folder: TemporaryDirectory[str] | None = None
-        self._one = Lock()
+        self._one = Lock()  # a change at a time
+        self._noting = Lock()  # another one, so that nobody waits for a long change to look at something
         self._noted: dict[str, float] = {}
 
     def close(self) -> None:
@@ -56,7 +57,7 @@ class Changes:
     def note_inspection(self, thread: str) -> None:
         """Note in the audit trail that somebody looks into a thread, but not again for each page that they open."""
         now = self.clock()
-        with self._one:
+        with self._noting:
             last = self._noted.get(thread)
             if last is None or now - last >= _NOTE_AGAIN:
                 self.governor.note_inspection(thread)
@@ -93,6 +94,7 @@ class Changes:
     def forget_subject(self, name: str) -> Receipt:
         """Forget a subject; see `Governor.forget`."""
         with self._one:
+            self._noted.clear()  # names of threads
             return self._kept(self.governor.forget(name))
 
     def forget_message(self, thread: str, message: str, *, with_reply: bool) -> Receipt:

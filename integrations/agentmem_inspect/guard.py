@@ -60,7 +60,7 @@ class Guard:
         self._hosts = frozenset(hosts)
         self._secret = token_urlsafe(32)
         # Cookies do not know ports: two of these pages must not overwrite each other's.
-        self._cookie = "agentmem_inspect_" + token_urlsafe(6).replace("-", "_")
+        self._cookie = "agentmem_inspect_" + min(self._hosts).rpartition(":")[2]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request, as ASGI calls it."""

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 FormHandler = Callable[[Request, Mapping[str, str]], Response]
 
 _TREE_PAGE = 100  # checkpoints, and rows of an audit trail
+_NUMBERS = 2**63  # which no database has
 _OTHERS = 12  # other memories of each kind to compare with
 
 
@@ -85,7 +86,7 @@ class Pages:
             NotThereError: there is none.
         """
         number = int(request.path_params["number"])
-        name = self._catalog.name(number)
+        name = self._catalog.name(number) if number < _NUMBERS else None
         if name is None:
             raise NotThereError(f"expected a thread number {number}, found none; it may have been deleted")
         self.changes.note_inspection(name)
@@ -274,14 +275,16 @@ class Pages:
         threads = self._catalog.threads().threads
         number = self._catalog.number(fact.thread)
         looked = {each.number: each.name for each in threads} | ({} if number is None else {number: fact.thread})
-        places = self._newest(looked)
+        replies = citations(self._newest(looked), own)
+        for name in {place.thread for place, _, _ in replies}:  # which the page shows a reply of
+            self.changes.note_inspection(name)
         return self._page(
             "fact.html",
             section="facts",
             fact=fact,
             number=number,
             looked=len(looked),
-            replies=citations(places, own),
+            replies=replies,
         )
 
     def _newest(self, threads: Mapping[int, str]) -> Iterator[Place]:

@@ -41,7 +41,7 @@ def owner(saver: SQLAlchemySaver, tmp_path: Path) -> Iterator[Browser]:
             yield opened
 
 
-def test_facts_are_shown_with_sources_and_the_replies_that_cited_them(owner: Browser) -> None:
+def test_facts_are_shown_with_sources_and_the_replies_that_cited_them(owner: Browser, governor: Governor) -> None:
     page = owner.read("/facts")
     assert "2 facts" in page
     assert "wiki" in page
@@ -50,6 +50,7 @@ def test_facts_are_shown_with_sources_and_the_replies_that_cited_them(owner: Bro
     assert "<td>yes</td>" in owner.read(cited)
     assert "<td>no</td>" in owner.read(shown)
     assert "ben/1" in owner.read(cited)
+    assert [entry.event for entry in governor.audit("ben/1").entries].count("inspected") == 1, "a reply was shown"
     assert "Ports are in" in owner.read("/facts?q=Ports are in ports.md.").partition("Nobody")[0]
     owner.read("/facts/none", 404)
     checkpoint = owner.read("/threads/2/checkpoint")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
+from typing import Any
 
 import pytest
-from langchain_core.messages import SystemMessage
+from langchain_core.messages import AIMessage, SystemMessage
+from langgraph.graph import START, MessagesState, StateGraph
 from sqlalchemy import Engine
 
 from agentmem_governance import Governor
@@ -51,7 +53,7 @@ def test_the_tree_shows_branches_steps_and_what_changed(browser: Browser, saver:
     assert rows[1].startswith("step 3, loop messages")
     assert [row.partition(" loop ")[2].partition(" m")[0] for row in rows if "branch" in row] == ["end of a branch"]
     assert second["configurable"]["checkpoint_id"] in page
-    assert browser.read("/threads/99", 404)
+    assert all(browser.read(f"/threads/{number}", 404) for number in (99, 2**64))
 
 
 def test_lists_are_the_same_on_every_database(database_url: str) -> None:
@@ -163,6 +165,21 @@ def test_rewinding_makes_a_copy_the_newest_and_removes_nothing(browser: Browser,
     assert newest.parent_config == old.parent_config
     assert saver.get_tuple(second) is not None
     assert len(list(saver.list(config("ada/1")))) == 5
+
+
+def test_a_graph_goes_on_from_the_copy(browser: Browser, saver: SQLAlchemySaver) -> None:
+    def reply(state: MessagesState) -> dict[str, list[AIMessage]]:
+        return {"messages": [AIMessage(f"{len(state['messages'])}")]}
+
+    agent: Any = StateGraph(MessagesState).add_node("reply", reply).add_edge(START, "reply").compile(checkpointer=saver)
+    for text in ("one", "two"):
+        agent.invoke({"messages": [("user", text)]}, config())
+    after_one = next(each for each in agent.get_state_history(config()) if each.metadata["step"] == 1)
+    browser.submit("/threads/1/rewind", at=after_one.config["configurable"]["checkpoint_id"])
+    now = agent.get_state(config())
+    assert (now.values, now.next, now.metadata["source"]) == (after_one.values, (), "fork")
+    said = agent.invoke({"messages": [("user", "three")]}, config())["messages"]
+    assert [message.text for message in said] == ["one", "1", "three", "3"]
 
 
 def test_a_page_of_a_long_thread_takes_as_many_statements_as_one_of_a_short(

@@ -63,10 +63,14 @@ class Browser(TestClient):
         assert found.status_code == status, found.text
         return found.text
 
+    def csrf(self) -> str:
+        """The hidden value of the page's forms."""
+        found = re.search(r'name="csrf" content="([^"]+)"', self.read("/"))
+        assert found is not None
+        return found[1]
+
     def submit(self, address: str, status: int = 200, /, **fields: str) -> str:
         """Send a form of the page; gives the page that follows."""
-        csrf = re.search(r'name="csrf" content="([^"]+)"', self.read("/"))
-        assert csrf is not None
-        found = self.post(address, data={"csrf": csrf[1], **fields})
+        found = self.post(address, data={"csrf": self.csrf(), **fields})
         assert found.status_code == status, found.text
         return found.text

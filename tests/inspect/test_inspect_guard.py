@@ -43,7 +43,8 @@ def test_a_change_needs_a_form_of_this_page(browser: Browser, saver: SQLAlchemyS
     assert browser.post("/threads/1/rewind", data={"csrf": "guessed", **fields}).status_code == 403
     assert browser.post("/threads/1/rewind", content=b"x" * 300_000).status_code == 413
     assert browser.get("/threads/1/rewind").status_code == 405
-    elsewhere = browser.post("/threads/1/rewind", data=fields, headers={"origin": "http://attacker.example"})
+    known = {"csrf": browser.csrf(), **fields}
+    elsewhere = browser.post("/threads/1/rewind", data=known, headers={"origin": "http://attacker.example"})
     assert elsewhere.status_code == 403
     assert len(list(saver.list(at))) == 1, "nothing was changed"
 

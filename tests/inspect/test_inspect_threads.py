@@ -13,6 +13,7 @@ from sqlalchemy import Engine
 
 from agentmem_governance import Governor
 from agentmem_inspect.catalog import Catalog, Link
+from agentmem_inspect.contents import changes, find, groups
 from agentmem_inspect.tree import draw
 from agentmem_sql import SQLAlchemySaver
 from tests.helpers.inspected import Browser, turns
@@ -120,6 +121,15 @@ def test_a_checkpoint_shows_messages_beside_what_each_wrote(browser: Browser, sa
     assert "layer 1: 0<" in page
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert(1)" in page
+
+
+def test_a_message_that_comes_twice_belongs_to_two_steps(saver: SQLAlchemySaver) -> None:
+    turns(saver, "ada/1", "yes", "yes")
+    place = find(saver, 1, "ada/1", "", None)
+    history = changes(saver, place, "memory")
+    _, made = groups(place.messages["messages"], history, None)
+    assert [len(group.said) for group in made] == [2, 2]
+    assert [group.change for group in made] == history
 
 
 def test_a_long_history_is_shown_by_windows(browser: Browser, saver: SQLAlchemySaver) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import queue
+import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
@@ -92,6 +93,8 @@ class Engine:
         self._scheduler = Scheduler(f"agentmem-{name}", self._context.batch)
         self._preparation = Preparation(f"agentmem-{name}-preparation", self._scheduler)
         self._apart = cache(partial(_with_tokenizer_copied, self._context, template_options))
+        self._counter = cache(partial(_with_tokenizer_copied, self._context, template_options))
+        self._counting = threading.Lock()
         weakref.finalize(self, self._scheduler.close)  # the threads end with the engine, closed or not
         weakref.finalize(self, self._preparation.close)
 
@@ -201,11 +204,11 @@ class Engine:
         return await _await(self._submit_remember(messages, state, on_edit))
 
     def count_tokens(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> int:
-        """The number of tokens of these messages as the chat template renders them."""
-        if _is_large(messages, None, tools):
-            apart = self._apart
-            return _wait(self._preparation.submit(lambda: _result(_count(apart(), messages, tools))))
-        return _wait(self._scheduler.submit(_counted(self._context, messages, tools)))
+        """The number of tokens of these messages as the chat template renders them. Waits for no turn."""
+        self._scheduler.require_open()
+        with self._counting:  # on the caller's thread: on the model's it would wait for a step at every call
+            transcript = self._counter().transcript
+            return len(transcript.render(list(messages), tools=tools).input_ids)
 
     def forget_prefills(self) -> None:
         """Empty the KV caches. This changes speed and no result, except for turns with `kv="carry"`."""
@@ -314,7 +317,7 @@ class AsyncTurnStream:
 
 
 def _with_tokenizer_copied(context: TurnContext, template_options: Mapping[str, Any] | None) -> TurnContext:
-    """What a second thread prepares turns with, since tokenizers are not made for several threads."""
+    """What another thread prepares or counts with, since tokenizers are not made for several threads."""
     tokenizer = copy.deepcopy(context.tokenizer)
     transcript = Transcript(tokenizer, template_options, context.transcript.cache)
     return replace(context, tokenizer=tokenizer, transcript=transcript)
@@ -348,22 +351,6 @@ def _size(value: Any) -> int:
         if size > _LARGE:  # so that one that holds itself ends too
             break
     return size
-
-
-def _count(context: TurnContext, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> int:
-    return len(context.transcript.render(list(messages), tools=tools).input_ids)
-
-
-def _counted(context: TurnContext, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Steps[int]:
-    # On the worker, since tokenizers are not made for several threads.
-    yield None
-    return _count(context, messages, tools)
-
-
-def _result(value: T) -> Steps[T]:
-    """A job that is done."""
-    yield None
-    return value
 
 
 def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:

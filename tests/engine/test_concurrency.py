@@ -206,6 +206,27 @@ def test_others_go_on_while_a_large_turn_is_prepared(
     assert (apart.state, apart.token_ids, apart.truncation) == (there.state, there.token_ids, there.truncation)
 
 
+def test_tokens_are_counted_while_the_model_is_at_work(make_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine()
+    begun, opened, run = threading.Event(), threading.Event(), agentmem.engine.run_turn
+
+    def waiting(*arguments: Any) -> Any:
+        begun.set()
+        assert opened.wait(60)
+        return (yield from run(*arguments))
+
+    monkeypatch.setattr("agentmem.engine.run_turn", waiting)
+    with ThreadPoolExecutor(2) as pool:
+        turn = pool.submit(engine.turn, SMALL, sampling=REPLY)
+        assert begun.wait(60)
+        try:
+            counted = pool.submit(engine.count_tokens, SMALL).result(60)
+        finally:
+            opened.set()
+        assert counted > 0
+        assert turn.result().usage.input_tokens > counted, "the prompt also opens the reply"
+
+
 def test_a_large_turn_is_given_up_at_its_time(make_engine: Any, gate: threading.Event) -> None:
     engine = make_engine()
     begin = time.monotonic()

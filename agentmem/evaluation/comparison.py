@@ -23,7 +23,8 @@ from agentmem.engine import Engine
 from agentmem.errors import ConfigError, MissingAdapterError
 from agentmem.evaluation.facts import SEED
 from agentmem.evaluation.requirements import Requirement, parse_requirement
-from agentmem.evaluation.tasks import Task, open_task
+from agentmem.evaluation.task import Task
+from agentmem.evaluation.tasks import open_task
 from agentmem.training.arms import CONTEXT_TOKENS, LEAST_CONTEXT, Writing, measure
 from agentmem.training.contexts import ARMS, SETUPS, Arm, import_bm25s
 from agentmem.training.intervals import Gain, Share
@@ -82,12 +83,13 @@ def prepare_comparison(
     writing: Writing = "remember",
     seed: int = SEED,
     has_memory: bool = True,
+    own_file: Path | None = None,
 ) -> Comparison:
     """Read the data and check everything that needs no model.
 
     Args:
         tasks: keys of `agentmem.evaluation.tasks.TASKS`.
-        data_dirs, limit, seed: see `open_task`.
+        data_dirs, limit, seed, own_file: see `open_task`.
         arms: who is asked; a task leaves out arms that it cannot ask (ifeval has no retrieval).
         requirements: see `agentmem.evaluation.requirements`.
         context_tokens, max_tokens, concurrency, writing: see `Comparison`.
@@ -122,7 +124,7 @@ def prepare_comparison(
         )
     opened = []
     for name in dict.fromkeys(tasks):
-        task = open_task(name, data_dirs, limit, seed)
+        task = open_task(name, data_dirs, limit, seed, own_file=own_file)
         fitting = tuple(arm for arm in chosen if arm in task.arms)
         if not fitting:
             raise ConfigError(f"the task {name} is measured by {', '.join(task.arms)}; found {', '.join(chosen)}")

@@ -3,82 +3,61 @@
     sgd           a value that the user told four or more turns before is said again by the reply (dev of
                   Schema-Guided Dialogue)
     bfcl-memory   questions about five long conversations (Berkeley Function Calling Leaderboard, memory)
+    longmemeval   questions about earlier sessions with an assistant (`agentmem.evaluation.histories`)
+    locomo        questions about long talks of two people (there)
+    hotpotqa      questions about ten paragraphs that were told before (`agentmem.evaluation.lessons`)
+    ttl           labels that were taught by examples (there)
     ifeval        instructions that a program checks, with the memory full of other talk: does a memory do harm?
+    own           questions of the user's (`agentmem.evaluation.own`)
 
-The data is read from folders that the user names, each inside one of the data directories (`FOLDERS`). A new task is a
-function from `TaskData` to a `Task`, and a line of `TASKS`.
+The data is read from folders that the user names, each inside one of the data directories (`FOLDERS`); that of `own` is
+a file. A new task is a function from `TaskData` to a `Task`, and a line of `TASKS`.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from agentmem.errors import ConfigError, DataError
 from agentmem.evaluation.facts import SEED
+from agentmem.evaluation.histories import locomo, longmemeval
 from agentmem.evaluation.ifeval import ifeval_prompts
+from agentmem.evaluation.lessons import hotpotqa, ttl
+from agentmem.evaluation.own import own
+from agentmem.evaluation.task import Task, TaskData, by_hash, in_turn, other_form, read_objects
 from agentmem.messages import Message
-from agentmem.training.contexts import ARMS, Arm
-from agentmem.training.conversations import Ask, SourceFile, read_file
+from agentmem.training.conversations import Ask, SourceFile
 from agentmem.training.datasets import SchemaGuidedDialogues
 from agentmem.training.episodes import EpisodeConfig, FactEpisodes
 from agentmem.training.predictions import Probe
 from agentmem.training.sources import as_conversation
 
-FOLDERS = {"sgd": "sgd", "bfcl-memory": "bfcl_memory", "ifeval": "ifeval"}
+OWN = "own"
+"""The task that reads a file of the user's."""
+
+FOLDERS = {
+    "sgd": "sgd",
+    "bfcl-memory": "bfcl_memory",
+    "longmemeval": "longmemeval",
+    "locomo": "locomo",
+    "hotpotqa": "hotpotqa",
+    "ttl": "mab_ttl",
+    "ifeval": "ifeval",
+}
 """The folder of each task's data inside a data directory."""
 
-_SHORT_REPLY = 48  # tokens: the longest value with a sentence around it
-_SHORT_WORDS = 40
 _BFCL_SCENARIOS = ("customer", "finance", "healthcare", "notetaker", "student")
 _IFEVAL_TOKENS = 1280  # as in lm-eval; the longest text that a prompt asks for has 1,200 words
 
 
-@dataclass(frozen=True)
-class TaskData:
-    """What a task is opened with: its folder, most questions (None: all there are), and the seed."""
-
-    folder: Path
-    limit: int | None = None
-    seed: int = SEED
-
-
-@dataclass(frozen=True)
-class Task:
-    """A task with its questions.
-
-    Attributes:
-        name: the key in `TASKS`.
-        title: what a right reply shows.
-        probes: the questions.
-        arms: who can be asked.
-        max_tokens: most tokens of a reply.
-        max_words: most words of a right reply; None: any number.
-        licence: of the data, an SPDX identifier.
-        files: the files that were read.
-        skipped: what was left out, by reason.
-    """
-
-    name: str
-    title: str
-    probes: tuple[Probe, ...]
-    arms: tuple[Arm, ...] = ARMS
-    max_tokens: int = _SHORT_REPLY
-    max_words: int | None = _SHORT_WORDS
-    licence: str = ""
-    files: tuple[SourceFile, ...] = ()
-    skipped: Mapping[str, int] = field(default_factory=dict)
-
-
-def open_task(name: str, data_dirs: Sequence[Path], limit: int | None = None, seed: int = SEED) -> Task:
+def open_task(
+    name: str, data_dirs: Sequence[Path], limit: int | None = None, seed: int = SEED, *, own_file: Path | None = None
+) -> Task:
     """Read a task's data.
 
     Args:
@@ -86,9 +65,10 @@ def open_task(name: str, data_dirs: Sequence[Path], limit: int | None = None, se
         data_dirs: directories, one of which has the task's folder (`FOLDERS`).
         limit: most questions; None: all. Any first so many are a fair sample.
         seed: what the task draws itself is drawn from it.
+        own_file: the file of the task `own`.
 
     Raises:
-        ConfigError: there is no such task, the limit is not 1 or more, or no directory is given.
+        ConfigError: there is no such task, the limit is not 1 or more, or no directory or file is given.
         DataError: no directory has the folder, or a file in it is missing or in another form.
         MissingExtraError: the task scores by a package that is not installed.
     """
@@ -96,6 +76,10 @@ def open_task(name: str, data_dirs: Sequence[Path], limit: int | None = None, se
         raise ConfigError(f"tasks are {', '.join(TASKS)}; found {name!r}")
     if limit is not None and limit < 1:
         raise ConfigError(f"a task needs 1 question or more; found {limit}")
+    if name == OWN:
+        if own_file is None:
+            raise ConfigError("the task own reads a JSONL file of questions; name it (--data)")
+        return TASKS[name](TaskData(own_file, limit, seed))
     if not data_dirs:
         raise ConfigError(
             f"the task {name} reads {FOLDERS[name]}/ in a data directory; name the directory (--data-dir)"
@@ -110,7 +94,7 @@ def open_task(name: str, data_dirs: Sequence[Path], limit: int | None = None, se
 
 
 def _sgd(data: TaskData) -> Task:
-    source = SchemaGuidedDialogues(data.folder, train=False)
+    source = SchemaGuidedDialogues(data.path, train=False)
     conversations = source.held_out(10**9)
     # Items of one dialogue share its words, so they are resampled together.
     dialogues = [conversation.origin.rpartition(":")[0] for conversation in conversations]
@@ -134,11 +118,11 @@ def _bfcl_memory(data: TaskData) -> Task:
     files = list[SourceFile]()
     told = {}
     for scenario in _BFCL_SCENARIOS:
-        rows = _rows(data.folder / f"memory_{scenario}.json", files)
+        rows = read_objects(data.path / f"memory_{scenario}.json", files)
         told[scenario] = tuple(message for row in rows for message in _bfcl_messages(row, scenario))
-    answers = {row.get("id"): row for row in _rows(data.folder / "answers_BFCL_v4_memory.json", files)}
+    answers = {row.get("id"): row for row in read_objects(data.path / "answers_BFCL_v4_memory.json", files)}
     asks: dict[str, list[Ask]] = {scenario: [] for scenario in _BFCL_SCENARIOS}
-    for row in _rows(data.folder / "BFCL_v4_memory.json", files):
+    for row in read_objects(data.path / "BFCL_v4_memory.json", files):
         try:
             accepted = tuple(str(answer) for answer in answers[row["id"]]["ground_truth"])
             question = _bfcl_messages(row, row["scenario"])
@@ -152,17 +136,15 @@ def _bfcl_memory(data: TaskData) -> Task:
                 )
             )
         except (KeyError, TypeError, IndexError) as error:
-            raise DataError(
-                f"a question of bfcl-memory has id, question, scenario and an answer with its id; found {row!r:.120} "
-                f"({error!r}); fetch the files of {data.folder} again"
+            raise other_form(
+                "bfcl-memory", "id, question, scenario and an answer with its id", row, data.path, error
             ) from error
-    asked = [
-        (place, number, scenario, ask)
-        for number, (scenario, of_scenario) in enumerate(asks.items())
-        for place, ask in enumerate(of_scenario)
-    ]
-    asked.sort(key=itemgetter(0, 1))  # one of each conversation in turn, so that any first so many are from all of them
-    probes = (Probe(told[scenario], ask, number) for _, number, scenario, ask in asked)
+    probes = in_turn(
+        [
+            [Probe(told[scenario], ask, number) for ask in of_scenario]
+            for number, (scenario, of_scenario) in enumerate(asks.items())
+        ]
+    )
     return Task(
         "bfcl-memory",
         "a question about a long conversation is answered (BFCL memory)",
@@ -197,10 +179,9 @@ def _bfcl_plain(text: str) -> str:
 
 def _ifeval(data: TaskData) -> Task:
     files = list[SourceFile]()
-    rows = _rows(data.folder / "input_data.jsonl", files)
-    prompts, skipped = ifeval_prompts(rows, data.folder)
-    # By hash, so that any first so many are a fair sample.
-    prompts.sort(key=lambda prompt: zlib.crc32(prompt.text.encode()))
+    rows = read_objects(data.path / "input_data.jsonl", files)
+    prompts, skipped = ifeval_prompts(rows, data.path)
+    prompts = by_hash(prompts, lambda prompt: prompt.text)
     talks = _talks(data.seed)
     return Task(
         "ifeval",
@@ -231,19 +212,14 @@ def _talks(seed: int) -> Iterator[tuple[Message, ...]]:
         number += 1
 
 
-TASKS: dict[str, Callable[[TaskData], Task]] = {"sgd": _sgd, "bfcl-memory": _bfcl_memory, "ifeval": _ifeval}
+TASKS: dict[str, Callable[[TaskData], Task]] = {
+    "sgd": _sgd,
+    "bfcl-memory": _bfcl_memory,
+    "longmemeval": longmemeval,
+    "locomo": locomo,
+    "hotpotqa": hotpotqa,
+    "ttl": ttl,
+    "ifeval": _ifeval,
+    OWN: own,
+}
 """All tasks, by name."""
-
-
-def _rows(path: Path, files: list[SourceFile]) -> list[dict[str, Any]]:
-    """The objects of a JSONL file, which may be compressed as .xz; `files` gets the file."""
-    compressed = path.with_name(path.name + ".xz")
-    file, content = read_file(compressed if compressed.is_file() and not path.is_file() else path)
-    files.append(file)
-    try:
-        rows = [json.loads(line) for line in content.split(b"\n") if line.strip()]
-    except ValueError as error:
-        raise DataError(f"{file.path} has one JSON object per line; found another form ({error})") from error
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{file.path} has one JSON object per line; found {'no line' if not rows else 'other values'}")
-    return rows

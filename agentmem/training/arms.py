@@ -294,9 +294,11 @@ class _Measurement:
     def _digest(self, probe: Probe, arm: Arm, place: Sequence[Any]) -> str:
         ask, engine, setup = probe.ask, self.engine, SETUPS[arm]
         fingerprints = [engine.model_fingerprint, engine.adapter_fingerprint if setup.memory is not None else ""]
-        options = [self.max_tokens, self.window.messages, self.window.tokens]
+        options: list[Any] = [self.max_tokens, self.window.messages, self.window.tokens]
         if setup.shows in ("last", "best"):
             options.append(self.context_tokens)
+        if setup.shows == "best":
+            options.append("passages")  # replies to whole messages, of older versions, are not taken up
         system = _digests([message for message in probe.told if message.role == "system"])
         asked = [system, _digests(ask.messages), list(ask.tools)]
         body = [arm, asked, options, fingerprints, place]

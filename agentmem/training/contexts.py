@@ -6,17 +6,18 @@
     bare           the model without memory, and the question alone
     whole          the model without memory, and the whole conversation in the prompt
     window         the model without memory, and the last messages
-    retrieval      the model without memory, and the messages that fit the question best (BM25)
+    retrieval      the model without memory, and the passages that fit the question best (BM25)
     window_memory  the conversation's own memory, and the last messages
-    hybrid         the conversation's own memory, and the messages that fit the question best
+    hybrid         the conversation's own memory, and the passages that fit the question best
     constant       no model: the one answer that is right most often among questions of a kind
 
-The last messages and the best ones get the same number of tokens. A new arm that combines these parts is a line of
+The last messages and the best passages get the same number of tokens. A new arm that combines these parts is a line of
 `SETUPS`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -36,7 +37,7 @@ class ArmSetup:
     Attributes:
         memory: whose memory it has; None: the model without memory.
         shows: what the prompt shows of the conversation beside its system messages and the question: nothing, the last
-            messages, the ones that fit the question best, or all of them.
+            messages, the passages that fit the question best, or all of them.
         title: what a reader is told.
     """
 
@@ -52,9 +53,9 @@ SETUPS: dict[Arm, ArmSetup] = {
     "bare": ArmSetup(None, "nothing", "question alone, no memory"),
     "whole": ArmSetup(None, "all", "whole conversation in the prompt, no memory"),
     "window": ArmSetup(None, "last", "last messages in the prompt, no memory"),
-    "retrieval": ArmSetup(None, "best", "best messages by BM25 in the prompt, no memory"),
+    "retrieval": ArmSetup(None, "best", "best passages by BM25 in the prompt, no memory"),
     "window_memory": ArmSetup("own", "last", "its own memory, and last messages in the prompt"),
-    "hybrid": ArmSetup("own", "best", "its own memory, and best messages by BM25 in the prompt"),
+    "hybrid": ArmSetup("own", "best", "its own memory, and best passages by BM25 in the prompt"),
     "constant": ArmSetup(None, "nothing", "best constant answer, no model"),
 }
 
@@ -65,14 +66,16 @@ BASIC: tuple[Arm, ...] = (*CONTROLLED, "bare", "whole")
 """The controlled arms, and the model without memory at both ends: told nothing, told everything."""
 
 _INTRODUCTION = "Earlier in this conversation:"
-_MISFITS = 8  # messages in a row that are too long for what is left of the budget, after which no more are tried
+_MISFITS = 8  # passages in a row that are too long for what is left of the budget, after which no more are tried
+_PASSAGE = 300  # characters; some 70 tokens, so that the smallest budgets in use hold one
 
 
 def excerpts(told: Sequence[Message], question: str, fits: Callable[[Message], bool]) -> Message | None:
-    """The messages that fit a question best, quoted in one system message in the order in which they were said.
+    """What fits a question best, quoted in one system message in the order in which it was said.
 
-    Messages are taken by their BM25 score, and where scores are equal (as where no word of the question occurs) the
-    later one first, so that the budget is used as far as whole messages fill it.
+    Long messages are cut into passages between sentences, so that a small budget holds some of them. Passages are taken
+    by their BM25 score, and where scores are equal (as where no word of the question occurs) the later one first, so
+    that the budget is used as far as whole passages fill it.
 
     Args:
         told: the conversation; its system messages are not quoted.
@@ -85,8 +88,10 @@ def excerpts(told: Sequence[Message], question: str, fits: Callable[[Message], b
     Raises:
         MissingExtraError: bm25s is not installed.
     """
-    spoken = [message for message in told if message.role != "system" and message.content.strip()]
-    scores = bm25_scores([message.content for message in spoken], question)
+    spoken = [
+        (message.role, passage) for message in told if message.role != "system" for passage in passages(message.content)
+    ]
+    scores = bm25_scores([text for _, text in spoken], question)
     taken: list[int] = []
     found: Message | None = None
     misfits = 0
@@ -100,8 +105,21 @@ def excerpts(told: Sequence[Message], question: str, fits: Callable[[Message], b
     return found
 
 
-def _quoted(messages: Sequence[Message]) -> Message:
-    lines = [f"{message.role}: {message.content}" for message in messages]
+def passages(text: str, most: int = _PASSAGE) -> list[str]:
+    """A text as passages of whole sentences, of at most `most` characters; a longer sentence is a passage alone."""
+    if len(text) <= most:
+        return [text] if text.strip() else []
+    cut = list[str]()
+    for sentence in re.split(r"(?<=[.!?])\s+|\n+", text):
+        if cut and len(cut[-1]) + 1 + len(sentence) <= most:
+            cut[-1] += f" {sentence}"
+        elif sentence.strip():
+            cut.append(sentence)
+    return cut
+
+
+def _quoted(spoken: Sequence[tuple[str, str]]) -> Message:
+    lines = [f"{role}: {text}" for role, text in spoken]
     return Message("system", "\n".join([_INTRODUCTION, *lines]), write=False)
 
 

@@ -18,11 +18,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from agentmem.errors import ConfigError, DataError, TranscriptError
 from agentmem.messages import Message, Role, ToolCall
 
+T = TypeVar("T")
 _SHOWN = 5  # bad lines that an error lists
 _KEYS = ("train", "write")
 _ROLES: dict[object, Role] = {
@@ -164,6 +165,33 @@ def read_conversations(path: str | Path, *, max_bad: float = 0.05) -> Conversati
         ConfigError: `max_bad` is no share.
         DataError: the file cannot be read, is not JSONL, has no good line, or too many bad ones; the first are listed.
     """
+    ignored = Counter[str]()
+    rows = read_rows(path, lambda row, origin: _conversation(row, origin, ignored), max_bad=max_bad)
+    return Conversations(rows.good, rows.bad, dict(ignored), rows.file)
+
+
+@dataclass(frozen=True)
+class Rows(Generic[T]):
+    """What `read_rows` makes of a file; `good` and `bad` are in the file's order."""
+
+    good: tuple[T, ...]
+    bad: tuple[BadLine, ...]
+    file: SourceFile
+
+
+def read_rows(path: str | Path, parse: Callable[[object, str], T], *, max_bad: float = 0.05) -> Rows[T]:
+    """Read a JSONL file whose lines may be bad; it may be compressed (`.gz`, `.xz`). Empty lines are skipped.
+
+    Args:
+        path: the file.
+        parse: makes something of a line's value; its second argument says where the line is ("chats.jsonl:12"). A
+            `BadRow`, `TranscriptError` or `ConfigError` that it raises makes the line a bad one.
+        max_bad: the largest share of bad lines, from 0 to 1.
+
+    Raises:
+        ConfigError: `max_bad` is no share.
+        DataError: the file cannot be read, is not JSONL, has no good line, or too many bad ones; the first are listed.
+    """
     if not 0 <= max_bad <= 1:
         raise ConfigError(f"max_bad is a share of lines from 0 to 1; found {max_bad}")
     path = Path(path)
@@ -174,15 +202,13 @@ def read_conversations(path: str | Path, *, max_bad: float = 0.05) -> Conversati
             f"{path} must have one JSON object per line; it begins with '[', as a JSON array does; write each of its "
             "elements on a line of its own (jq -c '.[]' FILE)"
         )
-    good, bad, ignored = [], [], Counter[str]()
+    good, bad = list[T](), list[BadLine]()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            good.append(_conversation(json.loads(line), f"{path.name}:{number}", ignored))
-        except _BadRow as error:
-            bad.append(BadLine(number, str(error)))
-        except (TranscriptError, ConfigError) as error:
+            good.append(parse(json.loads(line), f"{path.name}:{number}"))
+        except (BadRow, TranscriptError, ConfigError) as error:
             bad.append(BadLine(number, str(error)))
         except UnicodeDecodeError as error:
             bad.append(BadLine(number, f"not valid UTF-8 at byte {error.start}"))
@@ -190,7 +216,7 @@ def read_conversations(path: str | Path, *, max_bad: float = 0.05) -> Conversati
             bad.append(BadLine(number, f"not JSON: {error}"))
     if not good or len(bad) > max_bad * (len(good) + len(bad)):
         raise DataError(_refusal(path, len(good), bad, max_bad))
-    return Conversations(tuple(good), tuple(bad), dict(ignored), file)
+    return Rows(tuple(good), tuple(bad), file)
 
 
 def _refusal(path: Path, good: int, bad: Sequence[BadLine], max_bad: float) -> str:
@@ -226,35 +252,35 @@ def read_file(path: Path) -> tuple[SourceFile, bytes]:
 # One row.
 
 
-class _BadRow(Exception):
+class BadRow(Exception):
     """Why a row cannot be used."""
 
 
 def _conversation(row: object, origin: str, ignored: Counter[str]) -> Conversation:
     if not isinstance(row, dict):
-        raise _BadRow(f"a row is a JSON object with `messages`; found {_type(row)}")
+        raise BadRow(f"a row is a JSON object with `messages`; found {_type(row)}")
     listed = row.get("messages")
     if not isinstance(listed, list) or not listed:
         hint = "; convert ShareGPT's `conversations` to `messages` first" if "conversations" in row else ""
-        raise _BadRow(f"`messages` is a list with at least one message; found {_type(listed)}{hint}")
+        raise BadRow(f"`messages` is a list with at least one message; found {_type(listed)}{hint}")
     tools = row.get("tools") or ()
     if not isinstance(tools, list | tuple) or not all(isinstance(tool, dict) for tool in tools):
-        raise _BadRow("`tools` is a list of objects")
+        raise BadRow("`tools` is a list of objects")
     unknown = [f"row.{key}" for key in row if key not in ("messages", "tools")]
     messages, train, users = list[Message](), list[bool](), 0
     for number, plain in enumerate(listed, 1):
         try:
-            message = _message(plain)
+            message = parse_message(plain)
             users += message.role == "user"
             messages.append(message)
             train.append(_flag(plain, "train", default=message.role == "assistant" and users > 1))
             if train[-1] and message.role != "assistant":
-                raise _BadRow("`train` is true, but only assistant messages count in the loss")
-        except (_BadRow, TranscriptError) as error:
-            raise _BadRow(f"message {number}: {error}") from None
+                raise BadRow("`train` is true, but only assistant messages count in the loss")
+        except (BadRow, TranscriptError) as error:
+            raise BadRow(f"message {number}: {error}") from None
         unknown += [f"message.{key}" for key in plain if key not in _MESSAGE_KEYS]
     if not any(train):
-        raise _BadRow(
+        raise BadRow(
             "no reply counts in the loss: without `train` only replies after the first turn do, since before it there "
             "is nothing to remember"
         )
@@ -262,24 +288,29 @@ def _conversation(row: object, origin: str, ignored: Counter[str]) -> Conversati
     return Conversation(tuple(messages), tuple(train), tuple(tools), origin=origin)
 
 
-def _message(plain: object) -> Message:
+def parse_message(plain: object) -> Message:
+    """A message of a row.
+
+    Raises:
+        BadRow, TranscriptError: it has another form.
+    """
     if not isinstance(plain, dict):
-        raise _BadRow(f"a message is an object with `role` and `content`; found {_type(plain)}")
+        raise BadRow(f"a message is an object with `role` and `content`; found {_type(plain)}")
     for key in plain:
         # A misspelt key would train or write the opposite of what was meant, so it must not be ignored.
         if key not in _MESSAGE_KEYS and (near := difflib.get_close_matches(key.lower(), _KEYS, cutoff=0.75)):
-            raise _BadRow(f"unknown key {key!r}; did you mean {near[0]!r}?")
+            raise BadRow(f"unknown key {key!r}; did you mean {near[0]!r}?")
     role = plain.get("role")
     if not isinstance(role, str) or role not in _ROLES:
-        raise _BadRow(f"`role` is one of {', '.join(str(name) for name in _ROLES)}; found {role!r}")
+        raise BadRow(f"`role` is one of {', '.join(str(name) for name in _ROLES)}; found {role!r}")
     calls = plain.get("tool_calls") or ()
     if not isinstance(calls, list | tuple):
-        raise _BadRow(f"`tool_calls` is a list; found {_type(calls)}")
+        raise BadRow(f"`tool_calls` is a list; found {_type(calls)}")
     if calls and role != "assistant":
-        raise _BadRow(f"only assistant messages have `tool_calls`; found some on a {role} message")
+        raise BadRow(f"only assistant messages have `tool_calls`; found some on a {role} message")
     content = _text(plain.get("content"))
     if not content and not calls and role != "tool":
-        raise _BadRow(f"a {role} message without text" + (" or tool calls" if role == "assistant" else ""))
+        raise BadRow(f"a {role} message without text" + (" or tool calls" if role == "assistant" else ""))
     return Message(
         _ROLES[role],
         content,
@@ -296,7 +327,7 @@ def _text(content: object) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise _BadRow(f"`content` is text, a list of text blocks or null; found {_type(content)}")
+        raise BadRow(f"`content` is text, a list of text blocks or null; found {_type(content)}")
     return "".join(_blocks(content))
 
 
@@ -308,36 +339,36 @@ def _blocks(content: list[object]) -> Iterator[str]:
         kind = block.get("type") if isinstance(block, dict) else _type(block)
         text = block.get("text") if isinstance(block, dict) else None
         if kind not in _TEXT_TYPES or not isinstance(text, str):
-            raise _BadRow(f"a text model reads text blocks only; found a block of type {kind!r}")
+            raise BadRow(f"a text model reads text blocks only; found a block of type {kind!r}")
         yield text
 
 
 def _tool_call(call: object) -> ToolCall:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise _BadRow('a tool call is {"id": ..., "function": {"name": ..., "arguments": ...}}; found another form')
+        raise BadRow('a tool call is {"id": ..., "function": {"name": ..., "arguments": ...}}; found another form')
     arguments = function.get("arguments") or {}
     if isinstance(arguments, str):  # the API's form; some tools store the object itself
         try:
             arguments = json.loads(arguments)
         except ValueError:
-            raise _BadRow(f"the arguments of a tool call are not JSON: {arguments[:60]!r}") from None
+            raise BadRow(f"the arguments of a tool call are not JSON: {arguments[:60]!r}") from None
     if not isinstance(arguments, dict):
-        raise _BadRow(f"the arguments of a tool call are an object; found {_type(arguments)}")
+        raise BadRow(f"the arguments of a tool call are an object; found {_type(arguments)}")
     return ToolCall(function["name"], arguments, _string(call, "id"))
 
 
 def _flag(plain: Mapping[str, object], key: str, *, default: bool) -> bool:
     value = plain.get(key, default)
     if not isinstance(value, bool):
-        raise _BadRow(f"`{key}` is true or false; found {value!r}")
+        raise BadRow(f"`{key}` is true or false; found {value!r}")
     return value
 
 
 def _string(plain: Mapping[str, object], key: str) -> str:
     value = plain.get(key)
     if value is not None and not isinstance(value, str):
-        raise _BadRow(f"`{key}` is text; found {_type(value)}")
+        raise BadRow(f"`{key}` is text; found {_type(value)}")
     return value or ""
 
 

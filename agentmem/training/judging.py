@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from agentmem.messages import Message
 from agentmem.training.conversations import Ask
@@ -52,9 +54,22 @@ def is_judged(ask: Ask) -> bool:
 
 def contains(text: str, value: str) -> bool:
     """Whether a text contains a value as a whole: "12" is not in "120", "12.5", "v12" or "12/3"."""
+    pattern = _as_a_whole(value)
+    return pattern is not None and pattern.search(text.casefold()) is not None
+
+
+def named(text: str, values: Iterable[str]) -> set[str]:
+    """Which values a text contains as wholes; one that is only there as part of a longer one does not count."""
+    text, there = text.casefold(), set[str]()
+    for value in sorted(values, key=len, reverse=True):
+        if (pattern := _as_a_whole(value)) is not None and pattern.search(text) is not None:
+            there.add(value)
+            text = pattern.sub("\n", text)
+    return there
+
+
+@lru_cache(maxsize=4096)
+def _as_a_whole(value: str) -> re.Pattern[str] | None:
     words = r"\s+".join(re.escape(word) for word in value.casefold().split())
-    if not words:
-        return False
     # A sign between two letters or digits joins them to one path, version, date, time or number.
-    pattern = rf"(?<!\w)(?<!\w[./:,@_\\-]){words}(?!\w)(?![./:,@_\\-]\w)"
-    return re.search(pattern, text.casefold()) is not None
+    return re.compile(rf"(?<!\w)(?<!\w[./:,@_\\-]){words}(?!\w)(?![./:,@_\\-]\w)") if words else None

@@ -50,6 +50,7 @@ app.add_typer(storage, name="storage")
 _TASKS_OF = {
     ("device", "dtype", "quantize", "limit", "arms"): {"facts", "data"},
     ("data_dir", "require", "context_tokens", "max_tokens", "concurrency"): {"data"},
+    ("data",): {"own"},
     ("cells",): {"facts"},
     ("questions", "elsewhere", "processes", "plot"): {"recall"},
 }
@@ -107,7 +108,8 @@ def evaluate(
         str,
         typer.Option(
             metavar="TASK,...",
-            help='"recall": nano\'s language; or some of "facts" (natural English), "sgd", "bfcl-memory", "ifeval".',
+            help='"recall": nano\'s language; or some of "facts" (natural English), "sgd", "bfcl-memory", '
+            '"longmemeval", "locomo", "hotpotqa", "ttl", "ifeval", "own".',
         ),
     ] = "recall",
     out: Annotated[
@@ -128,6 +130,9 @@ def evaluate(
     ] = None,
     data_dir: Annotated[
         list[Path] | None, typer.Option(help="Has the folders of the tasks' data; may be repeated.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="own: a JSONL file of conversations, questions and accepted answers.")
     ] = None,
     require: Annotated[
         list[str] | None,
@@ -151,7 +156,7 @@ def evaluate(
     tasks = tuple(dict.fromkeys(name.strip() for name in task.split(",")))
     if "recall" in tasks and len(tasks) > 1:
         raise ConfigError(f"the task recall is measured alone, in nano's language; found --task {task}")
-    groups = {name if name in ("recall", "facts") else "data" for name in tasks}
+    groups = {name if name in ("recall", "facts") else "data" for name in tasks} | {"own"} & set(tasks)
     for name in (name for names, of in _TASKS_OF.items() if not of & groups for name in names):
         source = context.get_parameter_source(name)
         if source is not None and source.name != "DEFAULT":
@@ -170,6 +175,7 @@ def evaluate(
         page=page,
         cells=None if cells is None else tuple(cells.split(",")),
         data_dirs=tuple(data_dir or ()),
+        own_file=data,
         requirements=tuple(require or ()),
         context_tokens=context_tokens,
         max_tokens=max_tokens,

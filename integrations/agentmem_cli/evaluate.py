@@ -90,6 +90,7 @@ class Evaluation:
     page: Path | None = None
     cells: tuple[str, ...] | None = None
     data_dirs: tuple[Path, ...] = ()
+    own_file: Path | None = None
     requirements: tuple[str, ...] = ()
     context_tokens: int = CONTEXT_TOKENS
     max_tokens: int | None = None
@@ -146,6 +147,7 @@ def _comparison(options: Evaluation, tasks: tuple[str, ...]) -> Comparison:
         concurrency=options.concurrency,
         seed=SEED if options.seed is None else options.seed,
         has_memory=memory,
+        own_file=options.own_file,
     )
 
 

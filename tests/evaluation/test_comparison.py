@@ -16,7 +16,7 @@ from agentmem.evaluation.comparison import prepare_comparison, report
 from agentmem.training.contexts import ARMS
 from agentmem_cli.app import app
 from tests.helpers.chatterer import save_chatterer
-from tests.helpers.task_data import BOOKINGS, save_bfcl, save_ifeval, save_sgd
+from tests.helpers.task_data import BOOKINGS, save_bfcl, save_ifeval, save_sgd, write_lines
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +132,17 @@ def test_a_whole_conversation_that_does_not_fit_is_cut_and_said(chatterer: Path,
     assert "the newest messages kept: `whole` 2." in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_own_questions_are_measured(chatterer: Path, tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "My cat is Mia."}], "question": "My cat?", "answers": ["Mia"]}
+    write_lines(tmp_path / "mine.jsonl", [row, row | {"question": "Which cat?", "kind": "which"}])
+    command = ("--model", chatterer, "--task", "own", "--data", tmp_path / "mine.jsonl", "--out", tmp_path / "out")
+    finished = run(*command, "--arms", "memory,constant", "--require", "own:constant>0.9")
+    assert finished.exit_code == 0, finished.output
+    (task,) = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]
+    assert (task["questions"], task["conversations"], list(task["kinds"])) == (2, 1, ["", "which"])
+    assert task["files"][0]["name"] == "mine.jsonl"
+
+
 def test_mistakes_are_found_before_a_model_is_loaded(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +158,8 @@ def test_mistakes_are_found_before_a_model_is_loaded(
         ((*good, "--context-tokens", 3), ConfigError, "context_tokens"),
         ((*good, "--limit", 1), ConfigError, "raise the limit"),
         ((*good, "--adapter", "none", "--arms", "memory,bare"), MissingAdapterError, "memory need memory"),
+        ((*good, "--data", "mine.jsonl"), ConfigError, "--data is no option of --task sgd"),
+        (("--task", "own", *good[2:]), ConfigError, r"name it \(--data\)"),
         ((*good, "--cells", "known-1"), ConfigError, "--cells is no option of --task sgd"),
         (("--task", "sgd,bfcl", *good[2:]), ConfigError, "tasks are sgd, .*found 'bfcl'"),
         (("--task", "ifeval", *good[2:], "--arms", "whole"), ConfigError, "ifeval is measured by bare"),

@@ -9,16 +9,28 @@ import pytest
 
 from agentmem import Message
 from agentmem.errors import ConfigError, DataError
-from agentmem.evaluation.tasks import TASKS, Task, bfcl_accepts, open_task
+from agentmem.evaluation.lessons import EXAMPLES, LABELS
+from agentmem.evaluation.task import Task
+from agentmem.evaluation.tasks import TASKS, bfcl_accepts, open_task
 from agentmem.training.judging import judge
-from tests.helpers.task_data import BOOKINGS, PROMPTS, save_bfcl, save_ifeval, save_sgd, write_lines
+from tests.helpers.task_data import (
+    BOOKINGS,
+    PROMPTS,
+    save_bfcl,
+    save_hotpotqa,
+    save_ifeval,
+    save_locomo,
+    save_longmemeval,
+    save_sgd,
+    save_ttl,
+    write_lines,
+)
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    save_sgd(tmp_path)
-    save_bfcl(tmp_path)
-    save_ifeval(tmp_path)
+    for save in (save_sgd, save_bfcl, save_ifeval, save_longmemeval, save_locomo, save_hotpotqa, save_ttl):
+        save(tmp_path)
     return tmp_path
 
 
@@ -99,6 +111,141 @@ def test_ifeval_is_checked_by_its_own_program(data: Path) -> None:
     assert told == [probe.told for probe in open_task("ifeval", [data]).probes]
 
 
+def asked(task: Task) -> dict[str, int]:
+    return {probe.ask.messages[-1].content: number for number, probe in enumerate(task.probes)}
+
+
+def test_longmemeval_asks_what_has_a_short_answer(data: Path) -> None:
+    task = open_task("longmemeval", [data])
+    number = asked(task)
+    cats = number["How many cats have I? (Today is 2023/05/30.) Answer in a few words."]
+    first = number["Which cat came first? (Today is 2023/05/30.) Answer in a few words."]
+    mill = number["Where do I live? (Today is 2023/05/30.) Answer in a few words."]
+    assert [message.content for message in task.probes[cats].told] == [
+        "[2023/05/19] It was another cat.",
+        "I see.",
+        "[2023/05/20] It was a cat.",
+        "I see.",
+    ], "sessions come by their dates"
+    assert task.probes[cats].cluster == task.probes[first].cluster != task.probes[mill].cluster
+    assert right(task, cats, "You have two cats.")
+    assert not right(task, cats, "Perhaps 2, perhaps 3.")
+    assert sorted(task.skipped.values()) == [1, 1]
+    assert task.scores == {}
+
+
+def test_locomo_leaves_out_what_is_known_to_be_wrong(data: Path) -> None:
+    task = open_task("locomo", [data])
+    number = asked(task)
+    first = [probe for probe in task.probes if probe.conversation == 0]
+    assert [probe.conversation for probe in task.probes[:3]] == [0, 1, 0]
+    assert sorted(probe.ask.kind for probe in first) == ["multi-hop", "single-hop", "temporal"]
+    assert task.skipped == {
+        "a wrong answer: not in the talk (errata)": 1,  # the third question of conv-26
+        "a question to decline (who always declines is always right)": 1,
+    }
+    kite = number["What is in the photo? Answer with a short phrase."]
+    assert [(message.role, message.content) for message in task.probes[kite].told][:2] == [
+        ("user", "[8 May, 2023] Ann: I ran a race on Sunday."),
+        ("assistant", "[8 May, 2023] Bob: Look at this! (shares a photo of a red kite)"),
+    ]
+    assert len(task.probes[kite].told) == 3
+    assert right(task, kite, "A red kite.")
+    done = number["What has Ann done? Answer with a short phrase."]
+    assert right(task, done, "She swam and ran.")
+    assert not right(task, done, "She ran.")
+    (score,) = task.scores.values()
+    assert score(task.probes[done].ask, "tennis, ran") == 0.5  # one of the two
+    assert score(task.probes[kite].ask, "kites") == 1
+
+
+def test_hotpotqa_tells_paragraphs_and_asks(data: Path) -> None:
+    task = open_task("hotpotqa", [data])
+    number = asked(task)
+    port, closed = (
+        number[f"{text} Answer in a few words."] for text in ("Which port is by Rokko?", "Is Rokko by a port?")
+    )
+    assert len(task.probes) == len({probe.conversation for probe in task.probes}) == 3
+    assert {probe.told for probe in task.probes} == {
+        (Message("user", "Rokko: Mount Rokko is in Kobe. It is green."), Message("user", "Kobe: Kobe is a port."))
+    }
+    assert right(task, port, "It is the city of Kobe.")
+    assert right(task, closed, "Yes, by Kobe.")
+    assert not right(task, closed, "No. Well, yes.")
+    exact, f1 = (task.scores[name] for name in ("exact match", "HotpotQA F1"))
+    assert (exact(task.probes[port].ask, "City of Kobe!"), exact(task.probes[port].ask, "Kobe")) == (1, 0)
+    assert f1(task.probes[port].ask, "Kobe") == 0.5
+    assert f1(task.probes[closed].ask, "yes it is") == 0
+
+
+def test_ttl_teaches_labels_that_nothing_else_tells(data: Path) -> None:
+    task = open_task("ttl", [data])
+    first, second = ([probe for probe in task.probes if probe.conversation == number] for number in (0, 1))
+    assert ({probe.ask.kind for probe in first}, {probe.ask.kind for probe in second}) == ({"banking77"}, {"clinc150"})
+    assert len(first) == LABELS
+    assert len(first[0].told) == LABELS * EXAMPLES
+    labels = {line.split("label: ")[1] for line in (message.content for message in first[0].told)}
+    assert labels != {line.split("label: ")[1] for line in (message.content for message in second[0].told)}
+    for number, probe in enumerate(task.probes[:LABELS]):
+        (label,) = probe.ask.values
+        intent = probe.ask.messages[0].content.split("\n")[0].removeprefix("a new one of ")
+        assert any(m.content.endswith(f"of {intent}\nlabel: {label}") for m in probe.told)
+        assert right(task, number, f"{label}.")
+        assert not right(task, number, " ".join(sorted(labels)))
+    assert open_task("ttl", [data]).probes == task.probes
+    assert open_task("ttl", [data], seed=5).probes != task.probes
+
+
+CAT = [{"role": "user", "content": "My cat is called Mia."}, {"role": "assistant", "content": "Noted."}]
+PLACE = [{"role": "user", "content": "I live in New York City."}]
+
+
+def test_own_questions_come_from_a_file(tmp_path: Path) -> None:
+    rows: list[object] = [
+        {"messages": CAT, "question": "What is my cat called?", "answers": ["Mia", "Mia the cat"], "kind": "names"},
+        {
+            "messages": PLACE,
+            "question": "Where?",
+            "answers": ["New York City"],
+            "choices": ["New York City", "New York"],
+        },
+        {"messages": CAT, "question": "Which animal have I?", "answers": ["a cat"]},
+    ]
+    path = tmp_path / "mine.jsonl"
+    write_lines(path, rows * 8 + [{"messages": CAT, "question": "?"}])
+    task = open_task("own", [], own_file=path)
+    assert [probe.conversation for probe in task.probes[:3]] == [0, 1, 0]
+    assert task.skipped == {"a bad line": 1}
+    assert task.probes[0].told == (Message("user", "My cat is called Mia."), Message("assistant", "Noted."))
+    assert task.probes[1].ask.messages[0].content == "Where?\nAnswer with one of: New York City; New York."
+    assert right(task, 0, "It is Mia.")
+    assert not right(task, 0, "It is Miami.")
+    assert right(task, 1, "In New York City.")
+    assert not right(task, 1, "New York City or New York")
+    assert not right(task, 1, "New York")
+    assert len(open_task("own", [], limit=2, own_file=path).probes) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answers": []}, r"line 1: `answers` has 1 text or more"),
+        ({"answers": "Mia"}, r"`answers` is a list of texts"),
+        ({"question": " "}, r"`question` is text"),
+        ({"choices": ["Leo"]}, r"each of `answers` is one of `choices`; found 'Mia'"),
+        ({"messages": [{"role": "cat", "content": "?"}]}, r"message 1: `role` is one of"),
+        ({"answer": "Mia"}, r"unknown key 'answer'; known are messages, question"),
+    ],
+)
+def test_bad_lines_of_own_questions_are_refused_with_the_reason(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    path = tmp_path / "mine.jsonl"
+    write_lines(path, [{"messages": CAT, "question": "What is my cat called?", "answers": ["Mia"]} | change])
+    with pytest.raises(DataError, match=message):
+        open_task("own", [], own_file=path)
+
+
 def cut(path: str) -> Callable[[Path], None]:
     return lambda data: (data / path).unlink()
 
@@ -120,6 +267,15 @@ def rewrite(path: str, *rows: object) -> Callable[[Path], None]:
         ("bfcl-memory", rewrite("bfcl_memory/memory_student.json", {"id": 1}), r"\(student\) have `question`"),
         ("bfcl-memory", rewrite("bfcl_memory/answers_BFCL_v4_memory.json", {"id": "other"}), r"an answer with its id"),
         ("bfcl-memory", rewrite("bfcl_memory/BFCL_v4_memory.json", 3), r"one JSON object per line"),
+        (
+            "longmemeval",
+            rewrite("longmemeval/longmemeval_oracle.json", {"answer": 1}),
+            r"haystack_sessions and their ids",
+        ),
+        ("locomo", rewrite("locomo/locomo10.json", {"sample_id": "x", "qa": []}), r"has conversation and qa; found"),
+        ("hotpotqa", rewrite("hotpotqa/amor_dev.jsonl", {"question": "?"}), r"has question, answer, type and context"),
+        ("ttl", rewrite("mab_ttl/banking77_test.csv", "x", "y"), r"has the columns text and category"),
+        ("ttl", rewrite("mab_ttl/clinc150_data_full.json", {"train": []}), r"lists of \[text, label\]"),
         ("ifeval", rewrite("ifeval/input_data.jsonl", {"prompt": "?"}), r"instruction_id_list and kwargs; found"),
         (
             "ifeval",
@@ -146,4 +302,6 @@ def test_what_cannot_be_opened_is_named(data: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"elsewhere/sgd; there is none|elsewhere/sgd, of which there is none"):
         open_task("sgd", [tmp_path / "elsewhere"])
     assert len(open_task("sgd", [tmp_path / "elsewhere", data], limit=1).probes) == 1
-    assert set(TASKS) == {"sgd", "bfcl-memory", "ifeval"}
+    with pytest.raises(ConfigError, match="--data"):
+        open_task("own", [data])
+    assert set(TASKS) == {"sgd", "bfcl-memory", "longmemeval", "locomo", "hotpotqa", "ttl", "ifeval", "own"}

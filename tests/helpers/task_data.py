@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,3 +91,83 @@ def save_ifeval(directory: Path) -> None:
         for n, (text, kinds, given) in enumerate(PROMPTS)
     ]
     write_lines(directory / "ifeval" / "input_data.jsonl", rows)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, and the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), "utf-8")
+
+
+def save_longmemeval(directory: Path) -> None:
+    """`longmemeval/`: four questions, of which one has a long answer and one none; two share a session."""
+
+    def row(name: str, question: str, answer: Any, *sessions: str) -> dict[str, Any]:
+        texts = [[{"role": "user", "content": f"It was {text}."}, {"role": "assistant", "content": "I see."}]
+                 for text in sessions]  # fmt: skip
+        dates = [f"2023/05/{20 - place} (Sat) 02:21" for place in range(len(sessions))]
+        return {
+            "question_id": name,
+            "question_type": "multi-session",
+            "question": question,
+            "answer": answer,
+            "question_date": "2023/05/30 (Tue) 10:00",
+            "haystack_dates": dates,
+            "haystack_session_ids": list(sessions),
+            "haystack_sessions": texts,
+        }
+
+    rows = [
+        row("a", "How many cats have I?", 2, "a cat", "another cat"),
+        row("b", "Where do I live?", "in the old mill", "the mill"),
+        row("c", "Which cat came first?", "Mia", "a cat"),
+        row("d", "What do I like?", "The reply should name films of Ozu, and no others.", "Ozu"),
+        row("e_abs", "How many dogs have I?", "You never said.", "a cat"),
+    ]
+    write_json(directory / "longmemeval" / "longmemeval_oracle.json", rows)
+
+
+def save_locomo(directory: Path) -> None:
+    """`locomo/`: two talks with five questions; one is known to have a wrong answer, one is to be declined."""
+    session = [
+        {"speaker": "Ann", "dia_id": "D1:1", "text": "I ran a race on Sunday."},
+        {"speaker": "Bob", "dia_id": "D1:2", "text": "Look at this!", "blip_caption": "a photo of a red kite"},
+    ]
+    talk = {"speaker_a": "Ann", "speaker_b": "Bob", "session_1_date_time": "1:56 pm on 8 May, 2023"}
+    talk |= {"session_1": session, "session_2_date_time": "2:00 pm on 9 May, 2023", "session_2": session[:1]}
+    asked = [
+        {"question": "What has Ann done?", "answer": "ran, swam", "category": 1},
+        {"question": "When did Ann run?", "answer": "7 May 2023", "category": 2},
+        {"question": "Would Ann like a kite?", "answer": "Likely yes; it is red", "category": 3},
+        {"question": "What is in the photo?", "answer": "a kite", "category": 4},
+        {"question": "What did Bob run?", "adversarial_answer": "a race", "category": 5},
+    ]
+    rows = [
+        {"sample_id": "conv-26", "conversation": talk, "qa": asked},
+        {"sample_id": "new", "conversation": talk, "qa": asked[1:2]},
+    ]
+    write_json(directory / "locomo" / "locomo10.json", rows)
+
+
+def save_hotpotqa(directory: Path) -> None:
+    """`hotpotqa/`: a question in each of the three files, in the form of each."""
+    folder = directory / "hotpotqa"
+    titles, sentences = ["Rokko", "Kobe"], [["Mount Rokko is in Kobe.", " It is green."], ["Kobe is a port."]]
+    pairs = [list(pair) for pair in zip(titles, sentences, strict=True)]
+    columns = {"title": titles, "sentences": sentences}
+    row = {"question": "Is Rokko by a port?", "answer": "yes", "type": "comparison", "context": pairs}
+    bridge = row | {"question": "Which port is by Rokko?", "answer": "the city of Kobe", "type": "bridge"}
+    write_json(folder / "hipporag_train_100.json", [row])
+    write_json(folder / "meve_dev_100.json", [bridge | {"context": columns}])
+    write_lines(folder / "amor_dev.jsonl", [bridge | {"question": "What is green?", "answer": "Rokko"}])
+
+
+def save_ttl(directory: Path) -> None:
+    """`mab_ttl/`: nine intents with five examples each, and one of each to ask for."""
+    folder = directory / "mab_ttl"
+    rows = [(f"example {n} of intent {label}", f"intent {label}") for label in range(9) for n in range(5)]
+    test = [(f"a new one of intent {label}", f"intent {label}") for label in range(9)]
+    write_json(folder / "clinc150_data_full.json", {"train": rows, "test": test})
+    for name, part in (("train", rows), ("test", test)):
+        with (folder / f"banking77_{name}.csv").open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([("text", "category"), *part])

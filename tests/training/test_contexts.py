@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from agentmem import Message
 from agentmem.training.arms import probes_of
-from agentmem.training.contexts import ARMS, BASIC, SETUPS, excerpts
+from agentmem.training.contexts import ARMS, BASIC, SETUPS, excerpts, passages
 from agentmem.training.conversations import Ask, Conversation
 from agentmem.training.predictions import best_constants
 
@@ -50,6 +50,19 @@ def test_without_a_common_word_the_last_messages_are_quoted() -> None:
 def test_nothing_is_quoted_where_nothing_fits() -> None:
     assert quoted("Where do I live?", 3) == []
     assert excerpts(TALK[:1], "Where do I live?", words(100)) is None
+
+
+def test_of_a_long_message_the_passages_that_fit_the_question_best_are_quoted() -> None:
+    said = [f"On day {day} it rained, and nobody went out at all." for day in range(40)]
+    told = [Message("user", " ".join([*said[:20], "Our boat is a yawl.", *said[20:]]))]
+    found = excerpts(told, "What is our boat?", words(90))
+    assert found is not None
+    assert "Our boat is a yawl." in found.content
+    cut = passages(told[0].content)
+    assert " ".join(cut) == told[0].content
+    assert max(map(len, cut)) <= 300
+    assert passages("No end to this " * 50) == ["No end to this " * 50]
+    assert passages("  ") == []
 
 
 def test_the_best_constant_is_chosen_by_kind() -> None:

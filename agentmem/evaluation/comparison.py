@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,12 +24,12 @@ from agentmem.engine import Engine
 from agentmem.errors import ConfigError, MissingAdapterError
 from agentmem.evaluation.facts import SEED
 from agentmem.evaluation.requirements import Requirement, parse_requirement
-from agentmem.evaluation.task import Task
+from agentmem.evaluation.task import Score, Task
 from agentmem.evaluation.tasks import open_task
 from agentmem.training.arms import CONTEXT_TOKENS, LEAST_CONTEXT, Writing, measure
 from agentmem.training.contexts import ARMS, SETUPS, Arm, import_bm25s
-from agentmem.training.intervals import Gain, Share
-from agentmem.training.predictions import ArmResults
+from agentmem.training.intervals import Gain, Mean, Share, holm, mean
+from agentmem.training.predictions import ArmResults, best_constants
 
 DEFAULT_ARMS: tuple[Arm, ...] = ("memory", "zero", "foreign", "bare")
 """What is measured where nothing else is asked for; they need no further package."""
@@ -210,6 +211,8 @@ def _task_results(
     task: Task, measured: ArmResults, max_tokens: int, requirements: Sequence[Requirement]
 ) -> dict[str, Any]:
     differences = [(arm, others) for arm, others in _DIFFERENCES if {arm, *others} <= set(measured.arms)]
+    scores = {name: _scores(task, measured, score) for name, score in task.scores.items()}
+    ceiling = measured.share_of("memory", "whole") if {"memory", "whole"} <= set(measured.arms) else None
     checked = [(each.text, *each.check(measured)) for each in requirements]
     return {
         "task": task.name,
@@ -227,16 +230,47 @@ def _task_results(
                 "prompt_tokens": round(measured.prompt_tokens(arm), 1),
                 "seconds": measured.seconds(arm),
                 "cut": measured.cut(arm),
+                "kept_bytes": round(measured.kept_bytes(arm)),
+                "scores": {name: asdict(of_arm[arm]) for name, of_arm in scores.items()},
             }
             for arm in measured.arms
         },
         "differences": [
             {"arm": arm, "over": list(others)} | _gain(measured.gain_over(arm, *others)) for arm, others in differences
         ],
+        "ceiling": None if ceiling is None else asdict(ceiling),
         "kinds": {
-            kind: {arm: _share(measured.of_kind(kind).share(arm)) for arm in measured.arms} for kind in measured.kinds
+            kind: {arm: _share(measured.of_kind(kind).share(arm)) for arm in measured.arms} for kind in task.kinds
         },
+        "by_kind": _by_kind(task, measured, *differences[0]) if differences and len(task.kinds) > 1 else None,
         "requirements": [{"requirement": text, "value": value, "met": met} for text, value, met in checked],
+    }
+
+
+def _scores(task: Task, measured: ArmResults, score: Score) -> dict[Arm, Mean]:
+    """The mean of a published score for each arm; the constant arm gives the answers that are best by this score."""
+    best = best_constants(task.probes, task.max_words, score) if "constant" in measured.arms else {}
+    means = {}
+    for arm in measured.arms:
+        totals: dict[int, list[float]] = defaultdict(list)
+        for probe, prediction in zip(task.probes, measured.of_arm(arm), strict=True):
+            text = best[probe.ask.kind] if arm == "constant" else prediction.reply.content
+            totals[prediction.conversation].append(score(probe.ask, text))
+        means[arm] = mean([(sum(of_one), len(of_one)) for of_one in totals.values()])
+    return means
+
+
+def _by_kind(task: Task, measured: ArmResults, arm: Arm, others: tuple[Arm, ...]) -> dict[str, Any]:
+    """The first difference, kind by kind, with p-values by Holm's method.
+
+    Which kinds and which difference is fixed by the task and the arms, so nothing is chosen after the replies are seen.
+    """
+    gains = {kind: measured.of_kind(kind).gain_over(arm, *others) for kind in task.kinds}
+    adjusted = holm([gain.p for gain in gains.values()])
+    return {
+        "arm": arm,
+        "over": list(others),
+        "kinds": {kind: _gain(gain) | {"holm": p} for (kind, gain), p in zip(gains.items(), adjusted, strict=True)},
     }
 
 
@@ -266,19 +300,26 @@ def report(results: Mapping[str, Any]) -> str:
 
 
 def _task_lines(task: Mapping[str, Any], concurrency: int) -> list[str]:
+    scores = [name for row in task["arms"].values() for name in row["scores"]]
+    heads = ["right (interval)", *dict.fromkeys(scores), "prompt tokens", "bytes kept"]
+    heads.append(f"seconds, {concurrency} at once")
     lines = [
         f"## {task['task']}",
         "",
         f"A right reply shows: {task['title']}. {task['questions']:,} questions about {task['conversations']:,} "
         f"conversations; replies of at most {task['max_tokens']:,} tokens.",
         "",
-        f"| | right (interval) | prompt tokens | seconds, {concurrency} at once |",
-        "|---|---|---|---|",
+        f"| | {' | '.join(heads)} |",
+        "|---" * (len(heads) + 1) + "|",
     ]
     for arm, row in task["arms"].items():
-        asked = arm != "constant"
-        cost = f"{row['prompt_tokens']:,.0f} | {row['seconds']:.2f}" if asked else " | "
-        lines.append(f"| {SETUPS[arm].title} (`{arm}`) | {row['share']:.3f} ({_range(row)}) | {cost} |")
+        cells = [f"{row['share']:.3f} ({_range(row)})"]
+        cells += [f"{score['value']:.3f} ({_range(score)})" for score in row["scores"].values()]
+        if arm == "constant":
+            cells += ["", "", ""]
+        else:
+            cells += [f"{row['prompt_tokens']:,.0f}", f"{row['kept_bytes']:,}", f"{row['seconds']:.2f}"]
+        lines.append(f"| {SETUPS[arm].title} (`{arm}`) | {' | '.join(cells)} |")
     cut = [f"`{arm}` {row['cut']:,}" for arm, row in task["arms"].items() if row["cut"]]
     if cut:
         lines += [
@@ -288,16 +329,11 @@ def _task_lines(task: Mapping[str, Any], concurrency: int) -> list[str]:
     if task["differences"]:
         lines += ["", "| difference | (interval) |", "|---|---|"]
         for row in task["differences"]:
-            others = row["over"][0] if len(row["over"]) == 1 else f"max({', '.join(row['over'])})"
-            lines.append(f"| {row['arm']} - {others} | {row['value']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f}) |")
-    if ceiling := _ceiling(task["arms"]):
-        lines += ["", ceiling]
+            lines.append(f"| {_difference(row)} | {row['value']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f}) |")
+    if ceiling := task["ceiling"]:
+        lines += ["", f"Share of the ceiling (memory / whole): {ceiling['value']:.2f} ({_range(ceiling)})."]
     if len(task["kinds"]) > 1:
-        arms = list(task["arms"])
-        lines += ["", f"| questions | {' | '.join(arms)} | number |", "|---" * (len(arms) + 2) + "|"]
-        for kind, row in task["kinds"].items():
-            shares = " | ".join(f"{row[arm]['share']:.3f}" for arm in arms)
-            lines.append(f"| {kind} | {shares} | {row[arms[0]]['questions']:,} |")
+        lines += ["", *_kind_lines(task["kinds"], task["by_kind"])]
     if task["skipped"]:
         lines += ["", *(f"- left out: {count:,} x {reason}" for reason, count in task["skipped"].items())]
     if task["requirements"]:
@@ -308,10 +344,24 @@ def _task_lines(task: Mapping[str, Any], concurrency: int) -> list[str]:
     return lines
 
 
-def _ceiling(arms: Mapping[str, Mapping[str, Any]]) -> str:
-    if not {"memory", "whole"} <= set(arms) or not arms["whole"]["share"]:
-        return ""
-    return f"Share of the ceiling (memory / whole): {arms['memory']['share'] / arms['whole']['share']:.2f}."
+def _kind_lines(kinds: Mapping[str, Any], by_kind: Mapping[str, Any] | None) -> list[str]:
+    arms = list(next(iter(kinds.values())))
+    heads = ["questions", "number", *arms]
+    if by_kind:
+        heads += [f"{_difference(by_kind)} (interval)", "p, by Holm"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for kind, row in kinds.items():
+        cells = [kind or "(no kind)", f"{row[arms[0]]['questions']:,}", *(f"{row[arm]['share']:.3f}" for arm in arms)]
+        if by_kind:
+            gain = by_kind["kinds"][kind]
+            cells += [f"{gain['value']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})", f"{gain['holm']:.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _difference(row: Mapping[str, Any]) -> str:
+    others = row["over"][0] if len(row["over"]) == 1 else f"max({', '.join(row['over'])})"
+    return f"{row['arm']} - {others}"
 
 
 def _range(row: Mapping[str, Any]) -> str:

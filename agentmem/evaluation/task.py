@@ -71,6 +71,11 @@ class Task:
     skipped: Mapping[str, int] = field(default_factory=dict)
     scores: Mapping[str, Score] = field(default_factory=dict)
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of its questions, in the order in which they first come."""
+        return tuple(dict.fromkeys(probe.ask.kind for probe in self.probes))
+
 
 def by_hash(items: Iterable[T], text: Callable[[T], str]) -> list[T]:
     """Items in the order of a hash of their text, so that any first so many are a fair sample in every run."""

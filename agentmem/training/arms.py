@@ -258,13 +258,20 @@ class _Measurement:
             )
             if quoted is not None:
                 messages, context = [*system, quoted, *asked.messages], quoted.content
+        kept = 0 if state is None else len(state.to_bytes())
         if state is not None and setup.shows in ("nothing", "best"):
             # With its record emptied, since the history of this turn begins with the question.
             state = state.replaced(record=ConsumedRecord.empty())
         turn = engine.turn(messages, state, **options)
         seconds = time.monotonic() - started
         cut = setup.shows == "all" and turn.usage.input_tokens < engine.count_tokens(messages, asked.tools)
-        return ArmReply(turn.message, turn.usage.input_tokens, seconds, cut, context)
+        if setup.shows != "nothing":
+            text = sum(len(message.content.encode()) for message in told)
+            if setup.shows == "last":  # its part of the text, by tokens
+                tokens = engine.count_tokens([*told, *asked.messages]) - engine.count_tokens([*system, *asked.messages])
+                text = round(text * min(1.0, self.context_tokens / max(1, tokens)))
+            kept += text
+        return ArmReply(turn.message, turn.usage.input_tokens, seconds, cut, context, kept)
 
     def side_by_side(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
         """Results for all items, in order. After an error nothing new is begun."""

@@ -1,4 +1,4 @@
-"""Confidence intervals for shares of correct answers, and for the gain of one arm over others.
+"""Confidence intervals for shares of correct answers and for mean scores, and the gain of one arm over others.
 
 Questions of one conversation share a memory and are not independent, so whole conversations are resampled. Where all
 answers are right, or all are wrong, the samples do not vary; the interval is then Wilson's, with the number of
@@ -53,11 +53,19 @@ def share(conversations: Sequence[tuple[int, int]], seed: int = 0) -> Share:
 
 @dataclass(frozen=True)
 class Gain:
-    """A difference of shares, with a 95 % interval."""
+    """A difference of shares, with a 95 % interval.
+
+    Attributes:
+        value: the difference.
+        low, high: the ends of the interval.
+        p: two-sided p-value for a difference of 0, from the same resamples. Never below what a sign test of so few
+            conversations could give.
+    """
 
     value: float
     low: float
     high: float
+    p: float = 1.0
 
 
 def gain(arm: Sequence[tuple[int, int]], controls: Sequence[Sequence[tuple[int, int]]], seed: int = 0) -> Gain:
@@ -87,7 +95,57 @@ def gain(arm: Sequence[tuple[int, int]], controls: Sequence[Sequence[tuple[int, 
     if low == high:  # all conversations are alike, so the samples do not vary
         own, others = share(arm, seed), [share(control, seed) for control in controls]
         low, high = own.low - max(s.high for s in others), own.high - max(s.low for s in others)
-    return Gain(value, low, high)
+    opposed = min(np.count_nonzero(samples <= 0), np.count_nonzero(samples >= 0))
+    p = max(2 * (opposed + 1) / (_RESAMPLES + 1), 2.0 ** (1 - counts.shape[1]))
+    return Gain(value, low, high, min(1.0, float(p)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values of several questions that were asked at once, adjusted by Holm's method, in the same order.
+
+    Where each below 0.05 is taken as a difference, the chance that any of them is none is below 0.05.
+    """
+    adjusted, least = [1.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = least
+    return adjusted
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean score, or a ratio, with a 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def mean(conversations: Sequence[tuple[float, int]], seed: int = 0) -> Mean:
+    """The mean score from (sum of scores, questions) of each conversation.
+
+    Raises:
+        ValueError: there is no conversation.
+    """
+    if not conversations:
+        raise ValueError("a mean needs a conversation at least")
+    totals = np.array(conversations, dtype=np.float64)
+    return _ratio(totals[:, 0], totals[:, 1], seed)
+
+
+def ratio(arm: Sequence[tuple[int, int]], whole: Sequence[tuple[int, int]], seed: int = 0) -> Mean | None:
+    """The share of an arm divided by that of another over the same conversations; None if the other is never right."""
+    counts, others = np.array(arm, dtype=np.float64), np.array(whole, dtype=np.float64)
+    return _ratio(counts[:, 0], others[:, 0], seed) if others[:, 0].sum() else None
+
+
+def _ratio(parts: np.ndarray, wholes: np.ndarray, seed: int) -> Mean:
+    """Sum of the parts by sum of the wholes; samples in which the wholes are nothing are left out."""
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(0, len(parts), (_RESAMPLES, len(parts)))
+    above, below = parts[drawn].sum(axis=1), wholes[drawn].sum(axis=1)
+    low, high = np.quantile(above[below > 0] / below[below > 0], [0.025, 0.975])
+    return Mean(float(parts.sum() / wholes.sum()), float(low), float(high))
 
 
 def _wilson(right: int, n: int) -> tuple[float, float]:

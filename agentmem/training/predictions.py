@@ -14,7 +14,7 @@ from agentmem.engine import Engine
 from agentmem.messages import Message, ToolCall
 from agentmem.training.contexts import ARMS, Arm
 from agentmem.training.conversations import Ask
-from agentmem.training.intervals import Gain, Share, gain, share
+from agentmem.training.intervals import Gain, Mean, Share, gain, ratio, share
 from agentmem.training.judging import judge
 
 
@@ -47,6 +47,8 @@ class ArmReply:
             where it was not noted.
         cut: whether the conversation was too long for the prompt that was to show all of it.
         context: what the prompt quoted of the conversation.
+        kept_bytes: what has to be kept between the conversation and the question: the memory's state, the text of the
+            messages, or both.
     """
 
     message: Message
@@ -54,6 +56,7 @@ class ArmReply:
     seconds: float = 0.0
     cut: bool = False
     context: str = ""
+    kept_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Prediction:
         prompt_tokens: number of tokens that the prompt showed.
         right: whether the reply is right.
         named_forbidden: whether the reply contains a text of `forbidden`.
-        seconds, cut: as in `ArmReply`.
+        seconds, cut, kept_bytes: as in `ArmReply`.
     """
 
     key: str
@@ -96,6 +99,7 @@ class Prediction:
     named_forbidden: bool
     seconds: float = field(default=0.0, compare=False)
     cut: bool = False
+    kept_bytes: int = 0
 
     @classmethod
     def of(cls, question: ArmQuestion, reply: ArmReply, max_words: int | None) -> Prediction:
@@ -116,6 +120,7 @@ class Prediction:
             named_forbidden=verdict.named_forbidden,
             seconds=reply.seconds,
             cut=reply.cut,
+            kept_bytes=reply.kept_bytes,
         )
 
 
@@ -145,7 +150,7 @@ class ArmResults:
     ) -> list[tuple[int, int]]:
         """(counted replies, questions) of each conversation; right replies are counted unless told otherwise."""
         by_conversation: dict[int, list[bool]] = defaultdict(list)
-        for prediction in self._of(arm):
+        for prediction in self.of_arm(arm):
             by_conversation[prediction.conversation].append(counted(prediction))
         return [(sum(replies), len(replies)) for _, replies in sorted(by_conversation.items())]
 
@@ -185,15 +190,23 @@ class ArmResults:
 
     def prompt_tokens(self, arm: Arm) -> float:
         """The mean number of tokens that an arm's prompts showed."""
-        return fmean(prediction.prompt_tokens for prediction in self._of(arm))
+        return fmean(prediction.prompt_tokens for prediction in self.of_arm(arm))
 
     def seconds(self, arm: Arm) -> float:
         """The median time from a question to the end of the reply, with other turns under way."""
-        return median(prediction.seconds for prediction in self._of(arm))
+        return median(prediction.seconds for prediction in self.of_arm(arm))
 
     def cut(self, arm: Arm) -> int:
         """How many prompts had no room for the whole conversation that they were to show."""
-        return sum(prediction.cut for prediction in self._of(arm))
+        return sum(prediction.cut for prediction in self.of_arm(arm))
+
+    def kept_bytes(self, arm: Arm) -> float:
+        """The mean number of bytes that an arm keeps between conversation and question."""
+        return fmean(prediction.kept_bytes for prediction in self.of_arm(arm))
+
+    def share_of(self, arm: Arm, other: Arm) -> Mean | None:
+        """The share of an arm divided by another's, with a paired interval; None if the other is never right."""
+        return ratio(self.counts(arm), self.counts(other))
 
     def summary(self) -> str:
         """One line: each arm's share with its interval."""
@@ -203,7 +216,8 @@ class ArmResults:
             parts.append(f"{arm} {of_arm.value:.3f} ({of_arm.low:.3f}-{of_arm.high:.3f})")
         return ", ".join(parts)
 
-    def _of(self, arm: Arm) -> list[Prediction]:
+    def of_arm(self, arm: Arm) -> list[Prediction]:
+        """An arm's predictions, in the order of the probes."""
         return [prediction for prediction in self.predictions if prediction.arm == arm]
 
 
@@ -239,9 +253,10 @@ class PredictionLog:
                 self.replies[row["key"]] = ArmReply(
                     message,
                     row["prompt_tokens"],
-                    row.get("seconds", 0.0),  # lines of older versions have none of these three
+                    row.get("seconds", 0.0),  # lines of older versions have none of these four
                     row.get("cut", False),
                     row.get("context", ""),
+                    row.get("kept_bytes", 0),
                 )
             except (ValueError, TypeError, KeyError):
                 continue
@@ -271,26 +286,30 @@ class PredictionLog:
             "prompt_tokens": reply.prompt_tokens,
             "seconds": reply.seconds,
             "cut": reply.cut,
+            "kept_bytes": reply.kept_bytes,
         }
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row | self._labels, ensure_ascii=False) + "\n")
 
 
-def best_constants(probes: Sequence[Probe], max_words: int | None) -> dict[str, str]:
+def best_constants(
+    probes: Sequence[Probe], max_words: int | None, score: Callable[[Ask, str], float] | None = None
+) -> dict[str, str]:
     """For each kind of question, the accepted value that would be right most often as the reply to all of them.
 
-    Kinds whose questions have no values are not there.
+    Kinds whose questions have no values are not there. With a `score`, the value with the largest sum of scores.
     """
+
+    def right(ask: Ask, value: str) -> float:
+        return judge(ask, Message("assistant", value), max_words=max_words).right
+
     by_kind: dict[str, list[Ask]] = defaultdict(list)
     for probe in probes:
         by_kind[probe.ask.kind].append(probe.ask)
     best: dict[str, str] = {}
     for kind, asks in by_kind.items():
         candidates = dict.fromkeys(value for ask in asks for value in ask.values)
-        right = {
-            value: sum(judge(ask, Message("assistant", value), max_words=max_words).right for ask in asks)
-            for value in candidates
-        }
-        if right:
-            best[kind] = max(right, key=lambda value: right[value])
+        total = {value: sum((score or right)(ask, value) for ask in asks) for value in candidates}
+        if total:
+            best[kind] = max(total, key=lambda value: total[value])
     return best

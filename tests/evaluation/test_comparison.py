@@ -16,7 +16,7 @@ from agentmem.evaluation.comparison import prepare_comparison, report
 from agentmem.training.contexts import ARMS
 from agentmem_cli.app import app
 from tests.helpers.chatterer import save_chatterer
-from tests.helpers.task_data import BOOKINGS, save_bfcl, save_ifeval, save_sgd, write_lines
+from tests.helpers.task_data import BOOKINGS, save_bfcl, save_hotpotqa, save_ifeval, save_sgd, write_lines
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,13 @@ def test_every_arm_is_reported(done: tuple[Result, Path, list[str]]) -> None:
     assert tokens["hybrid"] == tokens["retrieval"]
     assert tokens["window_memory"] == tokens["window"]
     assert tokens["whole"] >= tokens["window"]
+    kept = {arm: row["kept_bytes"] for arm, row in sgd["arms"].items()}
+    text = [sum(len(part) for part in booking[:4]) for booking in (BOOKINGS[0], *BOOKINGS)]  # two items of the first
+    assert kept["retrieval"] == kept["whole"] == round(sum(text) / 4)
+    assert kept["zero"] == kept["bare"] == kept["constant"] == 0
+    assert 0 < kept["window"] <= kept["whole"]
+    assert kept["hybrid"] == kept["memory"] + kept["retrieval"]
+    assert kept["memory"] > 100
     assert bfcl["arms"]["constant"]["share"] == 0.8  # the best of the two answers in customer, and one each elsewhere
     assert list(bfcl["kinds"]) == ["customer", "finance", "healthcare", "student"]
     compared = {(row["arm"], *row["over"]) for row in sgd["differences"]}
@@ -75,6 +82,9 @@ def test_every_arm_is_reported(done: tuple[Result, Path, list[str]]) -> None:
     assert "| hybrid - max(memory, retrieval) |" in text
     assert "- met: `memory-foreign>-2`" in text
     assert "(`constant`) | 0." in text
+    assert "| memory - max(zero, foreign) (interval) | p, by Holm |" in text
+    assert list(bfcl["by_kind"]["kinds"]) == list(bfcl["kinds"])
+    assert all(row["holm"] >= row["p"] for row in bfcl["by_kind"]["kinds"].values())
 
 
 def test_every_reply_is_kept_with_its_prompt(done: tuple[Result, Path, list[str]]) -> None:
@@ -141,6 +151,18 @@ def test_own_questions_are_measured(chatterer: Path, tmp_path: Path) -> None:
     (task,) = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]
     assert (task["questions"], task["conversations"], list(task["kinds"])) == (2, 1, ["", "which"])
     assert task["files"][0]["name"] == "mine.jsonl"
+
+
+def test_published_scores_stand_beside_the_share(chatterer: Path, tmp_path: Path) -> None:
+    save_hotpotqa(tmp_path)
+    command = ("--model", chatterer, "--task", "hotpotqa", "--data-dir", tmp_path, "--out", tmp_path / "out")
+    finished = run(*command, "--adapter", "none", "--arms", "whole,constant")
+    assert finished.exit_code == 0, finished.output
+    (task,) = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]
+    assert list(task["arms"]["whole"]["scores"]) == ["exact match", "HotpotQA F1"]
+    # The one comparison question, and the better of the two answers to bridge questions.
+    assert task["arms"]["constant"]["scores"]["exact match"]["value"] == pytest.approx(2 / 3)
+    assert "| right (interval) | exact match | HotpotQA F1 |" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_mistakes_are_found_before_a_model_is_loaded(

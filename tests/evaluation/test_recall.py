@@ -15,7 +15,7 @@ from agentmem.evaluation.recall import ARMS, CELLS, MEMORY_ARMS, Cell, measure
 from agentmem.evaluation.report import BEGIN, END, details, markdown, missed_bars, plot, put_into
 from agentmem.evaluation.runner import Setup, plan, run, save
 from agentmem.nano.recipe.language import draw_bindings
-from agentmem.training.intervals import share
+from agentmem.training.intervals import gain, holm, mean, ratio, share
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,26 @@ def test_intervals_come_from_conversations() -> None:
     assert share([(0, 5)] * 40).high < 0.1
     with pytest.raises(ValueError, match="at least one question"):
         share([])
+
+
+def test_differences_have_p_values_that_few_conversations_cannot_make_small() -> None:
+    clear = gain([(1, 1)] * 40, [[(0, 1)] * 40])
+    assert clear.p < 0.01
+    assert gain([(1, 1)] * 3, [[(0, 1)] * 3]).p == 0.25
+    assert gain([(1, 1), (0, 1)] * 20, [[(0, 1), (1, 1)] * 20]).p > 0.5
+    assert holm([0.01, 0.04, 0.03, 0.2]) == pytest.approx([0.04, 0.09, 0.09, 0.2])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_means_and_ratios_have_intervals_over_conversations() -> None:
+    scores = mean([(1.5, 2), (0.0, 1)] * 50)
+    assert scores.value == 0.5
+    assert 0.4 < scores.low < 0.5 < scores.high < 0.6
+    half = ratio([(1, 2), (0, 2)] * 50, [(2, 2), (0, 2)] * 50)
+    assert half is not None
+    assert (half.value, half.low, half.high) == (0.5, 0.5, 0.5)  # paired: half of it in every sample
+    assert ratio([(1, 2)], [(0, 2)]) is None
 
 
 def test_every_cell_gets_its_questions() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from agentmem.errors import MissingExtraError
+from agentmem.evaluation.plots import import_pyplot
 from agentmem.evaluation.recall import ARMS, BINDINGS, FILLERS, Arm
 from agentmem.evaluation.runner import shares
 from agentmem.training.intervals import Share
@@ -103,13 +103,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise MissingExtraError("matplotlib", "train") from None
+    pyplot = import_pyplot()
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     for arm, style in (("memory", "-o"), ("zeroed", ":"), ("foreign", "--")):
         for f in FILLERS:

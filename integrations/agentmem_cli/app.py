@@ -52,7 +52,8 @@ _TASKS_OF = {
     ("data_dir", "require", "context_tokens", "max_tokens", "concurrency"): {"data"},
     ("data",): {"own"},
     ("cells",): {"facts"},
-    ("questions", "elsewhere", "processes", "plot"): {"recall"},
+    ("questions", "elsewhere", "processes"): {"recall"},
+    ("plot",): {"recall", "data"},
 }
 
 Url = Annotated[
@@ -147,7 +148,7 @@ def evaluate(
     elsewhere: Annotated[int, typer.Option(help="recall: questions everywhere else.")] = 200,
     processes: Annotated[int, typer.Option(help="recall: engines side by side, a core each.")] = 2,
     plot: Annotated[
-        Path | None, typer.Option(help="recall: draw the curves into this file (needs matplotlib).")
+        Path | None, typer.Option(help="Draw the results into this file (recall: curves); not for facts.")
     ] = None,
 ) -> None:
     """Measure memory with controls: what a conversation left in it, and what the same questions get without it."""
@@ -176,6 +177,7 @@ def evaluate(
         cells=None if cells is None else tuple(cells.split(",")),
         data_dirs=tuple(data_dir or ()),
         own_file=data,
+        plot=plot,
         requirements=tuple(require or ()),
         context_tokens=context_tokens,
         max_tokens=max_tokens,

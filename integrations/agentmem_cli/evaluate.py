@@ -30,6 +30,7 @@ from agentmem.evaluation.comparison import (
     run_comparison,
 )
 from agentmem.evaluation.facts import CELLS, SEED, facts_table, run_facts
+from agentmem.evaluation.plots import import_pyplot, plot_arms
 from agentmem.evaluation.report import details, markdown, missed_bars, put_into
 from agentmem.evaluation.report import plot as draw
 from agentmem.evaluation.runner import Setup, plan, run, save
@@ -91,6 +92,7 @@ class Evaluation:
     cells: tuple[str, ...] | None = None
     data_dirs: tuple[Path, ...] = ()
     own_file: Path | None = None
+    plot: Path | None = None
     requirements: tuple[str, ...] = ()
     context_tokens: int = CONTEXT_TOKENS
     max_tokens: int | None = None
@@ -100,6 +102,8 @@ class Evaluation:
 def evaluate_tasks(options: Evaluation) -> int:
     """Measure tasks by arms. Returns the exit code: 1 if a bar is missed or a requirement is not met."""
     others = tuple(task for task in options.tasks if task != "facts")
+    if options.plot is not None:
+        import_pyplot()
     comparison = _comparison(options, others) if others else None
     console, missed, tables = Console(), list[str](), list[str]()
     if "facts" in options.tasks:
@@ -125,6 +129,8 @@ def evaluate_tasks(options: Evaluation) -> int:
         place = options.out
         console.print(f"results: {place / 'results.json'}, every reply: {place / 'predictions'}", highlight=False)
         missed += missed_requirements(results)
+        if options.plot is not None:
+            plot_arms(results, options.plot)
     for table in tables:
         console.print(Markdown(table))
     if options.page is not None:

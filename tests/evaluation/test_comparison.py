@@ -45,7 +45,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 def done(chatterer: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path, list[str]]:
     out = tmp_path_factory.mktemp("out")
     command = ["--model", chatterer, "--task", "sgd,bfcl-memory", "--arms", ",".join(ARMS), "--data-dir", data]
-    command += ["--out", out, "--context-tokens", "48", "--require", "memory-foreign>-2"]
+    command += ["--out", out, "--context-tokens", "48", "--require", "memory-foreign>-2", "--plot", out / "plot.png"]
     return run(*command), out, [str(part) for part in command]
 
 
@@ -85,6 +85,7 @@ def test_every_arm_is_reported(done: tuple[Result, Path, list[str]]) -> None:
     assert "| memory - max(zero, foreign) (interval) | p, by Holm |" in text
     assert list(bfcl["by_kind"]["kinds"]) == list(bfcl["kinds"])
     assert all(row["holm"] >= row["p"] for row in bfcl["by_kind"]["kinds"].values())
+    assert (out / "plot.png").stat().st_size > 5000
 
 
 def test_every_reply_is_kept_with_its_prompt(done: tuple[Result, Path, list[str]]) -> None:

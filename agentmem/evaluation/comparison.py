@@ -27,7 +27,7 @@ from agentmem.evaluation.requirements import Requirement, parse_requirement
 from agentmem.evaluation.task import Score, Task
 from agentmem.evaluation.tasks import open_task
 from agentmem.training.arms import CONTEXT_TOKENS, LEAST_CONTEXT, Writing, measure
-from agentmem.training.contexts import ARMS, SETUPS, Arm, import_bm25s
+from agentmem.training.contexts import ARMS, RETRIEVING, SETUPS, UNAVAILABLE, Arm, import_bm25s
 from agentmem.training.intervals import Gain, Mean, Share, holm, mean
 from agentmem.training.predictions import ArmResults, best_constants
 
@@ -41,6 +41,7 @@ _DIFFERENCES: tuple[tuple[Arm, tuple[Arm, ...]], ...] = (
     ("zero", ("bare",)),
     ("memory", ("window",)),
     ("memory", ("retrieval",)),
+    ("memory", ("memory_bank",)),
     ("window_memory", ("window",)),
     ("hybrid", ("retrieval",)),
     ("hybrid", ("memory",)),
@@ -103,6 +104,8 @@ def prepare_comparison(
         MissingAdapterError: arms need memory, and there is to be none.
     """
     by_name: dict[str, Arm] = {str(arm): arm for arm in ARMS}
+    if missing := [arm for arm in arms if arm in UNAVAILABLE]:
+        raise ConfigError(f"the arm {missing[0]} is not measured: {UNAVAILABLE[missing[0]]}; leave it out")
     if unknown := [arm for arm in arms if arm not in by_name]:
         raise ConfigError(f"arms are {', '.join(ARMS)}; found {unknown[0]!r}")
     chosen = tuple(arm for arm in ARMS if arm in arms)
@@ -115,7 +118,7 @@ def prepare_comparison(
     ):
         if number is not None and number < least:
             raise ConfigError(f"{name} is {least} or more; found {number}")
-    if any(SETUPS[arm].shows == "best" for arm in chosen):
+    if set(chosen) & set(RETRIEVING):
         import_bm25s()
     needing = [arm for arm in chosen if SETUPS[arm].memory is not None]
     if needing and not has_memory:

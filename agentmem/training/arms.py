@@ -22,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -33,9 +34,10 @@ from agentmem.messages import Message
 from agentmem.prompt.transcript import Window
 from agentmem.record import ConsumedRecord
 from agentmem.state import MemoryState
-from agentmem.training.contexts import ARMS, CONTROLLED, SETUPS, Arm, excerpts, import_bm25s
+from agentmem.training.contexts import ARMS, CONTROLLED, RETRIEVING, SETUPS, Arm, excerpts, import_bm25s
 from agentmem.training.conversations import Conversation
 from agentmem.training.judging import MAX_WORDS, is_judged
+from agentmem.training.memory_bank import SUMMARY_TOKENS, MemoryBank
 from agentmem.training.predictions import (
     ArmQuestion,
     ArmReply,
@@ -146,7 +148,7 @@ def measure(
 
     def ask(group: list[ArmQuestion]) -> None:
         nonlocal done
-        reply = run.ask(asking, group[0], states)
+        reply = run.ask(asking, group[0], states, banks)
         with lock:
             for question in group:
                 log.put(question, reply)
@@ -160,6 +162,8 @@ def measure(
         asking = engine if asker is None else asker()
         if asker is not None:
             states = {n: MemoryState.from_dict(json.loads(json.dumps(s.to_json()))) for n, s in states.items()}
+        asked = [group[0] for group in groups.values()]
+        banks = run.fill_banks(q.probe.conversation for q in asked if SETUPS[q.arm].shows == "bank")
         run.side_by_side(ask, list(groups.values()))
     return ArmResults(tuple(Prediction.of(question, log.replies[question.key], max_words) for question in questions))
 
@@ -201,10 +205,9 @@ class _Measurement:
                 raise ConfigError('conversations with tool results cannot be had anew; write them with "remember"')
             if "window_memory" in arms:  # its prompt shows what the memory has consumed
                 raise ConfigError('window_memory shows the replies as they are given; write them with "remember"')
-        setups = [SETUPS[arm] for arm in arms]
-        if any(setup.shows == "best" for setup in setups):
+        if set(arms) & set(RETRIEVING):
             import_bm25s()
-        if any(setup.memory is not None for setup in setups):
+        if any(SETUPS[arm].memory is not None for arm in arms):
             self.engine.zero_state()  # raises where there is no memory
 
     def sources(self, question: ArmQuestion) -> list[int]:
@@ -217,6 +220,17 @@ class _Measurement:
         """The states that the conversations end with."""
         ordered = sorted(numbers)
         return dict(zip(ordered, self.side_by_side(lambda n: self._write(self.told[n]), ordered), strict=True))
+
+    def fill_banks(self, numbers: Iterable[int]) -> dict[int, MemoryBank]:
+        """The stores of conversations, by their numbers; the engine's model writes the summaries."""
+        options: TurnOptions = {"memory": False, "sampling": Sampling(max_tokens=SUMMARY_TOKENS)}
+        ordered = sorted(set(numbers))
+
+        def summarise(prompt: Message) -> str:
+            return self.engine.turn([prompt], None, **options).message.content
+
+        banks = self.side_by_side(lambda number: MemoryBank.fill(self.told[number], summarise), ordered)
+        return dict(zip(ordered, banks, strict=True))
 
     def _write(self, told: Sequence[Message]) -> MemoryState:
         state = self.engine.zero_state()
@@ -234,7 +248,13 @@ class _Measurement:
                 state = turn.state
         return state
 
-    def ask(self, engine: Engine, question: ArmQuestion, states: Mapping[int, MemoryState]) -> ArmReply:
+    def ask(
+        self,
+        engine: Engine,
+        question: ArmQuestion,
+        states: Mapping[int, MemoryState],
+        banks: Mapping[int, MemoryBank],
+    ) -> ArmReply:
         """One reply. Of the conversation the prompt shows its system messages, and what the arm shows."""
         asked, told, setup = question.probe.ask, question.probe.told, SETUPS[question.arm]
         system = [message for message in told if message.role == "system"]
@@ -243,16 +263,17 @@ class _Measurement:
         options["memory"] = setup.memory is not None
         messages, context = [*system, *asked.messages], ""
         state = states[self.sources(question)[0]] if self.sources(question) else None
+        bank = banks[question.probe.conversation] if setup.shows == "bank" else None
         started = time.monotonic()
         if setup.shows == "all":
             messages, options["window"] = [*told, *asked.messages], Window(tokens=None)
         elif setup.shows == "last":
             room = engine.count_tokens(messages, asked.tools) + self.context_tokens
             messages, options["window"] = [*told, *asked.messages], Window(tokens=room)
-        elif setup.shows == "best":
+        elif setup.shows in ("best", "bank"):
             room = engine.count_tokens(messages, asked.tools) + self.context_tokens
-            quoted = excerpts(
-                told,
+            search = partial(excerpts, told) if bank is None else bank.excerpts
+            quoted = search(
                 asked.messages[-1].content,
                 lambda quoted: engine.count_tokens([*system, quoted, *asked.messages], asked.tools) <= room,
             )
@@ -265,7 +286,9 @@ class _Measurement:
         turn = engine.turn(messages, state, **options)
         seconds = time.monotonic() - started
         cut = setup.shows == "all" and turn.usage.input_tokens < engine.count_tokens(messages, asked.tools)
-        if setup.shows != "nothing":
+        if bank is not None:
+            kept += bank.bytes
+        elif setup.shows != "nothing":
             text = sum(len(message.content.encode()) for message in told)
             if setup.shows == "last":  # its part of the text, by tokens
                 tokens = engine.count_tokens([*told, *asked.messages]) - engine.count_tokens([*system, *asked.messages])
@@ -302,7 +325,7 @@ class _Measurement:
         ask, engine, setup = probe.ask, self.engine, SETUPS[arm]
         fingerprints = [engine.model_fingerprint, engine.adapter_fingerprint if setup.memory is not None else ""]
         options: list[Any] = [self.max_tokens, self.window.messages, self.window.tokens]
-        if setup.shows in ("last", "best"):
+        if setup.shows in ("last", "best", "bank"):
             options.append(self.context_tokens)
         if setup.shows == "best":
             options.append("passages")  # replies to whole messages, of older versions, are not taken up

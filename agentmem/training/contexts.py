@@ -8,6 +8,7 @@
     window         the model without memory, and the last messages
     retrieval      the model without memory, and the passages that fit the question best (BM25)
     window_memory  the conversation's own memory, and the last messages
+    memory_bank    the model without memory, and passages and summaries that fade (`agentmem.training.memory_bank`)
     hybrid         the conversation's own memory, and the passages that fit the question best
     constant       no model: the one answer that is right most often among questions of a kind
 
@@ -26,7 +27,17 @@ from agentmem.errors import MissingExtraError
 from agentmem.messages import Message
 
 Arm = Literal[
-    "memory", "zero", "foreign", "bare", "whole", "window", "retrieval", "window_memory", "hybrid", "constant"
+    "memory",
+    "zero",
+    "foreign",
+    "bare",
+    "whole",
+    "window",
+    "retrieval",
+    "memory_bank",
+    "window_memory",
+    "hybrid",
+    "constant",
 ]
 
 
@@ -37,12 +48,12 @@ class ArmSetup:
     Attributes:
         memory: whose memory it has; None: the model without memory.
         shows: what the prompt shows of the conversation beside its system messages and the question: nothing, the last
-            messages, the passages that fit the question best, or all of them.
+            messages, the passages that fit the question best, what a `MemoryBank` finds, or all of them.
         title: what a reader is told.
     """
 
     memory: Literal["own", "foreign", "empty"] | None
-    shows: Literal["nothing", "last", "best", "all"]
+    shows: Literal["nothing", "last", "best", "bank", "all"]
     title: str
 
 
@@ -54,12 +65,19 @@ SETUPS: dict[Arm, ArmSetup] = {
     "whole": ArmSetup(None, "all", "whole conversation in the prompt, no memory"),
     "window": ArmSetup(None, "last", "last messages in the prompt, no memory"),
     "retrieval": ArmSetup(None, "best", "best passages by BM25 in the prompt, no memory"),
+    "memory_bank": ArmSetup(None, "bank", "passages and summaries that fade (as MemoryBank) in the prompt, no memory"),
     "window_memory": ArmSetup("own", "last", "its own memory, and last messages in the prompt"),
     "hybrid": ArmSetup("own", "best", "its own memory, and best passages by BM25 in the prompt"),
     "constant": ArmSetup(None, "nothing", "best constant answer, no model"),
 }
 
 ARMS: tuple[Arm, ...] = tuple(SETUPS)
+RETRIEVING: tuple[Arm, ...] = tuple(arm for arm, setup in SETUPS.items() if setup.shows in ("best", "bank"))
+"""The arms that search, which bm25s is needed for."""
+UNAVAILABLE: dict[str, str] = {
+    "llmlingua": "LLMLingua-2 needs the package llmlingua and weights of its own, which are not at hand"
+}
+"""Arms that others report and that are not measured here, with what is missing."""
 CONTROLLED: tuple[Arm, ...] = ("memory", "zero", "foreign")
 """The arms that a score needs."""
 BASIC: tuple[Arm, ...] = (*CONTROLLED, "bare", "whole")
@@ -91,7 +109,22 @@ def excerpts(told: Sequence[Message], question: str, fits: Callable[[Message], b
     spoken = [
         (message.role, passage) for message in told if message.role != "system" for passage in passages(message.content)
     ]
-    scores = bm25_scores([text for _, text in spoken], question)
+    return quote(spoken, bm25_scores([text for _, text in spoken], question), fits)
+
+
+def quote(
+    spoken: Sequence[tuple[str, str]], scores: Sequence[float], fits: Callable[[Message], bool]
+) -> Message | None:
+    """The best of some passages in one system message, in the order in which they are given.
+
+    Args:
+        spoken: who said a passage, and its text.
+        scores: one for each; where they are equal, the later passage is taken first.
+        fits: whether a prompt with such a message is within the budget.
+
+    Returns:
+        The message, which is never written; None if no passage fits.
+    """
     taken: list[int] = []
     found: Message | None = None
     misfits = 0

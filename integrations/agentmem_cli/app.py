@@ -126,7 +126,8 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="ARM,...",
-            help="Only these of memory,zero,foreign,bare,whole,window,retrieval,window_memory,hybrid,constant.",
+            help="Only these of memory,zero,foreign,bare,whole,window,retrieval,memory_bank,window_memory,hybrid,"
+            "constant.",
         ),
     ] = None,
     data_dir: Annotated[

@@ -64,6 +64,7 @@ def test_every_arm_is_reported(done: tuple[Result, Path, list[str]]) -> None:
     assert tokens["bare"] < tokens["window"] <= tokens["bare"] + 48
     assert tokens["bare"] < tokens["retrieval"] <= tokens["bare"] + 48
     assert tokens["hybrid"] == tokens["retrieval"]
+    assert tokens["bare"] < tokens["memory_bank"] <= tokens["bare"] + 48
     assert tokens["window_memory"] == tokens["window"]
     assert tokens["whole"] >= tokens["window"]
     kept = {arm: row["kept_bytes"] for arm, row in sgd["arms"].items()}
@@ -73,6 +74,7 @@ def test_every_arm_is_reported(done: tuple[Result, Path, list[str]]) -> None:
     assert 0 < kept["window"] <= kept["whole"]
     assert kept["hybrid"] == kept["memory"] + kept["retrieval"]
     assert kept["memory"] > 100
+    assert kept["memory_bank"] > kept["retrieval"], "summaries too"
     assert bfcl["arms"]["constant"]["share"] == 0.8  # the best of the two answers in customer, and one each elsewhere
     assert list(bfcl["kinds"]) == ["customer", "finance", "healthcare", "student"]
     compared = {(row["arm"], *row["over"]) for row in sgd["differences"]}
@@ -98,7 +100,7 @@ def test_every_reply_is_kept_with_its_prompt(done: tuple[Result, Path, list[str]
         assert row["model_fingerprint"]
         assert row["adapter_fingerprint"]
         assert row["prompt"] in [[["user", booking[4]]] for booking in BOOKINGS]
-        assert bool(row["context"]) == (row["arm"] in ("retrieval", "hybrid"))
+        assert bool(row["context"]) == (row["arm"] in ("retrieval", "memory_bank", "hybrid"))
     assert any("user: At Rokko." in row["context"] for row in lines)
 
 
@@ -176,6 +178,7 @@ def test_mistakes_are_found_before_a_model_is_loaded(
     good = ("--task", "sgd", "--data-dir", data, "--out", tmp_path / "out")
     for arguments, error, message in (
         ((*good, "--arms", "memory,zeroed"), ConfigError, "arms are memory, .*found 'zeroed'"),
+        ((*good, "--arms", "memory,llmlingua"), ConfigError, "llmlingua is not measured: .* not at hand; leave it out"),
         ((*good, "--require", "memory>>1"), ConfigError, "a requirement is like"),
         ((*good, "--require", "hybrid>0.1"), ConfigError, "names 'hybrid'; in the task sgd are measured"),
         ((*good, "--context-tokens", 3), ConfigError, "context_tokens"),

@@ -72,6 +72,11 @@ def plain_serde(serde: SerializerProtocol) -> SerializerProtocol:
     return serde.serde if EncryptedSerializer in type(serde).__mro__ else serde  # type: ignore[attr-defined]
 
 
+def _in_order(first: Work[object], then: Work[T]) -> Work[T]:
+    """Both, in one transaction."""
+    return lambda connection: (first(connection), then(connection))[1]
+
+
 def _for_tasks(
     method: Callable[Concatenate[SQLAlchemySaver, P], T], *, reads: bool = False
 ) -> Callable[Concatenate[SQLAlchemySaver, P], Coroutine[Any, Any, T]]:
@@ -231,17 +236,22 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         checkpoint: Checkpoint,
         metadata: CheckpointMetadata,
         new_versions: ChannelVersions,
+        *,
+        first: Work[object] | None = None,
     ) -> RunnableConfig:
         """Store a checkpoint and the values of the channels in `new_versions`; return its config.
 
         The parent is the checkpoint that `config` names. A checkpoint of the same id is replaced.
+
+        Args:
+            first: work that comes first in the same transaction; if it raises, nothing is stored. May be done again.
         """
         serde, merged = plain_serde(self.serde), get_checkpoint_metadata(config, metadata)
         encode = partial(encode_checkpoint, serde, self._protection, checkpoint, merged, new_versions)
         put, event = self._writer.put_checkpoint, None
         if self._protection.audited is not False:  # None: the database was not opened yet
             event = self._audit.written(self.setup, self.get_tuple, config, checkpoint, merged)
-        return self._write(serde, config, encode, put, WriteMode.INSERT, checkpoint["id"], event)
+        return self._write(serde, config, encode, put, WriteMode.INSERT, checkpoint["id"], event, first)
 
     def put_writes(
         self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str = ""
@@ -273,6 +283,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         mode: WriteMode,
         checkpoint_id: str = "",
         event: Event | None = None,
+        first: Work[object] | None = None,
     ) -> RunnableConfig:
         """Encode and write, again if it must be in another mode; return the config of the checkpoint, if it is one.
 
@@ -300,6 +311,8 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
             alone = small and mode is WriteMode.INSERT
             if event is not None:
                 write, alone = self._audit.noting(write, address.thread, event), False
+            if first is not None:
+                write, alone = _in_order(first, write), False
             try:
                 locked = self._database.run(write, write=True, autocommit=alone)
             except WriteConflict as conflict:

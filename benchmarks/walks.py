@@ -42,7 +42,15 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = (ROOT / "agentmem", ROOT / "integrations")
-PACKAGES = ("agentmem", "agentmem_langgraph", "agentmem_sql", "agentmem_chroma", "agentmem_governance", "agentmem_cli")
+PACKAGES = (
+    "agentmem",
+    "agentmem_langgraph",
+    "agentmem_sql",
+    "agentmem_chroma",
+    "agentmem_governance",
+    "agentmem_serve",
+    "agentmem_cli",
+)
 PEERS = {
     "SqliteSaver": ("langgraph.checkpoint.sqlite", "langgraph.checkpoint.base"),
     "PostgresSaver": ("langgraph.checkpoint.postgres", "langgraph.checkpoint.base"),

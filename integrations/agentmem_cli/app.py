@@ -14,7 +14,7 @@ import typer
 from agentmem import __version__
 from agentmem.errors import ConfigError, MissingExtraError
 from agentmem.training.command import train_command
-from agentmem_cli import govern
+from agentmem_cli import govern, serving
 from agentmem_cli.inspect import inspect
 from agentmem_cli.options import (
     Adapter,
@@ -304,6 +304,7 @@ for governing in (govern.subjects, govern.forget, govern.verify, govern.audit, g
     app.command()(governing)
 app.command("import")(govern.import_subject)
 app.command()(inspect)
+app.command()(serving.serve)
 
 
 def _require(**extras: str) -> None:

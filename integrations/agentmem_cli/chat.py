@@ -27,7 +27,7 @@ from agentmem import Engine, MemoryState, Window
 from agentmem.errors import ConfigError
 from agentmem_chroma import FactRetriever, cited
 from agentmem_cli import graph
-from agentmem_cli.options import SHIPPED, Loading, parse_window
+from agentmem_cli.options import Loading, parse_window, window_of
 from agentmem_cli.terminal import error_line, printable
 from agentmem_langgraph import ChatDeltaMem, MemoryMessagesState
 
@@ -146,12 +146,7 @@ class Chat:
         self._adapter = adapter
         self._retriever = retriever
         self._compares = False  # whether the base model answers, outside of the thread
-        if settings.window is not None:
-            window = parse_window(settings.window)
-        else:
-            # Besides, a short window shows that they remember.
-            window = Window(messages=1) if engine.name in SHIPPED else Window()
-        self._use_window(window)
+        self._use_window(window_of(settings.window, engine.name))
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": self._help,
             "/stats": self._stats,

@@ -72,6 +72,19 @@ class Loading:
         return "".join(f" --{f.name} {shlex.quote(getattr(self, f.name))}" for f in given)
 
 
+def window_of(text: str | None, model: str) -> Window:
+    """The window that `--window` names for a model; left out, the last message for those that were trained on that.
+
+    Raises:
+        ConfigError: the text is no window.
+    """
+    from agentmem import Window
+
+    if text is not None:
+        return parse_window(text)
+    return Window(messages=1) if model in SHIPPED else Window()  # besides, a short window shows that they remember
+
+
 def parse_window(text: str) -> Window:
     """ "4096", "4096t" or "4096 tokens": the last tokens; "2m" or "2 messages": the last messages.
 

@@ -63,8 +63,12 @@ class Place:
         strict = JsonPlusSerializer(allowed_msgpack_modules=None)
         return _encrypting(strict) if self.encrypted else strict
 
-    def open(self, *, make: bool = False) -> SQLAlchemySaver:
+    def open(self, *, make: bool = False, cache_bytes: int = 0) -> SQLAlchemySaver:
         """A saver on an existing database, creating neither file nor tables; with `make` they are created if needed.
+
+        Args:
+            make: whether to create what is missing.
+            cache_bytes: as for `SQLAlchemySaver`; a command that reads each thing once has no use for a cache.
 
         Raises:
             StorageError: there is no such database, or it holds no threads.
@@ -76,7 +80,7 @@ class Place:
             schema=self.schema,
             table_prefix=self.prefix,
             hmac_key=None if self.hmac_key_file is None else read_key(self.hmac_key_file),
-            cache_bytes=0,
+            cache_bytes=cache_bytes,
             must_exist=not make,
         )
 

@@ -25,10 +25,18 @@ PACKAGES = {
     "agentmem_governance": ROOT / "integrations/agentmem_governance",
     "agentmem_inspect": ROOT / "integrations/agentmem_inspect",
     "agentmem_langgraph": ROOT / "integrations/agentmem_langgraph",
+    "agentmem_serve": ROOT / "integrations/agentmem_serve",
     "agentmem_sql": ROOT / "integrations/agentmem_sql",
 }
 # The command stands on more than public names: it runs evaluations and builds nano.
-INTEGRATIONS = ("agentmem_chroma", "agentmem_governance", "agentmem_inspect", "agentmem_langgraph", "agentmem_sql")
+INTEGRATIONS = (
+    "agentmem_chroma",
+    "agentmem_governance",
+    "agentmem_inspect",
+    "agentmem_langgraph",
+    "agentmem_serve",
+    "agentmem_sql",
+)
 
 MAX_LINES = 600
 

@@ -28,6 +28,7 @@ PACKAGES = {
     "agentmem_chroma",
     "agentmem_governance",
     "agentmem_inspect",
+    "agentmem_serve",
     "agentmem_cli",
 }
 MAX_WHEEL_BYTES = 14_000_000
@@ -148,9 +149,9 @@ def test_extras_are_the_documented_ones(metadata: Message) -> None:
         if marker:
             extras[marker.strip("'\"")].add(requirement)
     complete = {"langgraph", "sql", "postgres", "mysql", "chroma", "minilm", "inspect"}
-    # flash is source only, train and eval measure and draw figures, few need quantised weights or a faster CPU: none
-    # belongs to what every agent needs.
-    assert set(extras) == complete | {"cpu", "eval", "flash", "quant", "train", "all"}
+    # flash is source only, train and eval measure and draw figures, few serve, or need quantised weights or a faster
+    # CPU: none belongs to what every agent needs.
+    assert set(extras) == complete | {"cpu", "eval", "flash", "quant", "serve", "train", "all"}
     assert extras["all"] == set[str]().union(*(extras[name] for name in complete))
 
 

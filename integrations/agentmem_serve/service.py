@@ -1,0 +1,96 @@
+"""What the endpoints of one application share: model, threads, settings, counters."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+
+from langchain_core.messages import AIMessage
+from starlette.requests import Request
+
+from agentmem import Window
+from agentmem.errors import ConfigError
+from agentmem_langgraph import ChatDeltaMem
+from agentmem_serve.errors import ApiError
+from agentmem_serve.metrics import Metrics
+from agentmem_serve.turns import Turns
+from agentmem_sql import SQLAlchemySaver
+
+if TYPE_CHECKING:
+    from agentmem import Engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """How requests are answered.
+
+    Attributes:
+        window: what a prompt shows of a thread.
+        max_tokens: the most tokens of a reply, and how long it may become if a request says nothing.
+        temperature: of requests that say nothing; 0 always takes the likeliest token.
+        timeout: seconds that a turn may take, waiting included.
+
+    Raises:
+        ConfigError: a number is not above 0.
+    """
+
+    window: Window | None = None
+    max_tokens: int = 1024
+    temperature: float = 0.0
+    timeout: float = 300.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "timeout"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"expected {name} to be above 0, found {getattr(self, name)!r}")
+
+
+class Service:
+    """What the endpoints of one application share."""
+
+    def __init__(self, engine: Engine, saver: SQLAlchemySaver, settings: ServeSettings) -> None:
+        self.settings = settings
+        self.saver = saver
+        self.model = engine.name
+        self.started = int(time.time())
+        marks = f"{engine.model_fingerprint} {engine.adapter_fingerprint}"
+        self.fingerprint = f"fp_{sha256(marks.encode()).hexdigest()[:16]}"
+        self.metrics = Metrics()
+        llm = ChatDeltaMem(
+            engine=engine,
+            window=settings.window,
+            max_tokens=settings.max_tokens,
+            temperature=settings.temperature,
+            timeout=settings.timeout,
+            use_memory=engine.has_memory,
+        )
+        self.turns = Turns(llm, saver, settings.timeout, self.metrics.conflicts.inc)
+
+    def check_model(self, name: str) -> None:
+        """Refuse a request for a model that is not served.
+
+        Raises:
+            ApiError: it is another one.
+        """
+        if name != self.model:
+            message = f"this server has the model {self.model!r}, not {name[:80]!r}"
+            raise ApiError(404, message, code="model_not_found", param="model")
+
+    def thread_id(self, request: Request, name: str) -> str:
+        """The id in the database of the thread that a request names."""
+        return name
+
+    def salt(self, request: Request) -> str | None:
+        """What turns without a thread share KV by; None: nothing."""
+        return None
+
+    def metadata(self, request: Request) -> Mapping[str, Any]:
+        """What a checkpoint says of the request that made it."""
+        return {"request_id": request.state.id}
+
+    def count(self, reply: AIMessage) -> None:
+        """Count a turn's tokens."""
+        self.metrics.count(reply)

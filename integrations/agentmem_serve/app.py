@@ -19,6 +19,7 @@ from agentmem_serve.chat import chat_completions
 from agentmem_serve.errors import ApiError
 from agentmem_serve.gate import Gate
 from agentmem_serve.metrics import CONTENT_TYPE
+from agentmem_serve.responses import create_response, retrieve_response
 from agentmem_serve.service import ServeSettings, Service
 from agentmem_sql import SQLAlchemySaver
 
@@ -45,6 +46,8 @@ def create_app(engine: Engine, saver: SQLAlchemySaver, settings: ServeSettings |
 
     routes = [
         Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+        Route("/v1/responses", create_response, methods=["POST"]),
+        Route("/v1/responses/{response}", retrieve_response),
         Route("/v1/models", _models),
         Route("/v1/models/{model:path}", _model),
         Route("/healthz", _healthz),

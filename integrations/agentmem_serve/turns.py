@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import uuid4
 from weakref import WeakValueDictionary
 
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, SystemMessage, message_chunk_to_message
@@ -61,9 +62,11 @@ class Begun:
 
     Attributes:
         checkpoint: the id that the turn will be stored under; None if it is not.
+        reply_id: the reply's.
     """
 
     checkpoint: str | None
+    reply_id: str
 
 
 @dataclass(frozen=True)
@@ -150,13 +153,14 @@ class Turns:
             if request.retry_key and newest.metadata.get("retry_key") == request.retry_key and newest.messages:
                 reply = newest.messages[-1]
                 assert isinstance(reply, AIMessage)
-                yield Begun(version)
+                yield Begun(version, str(reply.id))
                 yield Finished(reply, version, repeated=True)
                 return
             base, conversation = await self._base(request, newest)
         checkpoint = checkpoint_id_after(version) if request.thread is not None and request.store else None
         turn = MemoryTurn(base.memory)
-        yield Begun(checkpoint)
+        reply_id = f"msg_{uuid4().hex}"
+        yield Begun(checkpoint, reply_id)
         shown = [SystemMessage(request.system), *conversation] if request.system else conversation
         options: dict[str, Any] = {**request.options, "memory": turn}
         options["cache_salt"] = request.salt if request.thread is None else f"thread:{request.thread}"
@@ -170,8 +174,7 @@ class Turns:
         else:
             reply = await self._llm.ainvoke(shown, **options)
         assert isinstance(reply, AIMessage)
-        (named,) = with_ids([reply.model_copy(update={"id": None})])
-        assert isinstance(named, AIMessage)
+        named = reply.model_copy(update={"id": reply_id})
         if checkpoint is not None:
             metadata = dict(request.metadata)
             if request.retry_key:

@@ -73,7 +73,7 @@ def subjects(
 
 def forget(
     subject: Annotated[str | None, typer.Option(help="Whose threads and facts.")] = None,
-    thread: Annotated[str | None, typer.Option(help="The thread of a message.")] = None,
+    thread: Annotated[str | None, typer.Option(help="A thread, or that of the message.")] = None,
     message: Annotated[str | None, typer.Option(help="The id of one message of the thread.")] = None,
     keep_reply: Annotated[bool, typer.Option("--keep-reply", help="The answers to the message stay.")] = False,
     out: Annotated[Path | None, typer.Option(help="The file of the receipt; left out, receipt-ID.json.")] = None,
@@ -93,13 +93,13 @@ def forget(
     hmac_key_file: KeyFile = None,
     receipt_key_file: ReceiptKey = None,
 ) -> None:
-    """Forget a subject, or one message, so that nothing of it is left in reach, and write a receipt.
+    """Forget a subject, a thread, or one message, so that nothing of it is left in reach, and write a receipt.
 
     Deletions that were interrupted are completed first. Stop the processes that use the database and the facts; on a
     server, those that use the subject's threads.
     """
-    if (subject is None) == (message is None) or (thread is None) != (message is None):
-        raise typer.BadParameter("pass --subject, or --thread and --message")
+    if (subject is None) == (thread is None) or (message is not None and thread is None):
+        raise typer.BadParameter("pass --subject, or --thread with or without --message")
     with ExitStack() as stack:
         engines = []
         if model is not None:
@@ -115,7 +115,7 @@ def forget(
                 raise typer.Exit(1)
             what = f"{len(owner.threads)} threads and {owner.facts} facts of {subject!r}"
         else:
-            what = f"message {message!r} of thread {thread!r}"
+            what = f"thread {thread!r}" if message is None else f"message {message!r} of thread {thread!r}"
         if not yes:
             typer.confirm(f"Forget {what}? They cannot be brought back.", abort=True)
         reply = not keep_reply

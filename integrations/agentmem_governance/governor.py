@@ -123,33 +123,33 @@ class Governor:
         with_reply: bool = True,
         rewrite: bool = True,
     ) -> Receipt:
-        """Forget a subject, or one message of a thread, so that nothing of it is left within reach.
+        """Forget a subject, a thread, or one message of a thread, so that nothing of it is left within reach.
 
         Of a subject go: its threads with checkpoints, memories, pending writes and content; its facts; the rules that
-        name it; and what the audit trail holds of persons.
+        name it; and what the audit trail holds of persons. Of a thread the same goes, but for the rules.
 
         Of a message go: every checkpoint that holds it or comes after one that does, and the facts whose metadata
         name it (`{"message": id}`). If the thread's newest checkpoint is among them, the thread goes on from a new one:
         with the other messages, and a memory that an engine has written from the zero state without this one.
 
-        In both cases the caches of the engines are emptied and the files rewritten (see `purge`).
+        In all cases the caches of the engines are emptied and the files rewritten (see `purge`).
 
         Args:
             subject: whose threads and facts.
-            thread: the thread of the message.
+            thread: the thread, or that of the message.
             message: the message's id.
             with_reply: the answers to it (all up to the next human message) go too.
             rewrite: on a server, write the tables anew, which locks them; otherwise the receipt says what stays.
 
         Raises:
-            ConfigError: neither a subject nor a message of a thread was named; or the thread has a memory, and no
+            ConfigError: neither a subject nor a thread was named, or both; or the thread has a memory, and no
                 engine was given that can build it anew.
             StateMismatchError: the engines were not the ones that wrote the memory.
             StorageError: the database reports an error; the thread has no such message; or earlier deletions are not
                 complete (see `resume`).
         """
-        if (subject is None) == (message is None) or (message is None) != (thread is None):
-            raise ConfigError("expected forget(subject), or forget(thread=..., message=...), found something else")
+        if (subject is None) == (thread is None) or (message is not None and thread is None):
+            raise ConfigError("expected forget(subject), or forget(thread=...), with message=... or not, found another")
         if pending := self.pending():
             raise StorageError(
                 f"expected no deletion under way, found {len(pending)} that began at {pending[0]}; if no other process "
@@ -160,9 +160,14 @@ class Governor:
             entry = JournalEntry(operation="forget subject", subject=checked(subject), actor=self.actor)
             entry.threads = ownership.threads_of(subject)
             entry.facts = [fact.id for fact in ownership.facts.get(subject, ())]
+        elif message is None:
+            assert thread is not None
+            entry = JournalEntry(operation="forget thread", subject=self._owner(thread), actor=self.actor)
+            entry.threads = [thread]
+            if self.facts is not None:
+                entry.facts = [fact.id for fact in self.facts.facts(thread=thread)]
         else:
             assert thread is not None
-            assert message is not None
             entry = JournalEntry(operation="forget message", subject=self._owner(thread), actor=self.actor)
             entry.threads = [thread]
             removal = MessageRemoval(self.saver, self.engines, thread)

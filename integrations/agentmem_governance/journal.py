@@ -31,7 +31,7 @@ class JournalEntry:
     """A deletion that was begun.
 
     Attributes:
-        operation: "forget subject" or "forget message".
+        operation: "forget subject", "forget thread" or "forget message".
         subject, actor: whose and by whom.
         phase: what comes next: "sql", "facts" or "files".
         threads: ids of threads that go, or of the one that a message goes from.

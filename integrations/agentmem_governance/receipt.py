@@ -25,7 +25,7 @@ class Receipt:
 
     Attributes:
         id: names the receipt; the audit trail refers to it.
-        operation: "forget subject" or "forget message".
+        operation: "forget subject", "forget thread" or "forget message".
         subject: whose; None in a receipt of a deletion that was completed after a crash at its very end, when the name
             had gone already.
         subject_digest: SHA-256 of the name.

@@ -43,7 +43,7 @@ def verify(saver: SQLAlchemySaver, facts: FactStore | None, receipt: Receipt, ke
     if found:
         back.append(f"{len(found)} checkpoints that went are in the database, {sorted(found)[0]} among them")
     for name, created in there.values():
-        if receipt.operation == "forget subject" and created is not None and created < finished:
+        if receipt.operation != "forget message" and created is not None and created < finished:
             back.append(f"the thread {name!r} has checkpoints from before the receipt")
         messages = set(receipt.messages)
         if messages and any(

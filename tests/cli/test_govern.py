@@ -62,7 +62,7 @@ def test_a_subject_goes_with_a_signed_receipt(db: Path) -> None:
 def test_it_asks_first(db: Path) -> None:
     assert run("forget", "--subject", "ada", db=db, input="n\n").exit_code == 1
     assert len(json.loads(shown("subjects", "--json", db=db))) == 2
-    for wrong in ((), ("--subject", "a", "--message", "m"), ("--thread", "t")):
+    for wrong in ((), ("--subject", "a", "--message", "m"), ("--subject", "a", "--thread", "t"), ("--message", "m")):
         assert run("forget", *wrong, db=db).exit_code == 2
 
 

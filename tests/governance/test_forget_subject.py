@@ -117,6 +117,21 @@ def test_rows_go_and_tables_are_written_anew_on_every_database(database_url: str
     assert receipt.to_json().count("until") >= (0 if database_url.startswith("sqlite") else 1)
 
 
+@pytest.mark.parametrize("audit", [False, True])
+def test_a_thread_alone_is_forgotten_with_its_facts(url: str, facts: FactStore, audit: bool) -> None:
+    with SQLAlchemySaver.from_url(url, audit=audit) as saver:
+        governor = Governor(saver, facts=facts, key=KEY)
+        fill(saver, facts)
+        receipt = governor.forget(thread="Zephyrine/1")
+        assert (receipt.operation, receipt.subject, receipt.checkpoints) == ("forget thread", "Zephyrine", 2)
+        assert [fact.thread for fact in facts.facts()] == ["Zephyrine", "ben/1"]
+        assert governor.subjects()[0].threads == ("Zephyrine/2",)
+        assert governor.verify(receipt).holds
+        assert governor.audit("Zephyrine/1").holds
+        talk(saver, "Zephyrine/1", "Kestrel-81")
+        assert governor.verify(receipt).holds, "a thread may begin anew"
+
+
 def test_rules_say_whose_threads_and_facts_are_whose(url: str, facts: FactStore) -> None:
     with SQLAlchemySaver.from_url(url) as saver:
         governor = Governor(saver, facts=facts)
@@ -145,7 +160,7 @@ def test_what_cannot_be_meant_is_refused(url: str) -> None:
         with pytest.raises(ConfigError, match="16 random bytes"):
             Governor(saver, key=b"short")
         governor = Governor(saver)
-        for wrong in ({}, {"subject": "a", "message": "m"}, {"thread": "t"}, {"subject": ""}):
+        for wrong in ({}, {"subject": "a", "message": "m"}, {"subject": "a", "thread": "t"}, {"message": "m"}):
             with pytest.raises(ConfigError):
                 governor.forget(**wrong)
         with pytest.raises(ConfigError, match="receipt"):

@@ -305,6 +305,7 @@ for governing in (govern.subjects, govern.forget, govern.verify, govern.audit, g
 app.command("import")(govern.import_subject)
 app.command()(inspect)
 app.command()(serving.serve)
+app.add_typer(serving.keys, name="keys")
 
 
 def _require(**extras: str) -> None:

@@ -18,6 +18,7 @@ except ModuleNotFoundError as error:
     raise MissingExtraError(error.name or "starlette", "serve") from error
 
 from agentmem_serve.app import create_app, run
+from agentmem_serve.keys import ApiKey, KeyFile
 from agentmem_serve.service import ServeSettings
 
-__all__ = ["ServeSettings", "create_app", "run"]
+__all__ = ["ApiKey", "KeyFile", "ServeSettings", "create_app", "run"]

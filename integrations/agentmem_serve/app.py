@@ -15,19 +15,31 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from agentmem.errors import ConfigError
 from agentmem_serve.chat import chat_completions
 from agentmem_serve.errors import ApiError
 from agentmem_serve.gate import Gate
+from agentmem_serve.keys import KeyFile
 from agentmem_serve.metrics import CONTENT_TYPE
 from agentmem_serve.responses import create_response, retrieve_response
 from agentmem_serve.service import ServeSettings, Service
+from agentmem_serve.sessions import delete_all_sessions, delete_session, inspect_session, list_sessions
 from agentmem_sql import SQLAlchemySaver
 
 if TYPE_CHECKING:
     from agentmem import Engine
 
+_MIN_KEY_BYTES = 16
 
-def create_app(engine: Engine, saver: SQLAlchemySaver, settings: ServeSettings | None = None) -> Starlette:
+
+def create_app(
+    engine: Engine,
+    saver: SQLAlchemySaver,
+    settings: ServeSettings | None = None,
+    *,
+    keys: KeyFile | None = None,
+    receipt_key: bytes | None = None,
+) -> Starlette:
     """An ASGI application that serves an engine's model, with threads in a saver's database.
 
     It closes neither the engine nor the saver.
@@ -36,8 +48,15 @@ def create_app(engine: Engine, saver: SQLAlchemySaver, settings: ServeSettings |
         engine: the model, with or without memory.
         saver: the threads.
         settings: how requests are answered.
+        keys: who may ask, and whose threads they see; None: everybody sees every thread.
+        receipt_key: at least 16 secret bytes that receipts of deletions are signed with.
+
+    Raises:
+        ConfigError: the receipt key is too short.
     """
-    service = Service(engine, saver, settings or ServeSettings())
+    if receipt_key is not None and len(receipt_key) < _MIN_KEY_BYTES:
+        raise ConfigError(f"expected a key of at least {_MIN_KEY_BYTES} random bytes for receipts, found a shorter one")
+    service = Service(engine, saver, settings or ServeSettings(), keys, receipt_key)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -48,6 +67,10 @@ def create_app(engine: Engine, saver: SQLAlchemySaver, settings: ServeSettings |
         Route("/v1/chat/completions", chat_completions, methods=["POST"]),
         Route("/v1/responses", create_response, methods=["POST"]),
         Route("/v1/responses/{response}", retrieve_response),
+        Route("/v1/sessions", list_sessions),
+        Route("/v1/sessions", delete_all_sessions, methods=["DELETE"]),
+        Route("/v1/sessions/{session:path}", inspect_session),
+        Route("/v1/sessions/{session:path}", delete_session, methods=["DELETE"]),
         Route("/v1/models", _models),
         Route("/v1/models/{model:path}", _model),
         Route("/healthz", _healthz),

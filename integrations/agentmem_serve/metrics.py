@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from langchain_core.messages import AIMessage
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
@@ -12,9 +14,9 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
 class Metrics:
-    """The counters of one application."""
+    """The counters of one application; `running` gives how many turns there are."""
 
-    def __init__(self) -> None:
+    def __init__(self, running: Callable[[], float]) -> None:
         self._registry = CollectorRegistry()
 
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -25,7 +27,8 @@ class Metrics:
         self.conflicts = counter("conflicts", "Turns that another request of their thread overtook.")
         seconds = "agentmem_request_seconds", "From a request's arrival to the last byte of its answer."
         self.seconds = Histogram(*seconds, ("route",), buckets=_SECONDS, registry=self._registry)
-        self.running = Gauge("agentmem_turns", "Turns that are running or waiting.", registry=self._registry)
+        turns = Gauge("agentmem_turns", "Turns that are running or waiting.", registry=self._registry)
+        turns.set_function(running)
 
     def count(self, reply: AIMessage) -> None:
         """Count the tokens of a reply."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from agentmem import Window
 from agentmem.errors import ConfigError
 from agentmem_langgraph import ChatDeltaMem
 from agentmem_serve.errors import ApiError
+from agentmem_serve.keys import KeyFile
+from agentmem_serve.limits import Limits
 from agentmem_serve.metrics import Metrics
 from agentmem_serve.turns import Turns
 from agentmem_sql import SQLAlchemySaver
@@ -32,6 +35,9 @@ class ServeSettings:
         max_tokens: the most tokens of a reply, and how long it may become if a request says nothing.
         temperature: of requests that say nothing; 0 always takes the likeliest token.
         timeout: seconds that a turn may take, waiting included.
+        max_turns: turns that run or wait at once; what comes beyond that is told when to come again.
+        requests_per_minute: of each subject; None: any number.
+        max_body: bytes of a request.
 
     Raises:
         ConfigError: a number is not above 0.
@@ -41,24 +47,40 @@ class ServeSettings:
     max_tokens: int = 1024
     temperature: float = 0.0
     timeout: float = 300.0
+    max_turns: int = 128
+    requests_per_minute: int | None = None
+    max_body: int = 4 * 2**20
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "timeout"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"expected {name} to be above 0, found {getattr(self, name)!r}")
+        for name in ("max_tokens", "timeout", "max_turns", "requests_per_minute", "max_body"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"expected {name} to be above 0, found {value!r}")
 
 
 class Service:
     """What the endpoints of one application share."""
 
-    def __init__(self, engine: Engine, saver: SQLAlchemySaver, settings: ServeSettings) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        saver: SQLAlchemySaver,
+        settings: ServeSettings,
+        keys: KeyFile | None,
+        receipt_key: bytes | None,
+    ) -> None:
         self.settings = settings
+        self.engine = engine
         self.saver = saver
+        self.keys = keys
+        self.receipt_key = receipt_key
+        self.limits = Limits(settings.max_turns, settings.requests_per_minute, settings.max_body)
+        self.deleting = asyncio.Lock()
         self.model = engine.name
         self.started = int(time.time())
         marks = f"{engine.model_fingerprint} {engine.adapter_fingerprint}"
         self.fingerprint = f"fp_{sha256(marks.encode()).hexdigest()[:16]}"
-        self.metrics = Metrics()
+        self.metrics = Metrics(lambda: self.limits.running)
         llm = ChatDeltaMem(
             engine=engine,
             window=settings.window,
@@ -80,16 +102,20 @@ class Service:
             raise ApiError(404, message, code="model_not_found", param="model")
 
     def thread_id(self, request: Request, name: str) -> str:
-        """The id in the database of the thread that a request names."""
-        return name
+        """The id in the database of the thread that a request names: its subject's, whatever the name."""
+        key = request.state.key
+        return name if key is None else f"{key.subject}/{name}"
 
     def salt(self, request: Request) -> str | None:
-        """What turns without a thread share KV by; None: nothing."""
-        return None
+        """What turns without a thread share KV by; None: nothing, where it is not known who asks."""
+        key = request.state.key
+        return None if key is None else f"subject:{key.subject}"
 
     def metadata(self, request: Request) -> Mapping[str, Any]:
         """What a checkpoint says of the request that made it."""
-        return {"request_id": request.state.id}
+        key = request.state.key
+        actor = {} if key is None else {"actor": f"API key {key.id}"}
+        return {"request_id": request.state.id, **actor}
 
     def count(self, reply: AIMessage) -> None:
         """Count a turn's tokens."""

@@ -40,7 +40,15 @@ def test_every_page_stands_once_in_the_navigation() -> None:
 
 @pytest.mark.parametrize(
     "package",
-    ["agentmem", "agentmem_langgraph", "agentmem_sql", "agentmem_chroma", "agentmem_governance", "agentmem_inspect"],
+    [
+        "agentmem",
+        "agentmem_langgraph",
+        "agentmem_sql",
+        "agentmem_chroma",
+        "agentmem_governance",
+        "agentmem_inspect",
+        "agentmem_serve",
+    ],
 )
 def test_the_reference_has_every_public_name_once(package: str) -> None:
     described = _DIRECTIVE.findall((DOCS / "reference" / f"{package}.md").read_text())

@@ -48,7 +48,7 @@ async def chat_completions(request: Request) -> Response:
         service.count(finished.reply)
         return JSONResponse(_completion(head, finished, thread))
     events = service.turns.stream(turn)
-    all_events = joined(await until_said(events, Begun), events)
+    all_events = joined(await while_connected(request, until_said(events, Begun)), events)
     with_usage = bool((body.stream_options or {}).get("include_usage"))
     return EventStream(_chunks(service, request, head, all_events, thread, with_usage), events)
 

@@ -89,10 +89,10 @@ def api_error(error: Exception, request_id: str = "") -> ApiError:
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
-        message = f"{place}: {first['msg']}"
+        message = f"{place}: {first['msg']}" if place else str(first["msg"])
         if first["type"] == "extra_forbidden":
             message = f"this server has no parameter {place!r}; leave it out"
-        return ApiError(400, message, param=place)
+        return ApiError(400, message, param=place or None)
     if isinstance(error, ThreadConflict):
         message = (
             "another request went on with this thread at the same time and was stored first; nothing of this one was "
@@ -101,8 +101,11 @@ def api_error(error: Exception, request_id: str = "") -> ApiError:
         return ApiError(409, message, kind="conflict_error", code="thread_conflict", retry_after=1)
     for kind, status, name, code, retry_after in _OF:
         if isinstance(error, kind):
+            message = str(error)
             if status >= 500:
                 log.warning("%s: %s", request_id, error)
-            return ApiError(status, str(error), kind=name, code=code, retry_after=retry_after)
+            if kind is StorageError:  # names hosts and files, which are nothing for clients
+                message = f"the database cannot be used; the server's log says why, at request {request_id}"
+            return ApiError(status, message, kind=name, code=code, retry_after=retry_after)
     log.error("%s failed", request_id, exc_info=error)
-    return ApiError(500, f"the server failed; its log says more about request {request_id}", kind="server_error")
+    return ApiError(500, f"the server failed; its log says why, at request {request_id}", kind="server_error")

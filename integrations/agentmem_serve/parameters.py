@@ -107,8 +107,9 @@ def conversation_of(messages: Sequence[dict[str, Any]], param: str) -> tuple[str
         raise ApiError(400, f"expected messages with a role and content, found others: {error}", param=param) from error
     if not conversation:
         raise ApiError(400, "expected a message that is no system message, found none", param=param)
-    # An id that the client names is not ours: it would be stored, and two messages might have the same.
-    return system, [message.model_copy(update={"id": None}) for message in conversation]
+    # Ids would be stored, and two messages might have the same; notes about a turn are the server's to make.
+    ours: dict[str, Any] = {"id": None, "response_metadata": {}}
+    return system, [message.model_copy(update=ours) for message in conversation]
 
 
 def thread_of(request: Request, metadata: dict[str, Any] | None) -> str | None:

@@ -88,7 +88,7 @@ async def create_response(request: Request) -> Response:
         return completed(response, finished, thread)
 
     events = service.turns.stream(turn)
-    begun = await until_said(events, Begun)
+    begun = await while_connected(request, until_said(events, Begun))
     return EventStream(response_events(request, described, finish, joined(begun, events)), events)
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing, nullcontext
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
@@ -19,6 +19,7 @@ from weakref import WeakValueDictionary
 
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, SystemMessage, message_chunk_to_message
 
+from agentmem.errors import TurnTimeoutError
 from agentmem_langgraph import ChatDeltaMem, MemoryTurn
 from agentmem_serve.errors import ApiError, ThreadConflict
 from agentmem_serve.line_up import begins_with, continued, with_ids
@@ -140,10 +141,24 @@ class Turns:
                 self._on_conflict()
                 raise
 
-    def _in_turn(self, request: TurnRequest) -> Any:
+    @asynccontextmanager
+    async def _in_turn(self, request: TurnRequest) -> AsyncIterator[None]:
+        """Wait for the requests of the same thread that came to this process earlier."""
         if request.thread is None or request.after is not None:
-            return nullcontext()
-        return self._locks.setdefault(request.thread, asyncio.Lock())
+            yield
+            return
+        lock = self._locks.setdefault(request.thread, asyncio.Lock())
+        try:
+            async with asyncio.timeout(self._timeout):
+                await lock.acquire()
+        except TimeoutError:
+            raise TurnTimeoutError(
+                f"the turn waited for {self._timeout:g} s for others of its thread; send fewer of them at once"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     async def _attempt(self, request: TurnRequest, *, streaming: bool) -> AsyncGenerator[Event]:
         base, conversation, version = Snapshot(""), list(request.messages), None

@@ -33,9 +33,9 @@ def engine() -> Iterator[Engine]:
 
 
 @contextmanager
-def listening(app: Any) -> Iterator[str]:
+def listening(app: Any, grace: int = 5) -> Iterator[str]:
     """Serve an application from a thread; gives its address."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=5))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", timeout_graceful_shutdown=grace))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started and thread.is_alive():

@@ -186,6 +186,7 @@ def test_a_server_whose_database_is_away_says_so(serve: Serve, tmp_path: Any) ->
         say(client, "What is my editor?", "ada")
     assert (caught.value.status_code, caught.value.code) == (503, "storage")
     assert caught.value.response.headers["Retry-After"] == "1"
+    assert str(tmp_path) not in str(caught.value)
     assert plain(client, "/readyz").status_code == 503
     assert plain(client, "/healthz").status_code == 200
     for file in tmp_path.glob("awayhere.db*"):

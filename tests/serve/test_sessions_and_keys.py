@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -19,10 +20,10 @@ from agentmem import Engine
 from agentmem.errors import ConfigError
 from agentmem_cli.app import app as command
 from agentmem_governance import Governor, Receipt
-from agentmem_serve import KeyFile
+from agentmem_serve import KeyFile, create_app
 from agentmem_serve.limits import Limits
 from agentmem_sql import SQLAlchemySaver
-from tests.serve.conftest import Serve, plain, say, text_of
+from tests.serve.conftest import Serve, listening, plain, say, text_of
 
 
 @pytest.fixture
@@ -141,7 +142,8 @@ class Slow:
 
     async def aturn(self, *arguments: Any, **options: Any) -> Any:
         self.begun.release()
-        await asyncio.to_thread(self.go_on.wait)
+        while not self.go_on.is_set():  # not in a thread, which the end of the loop would wait for
+            await asyncio.sleep(0.005)
         return await self._engine.aturn(*arguments, **options)
 
 
@@ -163,6 +165,17 @@ def test_what_is_too_much_is_told_when_to_come_again(serve: Serve, engine: Engin
         slow.go_on.set()
         assert all(text_of(call.result()) for call in running)
     assert say(client, "Hello!")
+
+
+def test_a_server_that_may_not_wait_cancels_its_turns_and_stores_nothing(engine: Engine, url: str) -> None:
+    slow = Slow(engine)
+    with SQLAlchemySaver.from_url(url) as saver, ThreadPoolExecutor(1) as pool, ExitStack() as stack:
+        with listening(create_app(slow, saver), grace=0) as address:  # type: ignore[arg-type]
+            client = stack.enter_context(OpenAI(api_key="none", base_url=f"{address}/v1", max_retries=0))
+            running = pool.submit(say, client, "My editor is helix.", "t")
+            slow.begun.acquire()
+        assert isinstance(running.exception(), openai.APIError)
+        assert saver.get_tuple({"configurable": {"thread_id": "t"}}) is None
 
 
 def test_a_subject_has_so_many_requests_a_minute(users: dict[str, OpenAI], serve: Serve, keys: KeyFile) -> None:

@@ -40,17 +40,17 @@ class PublishedAdapter:
 
 _KNOWN = (
     PublishedAdapter(
+        "declare-lab/delta-mem_qwen3_4b-instruct",
+        "Qwen/Qwen3-4B-Instruct-2507",
+        "CC-BY-4.0",
+        "the authors of delta-mem",
+    ),
+    PublishedAdapter(
         "smollm2",
         "HuggingFaceTB/SmolLM2-135M-Instruct",
         "Apache-2.0",
         "agentmem",
         Path(__file__).parents[1] / "smollm2" / "adapter",
-    ),
-    PublishedAdapter(
-        "declare-lab/delta-mem_qwen3_4b-instruct",
-        "Qwen/Qwen3-4B-Instruct-2507",
-        "CC-BY-4.0",
-        "the authors of delta-mem",
     ),
 )
 

@@ -19,18 +19,17 @@ Training then only has to improve on it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from agentmem.delta.attach import ProjectionSite
 from agentmem.delta.layer import LayerMemory
 from agentmem.delta.model import SteeredModel
 from agentmem.errors import ConfigError, DataError
 from agentmem.training.addressing import Places, train_addressing
 from agentmem.training.examples import Example, Pass
+from agentmem.training.hidden import hidden_states
 
 _KEY_RIDGE, _RIDGE = 0.4, 0.02
 """Share of the mean variance that is added to every direction's, so that rare directions are not trusted. Keys need
@@ -55,10 +54,6 @@ def start_as_copier(steered: SteeredModel, gain: float = 0.3) -> None:
         for module in _modules(steered):
             module.get_parameter("memory_k_proj").copy_(module.get_parameter("memory_q_proj"))
             module.get_parameter("delta_o_proj").copy_(gain * module.get_parameter("memory_v_proj").T)
-
-
-class _SeenAllError(Exception):
-    """Ends a model's call after the last layer with memory."""
 
 
 @dataclass(frozen=True)
@@ -378,38 +373,10 @@ def _collect(
 
 def _hidden(steered: SteeredModel, wanted: Sequence[tuple[Pass, list[int]]], pad: int, rows: int) -> list[list[Tensor]]:
     """For each layer with memory, the inputs of its attention at the wanted positions of every pass, [n, D] each."""
-    inputs: dict[int, Tensor] = {}
-    last = max(site.layer for site in steered.sites)
-
-    def keep(layer: int) -> object:
-        def hook(_module: object, arguments: tuple[Tensor, ...]) -> None:
-            inputs[layer] = arguments[0]
-            if layer == last:
-                raise _SeenAllError  # what the layers above make of it is of no interest
-
-        return hook
-
-    # One projection of each layer sees the hidden states that the memory sees.
-    first: dict[int, ProjectionSite] = {}
-    for site in steered.sites:
-        if not site.is_output:
-            first.setdefault(site.layer, site)
-    hidden: list[list[Tensor]] = [[torch.empty(0)] * len(wanted) for _ in first]
-    handles = [site.module.register_forward_pre_hook(keep(layer)) for layer, site in first.items()]  # type: ignore[arg-type]
-    try:
-        order = sorted(range(len(wanted)), key=lambda n: len(wanted[n][0].ids))  # little padding
-        for begin in range(0, len(order), rows):
-            chosen = order[begin : begin + rows]
-            length = max(len(wanted[n][0].ids) for n in chosen)
-            ids = torch.tensor([wanted[n][0].ids + [pad] * (length - len(wanted[n][0].ids)) for n in chosen])
-            with suppress(_SeenAllError):
-                steered.model.get_decoder()(input_ids=ids.to(steered.model.device), use_cache=False)
-            for row, n in enumerate(chosen):
-                for layer in range(len(hidden)):
-                    hidden[layer][n] = inputs[layer][row, wanted[n][1]].cpu()
-    finally:
-        for handle in handles:
-            handle.remove()
+    hidden: list[list[Tensor]] = [[torch.empty(0)] * len(wanted) for _ in steered.layers]
+    for number, inputs in hidden_states(steered, [each.ids for each, _ in wanted], pad, at_once=rows):
+        for layer, states in enumerate(inputs):
+            hidden[layer][number] = states[wanted[number][1]]
     return hidden
 
 

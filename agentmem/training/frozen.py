@@ -10,18 +10,16 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from agentmem.training.hidden import inputs_of
+
 _ROWS = 32  # texts that are computed together
 Text = tuple[int, ...]
-
-
-class _ReachedError(Exception):
-    """Ends a model's call at the lowest layer with memory."""
 
 
 class FrozenFeatures:
@@ -82,23 +80,13 @@ class FrozenFeatures:
     @torch.no_grad()
     def _compute(self, texts: Sequence[Text]) -> list[Tensor]:
         """Run the layers below on texts that each begin at position 0; [T, D] each, on the CPU."""
-        reached: list[Tensor] = []
-
-        def stop(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            reached.append(arguments[0])
-            raise _ReachedError
-
         length = max(map(len, texts))
         padded = [[*text, *([0] * (length - len(text)))] for text in texts]  # after a text, so never attended to
         decoder = self._model.get_decoder()
-        handle = decoder.layers[self._lowest].register_forward_pre_hook(stop)
-        try:
-            with suppress(_ReachedError):
-                decoder(input_ids=torch.tensor(padded, device=self._model.device), use_cache=False)
-        finally:
-            handle.remove()
+        ids = torch.tensor(padded, device=self._model.device)
+        (reached,) = inputs_of([decoder.layers[self._lowest]], lambda: decoder(input_ids=ids, use_cache=False))
         # Copies: a slice would keep the whole batch alive.
-        return [row[: len(text)].cpu().clone() for row, text in zip(reached[0], texts, strict=True)]
+        return [row[: len(text)].cpu().clone() for row, text in zip(reached, texts, strict=True)]
 
     @contextmanager
     def in_place_of_layers(self, features: Tensor) -> Iterator[None]:

@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from agentmem import kernels
-from agentmem.delta.attach import ProjectionSite
 from agentmem.delta.layer import LayerMemory
 from agentmem.delta.model import SteeredModel
 from agentmem.errors import ConfigError
 from agentmem.kernels import ScanArgs
 from agentmem.training.examples import Example, Pass
+from agentmem.training.hidden import hidden_states, last_norm
 from agentmem.training.loop import TrainProgress
 
 _RATE = 0.01  # of a weight's root mean square in a step
@@ -76,11 +76,8 @@ def freeze(steered: SteeredModel, examples: Sequence[Example], pad: int, *, rows
     """
     passes = [each for example in examples for each in (*example.passes, *example.asks)]
     reads: list[_Read | None] = [None] * len(passes)
-    order = sorted(range(len(passes)), key=lambda n: len(passes[n].ids))  # little padding
-    for begin in range(0, len(order), rows):
-        chosen = order[begin : begin + rows]
-        for n, read in zip(chosen, _read(steered, [passes[n] for n in chosen], pad), strict=True):
-            reads[n] = read
+    for n, states in hidden_states(steered, [each.ids for each in passes], pad, last=True, at_once=rows):
+        reads[n] = _read(passes[n], states)
     frozen, at = list[FrozenExample](), 0
     for example in examples:
         own = [read for read in reads[at : at + len(example.passes) + len(example.asks)] if read is not None]
@@ -91,42 +88,18 @@ def freeze(steered: SteeredModel, examples: Sequence[Example], pad: int, *, rows
     return frozen
 
 
-def _read(steered: SteeredModel, passes: Sequence[Pass], pad: int) -> list[_Read]:
-    """Some passes, in one call of the model."""
-    inputs: dict[int, Tensor] = {}
-    first: dict[int, ProjectionSite] = {}
-    for site in steered.sites:
-        if not site.is_output:
-            first.setdefault(site.layer, site)
-
-    def keep(layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda _module, arguments: inputs.__setitem__(layer, arguments[0])
-
-    decoder = steered.model.get_decoder()
-    handles = [site.module.register_forward_pre_hook(keep(layer)) for layer, site in first.items()]
-    handles.append(decoder.norm.register_forward_pre_hook(keep(-1)))
-    length = max(len(each.ids) for each in passes)
-    ids = torch.tensor([each.ids + [pad] * (length - len(each.ids)) for each in passes])
-    try:
-        decoder(input_ids=ids.to(steered.model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    reads = []
-    for row, each in enumerate(passes):
-        predicts = [n for n, weight in enumerate(each.weights[1:]) if weight]
-        kept = sorted({n for n, segment in enumerate(each.segments) if segment >= 0} | set(predicts))
-        reads.append(
-            _Read(
-                torch.stack([inputs[layer][row, kept].cpu() for layer in first]),
-                torch.tensor([each.segments[n] >= 0 for n in kept]),
-                inputs[-1][row, predicts].cpu(),
-                torch.tensor([kept.index(n) for n in predicts], dtype=torch.int64),
-                torch.tensor([each.ids[n + 1] for n in predicts], dtype=torch.int64),
-                torch.tensor([each.weights[n + 1] for n in predicts]),
-            )
-        )
-    return reads
+def _read(each: Pass, states: Tensor) -> _Read:
+    """A pass, from the inputs of its layers and of the last norm, [L + 1, T, D]."""
+    predicts = [n for n, weight in enumerate(each.weights[1:]) if weight]
+    kept = sorted({n for n, segment in enumerate(each.segments) if segment >= 0} | set(predicts))
+    return _Read(
+        states[:-1, kept],
+        torch.tensor([each.segments[n] >= 0 for n in kept]),
+        states[-1, predicts],
+        torch.tensor([kept.index(n) for n in predicts], dtype=torch.int64),
+        torch.tensor([each.ids[n + 1] for n in predicts], dtype=torch.int64),
+        torch.tensor([each.weights[n + 1] for n in predicts]),
+    )
 
 
 class LensStep:
@@ -136,15 +109,15 @@ class LensStep:
         steered: the model with the memory to train, which must correct o.
 
     Raises:
-        ConfigError: the memory does not correct o, or the model has no last norm.
+        ConfigError: the memory does not correct o.
+        UnsupportedModelError: the model's decoder does not end in a norm.
     """
 
     def __init__(self, steered: SteeredModel) -> None:
-        norm = getattr(steered.model.get_decoder(), "norm", None)
-        if "o" not in steered.config.delta_heads or not isinstance(norm, nn.Module):
-            raise ConfigError("a logit lens needs a memory that corrects o, and a model whose decoder ends in a norm")
+        if "o" not in steered.config.delta_heads:
+            raise ConfigError(f"a logit lens needs a memory that corrects o; found {steered.config.delta_heads}")
         self.modules = [module for module in steered.memory if isinstance(module, LayerMemory)]
-        self._norm = norm
+        self._norm = last_norm(steered)
         self._head = steered.model.get_output_embeddings()
 
     def __call__(self, examples: Sequence[FrozenExample]) -> Tensor:

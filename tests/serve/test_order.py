@@ -149,9 +149,10 @@ def test_a_client_that_goes_away_ends_its_turn(client: OpenAI, threads: Threads)
     stream = say(client, "Tell me a story.", "t", stream=True)
     next(iter(stream))
     stream.close()
+    long = {"role": "user", "content": "My editor is helix. " * 2000}  # not answered before the client goes, anywhere
     with pytest.raises(openai.APITimeoutError):
         client.with_options(timeout=0.02).chat.completions.create(
-            model="nano", messages=[HELIX[0]], extra_headers={"X-Thread-Id": "t"}
+            model="nano", messages=[long], extra_headers={"X-Thread-Id": "t"}
         )
     reply = send(client, [ASKED])
     assert held(threads) in (["What is my editor?", text_of(reply)],), "neither turn before was acknowledged"

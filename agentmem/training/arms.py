@@ -118,7 +118,7 @@ def measure(
         MissingAdapterError: an arm needs memory and the engine has none.
         MissingExtraError: an arm retrieves, and bm25s is not installed.
     """
-    run = _Measurement(engine, tuple(probes), writing, window, context_tokens, max_tokens, concurrency)
+    run = ArmMeasurement(engine, tuple(probes), writing, window, context_tokens, max_tokens, concurrency)
     run.check(arms)
     constants = best_constants(run.probes, max_words) if "constant" in arms else {}
     if unanswered := {probe.ask.kind for probe in run.probes if "constant" in arms} - set(constants):
@@ -169,7 +169,7 @@ def measure(
 
 
 @dataclass
-class _Measurement:
+class ArmMeasurement:
     """What all predictions of a measurement share."""
 
     engine: Engine
@@ -184,7 +184,7 @@ class _Measurement:
 
     def __post_init__(self) -> None:
         self.told = {probe.conversation: probe.told for probe in self.probes}
-        self.foreign = _partners(self.told)
+        self.foreign = partners(self.told)
 
     def check(self, arms: Sequence[Arm]) -> None:
         """Refuse what cannot be measured before anything is computed."""
@@ -307,7 +307,7 @@ class _Measurement:
 
     def key(self, probe: Probe, arm: Arm, constants: Mapping[str, str]) -> str:
         """Identifies a prediction."""
-        place = [probe.conversation, _digests(probe.told), self._written(probe, arm), self.writing]
+        place = [probe.conversation, digests(probe.told), self._written(probe, arm), self.writing]
         constant = [constants[probe.ask.kind]] if arm == "constant" else []
         return self._digest(probe, arm, [*place, probe.ask.values, probe.ask.kind, *constant])
 
@@ -316,10 +316,10 @@ class _Measurement:
         probe, arm = question.probe, question.arm
         if SETUPS[arm].memory in (None, "empty") and SETUPS[arm].shows == "nothing":
             return self._digest(probe, arm, [])
-        return self._digest(probe, arm, [_digests(probe.told), self._written(probe, arm), self.writing])
+        return self._digest(probe, arm, [digests(probe.told), self._written(probe, arm), self.writing])
 
     def _written(self, probe: Probe, arm: Arm) -> list[str]:
-        return [_digests(self.told[number]) for number in self.sources(ArmQuestion(probe, arm, ""))]
+        return [digests(self.told[number]) for number in self.sources(ArmQuestion(probe, arm, ""))]
 
     def _digest(self, probe: Probe, arm: Arm, place: Sequence[Any]) -> str:
         ask, engine, setup = probe.ask, self.engine, SETUPS[arm]
@@ -329,8 +329,8 @@ class _Measurement:
             options.append(self.context_tokens)
         if setup.shows == "best":
             options.append("passages")  # replies to whole messages, of older versions, are not taken up
-        system = _digests([message for message in probe.told if message.role == "system"])
-        asked = [system, _digests(ask.messages), list(ask.tools)]
+        system = digests([message for message in probe.told if message.role == "system"])
+        asked = [system, digests(ask.messages), list(ask.tools)]
         body = [arm, asked, options, fingerprints, place]
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:_KEY]
 
@@ -344,7 +344,7 @@ def _turn_ends(told: Sequence[Message]) -> list[int]:
     return [*starts[1:], len(told)]
 
 
-def _partners(told: Mapping[int, Sequence[Message]]) -> dict[int, int]:
+def partners(told: Mapping[int, Sequence[Message]]) -> dict[int, int]:
     """For each conversation another one of the same number of user messages, or, if there is none, of the nearest.
 
     Conversations of one length form a ring, so that each memory is foreign to one conversation.
@@ -363,5 +363,5 @@ def _partners(told: Mapping[int, Sequence[Message]]) -> dict[int, int]:
     return partners
 
 
-def _digests(messages: Sequence[Message]) -> str:
+def digests(messages: Sequence[Message]) -> str:
     return hashlib.sha256(b"".join(message.digest() for message in messages)).hexdigest()

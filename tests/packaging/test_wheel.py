@@ -151,7 +151,7 @@ def test_extras_are_the_documented_ones(metadata: Message) -> None:
     complete = {"langgraph", "sql", "postgres", "mysql", "chroma", "minilm", "inspect"}
     # flash is source only, train and eval measure and draw figures, few serve, or need quantised weights or a faster
     # CPU: none belongs to what every agent needs.
-    assert set(extras) == complete | {"cpu", "eval", "flash", "quant", "serve", "train", "all"}
+    assert set(extras) == complete | {"cpu", "eval", "flash", "inspect-ai", "quant", "serve", "train", "all"}
     assert extras["all"] == set[str]().union(*(extras[name] for name in complete))
 
 

@@ -14,12 +14,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from agentmem.delta.layer import LayerMemory
+from agentmem.training.config import TrainConfig
+from agentmem.training.loop import rate_factor
 
 _EPOCHS, _BATCH = 5, 12  # times that each example is seen; examples of a step
 _RATE, _SHARE_RATE = 1e-3, 0.05  # of the weights, and of how much each head counts
@@ -97,10 +100,8 @@ def train_addressing(
         betas=(0.9, 0.98),
     )
     steps = _EPOCHS * math.ceil(len(torch.unique(places.examples[places.found])) / _BATCH)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser,
-        lambda step: min(1.0, (step + 1) / _WARMUP) * (0.525 + 0.475 * math.cos(math.pi * min(1.0, step / steps))),
-    )
+    factor = partial(rate_factor, TrainConfig(max_steps=steps, warmup=_WARMUP))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
     generator = torch.Generator().manual_seed(seed)
     with torch.enable_grad():
         for _ in range(_EPOCHS):

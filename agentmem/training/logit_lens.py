@@ -10,11 +10,12 @@ The hidden states are those of the bare model, so this suits memories that steer
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -26,9 +27,10 @@ from agentmem.delta.layer import LayerMemory
 from agentmem.delta.model import SteeredModel
 from agentmem.errors import ConfigError
 from agentmem.kernels import ScanArgs
+from agentmem.training.config import TrainConfig
 from agentmem.training.examples import Example, Pass
 from agentmem.training.hidden import hidden_states, last_norm
-from agentmem.training.loop import TrainProgress
+from agentmem.training.loop import TrainProgress, rate_factor
 
 _RATE = 0.01  # of a weight's root mean square in a step
 _LEAST_RATE = 1e-3  # of weights that begin at zero
@@ -74,17 +76,16 @@ def freeze(steered: SteeredModel, examples: Sequence[Example], pad: int, *, rows
         pad: the token id of padding.
         rows: how many passes run through the model together.
     """
+    # Without questions there is nothing to learn here, and without passes nothing to ask for.
+    examples = [example for example in examples if example.passes and example.asks]
     passes = [each for example in examples for each in (*example.passes, *example.asks)]
-    reads: list[_Read | None] = [None] * len(passes)
-    for n, states in hidden_states(steered, [each.ids for each in passes], pad, last=True, at_once=rows):
-        reads[n] = _read(passes[n], states)
-    frozen, at = list[FrozenExample](), 0
+    states = hidden_states(steered, [each.ids for each in passes], pad, last=True, at_once=rows)
+    reads = {number: _read(passes[number], found) for number, found in states}
+    in_order = iter([reads[number] for number in range(len(passes))])
+    frozen = list[FrozenExample]()
     for example in examples:
-        own = [read for read in reads[at : at + len(example.passes) + len(example.asks)] if read is not None]
-        at += len(own)
-        told, asks = own[: len(example.passes)], own[len(example.passes) :]
-        written = torch.cat([read.hidden[:, read.writes] for read in told], 1)
-        frozen.append(FrozenExample(written, tuple(asks)))
+        written = torch.cat([read.hidden[:, read.writes] for read in islice(in_order, len(example.passes))], 1)
+        frozen.append(FrozenExample(written, tuple(islice(in_order, len(example.asks)))))
     return frozen
 
 
@@ -192,9 +193,8 @@ def train_by_lens(
             rate = _BIAS_RATE if parameter.dim() == 1 else max(_LEAST_RATE, _RATE * size)
             groups.append({"params": [parameter], "lr": rate})
     optimiser = torch.optim.Adam(groups, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda n: min(1.0, (n + 1) / _WARMUP) * (0.525 + 0.475 * math.cos(math.pi * min(1.0, n / steps)))
-    )
+    factor = partial(rate_factor, TrainConfig(max_steps=steps, warmup=_WARMUP))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     losses: deque[float] = deque(maxlen=50)

@@ -353,6 +353,7 @@ def test_steps_through_a_logit_lens_teach_what_the_model_then_does() -> None:
     assert memory < min(controls) - 0.2
     assert [now.step for now in seen] == list(range(1, 101))
     assert {now.stage for now in seen} == {"logit lens"}
+    assert freeze(steered, [Example(recall(0).passes, ())], 0) == [], "nothing is asked"
 
 
 def test_a_copier_reads_what_it_wrote() -> None:

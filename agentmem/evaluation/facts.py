@@ -150,7 +150,7 @@ def _cells() -> Iterator[FactsCell]:
         "2 facts, then 16 messages of other talk, then a restart",
         _config(2, **known),
         bar=0.90,
-        fillers=16,
+        fillers=8,  # a turn has two messages
         restart=True,
     )
     yield FactsCell(

@@ -117,7 +117,7 @@ class EpisodeConfig:
         one_domain: how often all attributes of an episode are of one domain (a person, a project ...).
         own_wordings: how often an attribute's own statement or question is used and not a general one.
         questions: at most this many questions per episode.
-        repeats: how many questions, each in a wording of its own, are about the same fact.
+        repeats: how many questions, each in a wording of its own, are about the same fact or rule.
         systems: how often an episode has a system message.
         grow: a course from easy to hard: the number of the first episode that may have the largest number of facts.
             Until then it grows; while it is 1 there is nothing but facts that are told and asked. 0 = no course.
@@ -339,7 +339,7 @@ class _Draft:
         repeated = facts * self.config.repeats
         questions = [self._question(rng.choices(acts, weights)[0], fact) for fact in repeated]
         if self.rule is not None:
-            questions.insert(0, self._rule_question(self.rule))
+            questions[:0] = [self._rule_question(self.rule) for _ in range(self.config.repeats)]
         return tuple(questions[: self.config.questions]) or (self._never_told(),)
 
     def _question(self, act: QuestionAct, fact: ToldFact) -> FactQuestion:

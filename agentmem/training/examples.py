@@ -38,6 +38,9 @@ _LAST_MESSAGE = Window(messages=1)
 _WAYS: tuple[History, ...] = ("turns", "exchanges", "whole")
 _REPLY_WEIGHT = 3.0
 """Total weight of a reply that is judged as a whole, so that long replies do not outweigh the values of others."""
+_OPENING_WEIGHT = 0.5
+"""Least weight of the token that a reply to a question opens with. It decides between an answer and saying that there
+is none, so it has to weigh the same in both; with the weight of what surrounds a value it was learned too late."""
 _PLANNED = "planned"  # in place of the fingerprints of a state that is never run
 
 
@@ -250,11 +253,13 @@ class ExampleMaker:
         """The weight of each token of a reply: full for its values and what follows each, so that values end right."""
         ids, content = self._reply_ids(ask.reply)
         weights = [min(1.0, _REPLY_WEIGHT / (content + 1)) if n <= content else 0.0 for n in range(len(ids))]
+        weights[0] = max(weights[0], _OPENING_WEIGHT)
         encoded = self._tokenizer(ask.reply.content, add_special_tokens=False, return_offsets_mapping=True)
         spans = list(_spans(ask.reply.content, ask.values))
         if not spans or encoded["input_ids"] != ids[:content]:
             return weights
         weights = [self._other_weight if n <= content else 0.0 for n in range(len(ids))]
+        weights[0] = max(self._other_weight, _OPENING_WEIGHT)
         for n, (start, stop) in enumerate(encoded["offset_mapping"]):
             if any(start < last and first < stop for first, last in spans):
                 weights[n] = weights[n + 1] = 1.0

@@ -82,15 +82,19 @@ def test_an_example_writes_what_the_engine_writes(nano: Engine, strategy: str, h
     engine.close()
 
 
-def test_only_values_and_what_ends_them_have_full_weight(nano: Engine) -> None:
+def test_values_and_what_ends_them_count_most_and_then_the_opening(nano: Engine) -> None:
     ask = Ask((Message("user", "Which port?"),), Message("assistant", "The port is 8080."), values=("8080",))
     told = conversation([Message("user", "The port is 8080."), Message("assistant", "OK.")], asks=(ask,))
     example = maker(nano, "token", history="exchanges", other_weight=0.25)(told, Random(0))
     (asked,) = example.asks
     full = [token for token, weight in zip(asked.ids, asked.weights, strict=True) if weight == 1.0]
-    rest = [token for token, weight in zip(asked.ids, asked.weights, strict=True) if weight == 0.25]
+    rest = [token for token, weight in zip(asked.ids, asked.weights, strict=True) if 0 < weight < 1.0]
     assert nano.tokenizer.decode(full).strip() == "8080."
     assert nano.tokenizer.decode(rest).startswith("The port is")
+    # What a reply opens with decides whether there is an answer at all.
+    opening, *others = [weight for weight in asked.weights if 0 < weight < 1.0]
+    assert opening == 0.5
+    assert set(others) == {0.25}
     assert not any(each.counts for each in example.passes)
 
 

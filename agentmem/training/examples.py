@@ -41,6 +41,8 @@ _REPLY_WEIGHT = 3.0
 _OPENING_WEIGHT = 0.5
 """Least weight of the token that a reply to a question opens with. It decides between an answer and saying that there
 is none, so it has to weigh the same in both; with the weight of what surrounds a value it was learned too late."""
+_LEAST_ROWS = 12
+"""Fewest questions that are run together: each call has a cost of its own."""
 _PLANNED = "planned"  # in place of the fingerprints of a state that is never run
 
 
@@ -301,7 +303,9 @@ def collate(
                 the second of two write passes this is what the adapter asks for; before what an example's questions do
                 not share, and before the first token that is steered, it saves time;
             first, of: [n] and [N] int64, which rows have a beginning that others share, and which of the n each row
-                continues (only where questions share one). Columns before the first cut need those n rows only.
+                continues (only where questions share one). Columns before the first cut need those n rows only;
+            groups: ascending rows, the last of them N: rows up to each are of like length, and better run apart from
+                the others than padded to the longest (only of questions).
     """
     passes: list[dict[str, Any]] = []
     if joined:
@@ -350,15 +354,28 @@ def _questions(rows: Sequence[tuple[int, Pass]], pad: int, *, replies_only: bool
     shared = {number: _common([each for row, each in rows if row == number]) for number in numbers}
     shares = len(numbers) < len(rows) and all(shared.values())
     replies_only = replies_only and (gaps or not shares)
+    rows = sorted(rows, key=lambda row: len(row[1].ids) - shares * shared[row[0]])
     ends = [
         (*([shared[row]] * shares), *([each.reply_from] * replies_only), len(each.ids)) for row, each in rows
     ]  # ascending
     layout = _apart(rows, pad, ends)
+    layout["groups"] = _groups([len(each.ids) - shares * shared[row] for row, each in rows])
     if shares:
         owners = layout["rows"]
         layout["first"] = torch.tensor([owners.tolist().index(number) for number in numbers])
         layout["of"] = torch.searchsorted(torch.tensor(numbers), owners)
     return layout
+
+
+def _groups(lengths: Sequence[int]) -> tuple[int, ...]:
+    """Where groups of rows end, of ascending lengths: none is padded by a third, unless it would be too small."""
+    ends = [len(lengths)]
+    while True:
+        last = next((n for n, length in enumerate(lengths) if 4 * length >= 3 * lengths[ends[-1] - 1]), 0)
+        last = min(last, ends[-1] - _LEAST_ROWS)
+        if last < _LEAST_ROWS:
+            return tuple(reversed(ends))
+        ends.append(last)
 
 
 def _common(questions: Sequence[Pass]) -> int:

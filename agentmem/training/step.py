@@ -173,29 +173,45 @@ class MemoryStep(nn.Module):
         return _Result(*checkpoint(run, state, use_reentrant=False))
 
     def _compute(self, layout: Mapping[str, Any], state: Tensor) -> _Result:
-        cuts = layout["cuts"]
         if self._features is not None:
             layout = {**layout, "features": self._features.rows(layout)}
         if "blocks" in layout:
             with attending_apart(self._steered.model, layout["blocks"]):
-                return self._call(layout, slice(0, *cuts), state, None)
-        cache: Any = None
-        if len(cuts) > 1:
-            from transformers import DynamicCache
+                return self._call(layout, slice(0, *layout["cuts"]), state, None)
+        shared: _Result | None = None
+        cache = _new_cache() if len(layout["cuts"]) > 1 else None
+        if "of" in layout:
+            rows = layout["first"]
+            beginnings = {name: value[rows] for name, value in layout.items() if name in _BY_ROW}
+            shared = self._call(beginnings, slice(0, layout["cuts"][0]), state[rows], cache)
+        parts = [
+            self._group(layout, slice(start, stop), state, shared, cache)
+            for start, stop in pairwise((0, *layout.get("groups", (len(state),))))
+        ]
+        return _Result(*(torch.cat(values) for values in zip(*map(_values, parts), strict=True)))
 
-            cache = DynamicCache()
+    def _group(
+        self, layout: Mapping[str, Any], rows: slice, state: Tensor, shared: _Result | None, cache: Any
+    ) -> _Result:
+        """Run some rows of a layout, of which `shared` and its cache may have run what comes before the first cut."""
+        needed = layout["mask"][rows].bool().any(0)
         results: list[_Result] = []
-        for start, stop in pairwise((0, *cuts)):
-            columns = slice(start, stop)
-            if "of" not in layout or start:
-                results.append(self._call(layout, columns, state, cache))
-            else:
-                rows, of = layout["first"], layout["of"]
-                beginnings = {name: value[rows] for name, value in layout.items() if name in _BY_ROW}
-                shared = self._call(beginnings, columns, state[rows], cache)
-                cache.batch_select_indices(of)
-                results.append(_Result(*(value[of] for value in vars(shared).values())))
+        state = state[rows]
+        if shared is not None:
+            of = layout["of"][rows]
+            needed[: layout["cuts"][0]] = True  # as in the cache
+            cache = _of_rows(cache, of)
+            results.append(_Result(*(value[of] for value in _values(shared))))
             state = results[-1].state
+        elif cache is not None:
+            cache = _new_cache()
+        # Columns that are padding in all of these rows are left out.
+        group = {name: value[rows][:, needed] for name, value in layout.items() if name in _BY_ROW}
+        cuts = [int(needed[:cut].sum()) for cut in layout["cuts"]]
+        for start, stop in pairwise((0, *cuts)):
+            if start < stop and (start or shared is None):
+                results.append(self._call(group, slice(start, stop), state, cache))
+                state = results[-1].state
         losses, quiet, loud = (sum(parts[1:], parts[0]) for parts in zip(*map(_sums, results), strict=True))
         return _Result(state, losses, quiet, loud)
 
@@ -286,6 +302,25 @@ def _quick_attention(ids: Tensor) -> AbstractContextManager[None]:
 
 def _sums(result: _Result) -> tuple[Tensor, Tensor, Tensor]:
     return result.losses, result.quiet, result.loud
+
+
+def _values(result: _Result) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return result.state, result.losses, result.quiet, result.loud
+
+
+def _new_cache() -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache()
+
+
+def _of_rows(cache: Any, rows: Tensor) -> Any:
+    """A cache with these rows [N] of another one, which stays as it is."""
+    new = _new_cache()
+    for number, layer in enumerate(cache.layers):
+        if layer.is_initialized:  # layers that are not run have nothing
+            new.update(layer.keys[rows], layer.values[rows], number)
+    return new
 
 
 def _real(layout: Mapping[str, Any], columns: slice) -> Tensor:

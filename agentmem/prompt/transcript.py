@@ -239,6 +239,10 @@ class Transcript:
         self._template = ChatTemplate(tokenizer, options, self.cache)
         self._spans = MessageSpans(self._template, self.cache)
 
+    def takes_tools(self) -> bool:
+        """Whether the chat template shows tools; where it does not, `render` refuses them."""
+        return self._template.takes_tools()
+
     def render(
         self,
         messages: Sequence[Message],

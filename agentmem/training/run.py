@@ -33,9 +33,8 @@ from agentmem.delta.attach import find_sites, targeted
 from agentmem.delta.config import CONFIG_FILE, MemoryConfig
 from agentmem.delta.model import SteeredModel
 from agentmem.engine import Engine
-from agentmem.errors import AgentMemError, ConfigError, DataError, TrainingError, TranscriptError
+from agentmem.errors import AgentMemError, ConfigError, DataError, TrainingError
 from agentmem.loading import load, load_skeleton, load_tokenizer
-from agentmem.messages import Message
 from agentmem.prompt.transcript import Transcript, Window
 from agentmem.training.arms import measure, probes_of
 from agentmem.training.card import CardFacts, write_card
@@ -59,7 +58,6 @@ from agentmem.training.trainer import Measurement, MemoryTrainer
 _CHECKED = 1000  # conversations that are made into examples before the weights are loaded
 _START = "start"  # in the output directory: new weights as they were before the first step
 _PREDICTIONS = "predictions.jsonl"
-_TOOL = {"type": "function", "function": {"name": "look_up", "description": "", "parameters": {"type": "object"}}}
 
 
 @dataclass(frozen=True)
@@ -184,7 +182,7 @@ def prepare(config: TrainConfig) -> PreparedRun:
     window = Window(tokens=config.window_tokens, messages=config.window_messages)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     transcript = Transcript(tokenizer)
-    tools = _shows_tools(transcript)
+    tools = transcript.takes_tools()
     source = open_sources(
         config.data,
         shares=config.data_shares or None,
@@ -228,15 +226,6 @@ def _check_examples(run: PreparedRun, tools: bool) -> None:
             run.maker(conversation, Random(number))
         except AgentMemError as error:
             raise type(error)(f"{conversation.origin}: {error}") from error
-
-
-def _shows_tools(transcript: Transcript) -> bool:
-    """Whether the chat template has a place for tools."""
-    try:
-        transcript.render([Message("user", "x")], tools=[_TOOL])
-    except TranscriptError:
-        return False
-    return True
 
 
 def _options(kind: Any, name: str, values: Mapping[str, Any]) -> Any:

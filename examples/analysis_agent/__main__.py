@@ -18,6 +18,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from agentmem.loading import load_tokenizer
+from agentmem.prompt.transcript import Transcript
 from analysis_agent.data import write_sales
 from analysis_agent.phrases import SESSIONS, Terms
 from analysis_agent.session import Outcome, Setup
@@ -32,6 +34,10 @@ def main() -> int:
     parser.add_argument("--adapter", help="a directory or a hub id; nano brings its own")
     parser.add_argument("--data", type=Path, default=Path("analysis-agent-data"), help="emptied first")
     given = parser.parse_args()
+    if not Transcript(load_tokenizer(given.model)).takes_tools():
+        parser.error(
+            f"the chat template of {given.model} has no place for tools, and all that is shown here is tool calls"
+        )
     started = time.monotonic()
     prepare(given.data)
     setup = Setup(str(given.data / "with-memory"), given.model, given.adapter)

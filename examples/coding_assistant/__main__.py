@@ -17,6 +17,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from agentmem.loading import load_tokenizer
+from agentmem.prompt.transcript import Transcript
 from coding_assistant.measure import measure
 from coding_assistant.phrases import Settings
 from coding_assistant.session import Outcome, Setup
@@ -33,6 +35,10 @@ def main() -> int:
     parser.add_argument("--yes", action="store_true", help="approve every change without asking")
     parser.add_argument("--measure", type=int, metavar="N", help="instead: right calls over N draws of the values")
     given = parser.parse_args()
+    if not Transcript(load_tokenizer(given.model)).takes_tools():
+        parser.error(
+            f"the chat template of {given.model} has no place for tools, and all that is shown here is tool calls"
+        )
     if given.measure:
         print(measure(given.model, given.adapter, given.measure))
         return 0

@@ -51,8 +51,8 @@ class Chat:
 
 def chat_model(model: str, adapter: str | None) -> ChatDeltaMem:
     """A model whose prompt shows the last message alone: what else it knows is memory or a shown fact."""
-    nano = model == "nano"
-    return ChatDeltaMem(model=model, adapter=adapter, window=Window(messages=1), max_tokens=48 if nano else 1024)
+    small = model in ("nano", "smollm2")  # which may never come to an end
+    return ChatDeltaMem(model=model, adapter=adapter, window=Window(messages=1), max_tokens=48 if small else 1024)
 
 
 def chat(llm: ChatDeltaMem, retriever: BaseRetriever | None = None) -> Chat:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from random import Random
@@ -24,6 +25,7 @@ from agentmem.messages import Message
 from agentmem.nano.recipe.chatml import render
 from agentmem.nano.recipe.episodes import draw_episode, draw_memory_episode
 from agentmem.nano.recipe.pools import ATTRIBUTES
+from agentmem.prompt.transcript import Transcript
 from agentmem_chroma import FactStore
 from analysis_agent import phrases as analysis
 from coding_assistant import phrases as coding
@@ -63,6 +65,22 @@ def test_the_table_has_every_arm() -> None:
     lines = done.stdout.strip().splitlines()
     assert len(lines) == 7
     assert all(line.count("|") == 8 for line in lines)
+
+
+@pytest.mark.parametrize("name", ["analysis_agent", "coding_assistant"])
+def test_a_model_that_shows_no_tools_is_refused(
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    needs: Callable[[object, str], None],
+) -> None:
+    needs(name != "analysis_agent" or find_spec("duckdb"), "duckdb, of the dependency group examples")
+    program = import_module(f"{name}.__main__")
+    monkeypatch.setattr(Transcript, "takes_tools", lambda _: False)
+    monkeypatch.setattr(sys, "argv", [name])
+    with pytest.raises(SystemExit):
+        program.main()
+    assert "the chat template of nano has no place for tools" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("pools", [False, True])

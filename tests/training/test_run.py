@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import agentmem
 from agentmem.delta.adapter import load_adapter
 from agentmem.errors import AgentMemError, ConfigError, DataError, TrainingError
+from agentmem.prompt.transcript import Transcript
 from agentmem.training import run as training
 from agentmem.training.__main__ import app
 from agentmem.training.command import accelerate_path
@@ -160,7 +161,7 @@ def test_what_cannot_work_is_refused_before_weights_are_loaded(
 @pytest.mark.usefixtures("no_weights")
 def test_data_that_the_model_cannot_show_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool = {"type": "function", "function": {"name": "open", "parameters": {"type": "object", "properties": {}}}}
-    monkeypatch.setattr(training, "_shows_tools", lambda _: False)
+    monkeypatch.setattr(Transcript, "takes_tools", lambda _: False)
     with pytest.raises(ConfigError, match="does not show them"):
         train(config(tmp_path / "out", data=(chats(tmp_path / "chats.jsonl", tools=[tool]),)))
     (tmp_path / "empty.jsonl").write_text('{"messages": []}\n', "utf-8")

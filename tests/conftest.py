@@ -2,7 +2,7 @@
 
 - A missing service or extra is met with `needs`: it skips with the reason on your machine and fails where
   CI=true, so that CI cannot turn green by skipping. Only a missing GPU skips everywhere, and slow tests of servers that
-  are in groups of their own (agent-server).
+  are in groups of their own (agent-server, ray).
 - torch is not imported here: a test that checks what is imported without it must be able to.
 """
 

@@ -54,8 +54,8 @@ def open_threads(db: str | Path) -> SQLAlchemySaver:
     return SQLAlchemySaver.from_url(url, serde=JsonPlusSerializer(allowed_msgpack_modules=None))
 
 
-def open_facts(directory: Path) -> FactStore:
-    """The exact facts in a directory, searched with a sentence model that needs no download.
+def open_facts(directory: Path | str) -> FactStore:
+    """The exact facts in a directory, or at a Chroma server's address, searched with a model that needs no download.
 
     An index that was damaged when a process was killed is rebuilt.
 

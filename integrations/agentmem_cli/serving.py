@@ -60,6 +60,12 @@ def serve(
     rate: Annotated[
         int | None, typer.Option(min=1, help="Requests a minute of each subject; more are told 429.")
     ] = None,
+    facts: Annotated[
+        str | None,
+        typer.Option(
+            help="Exact facts that are shown: a directory of this process alone, or a Chroma server's address."
+        ),
+    ] = None,
     receipt_key_file: ReceiptKey = None,
     prefix: Prefix = "agentmem_",
     schema: Schema = None,
@@ -84,6 +90,11 @@ def serve(
     with ExitStack() as stack:
         saver = stack.enter_context(place.open(make=True, cache_bytes=CACHE_BYTES))
         saver.setup()  # a mistake is reported before the model is loaded
+        store = None
+        if facts is not None:
+            from agentmem_cli.graph import open_facts
+
+            store = stack.enter_context(open_facts(facts))
         engine = stack.enter_context(Loading(model, adapter, device, dtype, quantize).load())
         settings = ServeSettings(
             window=window_of(window, engine.name),
@@ -93,7 +104,7 @@ def serve(
             max_turns=max_turns,
             requests_per_minute=rate,
         )
-        app = create_app(engine, saver, settings, keys=known, receipt_key=receipt_key)
+        app = create_app(engine, saver, settings, keys=known, receipt_key=receipt_key, facts=store)
         run(app, host=host, port=port, grace=grace)
 
 

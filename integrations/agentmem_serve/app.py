@@ -18,6 +18,7 @@ from starlette.routing import Route
 from agentmem.errors import ConfigError
 from agentmem_serve.chat import chat_completions
 from agentmem_serve.errors import ApiError
+from agentmem_serve.facts import add_facts, delete_fact, list_facts
 from agentmem_serve.gate import Gate
 from agentmem_serve.keys import KeyFile
 from agentmem_serve.metrics import CONTENT_TYPE
@@ -28,6 +29,7 @@ from agentmem_sql import SQLAlchemySaver
 
 if TYPE_CHECKING:
     from agentmem import Engine
+    from agentmem_chroma import FactStore
 
 _MIN_KEY_BYTES = 16
 
@@ -39,10 +41,11 @@ def create_app(
     *,
     keys: KeyFile | None = None,
     receipt_key: bytes | None = None,
+    facts: FactStore | None = None,
 ) -> Starlette:
     """An ASGI application that serves an engine's model, with threads in a saver's database.
 
-    It closes neither the engine nor the saver.
+    It closes neither the engine nor the saver nor the facts.
 
     Args:
         engine: the model, with or without memory.
@@ -50,13 +53,14 @@ def create_app(
         settings: how requests are answered.
         keys: who may ask, and whose threads they see; None: everybody sees every thread.
         receipt_key: at least 16 secret bytes that receipts of deletions are signed with.
+        facts: exact facts, of which those that a question is about are shown in its turn.
 
     Raises:
         ConfigError: the receipt key is too short.
     """
     if receipt_key is not None and len(receipt_key) < _MIN_KEY_BYTES:
         raise ConfigError(f"expected a key of at least {_MIN_KEY_BYTES} random bytes for receipts, found a shorter one")
-    service = Service(engine, saver, settings or ServeSettings(), keys, receipt_key)
+    service = Service(engine, saver, settings or ServeSettings(), keys, receipt_key, facts)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -71,6 +75,9 @@ def create_app(
         Route("/v1/sessions", delete_all_sessions, methods=["DELETE"]),
         Route("/v1/sessions/{session:path}", inspect_session),
         Route("/v1/sessions/{session:path}", delete_session, methods=["DELETE"]),
+        Route("/v1/facts", list_facts),
+        Route("/v1/facts", add_facts, methods=["POST"]),
+        Route("/v1/facts/{fact}", delete_fact, methods=["DELETE"]),
         Route("/v1/models", _models),
         Route("/v1/models/{model:path}", _model),
         Route("/healthz", _healthz),

@@ -27,15 +27,17 @@ async def chat_completions(request: Request) -> Response:
     service.check_model(body.model)
     system, messages = conversation_of(body.messages, "messages")
     thread = thread_of(request, body.metadata)
+    place = None if thread is None else service.thread_id(request, thread)
     turn = TurnRequest(
         messages=messages,
         system=system,
         options=body.options(service.settings.max_tokens),
-        thread=None if thread is None else service.thread_id(request, thread),
+        thread=place,
         store=body.store is not False,
         metadata=service.metadata(request),
         retry_key=retry_key(request),
         salt=service.salt(request),
+        owners=service.owners(request, place),
     )
     head = {
         "id": f"chatcmpl-{uuid4().hex}",
@@ -148,7 +150,7 @@ def finish_reason(reply: AIMessage) -> str:
 def about(finished: Finished, thread: str | None) -> dict[str, Any]:
     """What only this server says of a turn: where it is stored, and what became of the memory."""
     notes = finished.reply.response_metadata
-    more = {name: notes[name] for name in ("edits", "deletions", "truncation") if name in notes}
+    more = {name: notes[name] for name in ("edits", "deletions", "truncation", "facts") if name in notes}
     if finished.repeated:
         more["repeated"] = True
     return {"thread_id": thread, "checkpoint_id": finished.checkpoint, "memory": notes.get("memory"), **more}

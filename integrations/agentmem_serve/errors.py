@@ -14,6 +14,7 @@ from agentmem.errors import (
     ConfigError,
     CorruptStateError,
     EngineClosedError,
+    FactStoreError,
     StateMismatchError,
     StorageError,
     TranscriptError,
@@ -34,6 +35,7 @@ _OF: tuple[tuple[type[AgentMemError], int, str, str | None, int], ...] = (
     (TranscriptError, 400, _INVALID, None, 0),
     (TurnTimeoutError, 504, "server_error", "timeout", 0),
     (StorageError, 503, "server_error", "storage", 1),
+    (FactStoreError, 503, "server_error", "fact_store", 1),
     (EngineClosedError, 503, "server_error", "engine_closed", 1),
 )
 
@@ -104,8 +106,9 @@ def api_error(error: Exception, request_id: str = "") -> ApiError:
             message = str(error)
             if status >= 500:
                 log.warning("%s: %s", request_id, error)
-            if kind is StorageError:  # names hosts and files, which are nothing for clients
-                message = f"the database cannot be used; the server's log says why, at request {request_id}"
+            if kind in (StorageError, FactStoreError):  # they name hosts and files, which are nothing for clients
+                what = "database" if kind is StorageError else "fact store"
+                message = f"the {what} cannot be used; the server's log says why, at request {request_id}"
             return ApiError(status, message, kind=name, code=code, retry_after=retry_after)
     log.error("%s failed", request_id, exc_info=error)
     return ApiError(500, f"the server failed; its log says why, at request {request_id}", kind="server_error")

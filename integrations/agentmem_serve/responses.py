@@ -61,16 +61,18 @@ async def create_response(request: Request) -> Response:
     store = body.store is not False
     if thread is None and store:
         thread = f"resp-{uuid4().hex}"
+    place = None if thread is None else service.thread_id(request, thread)
     turn = TurnRequest(
         messages=messages,
         system="\n\n".join(filter(None, [body.instructions, system])),
         options=body.options(service.settings.max_tokens),
-        thread=None if thread is None else service.thread_id(request, thread),
+        thread=place,
         after=after,
         store=store,
         metadata=service.metadata(request),
         retry_key=retry_key(request),
         salt=service.salt(request),
+        owners=service.owners(request, place),
     )
 
     def described(checkpoint: str | None) -> dict[str, Any]:

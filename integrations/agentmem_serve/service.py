@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -19,11 +19,13 @@ from agentmem_serve.errors import ApiError
 from agentmem_serve.keys import KeyFile
 from agentmem_serve.limits import Limits
 from agentmem_serve.metrics import Metrics
+from agentmem_serve.shown_facts import ShownFacts
 from agentmem_serve.turns import Turns
 from agentmem_sql import SQLAlchemySaver
 
 if TYPE_CHECKING:
     from agentmem import Engine
+    from agentmem_chroma import FactStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,8 @@ class ServeSettings:
         max_turns: turns that run or wait at once; what comes beyond that is told when to come again.
         requests_per_minute: of each subject; None: any number.
         max_body: bytes of a request.
+        facts: the most facts that are shown in a turn, where there is a store of them.
+        min_score: how close a fact has to be to the question to be shown, as a cosine similarity.
 
     Raises:
         ConfigError: a number is not above 0.
@@ -50,9 +54,11 @@ class ServeSettings:
     max_turns: int = 128
     requests_per_minute: int | None = None
     max_body: int = 4 * 2**20
+    facts: int = 3
+    min_score: float = 0.7
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "timeout", "max_turns", "requests_per_minute", "max_body"):
+        for name in ("max_tokens", "timeout", "max_turns", "requests_per_minute", "max_body", "facts"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"expected {name} to be above 0, found {value!r}")
@@ -68,12 +74,14 @@ class Service:
         settings: ServeSettings,
         keys: KeyFile | None,
         receipt_key: bytes | None,
+        facts: FactStore | None,
     ) -> None:
         self.settings = settings
         self.engine = engine
         self.saver = saver
         self.keys = keys
         self.receipt_key = receipt_key
+        self.facts = facts
         self.limits = Limits(settings.max_turns, settings.requests_per_minute, settings.max_body)
         self.deleting = asyncio.Lock()
         self.model = engine.name
@@ -89,7 +97,8 @@ class Service:
             timeout=settings.timeout,
             use_memory=engine.has_memory,
         )
-        self.turns = Turns(llm, saver, settings.timeout, self.metrics.conflicts.inc)
+        shown = None if facts is None else ShownFacts(facts, settings.facts, settings.min_score)
+        self.turns = Turns(llm, saver, settings.timeout, self.metrics.conflicts.inc, shown)
 
     def check_model(self, name: str) -> None:
         """Refuse a request for a model that is not served.
@@ -105,6 +114,11 @@ class Service:
         """The id in the database of the thread that a request names: its subject's, whatever the name."""
         key = request.state.key
         return name if key is None else f"{key.subject}/{name}"
+
+    def owners(self, request: Request, thread: str | None) -> Sequence[str]:
+        """Whose facts are shown in a turn: the thread's, those of the subject that asks, and those of nobody."""
+        key = request.state.key
+        return [*([] if thread is None else [thread]), *([] if key is None else [key.subject]), ""]
 
     def salt(self, request: Request) -> str | None:
         """What turns without a thread share KV by; None: nothing, where it is not known who asks."""

@@ -106,7 +106,8 @@ async def delete_session(request: Request) -> Response:
     service: Service = request.app.state.service
     name = checked_id(request.path_params["session"], "session")
     thread = service.thread_id(request, name)
-    if (await service.turns.threads.read(thread)).stored is None:
+    facts = 0 if service.facts is None else await service.facts.acount(thread=thread)
+    if not facts and (await service.turns.threads.read(thread)).stored is None:
         raise not_found("session", name)
     return await _forget(service, request, thread=thread)
 
@@ -134,7 +135,8 @@ async def _forget(
 
 def _governor(service: Service, request: Request) -> Governor:
     actor = str(service.metadata(request).get("actor", "agentmem serve"))
-    return Governor(service.saver, engines=[service.engine], actor=actor, key=service.receipt_key)
+    engines = [service.engine]
+    return Governor(service.saver, facts=service.facts, engines=engines, actor=actor, key=service.receipt_key)
 
 
 def _limit(request: Request) -> int:

@@ -17,12 +17,14 @@ from typing import Any
 from uuid import uuid4
 from weakref import WeakValueDictionary
 
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, SystemMessage, message_chunk_to_message
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, message_chunk_to_message
 
 from agentmem.errors import TurnTimeoutError
-from agentmem_langgraph import ChatDeltaMem, MemoryTurn
+from agentmem_langgraph import ChatDeltaMem, MemoryTurn, numbered_facts
+from agentmem_langgraph.prompting import facts_metadata, question, with_leading_text
 from agentmem_serve.errors import ApiError, ThreadConflict
 from agentmem_serve.line_up import begins_with, continued, with_ids
+from agentmem_serve.shown_facts import ShownFacts
 from agentmem_serve.threads import Snapshot, Threads, checkpoint_id_after
 from agentmem_sql import SQLAlchemySaver
 
@@ -44,6 +46,7 @@ class TurnRequest:
         metadata: of the checkpoint.
         retry_key: names the request. If the thread's newest turn has the same, its reply is given again.
         salt: KV is shared between turns with the same one; with a thread it is the thread.
+        owners: whose facts are shown, where there is a store of them.
     """
 
     messages: Sequence[BaseMessage]
@@ -55,6 +58,7 @@ class TurnRequest:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     retry_key: str | None = None
     salt: str | None = None
+    owners: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -96,15 +100,22 @@ class Turns:
         saver: the threads.
         timeout: seconds after which a turn that others overtake is not made again.
         on_conflict: called when one is overtaken.
+        facts: finds the facts that are shown; they are neither stored nor written.
     """
 
     def __init__(
-        self, llm: ChatDeltaMem, saver: SQLAlchemySaver, timeout: float, on_conflict: Callable[[], object]
+        self,
+        llm: ChatDeltaMem,
+        saver: SQLAlchemySaver,
+        timeout: float,
+        on_conflict: Callable[[], object],
+        facts: ShownFacts | None = None,
     ) -> None:
         self.threads = Threads(saver)
         self._on_conflict = on_conflict
         self._llm = llm
         self._timeout = timeout
+        self._facts = facts
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def complete(self, request: TurnRequest) -> Finished:
@@ -176,7 +187,8 @@ class Turns:
         turn = MemoryTurn(base.memory)
         reply_id = f"msg_{uuid4().hex}"
         yield Begun(checkpoint, reply_id)
-        shown = [SystemMessage(request.system), *conversation] if request.system else conversation
+        facts = await self._facts.find(question(conversation), request.owners) if self._facts else []
+        shown = with_leading_text(conversation, request.system, numbered_facts(facts))
         options: dict[str, Any] = {**request.options, "memory": turn}
         options["cache_salt"] = request.salt if request.thread is None else f"thread:{request.thread}"
         if streaming:
@@ -189,7 +201,8 @@ class Turns:
         else:
             reply = await self._llm.ainvoke(shown, **options)
         assert isinstance(reply, AIMessage)
-        named = reply.model_copy(update={"id": reply_id})
+        notes = {**reply.response_metadata, **({"facts": facts_metadata(facts)} if facts else {})}
+        named = reply.model_copy(update={"id": reply_id, "response_metadata": notes})
         if checkpoint is not None:
             metadata = dict(request.metadata)
             if request.retry_key:

@@ -57,10 +57,10 @@ def serve(engine: Engine, url: str) -> Iterator[Serve]:  # noqa: F811
     with ExitStack() as stack:
 
         def start(at: str = url, key: str = "none", serving: Any = engine, **options: Any) -> OpenAI:
-            keys = {name: options.pop(name) for name in ("keys",) if name in options}
+            given = {name: options.pop(name) for name in ("keys", "facts") if name in options}
             saver = stack.enter_context(SQLAlchemySaver.from_url(at))
             settings = ServeSettings(**{"window": Window(messages=1), "max_tokens": 40, **options})
-            address = stack.enter_context(listening(create_app(serving, saver, settings, **keys)))
+            address = stack.enter_context(listening(create_app(serving, saver, settings, **given)))
             client = OpenAI(api_key=key, base_url=f"{address}/v1", max_retries=0, timeout=120)
             return stack.enter_context(client)
 

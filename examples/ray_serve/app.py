@@ -24,7 +24,34 @@ MOST_TURNS = 32
 """Turns that run or wait in a replica; what does not fit is sent to another one, or waits in the proxy."""
 
 
-@serve.deployment(
+class Replica:
+    """A model, and the endpoint over it.
+
+    Args:
+        database: the URL of the database that all replicas share.
+        model: as for `agentmem.load`.
+        settings: of the endpoint; by default nano's window is one message, to show that it remembers.
+    """
+
+    def __init__(self, database: str, model: str = "nano", settings: ServeSettings | None = None) -> None:
+        self._saver = SQLAlchemySaver.from_url(database)
+        self._saver.setup()
+        self._engine = agentmem.load(model)
+        usual = ServeSettings(window=Window(messages=1) if model == "nano" else None, max_turns=MOST_TURNS)
+        self._app = create_app(self._engine, self._saver, settings or usual)
+
+    def __serve_build_asgi_app__(self) -> Starlette:
+        """What answers the requests."""
+        return self._app
+
+    def __del__(self) -> None:
+        """Ray calls this when a replica ends and its requests are answered."""
+        self._engine.close()
+        self._saver.close()
+
+
+deployment: Any = serve.deployment(
+    serve.ingress()(Replica),
     # By the thread's id on a ring of hashes: when a replica comes or goes, only its share of the threads moves.
     request_router_config=RequestRouterConfig(
         request_router_class="ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
@@ -41,35 +68,10 @@ MOST_TURNS = 32
     graceful_shutdown_timeout_s=60,
     ray_actor_options={"num_cpus": 1},  # {"num_gpus": 1} for a model on a GPU
 )
-@serve.ingress()
-class Replica:
-    """A model, and the endpoint over it.
-
-    Args:
-        database: the URL of the database that all replicas share.
-        model: as for `agentmem.load`.
-        settings: of the endpoint; by default the window is one message, which suits nano.
-    """
-
-    def __init__(self, database: str, model: str = "nano", settings: ServeSettings | None = None) -> None:
-        self._saver = SQLAlchemySaver.from_url(database)
-        self._saver.setup()
-        self._engine = agentmem.load(model)
-        usual = ServeSettings(window=Window(messages=1), max_turns=MOST_TURNS)
-        self._app = create_app(self._engine, self._saver, settings or usual)
-
-    def __serve_build_asgi_app__(self) -> Starlette:
-        """What answers the requests."""
-        return self._app
-
-    def __del__(self) -> None:
-        """Ray calls this when a replica ends and its requests are answered."""
-        self._engine.close()
-        self._saver.close()
 
 
 def app(arguments: dict[str, Any]) -> Application:
     """What `serve run` starts: `database=`, `model=`, and `replicas=` for a fixed number of them."""
     fixed = arguments.pop("replicas", None)
-    deployment = Replica if fixed is None else Replica.options(num_replicas=int(fixed), autoscaling_config=None)
-    return deployment.bind(**arguments)
+    replicas = deployment if fixed is None else deployment.options(num_replicas=int(fixed), autoscaling_config=None)
+    return replicas.bind(**arguments)

@@ -23,6 +23,7 @@ from typing import Any
 from agentmem.engine import Engine
 from agentmem.errors import ConfigError, MissingAdapterError
 from agentmem.evaluation.facts import SEED
+from agentmem.evaluation.judge import Judge
 from agentmem.evaluation.requirements import Requirement, parse_requirement
 from agentmem.evaluation.task import Score, Task
 from agentmem.evaluation.tasks import open_task
@@ -43,6 +44,8 @@ _DIFFERENCES: tuple[tuple[Arm, tuple[Arm, ...]], ...] = (
     ("memory", ("retrieval",)),
     ("memory", ("memory_bank",)),
     ("window_memory", ("window",)),
+    ("whole_memory", ("whole",)),
+    ("whole_memory", ("whole", "whole_foreign")),
     ("hybrid", ("retrieval",)),
     ("hybrid", ("memory",)),
     ("hybrid", ("memory", "retrieval")),
@@ -86,12 +89,13 @@ def prepare_comparison(
     seed: int = SEED,
     has_memory: bool = True,
     own_file: Path | None = None,
+    judge: Judge | None = None,
 ) -> Comparison:
     """Read the data and check everything that needs no model.
 
     Args:
         tasks: keys of `agentmem.evaluation.tasks.TASKS`.
-        data_dirs, limit, seed, own_file: see `open_task`.
+        data_dirs, limit, seed, own_file, judge: see `open_task`.
         arms: who is asked; a task leaves out arms that it cannot ask (ifeval has no retrieval).
         requirements: see `agentmem.evaluation.requirements`.
         context_tokens, max_tokens, concurrency, writing: see `Comparison`.
@@ -128,7 +132,7 @@ def prepare_comparison(
         )
     opened = []
     for name in dict.fromkeys(tasks):
-        task = open_task(name, data_dirs, limit, seed, own_file=own_file)
+        task = open_task(name, data_dirs, limit, seed, own_file=own_file, judge=judge)
         fitting = tuple(arm for arm in chosen if arm in task.arms)
         if not fitting:
             raise ConfigError(f"the task {name} is measured by {', '.join(task.arms)}; found {', '.join(chosen)}")

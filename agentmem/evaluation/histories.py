@@ -1,25 +1,31 @@
-"""Tasks about long histories of people: `longmemeval` and `locomo`.
+"""Tasks about long histories of people: `longmemeval`, `longmemeval-judge` and `locomo`.
 
-Both have questions whose answers are not written to be compared by a program. What can be is asked, judged by
-`agentmem.evaluation.scoring.states`; the rest is left out and counted.
+They have questions whose answers are not written to be compared by a program. What can be is asked, judged by
+`agentmem.evaluation.scoring.states`; the rest is left out and counted. The rest of LongMemEval is what
+`longmemeval-judge` asks, where there is a model to judge it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
 
+from agentmem.errors import ConfigError
 from agentmem.evaluation.scoring import locomo_f1, porter_stem, states
 from agentmem.evaluation.task import Task, TaskData, by_hash, in_turn, other_form, read_objects
 from agentmem.messages import Message
+from agentmem.training.contexts import ARMS
 from agentmem.training.conversations import Ask, SourceFile
 from agentmem.training.predictions import Probe
 
 SHORT_ANSWER = 40
 """Most characters of an answer of LongMemEval that is compared by its words."""
+
+_JUDGED_TOKENS = 256  # most tokens of a reply that a model judges
 
 _CATEGORIES = {1: "multi-hop", 2: "temporal", 3: "open-domain", 4: "single-hop"}
 _DECLINE = 5
@@ -73,25 +79,67 @@ the talk bears out is counted wrong. Answers that only name the wrong evidence a
 
 def longmemeval(data: TaskData) -> Task:
     """`longmemeval`: questions of the oracle set (only the sessions with evidence) that have a short answer."""
+
+    def short(row: Mapping[str, Any], asked: str, answer: str, question: str) -> Ask | str:
+        if _never_told(row):
+            return "a question that was never answered, where the reply should say so (needs a judge)"
+        if len(answer) > SHORT_ANSWER:
+            return f"an answer of more than {SHORT_ANSWER} characters (needs a judge)"
+        check = partial(states, answer, question)
+        messages = (Message("user", f"{asked} Answer in a few words."),)
+        return Ask(messages, Message("assistant", answer), (answer,), kind=row["question_type"], check=check)
+
+    title = "a short answer about earlier sessions is stated (LongMemEval oracle, without a judge)"
+    return _longmemeval(data, "longmemeval", title, short)
+
+
+def longmemeval_judge(data: TaskData) -> Task:
+    """`longmemeval-judge`: the questions of the oracle set that `longmemeval` leaves out, judged by a model.
+
+    Raises:
+        ConfigError: there is no judge.
+    """
+    judge = data.judge
+    if judge is None:
+        raise ConfigError(
+            "the task longmemeval-judge needs a model that judges replies: name it (--judge MODEL, and --judge-url for "
+            "an endpoint), or take longmemeval, which has the questions that need none"
+        )
+
+    def rest(row: Mapping[str, Any], asked: str, answer: str, question: str) -> Ask | str:
+        never_told = _never_told(row)
+        if not never_told and len(answer) <= SHORT_ANSWER:
+            return "a short answer (asked by longmemeval)"
+        check = partial(judge, row["question_type"], question, answer, never_told=never_told)
+        kind = "never told" if never_told else row["question_type"]
+        return Ask((Message("user", asked),), Message("assistant", answer), kind=kind, check=check)
+
+    task = _longmemeval(
+        data,
+        "longmemeval-judge",
+        f"a reply about earlier sessions is right as {judge.name} judges it (LongMemEval oracle, long answers and "
+        "questions about what was never told)",
+        rest,
+    )
+    arms = tuple(arm for arm in ARMS if arm != "constant")  # which would ask the judge of every pair
+    return replace(task, arms=arms, max_tokens=_JUDGED_TOKENS, max_words=None)
+
+
+def _longmemeval(
+    data: TaskData, name: str, title: str, ask_of: Callable[[Mapping[str, Any], str, str, str], Ask | str]
+) -> Task:
+    """The questions for which `ask_of(row, question with its date, answer, question)` gives no reason to skip them."""
     files, skipped = list[SourceFile](), Counter[str]()
     path = data.path / "longmemeval_oracle.json"
     probes, sessions = list[Probe](), list[Sequence[str]]()
     for row in by_hash(read_objects(path, files), lambda row: str(row.get("question_id"))):
         try:
-            answer, question = str(row["answer"]), str(row["question"])
-            if str(row["question_id"]).endswith("_abs"):
-                skipped["a question that was never answered, where the reply should say so (needs a judge)"] += 1
-            elif len(answer) > SHORT_ANSWER:
-                skipped[f"an answer of more than {SHORT_ANSWER} characters (needs a judge)"] += 1
+            question = str(row["question"])
+            asked = f"{question} (Today is {_day(row['question_date'])}.)"
+            ask = ask_of(row, asked, str(row["answer"]), question)
+            if isinstance(ask, str):
+                skipped[ask] += 1
             else:
-                asked = f"{question} (Today is {_day(row['question_date'])}.) Answer in a few words."
-                ask = Ask(
-                    (Message("user", asked),),
-                    Message("assistant", answer),
-                    (answer,),
-                    kind=row["question_type"],
-                    check=partial(states, answer, question),
-                )
                 probes.append(Probe(tuple(_longmemeval_messages(row)), ask, len(probes)))
                 sessions.append(row["haystack_session_ids"])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -100,8 +148,8 @@ def longmemeval(data: TaskData) -> Task:
             ) from error
     clusters = _clusters(sessions)
     return Task(
-        "longmemeval",
-        "a short answer about earlier sessions is stated (LongMemEval oracle, without a judge)",
+        name,
+        title,
         tuple(
             Probe(probe.told, probe.ask, probe.conversation, cluster)
             for probe, cluster in islice(zip(probes, clusters, strict=True), data.limit)
@@ -110,6 +158,10 @@ def longmemeval(data: TaskData) -> Task:
         files=tuple(files),
         skipped=skipped,
     )
+
+
+def _never_told(row: Mapping[str, Any]) -> bool:
+    return str(row["question_id"]).endswith("_abs")
 
 
 def _longmemeval_messages(row: Mapping[str, Any]) -> Iterator[Message]:

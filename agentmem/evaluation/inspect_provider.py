@@ -244,7 +244,7 @@ def _define(name: str) -> Any:
     return made
 
 
-INSPECT_TASKS: dict[str, Any] = {name: _define(name) for name in FOLDERS}
+INSPECT_TASKS: dict[str, Any] = {name: _define(name) for name in FOLDERS if name != "longmemeval-judge"}
 """inspect_ai's form of each task, by our name; theirs has _ for -."""
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from agentmem.errors import DataError
 from agentmem.evaluation.facts import SEED
+from agentmem.evaluation.judge import Judge
 from agentmem.training.contexts import ARMS, Arm
 from agentmem.training.conversations import Ask, SourceFile, read_file
 from agentmem.training.predictions import Probe
@@ -23,6 +24,9 @@ SHORT_REPLY = 48
 
 SHORT_WORDS = 40
 """Most words of such a reply, so that no enumeration is right."""
+
+HARM_ARMS: tuple[Arm, ...] = ("bare", "zero", "memory", "foreign")
+"""Who is asked where the conversation has nothing to do with the question: whether a memory does harm."""
 
 Score = Callable[[Ask, str], float]
 """A published score: what the text of a reply to a question gets, from 0 to 1."""
@@ -36,11 +40,13 @@ class TaskData:
         path: its folder, or its file.
         limit: most questions; None: all there are.
         seed: what the task draws itself is drawn from it.
+        judge: decides where words cannot be compared; None: there is none.
     """
 
     path: Path
     limit: int | None = None
     seed: int = SEED
+    judge: Judge | None = None
 
 
 @dataclass(frozen=True)

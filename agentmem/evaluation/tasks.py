@@ -4,9 +4,11 @@
                   Schema-Guided Dialogue)
     bfcl-memory   questions about five long conversations (Berkeley Function Calling Leaderboard, memory)
     longmemeval   questions about earlier sessions with an assistant (`agentmem.evaluation.histories`)
+    longmemeval-judge   those of them that only a model can judge (there)
     locomo        questions about long talks of two people (there)
     hotpotqa      questions about ten paragraphs that were told before (`agentmem.evaluation.lessons`)
     ttl           labels that were taught by examples (there)
+    gpqa          questions of GPQA with four choices, with the memory full of other talk (`agentmem.evaluation.gpqa`)
     ifeval        instructions that a program checks, with the memory full of other talk: does a memory do harm?
     own           questions of the user's (`agentmem.evaluation.own`)
 
@@ -17,7 +19,7 @@ a file. A new task is a function from `TaskData` to a `Task`, and a line of `TAS
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -25,17 +27,18 @@ from typing import Any
 
 from agentmem.errors import ConfigError, DataError
 from agentmem.evaluation.facts import SEED
-from agentmem.evaluation.histories import locomo, longmemeval
+from agentmem.evaluation.gpqa import gpqa
+from agentmem.evaluation.histories import locomo, longmemeval, longmemeval_judge
 from agentmem.evaluation.ifeval import ifeval_prompts
+from agentmem.evaluation.judge import Judge
 from agentmem.evaluation.lessons import hotpotqa, ttl
 from agentmem.evaluation.own import own
-from agentmem.evaluation.task import Task, TaskData, by_hash, in_turn, other_form, read_objects
+from agentmem.evaluation.talk import other_talk
+from agentmem.evaluation.task import HARM_ARMS, Task, TaskData, by_hash, in_turn, other_form, read_objects
 from agentmem.messages import Message
 from agentmem.training.conversations import Ask, SourceFile
 from agentmem.training.datasets import SchemaGuidedDialogues
-from agentmem.training.episodes import EpisodeConfig, FactEpisodes
 from agentmem.training.predictions import Probe
-from agentmem.training.sources import as_conversation
 
 OWN = "own"
 """The task that reads a file of the user's."""
@@ -44,10 +47,12 @@ FOLDERS = {
     "sgd": "sgd",
     "bfcl-memory": "bfcl_memory",
     "longmemeval": "longmemeval",
+    "longmemeval-judge": "longmemeval",
     "locomo": "locomo",
     "hotpotqa": "hotpotqa",
     "ttl": "mab_ttl",
     "ifeval": "ifeval",
+    "gpqa": "gpqa",
 }
 """The folder of each task's data inside a data directory."""
 
@@ -56,7 +61,13 @@ _IFEVAL_TOKENS = 1280  # as in lm-eval; the longest text that a prompt asks for 
 
 
 def open_task(
-    name: str, data_dirs: Sequence[Path], limit: int | None = None, seed: int = SEED, *, own_file: Path | None = None
+    name: str,
+    data_dirs: Sequence[Path],
+    limit: int | None = None,
+    seed: int = SEED,
+    *,
+    own_file: Path | None = None,
+    judge: Judge | None = None,
 ) -> Task:
     """Read a task's data.
 
@@ -66,9 +77,10 @@ def open_task(
         limit: most questions; None: all. Any first so many are a fair sample.
         seed: what the task draws itself is drawn from it.
         own_file: the file of the task `own`.
+        judge: judges the replies of the task `longmemeval-judge`.
 
     Raises:
-        ConfigError: there is no such task, the limit is not 1 or more, or no directory or file is given.
+        ConfigError: there is no such task, the limit is not 1 or more, or no directory, file or judge is given.
         DataError: no directory has the folder, or a file in it is missing or in another form.
         MissingExtraError: the task scores by a package that is not installed.
     """
@@ -86,7 +98,7 @@ def open_task(
         )
     for directory in data_dirs:
         if (folder := directory / FOLDERS[name]).is_dir():
-            return TASKS[name](TaskData(folder, limit, seed))
+            return TASKS[name](TaskData(folder, limit, seed, judge))
     places = ", ".join(str(directory / FOLDERS[name]) for directory in data_dirs)
     raise DataError(
         f"the task {name} reads one of the folders {places}, of which there is none; see docs/howto/evaluate"
@@ -182,7 +194,7 @@ def _ifeval(data: TaskData) -> Task:
     rows = read_objects(data.path / "input_data.jsonl", files)
     prompts, skipped = ifeval_prompts(rows, data.path)
     prompts = by_hash(prompts, lambda prompt: prompt.text)
-    talks = _talks(data.seed)
+    talks = other_talk(data.seed)
     return Task(
         "ifeval",
         "all instructions of a prompt are followed (IFEval, strict), with the memory full of other talk",
@@ -194,7 +206,7 @@ def _ifeval(data: TaskData) -> Task:
             )
             for number, (prompt, talk) in enumerate(zip(islice(prompts, data.limit), talks, strict=False))
         ),
-        arms=("bare", "zero", "memory", "foreign"),
+        arms=HARM_ARMS,
         max_tokens=_IFEVAL_TOKENS,
         max_words=None,
         licence="Apache-2.0",
@@ -203,23 +215,16 @@ def _ifeval(data: TaskData) -> Task:
     )
 
 
-def _talks(seed: int) -> Iterator[tuple[Message, ...]]:
-    """Conversations that have nothing to do with what is asked: 8 facts, and 8 turns of other talk."""
-    episodes = FactEpisodes(seed, EpisodeConfig(facts=(8, 8), fillers=(8, 8)))
-    number = 0
-    while True:
-        yield as_conversation(episodes.episode(number)).messages
-        number += 1
-
-
 TASKS: dict[str, Callable[[TaskData], Task]] = {
     "sgd": _sgd,
     "bfcl-memory": _bfcl_memory,
     "longmemeval": longmemeval,
+    "longmemeval-judge": longmemeval_judge,
     "locomo": locomo,
     "hotpotqa": hotpotqa,
     "ttl": ttl,
     "ifeval": _ifeval,
+    "gpqa": gpqa,
     OWN: own,
 }
 """All tasks, by name."""

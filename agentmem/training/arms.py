@@ -268,10 +268,10 @@ class ArmMeasurement:
         if setup.shows == "all":
             messages, options["window"] = [*told, *asked.messages], Window(tokens=None)
         elif setup.shows == "last":
-            room = engine.count_tokens(messages, asked.tools) + self.context_tokens
+            room = self._room(engine, messages, asked.tools)
             messages, options["window"] = [*told, *asked.messages], Window(tokens=room)
         elif setup.shows in ("best", "bank"):
-            room = engine.count_tokens(messages, asked.tools) + self.context_tokens
+            room = self._room(engine, messages, asked.tools)
             search = partial(excerpts, told) if bank is None else bank.excerpts
             quoted = search(
                 asked.messages[-1].content,
@@ -280,9 +280,11 @@ class ArmMeasurement:
             if quoted is not None:
                 messages, context = [*system, quoted, *asked.messages], quoted.content
         kept = 0 if state is None else len(state.to_bytes())
-        if state is not None and setup.shows in ("nothing", "best"):
-            # With its record emptied, since the history of this turn begins with the question.
+        if state is not None and (setup.memory == "foreign" or setup.shows in ("nothing", "best")):
+            # With its record emptied, since the history of this turn is not what it has consumed.
             state = state.replaced(record=ConsumedRecord.empty())
+        if setup.memory == "foreign" and setup.shows == "all":
+            options["write"] = "off"  # else the prompt itself would fill the memory
         turn = engine.turn(messages, state, **options)
         seconds = time.monotonic() - started
         cut = setup.shows == "all" and turn.usage.input_tokens < engine.count_tokens(messages, asked.tools)
@@ -295,6 +297,11 @@ class ArmMeasurement:
                 text = round(text * min(1.0, self.context_tokens / max(1, tokens)))
             kept += text
         return ArmReply(turn.message, turn.usage.input_tokens, seconds, cut, context, kept)
+
+    def _room(self, engine: Engine, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> int:
+        """Most tokens of a prompt that shows some of the conversation beside these messages."""
+        wanted = engine.count_tokens(messages, tools) + self.context_tokens
+        return min(wanted, engine.max_tokens_limit - self.max_tokens)
 
     def side_by_side(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
         """Results for all items, in order. After an error nothing new is begun."""

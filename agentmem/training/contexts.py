@@ -5,6 +5,10 @@
     foreign        the memory of another conversation of the same length
     bare           the model without memory, and the question alone
     whole          the model without memory, and the whole conversation in the prompt
+    whole_memory   a memory that starts empty and is written as the prompt, the whole conversation, is read: the setting
+                   of the delta-mem paper's main table
+    whole_foreign  the same prompt read with the memory of another conversation, and nothing written: what steering does
+                   to the form of replies, whatever is remembered
     window         the model without memory, and the last messages
     retrieval      the model without memory, and the passages that fit the question best (BM25)
     window_memory  the conversation's own memory, and the last messages
@@ -32,6 +36,8 @@ Arm = Literal[
     "foreign",
     "bare",
     "whole",
+    "whole_memory",
+    "whole_foreign",
     "window",
     "retrieval",
     "memory_bank",
@@ -63,6 +69,8 @@ SETUPS: dict[Arm, ArmSetup] = {
     "foreign": ArmSetup("foreign", "nothing", "the memory of another conversation"),
     "bare": ArmSetup(None, "nothing", "question alone, no memory"),
     "whole": ArmSetup(None, "all", "whole conversation in the prompt, no memory"),
+    "whole_memory": ArmSetup("empty", "all", "whole conversation in the prompt, written into a memory as it is read"),
+    "whole_foreign": ArmSetup("foreign", "all", "whole conversation in the prompt, the memory of another one"),
     "window": ArmSetup(None, "last", "last messages in the prompt, no memory"),
     "retrieval": ArmSetup(None, "best", "best passages by BM25 in the prompt, no memory"),
     "memory_bank": ArmSetup(None, "bank", "passages and summaries that fade (as MemoryBank) in the prompt, no memory"),

@@ -46,11 +46,15 @@ app.add_typer(nano, name="nano")
 storage = typer.Typer(help="The databases that keep threads: what they hold, and what is to go.", no_args_is_help=True)
 app.add_typer(storage, name="storage")
 
+JUDGED = "longmemeval-judge"
+"""The task whose replies a model judges."""
+
 # Which of the tasks of `agentmem evaluate` take an option: "data" stands for all that read a data directory.
 _TASKS_OF = {
     ("device", "dtype", "quantize", "limit", "arms"): {"facts", "data"},
     ("data_dir", "require", "context_tokens", "max_tokens", "concurrency"): {"data"},
     ("data",): {"own"},
+    ("judge", "judge_url"): {JUDGED},
     ("cells",): {"facts"},
     ("questions", "elsewhere", "processes"): {"recall"},
     ("plot",): {"recall", "data"},
@@ -110,9 +114,13 @@ def evaluate(
         typer.Option(
             metavar="TASK,...",
             help='"recall": nano\'s language; or some of "facts" (natural English), "sgd", "bfcl-memory", '
-            '"longmemeval", "locomo", "hotpotqa", "ttl", "ifeval", "own".',
+            '"longmemeval", "longmemeval-judge", "locomo", "hotpotqa", "ttl", "ifeval", "gpqa", "own".',
         ),
     ] = "recall",
+    suite: Annotated[
+        str | None,
+        typer.Option(help='In place of --task: "paper", the benchmarks of the delta-mem paper whose data is there.'),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The results file (runs/recall.json), but for recall a directory (runs/TASK).")
     ] = None,
@@ -126,8 +134,8 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="ARM,...",
-            help="Only these of memory,zero,foreign,bare,whole,window,retrieval,memory_bank,window_memory,hybrid,"
-            "constant.",
+            help="Only these of memory,zero,foreign,bare,whole,whole_memory,whole_foreign,window,retrieval,memory_bank,"
+            "window_memory,hybrid,constant.",
         ),
     ] = None,
     data_dir: Annotated[
@@ -136,13 +144,22 @@ def evaluate(
     data: Annotated[
         Path | None, typer.Option(help="own: a JSONL file of conversations, questions and accepted answers.")
     ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(help="longmemeval-judge: the model that judges replies; a name at --judge-url, or as --model."),
+    ] = None,
+    judge_url: Annotated[
+        str | None,
+        typer.Option(help="Of an endpoint in OpenAI's form, up to /v1; its key: AGENTMEM_JUDGE_KEY or OPENAI_API_KEY."),
+    ] = None,
     require: Annotated[
         list[str] | None,
         typer.Option(help='Exit code 1 unless so: "memory-foreign>0.2", "sgd:low(memory-zero)>0"; may be repeated.'),
     ] = None,
     context_tokens: Annotated[
-        int, typer.Option(help="Most tokens that window, retrieval and the like show of a conversation.")
-    ] = 128,
+        int | None,
+        typer.Option(help="Most tokens that window, retrieval and the like show of a conversation (128; suite 2,048)."),
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens of a reply; left out, the task's own.")] = None,
     concurrency: Annotated[int, typer.Option(help="Turns that run at once.")] = 32,
     questions: Annotated[int, typer.Option(help="recall: questions of an arm in each cell that has a bar.")] = 1000,
@@ -156,12 +173,17 @@ def evaluate(
     from agentmem_cli.evaluate import Evaluation, evaluate_recall, evaluate_tasks
 
     tasks = tuple(dict.fromkeys(name.strip() for name in task.split(",")))
+    if suite is not None:
+        if _given(context, "task"):
+            raise ConfigError(f"a suite has its own tasks; found --suite {suite} and --task {task}; give one of them")
+        from agentmem.evaluation.suites import suite_tasks
+
+        tasks = suite_tasks(suite, data_dir or ())
     if "recall" in tasks and len(tasks) > 1:
         raise ConfigError(f"the task recall is measured alone, in nano's language; found --task {task}")
-    groups = {name if name in ("recall", "facts") else "data" for name in tasks} | {"own"} & set(tasks)
+    groups = {name if name in ("recall", "facts") else "data" for name in tasks} | {"own", JUDGED} & set(tasks)
     for name in (name for names, of in _TASKS_OF.items() if not of & groups for name in names):
-        source = context.get_parameter_source(name)
-        if source is not None and source.name != "DEFAULT":
+        if _given(context, name):
             option = name.replace("_", "-")
             raise ConfigError(f"--{option} is no option of --task {task}; leave it out, or take another task")
     if tasks == ("recall",):
@@ -170,14 +192,17 @@ def evaluate(
     evaluation = Evaluation(
         Loading(model, adapter, device, dtype, quantize),
         tasks,
-        out or Path("runs", "-".join(tasks)),
+        out or Path("runs", suite or "-".join(tasks)),
         arms=None if arms is None else tuple(name.strip() for name in arms.split(",")),
         limit=limit,
         seed=seed,
         page=page,
+        suite=suite,
         cells=None if cells is None else tuple(cells.split(",")),
         data_dirs=tuple(data_dir or ()),
         own_file=data,
+        judge=judge,
+        judge_url=judge_url,
         plot=plot,
         requirements=tuple(require or ()),
         context_tokens=context_tokens,
@@ -185,6 +210,12 @@ def evaluate(
         concurrency=concurrency,
     )
     raise typer.Exit(evaluate_tasks(evaluation))
+
+
+def _given(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
 @app.command()

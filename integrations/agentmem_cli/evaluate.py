@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -30,12 +30,14 @@ from agentmem.evaluation.comparison import (
     run_comparison,
 )
 from agentmem.evaluation.facts import CELLS, SEED, facts_table, run_facts
+from agentmem.evaluation.judge import Judge, open_judge
 from agentmem.evaluation.plots import import_pyplot, plot_arms
 from agentmem.evaluation.report import details, markdown, missed_bars, put_into
 from agentmem.evaluation.report import plot as draw
 from agentmem.evaluation.runner import Setup, plan, run, save
+from agentmem.evaluation.suites import SUITE_ARMS, SUITE_CONTEXT_TOKENS, suite_table
 from agentmem.training.arms import CONTEXT_TOKENS
-from agentmem.training.contexts import Arm
+from agentmem.training.contexts import SETUPS, Arm
 from agentmem_cli.options import Loading
 
 
@@ -80,7 +82,10 @@ def evaluate_recall(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The options of an evaluation by arms. `cells` matters to facts alone, what follows it to the other tasks."""
+    """The options of an evaluation by arms. `cells` matters to facts alone, what follows it to the other tasks.
+
+    `suite`: its table is made of the results too, and goes into `page` alone.
+    """
 
     loading: Loading
     tasks: tuple[str, ...]
@@ -89,12 +94,15 @@ class Evaluation:
     limit: int | None = None
     seed: int | None = None
     page: Path | None = None
+    suite: str | None = None
     cells: tuple[str, ...] | None = None
     data_dirs: tuple[Path, ...] = ()
     own_file: Path | None = None
+    judge: str | None = None
+    judge_url: str | None = None
     plot: Path | None = None
     requirements: tuple[str, ...] = ()
-    context_tokens: int = CONTEXT_TOKENS
+    context_tokens: int | None = None
     max_tokens: int | None = None
     concurrency: int = 32
 
@@ -104,7 +112,16 @@ def evaluate_tasks(options: Evaluation) -> int:
     others = tuple(task for task in options.tasks if task != "facts")
     if options.plot is not None:
         import_pyplot()
-    comparison = _comparison(options, others) if others else None
+    with ExitStack() as resources:
+        return _evaluate(options, others, resources)
+
+
+def _evaluate(options: Evaluation, others: tuple[str, ...], resources: ExitStack) -> int:
+    judge = None
+    if options.judge is not None:
+        judge = open_judge(options.judge, options.judge_url, options.out / "judgements.jsonl")
+        resources.callback(judge.close)
+    comparison = _comparison(options, others, judge) if others else None
     console, missed, tables = Console(), list[str](), list[str]()
     if "facts" in options.tasks:
         out = options.out / "facts" if others else options.out
@@ -126,6 +143,10 @@ def evaluate_tasks(options: Evaluation) -> int:
         with _progress(console) as show:
             results = run_comparison(comparison, options.loading.load, options.out, show)
         tables.append(report(results))
+        if options.suite is not None:
+            page = suite_table(results)
+            (options.out / f"{options.suite}.md").write_text(page + "\n", "utf-8")
+            tables.append(page)
         place = options.out
         console.print(f"results: {place / 'results.json'}, every reply: {place / 'predictions'}", highlight=False)
         missed += missed_requirements(results)
@@ -134,26 +155,33 @@ def evaluate_tasks(options: Evaluation) -> int:
     for table in tables:
         console.print(Markdown(table))
     if options.page is not None:
-        put_into(options.page, "\n\n".join(tables))
+        put_into(options.page, tables[-1] if options.suite else "\n\n".join(tables))
     for line in missed:
         console.print(f"[red]falls short[/red]: {escape(line)}", highlight=False)
     return 1 if missed else 0
 
 
-def _comparison(options: Evaluation, tasks: tuple[str, ...]) -> Comparison:
+def _comparison(options: Evaluation, tasks: tuple[str, ...], judge: Judge | None) -> Comparison:
     memory = options.loading.adapter != "none"
+    usual: tuple[Arm, ...] = DEFAULT_ARMS if options.suite is None else SUITE_ARMS
+    if not memory:
+        usual = tuple(arm for arm in usual if SETUPS[arm].memory is None) if options.suite else ("bare",)
+    context_tokens = options.context_tokens
+    if context_tokens is None:
+        context_tokens = CONTEXT_TOKENS if options.suite is None else SUITE_CONTEXT_TOKENS
     return prepare_comparison(
         tasks,
         options.data_dirs,
-        arms=(DEFAULT_ARMS if memory else ("bare",)) if options.arms is None else options.arms,
+        arms=usual if options.arms is None else options.arms,
         limit=options.limit,
         requirements=options.requirements,
-        context_tokens=options.context_tokens,
+        context_tokens=context_tokens,
         max_tokens=options.max_tokens,
         concurrency=options.concurrency,
         seed=SEED if options.seed is None else options.seed,
         has_memory=memory,
         own_file=options.own_file,
+        judge=judge,
     )
 
 

@@ -64,6 +64,7 @@ def test_every_arm_is_reported(done: tuple[Result, Path, list[str]]) -> None:
     assert tokens["bare"] < tokens["window"] <= tokens["bare"] + 48
     assert tokens["bare"] < tokens["retrieval"] <= tokens["bare"] + 48
     assert tokens["hybrid"] == tokens["retrieval"]
+    assert tokens["whole_memory"] == tokens["whole_foreign"] == tokens["whole"]
     assert tokens["bare"] < tokens["memory_bank"] <= tokens["bare"] + 48
     assert tokens["window_memory"] == tokens["window"]
     assert tokens["whole"] >= tokens["window"]

@@ -17,6 +17,7 @@ from tests.helpers.task_data import (
     BOOKINGS,
     PROMPTS,
     save_bfcl,
+    save_gpqa,
     save_hotpotqa,
     save_ifeval,
     save_locomo,
@@ -109,6 +110,28 @@ def test_ifeval_is_checked_by_its_own_program(data: Path) -> None:
     assert all(len(messages) >= 24 for messages in told)
     assert told[0] != told[1]
     assert told == [probe.told for probe in open_task("ifeval", [data]).probes]
+
+
+def test_gpqa_wants_one_letter(tmp_path: Path) -> None:
+    save_gpqa(tmp_path)
+    task = open_task("gpqa", [tmp_path])
+    assert len(task.probes) == 2
+    for number, probe in enumerate(task.probes):
+        question = probe.ask.messages[0].content
+        word = "lead" if "heavy" in question else "air"
+        letter = next(line[1] for line in question.splitlines() if line == f"({line[1:2]}) {word}")
+        other = next(each for each in "ABCD" if each != letter)
+        assert right(task, number, letter)
+        assert right(task, number, f"The answer is ({letter}).")
+        assert not right(task, number, other)
+        assert not right(task, number, f"{letter} or {other}")
+        assert not right(task, number, word)
+        assert len(probe.told) >= 24
+    again = open_task("gpqa", [tmp_path])
+    assert [probe.ask.messages for probe in task.probes] == [probe.ask.messages for probe in again.probes]
+    (tmp_path / "gpqa" / "gpqa_diamond.csv").write_text("Question,Answer\nWhat?,This\n", "utf-8")
+    with pytest.raises(DataError, match="has the columns Question, Correct Answer"):
+        open_task("gpqa", [tmp_path])
 
 
 def asked(task: Task) -> dict[str, int]:
@@ -304,4 +327,5 @@ def test_what_cannot_be_opened_is_named(data: Path, tmp_path: Path) -> None:
     assert len(open_task("sgd", [tmp_path / "elsewhere", data], limit=1).probes) == 1
     with pytest.raises(ConfigError, match="--data"):
         open_task("own", [data])
-    assert set(TASKS) == {"sgd", "bfcl-memory", "longmemeval", "locomo", "hotpotqa", "ttl", "ifeval", "own"}
+    histories = {"longmemeval", "longmemeval-judge", "locomo"}
+    assert set(TASKS) == histories | {"sgd", "bfcl-memory", "hotpotqa", "ttl", "ifeval", "gpqa", "own"}

@@ -171,3 +171,12 @@ def save_ttl(directory: Path) -> None:
     for name, part in (("train", rows), ("test", test)):
         with (folder / f"banking77_{name}.csv").open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([("text", "category"), *part])
+
+
+def save_gpqa(directory: Path) -> None:
+    """`gpqa/`: two questions with four choices."""
+    heads = ("Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
+    rows = [("Which is heavy?", "lead", "cork", "foam", "air"), ("Which is light?", "air", "lead", "gold", "iron")]
+    (directory / "gpqa").mkdir(parents=True, exist_ok=True)
+    with (directory / "gpqa" / "gpqa_diamond.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([heads, *rows])

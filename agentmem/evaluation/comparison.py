@@ -28,9 +28,21 @@ from agentmem.evaluation.requirements import Requirement, parse_requirement
 from agentmem.evaluation.task import Score, Task
 from agentmem.evaluation.tasks import open_task
 from agentmem.training.arms import CONTEXT_TOKENS, LEAST_CONTEXT, Writing, measure
-from agentmem.training.contexts import ARMS, RETRIEVING, SETUPS, UNAVAILABLE, Arm, import_bm25s
+from agentmem.training.contexts import (
+    ARMS,
+    COMPRESSED,
+    NEAREST,
+    RETRIEVING,
+    SETUPS,
+    STATIC,
+    Arm,
+    Compressor,
+    Ranker,
+    import_bm25s,
+)
 from agentmem.training.intervals import Gain, Mean, Share, holm, mean
 from agentmem.training.predictions import ArmResults, best_constants
+from agentmem.training.static import StaticAdapter
 
 DEFAULT_ARMS: tuple[Arm, ...] = ("memory", "zero", "foreign", "bare")
 """What is measured where nothing else is asked for; they need no further package."""
@@ -40,15 +52,21 @@ _DIFFERENCES: tuple[tuple[Arm, tuple[Arm, ...]], ...] = (
     ("memory", ("zero", "foreign", "constant")),
     ("memory", ("bare",)),
     ("zero", ("bare",)),
+    ("memory", ("static",)),
     ("memory", ("window",)),
     ("memory", ("retrieval",)),
+    ("memory", ("dense",)),
     ("memory", ("memory_bank",)),
+    ("memory", ("llmlingua",)),
     ("window_memory", ("window",)),
     ("whole_memory", ("whole",)),
     ("whole_memory", ("whole", "whole_foreign")),
+    ("whole_memory", ("static_whole",)),
     ("hybrid", ("retrieval",)),
     ("hybrid", ("memory",)),
     ("hybrid", ("memory", "retrieval")),
+    ("dense", ("retrieval",)),
+    ("dense_hybrid", ("memory", "dense")),
 )
 """Arms, and those whose best they are compared with, in the order of the report."""
 
@@ -60,8 +78,9 @@ class Comparison:
     Attributes:
         tasks: each task with the arms that it is measured by.
         requirements: what the results must be.
-        context_tokens, max_tokens, concurrency, writing: see `agentmem.training.arms.measure`; `max_tokens` None: as
-            each task says.
+        context_tokens, max_tokens, concurrency, writing, nearest, compress: see `agentmem.training.arms.measure`;
+            `max_tokens` None: as each task says.
+        static: what the arms with a static LoRA have.
         limit, seed: see `open_task`.
     """
 
@@ -73,6 +92,9 @@ class Comparison:
     writing: Writing
     limit: int | None
     seed: int
+    nearest: Ranker | None = None
+    compress: Compressor | None = None
+    static: StaticAdapter | None = None
 
 
 def prepare_comparison(
@@ -89,7 +111,10 @@ def prepare_comparison(
     seed: int = SEED,
     has_memory: bool = True,
     own_file: Path | None = None,
+    nearest: Ranker | None = None,
     judge: Judge | None = None,
+    compress: Compressor | None = None,
+    static: StaticAdapter | None = None,
 ) -> Comparison:
     """Read the data and check everything that needs no model.
 
@@ -98,7 +123,7 @@ def prepare_comparison(
         data_dirs, limit, seed, own_file, judge: see `open_task`.
         arms: who is asked; a task leaves out arms that it cannot ask (ifeval has no retrieval).
         requirements: see `agentmem.evaluation.requirements`.
-        context_tokens, max_tokens, concurrency, writing: see `Comparison`.
+        context_tokens, max_tokens, concurrency, writing, nearest, compress, static: see `Comparison`.
         has_memory: False: the model is to be loaded without one.
 
     Raises:
@@ -108,8 +133,6 @@ def prepare_comparison(
         MissingAdapterError: arms need memory, and there is to be none.
     """
     by_name: dict[str, Arm] = {str(arm): arm for arm in ARMS}
-    if missing := [arm for arm in arms if arm in UNAVAILABLE]:
-        raise ConfigError(f"the arm {missing[0]} is not measured: {UNAVAILABLE[missing[0]]}; leave it out")
     if unknown := [arm for arm in arms if arm not in by_name]:
         raise ConfigError(f"arms are {', '.join(ARMS)}; found {unknown[0]!r}")
     chosen = tuple(arm for arm in ARMS if arm in arms)
@@ -124,6 +147,18 @@ def prepare_comparison(
             raise ConfigError(f"{name} is {least} or more; found {number}")
     if set(chosen) & set(RETRIEVING):
         import_bm25s()
+    if nearest is None and set(chosen) & set(NEAREST):
+        raise ConfigError(f"the arms {', '.join(NEAREST)} need a ranker of passages (nearest); found none")
+    if compress is None and set(chosen) & set(COMPRESSED):
+        raise ConfigError(
+            "the arm llmlingua compresses with the weights of LLMLingua-2, which are not at hand; name them "
+            "(--llmlingua), or leave the arm out"
+        )
+    if static is None and set(chosen) & set(STATIC):
+        raise ConfigError(
+            f"the arms {', '.join(STATIC)} need a static LoRA: train one (agentmem train --static), and name its "
+            "directory (--static)"
+        )
     needing = [arm for arm in chosen if SETUPS[arm].memory is not None]
     if needing and not has_memory:
         raise MissingAdapterError(
@@ -144,7 +179,19 @@ def prepare_comparison(
         opened.append((task, fitting))
     measured = {task.name: fitting for task, fitting in opened}
     required = tuple(parse_requirement(text, measured) for text in requirements)
-    return Comparison(tuple(opened), required, context_tokens, max_tokens, concurrency, writing, limit, seed)
+    return Comparison(
+        tuple(opened),
+        required,
+        context_tokens,
+        max_tokens,
+        concurrency,
+        writing,
+        limit,
+        seed,
+        nearest,
+        compress,
+        static,
+    )
 
 
 def run_comparison(
@@ -167,7 +214,7 @@ def run_comparison(
     Raises:
         MissingAdapterError: the engine has no memory, and an arm needs one.
     """
-    started = time.monotonic()
+    started, static = time.monotonic(), comparison.static
     with load() as engine:
         results: dict[str, Any] = {
             "model": engine.name,
@@ -178,6 +225,7 @@ def run_comparison(
             "writing": comparison.writing,
             "limit": comparison.limit,
             "seed": comparison.seed,
+            "static_fingerprint": "" if static is None else static.fingerprint,
             "seconds": 0,
             "tasks": [],
         }
@@ -194,6 +242,9 @@ def run_comparison(
                 concurrency=comparison.concurrency,
                 predictions=out / "predictions" / f"{task.name}.jsonl",
                 labels={"task": task.name, "seed": comparison.seed},
+                nearest=comparison.nearest,
+                compress=comparison.compress,
+                static=None if static is None else (static.fingerprint, partial(_with_static, static, load)),
                 on_progress=on_progress and partial(on_progress, task.name),
             )
             required = [each for each in comparison.requirements if each.applies_to(task.name)]
@@ -202,6 +253,10 @@ def run_comparison(
             (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
             (out / "report.md").write_text(report(results) + "\n", "utf-8")
     return results
+
+
+def _with_static(static: StaticAdapter, load: Callable[[], Engine]) -> Engine:
+    return static.into(load())
 
 
 def missed_requirements(results: Mapping[str, Any]) -> list[str]:

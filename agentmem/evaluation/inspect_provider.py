@@ -42,7 +42,7 @@ from agentmem.loading import load
 from agentmem.messages import Message
 from agentmem.prompt.transcript import Window
 from agentmem.training.arms import CONTEXT_TOKENS, ArmMeasurement, digests, partners
-from agentmem.training.contexts import SETUPS, UNAVAILABLE, Arm
+from agentmem.training.contexts import COMPRESSED, NEAREST, SETUPS, STATIC, Arm
 from agentmem.training.conversations import Ask
 from agentmem.training.judging import judge
 from agentmem.training.predictions import ArmQuestion, ArmReply, Probe
@@ -50,7 +50,8 @@ from agentmem.training.predictions import ArmQuestion, ArmReply, Probe
 ASKED_AT_ONCE = 32
 """Samples that are asked at once, unless --max-connections says otherwise; the engine decodes them in one batch."""
 
-_ARMS: dict[str, Arm] = {str(arm): arm for arm in SETUPS if arm != "constant"}
+_OURS = ("constant", *COMPRESSED, *NEAREST, *STATIC)  # need more than a conversation and a model
+_ARMS: dict[str, Arm] = {str(arm): arm for arm in SETUPS if arm not in _OURS}
 _CLASSES: dict[str, Callable[..., ChatMessage]] = {
     "system": ChatMessageSystem,
     "user": ChatMessageUser,
@@ -90,7 +91,7 @@ class AgentmemAPI(ModelAPI):  # type: ignore[misc]
     ) -> None:
         super().__init__(model_name, base_url, api_key, [], config or GenerateConfig())
         if arm not in _ARMS:
-            missing = f" ({UNAVAILABLE[arm]})" if arm in UNAVAILABLE else ""
+            missing = " (only `agentmem evaluate` measures that one)" if arm in SETUPS else ""
             raise ConfigError(f"arm is one of {', '.join(_ARMS)}; found {arm!r}{missing}")
         self._arm, self._context_tokens = _ARMS[arm], context_tokens
         self._load = partial(load, model_name, False if adapter == "none" else adapter, device, dtype)

@@ -13,7 +13,7 @@ from typing import Any
 
 from agentmem.errors import ConfigError, DataError
 from agentmem.evaluation.tasks import FOLDERS
-from agentmem.training.contexts import Arm
+from agentmem.training.contexts import COMPRESSED, STATIC, Arm
 
 PAPER_MODEL = "Qwen/Qwen3-4B-Instruct-2507"
 """The model of the paper's figures below."""
@@ -95,9 +95,9 @@ class PaperRow:
 PAPER_ROWS: tuple[PaperRow, ...] = (
     PaperRow("Qwen3-4B-Instruct", (81.89, 42.35, 39.39, 29.54, 26.14, 40.79), "whole", "bare"),
     PaperRow("BM25 retrieval", (None, 40.35, None, 24.49, 9.74, 36.68), "retrieval", None),
-    PaperRow("LLMLingua-2", (None, 36.93, None, 15.63, 1.43, 40.98), None, None, "weights not at hand"),
+    PaperRow("LLMLingua-2", (None, 36.93, None, 15.63, 1.43, 40.98), "llmlingua", None),
     PaperRow("MemoryBank", (None, None, None, 17.65, 7.67, 38.14), "memory_bank", None),
-    PaperRow("Context2LoRA", (76.71, 37.85, 29.29, 32.53, 29.86, 48.11), None, None, "the paper's figures only"),
+    PaperRow("Context2LoRA", (76.71, 37.85, 29.29, 32.53, 29.86, 48.11), "static_whole", "static", "a static LoRA"),
     PaperRow("MemGen", (39.37, 5.36, 38.89, 29.61, 28.45, 40.05), None, None, "the paper's figures only"),
     PaperRow("MLP Memory", (24.95, 10.94, 22.73, 28.80, 26.00, 26.85), None, None, "the paper's figures only"),
     PaperRow("delta-mem, token writing", (82.99, 49.41, 40.40, 36.48, 40.64, 46.53), "whole_memory", "zero"),
@@ -191,9 +191,12 @@ def _measured(row: PaperRow, column: Benchmark, tasks: Mapping[str, Any]) -> str
     arm = row.arm(column)
     if arm is None:
         return ""
+    if arm in COMPRESSED and not tasks:
+        return "weights not at hand"
     if not column.task or column.task not in tasks:
         return column.needed
     if (of_arm := tasks[column.task]["arms"].get(arm)) is None:
-        return f"`--arms {arm}`"
+        needs = "its weights (`--llmlingua`)" if arm in COMPRESSED else "a LoRA (`--static`)" if arm in STATIC else ""
+        return f"`--arms {arm}`" + (f" and {needs}" if needs else "")
     value = of_arm["scores"][column.score] if column.score else {"value": of_arm["share"], **of_arm}
     return f"{100 * value['value']:.2f} ({100 * value['low']:.1f}-{100 * value['high']:.1f})"

@@ -25,7 +25,7 @@ SHORT_REPLY = 48
 SHORT_WORDS = 40
 """Most words of such a reply, so that no enumeration is right."""
 
-HARM_ARMS: tuple[Arm, ...] = ("bare", "zero", "memory", "foreign")
+HARM_ARMS: tuple[Arm, ...] = ("bare", "zero", "memory", "foreign", "static")
 """Who is asked where the conversation has nothing to do with the question: whether a memory does harm."""
 
 Score = Callable[[Ask, str], float]

@@ -34,7 +34,21 @@ from agentmem.messages import Message
 from agentmem.prompt.transcript import Window
 from agentmem.record import ConsumedRecord
 from agentmem.state import MemoryState
-from agentmem.training.contexts import ARMS, CONTROLLED, RETRIEVING, SETUPS, Arm, excerpts, import_bm25s
+from agentmem.training.contexts import (
+    ARMS,
+    COMPRESSED,
+    CONTROLLED,
+    NEAREST,
+    RETRIEVING,
+    SETUPS,
+    STATIC,
+    Arm,
+    Compressor,
+    Ranker,
+    compressed,
+    excerpts,
+    import_bm25s,
+)
 from agentmem.training.conversations import Conversation
 from agentmem.training.judging import MAX_WORDS, is_judged
 from agentmem.training.memory_bank import SUMMARY_TOKENS, MemoryBank
@@ -89,6 +103,9 @@ def measure(
     predictions: Path | None = None,
     labels: Mapping[str, Any] | None = None,
     asker: Callable[[], Engine] | None = None,
+    nearest: Ranker | None = None,
+    compress: Compressor | None = None,
+    static: tuple[str, Callable[[], Engine]] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ArmResults:
     """Ask all probes of all arms.
@@ -110,15 +127,30 @@ def measure(
         labels: added to each line of the file.
         asker: makes the engine that asks, where it is not the one that writes; states go to it as JSON, as through a
             file. It is not closed here.
+        nearest: ranks passages for the arms that search by meaning.
+        compress: for the arms that compress.
+        static: for the arms with a static LoRA, its fingerprint, and what loads an engine with it; that is closed here.
         on_progress: is given the numbers of predictions made and of all predictions.
 
     Raises:
-        ConfigError: there is no probe, an arm is unknown or cannot be asked these questions, or no other conversation
-            is there for `foreign`; or conversations with tool results are to be written live.
+        ConfigError: there is no probe, an arm is unknown or cannot be asked these questions, no other conversation is
+            there for `foreign`, or what an arm needs is missing; or conversations with tool results are to be
+            written live.
         MissingAdapterError: an arm needs memory and the engine has none.
         MissingExtraError: an arm retrieves, and bm25s is not installed.
     """
-    run = ArmMeasurement(engine, tuple(probes), writing, window, context_tokens, max_tokens, concurrency)
+    run = ArmMeasurement(
+        engine,
+        tuple(probes),
+        writing,
+        window,
+        context_tokens,
+        max_tokens,
+        concurrency,
+        nearest,
+        compress,
+        "" if static is None else static[0],
+    )
     run.check(arms)
     constants = best_constants(run.probes, max_words) if "constant" in arms else {}
     if unanswered := {probe.ask.kind for probe in run.probes if "constant" in arms} - set(constants):
@@ -148,7 +180,7 @@ def measure(
 
     def ask(group: list[ArmQuestion]) -> None:
         nonlocal done
-        reply = run.ask(asking, group[0], states, banks)
+        reply = run.ask(engine_of[SETUPS[group[0].arm].static], group[0], states, banks)
         with lock:
             for question in group:
                 log.put(question, reply)
@@ -163,8 +195,12 @@ def measure(
         if asker is not None:
             states = {n: MemoryState.from_dict(json.loads(json.dumps(s.to_json()))) for n, s in states.items()}
         asked = [group[0] for group in groups.values()]
+        engine_of = {False: asking}
         banks = run.fill_banks(q.probe.conversation for q in asked if SETUPS[q.arm].shows == "bank")
-        run.side_by_side(ask, list(groups.values()))
+        run.side_by_side(ask, [group for group in groups.values() if not SETUPS[group[0].arm].static])
+        if static is not None and (rest := [group for group in groups.values() if SETUPS[group[0].arm].static]):
+            with static[1]() as engine_of[True]:
+                run.side_by_side(ask, rest)
     return ArmResults(tuple(Prediction.of(question, log.replies[question.key], max_words) for question in questions))
 
 
@@ -179,6 +215,9 @@ class ArmMeasurement:
     context_tokens: int
     max_tokens: int
     concurrency: int
+    nearest: Ranker | None = None
+    compress: Compressor | None = None
+    static: str = ""
     told: dict[int, tuple[Message, ...]] = field(init=False)
     foreign: dict[int, int] = field(init=False)
 
@@ -207,6 +246,12 @@ class ArmMeasurement:
                 raise ConfigError('window_memory shows the replies as they are given; write them with "remember"')
         if set(arms) & set(RETRIEVING):
             import_bm25s()
+        if self.nearest is None and set(arms) & set(NEAREST):
+            raise ConfigError(f"the arms {', '.join(NEAREST)} need a ranker of passages (nearest); leave them out here")
+        if self.compress is None and set(arms) & set(COMPRESSED):
+            raise ConfigError(f"the arms {', '.join(COMPRESSED)} need a compressor (compress); leave them out here")
+        if not self.static and set(arms) & set(STATIC):
+            raise ConfigError(f"the arms {', '.join(STATIC)} need a static LoRA (static); leave them out here")
         if any(SETUPS[arm].memory is not None for arm in arms):
             self.engine.zero_state()  # raises where there is no memory
 
@@ -270,17 +315,30 @@ class ArmMeasurement:
         elif setup.shows == "last":
             room = self._room(engine, messages, asked.tools)
             messages, options["window"] = [*told, *asked.messages], Window(tokens=room)
-        elif setup.shows in ("best", "bank"):
+        elif setup.shows in ("best", "nearest", "bank"):
             room = self._room(engine, messages, asked.tools)
-            search = partial(excerpts, told) if bank is None else bank.excerpts
+            rank = self.nearest if setup.shows == "nearest" else None
+            search = partial(excerpts, told, rank=rank) if bank is None else bank.excerpts
             quoted = search(
                 asked.messages[-1].content,
                 lambda quoted: engine.count_tokens([*system, quoted, *asked.messages], asked.tools) <= room,
             )
             if quoted is not None:
                 messages, context = [*system, quoted, *asked.messages], quoted.content
+        elif setup.shows == "compressed":
+            assert self.compress is not None
+            room = self._room(engine, messages, asked.tools)
+            spoken = [message for message in told if message.role != "system"]
+            quoted = compressed(
+                told,
+                self.context_tokens / max(1, engine.count_tokens(spoken)),
+                lambda quoted: engine.count_tokens([*system, quoted, *asked.messages], asked.tools) <= room,
+                self.compress,
+            )
+            if quoted is not None:
+                messages, context = [*system, quoted, *asked.messages], quoted.content
         kept = 0 if state is None else len(state.to_bytes())
-        if state is not None and (setup.memory == "foreign" or setup.shows in ("nothing", "best")):
+        if state is not None and (setup.memory == "foreign" or setup.shows in ("nothing", "best", "nearest")):
             # With its record emptied, since the history of this turn is not what it has consumed.
             state = state.replaced(record=ConsumedRecord.empty())
         if setup.memory == "foreign" and setup.shows == "all":
@@ -290,6 +348,8 @@ class ArmMeasurement:
         cut = setup.shows == "all" and turn.usage.input_tokens < engine.count_tokens(messages, asked.tools)
         if bank is not None:
             kept += bank.bytes
+        elif setup.shows == "compressed":
+            kept += len(context.encode())
         elif setup.shows != "nothing":
             text = sum(len(message.content.encode()) for message in told)
             if setup.shows == "last":  # its part of the text, by tokens
@@ -331,8 +391,9 @@ class ArmMeasurement:
     def _digest(self, probe: Probe, arm: Arm, place: Sequence[Any]) -> str:
         ask, engine, setup = probe.ask, self.engine, SETUPS[arm]
         fingerprints = [engine.model_fingerprint, engine.adapter_fingerprint if setup.memory is not None else ""]
+        fingerprints += [self.static] * setup.static
         options: list[Any] = [self.max_tokens, self.window.messages, self.window.tokens]
-        if setup.shows in ("last", "best", "bank"):
+        if setup.shows in ("last", "best", "nearest", "bank", "compressed"):
             options.append(self.context_tokens)
         if setup.shows == "best":
             options.append("passages")  # replies to whole messages, of older versions, are not taken up

@@ -60,6 +60,9 @@ class TrainConfig:
     )
     start_conversations: int = _key(500, "memory", "Conversations that new weights are fitted to.")
     lens_steps: int = _key(0, "memory", "Steps through a logit lens after that, on these conversations: see below.")
+    static: bool = _key(
+        False, "memory", "In place of a memory, a static LoRA (peft) of as many parameters on the same projections."
+    )
     data: tuple[str, ...] = _key((), "data", "JSONL files, or facts, sgd, taskmaster4, personas; may be repeated.")
     data_dir: str | None = _key(None, "data", "The folder that holds sgd, taskmaster4 and personas.")
     data_shares: tuple[float, ...] = _key((), "data", "How much of each: a number for each source; none: equal.")
@@ -160,6 +163,8 @@ class TrainConfig:
             )
         if self.lens_steps and self.start != "fitted":
             raise ConfigError(f"lens_steps go on from start: fitted; found start: {self.start}")
+        if self.static and self.adapter is not None:
+            raise ConfigError("a static LoRA starts anew; give adapter (to train a memory further) or static, not both")
         if self.adapter is not None and self.memory:
             raise ConfigError(
                 "an adapter has memory options of its own: give adapter (to train it further) or memory (for a new one)"

@@ -11,9 +11,14 @@
                    to the form of replies, whatever is remembered
     window         the model without memory, and the last messages
     retrieval      the model without memory, and the passages that fit the question best (BM25)
+    static         the model with a static LoRA in place of a memory, and the question alone
+    static_whole   the same, and the whole conversation in the prompt
+    dense          the model without memory, and the passages that are nearest to the question by a sentence model
+    llmlingua      the model without memory, and the whole conversation compressed by LLMLingua-2
     window_memory  the conversation's own memory, and the last messages
     memory_bank    the model without memory, and passages and summaries that fade (`agentmem.training.memory_bank`)
     hybrid         the conversation's own memory, and the passages that fit the question best
+    dense_hybrid   the conversation's own memory, and the passages that are nearest to the question
     constant       no model: the one answer that is right most often among questions of a kind
 
 The last messages and the best passages get the same number of tokens. A new arm that combines these parts is a line of
@@ -38,11 +43,16 @@ Arm = Literal[
     "whole",
     "whole_memory",
     "whole_foreign",
+    "static",
+    "static_whole",
     "window",
     "retrieval",
+    "dense",
     "memory_bank",
+    "llmlingua",
     "window_memory",
     "hybrid",
+    "dense_hybrid",
     "constant",
 ]
 
@@ -54,13 +64,16 @@ class ArmSetup:
     Attributes:
         memory: whose memory it has; None: the model without memory.
         shows: what the prompt shows of the conversation beside its system messages and the question: nothing, the last
-            messages, the passages that fit the question best, what a `MemoryBank` finds, or all of them.
+            messages, the passages that fit the question best, those that a `Ranker` finds nearest to it, what a
+            `MemoryBank` finds, all of them as a `Compressor` leaves them, or all of them.
         title: what a reader is told.
+        static: whether the model has a static LoRA (`agentmem.training.static`).
     """
 
     memory: Literal["own", "foreign", "empty"] | None
-    shows: Literal["nothing", "last", "best", "bank", "all"]
+    shows: Literal["nothing", "last", "best", "nearest", "bank", "compressed", "all"]
     title: str
+    static: bool = False
 
 
 SETUPS: dict[Arm, ArmSetup] = {
@@ -71,53 +84,97 @@ SETUPS: dict[Arm, ArmSetup] = {
     "whole": ArmSetup(None, "all", "whole conversation in the prompt, no memory"),
     "whole_memory": ArmSetup("empty", "all", "whole conversation in the prompt, written into a memory as it is read"),
     "whole_foreign": ArmSetup("foreign", "all", "whole conversation in the prompt, the memory of another one"),
+    "static": ArmSetup(None, "nothing", "question alone, a static LoRA in place of memory", static=True),
+    "static_whole": ArmSetup(None, "all", "whole conversation in the prompt, a static LoRA", static=True),
     "window": ArmSetup(None, "last", "last messages in the prompt, no memory"),
     "retrieval": ArmSetup(None, "best", "best passages by BM25 in the prompt, no memory"),
+    "dense": ArmSetup(None, "nearest", "nearest passages by a sentence model in the prompt, no memory"),
     "memory_bank": ArmSetup(None, "bank", "passages and summaries that fade (as MemoryBank) in the prompt, no memory"),
+    "llmlingua": ArmSetup(None, "compressed", "whole conversation compressed by LLMLingua-2 in the prompt, no memory"),
     "window_memory": ArmSetup("own", "last", "its own memory, and last messages in the prompt"),
     "hybrid": ArmSetup("own", "best", "its own memory, and best passages by BM25 in the prompt"),
+    "dense_hybrid": ArmSetup("own", "nearest", "its own memory, and nearest passages by a sentence model"),
     "constant": ArmSetup(None, "nothing", "best constant answer, no model"),
 }
 
 ARMS: tuple[Arm, ...] = tuple(SETUPS)
 RETRIEVING: tuple[Arm, ...] = tuple(arm for arm, setup in SETUPS.items() if setup.shows in ("best", "bank"))
-"""The arms that search, which bm25s is needed for."""
-UNAVAILABLE: dict[str, str] = {
-    "llmlingua": "LLMLingua-2 needs the package llmlingua and weights of its own, which are not at hand"
-}
-"""Arms that others report and that are not measured here, with what is missing."""
+"""The arms that search by words, which bm25s is needed for."""
+STATIC: tuple[Arm, ...] = tuple(arm for arm, setup in SETUPS.items() if setup.static)
+"""The arms that a static LoRA is needed for."""
+COMPRESSED: tuple[Arm, ...] = tuple(arm for arm, setup in SETUPS.items() if setup.shows == "compressed")
+"""The arms that a `Compressor` is needed for."""
+NEAREST: tuple[Arm, ...] = tuple(arm for arm, setup in SETUPS.items() if setup.shows == "nearest")
+"""The arms that search by meaning, which a `Ranker` is needed for."""
+Ranker = Callable[[Sequence[str], str], Sequence[float]]
+"""Scores the passages of a conversation, all of them at each call, for a question; the largest is the best."""
+Compressor = Callable[[Sequence[str], float], str]
+"""Leaves about a share of the words of some passages."""
 CONTROLLED: tuple[Arm, ...] = ("memory", "zero", "foreign")
 """The arms that a score needs."""
 BASIC: tuple[Arm, ...] = (*CONTROLLED, "bare", "whole")
 """The controlled arms, and the model without memory at both ends: told nothing, told everything."""
 
 _INTRODUCTION = "Earlier in this conversation:"
+_LEAST_SHARE, _LESS = 0.005, 0.8  # of a conversation's words; what is left of them where they do not fit
 _MISFITS = 8  # passages in a row that are too long for what is left of the budget, after which no more are tried
 _PASSAGE = 300  # characters; some 70 tokens, so that the smallest budgets in use hold one
 
 
-def excerpts(told: Sequence[Message], question: str, fits: Callable[[Message], bool]) -> Message | None:
+def excerpts(
+    told: Sequence[Message], question: str, fits: Callable[[Message], bool], rank: Ranker | None = None
+) -> Message | None:
     """What fits a question best, quoted in one system message in the order in which it was said.
 
     Long messages are cut into passages between sentences, so that a small budget holds some of them. Passages are taken
-    by their BM25 score, and where scores are equal (as where no word of the question occurs) the later one first, so
+    by their score, and where scores are equal (as where no word of the question occurs) the later one first, so
     that the budget is used as far as whole passages fill it.
 
     Args:
         told: the conversation; its system messages are not quoted.
         question: the text that is searched with.
         fits: whether a prompt with such a message is within the budget.
+        rank: scores the passages; None: BM25.
 
     Returns:
         The message, which is never written; None if none fits.
 
     Raises:
-        MissingExtraError: bm25s is not installed.
+        MissingExtraError: bm25s is needed and not installed.
     """
     spoken = [
         (message.role, passage) for message in told if message.role != "system" for passage in passages(message.content)
     ]
-    return quote(spoken, bm25_scores([text for _, text in spoken], question), fits)
+    texts = [text for _, text in spoken]
+    return quote(spoken, (rank or bm25_scores)(texts, question) if texts else (), fits)
+
+
+def compressed(
+    told: Sequence[Message], share: float, fits: Callable[[Message], bool], compress: Compressor
+) -> Message | None:
+    """A whole conversation in one system message, compressed as far as it takes.
+
+    Args:
+        told: the conversation; its system messages are left out.
+        share: of its words, where to begin; less is left until it fits.
+        fits: whether a prompt with such a message is within the budget.
+        compress: leaves a share of the words.
+
+    Returns:
+        The message, which is never written; None if nothing fits.
+    """
+    spoken = [(message.role, message.content) for message in told if message.role != "system"]
+    found = _quoted(spoken)
+    if not spoken or fits(found):
+        return found if spoken else None
+    share = min(1.0, share)
+    while share > _LEAST_SHARE:
+        text = compress([f"{role}: {text}" for role, text in spoken], share)
+        found = Message("system", f"{_INTRODUCTION}\n{text}", write=False)
+        if text and fits(found):
+            return found
+        share *= _LESS
+    return None
 
 
 def quote(

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from rich.console import Console
+from transformers import TrainingArguments
 
 from agentmem.delta.adapter import AUTHORS_FILE, SAFETENSORS_FILE, Adapter, load_adapter, save_adapter
 from agentmem.delta.attach import find_sites, targeted
@@ -48,10 +49,11 @@ from agentmem.training.facts.values import Vocabulary
 from agentmem.training.fitted import start_as_copier, start_fitted
 from agentmem.training.frozen import FrozenFeatures
 from agentmem.training.logit_lens import freeze, train_by_lens
-from agentmem.training.loop import ExampleDataset, TrainProgress, training_arguments
+from agentmem.training.loop import ExampleDataset, TrainingLoop, TrainProgress, training_arguments
 from agentmem.training.predictions import ArmResults, Probe
 from agentmem.training.progress import show_example, shown_progress
 from agentmem.training.sources import ENDLESS, MixedSource, Source, SourceOptions, open_sources
+from agentmem.training.static import StaticStep, attach_static
 from agentmem.training.step import MemoryStep, Start, total_weight
 from agentmem.training.trainer import Measurement, MemoryTrainer
 
@@ -132,6 +134,8 @@ def train(config: TrainConfig, *, on_progress: Callable[[TrainProgress], None] |
             _claim(config, out)
         shown = shown_progress() if on_progress is None and first else nullcontext(on_progress)
         with _explained_shortage(run), shown as progress:
+            if config.static:
+                return _train_static(run, progress)
             trainer = _trainer(run, progress)
             trainer.run()
             return _finish(run, trainer)
@@ -287,17 +291,7 @@ def _trainer(run: PreparedRun, on_progress: Callable[[TrainProgress], None] | No
     """Load the weights, attach the memory, and set up the loop."""
     config = run.config
     arguments = training_arguments(config)
-    engine = load(
-        config.model,
-        False,
-        str(arguments.device),
-        config.dtype,
-        config.attn_implementation,
-        quantize=config.quantize,
-        trust_remote_code=config.trust_remote_code,
-    )
-    engine.close()
-    model = engine.model
+    model = _weights(config, arguments)
     if run.adapter is None:
         steered = SteeredModel.attach(model, config=run.memory, dtype=torch.float32, seed=config.seed)
     else:
@@ -322,18 +316,12 @@ def _trainer(run: PreparedRun, on_progress: Callable[[TrainProgress], None] | No
         gradient_checkpointing=config.gradient_checkpointing,
         features=features,
     )
-    dataset = ExampleDataset(
-        len(run.source),
-        run.example,
-        seed=config.seed,
-        length=config.max_steps * config.batch_size * config.accumulate * arguments.world_size,
-    )
     measured = _measurement(run, model) if config.evaluate_every and run.held_out else None
     joined = step.joined
     return MemoryTrainer(
         step,
         steered,
-        dataset,
+        _dataset(run, arguments),
         lambda examples: run.batch(examples, joined=joined),
         total_weight,
         config,
@@ -341,6 +329,47 @@ def _trainer(run: PreparedRun, on_progress: Callable[[TrainProgress], None] | No
         measure=measured,
         on_progress=on_progress,
     )
+
+
+def _weights(config: TrainConfig, arguments: TrainingArguments) -> Any:
+    """The frozen model."""
+    engine = load(
+        config.model,
+        False,
+        str(arguments.device),
+        config.dtype,
+        config.attn_implementation,
+        quantize=config.quantize,
+        trust_remote_code=config.trust_remote_code,
+    )
+    engine.close()
+    return engine.model
+
+
+def _dataset(run: PreparedRun, arguments: TrainingArguments) -> ExampleDataset:
+    config = run.config
+    length = config.max_steps * config.batch_size * config.accumulate * arguments.world_size
+    return ExampleDataset(len(run.source), run.example, seed=config.seed, length=length)
+
+
+def _train_static(run: PreparedRun, on_progress: Callable[[TrainProgress], None] | None) -> TrainResult:
+    """Train a static LoRA on the same examples, and leave it as peft saves it. Nothing is measured on the way."""
+    config, out = run.config, Path(run.config.out)
+    arguments = training_arguments(config)
+    model = attach_static(_weights(config, arguments), run.memory, config.seed)
+    loop = TrainingLoop(
+        StaticStep(model),
+        _dataset(run, arguments),
+        lambda examples: run.batch(examples, joined=False),
+        total_weight,
+        config,
+        arguments,
+        on_progress=on_progress,
+    )
+    loop.run()
+    if not loop.stopped and loop.is_world_process_zero():
+        model.save_pretrained(str(out))
+    return TrainResult(out, loop.state.global_step, not loop.stopped, None, {}, loop.seconds())
 
 
 def _start(run: PreparedRun, steered: SteeredModel, on_progress: Callable[[TrainProgress], None] | None = None) -> None:

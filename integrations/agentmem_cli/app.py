@@ -52,7 +52,7 @@ JUDGED = "longmemeval-judge"
 # Which of the tasks of `agentmem evaluate` take an option: "data" stands for all that read a data directory.
 _TASKS_OF = {
     ("device", "dtype", "quantize", "limit", "arms"): {"facts", "data"},
-    ("data_dir", "require", "context_tokens", "max_tokens", "concurrency"): {"data"},
+    ("data_dir", "require", "static", "llmlingua", "context_tokens", "max_tokens", "concurrency"): {"data"},
     ("data",): {"own"},
     ("judge", "judge_url"): {JUDGED},
     ("cells",): {"facts"},
@@ -134,8 +134,8 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="ARM,...",
-            help="Only these of memory,zero,foreign,bare,whole,whole_memory,whole_foreign,window,retrieval,memory_bank,"
-            "window_memory,hybrid,constant.",
+            help="Only these of memory,zero,foreign,bare,whole,whole_memory,whole_foreign,static,static_whole,window,"
+            "retrieval,dense,memory_bank,llmlingua,window_memory,hybrid,dense_hybrid,constant.",
         ),
     ] = None,
     data_dir: Annotated[
@@ -151,6 +151,12 @@ def evaluate(
     judge_url: Annotated[
         str | None,
         typer.Option(help="Of an endpoint in OpenAI's form, up to /v1; its key: AGENTMEM_JUDGE_KEY or OPENAI_API_KEY."),
+    ] = None,
+    static: Annotated[
+        Path | None, typer.Option(help="For the static arms: the directory of a LoRA of `agentmem train --static`.")
+    ] = None,
+    llmlingua: Annotated[
+        str | None, typer.Option(help="For the arm llmlingua: the weights of LLMLingua-2, a directory or a hub id.")
     ] = None,
     require: Annotated[
         list[str] | None,
@@ -202,6 +208,8 @@ def evaluate(
         data_dirs=tuple(data_dir or ()),
         own_file=data,
         judge=judge,
+        static=static,
+        llmlingua=llmlingua,
         judge_url=judge_url,
         plot=plot,
         requirements=tuple(require or ()),

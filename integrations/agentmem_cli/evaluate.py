@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import cast
 
@@ -21,6 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from agentmem.errors import MissingExtraError
 from agentmem.evaluation.comparison import (
     DEFAULT_ARMS,
     Comparison,
@@ -37,7 +39,9 @@ from agentmem.evaluation.report import plot as draw
 from agentmem.evaluation.runner import Setup, plan, run, save
 from agentmem.evaluation.suites import SUITE_ARMS, SUITE_CONTEXT_TOKENS, suite_table
 from agentmem.training.arms import CONTEXT_TOKENS
-from agentmem.training.contexts import SETUPS, Arm
+from agentmem.training.compression import LLMLingua2
+from agentmem.training.contexts import COMPRESSED, NEAREST, SETUPS, STATIC, Arm, Ranker
+from agentmem.training.static import StaticAdapter
 from agentmem_cli.options import Loading
 
 
@@ -100,6 +104,8 @@ class Evaluation:
     own_file: Path | None = None
     judge: str | None = None
     judge_url: str | None = None
+    static: Path | None = None
+    llmlingua: str | None = None
     plot: Path | None = None
     requirements: tuple[str, ...] = ()
     context_tokens: int | None = None
@@ -121,7 +127,7 @@ def _evaluate(options: Evaluation, others: tuple[str, ...], resources: ExitStack
     if options.judge is not None:
         judge = open_judge(options.judge, options.judge_url, options.out / "judgements.jsonl")
         resources.callback(judge.close)
-    comparison = _comparison(options, others, judge) if others else None
+    comparison = _comparison(options, others, _nearest(options, resources), judge) if others else None
     console, missed, tables = Console(), list[str](), list[str]()
     if "facts" in options.tasks:
         out = options.out / "facts" if others else options.out
@@ -161,11 +167,26 @@ def _evaluate(options: Evaluation, others: tuple[str, ...], resources: ExitStack
     return 1 if missed else 0
 
 
-def _comparison(options: Evaluation, tasks: tuple[str, ...], judge: Judge | None) -> Comparison:
+def _nearest(options: Evaluation, resources: ExitStack) -> Ranker | None:
+    """What ranks passages by meaning, where an arm needs it."""
+    if not set(options.arms or ()) & set(NEAREST):
+        return None
+    if find_spec("chromadb") is None:
+        raise MissingExtraError("chromadb", "chroma")
+    from agentmem_cli.passages import NearestPassages
+
+    nearest = NearestPassages()
+    resources.callback(nearest.close)
+    return nearest
+
+
+def _comparison(options: Evaluation, tasks: tuple[str, ...], nearest: Ranker | None, judge: Judge | None) -> Comparison:
     memory = options.loading.adapter != "none"
     usual: tuple[Arm, ...] = DEFAULT_ARMS if options.suite is None else SUITE_ARMS
     if not memory:
         usual = tuple(arm for arm in usual if SETUPS[arm].memory is None) if options.suite else ("bare",)
+    if options.suite:
+        usual = (*usual, *(STATIC if options.static else ()), *(COMPRESSED if options.llmlingua else ()))
     context_tokens = options.context_tokens
     if context_tokens is None:
         context_tokens = CONTEXT_TOKENS if options.suite is None else SUITE_CONTEXT_TOKENS
@@ -181,7 +202,10 @@ def _comparison(options: Evaluation, tasks: tuple[str, ...], judge: Judge | None
         seed=SEED if options.seed is None else options.seed,
         has_memory=memory,
         own_file=options.own_file,
+        nearest=nearest,
         judge=judge,
+        compress=None if options.llmlingua is None else LLMLingua2(options.llmlingua, options.loading.device),
+        static=None if options.static is None else StaticAdapter.find(options.static),
     )
 
 

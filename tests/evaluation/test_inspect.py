@@ -83,7 +83,7 @@ def test_public_tasks_are_tasks_of_theirs(run: Callable[..., Any], tmp_path: Pat
 async def test_what_cannot_be_compared_is_refused() -> None:
     from agentmem.evaluation.inspect_provider import AgentmemAPI
 
-    with pytest.raises(ConfigError, match=r"arm is one of memory, .*found 'llmlingua' .LLMLingua-2 needs"):
+    with pytest.raises(ConfigError, match=r"arm is one of memory, .*found 'llmlingua' .only `agentmem evaluate`"):
         AgentmemAPI("nano", arm="llmlingua")
     api = AgentmemAPI("nano", arm="foreign")
     hello = [inspect_ai.model.ChatMessageUser(content=text) for text in ("Hello.", "How are you?")]

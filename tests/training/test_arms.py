@@ -18,7 +18,7 @@ from agentmem.errors import ConfigError, MissingAdapterError, StateMismatchError
 from agentmem.messages import ToolCall
 from agentmem.nano.recipe.language import answer, ask, change, draw_bindings, filler, redraw, tell
 from agentmem.training.arms import measure, probes_of
-from agentmem.training.contexts import BASIC, Arm
+from agentmem.training.contexts import BASIC, Arm, Ranker
 from agentmem.training.conversations import Ask, Conversation
 from agentmem.training.intervals import gain, share
 from agentmem.training.judging import contains, is_judged, judge
@@ -97,6 +97,21 @@ def test_arms_may_show_part_of_the_conversation(nano: Engine, probes: tuple[Prob
     assert 0 < shown.share("constant").value < 0.9
     assert shown.seconds("constant") == 0 < shown.seconds("window")
     assert shown.gain_over("window_memory", "bare", "constant").value > 0.2
+
+
+def test_a_ranker_decides_which_passages_dense_shows(nano: Engine, probes: tuple[Probe, ...], tmp_path: Path) -> None:
+    def shown(name: str, rank: Ranker) -> list[str]:
+        path = tmp_path / name
+        measure(nano, probes[:2], ("dense",), context_tokens=36, max_tokens=1, nearest=rank, predictions=path)
+        return [json.loads(line)["context"] for line in path.read_text("utf-8").splitlines()]
+
+    told = [message.content for message in probes[0].told if message.role != "system"]
+    first = shown("first", lambda texts, _: [-float(place) for place in range(len(texts))])
+    last = shown("last", lambda texts, _: [float(place) for place in range(len(texts))])
+    assert all(told[0] in context and told[-1] not in context for context in first)  # there is room for two at most
+    assert all(told[-1] in context and told[0] not in context for context in last)
+    with pytest.raises(ConfigError, match="need a ranker of passages"):
+        measure(nano, probes[:2], ("dense",))
 
 
 def test_several_conversations_may_be_one_cluster(nano: Engine, probes: tuple[Probe, ...]) -> None:

@@ -77,4 +77,4 @@ def test_the_best_constant_is_chosen_by_kind() -> None:
 def test_every_arm_says_what_it_knows() -> None:
     assert set(BASIC) < set(ARMS) == set(SETUPS)
     assert len({setup.title for setup in SETUPS.values()}) == len(ARMS)
-    assert len({(s.memory, s.shows) for arm, s in SETUPS.items() if arm != "constant"}) == len(ARMS) - 1
+    assert len({(s.memory, s.shows, s.static) for arm, s in SETUPS.items() if arm != "constant"}) == len(ARMS) - 1

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from agentmem.errors import MissingExtraError
+from agentmem.evaluation.curves import AXES
 from agentmem.training.contexts import SETUPS, Arm
 
 _COLOURS = {"own": "C0", "foreign": "0.6", "empty": "0.6", None: "C1"}
@@ -55,5 +56,38 @@ def plot_arms(results: Mapping[str, Any], path: Path) -> None:
         panel.set(title=f"{task['task']} ({task['questions']:,})", xlim=(-0.02, 1.02), xlabel="right")
         panel.grid(axis="x", alpha=0.3)
     panels[0][0].set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def plot_curves(results: Mapping[str, Any], path: Path) -> None:
+    """Draw fading and filling, a panel for each and a line with intervals for each arm.
+
+    Args:
+        results: of `agentmem.evaluation.curves.run_curves`.
+        path: the picture; its suffix says which format.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    pyplot = import_pyplot()
+    curves = [curve for curve in AXES if any(row["curve"] == curve for row in results["points"])]
+    size = (4 * len(curves), 3.4)
+    figure, panels = pyplot.subplots(1, len(curves), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for panel, curve in zip(panels[0], curves, strict=True):
+        rows = [row for row in results["points"] if row["curve"] == curve]
+        places = [row["place"] for row in rows]
+        for arm in (arm for arm in SETUPS if arm in rows[0]["arms"]):
+            shares = [row["arms"][arm] for row in rows]
+            line = "o-" if SETUPS[arm].memory == "own" else "x:" if SETUPS[arm].memory == "empty" else "^--"
+            colour = _COLOURS[SETUPS[arm].memory]
+            panel.plot(places, [share["share"] for share in shares], line, color=colour, label=arm, markersize=4)
+            low, high = [share["low"] for share in shares], [share["high"] for share in shares]
+            panel.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
+        panel.set(title=curve, xlabel=AXES[curve], xscale="log", ylim=(-0.03, 1.03), xticks=places)
+        panel.set_xticks(places, [str(place) for place in places], minor=False)
+        panel.set_xticks([], minor=True)
+    panels[0][0].set(ylabel="right")
+    panels[0][0].legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -31,16 +31,17 @@ from agentmem.evaluation.comparison import (
     report,
     run_comparison,
 )
+from agentmem.evaluation.curves import LIMIT, POINTS, curves_table, run_curves
 from agentmem.evaluation.facts import CELLS, SEED, facts_table, run_facts
 from agentmem.evaluation.judge import Judge, open_judge
-from agentmem.evaluation.plots import import_pyplot, plot_arms
+from agentmem.evaluation.plots import import_pyplot, plot_arms, plot_curves
 from agentmem.evaluation.report import details, markdown, missed_bars, put_into
 from agentmem.evaluation.report import plot as draw
 from agentmem.evaluation.runner import Setup, plan, run, save
 from agentmem.evaluation.suites import SUITE_ARMS, SUITE_CONTEXT_TOKENS, suite_table
 from agentmem.training.arms import CONTEXT_TOKENS
 from agentmem.training.compression import LLMLingua2
-from agentmem.training.contexts import COMPRESSED, NEAREST, SETUPS, STATIC, Arm, Ranker
+from agentmem.training.contexts import COMPRESSED, CONTROLLED, NEAREST, SETUPS, STATIC, Arm, Ranker
 from agentmem.training.static import StaticAdapter
 from agentmem_cli.options import Loading
 
@@ -111,6 +112,32 @@ class Evaluation:
     context_tokens: int | None = None
     max_tokens: int | None = None
     concurrency: int = 32
+
+
+def evaluate_curves(options: Evaluation) -> int:
+    """Measure how a memory fades and fills. Returns the exit code, 0."""
+    if options.plot is not None:
+        import_pyplot()
+    console = Console()
+    with _progress(console) as show:
+        results = run_curves(
+            options.loading.load,
+            options.out,
+            points=tuple(POINTS) if options.cells is None else options.cells,
+            limit=LIMIT if options.limit is None else options.limit,
+            # Names are checked where they are used.
+            arms=CONTROLLED if options.arms is None else cast(tuple[Arm, ...], options.arms),
+            seed=SEED if options.seed is None else options.seed,
+            on_progress=show,
+        )
+    table = curves_table(results)
+    console.print(Markdown(table))
+    console.print(f"results: {options.out / 'results.json'}", highlight=False)
+    if options.page is not None:
+        put_into(options.page, table)
+    if options.plot is not None:
+        plot_curves(results, options.plot)
+    return 0
 
 
 def evaluate_tasks(options: Evaluation) -> int:

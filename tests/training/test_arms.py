@@ -125,6 +125,24 @@ def test_conversations_can_be_written_live(nano: Engine, probes: tuple[Probe, ..
     assert live.score > 0.6
 
 
+def test_a_whole_prompt_fills_an_empty_memory_or_is_only_read(nano: Engine, probes: tuple[Probe, ...]) -> None:
+    turns: list[tuple[Any, Any]] = []
+
+    class Watching(Counting):
+        def turn(self, *args: Any, **options: Any) -> Any:
+            turns.append((args[1], (turn := super().turn(*args, **options)).state))
+            return turn
+
+    watching: Any = Watching(nano)
+    measure(watching, probes[:3], ("whole_memory",), max_tokens=1, concurrency=1)
+    assert all(before is None and after != nano.zero_state() for before, after in turns)
+    turns.clear()
+    measure(watching, probes[:3], ("whole_foreign",), max_tokens=1, concurrency=1)
+    states = [before for before, _ in turns]
+    assert all(before == after != nano.zero_state() for before, after in turns)
+    assert len({state.digest for state in states}) == 2, "the first two questions are about one conversation"
+
+
 class Counting:
     """An engine that counts its turns and writes."""
 

@@ -78,8 +78,8 @@ def test_other_talk_and_rules_are_as_far_away_as_the_row_says() -> None:
     for conversation in CELLS["restart-2"].conversations(20, SEED, WORDS):
         users = [m.content for m in conversation.messages if m.role == "user"]
         talk = {text for text, _ in (*say.SMALL_TALK, *say.QUESTIONS)}
-        assert all(text in talk for text in users[-16:])
-        assert not any(text in talk for text in users[:-16])
+        assert all(text in talk for text in users[-8:])
+        assert not any(text in talk for text in users[:-8])
     for conversation in CELLS["rule"].conversations(20, SEED, WORDS):
         rule, *later = [m for m in conversation.messages if m.role == "user"]
         assert len(later) == 3

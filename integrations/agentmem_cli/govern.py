@@ -30,7 +30,8 @@ KeyFile = Annotated[
     Path | None, typer.Option(help="Holds the hmac_key of the database, byte by byte; signs receipts too.")
 ]
 ReceiptKey = Annotated[
-    Path | None, typer.Option(help="Holds a key that receipts are signed with, where the database has none.")
+    Path | None,
+    typer.Option(help="Signs receipts: a secret, byte by byte, or an Ed25519 key as PEM, whose public one checks."),
 ]
 Actor = Annotated[str | None, typer.Option(help="Who acts, for receipts and the audit trail; left out, the user.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
@@ -132,12 +133,22 @@ def verify(
     encrypted: Encrypted = False,
     hmac_key_file: KeyFile = None,
     receipt_key_file: ReceiptKey = None,
+    signature_only: Annotated[
+        bool, typer.Option("--signature-only", help="Without a database: whether it is signed with the key.")
+    ] = False,
 ) -> None:
     """Check a receipt: its signature, and that nothing of what went is back. Exits with 1 where it does not hold."""
+    from agentmem_cli.storage import read_key
     from agentmem_cli.terminal import printable
     from agentmem_governance import Receipt
 
     loaded = Receipt.load(receipt)
+    if signature_only:
+        if (key_file := receipt_key_file or hmac_key_file) is None:
+            raise typer.BadParameter("pass --receipt-key-file with --signature-only")
+        signed = loaded.is_signed_by(read_key(key_file))
+        typer.echo(f"signature: {'valid' if signed else 'absent' if loaded.signature is None else 'invalid'}")
+        raise typer.Exit(0 if signed else 1)
     with open_governor(db, facts, prefix, schema, encrypted, hmac_key_file, receipt_key_file) as governor:
         checked = governor.verify(loaded)
     typer.echo(f"signature: {checked.signature}")

@@ -20,6 +20,7 @@ from agentmem_governance.journal import Journal, JournalEntry, now
 from agentmem_governance.purge import empty_log, overwrite, purge
 from agentmem_governance.rebuild import MessageRemoval
 from agentmem_governance.receipt import Receipt, Verification
+from agentmem_governance.signing import receipt_key, signing_key
 from agentmem_governance.subjects import EVERY, USER_ID, Subject, SubjectRules, checked
 from agentmem_governance.trail import Trail, expire, read_trail, redact_messages
 from agentmem_governance.verify import verify
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 
     from agentmem import Engine
     from agentmem_chroma import FactStore
-
-_MIN_KEY_BYTES = 16
 
 _SERVER_FACTS = (
     "what the Chroma server keeps of deleted facts in its directory; stop it, open the directory by its path, and "
@@ -53,10 +52,12 @@ class Governor:
         engines: engines in this process; their caches are emptied, and the first one that wrote a memory builds it
             anew.
         actor: who acts, for receipts and the audit trail.
-        key: at least 16 secret bytes that receipts are signed with.
+        key: what receipts are signed with: at least 16 secret bytes, or an Ed25519 private key as PEM (extra `sign`).
+            Its public key, or the same secret, checks them.
 
     Raises:
         ConfigError: the key cannot be used.
+        MissingExtraError: the key is PEM, and `cryptography` is not installed.
     """
 
     def __init__(
@@ -68,8 +69,8 @@ class Governor:
         actor: str = "",
         key: bytes | None = None,
     ) -> None:
-        if key is not None and (not isinstance(key, bytes) or len(key) < _MIN_KEY_BYTES):
-            raise ConfigError(f"expected a key of at least {_MIN_KEY_BYTES} random bytes for receipts, found another")
+        if key is not None:
+            receipt_key(key)
         saver.setup()
         self.saver = saver
         self.facts = facts
@@ -143,13 +144,14 @@ class Governor:
 
         Raises:
             ConfigError: neither a subject nor a thread was named, or both; or the thread has a memory, and no
-                engine was given that can build it anew.
+                engine was given that can build it anew; or the key is a public one.
             StateMismatchError: the engines were not the ones that wrote the memory.
             StorageError: the database reports an error; the thread has no such message; or earlier deletions are not
                 complete (see `resume`).
         """
         if (subject is None) == (thread is None) or (message is not None and thread is None):
             raise ConfigError("expected forget(subject), or forget(thread=...), with message=... or not, found another")
+        self._check_signing()
         if pending := self.pending():
             raise StorageError(
                 f"expected no deletion under way, found {len(pending)} that began at {pending[0]}; if no other process "
@@ -189,7 +191,13 @@ class Governor:
             ConfigError: facts are to go, and this Governor has no fact store; or a thread went on after the deletion
                 was planned, and no engine was given that can build its memory anew.
         """
+        self._check_signing()
         return [self._complete(entry, rewrite=rewrite) for entry in self._journal.pending()]
+
+    def _check_signing(self) -> None:
+        """Refuse before anything is deleted that no receipt could be signed for."""
+        if self._key is not None:
+            signing_key(self._key)
 
     def _owner(self, thread: str) -> str | None:
         return self._rules.ownership().threads.get(thread)

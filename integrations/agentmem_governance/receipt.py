@@ -6,7 +6,6 @@ are; keep them as such. Ids of checkpoints are random, ids of facts are hashes o
 
 from __future__ import annotations
 
-import hmac
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from agentmem.errors import ConfigError
+from agentmem_governance.signing import receipt_key, signing_key
 
 FORMAT = 1
 
@@ -41,7 +41,8 @@ class Receipt:
         purged: what was done to files so that they hold no bytes of it.
         not_reached: where bytes of it may still be, and what to do about that.
         format: version of this form.
-        signature: HMAC-SHA256 over all of the above, hexadecimal; None without a key.
+        signature: over all of the above: "hmac-sha256:" or "ed25519:", and the signature in hexadecimal; None without
+            a key.
     """
 
     id: str
@@ -77,13 +78,40 @@ class Receipt:
         return json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
 
     def signed(self, key: bytes) -> Receipt:
-        """The receipt with a signature by this key."""
-        return Receipt(**{**self._fields(), "signature": hmac.digest(key, self._body(), "sha256").hex()})
+        """The receipt with a signature by this key.
+
+        Args:
+            key: at least 16 secret bytes, or an Ed25519 private key as PEM.
+
+        Raises:
+            ConfigError: the key cannot be used, or is a public one.
+            MissingExtraError: it is PEM, and `cryptography` is not installed.
+        """
+        signature = signing_key(key)(self._body()).hex()
+        return Receipt(**{**self._fields(), "signature": f"{receipt_key(key).algorithm}:{signature}"})
 
     def is_signed_by(self, key: bytes) -> bool:
-        """Whether the signature is this key's, and of this very content."""
-        expected = hmac.digest(key, self._body(), "sha256").hex()
-        return self.signature is not None and hmac.compare_digest(self.signature, expected)
+        """Whether the signature is this key's, and of this very content.
+
+        Args:
+            key: the secret, or the Ed25519 key as PEM, private or public.
+
+        Raises:
+            ConfigError, MissingExtraError: as `signed`; or the receipt was signed with a key of the other kind.
+        """
+        if self.signature is None:
+            return False
+        known = receipt_key(key)
+        algorithm, _, signature = self.signature.partition(":")
+        if algorithm != known.algorithm:
+            raise ConfigError(
+                f"expected a key for {known.algorithm} to check a receipt of that kind, found one that is signed with "
+                f"{algorithm[:40]!r}; pass the key that it was signed with (of ed25519 the public key, as PEM)"
+            )
+        try:
+            return known.check(self._body(), bytes.fromhex(signature))
+        except ValueError:  # no hexadecimal
+            return False
 
     def _fields(self) -> dict[str, Any]:
         return {each.name: getattr(self, each.name) for each in fields(self)}
@@ -137,12 +165,14 @@ class Verification:
     Attributes:
         signature: "valid", "invalid", "absent", or "not checked" where there is a signature and no key.
         back: what is there again, each in a sentence.
+        wanted: whether a key was given, so that the receipt has to be signed with it.
     """
 
     signature: str
     back: tuple[str, ...]
+    wanted: bool = False
 
     @property
     def holds(self) -> bool:
-        """Whether nothing is back and the signature, if checked, is right."""
-        return not self.back and self.signature != "invalid"
+        """Whether nothing is back and, if there was a key, the receipt is signed with it."""
+        return not self.back and (not self.wanted or self.signature == "valid")

@@ -56,4 +56,4 @@ def verify(saver: SQLAlchemySaver, facts: FactStore | None, receipt: Receipt, ke
         again = facts.get(receipt.facts)
         if again:
             back.append(f"{len(again)} facts that went are in the store, {again[0].id} among them")
-    return Verification(signature, tuple(back))
+    return Verification(signature, tuple(back), wanted=key is not None)

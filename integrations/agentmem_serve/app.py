@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from agentmem.errors import ConfigError
+from agentmem_governance.signing import signing_key
 from agentmem_serve.chat import chat_completions
 from agentmem_serve.errors import ApiError
 from agentmem_serve.facts import add_facts, delete_fact, list_facts
@@ -30,8 +30,6 @@ from agentmem_sql import SQLAlchemySaver
 if TYPE_CHECKING:
     from agentmem import Engine
     from agentmem_chroma import FactStore
-
-_MIN_KEY_BYTES = 16
 
 
 def create_app(
@@ -52,14 +50,16 @@ def create_app(
         saver: the threads.
         settings: how requests are answered.
         keys: who may ask, and whose threads they see; None: everybody sees every thread.
-        receipt_key: at least 16 secret bytes that receipts of deletions are signed with.
+        receipt_key: what receipts of deletions are signed with: at least 16 secret bytes, or an Ed25519 private key as
+            PEM.
         facts: exact facts, of which those that a question is about are shown in its turn.
 
     Raises:
-        ConfigError: the receipt key is too short.
+        ConfigError: the receipt key cannot be used.
+        MissingExtraError: it is PEM, and `cryptography` is not installed.
     """
-    if receipt_key is not None and len(receipt_key) < _MIN_KEY_BYTES:
-        raise ConfigError(f"expected a key of at least {_MIN_KEY_BYTES} random bytes for receipts, found a shorter one")
+    if receipt_key is not None:
+        signing_key(receipt_key)
     service = Service(engine, saver, settings or ServeSettings(), keys, receipt_key, facts)
 
     @asynccontextmanager

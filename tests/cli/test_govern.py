@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from langchain_core.messages import HumanMessage
 from typer.testing import CliRunner
 
@@ -57,6 +59,24 @@ def test_a_subject_goes_with_a_signed_receipt(db: Path) -> None:
     Path("ada.json").write_text(json.dumps(receipt))
     assert "signature: invalid" in shown("verify", "ada.json", db=db, exit_code=1)
     assert "owns nothing" in shown("forget", "--subject", "ada", "--yes", db=db, exit_code=1)
+
+
+def test_a_public_key_checks_a_receipt_without_a_database(db: Path) -> None:
+    made = Ed25519PrivateKey.generate()
+    private = made.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    public = made.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    Path("receipts.pem").write_bytes(private)
+    Path("receipts.pub").write_bytes(public)
+    key = ["--receipt-key-file", "receipts.pem"]
+    shown("forget", "--subject", "ada", "--yes", "--out", "ada.json", *key, db=db)
+    key = ["--receipt-key-file", "receipts.pub"]
+    assert "signature: valid\nnothing is back" in shown("verify", "ada.json", *key, db=db)
+    alone = ["verify", "ada.json", "--signature-only", *key]
+    assert CliRunner().invoke(cli.app, alone).stdout == "signature: valid\n"
+    receipt = json.loads(Path("ada.json").read_text())
+    Path("ada.json").write_text(json.dumps({**receipt, "actor": "nobody"}))
+    done = CliRunner().invoke(cli.app, alone)
+    assert (done.exit_code, done.stdout) == (1, "signature: invalid\n")
 
 
 def test_it_asks_first(db: Path) -> None:

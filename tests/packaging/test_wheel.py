@@ -148,7 +148,7 @@ def test_extras_are_the_documented_ones(metadata: Message) -> None:
         requirement, _, marker = line.partition("; extra == ")
         if marker:
             extras[marker.strip("'\"")].add(requirement)
-    complete = {"langgraph", "sql", "postgres", "mysql", "chroma", "minilm", "inspect"}
+    complete = {"langgraph", "sql", "postgres", "mysql", "chroma", "minilm", "inspect", "sign"}
     # flash is source only, train and eval measure and draw figures, few serve, or need quantised weights or a faster
     # CPU: none belongs to what every agent needs.
     assert set(extras) == complete | {"cpu", "eval", "flash", "inspect-ai", "quant", "serve", "train", "all"}

@@ -77,6 +77,9 @@ def forget(
     thread: Annotated[str | None, typer.Option(help="A thread, or that of the message.")] = None,
     message: Annotated[str | None, typer.Option(help="The id of one message of the thread.")] = None,
     keep_reply: Annotated[bool, typer.Option("--keep-reply", help="The answers to the message stay.")] = False,
+    keep_checkpoints: Annotated[
+        bool, typer.Option("--keep-checkpoints", help="Checkpoints that hold the message are rewritten, not removed.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="The file of the receipt; left out, receipt-ID.json.")] = None,
     model: Annotated[str | None, typer.Option("--model", help="Writes the thread's memory anew.")] = None,
     adapter: Adapter = None,
@@ -101,6 +104,8 @@ def forget(
     """
     if (subject is None) == (thread is None) or (message is not None and thread is None):
         raise typer.BadParameter("pass --subject, or --thread with or without --message")
+    if keep_checkpoints and message is None:
+        raise typer.BadParameter("pass --keep-checkpoints with --message")
     with ExitStack() as stack:
         engines = []
         if model is not None:
@@ -119,8 +124,14 @@ def forget(
             what = f"thread {thread!r}" if message is None else f"message {message!r} of thread {thread!r}"
         if not yes:
             typer.confirm(f"Forget {what}? They cannot be brought back.", abort=True)
-        reply = not keep_reply
-        receipt = governor.forget(subject, thread=thread, message=message, with_reply=reply, rewrite=not no_rewrite)
+        receipt = governor.forget(
+            subject,
+            thread=thread,
+            message=message,
+            with_reply=not keep_reply,
+            keep_checkpoints=keep_checkpoints,
+            rewrite=not no_rewrite,
+        )
         _written(receipt, out)
 
 
@@ -260,3 +271,5 @@ def _written(receipt: Receipt, out: Path | None) -> None:
     typer.echo(f"{receipt.checkpoints} checkpoints and {len(receipt.facts)} facts are gone; the receipt is in {path}")
     for place in receipt.not_reached:
         typer.echo(f"  not reached: {place}")
+    if receipt.rewritten:
+        typer.echo(f"{receipt.rewritten} checkpoints stayed, and were rewritten without the message")

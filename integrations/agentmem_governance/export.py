@@ -35,7 +35,7 @@ from safetensors.numpy import save as save_tensors
 from agentmem.errors import AgentMemError, StorageError
 from agentmem.state import MemoryState
 from agentmem_governance.journal import now
-from agentmem_governance.rebuild import memory_in
+from agentmem_governance.message_search import memory_in
 from agentmem_governance.trail import Trail
 from agentmem_sql import SQLAlchemySaver, TransferReport, copy_threads
 from agentmem_sql.saver import plain_serde

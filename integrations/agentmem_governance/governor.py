@@ -127,11 +127,14 @@ class Governor:
         """Forget a subject, a thread, or one message of a thread, so that nothing of it is left within reach.
 
         Of a subject go: its threads with checkpoints, memories, pending writes and content; its facts; the rules that
+        keep_checkpoints: bool = False,
         name it; and what the audit trail holds of persons. Of a thread the same goes, but for the rules.
 
         Of a message go: every checkpoint that holds it or comes after one that does, and the facts whose metadata
         name it (`{"message": id}`). If the thread's newest checkpoint is among them, the thread goes on from a new one:
-        with the other messages, and a memory that an engine has written from the zero state without this one.
+        with the other messages, and a memory that an engine has written from the zero state without this one. With
+        `keep_checkpoints` they stay, each under its id, and each is rewritten without the message, with a memory that
+        never consumed it.
 
         In all cases the caches of the engines are emptied and the files rewritten (see `purge`).
 
@@ -145,11 +148,14 @@ class Governor:
         Raises:
             ConfigError: neither a subject nor a thread was named, or both; or the thread has a memory, and no
                 engine was given that can build it anew; or the key is a public one.
+            keep_checkpoints: rewrite the checkpoints that hold the message, or come after one that does. An engine
+                writes the memory of each anew.
             StateMismatchError: the engines were not the ones that wrote the memory.
             StorageError: the database reports an error; the thread has no such message; or earlier deletions are not
                 complete (see `resume`).
         """
-        if (subject is None) == (thread is None) or (message is not None and thread is None):
+        of_message = message is not None and thread is not None
+        if (subject is None) == (thread is None) or ((message is not None or keep_checkpoints) and not of_message):
             raise ConfigError("expected forget(subject), or forget(thread=...), with message=... or not, found another")
         self._check_signing()
         if pending := self.pending():
@@ -171,9 +177,8 @@ class Governor:
         else:
             assert thread is not None
             entry = JournalEntry(operation="forget message", subject=self._owner(thread), actor=self.actor)
-            entry.threads = [thread]
-            removal = MessageRemoval(self.saver, self.engines, thread)
-            removal.plan(entry, removal.group(message, with_reply=with_reply))
+            entry.threads, entry.keep_checkpoints = [thread], keep_checkpoints
+            MessageRemoval(self.saver, self.engines, thread).plan(entry, message, with_reply=with_reply)
             if self.facts is not None:
                 drawn = self.facts.facts(filter={"message": {"$in": entry.messages}})
                 entry.facts = [fact.id for fact in drawn]
@@ -189,7 +194,7 @@ class Governor:
 
         Raises:
             ConfigError: facts are to go, and this Governor has no fact store; or a thread went on after the deletion
-                was planned, and no engine was given that can build its memory anew.
+                was planned, or its checkpoints are rewritten, and no engine was given that can build its memory anew.
         """
         self._check_signing()
         return [self._complete(entry, rewrite=rewrite) for entry in self._journal.pending()]
@@ -266,7 +271,8 @@ class Governor:
     def _note_message(self, connection: Connection, entry: JournalEntry) -> None:
         if self._parts.protection.audited:
             redact_messages(connection, self._parts, entry.threads[0], entry.messages)
-        self._note(connection, entry.threads[0], entry, messages=len(entry.messages))
+        rewritten = sum(len(went.get("rewritten", ())) for went in entry.went)
+        self._note(connection, entry.threads[0], entry, messages=len(entry.messages), rewritten=rewritten)
 
     def _note(self, connection: Connection, chain: str | bytes, entry: JournalEntry, **more: Any) -> None:
         if self._parts.protection.audited:

@@ -38,6 +38,7 @@ class JournalEntry:
         facts: ids of facts that go.
         messages: ids of messages that go.
         head: the newest checkpoint when the deletion was planned.
+        keep_checkpoints: whether checkpoints that hold a message are rewritten, and not removed.
         rebuilt_checkpoint: the checkpoint to go on from, serialised; None where the newest never held the message.
         went: what went from each thread, as in a receipt.
         rebuilt: as in a receipt.
@@ -55,6 +56,7 @@ class JournalEntry:
     facts: list[str] = field(default_factory=list)
     messages: list[str] = field(default_factory=list)
     head: str | None = None
+    keep_checkpoints: bool = False
     rebuilt_checkpoint: bytes | None = None
     went: list[dict[str, Any]] = field(default_factory=list)
     rebuilt: list[dict[str, Any]] = field(default_factory=list)

@@ -1,81 +1,54 @@
 """Forgetting a message: the thread goes on without it, with a memory that never consumed it.
 
-Nothing can be taken out of a matrix. So an engine writes the memory anew, from the zero state, with all messages that
-the thread has had on the way to its newest checkpoint but those that go. This state, with the checkpoint that it
-belongs to, is in the journal before anything is deleted; the rest can be repeated, and needs no engine.
+Nothing can be taken out of a matrix. So an engine writes the memory anew, in one of two ways:
 
-These checkpoints go: those in which one of the messages occurs, or whose memory has consumed it; the checkpoint that
-holds the input that it came with; and every checkpoint that descends from one of them.
+- The checkpoints that have to go (see `message_search`) are removed, and the thread goes on from a new one. Its memory
+  is written from the zero state with all messages that the thread has had on the way to its newest checkpoint but those
+  that go. This state, with the checkpoint that it belongs to, is in the journal before anything is deleted; the rest
+  can be repeated, and needs no engine.
+- They are kept and rewritten (see `rewrite`), all in one transaction, so that nothing was done if it did not end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from langchain_core.messages import BaseMessage, HumanMessage, ToolMessage
+from langchain_core.messages import BaseMessage
 from langgraph.checkpoint.base import CheckpointTuple
 from langgraph.checkpoint.base.id import uuid6
-from pydantic import BaseModel
+from langgraph.checkpoint.serde.types import _DeltaSnapshot
 from sqlalchemy import Connection
 
-from agentmem.errors import ConfigError, CorruptStateError, StateMismatchError, StorageError, TranscriptError
+from agentmem.errors import ConfigError, StateMismatchError, StorageError
 from agentmem.state import MemoryState
 from agentmem_governance.journal import JournalEntry
+from agentmem_governance.message_search import (
+    Key,
+    Scan,
+    contents_of,
+    group,
+    id_of,
+    lists,
+    memory_in,
+    ns_of,
+    occurs,
+    scan,
+    stored_in,
+)
+from agentmem_governance.rewrite import Rewriter, WentOn, store
 from agentmem_langgraph.messages import to_engine
 from agentmem_sql import SQLAlchemySaver
-from agentmem_sql.audit import is_memory
-from agentmem_sql.rows import Row
+from agentmem_sql.rows import RESERVED, Row
 from agentmem_sql.saver import plain_serde
 from agentmem_sql.schema import exact_key, open_key, thread_key
 
 if TYPE_CHECKING:
     from agentmem import Engine
 
-Key = tuple[str, str]  # a checkpoint's namespace and id
-_DIGEST = 8  # bytes of a message's digest in a memory's record
-_RESERVED = ("__", "branch:")  # channels of LangGraph's own
 _ATTEMPTS = 5
-
-
-class _WentOn(Exception):
-    """A checkpoint was stored since the thread was read."""
-
-
-@dataclass
-class _Checkpoint:
-    """What matters of a checkpoint: where it hangs, and whether something that goes is in it.
-
-    Attributes:
-        parent: the checkpoint above it.
-        holds: whether one of the messages is in it.
-        said: whether the text of one is in it, as in an input.
-        consumed: what its memories have consumed, as far as it looks like one of the messages.
-    """
-
-    parent: Key | None
-    holds: bool
-    said: bool
-    consumed: set[bytes]
-
-
-class _Scan(NamedTuple):
-    """A thread as it was read.
-
-    Attributes:
-        checkpoints: all of it, by key.
-        going: the keys of those that go.
-        head: the newest of the main graph, if there is one.
-        history: all messages that the thread had on the way to the head, without those that go.
-    """
-
-    checkpoints: Mapping[Key, _Checkpoint]
-    going: set[Key]
-    head: CheckpointTuple | None
-    history: list[BaseMessage]
 
 
 class MessageRemoval:
@@ -87,146 +60,112 @@ class MessageRemoval:
         self._thread = thread
         self._serde = plain_serde(saver.serde)
 
-    def group(self, message: str, *, with_reply: bool) -> list[str]:
-        """The ids of the messages that go with this one, itself first.
-
-        With the reply: all up to the next human message. Without: the results of the tools that it calls, which would
-        answer nothing.
-
-        Raises:
-            StorageError: the thread has no such message.
-        """
-        for stored in self._stored():
-            for messages in _lists(stored.checkpoint["channel_values"]).values():
-                place = next((at for at, each in enumerate(messages) if each.id == message), None)
-                if place is None:
-                    continue
-                going = [messages[place]]
-                called = {call["id"] for call in getattr(messages[place], "tool_calls", ())}
-                for later in messages[place + 1 :]:
-                    if with_reply and isinstance(later, HumanMessage):
-                        break
-                    if with_reply or (isinstance(later, ToolMessage) and later.tool_call_id in called):
-                        going.append(later)
-                return [each.id for each in going if each.id]
-        raise StorageError(
-            f"expected a message with the id {message!r} in thread {self._thread[:80]!r}, found none in the lists of "
-            "its checkpoints; take the id from the graph's state (those in delta channels cannot be forgotten singly)"
-        )
-
-    def plan(self, entry: JournalEntry, messages: Sequence[str]) -> None:
-        """Work out what the thread goes on from, and put it into the entry. Changes nothing.
+    def plan(self, entry: JournalEntry, message: str, *, with_reply: bool) -> None:
+        """Work out which messages go and what the thread goes on from, and put it into the entry. Changes nothing.
 
         Raises:
             ConfigError: a memory has to be built anew, and there is no engine.
             StateMismatchError: no engine is the one that wrote it.
+            StorageError: the thread has no such message, or a delta channel holds it in a form that is not known.
         """
-        entry.messages = list(messages)
-        scan = self._scan(messages)
-        entry.head = None if scan.head is None else _id(scan.head)
+        entry.messages = group(self._saver, self._thread, message, with_reply=with_reply)
+        self._plan(entry)
+
+    def _plan(self, entry: JournalEntry) -> None:
+        found = scan(self._saver, self._thread, entry.messages)
+        entry.head = None if found.head is None else id_of(found.head)
+        if entry.keep_checkpoints:
+            # Whatever can stop it stops it before it is written down.
+            for stored in stored_in(self._saver, self._thread):
+                if (ns_of(stored), id_of(stored)) in found.going:
+                    contents_of(self._saver, stored).check(entry.messages)
+            going = (found.checkpoints[key] for key in found.going)
+            if {digest for each in going for digest in each.memories.values()} - found.clean:
+                for memory in found.writers:
+                    self._engine_of(memory)
+            return
         entry.rebuilt_checkpoint, entry.rebuilt, entry.notes = None, [], []
-        if scan.head is not None and ("", _id(scan.head)) in scan.going:
-            self._rebuild(entry, scan, scan.head)
+        if found.head is not None and ("", id_of(found.head)) in found.going:
+            self._rebuild(entry, found, found.head)
 
     def complete(self, entry: JournalEntry, write: Callable[[Callable[[Connection], None]], None]) -> None:
-        """Store the new checkpoint and remove those that go; may be repeated.
+        """Store what is built anew and remove what goes; may be repeated.
 
         Args:
             entry: as planned.
             write: does work and stores the entry, in one transaction.
 
         Raises:
-            ConfigError, StateMismatchError: as `plan`, if the thread went on since.
+            ConfigError, StateMismatchError: as `plan`, if the thread went on since, or checkpoints are rewritten.
             StorageError: the database reports an error, or the thread goes on all the time.
         """
         for _ in range(_ATTEMPTS):
-            new = self._new(entry)
-            scan = self._scan(entry.messages, None if new is None else new["checkpoint"]["id"])
-            head = None if scan.head is None else _id(scan.head)
-            if head != entry.head and ("", head) in scan.going:
-                self.plan(entry, entry.messages)
-                continue
-            self._count(entry, scan.going)
-            write(lambda connection: None)
-            scanned = {*scan.checkpoints}
-            if new is not None and scan.going:
-                checkpoint = new["checkpoint"]
-                # Below the one that goes: what has not changed is stored already, and stays exactly as it is. When that
-                # is removed, the new one is linked to the nearest ancestor that stays.
-                where = {"thread_id": self._thread, "checkpoint_ns": "", "checkpoint_id": new["parent"]}
-                versions = {name: checkpoint["channel_versions"][name] for name in checkpoint["updated_channels"]}
-                self._saver.put({"configurable": where}, checkpoint, new["metadata"], versions)
-                scanned.add(("", new["checkpoint"]["id"]))
             try:
-                self._remove(scan.going, scanned)
-            except _WentOn:
+                if (self._rewrite if entry.keep_checkpoints else self._replace)(entry, write):
+                    self._saver.parts.cache.drop(self._thread)
+                    self._saver.parts.audit.drop(self._thread)
+                    return
+            except WentOn:
                 continue
-            self._saver.parts.cache.drop(self._thread)
-            return
         raise StorageError(
             f"thread {self._thread[:80]!r} went on {_ATTEMPTS} times while a message was being taken out of it; end "
             "its runs, and call resume()"
         )
 
-    # Reading.
+    def _replace(self, entry: JournalEntry, write: Callable[[Callable[[Connection], None]], None]) -> bool:
+        """Store the new checkpoint and remove those that go; False if all is to be planned again."""
+        new = self._new(entry)
+        found = scan(self._saver, self._thread, entry.messages, None if new is None else new["checkpoint"]["id"])
+        head = None if found.head is None else id_of(found.head)
+        if head != entry.head and ("", head) in found.going:
+            self._plan(entry)
+            return False
+        self._count(entry, found.going)
+        write(lambda connection: None)
+        scanned = {*found.checkpoints}
+        if new is not None and found.going:
+            checkpoint = new["checkpoint"]
+            # Below the one that goes: what has not changed is stored already, and stays exactly as it is. When that
+            # is removed, the new one is linked to the nearest ancestor that stays.
+            where = {"thread_id": self._thread, "checkpoint_ns": "", "checkpoint_id": new["parent"]}
+            versions = {name: checkpoint["channel_versions"][name] for name in checkpoint["updated_channels"]}
+            self._saver.put({"configurable": where}, checkpoint, new["metadata"], versions)
+            scanned.add(("", new["checkpoint"]["id"]))
+        self._remove(found.going, scanned)
+        return True
 
-    def _stored(self) -> Iterator[CheckpointTuple]:
-        return self._saver.list({"configurable": {"thread_id": self._thread}})
-
-    def _scan(self, ids: Sequence[str], made: str | None = None) -> _Scan:
-        """Read the thread; the checkpoint `made`, to go on from, stays, and what came after it."""
-        wanted, gone = set(ids), dict[str, BaseMessage]()
-        for stored in self._stored():
-            for messages in _lists(stored.checkpoint["channel_values"]).values():
-                gone.update((each.id, each) for each in messages if each.id in wanted)
-        said = {message.text for message in gone.values()} - {""}
-        marks = set(_marks(gone.values()))
-        checkpoints: dict[Key, _Checkpoint] = {}
-        head: CheckpointTuple | None = None
-        following: str | None = None
-        extra: list[list[BaseMessage]] = []  # newest first
-        seen: set[str | None] = set(wanted)
-        for stored in self._stored():
-            ns, own, values = _ns(stored), _id(stored), stored.checkpoint["channel_values"]
-            if not ns and head is None:
-                head, following = stored, own
-            if not ns and own == following:
-                following = _parent(stored)
-                for messages in _lists(values).values():
-                    new = [each for each in messages if each.id not in seen]
-                    seen.update(each.id for each in new)
-                    extra.append(new)
-            everything = values, stored.pending_writes
-            parent = None if own == made else _parent(stored)  # which goes
-            checkpoints[ns, own] = _Checkpoint(
-                parent=None if parent is None else (ns, parent),
-                holds=occurs(everything, wanted),
-                said=_said(everything, said),
-                consumed={mark for value in values.values() for mark in _consumed(value, marks)},
-            )
-        history = [message for messages in reversed(extra) for message in messages]
-        # Two messages that say the same look the same to a memory.
-        only = marks - set(_marks(history))
-        for checkpoint in checkpoints.values():
-            checkpoint.holds |= not only.isdisjoint(checkpoint.consumed)
-        return _Scan(checkpoints, _going(checkpoints), head, history)
+    def _rewrite(self, entry: JournalEntry, write: Callable[[Callable[[Connection], None]], None]) -> bool:
+        """Rewrite the checkpoints that hold a message, all in one transaction with the entry."""
+        rewriter = Rewriter(self._saver, self._thread, set(entry.messages), self._remember)
+        found = scan(self._saver, self._thread, entry.messages)
+        if not found.going:  # it was done before an interruption
+            return True
+        made = rewriter.rewrite(found)
+        key = thread_key(self._thread).hex()
+        entry.rebuilt, entry.notes = made.rebuilt, made.notes
+        ids = sorted({checkpoint_id for _, checkpoint_id in found.going})
+        entry.went = [{"thread": key, "checkpoints": 0, "ids": [], "digest": _digest([]), "rewritten": ids}]
+        write(lambda connection: store(connection, self._saver, self._thread, made))
+        return True
 
     # Building anew.
 
-    def _rebuild(self, entry: JournalEntry, scan: _Scan, head: CheckpointTuple) -> None:
+    def _rebuild(self, entry: JournalEntry, found: Scan, head: CheckpointTuple) -> None:
         gone = set(entry.messages)
+        contents = contents_of(self._saver, head)
+        contents.check(gone)
         values, versions = dict(head.checkpoint["channel_values"]), dict(head.checkpoint["channel_versions"])
         changed = []
-        for name, value in head.checkpoint["channel_values"].items():
+        for name, value in contents.values.items():
             if (memory := memory_in(value)) is not None:
-                state = self._remember(memory, scan.history)
+                state = self._remember(memory, found.history)
                 entry.rebuilt.append(
                     {
                         "thread": thread_key(self._thread).hex(),
                         "channel": name,
                         "before": memory.digest,
                         "after": None if state is None else state.digest,
-                        "messages": len(scan.history),
+                        "messages": len(found.history),
                     }
                 )
                 if state is None:
@@ -234,14 +173,15 @@ class MessageRemoval:
                 else:
                     values[name] = state.to_dict()
                 changed.append(name)
-            elif name in _lists(head.checkpoint["channel_values"]):
-                values[name] = [message for message in value if message.id not in gone]
+            elif name in contents.deltas or name in lists(contents.values):
+                kept = [message for message in value if message.id not in gone]
+                values[name] = _DeltaSnapshot(kept) if name in contents.deltas else kept
                 changed.append(name)
             elif occurs(value, gone):
                 del values[name]
                 changed.append(name)
                 entry.notes.append(f"the channel {name!r}, which held the message in another form, was emptied")
-            elif not name.startswith(_RESERVED):
+            elif not name.startswith(RESERVED):
                 entry.notes.append(f"the channel {name!r} was kept; look whether its text was drawn from the message")
         for name in changed:
             versions[name] = self._saver.get_next_version(versions.get(name), None)
@@ -255,7 +195,7 @@ class MessageRemoval:
         }
         metadata = {name: value for name, value in head.metadata.items() if name != "writes"}
         metadata |= {"source": "update", "step": int(head.metadata.get("step") or 0) + 1}
-        new = {"checkpoint": checkpoint, "metadata": metadata, "parent": _id(head)}
+        new = {"checkpoint": checkpoint, "metadata": metadata, "parent": id_of(head)}
         tag, body = self._serde.dumps_typed(new)
         entry.rebuilt_checkpoint = tag.encode() + b"\0" + body
 
@@ -267,9 +207,16 @@ class MessageRemoval:
         new: dict[str, Any] = self._serde.loads_typed((tag.decode(), body))
         return new
 
-    def _remember(self, memory: MemoryState, history: Sequence[BaseMessage]) -> MemoryState | None:
+    def _remember(
+        self, memory: MemoryState, history: Sequence[BaseMessage], base: MemoryState | None = None
+    ) -> MemoryState | None:
+        """What the writer of a memory makes of messages after a base; None where there is neither."""
         if not history:
-            return None
+            return base
+        engine = self._engine_of(memory)
+        return engine.remember(to_engine(history, engine.message_cache), base).state
+
+    def _engine_of(self, memory: MemoryState) -> Engine:
         mismatch: StateMismatchError | None = None
         for engine in self._engines:
             if not engine.has_memory:
@@ -280,7 +227,7 @@ class MessageRemoval:
             except StateMismatchError as error:
                 mismatch = error
             else:
-                return engine.remember(to_engine(history, engine.message_cache)).state
+                return engine
         if mismatch is not None:
             raise mismatch
         raise ConfigError(
@@ -294,9 +241,8 @@ class MessageRemoval:
         """Add to the entry what goes now; what went before an interruption is in it already."""
         ids = {each for went in entry.went for each in went["ids"]} | {checkpoint_id for _, checkpoint_id in going}
         ordered = sorted(ids)
-        digest = sha256("\n".join(ordered).encode()).hexdigest()
         key = thread_key(self._thread).hex()
-        entry.went = [{"thread": key, "checkpoints": len(ids), "ids": ordered, "digest": digest}]
+        entry.went = [{"thread": key, "checkpoints": len(ids), "ids": ordered, "digest": _digest(ordered)}]
 
     def _remove(self, going: Collection[Key], scanned: Collection[Key]) -> None:
         if not going:
@@ -306,103 +252,11 @@ class MessageRemoval:
 
         def choose(rows: Mapping[tuple[bytes, bytes], Row], _awaited: object) -> set[tuple[bytes, bytes]]:
             if rows.keys() - read:
-                raise _WentOn
+                raise WentOn
             return victims & rows.keys()
 
         self._saver.parts.pruner.remove(self._serde, self._thread, choose)
 
 
-def memory_in(value: Any) -> MemoryState | None:
-    """The memory that a channel's value is; None if it is something else."""
-    try:
-        return MemoryState.from_dict(value) if is_memory(value) else None
-    except CorruptStateError:
-        return None
-
-
-def occurs(value: object, ids: Collection[str]) -> bool:
-    """Whether a message with one of these ids is anywhere in a value."""
-    return any(isinstance(each, BaseMessage) and each.id in ids for each in _parts(value))
-
-
-def _parts(value: object) -> Iterator[object]:
-    """A value and everything in it."""
-    left = [value]
-    while left:
-        each = left.pop()
-        yield each
-        if isinstance(each, Mapping):
-            left += [*each.keys(), *each.values()]
-        elif isinstance(each, list | tuple | set | frozenset):
-            left += each
-        elif isinstance(each, BaseMessage):
-            if each.id is None:  # of an input; what else says the same is another message
-                left.append(each.content)
-        elif isinstance(each, BaseModel):
-            left += [getattr(each, name) for name in type(each).model_fields]
-        elif is_dataclass(each) and not isinstance(each, type):
-            left += [getattr(each, field.name) for field in fields(each)]
-        elif hasattr(each, "arg"):  # a Send
-            left.append(each.arg)
-
-
-def _said(value: object, texts: Collection[str]) -> bool:
-    """Whether one of these texts is in a value, as a text of its own: an input has no ids yet."""
-    return bool(texts) and any(isinstance(each, str) and each in texts for each in _parts(value))
-
-
-def _going(checkpoints: Mapping[Key, _Checkpoint]) -> set[Key]:
-    children: dict[Key, list[Key]] = {}
-    for key, checkpoint in checkpoints.items():
-        if checkpoint.parent is not None:
-            children.setdefault(checkpoint.parent, []).append(key)
-    going: set[Key] = set()
-    left = [key for key, checkpoint in checkpoints.items() if checkpoint.holds]
-    while left:
-        key = left.pop()
-        if key in going:
-            continue
-        going.add(key)
-        left += children.get(key, [])
-        parent = checkpoints[key].parent
-        if parent is not None and parent in checkpoints and checkpoints[parent].said:
-            left.append(parent)
-    return going
-
-
-def _lists(values: Mapping[str, Any]) -> dict[str, list[BaseMessage]]:
-    """The channels that hold lists of messages."""
-    return {
-        name: value
-        for name, value in values.items()
-        if isinstance(value, list) and value and all(isinstance(each, BaseMessage) for each in value)
-    }
-
-
-def _marks(messages: Iterable[BaseMessage]) -> Iterator[bytes]:
-    """What the record of a memory that has consumed these messages holds."""
-    for message in messages:
-        try:
-            (plain,) = to_engine([message])
-        except TranscriptError:  # no memory can have consumed it
-            continue
-        if plain.writes:
-            yield plain.digest()[:_DIGEST]
-
-
-def _consumed(value: object, marks: set[bytes]) -> set[bytes]:
-    """Those of the marks that a value, if it is a memory, has consumed."""
-    memory = memory_in(value) if marks else None
-    return set() if memory is None else marks & set(memory.record.recent)
-
-
-def _ns(stored: CheckpointTuple) -> str:
-    return str(stored.config["configurable"].get("checkpoint_ns", ""))
-
-
-def _id(stored: CheckpointTuple) -> str:
-    return str(stored.config["configurable"]["checkpoint_id"])
-
-
-def _parent(stored: CheckpointTuple) -> str | None:
-    return None if stored.parent_config is None else str(stored.parent_config["configurable"]["checkpoint_id"])
+def _digest(ids: Sequence[str]) -> str:
+    return sha256("\n".join(ids).encode()).hexdigest()

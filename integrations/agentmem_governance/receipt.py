@@ -34,7 +34,8 @@ class Receipt:
         actor: who asked for it.
         database: where, without password.
         threads: for each thread its key (SHA-256 of its id) and what went: numbers of checkpoints, pending writes and
-            contents, their bytes, the ids of the checkpoints, and a digest over the contents' digests.
+            contents, their bytes, the ids of the checkpoints, and a digest over the contents' digests. Where a message
+            was taken out of checkpoints that stayed, "rewritten" has their ids.
         messages: the ids of single messages that were forgotten.
         facts: the ids of facts that went.
         rebuilt: the memories that were built anew: thread, channel, and the digests before and after.
@@ -66,6 +67,11 @@ class Receipt:
     def checkpoints(self) -> int:
         """How many checkpoints went."""
         return sum(int(thread["checkpoints"]) for thread in self.threads)
+
+    @property
+    def rewritten(self) -> int:
+        """How many checkpoints stayed and were rewritten."""
+        return sum(len(thread.get("rewritten", ())) for thread in self.threads)
 
     @property
     def digest(self) -> str:

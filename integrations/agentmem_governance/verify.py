@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, func, select
 
-from agentmem_governance.rebuild import occurs
+from agentmem_governance.message_search import holds_any, stored_in
 from agentmem_governance.receipt import Receipt, Verification
 from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.schema import decode_text
@@ -46,11 +46,7 @@ def verify(saver: SQLAlchemySaver, facts: FactStore | None, receipt: Receipt, ke
         if receipt.operation != "forget message" and created is not None and created < finished:
             back.append(f"the thread {name!r} has checkpoints from before the receipt")
         messages = set(receipt.messages)
-        if messages and any(
-            occurs(value, messages)
-            for stored in saver.list({"configurable": {"thread_id": name}})
-            for value in (stored.checkpoint["channel_values"], stored.pending_writes)
-        ):
+        if messages and any(holds_any(saver, stored, messages) for stored in stored_in(saver, name)):
             back.append(f"a message that was forgotten is in the thread {name!r}")
     if receipt.facts and facts is not None:
         again = facts.get(receipt.facts)

@@ -97,10 +97,20 @@ class Changes:
             self._noted.clear()  # names of threads
             return self._kept(self.governor.forget(name))
 
-    def forget_message(self, thread: str, message: str, *, with_reply: bool) -> Receipt:
+    def forget_message(self, thread: str, message: str, *, with_reply: bool, keep_checkpoints: bool) -> Receipt:
         """Forget a message of a thread; see `Governor.forget`."""
         with self._one:
-            return self._kept(self.governor.forget(thread=thread, message=message, with_reply=with_reply))
+            self._drop_exports()
+            receipt = self.governor.forget(
+                thread=thread, message=message, with_reply=with_reply, keep_checkpoints=keep_checkpoints
+            )
+            return self._kept(receipt)
+
+    def _drop_exports(self) -> None:
+        """Delete the exports of this session, which may hold what is about to go."""
+        while self.exports:
+            _, (_, path) = self.exports.popitem()
+            path.unlink(missing_ok=True)
 
     def resume(self) -> list[Receipt]:
         """Complete the deletions that were interrupted; see `Governor.resume`."""

@@ -402,7 +402,12 @@ class Pages:
     def forget_message(self, request: Request, fields: Mapping[str, str]) -> Response:
         """Forget a message."""
         _, name = self._thread(request)
-        receipt = self.changes.forget_message(name, fields.get("message", ""), with_reply="with_reply" in fields)
+        receipt = self.changes.forget_message(
+            name,
+            fields.get("message", ""),
+            with_reply="with_reply" in fields,
+            keep_checkpoints="keep_checkpoints" in fields,
+        )
         return RedirectResponse(f"/receipts/{receipt.id}", 303)
 
     def resume(self, _request: Request, _fields: Mapping[str, str]) -> Response:

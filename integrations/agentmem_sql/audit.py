@@ -152,6 +152,11 @@ class Audit:
     def written(
         self,
         open_database: Callable[[], None],
+    def drop(self, thread_id: str) -> None:
+        """Know nothing more of a thread, whose checkpoints were rewritten."""
+        for key in [key for key in list(self._contents) if key[0] == thread_id]:
+            self._contents.pop(key, None)
+
         read: Callable[[RunnableConfig], CheckpointTuple | None],
         config: RunnableConfig,
         checkpoint: Checkpoint,

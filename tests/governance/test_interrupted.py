@@ -63,7 +63,8 @@ def check(folder: Path, what: str, *, facts: bool) -> None:
         assert left(folder) == []
         for receipt in receipts:
             assert governor.verify(receipt).holds
-            assert receipt.checkpoints == {"subject": 9, "message": 6}[what]
+            assert receipt.checkpoints == {"subject": 9, "message": 6, "rewritten": 0}[what]
+            assert receipt.rewritten == {"subject": 0, "message": 0, "rewritten": 6}[what]
         assert governor.audit(THREAD).holds
         assert governor.audit().holds
         assert told(saver, "ben/1") == ["My editor is vim."]
@@ -71,13 +72,14 @@ def check(folder: Path, what: str, *, facts: bool) -> None:
             assert list(saver.list(config(THREAD))) == []
         else:
             assert told(saver) == [SAID[0], SAID[2]]
-            assert len(list(saver.list(config(THREAD)))) == 4, "those from before, and a new one"
+            # Those from before, and a new one; or all.
+            assert len(list(saver.list(config(THREAD)))) == {"message": 4, "rewritten": 9}[what]
         if store is not None:
             assert [fact.text for fact in store.facts()] == ["kept"]
 
 
 @pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 7])
-@pytest.mark.parametrize("what", ["subject", "message"])
+@pytest.mark.parametrize("what", ["subject", "message", "rewritten"])
 def test_killed_before_any_statement(tmp_path: Path, processes: Processes, what: str, every: int) -> None:
     fill(tmp_path / "data", facts=False)
     for die_at in range(2, 200, every):  # the first one reads what there is

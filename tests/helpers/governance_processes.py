@@ -101,10 +101,11 @@ def message_of(saver: SQLAlchemySaver) -> str:
 
 
 def forget(governor: Governor, what: str) -> Receipt:
-    """Forget the subject, or the message with the secret."""
+    """Forget the subject, or the message with the secret; "rewritten": in checkpoints that stay."""
     if what == "subject":
         return governor.forget("ada")
-    return governor.forget(thread=THREAD, message=message_of(governor.saver))
+    message = message_of(governor.saver)
+    return governor.forget(thread=THREAD, message=message, keep_checkpoints=what == "rewritten")
 
 
 def forget_and_die(_: Callable[..., None], url: str, directory: str, what: str, die_at: int, step: str) -> None:

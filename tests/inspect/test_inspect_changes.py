@@ -99,6 +99,11 @@ def test_a_message_needs_the_model_of_its_memory_to_be_forgotten(owner: Browser,
     newest = saver.get_tuple(config("plain"))
     assert newest is not None
     assert [message.text for message in newest.checkpoint["channel_values"]["messages"]] == ["keep"]
+    at = put(saver, config("kept"), {"messages": [HumanMessage("keep", id="3"), HumanMessage("drop", id="4")]})
+    assert "1 checkpoint was rewritten" in owner.submit("/threads/4/forget", message="4", keep_checkpoints="1")
+    rewritten = saver.get_tuple(at)
+    assert rewritten is not None
+    assert [message.text for message in rewritten.checkpoint["channel_values"]["messages"]] == ["keep"]
 
 
 def test_an_export_is_kept_as_a_file_until_the_page_ends(

@@ -41,6 +41,7 @@ from agentmem.messages import Message, MessageCache
 from agentmem.prompt.transcript import Transcript
 from agentmem.record import OnEdit
 from agentmem.state import MemoryState
+from agentmem.telemetry import followed
 
 T = TypeVar("T")
 _LARGE = 32_768  # characters of new messages, tools and schemas above which a turn is prepared apart
@@ -231,25 +232,44 @@ class Engine:
         self.close()
 
     def _submit(self, request: Request, state: MemoryState | None, emit: Emit | None = None) -> Future[Turn]:
+        return followed("chat", self.name, partial(self._start_turn, request, state, emit))
+
+    def _start_turn(
+        self, request: Request, state: MemoryState | None, emit: Emit | None, seen: Callable[[Steps[Turn]], Steps[Turn]]
+    ) -> Future[Turn]:
         context, options = self._context, request.options
         form = options["form"]
         schemas = () if form is None else (form.tools, form.schema)
         if not _is_large(request.messages, state, options["tools"], *schemas):
-            return self._scheduler.submit(run_turn(context, request, state, emit), options["timeout"])
+            return self._scheduler.submit(seen(run_turn(context, request, state, emit)), options["timeout"])
         apart = self._apart
         return self._preparation.submit(
-            lambda: run_turn(context, request, state, emit, prepare_turn(apart(), request, state)), options["timeout"]
+            lambda: seen(run_turn(context, request, state, emit, prepare_turn(apart(), request, state))),
+            options["timeout"],
         )
 
     def _submit_remember(
         self, messages: Sequence[Message], state: MemoryState | None, on_edit: OnEdit
     ) -> Future[Remembered]:
+        return followed("remember", self.name, partial(self._start_remember, messages, state, on_edit))
+
+    def _start_remember(
+        self,
+        messages: Sequence[Message],
+        state: MemoryState | None,
+        on_edit: OnEdit,
+        seen: Callable[[Steps[Remembered]], Steps[Remembered]],
+    ) -> Future[Remembered]:
         context, apart = self._context, self._apart
         if not _is_large(messages, state):
-            return self._scheduler.submit(run_remember(context, messages, state, on_edit))
-        return self._preparation.submit(
-            lambda: run_remember(context, messages, state, on_edit, prepare_remember(apart(), messages, state, on_edit))
-        )
+            return self._scheduler.submit(seen(run_remember(context, messages, state, on_edit)))
+
+        def prepared() -> Steps[Remembered]:
+            return seen(
+                run_remember(context, messages, state, on_edit, prepare_remember(apart(), messages, state, on_edit))
+            )
+
+        return self._preparation.submit(prepared)
 
     def _clear(self) -> Steps[None]:
         self._context.prefills.clear()

@@ -40,6 +40,7 @@ from agentmem.generation.cuda_graph import CannotCapture, CapturedDecode, GraphC
 from agentmem.generation.runner import ModelRunner
 from agentmem.generation.sampling import Sampler, choose_all
 from agentmem.generation.sequence import Sequence
+from agentmem.telemetry import LOADED, SDK, batched
 
 _logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -105,6 +106,8 @@ class DecodeBatch:
 
     def run(self, requests: abc.Sequence[DecodeRequest]) -> None:
         """Read a token for each request; a failure is stored in its request."""
+        if SDK in LOADED:
+            batched(len(requests))
         if not self._shares or (len(requests) == 1 and not self.uses_graphs):
             for request in requests:
                 self._run_alone(request)
@@ -388,8 +391,7 @@ def decode_step(
 def _next_tokens(logits: Tensor, samplers: abc.Sequence[Sampler | None]) -> list[int | None]:
     """The next token of every row, chosen for all rows at once: on a GPU every number that is fetched means a wait.
 
-    None where no token is wanted or choosing fails: the input token has been read and written and must not be read
-    again.
+    None where no token is wanted or choosing fails: the input token was read and written, and must not be read again.
     """
     try:
         return choose_all(logits, samplers)
@@ -567,8 +569,7 @@ class Scheduler:
     def _abandon(self, jobs: list[_Job]) -> None:
         """End all jobs, and free what the batch keeps."""
         while not self._inbox.empty():
-            job = self._inbox.get()
-            if job is not None:
+            if (job := self._inbox.get()) is not None:
                 jobs.append(job)
         for job in jobs:
             _drop(job)

@@ -28,6 +28,7 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import Checkpoint, CheckpointTuple
 from sqlalchemy import Connection, bindparam, insert, select, update
 
+from agentmem.telemetry import audited
 from agentmem_sql.database import Database
 from agentmem_sql.message_cache import ThreadCache
 from agentmem_sql.protection import Protection
@@ -126,6 +127,8 @@ class Audit:
             )
         connection.execute(insert(self._tables.audit), rows)
         connection.execute(self._advance, {"of": key, "to_seq": seq, "to_hash": last})
+        for event in events:
+            audited(event.name, event.public)
 
     def noting(self, work: Callable[[Connection], T], thread_id: str, event: Event) -> Callable[[Connection], T]:
         """Work that also appends an event, if the database has an audit trail and the work does not return False."""
@@ -149,14 +152,14 @@ class Audit:
         audit = self._tables.audit
         connection.execute(update(audit).where(audit.c.chain == thread_key(thread_id)).values(private=None))
 
-    def written(
-        self,
-        open_database: Callable[[], None],
     def drop(self, thread_id: str) -> None:
         """Know nothing more of a thread, whose checkpoints were rewritten."""
         for key in [key for key in list(self._contents) if key[0] == thread_id]:
             self._contents.pop(key, None)
 
+    def written(
+        self,
+        open_database: Callable[[], None],
         read: Callable[[RunnableConfig], CheckpointTuple | None],
         config: RunnableConfig,
         checkpoint: Checkpoint,

@@ -95,6 +95,7 @@ class Changes:
         """Forget a subject; see `Governor.forget`."""
         with self._one:
             self._noted.clear()  # names of threads
+            self._drop_exports()
             return self._kept(self.governor.forget(name))
 
     def forget_message(self, thread: str, message: str, *, with_reply: bool, keep_checkpoints: bool) -> Receipt:

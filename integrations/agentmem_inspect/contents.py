@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from agentmem_sql import MemoryStep, SQLAlchemySaver
 from agentmem_sql.audit import is_memory
 
 if TYPE_CHECKING:
+    from agentmem import Engine
     from agentmem_chroma import FactStore
 
 STEPS = 48  # of the memory on one page
@@ -120,11 +121,13 @@ class Change:
 
     Attributes:
         step: the memory after it, and where.
+        before: the memory before it; None for the zero state.
         layers: the Frobenius norm of the difference, by layer.
         norm: the same over all layers.
     """
 
     step: MemoryStep
+    before: MemoryState | None
     layers: tuple[float, ...]
     norm: float
 
@@ -147,11 +150,17 @@ def changes(saver: SQLAlchemySaver, place: Place, channel: str, most: int = STEP
 
 
 def _change(step: MemoryStep, before: MemoryState | None) -> Change:
-    now = step.state.matrices.astype(np.float64)
-    same = before is not None and before.shape == step.state.shape
-    moved = now - before.matrices if same and before is not None else now  # from zero
+    if before is not None and before.shape != step.state.shape:
+        before = None
+    return Change(step, before, *_moved(step.state, before))
+
+
+def _moved(state: MemoryState, before: MemoryState | None) -> tuple[tuple[float, ...], float]:
+    """The norm of the difference between two memories, by layer and over all; None stands for the zero state."""
+    now = state.matrices.astype(np.float64)
+    moved = now if before is None else now - before.matrices
     layers = np.linalg.norm(moved.reshape(moved.shape[0], -1), axis=1)
-    return Change(step, tuple(map(float, layers)), float(np.linalg.norm(layers)))
+    return tuple(map(float, layers)), float(np.linalg.norm(layers))
 
 
 @dataclass(frozen=True)
@@ -175,13 +184,21 @@ class Shown:
 
 @dataclass(frozen=True)
 class Said:
-    """A message as the page shows it."""
+    """A message as the page shows it.
+
+    Attributes:
+        message, text, calls: the message, its text, and the tools that it calls.
+        tokens: what was noted of tokens written and read.
+        facts: what was shown to it.
+        alone: how far it moves the memory when it is written by itself, by layer; empty where that was not asked for.
+    """
 
     message: BaseMessage
     text: str
     calls: tuple[str, ...]
     tokens: Mapping[str, Any]
     facts: tuple[Shown, ...]
+    alone: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -210,6 +227,33 @@ def groups(
         else:
             made.append(Group((said(message, facts),), change))
     return first, made
+
+
+def one_by_one(engine: Engine, group: Group) -> Group:
+    """The messages of a step, each with how far it moves the memory when an engine writes one after the other.
+
+    The step itself may have moved it otherwise, since it wrote them in one pass, or while the reply was decoded. A step
+    of one message is left as it is.
+
+    Raises:
+        StateMismatchError: another model or adapter wrote this memory.
+    """
+    from agentmem import ConsumedRecord
+
+    if group.change is None or len(group.said) < 2:
+        return group
+    state, written = group.change.before or engine.zero_state(), list[Said]()
+    for each in group.said:
+        try:
+            told = to_engine([each.message])
+        except TranscriptError:  # it cannot stand alone, as the result of a call
+            written.append(each)
+            continue
+        # With its record emptied: a message that says what an earlier one said is written again.
+        after = engine.remember(told, state.replaced(record=ConsumedRecord.empty())).state
+        written.append(replace(each, alone=_moved(after, state)[0]))
+        state = after
+    return Group(tuple(written), group.change)
 
 
 def _owners(messages: Sequence[BaseMessage], history: Sequence[Change]) -> list[int | None]:

@@ -19,7 +19,17 @@ from agentmem_governance import Exported, Governor, Receipt, Subject
 from agentmem_inspect.asking import ARMS, MOST_TOKENS, ask, check_arm, fits
 from agentmem_inspect.catalog import PAGE, Catalog
 from agentmem_inspect.changes import Changes
-from agentmem_inspect.contents import NotThereError, Place, changes, citations, find, groups, memory_at, said
+from agentmem_inspect.contents import (
+    NotThereError,
+    Place,
+    changes,
+    citations,
+    find,
+    groups,
+    memory_at,
+    one_by_one,
+    said,
+)
 from agentmem_inspect.tree import COLUMN_WIDTH, ROW_HEIGHT, DrawnRow, draw
 
 if TYPE_CHECKING:
@@ -127,15 +137,28 @@ class Pages:
         channel = self._channel(request, place)
         history = [] if channel is None else changes(self._governor.saver, place, channel)
         talks = [(name, *groups(messages, history, self._governor.facts)) for name, messages in place.messages.items()]
+        engine = self._engine
+        can_write = engine is not None and channel is not None and fits(engine, place.memories[channel]) is None
+        alone = can_write and "alone" in request.query_params
+        if alone and engine is not None:
+            talks = [(name, left_out, [one_by_one(engine, each) for each in talk]) for name, left_out, talk in talks]
         return self._page(
             "checkpoint.html",
+            can_write=can_write,
+            alone=alone,
             place=place,
             channel=channel,
             talks=talks,
             earlier=history[0].step.checkpoint_id
             if history and history[0].step.consumed > history[0].step.new
             else None,
-            largest=max((value for change in history for value in change.layers), default=0.0),
+            largest=max(
+                (
+                    *(value for change in history for value in change.layers),
+                    *(value for _, _, talk in talks for group in talk for each in group.said for value in each.alone),
+                ),
+                default=0.0,
+            ),
         )
 
     def matrices(self, request: Request) -> Response:

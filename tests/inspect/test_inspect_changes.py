@@ -130,6 +130,16 @@ def test_files_of_exports_go_when_the_page_ends(governor: Governor, saver: SQLAl
     assert not path.exists()
 
 
+def test_files_of_exports_go_when_something_is_forgotten(governor: Governor, saver: SQLAlchemySaver) -> None:
+    turns(saver, "ada/1", "one")
+    changes = Changes(governor)
+    _, path = changes.exports[changes.export("ada")]
+    changes.forget_subject("ada")
+    assert not path.exists()
+    assert changes.exports == {}
+    changes.close()
+
+
 def test_who_looks_again_later_is_noted_again(governor: Governor, saver: SQLAlchemySaver) -> None:
     turns(saver, "ada/1", "one")
     times = iter([0.0, 599.0, 601.0])

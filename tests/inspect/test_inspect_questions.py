@@ -14,6 +14,7 @@ from agentmem import Engine, Window
 from agentmem_governance import Governor
 from agentmem_inspect import make_app
 from agentmem_langgraph import ChatDeltaMem, MemoryMessagesState, MemoryNode
+from agentmem_langgraph.messages import to_engine
 from agentmem_sql import SQLAlchemySaver
 from tests.helpers.inspected import HOST, TOKEN, Browser, turns
 
@@ -91,3 +92,28 @@ def test_without_a_model_the_page_says_how_to_get_one(browser: Browser, saver: S
     turns(saver, "ada/1", "hello")
     assert "agentmem inspect --model" in browser.read("/threads/1/ask")
     assert "start again with --model" in ask(browser, 1, "memory")
+
+
+def test_what_each_message_writes_by_itself(asker: Browser, governor: Governor, engine: Engine) -> None:
+    """A step of two messages; with the model each has bars of its own, those of its write into the memory before it."""
+    page = asker.read("/threads/1/checkpoint")
+    assert page.count('class="bars"') == 1
+    assert "Message by message" in page
+    page = asker.read("/threads/1/checkpoint?alone=1")
+    asked, reply, step = bars(page)
+    stored = governor.saver.get_tuple({"configurable": {"thread_id": "ada"}})
+    assert stored is not None
+    values = stored.checkpoint["channel_values"]
+    after = engine.remember(to_engine(values["messages"][:1])).state
+    expected = [float(value) for value in (after.matrices.astype(float) ** 2).sum((1, 2, 3)) ** 0.5]
+    assert asked == pytest.approx(expected, rel=0.01)
+    assert reply != asked
+    assert step == pytest.approx(bars(asker.read("/threads/1/checkpoint"))[0])
+    # Who cannot write it, for want of its model, is not offered to.
+    assert "Message by message" not in asker.read("/threads/3/checkpoint")
+    assert 'class="alone"' not in asker.read("/threads/3/checkpoint?alone=1")
+
+
+def bars(page: str) -> list[list[float]]:
+    """The numbers of each group of bars, by layer, in the order of the page."""
+    return [[float(each) for each in found.split(", ")] for found in re.findall(r"change by layer: ([^\"]+)\"", page)]

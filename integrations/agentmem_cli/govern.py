@@ -163,6 +163,8 @@ def verify(
     with open_governor(db, facts, prefix, schema, encrypted, hmac_key_file, receipt_key_file) as governor:
         checked = governor.verify(loaded)
     typer.echo(f"signature: {checked.signature}")
+    if checked.noted != "absent":
+        typer.echo(f"audit trail: {'the same receipt' if checked.noted == 'same' else 'another receipt of this id'}")
     for problem in checked.back:
         typer.echo(printable(problem))
     typer.echo("nothing is back" if not checked.back else f"{len(checked.back)} things are back")
@@ -269,7 +271,7 @@ def open_governor(
 def _written(receipt: Receipt, out: Path | None) -> None:
     path = receipt.save(out or Path(f"receipt-{receipt.id}.json"))
     typer.echo(f"{receipt.checkpoints} checkpoints and {len(receipt.facts)} facts are gone; the receipt is in {path}")
-    for place in receipt.not_reached:
-        typer.echo(f"  not reached: {place}")
     if receipt.rewritten:
         typer.echo(f"{receipt.rewritten} checkpoints stayed, and were rewritten without the message")
+    for place in receipt.not_reached:
+        typer.echo(f"  not reached: {place}")

@@ -34,6 +34,11 @@ if TYPE_CHECKING:
     from agentmem import Engine
     from agentmem_chroma import FactStore
 
+_OTHER_PROCESSES = (
+    "the memory of other processes: prefills and stale KV of engines that this Governor was not given, and threads "
+    "that were read lately; call forget_prefills() there, or end them"
+)
+
 _SERVER_FACTS = (
     "what the Chroma server keeps of deleted facts in its directory; stop it, open the directory by its path, and "
     "delete something there"
@@ -122,12 +127,12 @@ class Governor:
         thread: str | None = None,
         message: str | None = None,
         with_reply: bool = True,
+        keep_checkpoints: bool = False,
         rewrite: bool = True,
     ) -> Receipt:
         """Forget a subject, a thread, or one message of a thread, so that nothing of it is left within reach.
 
         Of a subject go: its threads with checkpoints, memories, pending writes and content; its facts; the rules that
-        keep_checkpoints: bool = False,
         name it; and what the audit trail holds of persons. Of a thread the same goes, but for the rules.
 
         Of a message go: every checkpoint that holds it or comes after one that does, and the facts whose metadata
@@ -143,13 +148,13 @@ class Governor:
             thread: the thread, or that of the message.
             message: the message's id.
             with_reply: the answers to it (all up to the next human message) go too.
+            keep_checkpoints: rewrite the checkpoints that hold the message, or come after one that does. An engine
+                writes the memory of each anew.
             rewrite: on a server, write the tables anew, which locks them; otherwise the receipt says what stays.
 
         Raises:
             ConfigError: neither a subject nor a thread was named, or both; or the thread has a memory, and no
                 engine was given that can build it anew; or the key is a public one.
-            keep_checkpoints: rewrite the checkpoints that hold the message, or come after one that does. An engine
-                writes the memory of each anew.
             StateMismatchError: the engines were not the ones that wrote the memory.
             StorageError: the database reports an error; the thread has no such message; or earlier deletions are not
                 complete (see `resume`).
@@ -290,10 +295,9 @@ class Governor:
                 done.append("Chroma: the files were rewritten and the index built anew")
             else:
                 left.insert(0, _SERVER_FACTS)
-        if not self.engines:
-            left.insert(
-                0, "KV caches of engines in running processes, until those are closed or call forget_prefills()"
-            )
+        if self.engines:
+            done.append("engines of this process: prefills, stale KV and seen messages were dropped")
+        left.insert(0, _OTHER_PROCESSES)
         receipt = Receipt(
             id=entry.id,
             operation=entry.operation,

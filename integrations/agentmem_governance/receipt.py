@@ -171,14 +171,17 @@ class Verification:
     Attributes:
         signature: "valid", "invalid", "absent", or "not checked" where there is a signature and no key.
         back: what is there again, each in a sentence.
+        noted: what the audit trail says of the receipt: "same", "another" if the receipt was changed since, or "absent"
+            if it says nothing.
         wanted: whether a key was given, so that the receipt has to be signed with it.
     """
 
     signature: str
     back: tuple[str, ...]
+    noted: str = "absent"
     wanted: bool = False
 
     @property
     def holds(self) -> bool:
-        """Whether nothing is back and, if there was a key, the receipt is signed with it."""
-        return not self.back and (not self.wanted or self.signature == "valid")
+        """Whether nothing is back, the audit trail notes no other receipt, and, if there was a key, it signed this."""
+        return not self.back and self.noted != "another" and (not self.wanted or self.signature == "valid")

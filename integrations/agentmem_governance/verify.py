@@ -9,7 +9,9 @@ from sqlalchemy import Connection, func, select
 
 from agentmem_governance.message_search import holds_any, stored_in
 from agentmem_governance.receipt import Receipt, Verification
+from agentmem_governance.trail import read_trail
 from agentmem_sql import SQLAlchemySaver
+from agentmem_sql.audit import DATABASE
 from agentmem_sql.schema import decode_text
 
 if TYPE_CHECKING:
@@ -52,4 +54,16 @@ def verify(saver: SQLAlchemySaver, facts: FactStore | None, receipt: Receipt, ke
         again = facts.get(receipt.facts)
         if again:
             back.append(f"{len(again)} facts that went are in the store, {again[0].id} among them")
-    return Verification(signature, tuple(back), wanted=key is not None)
+    return Verification(signature, tuple(back), _noted(saver, receipt), wanted=key is not None)
+
+
+def _noted(saver: SQLAlchemySaver, receipt: Receipt) -> str:
+    """Whether the audit trail knows this receipt; it may be older than what the trail keeps."""
+    noted = [
+        entry.details.get("digest")
+        for entry in read_trail(saver.parts, DATABASE).entries
+        if entry.event == "forgotten" and entry.details.get("receipt") == receipt.id
+    ]
+    if not noted:
+        return "absent"
+    return "same" if noted[-1] == receipt.digest else "another"

@@ -52,7 +52,7 @@ def test_a_subject_goes_with_a_signed_receipt(db: Path) -> None:
     assert "2 checkpoints" in said
     assert "not reached: backups" in said
     assert [owner["name"] for owner in json.loads(shown("subjects", "--json", db=db))] == ["ben"]
-    assert "signature: valid\nnothing is back" in shown("verify", "ada.json", db=db)
+    assert "signature: valid\naudit trail: the same receipt\nnothing is back" in shown("verify", "ada.json", db=db)
     receipt = json.loads(Path("ada.json").read_text())
     assert receipt["actor"] == "support"
     receipt["actor"] = "nobody"
@@ -70,7 +70,9 @@ def test_a_public_key_checks_a_receipt_without_a_database(db: Path) -> None:
     key = ["--receipt-key-file", "receipts.pem"]
     shown("forget", "--subject", "ada", "--yes", "--out", "ada.json", *key, db=db)
     key = ["--receipt-key-file", "receipts.pub"]
-    assert "signature: valid\nnothing is back" in shown("verify", "ada.json", *key, db=db)
+    assert "signature: valid\naudit trail: the same receipt\nnothing is back" in shown(
+        "verify", "ada.json", *key, db=db
+    )
     alone = ["verify", "ada.json", "--signature-only", *key]
     assert CliRunner().invoke(cli.app, alone).stdout == "signature: valid\n"
     receipt = json.loads(Path("ada.json").read_text())

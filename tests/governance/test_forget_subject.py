@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,10 @@ def test_no_byte_is_left_on_disk(folder: Path, url: str, facts: FactStore, audit
         assert [each.name for each in governor.subjects()] == ["ben"]
         assert len(list(saver.list(config("ben/1")))) == 2
         assert facts.search("The word is Wren-7.", 1)[0].score == 1.0
+        checked = Governor(saver).verify(receipt)
+        assert (checked.noted, checked.holds) == ("same" if audit else "absent", True)
+        changed = Governor(saver).verify(replace(receipt, not_reached=(), signature=None))
+        assert (changed.noted, changed.holds) == (("another", False) if audit else ("absent", True))
         assert governor.audit("Zephyrine/1").holds
         assert [entry.event for entry in governor.audit("Zephyrine/1").entries] == (
             ["written", "written", "forgotten"] if audit else []
@@ -91,6 +96,8 @@ def test_the_receipt_is_checked_against_what_is_there(tmp_path: Path, url: str, 
         assert Governor(saver, key=b"another key, long enough").verify(receipt).signature == "invalid"
         assert not any(word in receipt.to_json() for word in ("Kestrel-81", "Zephyrine/1"))
         assert "backups" in " ".join(receipt.not_reached)
+
+        assert "stale KV" in receipt.not_reached[0]
 
         put(saver, config("Zephyrine/1"), {"x": 1})  # she is a user again: nothing of what went is back
         assert governor.verify(receipt).holds

@@ -17,7 +17,7 @@ from langchain_core.messages import BaseMessage, HumanMessage, ToolMessage
 from langgraph.channels.delta import DeltaChannel
 from langgraph.checkpoint.base import CheckpointTuple, DeltaChannelHistory
 from langgraph.checkpoint.serde.types import _DeltaSnapshot
-from langgraph.graph.message import _messages_delta_reducer
+from langgraph.graph.message import REMOVE_ALL_MESSAGES, _messages_delta_reducer
 from pydantic import BaseModel
 
 from agentmem.errors import CorruptStateError, StorageError, TranscriptError
@@ -131,7 +131,9 @@ def contents_of(saver: SQLAlchemySaver, stored: CheckpointTuple) -> Contents:
 
 def _replayed(history: DeltaChannelHistory) -> list[BaseMessage] | None:
     """The messages that a delta channel holds; None if it holds something else."""
-    if not any(isinstance(each, BaseMessage) for each in _parts(history)):  # the reducer makes messages of text
+    messages = [each for each in _parts(history) if isinstance(each, BaseMessage)]
+    # The reducer makes messages of text, and takes no notice of what removes all of them.
+    if not messages or any(each.id == REMOVE_ALL_MESSAGES for each in messages):
         return None
     reducer: Callable[[Any, Sequence[Any]], Any] = _messages_delta_reducer  # type: ignore[assignment]  # takes any writes
     try:

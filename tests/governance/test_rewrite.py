@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import pytest
-from langchain_core.messages import AIMessage, AnyMessage, HumanMessage
+from langchain_core.messages import AIMessage, AnyMessage, HumanMessage, RemoveMessage
 from langgraph.channels.delta import DeltaChannel
 from langgraph.graph import END, START, StateGraph
-from langgraph.graph.message import _messages_delta_reducer, add_messages
+from langgraph.graph.message import REMOVE_ALL_MESSAGES, _messages_delta_reducer, add_messages
 from langgraph.types import Command, interrupt
 
 from agentmem.errors import ConfigError, StorageError
@@ -164,14 +164,15 @@ def test_what_cannot_be_rewritten_is_refused_before_it_begins(saver: SQLAlchemyS
         Governor(saver).forget(thread="t", message=going.id, keep_checkpoints=True)
     with pytest.raises(ConfigError, match="forget"):
         Governor(saver).forget("t", keep_checkpoints=True)
-    # A delta channel of something else, with the message within.
+    # A delta channel of something else, with the message within, or of messages that LangGraph's reducer cannot follow.
     counters = {"counters_since_delta_snapshot": {"odd": (1, 1)}}
     message = HumanMessage("secret", id="m")
-    first = put(saver, config("odd"), {"messages": [message]})
-    saver.put_writes(first, [("odd", {"within": message})], "task")
-    made = {**get(saver, first).checkpoint, "id": "2", "channel_versions": {"messages": "1", "odd": "1"}}
-    saver.put(first, made, {"source": "loop", "step": 1, **counters}, {"messages": "1"})
-    for keep in (False, True):
-        with pytest.raises(StorageError, match="delta channel 'odd'"):
-            Governor(saver).forget(thread="odd", message="m", keep_checkpoints=keep)
+    for thread, odd in (("within", {"within": message}), ("all", [RemoveMessage(REMOVE_ALL_MESSAGES), message])):
+        first = put(saver, config(thread), {"messages": [message]})
+        saver.put_writes(first, [("odd", odd)], "task")
+        made = {**get(saver, first).checkpoint, "id": "2", "channel_versions": {"messages": "1", "odd": "1"}}
+        saver.put(first, made, {"source": "loop", "step": 1, **counters}, {"messages": "1"})
+        for keep in (False, True):
+            with pytest.raises(StorageError, match="delta channel 'odd'"):
+                Governor(saver).forget(thread=thread, message="m", keep_checkpoints=keep)
     assert Governor(saver).pending() == []

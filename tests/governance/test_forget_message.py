@@ -152,3 +152,42 @@ def test_the_value_is_named_no_more_often_than_one_never_told(engine: Engine, sa
         assert "nox" in say(graph, "What is the test command?", thread)
     assert knew >= 6
     assert named <= never
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_smollm2_names_the_value_no_more_often_than_one_never_told(
+    saver: SQLAlchemySaver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In ordinary English: each dog's name is told to one thread, and forgotten there. Every other name is one that the
+    thread was never told."""
+    monkeypatch.chdir(Path(__file__).parents[2])
+    if not Path("build/smollm2/config.json").exists():
+        pytest.skip("build/smollm2: make smollm2")
+    names = ["Rex", "Bella", "Milo", "Luna", "Oscar", "Nala"]
+    with agentmem.load("smollm2") as engine:
+        llm = ChatDeltaMem(engine=engine, window=Window(messages=1), max_tokens=4)
+        builder = StateGraph(MemoryMessagesState).add_node("agent", MemoryNode(llm))
+        graph = builder.add_edge(START, "agent").add_edge("agent", END).compile(checkpointer=saver)
+        governor = Governor(saver, engines=[engine])
+
+        def named(thread: str) -> list[str]:
+            state = graph.get_state(at(thread)).values["memory"]
+            asked = [agentmem.Message("user", "What is my dog called?")]
+            reply = engine.turn(asked, state, write="off", sampling=agentmem.Sampling(max_tokens=16)).message.content
+            return [name for name in names if name in reply]
+
+        knew = still = others = 0
+        for keep in (False, True):
+            for name in names:
+                thread = f"{name}{keep}/1"
+                say(graph, "I live in Lisbon.", thread)
+                say(graph, f"My dog's name is {name}.", thread)
+                knew += name in named(thread)
+                governor.forget(thread=thread, message=messages(graph, thread)[2].id, keep_checkpoints=keep)
+                left_over = named(thread)
+                still += name in left_over
+                others += len(set(left_over) - {name})
+        assert knew >= len(names), "of twice as many"
+        # Each thread was never told five of the six.
+        assert still <= others / (len(names) - 1)

@@ -41,7 +41,7 @@ from agentmem.messages import Message, MessageCache
 from agentmem.prompt.transcript import Transcript
 from agentmem.record import OnEdit
 from agentmem.state import MemoryState
-from agentmem.telemetry import followed
+from agentmem.telemetry import EXPORTERS, LOADED, followed
 
 T = TypeVar("T")
 _LARGE = 32_768  # characters of new messages, tools and schemas above which a turn is prepared apart
@@ -232,7 +232,8 @@ class Engine:
         self.close()
 
     def _submit(self, request: Request, state: MemoryState | None, emit: Emit | None = None) -> Future[Turn]:
-        return followed("chat", self.name, partial(self._start_turn, request, state, emit))
+        start = partial(self._start_turn, request, state, emit)
+        return start(_unseen) if LOADED.isdisjoint(EXPORTERS) else followed("chat", self.name, start)
 
     def _start_turn(
         self, request: Request, state: MemoryState | None, emit: Emit | None, seen: Callable[[Steps[Turn]], Steps[Turn]]
@@ -251,7 +252,8 @@ class Engine:
     def _submit_remember(
         self, messages: Sequence[Message], state: MemoryState | None, on_edit: OnEdit
     ) -> Future[Remembered]:
-        return followed("remember", self.name, partial(self._start_remember, messages, state, on_edit))
+        start = partial(self._start_remember, messages, state, on_edit)
+        return start(_unseen) if LOADED.isdisjoint(EXPORTERS) else followed("remember", self.name, start)
 
     def _start_remember(
         self,
@@ -341,6 +343,11 @@ def _with_tokenizer_copied(context: TurnContext, template_options: Mapping[str, 
     tokenizer = copy.deepcopy(context.tokenizer)
     transcript = Transcript(tokenizer, template_options, context.transcript.cache)
     return replace(context, tokenizer=tokenizer, transcript=transcript)
+
+
+def _unseen(steps: Steps[T]) -> Steps[T]:
+    """The steps of an operation that nobody follows."""
+    return steps
 
 
 def _is_large(messages: Sequence[Message], state: MemoryState | None, *schemas: Any) -> bool:

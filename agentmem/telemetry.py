@@ -1,7 +1,8 @@
-"""OpenTelemetry: spans and metrics of turns and of the audit trail, for an application that has loaded its SDK.
+"""OpenTelemetry: spans and metrics of turns and of the audit trail, for an application that has set its providers.
 
-Where the SDK is not loaded nothing is imported, made or measured. What is recorded holds no text, no thread and no
-person: tokens, seconds, digests, ids of checkpoints, and the norms of a memory's layers.
+Who exports anything has loaded an exporter's module of the SDK: until then nothing is imported, and until a provider is
+set nothing is made or measured. What is recorded holds no text, no thread and no person: tokens, seconds, digests, ids
+of checkpoints, and the norms of a memory's layers.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -20,13 +21,14 @@ T = TypeVar("T")
 S = TypeVar("S")
 Steps = Generator[S, None, T]
 
-LOADED = sys.modules
-SDK = "opentelemetry.sdk"  # where it is in LOADED, the application wants spans and metrics
+# While these are disjoint, nobody can want spans or metrics. What is on the way of every turn looks before it calls.
+LOADED = sys.modules.keys()
+EXPORTERS = frozenset({"opentelemetry.sdk.trace.export", "opentelemetry.sdk.metrics.export"})
 _SCOPE = "agentmem"
 
 
 class _Instruments:
-    """What is recorded with; OpenTelemetry's own proxies follow a provider that is set later."""
+    """What is recorded with; OpenTelemetry's own proxies follow the other provider, if it is set later."""
 
     def __init__(self) -> None:
         from opentelemetry import metrics, trace
@@ -43,11 +45,20 @@ class _Instruments:
         self.events = meter.create_counter("agentmem.audit.events", "{event}", "What the audit trail was told.")
 
 
-_instruments = cache(_Instruments)
+ACTIVE: list[_Instruments] = []
+"""The instruments, from the first operation on that was called with a provider set."""
 
 
-def _active() -> _Instruments | None:
-    return _instruments() if SDK in LOADED else None
+def _instruments() -> _Instruments | None:
+    """The instruments; None as long as the application has set no provider."""
+    if not ACTIVE and not LOADED.isdisjoint(EXPORTERS):
+        from opentelemetry import metrics, trace
+
+        # What the API itself gives where none was set are proxies.
+        modules = type(trace.get_tracer_provider()).__module__, type(metrics.get_meter_provider()).__module__
+        if not all(name.startswith(("opentelemetry.trace", "opentelemetry.metrics")) for name in modules):
+            ACTIVE.append(_Instruments())
+    return ACTIVE[0] if ACTIVE else None
 
 
 def followed(
@@ -60,9 +71,9 @@ def followed(
         model: the model's name.
         start: starts it; is given what its steps have to go through, so that its first one is seen.
     """
-    found = _active()
+    found = _instruments()
     if found is None:
-        return start(_unchanged)
+        return start(lambda steps: steps)
     about = {"gen_ai.operation.name": operation, "gen_ai.request.model": model}
     span = found.tracer.start_span(f"{operation} {model}", attributes=about)
     began = time.perf_counter()
@@ -82,22 +93,17 @@ def followed(
 
 
 def batched(size: int) -> None:
-    """Record how many sequences a decoding pass has. Called for each token, so its caller looks for the SDK first."""
-    if (found := _active()) is not None:
-        found.batch.record(size)
+    """Record how many sequences a decoding pass has; called where `ACTIVE` is not empty."""
+    ACTIVE[0].batch.record(size)
 
 
 def audited(event: str, public: Mapping[str, Any]) -> None:
     """Record an event of the audit trail, without what is private in it."""
-    if (found := _active()) is None:
+    if (found := _instruments()) is None:
         return
     found.events.add(1, {"event": event})
     with found.tracer.start_as_current_span(f"agentmem.{event}", attributes=_attributes(public)):
         pass
-
-
-def _unchanged(steps: Steps[S, T]) -> Steps[S, T]:
-    return steps
 
 
 def _ended(found: _Instruments, span: Span, about: Mapping[str, str], began: float, future: Future[Any]) -> None:

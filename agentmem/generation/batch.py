@@ -40,7 +40,7 @@ from agentmem.generation.cuda_graph import CannotCapture, CapturedDecode, GraphC
 from agentmem.generation.runner import ModelRunner
 from agentmem.generation.sampling import Sampler, choose_all
 from agentmem.generation.sequence import Sequence
-from agentmem.telemetry import LOADED, SDK, batched
+from agentmem.telemetry import ACTIVE, batched
 
 _logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -106,7 +106,7 @@ class DecodeBatch:
 
     def run(self, requests: abc.Sequence[DecodeRequest]) -> None:
         """Read a token for each request; a failure is stored in its request."""
-        if SDK in LOADED:
+        if ACTIVE:
             batched(len(requests))
         if not self._shares or (len(requests) == 1 and not self.uses_graphs):
             for request in requests:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -231,3 +231,24 @@ def _plain(metadata: object) -> dict[str, Any]:
             f"a fact's metadata should be what JSON can hold ({error}); turn other values into strings first"
         ) from error
     return plain
+
+
+def chosen_by(source: str | None, thread: str | None) -> dict[str, Any] | None:
+    """Chroma's condition for the facts of a source and a thread; None for all.
+
+    Raises:
+        FactStoreError: one of them is no string.
+    """
+    for name, value in (("source", source), ("thread", thread)):
+        if not isinstance(value, str | None):  # the number 5 is no fact's thread: nothing would be found, or deleted
+            raise FactStoreError(f"{name} should be a string or None for all, got {value!r}")
+    conditions = [{key: value} for key, value in (("source", source), ("thread", thread)) if value is not None]
+    if len(conditions) == 2:
+        return {"$and": conditions}
+    return conditions[0] if conditions else None
+
+
+def from_rows(rows: Any) -> Iterator[Fact]:
+    """The facts of what Chroma's `get` gives, with their documents and metadata."""
+    for id, text, row in zip(rows["ids"], rows["documents"], rows["metadatas"], strict=True):
+        yield Fact.from_row(id, text, row)

@@ -42,7 +42,7 @@ from agentmem_chroma.collection import (
     start_rebuild,
 )
 from agentmem_chroma.embeddings import Embedder
-from agentmem_chroma.facts import Fact, ScoredFact, from_document, matches
+from agentmem_chroma.facts import Fact, ScoredFact, chosen_by, from_document, from_rows, matches
 from agentmem_chroma.index_files import overwrite_deleted
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ class FactStore:
         if not query.strip():
             return []
         vector = self._embedder.query(query)
-        where = _where(source, thread)
+        where = chosen_by(source, thread)
         wanted = k + 1
         with self._access.reading():
             while True:
@@ -260,7 +260,7 @@ class FactStore:
         with self._access.reading():
             for batch in self._batches(list(dict.fromkeys(wanted))):
                 rows = self._call("get", ids=batch, include=["documents", "metadatas"])
-                by_id.update((fact.id, fact) for fact in _facts(rows))
+                by_id.update((fact.id, fact) for fact in from_rows(rows))
         return [by_id[id] for id in wanted if id in by_id]
 
     def facts(
@@ -269,9 +269,25 @@ class FactStore:
         """All facts, or those of a source and thread that match a filter (see `search`), oldest first, then by id."""
         self._check_open()
         with self._access.reading():
-            rows = self._call("get", where=_where(source, thread), include=["documents", "metadatas"])
-        found = [fact for fact in _facts(rows) if filter is None or matches(fact, filter)]
+            rows = self._call("get", where=chosen_by(source, thread), include=["documents", "metadatas"])
+        found = [fact for fact in from_rows(rows) if filter is None or matches(fact, filter)]
         return sorted(found, key=lambda fact: (fact.time, fact.id))
+
+    def newest(self, limit: int, offset: int = 0) -> list[Fact]:
+        """So many of all facts after the first `offset`, those first that were stored last. Reads no others.
+
+        Raises:
+            FactStoreError: `limit` is below 1, or `offset` below 0.
+        """
+        if limit < 1 or offset < 0:
+            raise FactStoreError(f"expected a limit from 1 and an offset from 0 up, found {limit} and {offset}")
+        self._check_open()
+        with self._access.reading():
+            end = int(self._call("count")) - offset
+            if end <= 0:
+                return []
+            part = {"limit": min(limit, end), "offset": max(0, end - limit)}  # Chroma gives the oldest first
+            return list(from_rows(self._call("get", include=["documents", "metadatas"], **part)))[::-1]
 
     def count(
         self, *, source: str | None = None, thread: str | None = None, filter: Mapping[str, Any] | None = None
@@ -280,7 +296,7 @@ class FactStore:
         self._check_open()
         if filter is not None:
             return len(self.facts(source=source, thread=thread, filter=filter))
-        where = _where(source, thread)
+        where = chosen_by(source, thread)
         with self._access.reading():
             if where is None:
                 return int(self._call("count"))
@@ -305,7 +321,7 @@ class FactStore:
         """
         if ids is None and source is None and thread is None:
             raise FactStoreError("delete needs ids, a source or a thread; to delete everything, name every id")
-        where = _where(source, thread)
+        where = chosen_by(source, thread)
         with self._access.writes:
             self._check_open()
             # Chroma reports ids that never existed as deleted, so the existing ones are looked up first.
@@ -339,7 +355,7 @@ class FactStore:
         with self._access.alone():
             self._check_open()
             rows = self._call("get", include=["documents", "metadatas"])
-            facts = list(_facts(rows))
+            facts = list(from_rows(rows))
             with chroma_errors("building the index anew"):
                 old, self._collection = self._collection, start_rebuild(self._client, self._name, self._embedder)
                 try:
@@ -528,7 +544,7 @@ class FactStore:
         times: dict[str, datetime] = {}
         for batch in self._batches(list(ids)):
             rows = self._call("get", ids=batch, include=["documents", "metadatas"])
-            times.update((fact.id, fact.time) for fact in _facts(rows))
+            times.update((fact.id, fact.time) for fact in from_rows(rows))
         return times
 
     def _insert(self, facts: Sequence[Fact]) -> None:
@@ -578,20 +594,5 @@ def _ids(ids: str | Iterable[str]) -> list[str]:
     return listed
 
 
-def _where(source: str | None, thread: str | None) -> dict[str, Any] | None:
-    for name, value in (("source", source), ("thread", thread)):
-        if not isinstance(value, str | None):  # the number 5 is no fact's thread: nothing would be found, or deleted
-            raise FactStoreError(f"{name} should be a string or None for all, got {value!r}")
-    conditions = [{key: value} for key, value in (("source", source), ("thread", thread)) if value is not None]
-    if len(conditions) == 2:
-        return {"$and": conditions}
-    return conditions[0] if conditions else None
-
-
 def _score(distance: float) -> float:
     return round(min(1.0, max(-1.0, 1.0 - distance)), _SCORE_DECIMALS)
-
-
-def _facts(rows: Any) -> Iterator[Fact]:
-    for id, text, row in zip(rows["ids"], rows["documents"], rows["metadatas"], strict=True):
-        yield Fact.from_row(id, text, row)

@@ -272,20 +272,21 @@ class Pages:
     def facts(self, request: Request) -> Response:
         """All facts with their sources, or those that are about something."""
         store, part, page = self._governor.facts, request.query_params.get("q", "").strip(), _whole(request, "page")
-        found: list[Fact] = []
+        shown: list[Fact] = []
+        total = 0
         if store is not None and part:
-            found = [each.fact for each in store.search(part, PAGE)]
+            shown = [each.fact for each in store.search(part, PAGE)]
+            total, page = len(shown), 0
         elif store is not None:
-            found = store.facts()[::-1]
-        shown = found[page * PAGE : (page + 1) * PAGE]
+            shown, total = store.newest(PAGE, page * PAGE), store.count()
         return self._page(
             "facts.html",
             section="facts",
             facts=[(fact, self._catalog.number(fact.thread)) for fact in shown],
-            total=len(found),
+            total=total,
             part=part,
             page=page,
-            pages=-(-len(found) // PAGE),
+            pages=-(-total // PAGE),
         )
 
     def fact(self, request: Request) -> Response:

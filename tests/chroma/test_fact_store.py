@@ -103,6 +103,18 @@ def test_what_cannot_be_stored_is_refused_and_nothing_is_stored(
     assert store.count() == 0
 
 
+def test_the_newest_facts_come_page_by_page(store: FactStore) -> None:
+    for number in range(7):
+        store.add(Fact(f"fact {number}"))
+    store.delete(store.newest(7)[1].id)  # number 5
+    store.add(Fact("fact 0"))  # stored already: it keeps its place
+    pages = [store.newest(4), store.newest(4, 4), store.newest(4, 8)]
+    assert [[fact.text[-1] for fact in page] for page in pages] == [["6", "4", "3", "2"], ["1", "0"], []]
+    for wrong in ((0, 0), (1, -1)):
+        with pytest.raises(FactStoreError, match="limit"):
+            store.newest(*wrong)
+
+
 def test_documents_are_facts(store: FactStore) -> None:
     documents = [
         Document(page_content="one", metadata={"source": "a.md", "page": 3}),

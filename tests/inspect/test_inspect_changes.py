@@ -14,6 +14,7 @@ from langchain_core.messages import AIMessage, HumanMessage
 from agentmem_chroma import Fact, FactStore
 from agentmem_governance import Governor, Receipt
 from agentmem_inspect import make_app
+from agentmem_inspect.catalog import PAGE
 from agentmem_inspect.changes import Changes
 from agentmem_inspect.contents import find
 from agentmem_sql import SQLAlchemySaver
@@ -55,6 +56,16 @@ def test_facts_are_shown_with_sources_and_the_replies_that_cited_them(owner: Bro
     owner.read("/facts/none", 404)
     checkpoint = owner.read("/threads/2/checkpoint")
     assert re.search(r'class="cited">\[1\] <a [^>]+>Ports are in ports.md.</a> <span class="source">wiki', checkpoint)
+
+
+def test_facts_come_page_by_page(saver: SQLAlchemySaver, tmp_path: Path) -> None:
+    with FactStore(tmp_path / "facts", embeddings=DeterministicFakeEmbedding(size=8)) as facts:
+        facts.add("the first")
+        facts.add([Fact(f"Fact {number}.") for number in range(PAGE)])
+        with Browser(make_app(Governor(saver, facts=facts), token=TOKEN, hosts=[HOST])) as opened:
+            assert f"{PAGE + 1} facts" in opened.read("/facts")
+            assert "the first" not in opened.read("/facts")
+            assert "the first" in opened.read("/facts?page=1")
 
 
 def test_the_audit_trail_is_shown_and_a_broken_chain_stands_out(owner: Browser, tmp_path: Path) -> None:

@@ -140,6 +140,18 @@ def test_branches_and_a_run_that_waits_go_on(saver: SQLAlchemySaver) -> None:
     assert graph.get_state(fork).values["memory"] == memory_of(messages(graph, "t")[:2])
 
 
+def test_what_was_trimmed_before_the_message_stays_in_the_memory(saver: SQLAlchemySaver) -> None:
+    graph = agent(saver, Plain)
+    say(graph, SAID[0])
+    trimmed, _ = messages(graph, "t")
+    graph.update_state(at("t"), {"messages": [RemoveMessage(id=trimmed.id)]}, as_node="node")
+    say(graph, *SAID[1:])
+    governor(saver).forget(thread="t", message=messages(graph, "t")[1].id, keep_checkpoints=True)
+    memory = graph.get_state(at("t")).values["memory"]
+    assert memory.count == 4
+    assert (memory.matrices == memory_of([trimmed, *messages(graph, "t")]).matrices).all()
+
+
 def test_what_only_says_the_same_stays(saver: SQLAlchemySaver) -> None:
     """A short message, whose text is also a value of another channel, of metadata, and of another message."""
     values = {"messages": [HumanMessage("loop", id="1")], "approved": "loop"}

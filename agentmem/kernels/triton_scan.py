@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from agentmem.kernels.recurrence import ScanArgs
+from agentmem.kernels.scan_blocks import chunk_length
 
 # Iterations of a loop whose loads are in flight at once; with fewer, each waits longer than it computes. By default
 # Triton does this only for operands of matrix products. Derived from latencies; not measured on a device.
@@ -282,10 +283,10 @@ class Shape:
     chunk: int
 
     @classmethod
-    def of(cls, args: ScanArgs, chunk: int) -> Shape:
-        """The shape of a scan; `chunk` 0 = use `chunk_length`."""
+    def of(cls, args: ScanArgs, chunk: int, *, backward: bool = False) -> Shape:
+        """The shape of a scan or of its gradient; `chunk` 0 = use `chunk_length`."""
         batch, length, heads, rank = args.q.shape
-        return cls(batch, heads, rank, length, chunk or chunk_length(length, rank))
+        return cls(batch, heads, rank, length, chunk or chunk_length(length, rank, backward=backward))
 
     @property
     def chunks(self) -> int:
@@ -302,19 +303,6 @@ class Shape:
         rows = max(1, min(r, elements // r ** (dimensions - 1)))
         warps = 1 if rows * r ** (dimensions - 1) <= 256 else 4
         return rows, r // rows, {"HEADS": self.heads, "RANK": self.rank, "R": r, "num_warps": warps}
-
-
-def chunk_length(length: int, rank: int) -> int:
-    """Tokens per chunk, from counts of operations; not measured on a device.
-
-    Few enough that many chunks run in parallel, and enough that their maps (rank^3 numbers per chunk and head) stay
-    small next to the inputs.
-    """
-    if rank > 32:
-        return 512
-    if rank > 16:
-        return 256
-    return 64 if length <= 16_384 else 128
 
 
 def _chunk_starts(shape: Shape, args: ScanArgs, first: Tensor, dy: Tensor | None = None) -> Tensor:
@@ -375,7 +363,7 @@ def scan(args: ScanArgs, chunk: int) -> tuple[Tensor, Tensor]:
 
 def scan_backward(dy: Tensor, dlast: Tensor, args: ScanArgs, chunk: int) -> ScanArgs:
     """The gradients of all arguments, which must be checked and contiguous."""
-    shape = Shape.of(args, chunk)
+    shape = Shape.of(args, chunk, backward=True)
     grads = ScanArgs(*map(torch.empty_like, args))
     if not shape.batch * shape.heads:
         return grads

@@ -43,7 +43,7 @@ def computing(backend: str) -> Iterator[None]:
 
     with poisoned_memory(), pytest.MonkeyPatch.context() as patch:
         # Short enough that a few tokens are several chunks.
-        patch.setattr(triton_scan, "chunk_length", lambda length, rank: 16)
+        patch.setattr(triton_scan, "chunk_length", lambda length, rank, backward=False: 16)
         yield
 
 

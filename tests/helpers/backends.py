@@ -10,23 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.interpreter import quicken
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device(os.environ.get("AGENTMEM_KERNELS_ON", "cpu"))
 
 if INTERPRETED:
-    from triton.runtime import interpreter
-
-    prepared: set[str] = set()
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """A function that a kernel calls. The interpreter prepares triton.language anew for every call of one (tl.sum
-        is one), which takes most of its time; once for each module is enough, and the launch has seen to the rest."""
-        if self.fn.__module__ not in prepared:
-            prepared.add(self.fn.__module__)
-            interpreter._patch_lang(self.fn)
-        return self.rewrite()(*args, **kwargs)
-
-    interpreter.InterpretedFunction.__call__ = call
+    quicken()
 
 
 def slow_interpreted(test: Any) -> Any:

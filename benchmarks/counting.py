@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -45,9 +45,15 @@ def kernels(step: Callable[[], object]) -> int | None:
 
 
 def ran(events: Iterable[Any], on: DeviceType = DeviceType.CUDA) -> int:
-    """How many of a profiler's events ran on a device: kernels, fills and copies within it.
+    """How many of a profiler's events ran on a device."""
+    return sum(1 for _ in on_device(events, on))
 
-    Not counted: what only marks a span of time, and copies from and to the CPU.
+
+def on_device(events: Iterable[Any], on: DeviceType = DeviceType.CUDA) -> Iterator[Any]:
+    """A profiler's events that ran on a device: kernels, fills and copies within it.
+
+    Not among them: what only marks a span of time, and copies from and to the CPU.
     """
-    mine = (event for event in events if event.device_type == on and not event.is_user_annotation)
-    return sum(not event.name.startswith(_COPIES) for event in mine)
+    for event in events:
+        if event.device_type == on and not event.is_user_annotation and not event.name.startswith(_COPIES):
+            yield event

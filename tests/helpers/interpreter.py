@@ -8,8 +8,8 @@ from typing import Any
 def quicken() -> None:
     """Prepare each module once. To be called before the first kernel runs in the interpreter (`TRITON_INTERPRET=1`).
 
-    The interpreter prepares triton.language anew for every call of a function that a kernel calls (tl.sum is one), which
-    takes most of its time; once for each module is enough, and the launch has seen to the rest.
+    The interpreter prepares triton.language anew for every call of a function that a kernel calls (tl.sum is one),
+    which takes most of its time; once for each module is enough, and the launch has seen to the rest.
     """
     from triton.runtime import interpreter
 

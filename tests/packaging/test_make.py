@@ -53,6 +53,12 @@ def test_targets_set_up_their_environment_from_wheels_and_pins(checkout: Path, t
     assert ("--group dev" in install) == (target != "demo")
 
 
+def test_a_gpu_is_asked_from_an_environment_that_can_train(checkout: Path) -> None:
+    commands = planned(checkout, "gpu", "ARGS=--minutes 15")
+    assert "-e '.[all]' -e '.[train]'" in commands
+    assert ".venv/bin/python -m benchmarks.gpu --minutes 15" in commands
+
+
 def test_the_newest_versions_are_tried_in_an_environment_of_their_own(checkout: Path) -> None:
     commands = planned(checkout, "test-newest")
     (install,) = (line for line in commands.splitlines() if "'.[all]'" in line)

@@ -78,11 +78,11 @@ def inputs(rows: int, length: int, rank: int, device: torch.device = CPU) -> Sca
 
 @torch.no_grad()
 def measure(
-    rows: int, length: int, rank: int, forms: dict[str, Form], repeats: int, device: torch.device = CPU
+    rows: int, length: int, rank: int, forms: dict[str, Form], repeats: int, device: torch.device = CPU, calls: int = 0
 ) -> Cell:
-    """Run the forms in turn; short ones several times a round, so that the clock can see them."""
+    """Run the forms in turn, `calls` times a round; 0: short ones several times, so that the clock can see them."""
     arguments = inputs(rows, length, rank, device)
-    calls = max(1, 256 // max(1, length))
+    calls = calls or max(1, 256 // max(1, length))
     times: dict[str, list[float]] = {name: [] for name in forms}
     for warm_up in (True, *[False] * repeats):
         for name, form in forms.items():

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal
@@ -95,7 +96,7 @@ def _run_all(parts: list[Part], setting: Setting, minutes: float, faults: dict[s
     """Run the parts in turn; the exit code."""
     setting.out.mkdir(parents=True, exist_ok=True)
     report = Report(setting.out, setting.tiny, f"python -m benchmarks.gpu {' '.join(sys.argv[1:])}".strip())
-    for part in PARTS:  # of an earlier run
+    for part in parts:  # of an earlier run
         for suffix in ("jsonl", "log"):
             (setting.out / f"{part.name}.{suffix}").unlink(missing_ok=True)
     if not setting.tiny:
@@ -153,14 +154,14 @@ def _run_part(part: Part, setting: Setting, minutes: float, left: float, fault: 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End a part and all that it has started: asked first, then killed."""
-    for number, patience in ((signal.SIGTERM, _GRACE), (signal.SIGKILL, None)):
-        if process.poll() is not None:
-            return
-        os.killpg(process.pid, number)
-        try:
-            process.wait(patience)
-        except subprocess.TimeoutExpired:
-            continue
+    if process.poll() is not None:
+        return
+    os.killpg(process.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_GRACE)
+    with suppress(ProcessLookupError):  # nothing is left
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _environment(part: Part, setting: Setting) -> dict[str, str]:

@@ -49,11 +49,11 @@ class Part:
 
 
 PARTS = (
-    Part("kernels", "Triton kernels against the definition in float64", 75, "kernels:check", triton=True),
+    Part("kernels", "Triton kernels against the definition in float64", 90, "kernels:check", triton=True),
     Part("equivalence", "the device against golden vectors and the CPU", 75, "equivalence:check", triton=True),
-    Part("steering", "decode, prefill and memory: bare against steered", 110, "steering:measure"),
-    Part("sessions", "many sessions at once", 90, "many_sessions:measure"),
-    Part("training", "steps of SmolLM2's recipe", 45, "training:measure"),
-    Part("scan", "chunks of the scan", 60, "scan_chunks:measure", triton=True),
+    Part("steering", "decode, prefill and memory: bare against steered", 100, "steering:measure"),
+    Part("sessions", "many sessions at once", 80, "many_sessions:measure"),
+    Part("training", "steps of SmolLM2's recipe", 40, "training:measure"),
+    Part("scan", "chunks of the scan", 50, "scan_chunks:measure", triton=True),
     Part("recipe", "SmolLM2's recipe to its end, with larger batches", None, "training:run_recipe"),
 )

@@ -14,13 +14,14 @@ IDLE = "nothing runs on the GPU"
 _WIDTH = 90  # names of kernels can have thousands of characters
 
 
-def spent(run: Callable[[], object], device: torch.device) -> Counter[str]:
-    """Milliseconds of a run by kernel, and where none ran; on a CPU by operation."""
+def spent(run: Callable[[], object], device: torch.device, times: int = 1) -> Counter[str]:
+    """Milliseconds of a run by kernel, and where none ran; on a CPU by operation. The mean of as many as asked."""
     run()  # what is compiled or captured once does not count
     cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]) as seen:
         begin = time.perf_counter()
-        run()
+        for _ in range(times):
+            run()
         if cuda:
             torch.cuda.synchronize()
         wall = 1e3 * (time.perf_counter() - begin)
@@ -32,7 +33,7 @@ def spent(run: Callable[[], object], device: torch.device) -> Counter[str]:
     else:
         for event in seen.key_averages():
             found[event.key] += event.self_cpu_time_total / 1e3
-    return found
+    return Counter({name: value / times for name, value in found.items()})
 
 
 def allocated(run: Callable[[], object], device: torch.device) -> Counter[str]:

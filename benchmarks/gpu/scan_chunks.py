@@ -64,7 +64,7 @@ def _cell(
     forms: dict[str, Form] = {f"{kind} {c}": made(c) for kind, made in kinds.items() for c in suited}
     if length <= _LONGEST:
         forms["torch"] = blocked(block_length(1, length, rank) or 16)
-    cell = timed(1, length, rank, forms, 1 if device.type == "cpu" else _REPEATS, device)
+    cell = timed(1, length, rank, forms, 1 if device.type == "cpu" else _REPEATS, device, calls=1)
     forward = {chunk: cell.best(f"forward {chunk}") for chunk in suited}
     # A gradient alone: what both take together, without the scan before it.
     backward = {chunk: cell.best(f"gradients {chunk}") - forward[chunk] for chunk in suited}

@@ -24,10 +24,11 @@ from gpu.results import Recorder
 RANK = 8
 STEPS, PREFILLS = 60, 3
 """Pairs of steps and of prefills."""
+_PROFILED = 3
 
 
 def measure(recorder: Recorder, setting: Setting) -> None:
-    """Every bar of the shape, the steps that need least memory first."""
+    """Every bar of the shape."""
     device = torch.device(setting.device)
     shape = _rehearsal() if setting.tiny else next(one for one in REAL if one.name == "qwen3-4b")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -91,7 +92,7 @@ def _time(
     figure = compare(alone, other, 2 if tiny else pairs)
 
     def places() -> list[str]:
-        return top(spent(other, model.device), spent(alone, model.device))
+        return top(*(spent(run, model.device, _PROFILED) for run in (other, alone)))
 
     said = f"{figure.ratio:.3f} of bare ({1e3 * figure.bare:.2f} ms bare, {1e3 * figure.steered:.2f} steered)"
     recorder.judge(what, figure.ratio, bar, said, places=places, bare=figure.bare, steered=figure.steered)

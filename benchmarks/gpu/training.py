@@ -18,6 +18,7 @@ from typing import Any
 
 import agentmem
 from agentmem import Message, Sampling
+from agentmem.training.checkpoints import best_adapters
 from agentmem.training.config import RUN_FILE, TrainConfig
 from agentmem.training.run import train
 from agentmem.training.smollm2 import is_complete
@@ -115,7 +116,8 @@ def _recipe(recorder: Recorder, setting: Setting, out: Path) -> None:
     of = f"{done.steps} of the recipe's {plain.max_steps} steps"
     of += f", {batch} conversations each instead of {plain.batch_size}"
     if not done.finished:
-        recorder.tell("the recipe", f"stopped after {of}; its last checkpoint is in {out}")
+        best = f", and the best adapter so far in {best_adapters(out)[-1][1]}" if best_adapters(out) else ""
+        recorder.tell("the recipe", f"stopped after {of}; its last checkpoint is in {out}{best}")
         return
     arms = ", ".join(f"{name} {value:.2f}" for name, value in done.arms.items())
     recorder.tell("the recipe", f"{of}, in {done.seconds:.0f} s: {arms or 'not measured'}; the adapter is in {out}")

@@ -29,9 +29,10 @@ _SHOWN = 3  # lines of what a part that failed said last
 
 
 def main(text: str | None) -> None:
-    """Read the options, and run: the whole, or one part in this process."""
+    """Read the options, and run: the whole, or one part in this process. `text` is what `--help` says."""
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command(help=text)(_command)
+    shown = (text or "").replace("\n\n    ", "\n\n\b\n    ")  # lists keep their lines
+    app.command(help=shown)(_command)
     app(prog_name="python -m benchmarks.gpu")
 
 

@@ -26,8 +26,8 @@ def measure(recorder: Recorder, setting: Setting) -> None:
     """Qwen3-4B's shape with random weights, and SmolLM2 with the adapter that comes with it."""
     if setting.tiny:
         recorder.attempt("tiny", partial(_engine, recorder, "tiny", partial(of_shape, "tiny"), (1, 2), 2, (2, 99.0)))
-        # Which engine decodes does not matter to a rehearsal; nano stands for a model with an adapter.
-        load = partial(agentmem.load, "nano", device="cpu")
+        # Stands for a model with an adapter.
+        load = partial(agentmem.load, "nano", device=setting.device)
         recorder.attempt("nano", partial(_engine, recorder, "nano", load, (1, 2), 2, None))
         return
     bar = BARS["qwen3-4b", "cuda"]

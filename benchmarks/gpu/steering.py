@@ -125,6 +125,8 @@ def _memory(
     peaks: dict[int, int],
     bar: float,
 ) -> None:
+    if length not in peaks:
+        raise RuntimeError("that of the bare model is not known")
     most = _most(model, steered, length)
     more = 100 * (most / peaks[length] - 1)
     ids = _ids(model, length)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
+import ormsgpack
+from langchain_core.messages import BaseMessage
 from langgraph.checkpoint.serde.base import SerializerProtocol
-from langgraph.checkpoint.serde.jsonplus import _msgpack_enc
 from langgraph.checkpoint.serde.types import _DeltaSnapshot
 
 from agentmem.errors import StorageError
@@ -27,10 +29,8 @@ from agentmem_sql.message_cache import (
     take_snapshot,
 )
 from agentmem_sql.protection import Protection
-from agentmem_sql.serializer import is_langgraphs
 
 _NUMBERS = frozenset({int, float, bool, type(None)})
-_TEXT = b"msgpack\0"  # before the bytes of a text
 _WHAT = "value of channel"  # in errors
 
 
@@ -109,16 +109,11 @@ class Packer:
         return digest
 
     def _list(self, values: list[Any], of: int, channel: str) -> bytes:
-        if type(values[0]) in _NUMBERS and all(type(value) in _NUMBERS for value in values):
-            runs = [values[at : at + tree.RUN] for at in range(0, len(values), tree.RUN)]
-            entries = [LINK + self._value(dump(self.serde, run, _WHAT, channel)) for run in runs]
-            of += tree.RUNS
-        elif type(values[0]) is str and is_langgraphs(self.serde) and all(type(value) is str for value in values):
-            # As in `_entries`, without the calls that make up most of the time of a long list.
-            bodies = [_TEXT + _msgpack_enc(value) for value in values]
-            entries = [self._entry(body) for body in bodies]
-        else:
+        entries = self._runs(values, channel)
+        if entries is None:
             entries = self._entries(values, channel)
+        else:
+            of += tree.RUNS
         levels = []  # the entries left over from each level, lowest first
         while len(entries) >= tree.FANOUT:
             full = len(entries) - len(entries) % tree.FANOUT
@@ -129,6 +124,32 @@ class Packer:
         counts = bytes([len(level) for level in levels[::-1]])
         body = b"".join([entry for level in levels[::-1] for entry in level])
         return self._add(tree.LIST, [tree.LIST_HEAD.pack(of, len(counts)) + counts + body])[0]
+
+    def _runs(self, values: list[Any], channel: str) -> list[bytes] | None:
+        """How the lowest level of a list refers to runs of items; None if it is to refer to each item.
+
+        A run costs about as much as one item. It is worth the bytes where items are small, which the first ones tell,
+        so that a list that grows stays what it is; messages are kept apart, since the cache knows them by value.
+        """
+        kinds = set(map(type, values))
+        if kinds <= _NUMBERS:
+            cuts = [*range(0, len(values), tree.NUMBERS)]
+        elif len(values) < tree.RUN or any(issubclass(kind, BaseMessage | ormsgpack.Ext) for kind in kinds):
+            return None
+        else:
+            full = len(values) - len(values) % tree.RUN
+            cuts = [*range(0, full, tree.RUN), *range(full, len(values), tree.LAST_RUN)]
+        bodies: list[bytes] = []
+        for start, end in pairwise([*cuts, len(values)]):
+            body = dump(self.serde, values[start:end], _WHAT, channel)
+            if len(body) <= tree.RUN_ITEM * (end - start):
+                bodies.append(body)
+            elif not bodies:
+                return None
+            else:  # what is large is not written again with those that follow it
+                bodies += [dump(self.serde, [value], _WHAT, channel) for value in values[start:end]]
+        large = max(map(len, bodies)) > tree.PART_BYTES
+        return list(map(LINK.__add__, map(self._value, bodies) if large else self._add(tree.VALUE, bodies)))
 
     def _entries(self, values: list[Any], channel: str) -> list[bytes]:
         """How the lowest level of a list refers to each item."""
@@ -209,7 +230,7 @@ class Unpacker:
             entries += node.entries[start : start + count]
             start += count
         if node.of in (tree.RUNS, tree.SNAPSHOT_RUNS):
-            return [number for digest in entries for number in self._value(digest)]
+            return [item for digest in entries for item in self._value(digest)]
         items: list[Any] = []
         contents, templates = self.contents, self.templates
         for entry in entries:

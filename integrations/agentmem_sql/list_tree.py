@@ -13,8 +13,9 @@ The kinds of content:
 An entry of the lowest level is the digest of an item, or a short item itself. Every 16 entries of a level form a NODE,
 whose digest is an entry of the level above; the rest of each level, fewer than 16 entries, is in the LIST. So nodes
 never change, lists with the same beginning share nodes, and a list that grows by an item stores that item and a LIST of
-some 600 bytes, however long it is. Lists of numbers are cut into runs of 256 numbers, each a VALUE. A snapshot of a
-delta channel that holds a list is stored as that list.
+some 600 bytes, however long it is. Lists of numbers are cut into runs of 256 numbers, each a VALUE, and long lists of
+other small items into runs of 64, the last ones into runs of 8. A snapshot of a delta channel that holds a list is
+stored as that list.
 
 Pure functions: no database, no serializer settings.
 """
@@ -34,10 +35,11 @@ VALUE, LIST, NODE, SPLIT, PART, HISTORY, OWN = range(7)
 LEAVES = frozenset({VALUE, PART, OWN})  # kinds that refer to nothing
 
 # What a LIST holds.
-ITEMS, RUNS, SNAPSHOT, SNAPSHOT_RUNS = range(4)  # RUNS after each: the same as runs of numbers
+ITEMS, RUNS, SNAPSHOT, SNAPSHOT_RUNS = range(4)  # RUNS after each: the same as runs of items
 
 FANOUT = 16
-RUN = 256
+# Items of a run: numbers; others; those that are too few for one. And most bytes of an item in a run, on average.
+NUMBERS, RUN, LAST_RUN, RUN_ITEM = 256, 64, 8, 256
 INLINE = 48  # most bytes of an item that is not stored in a row of its own
 # The smallest packet limit in use (MySQL's default of 16 MB) holds a body of this size however it is quoted.
 PART_BYTES = 4 * 2**20

@@ -146,6 +146,11 @@ LISTS: dict[str, Any] = {
     "of numbers of all kinds": [0, -0.0, 0.0, True, 1, 1.0, None, 2**64 - 1, -(2**63), float("inf")] * 60,
     "of numbers and one that is not": [*range(600), "x"],
     "of numbers of its own class": [Numbers(number) for number in range(600)],
+    "of small things": [{"a": number} if number % 2 else (number, b"x", None) for number in range(300)],
+    "of small things and a message": [*range(100), *["x"] * 100, HumanMessage("x", id="1")],
+    "of small things, then large ones": ["x", bytearray(b"y")] * 50 + [b"z" * 9000] * 20 + ["x"] * 100,
+    "of a large thing, then small ones": [b"z" * 40_000, *["x"] * 200],
+    "of what may be cut anywhere": ["x" * (PART + 1), *map(str, range(200)), "y" * (PART + 1), "z"],
 }
 
 

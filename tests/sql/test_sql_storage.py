@@ -98,6 +98,20 @@ def test_a_list_that_grows_takes_what_is_added(saver: SQLAlchemySaver, sql: Sql,
     assert kinds(sql)[VALUE] == 120
 
 
+def test_a_list_of_small_items_that_grows_takes_little_more(saver: SQLAlchemySaver, sql: Sql) -> None:
+    """In runs, of which the last few are written again; whole, the lists would take 13,000 bytes a step."""
+    items = [f"item {number} " + "x" * 40 for number in range(300)]
+    at, before = config(), {}
+    for number in range(1, 301):
+        at = put(saver, at, {"x": items[:number]})
+        before[number] = stored_bytes(sql) if number in (200, 300) else 0
+    assert before[300] - before[200] < 100 * 2000
+    assert read(saver, at)["x"] == items
+    saver.delete_thread("t")
+    put(saver, config(), {"x": items})
+    assert kinds(sql)[VALUE] < 20
+
+
 def test_content_is_shared_by_channels_writes_checkpoints_namespaces_and_forks(
     saver: SQLAlchemySaver, url: str, sql: Sql
 ) -> None:
@@ -136,10 +150,8 @@ def new_rows(saver: SQLAlchemySaver, sql: Sql, before: Any, after: Any) -> dict[
     return {kind: count for kind, count in found.items() if count}
 
 
-LONG = [f"item {number}, longer than what a leaf holds itself" for number in range(1200)]
-
-
-NEW = "a new item, that is rather longer than the others are"
+LONG = [f"item {number}, longer than what is stored in runs" + "." * 250 for number in range(1200)]
+NEW = "a new item, that is longer than the others are" + "." * 250
 
 
 @pytest.mark.parametrize(
@@ -166,9 +178,9 @@ def test_a_changed_list_shares_what_is_unchanged(
 
 
 def test_short_items_have_no_row_of_their_own(saver: SQLAlchemySaver, sql: Sql) -> None:
-    put(saver, config(), {"x": [f"{number}" for number in range(100)] + [{"a": 1}] * 28})
+    put(saver, config(), {"x": [f"{number}" for number in range(40)] + [{"a": 1}] * 20})
     assert VALUE not in kinds(sql)
-    assert sql("SELECT count(*) < 12 FROM agentmem_blobs") == [(1,)]
+    assert sql("SELECT count(*) < 6 FROM agentmem_blobs") == [(1,)]
     numbers = [number / 7 for number in range(10_000)]  # 40 rows of 256
     assert new_rows(saver, sql, numbers, [*numbers, 1]) == {VALUE: 1, LIST: 1}
     assert kinds(sql)[VALUE] == 41

@@ -21,6 +21,7 @@ from sqlalchemy import Connection, select
 
 from agentmem.errors import CorruptStateError, StateMismatchError, StorageError
 from agentmem.state import MemoryState
+from agentmem_sql.audit import is_memory
 from agentmem_sql.content import Unpacker, dump
 from agentmem_sql.database import Database
 from agentmem_sql.delta_channels import AncestorReader
@@ -75,16 +76,6 @@ class MemoryStep:
         norms: NDArray[np.float64] = np.linalg.norm(self.state.matrices.astype(np.float64), axis=(2, 3))
         return norms
 
-    @property
-    def model_fingerprint(self) -> str:
-        """The model that wrote the memory."""
-        return self.state.model_fingerprint
-
-    @property
-    def adapter_fingerprint(self) -> str:
-        """The adapter that wrote the memory."""
-        return self.state.adapter_fingerprint
-
 
 class _Change(NamedTuple):
     """A checkpoint in which a channel holds other content than in its parent."""
@@ -105,7 +96,7 @@ class MemoryWalk:
     serde: SerializerProtocol
     address: Address
     channel: str | None  # None looks for memories in every channel
-    is_memory: dict[str, bool] = field(default_factory=dict)  # by channel
+    memories: dict[str, bool] = field(default_factory=dict)  # by channel
     thread: CachedThread = field(default_factory=CachedThread)  # its number and epoch, no content
 
     def steps(self, *, newest_first: bool) -> Iterator[MemoryStep]:
@@ -134,7 +125,7 @@ class MemoryWalk:
         latest: dict[str, tuple[StoredCheckpoint, bytes]] = {}  # channel -> the earliest checkpoint yet of this content
         for stored in chain(self._rows(), [None]):
             digests = {} if stored is None else stored.digests
-            held = {name: digest for name, digest in digests.items() if self.is_memory.get(name, name == self.channel)}
+            held = {name: digest for name, digest in digests.items() if self.memories.get(name, name == self.channel)}
             for name, (at, digest) in sorted(latest.items(), reverse=True):
                 if held.get(name) != digest:
                     yield _Change(at, name, digest, held.get(name), None if stored is None else stored.id)
@@ -175,7 +166,7 @@ class MemoryWalk:
         latest: dict[str, tuple[bytes, str]] = {}
         for stored in page:
             for name, digest in stored.digests.items():
-                if name not in self.is_memory and digest != none and not name.startswith(RESERVED):
+                if name not in self.memories and digest != none and not name.startswith(RESERVED):
                     latest.setdefault(name, (digest, stored.id))
         if not latest:
             return
@@ -188,7 +179,7 @@ class MemoryWalk:
         contents = self.collect(connection, wanted)
         for name, (digest, _) in latest.items():
             if digest in lists or digest in contents:  # else it was taken out meanwhile: an earlier value tells
-                self.is_memory[name] = digest not in lists and _looks_like_memory(self._unpack(digest, contents))
+                self.memories[name] = digest not in lists and is_memory(self._unpack(digest, contents))
 
     def _unpack(self, digest: bytes, contents: Mapping[bytes, Body]) -> Any:
         return Unpacker(self.serde, contents, CachedThread()).unpack(digest)
@@ -212,7 +203,7 @@ class MemoryWalk:
     def state(self, digest: bytes, contents: Mapping[bytes, Body], channel: str, at: str) -> MemoryState | None:
         """The memory in content; None where it holds none, unless the channel was named."""
         value = self._unpack(digest, contents)
-        if value is None or not (self.channel or _looks_like_memory(value)):
+        if value is None or not (self.channel or is_memory(value)):
             return None
         try:
             return MemoryState.from_dict(value)
@@ -241,7 +232,3 @@ def _step(change: _Change, state: MemoryState, before: MemoryState | None) -> Me
         time = None
     step, source = stored.metadata.get("step"), stored.metadata.get("source")
     return MemoryStep(stored.id, step, source, time, change.channel, state, new, digests, restarted)
-
-
-def _looks_like_memory(value: Any) -> bool:
-    return isinstance(value, Mapping) and {"shape", "data", "digest"} <= value.keys()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import partial, reduce
+from functools import reduce
 from operator import add
 from typing import Any, Literal, get_args
 
@@ -97,19 +97,13 @@ def storage_report(database: Database, limit: int | None, order: Order) -> Stora
         raise ConfigError(f"expected `limit` to be a number of threads from 1 up, or None for all, found {limit!r}")
     if order not in get_args(Order):
         raise ConfigError(f"expected `order` to be one of {', '.join(get_args(Order))}, found {order!r}")
-    return database.run(partial(_report, tables=database.tables, limit=limit, order=order))
-
-
-_COUNTED = ("checkpoints", "namespaces", "pending_writes", "blobs", "content_bytes", "row_bytes")
-_FIRST: Mapping[Order, Callable[[ThreadSize], Any]] = {
-    "bytes": lambda size: -size.bytes,
-    "checkpoints": lambda size: -size.checkpoints,
-    "idle": lambda size: size.newest or _time(0),
-}
-
-
-def _report(connection: Connection, tables: Tables, limit: int | None, order: Order) -> StorageReport:
-    rows = connection.execute(_statement(tables)).mappings()
+    tables = database.tables
+    rows, (total, free) = database.run(
+        lambda connection: (
+            connection.execute(_statement(tables)).mappings().all(),
+            _database_size(connection, tables),
+        )
+    )
     sizes = [
         ThreadSize(
             thread_id=decode_text(row["name"]),
@@ -119,7 +113,6 @@ def _report(connection: Connection, tables: Tables, limit: int | None, order: Or
         )
         for row in rows
     ]
-    total, free = _database_size(connection, tables)
     return StorageReport(
         threads=tuple(sorted(sizes, key=_FIRST[order])[:limit]),
         thread_count=len(sizes),
@@ -127,6 +120,14 @@ def _report(connection: Connection, tables: Tables, limit: int | None, order: Or
         database_bytes=total,
         free_bytes=free,
     )
+
+
+_COUNTED = ("checkpoints", "namespaces", "pending_writes", "blobs", "content_bytes", "row_bytes")
+_FIRST: Mapping[Order, Callable[[ThreadSize], Any]] = {
+    "bytes": lambda size: -size.bytes,
+    "checkpoints": lambda size: -size.checkpoints,
+    "idle": lambda size: size.newest or _time(0),
+}
 
 
 def _time(milliseconds: int) -> datetime:

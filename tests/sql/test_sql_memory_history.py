@@ -81,7 +81,9 @@ def test_each_step_says_what_the_memory_was_and_what_it_consumed(any_saver: SQLA
     norms = [np.linalg.norm(step.state.matrices.astype(float), axis=(2, 3)) for step in steps]  # of layers and heads
     np.testing.assert_allclose([step.norms for step in steps], norms, rtol=1e-12)
     assert {step.channel for step in steps} == {"memory"}
-    assert {(step.model_fingerprint, step.adapter_fingerprint) for step in steps} == {("a model", "an adapter")}
+    assert {(step.state.model_fingerprint, step.state.adapter_fingerprint) for step in steps} == {
+        ("a model", "an adapter")
+    }
 
     # The checkpoints are those that the remembering node left, as the graph's own history tells.
     made = {one.config["configurable"]["checkpoint_id"]: one for one in graph.get_state_history(config())}

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TINY = "--turns 10 --repeats 1 --window 1 --children 1 --workers 1 --worker-turns 2 --rounds 1"
 SERVERS = ["--postgres", "postgresql://postgres@127.0.0.1:1/none", "--mariadb", ""]
@@ -23,6 +25,7 @@ def run(script: str, *options: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
+@pytest.mark.slow
 def test_benchmark_shows_what_it_measured(tmp_path: Path, needs: Callable[[object, str], None]) -> None:
     needs(find_spec("langgraph.checkpoint.sqlite"), "langgraph-checkpoint-sqlite, the saver to compare with")
     page, files = tmp_path / "results.md", tmp_path / "files"

@@ -29,7 +29,7 @@ from pydantic import BaseModel
 from agentmem_sql import SQLAlchemySaver
 from tests.helpers.sql_cases import Sql, checkpoint, config, get, memory, put, read
 from tests.helpers.sql_chains import COLUMNS, all_rows
-from tests.helpers.sql_values import Counting, messages, nested, scalars, serialised, spelled
+from tests.helpers.sql_values import messages, nested, scalars, serialised, spelled
 
 CACHE = 2**24
 PART = 4 * 2**20  # bytes of a row that a larger value is cut into
@@ -146,6 +146,7 @@ LISTS: dict[str, Any] = {
     "of numbers of all kinds": [0, -0.0, 0.0, True, 1, 1.0, None, 2**64 - 1, -(2**63), float("inf")] * 60,
     "of numbers and one that is not": [*range(600), "x"],
     "of numbers of its own class": [Numbers(number) for number in range(600)],
+    "of all kinds of text": ["", "ä\ud800", "x" * 39, "x" * 40, "x" * 5000, *(f"number {n}" for n in range(300))],
     "of small things": [{"a": number} if number % 2 else (number, b"x", None) for number in range(300)],
     "of small things and a message": [*range(100), *["x"] * 100, HumanMessage("x", id="1")],
     "of small things, then large ones": ["x", bytearray(b"y")] * 50 + [b"z" * 9000] * 20 + ["x"] * 100,
@@ -234,12 +235,3 @@ def test_repeating_a_put_adds_no_row(saver: SQLAlchemySaver, sql: Sql) -> None:
         at = saver.put(config(), stored, {}, stored["channel_versions"])
         saver.put_writes(at, [("x", memory(1))], "task")
     assert {table: len(all_rows(sql)[table]) for table in COLUMNS} == dict.fromkeys(COLUMNS, 1)
-
-
-def test_a_list_of_texts_is_the_same_content_whichever_way_it_is_packed(url: str, sql: Sql) -> None:
-    """Long lists of texts go past a serializer that is known to be LangGraph's."""
-    texts = ["", "a", "ä\ud800", "x" * 39, "x" * 40, "x" * 5000, *(f"number {n}" for n in range(300))]
-    for serde in (None, Counting()):
-        with SQLAlchemySaver.from_url(url, serde=serde) as saver:
-            assert read(saver, put(saver, config(), {"texts": texts}))["texts"] == serialised(texts)
-    assert sql("SELECT count(*), count(DISTINCT content) FROM agentmem_checkpoints") == [(2, 1)]

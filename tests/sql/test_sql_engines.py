@@ -10,11 +10,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from sqlalchemy import NullPool, create_engine, event, make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
+from agentmem import ConsumedRecord, MemoryState, Message
 from agentmem.errors import StorageError
 from agentmem_sql import Retention, SQLAlchemySaver
 from agentmem_sql.engines import source_of
@@ -163,20 +165,26 @@ for url in ("postgresql+asyncpg://h/d", "mariadb://h/d"):  # no server is asked,
         asyncio.run(SQLAlchemySaver.from_url(url).asetup())
     except MissingExtraError as error:
         print(error.package, error.extra)
-saver = SQLAlchemySaver.from_url("sqlite+aiosqlite://")
+saver = SQLAlchemySaver.from_url(sys.argv[1].replace("sqlite", "sqlite+aiosqlite", 1))
 saver.setup()
 asyncio.run(saver.asetup())
-print("torch" in sys.modules, "transformers" in sys.modules)
+print([step.consumed for step in saver.memory_history("t") if step.norms.all()])
+print([name for name in ("torch", "transformers", "agentmem.engine", "langgraph.graph") if name in sys.modules])
 """
 
 
-def test_importing_and_leaving_a_process() -> None:
-    """Missing packages are named with their extra, no torch is loaded, and an open saver lets the process end."""
-    assert finish(start_child(code=IMPORTING)).splitlines() == [
+def test_importing_and_leaving_a_process(url: str) -> None:
+    """Missing packages are named with their extra, reading memories loads no model, and an open saver lets it end."""
+    record = ConsumedRecord.empty().extend([Message("user", "one")])
+    memory = MemoryState.from_matrices(np.ones((1, 1, 2, 2)), record, model_fingerprint="a", adapter_fingerprint="b")
+    with SQLAlchemySaver.from_url(url) as saver:
+        put(saver, config(), {"memory": memory.to_dict()})
+    assert finish(start_child(url, code=IMPORTING)).splitlines() == [
         "sqlalchemy sql",
         "psycopg postgres",
         "pymysql mysql",
-        "False False",
+        "[1]",
+        "[]",
     ]
 
 

@@ -17,7 +17,7 @@ from agentmem import ConsumedRecord, MemoryState, Message
 from agentmem.errors import CorruptStateError, StorageError
 from agentmem_langgraph import MemoryChannel
 from agentmem_sql import MemoryStep, SQLAlchemySaver
-from tests.helpers.sql_cases import Sql, config, finish, put, start_child
+from tests.helpers.sql_cases import Sql, config, put
 from tests.helpers.sql_chains import statements
 from tests.helpers.sql_graphs import say
 from tests.helpers.sql_protection import aes
@@ -228,19 +228,6 @@ def test_a_changed_row_is_refused(saver: SQLAlchemySaver, sql: Sql) -> None:
     sql("UPDATE agentmem_checkpoints SET created = created + 1")
     with pytest.raises(StorageError, match=at["configurable"]["checkpoint_id"]):
         list(saver.memory_history("t"))
-
-
-def test_no_model_is_loaded(url: str) -> None:
-    with SQLAlchemySaver.from_url(url) as saver:
-        talk(saver, "one", "two")
-    code = """
-import sys
-from agentmem_sql import SQLAlchemySaver
-with SQLAlchemySaver.from_url(sys.argv[1]) as saver:
-    print([step.consumed for step in saver.memory_history("t") if step.norms.all()])
-print([name for name in ("torch", "transformers", "agentmem.engine", "langgraph.graph") if name in sys.modules])
-"""
-    assert finish(start_child(url, code=code)).splitlines() == ["[1, 2]", "[]"]
 
 
 def test_only_memories_are_read(saver: SQLAlchemySaver, url: str, sql: Sql) -> None:

@@ -107,6 +107,10 @@ def test_a_list_of_small_items_that_grows_takes_little_more(saver: SQLAlchemySav
         before[number] = stored_bytes(sql) if number in (200, 300) else 0
     assert before[300] - before[200] < 100 * 2000
     assert read(saver, at)["x"] == items
+    large = [f"item {number} " + "x" * 5000 for number in range(20)]
+    for number in range(1, 21):
+        at = put(saver, at, {"x": [*items, *large[:number]]})
+    assert stored_bytes(sql) - before[300] < 20 * 7000
     saver.delete_thread("t")
     put(saver, config(), {"x": items})
     assert kinds(sql)[VALUE] < 20

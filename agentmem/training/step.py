@@ -168,7 +168,7 @@ class MemoryStep(nn.Module):
         """One layout from the states [N, L, H, r, r] of its rows."""
         if not self._checkpointing or not torch.is_grad_enabled():
             return self._compute(layout, state)
-        run: Callable[..., tuple[Tensor, ...]] = lambda x: tuple(vars(self._compute(layout, x)).values())  # noqa: E731
+        run: Callable[..., tuple[Tensor, ...]] = lambda x: _values(self._compute(layout, x))  # noqa: E731
         # The parameters are reached through the closure, which the form that re-enters autograd would not see.
         return _Result(*checkpoint(run, state, use_reentrant=False))
 
@@ -178,33 +178,31 @@ class MemoryStep(nn.Module):
         if "blocks" in layout:
             with attending_apart(self._steered.model, layout["blocks"]):
                 return self._call(layout, slice(0, *layout["cuts"]), state, None)
-        shared: _Result | None = None
-        cache = _new_cache() if len(layout["cuts"]) > 1 else None
+        shared: tuple[_Result, Any] | None = None
         if "of" in layout:
-            rows = layout["first"]
+            rows, cache = layout["first"], _new_cache()
             beginnings = {name: value[rows] for name, value in layout.items() if name in _BY_ROW}
-            shared = self._call(beginnings, slice(0, layout["cuts"][0]), state[rows], cache)
+            shared = self._call(beginnings, slice(0, layout["cuts"][0]), state[rows], cache), cache
         parts = [
-            self._group(layout, slice(start, stop), state, shared, cache)
+            self._group(layout, slice(start, stop), state, shared)
             for start, stop in pairwise((0, *layout.get("groups", (len(state),))))
         ]
         return _Result(*(torch.cat(values) for values in zip(*map(_values, parts), strict=True)))
 
     def _group(
-        self, layout: Mapping[str, Any], rows: slice, state: Tensor, shared: _Result | None, cache: Any
+        self, layout: Mapping[str, Any], rows: slice, state: Tensor, shared: tuple[_Result, Any] | None
     ) -> _Result:
-        """Run some rows of a layout, of which `shared` and its cache may have run what comes before the first cut."""
+        """Run some rows of a layout; `shared` is what came of the columns before the first cut, and its cache."""
         needed = layout["mask"][rows].bool().any(0)
         results: list[_Result] = []
         state = state[rows]
+        cache = _new_cache() if len(layout["cuts"]) > 1 else None
         if shared is not None:
             of = layout["of"][rows]
             needed[: layout["cuts"][0]] = True  # as in the cache
-            cache = _of_rows(cache, of)
-            results.append(_Result(*(value[of] for value in _values(shared))))
+            cache = _of_rows(shared[1], of)
+            results.append(_Result(*(value[of] for value in _values(shared[0]))))
             state = results[-1].state
-        elif cache is not None:
-            cache = _new_cache()
         # Columns that are padding in all of these rows are left out.
         group = {name: value[rows][:, needed] for name, value in layout.items() if name in _BY_ROW}
         cuts = [int(needed[:cut].sum()) for cut in layout["cuts"]]
@@ -212,7 +210,9 @@ class MemoryStep(nn.Module):
             if start < stop and (start or shared is None):
                 results.append(self._call(group, slice(start, stop), state, cache))
                 state = results[-1].state
-        losses, quiet, loud = (sum(parts[1:], parts[0]) for parts in zip(*map(_sums, results), strict=True))
+        losses, quiet, loud = (
+            sum(parts[1:], parts[0]) for parts in zip(*(_values(r)[1:] for r in results), strict=True)
+        )
         return _Result(state, losses, quiet, loud)
 
     def _call(self, layout: Mapping[str, Any], columns: slice, state: Tensor, cache: Any) -> _Result:
@@ -298,10 +298,6 @@ def _quick_attention(ids: Tensor) -> AbstractContextManager[None]:
         quick: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
         return quick
     return nullcontext()
-
-
-def _sums(result: _Result) -> tuple[Tensor, Tensor, Tensor]:
-    return result.losses, result.quiet, result.loud
 
 
 def _values(result: _Result) -> tuple[Tensor, Tensor, Tensor, Tensor]:

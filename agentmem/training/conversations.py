@@ -51,6 +51,8 @@ class Ask:
         tools: the tools on offer, in OpenAI's form.
         check: whether the text of a reply is right, where no list of values can say it: a rule is followed, or the
             reply says that something was not told.
+        decisive: texts of the reply that count in full in the loss beside its values: the words that stand in a
+            value's place where there is none.
     """
 
     messages: tuple[Message, ...]
@@ -60,6 +62,7 @@ class Ask:
     kind: str = ""
     tools: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
     check: Callable[[str], bool] | None = None
+    decisive: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

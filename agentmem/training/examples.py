@@ -252,12 +252,12 @@ class ExampleMaker:
         return ids, len(ids) - len(self._closing) if ends else len(ids) - 1
 
     def _ask_weights(self, ask: Ask) -> list[float]:
-        """The weight of each token of a reply: full for its values and what follows each, so that values end right."""
+        """The weight of each token of a reply: full for what decides and what follows it, so that values end right."""
         ids, content = self._reply_ids(ask.reply)
         weights = [min(1.0, _REPLY_WEIGHT / (content + 1)) if n <= content else 0.0 for n in range(len(ids))]
         weights[0] = max(weights[0], _OPENING_WEIGHT)
         encoded = self._tokenizer(ask.reply.content, add_special_tokens=False, return_offsets_mapping=True)
-        spans = list(_spans(ask.reply.content, ask.values))
+        spans = list(_spans(ask.reply.content, (*ask.values, *ask.decisive)))
         if not spans or encoded["input_ids"] != ids[:content]:
             return weights
         weights = [self._other_weight if n <= content else 0.0 for n in range(len(ids))]

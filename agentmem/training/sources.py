@@ -27,6 +27,7 @@ from agentmem.training.datasets import CoffeeOrders, PersonaChats, SchemaGuidedD
 from agentmem.training.episodes import EpisodeConfig, FactEpisode, FactEpisodes
 from agentmem.training.facts.splits import Split
 from agentmem.training.facts.values import Vocabulary
+from agentmem.training.facts.wordings import NOT_TOLD
 
 ENDLESS = 2**31
 """The length that an endless source gives."""
@@ -227,6 +228,7 @@ def as_conversation(episode: FactEpisode, origin: str = "") -> Conversation:
             question.act,
             question.tools,
             question.check,
+            (NOT_TOLD,) if question.act == "never_told" else (),
         )
         for question in episode.questions
     )

@@ -13,7 +13,7 @@ import pytest
 from agentmem.errors import ConfigError
 from agentmem.training.episodes import EpisodeConfig, FactEpisode, FactEpisodes
 from agentmem.training.facts import wordings as say
-from agentmem.training.facts.attributes import ATTRIBUTES, attributes
+from agentmem.training.facts.attributes import ATTRIBUTES, attributes, second_person
 from agentmem.training.facts.rules import RULES, Rule
 from agentmem.training.facts.splits import Split, split_of, wordings
 from agentmem.training.facts.values import OPEN_KINDS, POOLS, Values, Vocabulary
@@ -58,7 +58,9 @@ def test_answers_can_be_recovered_from_what_was_told() -> None:
             if question.act == "never_told":
                 assert question.attribute is not None
                 assert all(fact.attribute != question.attribute for turn in episode.turns for fact in turn.facts)
-                assert "not told" in question.reply.content
+                # It parts from an answer only where the value would stand.
+                frame = f"{second_person(question.attribute.noun)} is not"
+                assert question.reply.content.lower().startswith(frame.lower())
             elif question.act == "rule_followed":
                 assert any(turn.act == "rule" for turn in episode.turns)
             else:
@@ -120,6 +122,8 @@ def test_questions_about_rules_are_judged_by_the_rule() -> None:
 def test_only_replies_that_say_so_count_as_never_told() -> None:
     for text in (
         "You have not told me your dog's name.",
+        "Your dog's name is not something you have told me.",
+        "Your dog's name is not anything you've ever mentioned.",
         "You haven't mentioned that yet.",
         "You never said what it is.",
         "I was not given that.",

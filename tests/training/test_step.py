@@ -82,8 +82,10 @@ def test_an_example_writes_what_the_engine_writes(nano: Engine, strategy: str, h
     engine.close()
 
 
-def test_values_and_what_ends_them_count_most_and_then_the_opening(nano: Engine) -> None:
-    ask = Ask((Message("user", "Which port?"),), Message("assistant", "The port is 8080."), values=("8080",))
+@pytest.mark.parametrize("field", ["values", "decisive"])
+def test_values_and_what_ends_them_count_most_and_then_the_opening(nano: Engine, field: str) -> None:
+    full_weight: dict[str, Any] = {field: ("8080",)}
+    ask = Ask((Message("user", "Which port?"),), Message("assistant", "The port is 8080."), **full_weight)
     told = conversation([Message("user", "The port is 8080."), Message("assistant", "OK.")], asks=(ask,))
     example = maker(nano, "token", history="exchanges", other_weight=0.25)(told, Random(0))
     (asked,) = example.asks

@@ -228,12 +228,21 @@ ASK_CHOICE = (
     "I remember {a} and {b}. Which of them is {noun}?",
 )
 
-NEVER_TOLD = ("You have not told me {noun}.",)
-"""The reply to a question about something that was never told; `says_it_was_not_told` recognises it."""
+NEVER_TOLD = ("{Noun} is not something you have told me.",)
+"""The reply to a question about something that was never told; `says_it_was_not_told` recognises it.
+
+It begins as an answer does, so that the two part where a value would stand. There the memory is read for the value: if
+nothing was written, nothing speaks against "not". At a reply's first token a memory would have to know whether it holds
+something before it looks for it.
+"""
+NOT_TOLD = "not something"
+"""The words of `NEVER_TOLD` that stand in a value's place."""
 
 _NOT_TOLD = re.compile(
     r"(?:\bnever|\bnot|n['’]t)(?: yet| been| ever| actually)* "
     r"(?:told|tell|mention(?:ed)?|said|say|given?|gave|shared?|stated?|specif(?:y|ied)|provided?)\b"
+    r"|\bnot (?:something|anything)(?: that)? you(?:['’]ve| have)?(?: ever| yet)? "
+    r"(?:told|mentioned|said|gave|given|shared)\b"
     r"|\b(?:do|did) ?(?:not|n['’]t) (?:know|recall|remember)\b"
     r"|\bno (?:record|mention|information|memory|idea)\b|\bdo(?: not|n['’]t) have (?:that|this|any)\b",
     re.IGNORECASE,

@@ -24,9 +24,14 @@ from agentmem.delta.layer import LayerMemory
 from agentmem.training.config import TrainConfig
 from agentmem.training.loop import rate_factor
 
-_EPOCHS, _BATCH = 5, 12  # times that each example is seen; examples of a step
-_RATE, _SHARE_RATE = 1e-3, 0.05  # of the weights, and of how much each head counts
+_EPOCHS, _REFIT_EPOCHS, _BATCH = (
+    5,
+    2,
+    12,
+)  # times that each example is seen, by new and by trained weights; examples of a step
+_RATE, _REFIT_RATE, _SHARE_RATE = 1e-3, 4e-4, 0.05  # of new and of trained weights, and of how much each head counts
 _WARMUP = 20  # steps
+_SHARPNESS = 2.5  # of what a trained memory finds, to begin with: less, and its keys would first move to be surer
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,13 @@ class Places:
 
 
 def train_addressing(
-    modules: Sequence[LayerMemory], written: Sequence[Tensor], asked: Sequence[Tensor], places: Places, *, seed: int = 0
+    modules: Sequence[LayerMemory],
+    written: Sequence[Tensor],
+    asked: Sequence[Tensor],
+    places: Places,
+    *,
+    seed: int = 0,
+    effects: Tensor | None = None,
 ) -> Tensor:
     """Train the keys, queries and gates of all layers, in place. Gates end equal in all rows of a head.
 
@@ -67,6 +78,8 @@ def train_addressing(
         asked: hidden states of the places in replies, [p, D] for each layer.
         places: what is to be found.
         seed: draws the order of examples.
+        effects: of a trained memory, how much each head of each layer does with what it finds, [L, H]. Only its keys
+            and queries are trained then, as everything else has been trained to fit them.
 
     Returns:
         How much each head of each layer helps, [L, H] float32, with a mean of 1.
@@ -86,6 +99,7 @@ def train_addressing(
         for part in (stacked("memory_k_proj"), stacked("memory_q_proj"), by_head("beta_proj"), by_head("beta_bias"))
     )
     shares = torch.ones(len(modules), heads, requires_grad=True)
+    new, sharpness = effects is None, torch.tensor(_SHARPNESS, requires_grad=True)
 
     def scores(tokens: Tensor, asks: Tensor) -> Tensor:
         """How much each written token counts for each place in a reply, [asks, tokens]."""
@@ -93,18 +107,20 @@ def train_addressing(
         questions = torch.stack([layer[asks] for layer in asked]).float()  # [L, p, D]
         k, q = ((x @ w.mT).view(*x.shape[:2], heads, rank) for x, w in ((hidden, keys), (questions, queries)))
         gate = torch.sigmoid(hidden @ gates.mT + biases[:, None])  # [L, n, H]
-        return torch.einsum("lnhr,lphr,lnh,lh->pn", modules[0].unit(k), modules[0].unit(q), gate, shares)
+        counts = shares if effects is None else effects * sharpness
+        return torch.einsum("lnhr,lphr,lnh,lh->pn", modules[0].unit(k), modules[0].unit(q), gate, counts)
 
+    weights = {"params": [keys, queries, *([gates, biases] * new)], "lr": _RATE if new else _REFIT_RATE}
     optimiser = torch.optim.Adam(
-        [{"params": [keys, queries, gates, biases], "lr": _RATE}, {"params": [shares], "lr": _SHARE_RATE}],
-        betas=(0.9, 0.98),
+        [weights, {"params": [shares if new else sharpness], "lr": _SHARE_RATE}], betas=(0.9, 0.98)
     )
-    steps = _EPOCHS * math.ceil(len(torch.unique(places.examples[places.found])) / _BATCH)
+    epochs = _EPOCHS if new else _REFIT_EPOCHS
+    steps = epochs * math.ceil(len(torch.unique(places.examples[places.found])) / _BATCH)
     factor = partial(rate_factor, TrainConfig(max_steps=steps, warmup=_WARMUP))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
     generator = torch.Generator().manual_seed(seed)
     with torch.enable_grad():
-        for _ in range(_EPOCHS):
+        for _ in range(epochs):
             for tokens, asks in places.batches(generator):
                 target = places.found[asks]
                 apart = places.examples[tokens][None] != places.examples[target][:, None]  # of another example
@@ -120,8 +136,8 @@ def train_addressing(
         for layer, module in enumerate(modules):
             for name, values in (("memory_k_proj", keys), ("memory_q_proj", queries)):
                 module.get_parameter(name).copy_(values[layer])
-            for name, values in (("beta_proj", gates), ("beta_bias", biases)):
+            for name, values in (("beta_proj", gates), ("beta_bias", biases)) if new else ():
                 parameter = module.get_parameter(name)
                 parameter.copy_(values[layer].repeat_interleave(len(parameter) // heads, 0))
-        weights = shares.detach().clamp_min(0.0)
-        return weights / weights.mean().clamp_min(1e-6)
+        found = (shares if effects is None else effects).detach().clamp_min(0.0)
+        return found / found.mean().clamp_min(1e-6)

@@ -59,6 +59,9 @@ class TrainConfig:
         "copier", "memory", "New weights: without effect, giving back what was written, or fitted to the model first."
     )
     start_conversations: int = _key(500, "memory", "Conversations that new weights are fitted to.")
+    refit_conversations: int = _key(
+        0, "memory", "Conversations from which an adapter's keys and queries are learned anew before it is trained on."
+    )
     lens_steps: int = _key(0, "memory", "Steps through a logit lens after that, on these conversations: see below.")
     static: bool = _key(
         False, "memory", "In place of a memory, a static LoRA (peft) of as many parameters on the same projections."
@@ -136,7 +139,15 @@ class TrainConfig:
             "start_conversations",
         ):
             self._need(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("warmup", "evaluate_every", "patience", "workers", "held_out", "lens_steps"):
+        for name in (
+            "warmup",
+            "evaluate_every",
+            "patience",
+            "workers",
+            "held_out",
+            "lens_steps",
+            "refit_conversations",
+        ):
             self._need(getattr(self, name) >= 0, name, "at least 0")
         for name in ("window_messages", "window_tokens", "threads", "truncate"):
             self._need(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1, or null")
@@ -163,6 +174,8 @@ class TrainConfig:
             )
         if self.lens_steps and self.start != "fitted":
             raise ConfigError(f"lens_steps go on from start: fitted; found start: {self.start}")
+        if self.refit_conversations and self.adapter is None:
+            raise ConfigError("refit_conversations are for an adapter; new weights are fitted with start: fitted")
         if self.static and self.adapter is not None:
             raise ConfigError("a static LoRA starts anew; give adapter (to train a memory further) or static, not both")
         if self.adapter is not None and self.memory:

@@ -76,12 +76,10 @@ class _Features:
     Attributes:
         kept: of written tokens, those of values and others.
         asked: of the tokens in replies that predict a value's token.
-        random: of tokens in random rows.
     """
 
     kept: Tensor
     asked: Tensor
-    random: Tensor
 
 
 @torch.no_grad()
@@ -103,24 +101,78 @@ def start_fitted(steered: SteeredModel, examples: Sequence[Example], pad: int, *
         DataError: too few recalled tokens were found.
     """
     config = steered.config
-    if "o" not in config.delta_heads:
-        raise ConfigError(f"a fitted start needs the correction of o in delta_heads; found {config.delta_heads}")
-    recalls = [_recalls(example) for example in examples]
+    recalls = _all_recalls(steered, examples)
     count = sum(len(each.pairs) for each in recalls)
     if count < 2 * config.rank:
         raise DataError(
             f"a fitted start needs at least {2 * config.rank} values that a reply recalls from what was written; found "
             f"{count} in {len(examples)} conversations. Give more data, or start: copier"
         )
-    _fit(steered, *_collect(steered, recalls, pad, rows), _residual_scale(steered, recalls), seed)
+    places, features = _collect(steered, recalls, pad, rows)
+    random = _random_tokens(steered, pad, rows)
+    _fit(steered, places, features, random, _residual_scale(steered, recalls), seed)
     return count
+
+
+@torch.no_grad()
+def refit_addresses(
+    steered: SteeredModel, examples: Sequence[Example], pad: int, *, seed: int = 0, rows: int = 32
+) -> int:
+    """Train the keys and queries of a trained adapter to find what replies recall, in place.
+
+    A training step moves them by what it does to replies, through everything above them; here the right token is named
+    to them. All else stays, and they move by a tenth of their size.
+
+    Args:
+        steered: the model with its memory.
+        examples: conversations whose questions recall values that were written; two thousand or more.
+        pad: the token id of padding.
+        seed: draws the order of examples.
+        rows: how many passes run through the model together.
+
+    Returns:
+        How many recalled tokens were found.
+
+    Raises:
+        ConfigError: the adapter does not correct o.
+        DataError: no recalled token was found.
+    """
+    recalls = _all_recalls(steered, examples)
+    count = sum(len(each.pairs) for each in recalls)
+    if not count:
+        raise DataError(
+            "keys and queries are learned from values that replies recall from what was written; found none in "
+            f"{len(examples)} conversations. Give other data, or refit_conversations: 0"
+        )
+    places, features = _collect(steered, recalls, pad, rows)
+    train_addressing(
+        _modules(steered),
+        [layer.kept for layer in features],
+        [layer.asked for layer in features],
+        places,
+        seed=seed,
+        effects=_effects(_modules(steered)),
+    )
+    return count
+
+
+def _effects(modules: Sequence[LayerMemory]) -> Tensor:
+    """How large a correction of o each head makes of what it finds, [L, H], with a mean of 1."""
+    effects = []
+    for module in modules:
+        heads, rank = module.config.num_state_heads, module.config.rank
+        output = module.get_parameter("delta_o_proj").detach().float().cpu().view(-1, heads, rank)  # [D, H, r]
+        values = module.get_parameter("memory_v_proj").detach().float().cpu().view(heads, rank, -1)  # [H, r, D]
+        effects.append(torch.stack([torch.linalg.norm(output[:, head] @ values[head]) for head in range(heads)]))
+    found = torch.stack(effects)
+    return found / found.mean().clamp_min(1e-6)
 
 
 def _fit(
     steered: SteeredModel,
     places: Places,
-    random_tokens: Tensor,
     features: Sequence[_Features],
+    random: tuple[Tensor, Sequence[Tensor]],
     residual: float,
     seed: int,
 ) -> None:
@@ -132,8 +184,8 @@ def _fit(
     # How much of a value's code each head of each layer recalls, [L, H]; an output counts as much as its head recalls.
     recalled = torch.stack(
         [
-            _fit_layer(module, layer, places, random_tokens, codes, generator)
-            for module, layer in zip(modules, features, strict=True)
+            _fit_layer(module, layer, places, (random[0], states), codes, generator)
+            for module, layer, states in zip(modules, features, random[1], strict=True)
         ]
     )
     shares = train_addressing(
@@ -184,7 +236,7 @@ def _fit_layer(
     module: LayerMemory,
     layer: _Features,
     places: Places,
-    random_tokens: Tensor,
+    random: tuple[Tensor, Tensor],
     codes: Tensor,
     generator: torch.Generator,
 ) -> Tensor:
@@ -199,9 +251,9 @@ def _fit_layer(
     values, others = kept[places.found], kept[~places.values]
     written, asked = _Centred.of(values, others), _Centred.of(answers, answers)
     slices = torch.linalg.qr(torch.randn(dim, rank * heads, generator=generator))[0].T  # [H r, D]
-    known = torch.cat([written.pairs, written.without(layer.random.float())])
+    known = torch.cat([written.pairs, written.without(random[1].float())])
     found = places.tokens[places.found]
-    tokens = torch.cat([found, random_tokens])
+    tokens = torch.cat([found, random[0]])
     recalled = []
     for head, kind in enumerate(_kinds(places, heads, rank).tolist()):
         part = slice(head * rank, (head + 1) * rank)
@@ -296,6 +348,14 @@ def _gate(values: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     return slope * fit, _GATE_VALUE - slope * (high.mean() + mean @ fit)
 
 
+def _all_recalls(steered: SteeredModel, examples: Sequence[Example]) -> list[_Recalls]:
+    if "o" not in steered.config.delta_heads:
+        raise ConfigError(
+            f"weights are fitted where the memory corrects o; found delta_heads {steered.config.delta_heads}"
+        )
+    return [_recalls(example) for example in examples]
+
+
 def _recalls(example: Example) -> _Recalls:
     """Where an example's questions recall what its passes wrote."""
     pairs = []
@@ -331,10 +391,8 @@ def _last_place(passes: Sequence[Pass], run: Sequence[int]) -> tuple[int, int] |
     return None
 
 
-def _collect(
-    steered: SteeredModel, recalls: Sequence[_Recalls], pad: int, rows: int
-) -> tuple[Places, Tensor, list[_Features]]:
-    """The places, the tokens of the random rows, and the bare model's hidden states layer by layer."""
+def _collect(steered: SteeredModel, recalls: Sequence[_Recalls], pad: int, rows: int) -> tuple[Places, list[_Features]]:
+    """The places, and the bare model's hidden states layer by layer."""
     generator = torch.Generator().manual_seed(0)
     wanted: list[tuple[Pass, list[int]]] = []  # a pass, and the positions to keep
     examples, tokens, values, found, first = list[int](), list[int](), list[bool](), list[int](), list[bool]()
@@ -359,16 +417,20 @@ def _collect(
             replies.append(len(wanted))
             wanted.append((read, [pair[3] for pair in pairs]))
     hidden = _hidden(steered, wanted, pad, rows)
-    vocabulary = steered.model.get_output_embeddings().weight.shape[0]
-    drawn_rows = torch.randint(vocabulary, (_RANDOM_ROWS, _RANDOM_LENGTH), generator=generator)
-    random_rows = [(Pass(row, [], [], len(row)), list(range(_SKIPPED, len(row)))) for row in drawn_rows.tolist()]
-    random = _hidden(steered, random_rows, pad, rows)
     places = Places(*(torch.tensor(each) for each in (examples, tokens, values, found, first)))
     features = [
-        _Features(torch.cat([layer[n] for n in written]), torch.cat([layer[n] for n in replies]), torch.cat(mixed))
-        for layer, mixed in zip(hidden, random, strict=True)
+        _Features(torch.cat([layer[n] for n in written]), torch.cat([layer[n] for n in replies])) for layer in hidden
     ]
-    return places, drawn_rows[:, _SKIPPED:].flatten(), features
+    return places, features
+
+
+def _random_tokens(steered: SteeredModel, pad: int, rows: int) -> tuple[Tensor, list[Tensor]]:
+    """Tokens of random rows, [n], and their hidden states layer by layer, [n, D] each."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = steered.model.get_output_embeddings().weight.shape[0]
+    drawn = torch.randint(vocabulary, (_RANDOM_ROWS, _RANDOM_LENGTH), generator=generator)
+    passes = [(Pass(row, [], [], len(row)), list(range(_SKIPPED, len(row)))) for row in drawn.tolist()]
+    return drawn[:, _SKIPPED:].flatten(), [torch.cat(layer) for layer in _hidden(steered, passes, pad, rows)]
 
 
 def _hidden(steered: SteeredModel, wanted: Sequence[tuple[Pass, list[int]]], pad: int, rows: int) -> list[list[Tensor]]:

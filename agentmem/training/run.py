@@ -46,7 +46,7 @@ from agentmem.training.conversations import Ask, Conversation
 from agentmem.training.episodes import EpisodeConfig
 from agentmem.training.examples import Example, ExampleMaker, collate
 from agentmem.training.facts.values import Vocabulary
-from agentmem.training.fitted import start_as_copier, start_fitted
+from agentmem.training.fitted import refit_addresses, start_as_copier, start_fitted
 from agentmem.training.frozen import FrozenFeatures
 from agentmem.training.logit_lens import freeze, train_by_lens
 from agentmem.training.loop import ExampleDataset, TrainingLoop, TrainProgress, training_arguments
@@ -297,7 +297,7 @@ def _trainer(run: PreparedRun, on_progress: Callable[[TrainProgress], None] | No
     else:
         steered = SteeredModel.attach(model, adapter=run.adapter, dtype=torch.float32)
     out = Path(config.out)
-    if run.adapter is None and last_checkpoint(out) is None:
+    if (run.adapter is None or config.refit_conversations) and last_checkpoint(out) is None:
         if not (out / _START / CONFIG_FILE).exists():
             _start(run, steered, on_progress)
             if arguments.should_save:
@@ -373,16 +373,21 @@ def _train_static(run: PreparedRun, on_progress: Callable[[TrainProgress], None]
 
 
 def _start(run: PreparedRun, steered: SteeredModel, on_progress: Callable[[TrainProgress], None] | None = None) -> None:
-    """Initialise new weights."""
+    """Initialise new weights, or fit an adapter's keys and queries anew."""
     config = run.config
-    if config.start == "copier":
-        start_as_copier(steered)
-    elif config.start == "fitted":
+
+    def examples_of(most: int) -> list[Example]:
         count = len(run.source)
         # Of an endless source conversations that training does not reach, which a course (`grow`) has not thinned out.
         first = ENDLESS // 2 if count >= ENDLESS else 0
-        numbers = range(first, first + min(config.start_conversations, count))
-        examples = [run.example(n, Random(n)) for n in numbers]
+        return [run.example(n, Random(n)) for n in range(first, first + min(most, count))]
+
+    if run.adapter is not None:
+        refit_addresses(steered, examples_of(config.refit_conversations), run.pad, seed=config.seed)
+    elif config.start == "copier":
+        start_as_copier(steered)
+    elif config.start == "fitted":
+        examples = examples_of(config.start_conversations)
         start_fitted(steered, examples, run.pad, seed=config.seed)
         if config.lens_steps:
             train_by_lens(

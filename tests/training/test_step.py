@@ -19,7 +19,7 @@ from agentmem.generation.sampling import Sampling
 from agentmem.prompt.transcript import Transcript, Window
 from agentmem.training.conversations import Ask, Conversation
 from agentmem.training.examples import Example, ExampleMaker, Pass, collate
-from agentmem.training.fitted import start_as_copier, start_fitted
+from agentmem.training.fitted import refit_addresses, start_as_copier, start_fitted
 from agentmem.training.frozen import FrozenFeatures
 from agentmem.training.logit_lens import freeze, train_by_lens
 from agentmem.training.loop import TrainProgress
@@ -360,6 +360,38 @@ def test_a_fitted_start_recalls_before_any_training() -> None:
     assert torch.isfinite(zero)
     with pytest.raises(DataError, match="at least 16 values"):
         start_fitted(steered, [recall(0)], 0)
+
+
+def test_keys_and_queries_that_have_strayed_are_fitted_anew() -> None:
+    steered = SteeredModel.attach(
+        build("llama", tie_word_embeddings=True), config=MemoryConfig(rank=8, couple_lambda=False, lambda_bias_init=7.0)
+    )
+    examples = [recall(number) for number in range(600)]
+    start_fitted(steered, examples, 0)
+    step = MemoryStep(steered)
+    batch = collate([recall(number) for number in range(1000, 1040)], 0, joined=True)
+
+    def lead() -> float:
+        memory, foreign = (float(step.losses(batch, start)[0].mean()) for start in ("memory", "foreign"))
+        return foreign - memory
+
+    fitted, generator = lead(), torch.Generator().manual_seed(0)
+    others = {}
+    with torch.no_grad():
+        for name, parameter in steered.memory.named_parameters():
+            if name.endswith(("memory_k_proj", "memory_q_proj")):
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(3.0 * parameter.square().mean().sqrt() * noise)
+            else:
+                others[name] = parameter.clone()
+    strayed = lead()
+    assert strayed < 0.5 * fitted
+    assert refit_addresses(steered, examples, 0) == 1200
+    assert lead() > strayed + 0.25 * (fitted - strayed)
+    for name, parameter in steered.memory.named_parameters():
+        assert name not in others or torch.equal(parameter, others[name]), name
+    with pytest.raises(DataError, match="found none in 1 conversations"):
+        refit_addresses(steered, [Example(recall(0).passes, ())], 0)
 
 
 def test_steps_through_a_logit_lens_teach_what_the_model_then_does() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -299,7 +299,6 @@ def bench(
 def storage_report(
     url: Url,
     limit: Annotated[int, typer.Option(min=0, help="Show this many threads; 0 shows all.")] = 20,
-    order: Annotated[Literal["bytes", "checkpoints", "idle"], typer.Option(help="What comes first.")] = "bytes",
     as_json: AsJson = False,
     prefix: Prefix = "agentmem_",
     schema: Schema = None,
@@ -310,7 +309,7 @@ def storage_report(
     _require(langgraph="sql", sqlalchemy="sql")
     from agentmem_cli.storage import Place, report
 
-    report(Place(url, prefix, schema, encrypted, hmac_key_file), limit, order, as_json)
+    report(Place(url, prefix, schema, encrypted, hmac_key_file), limit, as_json)
 
 
 @storage.command("prune")

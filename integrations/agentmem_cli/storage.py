@@ -24,7 +24,6 @@ from rich.text import Text
 from agentmem.errors import ConfigError
 from agentmem_cli.terminal import printable
 from agentmem_sql import Retention, RetentionReport, SQLAlchemySaver, StorageReport
-from agentmem_sql.report import Order
 
 _KEY = "LANGGRAPH_AES_KEY"
 _UNITS = {
@@ -85,15 +84,14 @@ class Place:
         )
 
 
-def report(place: Place, limit: int, order: Order, as_json: bool) -> None:
+def report(place: Place, limit: int, as_json: bool) -> None:
     """Show how much space the threads of a database take."""
     with place.open() as saver, Console(stderr=True).status("measuring"):
-        sizes = saver.storage_report(limit=limit or None, order=order)
+        sizes = saver.storage_report(limit=limit or None)
     if as_json:
         _print_json(sizes.to_dict())
     else:
         Console().print(_sizes(sizes))
-        Console().print(_database(sizes), highlight=False)
 
 
 def prune(place: Place, stays: Retention, threads: list[str] | None, *, dry_run: bool, as_json: bool, yes: bool) -> int:
@@ -187,13 +185,6 @@ def _sizes(report: StorageReport) -> Table:
     all_threads = _threads(report.thread_count, len(report.threads))
     table.add_row(all_threads, str(report.checkpoints), str(report.pending_writes), *sizes, "", style="bold")
     return table
-
-
-def _database(report: StorageReport) -> str:
-    text = f"database: {decimal(report.database_bytes)}"
-    if report.free_bytes is not None:
-        text += f", of which {decimal(report.free_bytes)} free"
-    return text
 
 
 def _swept(report: RetentionReport) -> Table:

@@ -280,9 +280,8 @@ class Governor:
         self._note(connection, entry.threads[0], entry, messages=len(entry.messages), rewritten=rewritten)
 
     def _note(self, connection: Connection, chain: str | bytes, entry: JournalEntry, **more: Any) -> None:
-        if self._parts.protection.audited:
-            public = {"receipt": entry.id, "actor": entry.actor, "operation": entry.operation, **more}
-            self._parts.audit.append(connection, chain, Event("forgotten", public))
+        public = {"receipt": entry.id, "actor": entry.actor, "operation": entry.operation, **more}
+        self._parts.audit.note(connection, chain, Event("forgotten", public))
 
     def _finish(self, entry: JournalEntry, rewrite: bool) -> Receipt:
         for engine in self.engines:
@@ -363,14 +362,9 @@ class Governor:
 
     def _note_all(self, threads: Sequence[str], event: Event) -> None:
         """Note something in the chain of each thread, and in that of the database."""
-
-        def note(connection: Connection, chain: str | bytes) -> None:
-            if self._parts.protection.audited:
-                self._parts.audit.append(connection, chain, event)
-
         chains: list[str | bytes] = [*threads, DATABASE]
         for chain in chains:
-            self._parts.database.run(partial(note, chain=chain), write=True)
+            self._parts.database.run(partial(self._parts.audit.note, chain=chain, event=event), write=True)
 
     # Accounting.
 

@@ -17,7 +17,7 @@ from uuid import uuid4
 
 from sqlalchemy import Connection, delete, select
 
-from agentmem_sql.audit import SaverParts
+from agentmem_sql.saver import SaverParts
 from agentmem_sql.statements import add_rows
 
 

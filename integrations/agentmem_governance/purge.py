@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, Table, text
 from sqlalchemy.exc import DBAPIError
 
-from agentmem_sql.audit import SaverParts
+from agentmem_sql.saver import SaverParts
 from agentmem_sql.statements import change, fetch
 
 _ALWAYS = (

@@ -103,7 +103,6 @@ class MessageRemoval:
             try:
                 if (self._rewrite if entry.keep_checkpoints else self._replace)(entry, write):
                     self._saver.parts.cache.drop(self._thread)
-                    self._saver.parts.audit.drop(self._thread)
                     return
             except WentOn:
                 continue

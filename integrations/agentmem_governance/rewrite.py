@@ -36,7 +36,6 @@ from agentmem_governance.message_search import (
     occurs,
 )
 from agentmem_sql import SQLAlchemySaver
-from agentmem_sql.audit import SaverParts
 from agentmem_sql.content import Packer, Value, dump
 from agentmem_sql.list_tree import HISTORY, history_body, read_history
 from agentmem_sql.message_cache import CachedThread
@@ -50,7 +49,7 @@ from agentmem_sql.rows import (
     seal_write,
     unpack_content,
 )
-from agentmem_sql.saver import plain_serde
+from agentmem_sql.saver import SaverParts, plain_serde
 from agentmem_sql.schema import exact_key, open_key, thread_key
 from agentmem_sql.statements import add_rows
 

@@ -20,8 +20,9 @@ from typing import Any
 from sqlalchemy import Connection, delete, select, update
 
 from agentmem.errors import ConfigError, StorageError
-from agentmem_sql.audit import START, Event, SaverParts, row_hash
+from agentmem_sql.audit import START, Event, row_hash
 from agentmem_sql.protection import Protection
+from agentmem_sql.saver import SaverParts
 from agentmem_sql.schema import thread_key
 
 _EXPIRED = "expired"
@@ -150,16 +151,14 @@ def _read(connection: Connection, parts: SaverParts, chain: bytes) -> Trail:
         if private is not None and protection.row_mac([private]) != digest:
             problems.append(f"what is private in row {seq} was changed")
         previous = START if seq == 1 else last
-        if previous is not None:
-            made = row_hash(protection, previous, chain, seq, row["created"], body, digest)
-            if made != bytes(row["hash"]):
-                problems.append(f"row {seq} was changed, or the one before it")
+        if previous is not None and row_hash(protection, previous, row, body) != row["hash"]:
+            problems.append(f"row {seq} was changed, or the one before it")
         last = bytes(row["hash"])
         details.pop("nonce", None)
         time = datetime.fromtimestamp(row["created"] / 1000, UTC)
         name = str(details.pop("event", ""))
         entries.append(AuditEntry(seq, time, name, details, digest is not None and private is None))
-    problems += _beginning(entries, rows, protection, chain) + _redactions(entries)
+    problems += _beginning(entries, rows, protection) + _redactions(entries)
     if head is None and rows:
         problems.append("the chain's head is missing")
     if head is not None and head.seq and (not rows or (rows[-1]["seq"], bytes(rows[-1]["hash"])) != tuple(head)):
@@ -167,7 +166,7 @@ def _read(connection: Connection, parts: SaverParts, chain: bytes) -> Trail:
     return Trail(tuple(entries), "" if last is None else f"{entries[-1].seq}:{last.hex()}", tuple(problems))
 
 
-def _beginning(entries: list[AuditEntry], rows: Any, protection: Protection, chain: bytes) -> list[str]:
+def _beginning(entries: list[AuditEntry], rows: Any, protection: Protection) -> list[str]:
     """What is wrong with a chain whose first rows are missing."""
     if not entries or entries[0].seq == 1:
         return []
@@ -175,9 +174,8 @@ def _beginning(entries: list[AuditEntry], rows: Any, protection: Protection, cha
     said = [entry.details for entry in entries if entry.event == _EXPIRED and entry.details.get("through") == through]
     if not said:
         return [f"rows 1 to {through} are missing, and no later row says that they expired"]
-    digest = None if first["private_digest"] is None else bytes(first["private_digest"])
     last, body = bytes.fromhex(str(said[0].get("hash", ""))), protection.decrypt(bytes(first["body"]))
-    if row_hash(protection, last, chain, first["seq"], first["created"], body, digest) != bytes(first["hash"]):
+    if row_hash(protection, last, first, body) != first["hash"]:
         return [f"row {first['seq']} was changed, or does not follow the rows that expired"]
     return []
 

@@ -18,8 +18,7 @@ except ModuleNotFoundError as error:
 
 from agentmem_sql.memory_history import MemoryStep
 from agentmem_sql.prune import ThreadRetention
-from agentmem_sql.report import StorageReport, ThreadSize
-from agentmem_sql.retention import Retention, RetentionReport
+from agentmem_sql.retention import Retention, RetentionReport, StorageReport, ThreadSize
 from agentmem_sql.saver import SQLAlchemySaver
 from agentmem_sql.schema import metadata
 from agentmem_sql.transfer import TransferError, TransferReport, acopy_threads, copy_threads

@@ -16,27 +16,24 @@ from __future__ import annotations
 
 import json
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from secrets import token_hex
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-from langchain_core.messages import BaseMessage
+from langchain_core.messages import BaseMessage, RemoveMessage
 from langchain_core.runnables import RunnableConfig
-from langgraph.checkpoint.base import Checkpoint, CheckpointTuple
+from langgraph.checkpoint.base import BaseCheckpointSaver, Checkpoint
+from langgraph.checkpoint.serde.types import _DeltaSnapshot
 from sqlalchemy import Connection, bindparam, insert, select, update
 
 from agentmem.telemetry import audited
-from agentmem_sql.database import Database
-from agentmem_sql.message_cache import ThreadCache
+from agentmem_sql.database import Work
 from agentmem_sql.protection import Protection
-from agentmem_sql.prune import Pruner, ThreadRetention
-from agentmem_sql.rows import Address
+from agentmem_sql.rows import Address, Row
 from agentmem_sql.schema import DIGEST_BYTES, Tables, by, thread_key
 from agentmem_sql.statements import add_rows
-from agentmem_sql.writer import Writer
 
 T = TypeVar("T")
 
@@ -45,8 +42,6 @@ DATABASE = bytes(DIGEST_BYTES)
 
 START = bytes(DIGEST_BYTES)
 """What the first row of a chain follows."""
-
-_KEPT = 256  # checkpoints of which the contents are known, so that what is new in the next one can be told
 
 
 @dataclass(frozen=True)
@@ -64,36 +59,16 @@ class Event:
     private: Mapping[str, Any] = field(default_factory=dict)
 
 
-class SaverParts(NamedTuple):
-    """What a saver is made of, for packages that do more in its transactions."""
-
-    database: Database
-    protection: Protection
-    cache: ThreadCache
-    writer: Writer
-    pruner: Pruner
-    audit: Audit
-
-
-class _Contents(NamedTuple):
-    """What a checkpoint held: the memory's digest by channel, and a hash of each message by its channel and id."""
-
-    memories: Mapping[str, str]
-    messages: Mapping[tuple[str, Any], int]
-
-
 class Audit:
     """Appends to the audit trail of one database."""
 
-    def __init__(self, tables: Tables, protection: Protection, pruner: Pruner) -> None:
-        pruner.on_removal = self._note_removal
+    def __init__(self, tables: Tables, protection: Protection) -> None:
         self._tables = tables
         self._protection = protection
         chains = tables.audit_chains
         self._head = select(chains.c.seq, chains.c.hash).where(by(chains, "chain")).with_for_update()
         advance = update(chains).where(chains.c.chain == bindparam("of"))
         self._advance = advance.values(seq=bindparam("to_seq"), hash=bindparam("to_hash"))
-        self._contents: OrderedDict[tuple[str, str, str], _Contents] = OrderedDict()
 
     def append(self, connection: Connection, chain: str | bytes, *events: Event) -> None:
         """Append events to a chain, in the caller's transaction; `chain` is a thread's id or `DATABASE`."""
@@ -110,89 +85,82 @@ class Audit:
             if event.private:
                 # The nonce keeps the digest from confirming guesses when the rest has gone.
                 private = _json({**event.private, "nonce": token_hex(16)})
-            created = time.time_ns() // 1_000_000
-            private_digest = None if private is None else self._protection.row_mac([private])
-            last = row_hash(self._protection, last, key, seq, created, body, private_digest)
             encrypt = self._protection.encrypt
-            rows.append(
-                {
-                    "chain": key,
-                    "seq": seq,
-                    "created": created,
-                    "body": encrypt(body),
-                    "private": None if private is None else encrypt(private),
-                    "private_digest": private_digest,
-                    "hash": last,
-                }
-            )
+            row = {
+                "chain": key,
+                "seq": seq,
+                "created": time.time_ns() // 1_000_000,
+                "body": encrypt(body),
+                "private": None if private is None else encrypt(private),
+                "private_digest": None if private is None else self._protection.row_mac([private]),
+            }
+            last = row_hash(self._protection, last, row, body)
+            rows.append({**row, "hash": last})
         connection.execute(insert(self._tables.audit), rows)
         connection.execute(self._advance, {"of": key, "to_seq": seq, "to_hash": last})
         for event in events:
             audited(event.name, event.public)
 
-    def noting(self, work: Callable[[Connection], T], thread_id: str, event: Event) -> Callable[[Connection], T]:
-        """Work that also appends an event, if the database has an audit trail and the work does not return False."""
+    def note(self, connection: Connection, chain: str | bytes, event: Event) -> None:
+        """`append` an event, if the database has an audit trail."""
+        if self._protection.audited:
+            self.append(connection, chain, event)
+
+    def noting(self, work: Work[T], thread_id: str, event: Event | None, first: Work[object] | None = None) -> Work[T]:
+        """Work that also notes an event, unless it returns False; and what comes first in the same transaction."""
 
         def noted(connection: Connection) -> T:
+            if first is not None:
+                first(connection)
             result = work(connection)
-            if self._protection.audited and result is not False:
-                self.append(connection, thread_id, event)
+            if event is not None and result is not False:
+                self.note(connection, thread_id, event)
             return result
 
         return noted
-
-    def _note_removal(self, connection: Connection, taken: ThreadRetention) -> None:
-        """Append that checkpoints were removed from a thread, if the database has an audit trail."""
-        if self._protection.audited:
-            event = Event("pruned", {"checkpoints": taken.removed, "left": taken.kept})
-            self.append(connection, taken.thread_id, event)
 
     def redact(self, connection: Connection, thread_id: str) -> None:
         """Empty the column `private` of a thread's rows, in the caller's transaction."""
         audit = self._tables.audit
         connection.execute(update(audit).where(audit.c.chain == thread_key(thread_id)).values(private=None))
 
-    def drop(self, thread_id: str) -> None:
-        """Know nothing more of a thread, whose checkpoints were rewritten."""
-        for key in [key for key in list(self._contents) if key[0] == thread_id]:
-            self._contents.pop(key, None)
-
     def written(
         self,
-        open_database: Callable[[], None],
-        read: Callable[[RunnableConfig], CheckpointTuple | None],
+        saver: BaseCheckpointSaver[str],
         config: RunnableConfig,
         checkpoint: Checkpoint,
         metadata: Mapping[str, Any],
     ) -> Event | None:
-        """The event of a checkpoint that is about to be stored; None if it has no new message and no new memory, or
-        the database has no audit trail.
+        """The event of a checkpoint that is about to be stored; None if it has no new message and no new memory.
 
-        Messages in a delta channel are not seen: LangGraph gives a saver only what they are made from.
+        Checkpoints do not hold the values of delta channels: new there are the messages that were written under the
+        parent, all of which LangGraph has stored before.
 
         Args:
-            open_database: called where it was not opened yet, so that it is not known whether it has one.
-            read: gives a stored checkpoint; called if the parent is not known here.
+            saver: gives the parent.
             config: names the parent.
             checkpoint: what is stored.
             metadata: its metadata; `actor`, or else `user_id`, says who acts.
         """
-        if self._protection.audited is None:
-            open_database()
-        if not self._protection.audited:
-            return None
-        address = Address.of(config)
-        parent = None if address.id is None else self._known(read, config, address)
-        values = checkpoint["channel_values"]
-        now, before = _contents_of(values), parent or _Contents({}, {})
-        self._remember((address.thread, address.ns, checkpoint["id"]), now)
-        memories = {name: digest for name, digest in now.memories.items() if before.memories.get(name) != digest}
-        messages = [
-            message
-            for name, value in values.items()
-            for message in _messages(value)
-            if before.messages.get((name, message.id)) != now.messages[name, message.id]
-        ]
+        address, values = Address.of(config), checkpoint["channel_values"]
+        parent = None if address.id is None else saver.get_tuple(config)
+        before = {} if parent is None else parent.checkpoint["channel_values"]
+        known = {name: value["digest"] for name, value in before.items() if is_memory(value)}
+        memories = {name: value["digest"] for name, value in values.items() if is_memory(value)}
+        memories = {name: digest for name, digest in memories.items() if known.get(name) != digest}
+        messages: list[BaseMessage] = []
+        for name, value in values.items():
+            if held := list(_messages(value)):
+                earlier = before.get(name)
+                if parent is not None and earlier is None and isinstance(value, _DeltaSnapshot):
+                    history = saver.get_delta_channel_history(config=config, channels=[name])[name]
+                    earlier = [history.get("seed"), *(written for _, _, written in history["writes"])]
+                said = {message.id: _said(message) for message in _messages(earlier)}
+                messages += [message for message in held if said.get(message.id) != _said(message)]
+        if parent is not None:
+            deltas = set(metadata.get("counters_since_delta_snapshot") or ()) - values.keys()
+            pending = [value for _, name, value in parent.pending_writes or () if name in deltas]
+            messages += _messages(pending)
         if not memories and not messages:
             return None
         noted = [message.response_metadata for message in messages if message.response_metadata]
@@ -204,7 +172,7 @@ class Audit:
             "memory": [
                 {
                     "channel": name,
-                    "before": before.memories.get(name),
+                    "before": known.get(name),
                     "after": digest,
                     "model": values[name].get("model_fingerprint"),
                     "adapter": values[name].get("adapter_fingerprint"),
@@ -227,34 +195,10 @@ class Audit:
         }
         return Event("written", public, private)
 
-    def _known(
-        self, read: Callable[[RunnableConfig], CheckpointTuple | None], config: RunnableConfig, address: Address
-    ) -> _Contents | None:
-        contents = self._contents.get((address.thread, address.ns, address.id or ""))
-        if contents is None and (stored := read(config)) is not None:
-            contents = _contents_of(stored.checkpoint["channel_values"])
-        return contents
 
-    def _remember(self, key: tuple[str, str, str], contents: _Contents) -> None:
-        self._contents[key] = contents
-        while len(self._contents) > _KEPT:
-            try:
-                self._contents.popitem(last=False)
-            except KeyError:  # another thread was first
-                break
-
-
-def row_hash(
-    protection: Protection,
-    last: bytes,
-    chain: bytes,
-    seq: int,
-    created: int,
-    body: bytes,
-    private_digest: bytes | None,
-) -> bytes:
-    """The hash of a row: over the hash of the row before it and everything in it but `private` itself."""
-    return protection.row_mac((last, chain, seq, created, body, private_digest))
+def row_hash(protection: Protection, last: bytes, row: Row, body: bytes) -> bytes:
+    """The hash of a row with this body: over the hash of the row before it, and all that is in it but `private`."""
+    return protection.row_mac((last, row["chain"], row["seq"], row["created"], body, row["private_digest"]))
 
 
 def message_digest(message: BaseMessage) -> str:
@@ -268,19 +212,18 @@ def is_memory(value: object) -> bool:
     return isinstance(value, Mapping) and {"shape", "data", "digest"} <= value.keys()
 
 
-def _contents_of(values: Mapping[str, Any]) -> _Contents:
-    memories = {name: str(value["digest"]) for name, value in values.items() if is_memory(value)}
-    messages = {
-        (name, message.id): hash((message.type, repr(message.content), repr(getattr(message, "tool_calls", None))))
-        for name, value in values.items()
-        for message in _messages(value)
-    }
-    return _Contents(memories, messages)
-
-
 def _messages(value: object) -> Iterator[BaseMessage]:
-    if isinstance(value, list):
-        yield from (item for item in value if isinstance(item, BaseMessage))
+    """The messages in a value of a channel, or in what was written to it."""
+    if isinstance(value, BaseMessage):
+        if not isinstance(value, RemoveMessage):
+            yield value
+    elif isinstance(value, list | _DeltaSnapshot):
+        for item in value.value if isinstance(value, _DeltaSnapshot) else value:
+            yield from _messages(item)
+
+
+def _said(message: BaseMessage) -> tuple[Any, ...]:
+    return message.type, message.content, getattr(message, "tool_calls", None)
 
 
 def _json(data: Mapping[str, Any]) -> bytes:

@@ -19,7 +19,7 @@ import random
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -27,18 +27,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
 
 from sqlalchemy import URL, Connection, Engine, inspect
-from sqlalchemy.exc import DBAPIError, InvalidRequestError, OperationalError
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.pool import QueuePool, StaticPool
+from sqlalchemy.pool import QueuePool
 
 from agentmem.errors import StorageError
-from agentmem_sql import db_errors
-from agentmem_sql.engines import SYNCHRONOUS, Source, check_shared, make_engine, safe_url, source_of
+from agentmem_sql import engines, schema
+from agentmem_sql.engines import Source, make_engine, safe_url, source_of
 from agentmem_sql.message_cache import ThreadCache
-from agentmem_sql.migrations import MIGRATIONS, Migration, alone, is_current, migrate
 from agentmem_sql.protection import Protection
-from agentmem_sql.schema import Tables
-from agentmem_sql.statements import change, check_mysql, enable_wal
+from agentmem_sql.schema import Tables, alone, migrate
+from agentmem_sql.statements import change
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -62,49 +61,32 @@ class Database:
         engine: Engine | AsyncEngine | URL | str,
         *,
         tables: Tables,
-        synchronous: str = "FULL",
         engine_options: Mapping[str, Any] | None = None,
         must_exist: bool = False,
-        protection: Protection | None = None,
-        cache: ThreadCache | None = None,
-        migrations: Sequence[Migration] = MIGRATIONS,
+        protection: Protection,
+        cache: ThreadCache,
     ) -> None:
         """Take a URL, or the caller's engine, which keeps its settings and is never disposed of.
 
         Args:
             engine: as for `SQLAlchemySaver`, as are the other arguments that are not below.
-            tables: created or migrated before the first work, by `migrations`.
+            tables: created or migrated before the first work.
             protection: settled before the first work, by one process and one thread at a time, and again by the next
                 call if that fails. On a settled database nobody waits for a writer.
             cache: cleared when a connection turns out to be lost, and in a forked process.
         """
-        if synchronous.upper() not in SYNCHRONOUS:
-            raise StorageError(
-                f"expected `synchronous` to be one of {', '.join(SYNCHRONOUS)} (what SQLite knows), "
-                f"found {synchronous!r}"
-            )
         self.tables = tables
         self._make_threads()
         self._source = source_of(engine, engine_options)
         self._must_exist = must_exist
         self._protection = protection
         self._cache = cache
-        self._migrations = migrations
         self.backend = self._source.url.get_backend_name()
         self.url = safe_url(self._source.url)
-        own, in_memory = self._source.engine, self._source.in_memory
-        if in_memory and own is not None and not isinstance(own.pool, StaticPool):
-            raise StorageError(
-                f"expected an in-memory engine with poolclass=StaticPool, found {type(own.pool).__name__}, which gives "
-                "every thread a database of its own; use StaticPool, a file, or "
-                "SQLAlchemySaver.from_url('sqlite:///:memory:')"
-            )
-        self._one_connection = in_memory or (own is not None and isinstance(own.pool, StaticPool))
+        own, self._in_memory = self._source.engine, self._source.in_memory
         self._turn = _turn_of(self._source) if self.backend == "sqlite" else None
-        engine = own or make_engine(self._source, synchronous.upper())
+        engine = own or make_engine(self._source)
         self._transactions = _Transactions(engine, made_here=own is None)
-        if own is not None and self.backend == "sqlite" and self._one_connection:
-            check_shared(own)
         self._process = os.getpid()  # the one whose connections these are
         self._file: tuple[str, tuple[int, int]] | None = None  # that of SQLite, and which one it was at first
         self._ready = False
@@ -143,20 +125,19 @@ class Database:
         `failures` counts the failures of one call by kind, and holds the time of the first.
         """
         since = failures.setdefault("since", time.monotonic())
-        kind = "lost" if error.connection_invalidated else "unprepared" if db_errors.is_unprepared(error) else ""
+        kind = "lost" if error.connection_invalidated else "unprepared" if engines.is_unprepared(error) else ""
         number = failures[kind] = failures.get(kind, 0) + 1
         if kind == "lost":  # the pool replaces it, and all that are as old
-            if self._cache is not None:
-                self._cache.forget_all()
+            self._cache.forget_all()
             self._transactions.release()
             if number <= _RECONNECTS:
                 return 0.0
         elif kind == "unprepared" and number <= _MOST_UNPREPARED:
             return 0.0
-        elif db_errors.is_transient(error) and number <= _RETRIES and time.monotonic() - since <= _RETRY_BUDGET:
+        elif engines.is_transient(error) and number <= _RETRIES and time.monotonic() - since <= _RETRY_BUDGET:
             return _FIRST_PAUSE * float(2**number) * random.uniform(0.5, 1.0)
         where, message = safe_url(self._source.url), " ".join(str(error.orig).split())
-        raise StorageError(f"the database {where} answered: {message}; {db_errors.advice(error)}") from error
+        raise StorageError(f"the database {where} answered: {message}; {engines.advice(error)}") from error
 
     def check_open(self) -> None:
         """Raise `StorageError` after `close`; called before anything else, also in a process that was forked."""
@@ -191,39 +172,27 @@ class Database:
         if self._must_exist:
             self._check_exists()
         if self.backend in ("mysql", "mariadb"):
-            transactions.read(check_mysql)
-        if self.backend == "sqlite" and self._source.engine is None and not self._source.in_memory:
-            transactions.read(enable_wal)
-        if not transactions.read(lambda connection: is_current(connection, self.tables, self._migrations)):
-            with connect(transactions.writer) as connection:
-                migrate(connection, self.tables, transactions.write_on, self._migrations)
+            transactions.read(engines.check_mysql)
+        if self.backend == "sqlite" and self._source.engine is None and not self._in_memory:
+            transactions.read(engines.enable_wal)
+        if transactions.read(partial(schema.version_of, tables=self.tables)) != schema.MIGRATIONS[-1].number:
+            with transactions.connection() as connection:
+                migrate(connection, self.tables, transactions.write_on)
         protection = self._protection
-        if protection is not None and not transactions.read(partial(protection.is_settled, tables=self.tables)):
-            with connect(transactions.writer) as connection:
+        if not transactions.read(partial(protection.is_settled, tables=self.tables)):
+            with transactions.connection() as connection:
                 alone(connection, self.tables, transactions.write_on, partial(protection.settle, tables=self.tables))
-        if self.backend == "sqlite" and os.name == "posix" and not self._source.in_memory:
+        if self.backend == "sqlite" and os.name == "posix" and not self._in_memory:
             path = os.path.abspath(self._path)
             at_first = _identity(path)
             self._file = None if at_first is None else (path, at_first)
         self._ready = True
 
     def _in_turn(self, do: Callable[[], T], *, write: bool) -> T:
-        if self._turn is None or not (write or self._one_connection):
+        if self._turn is None or not (write or self._in_memory):
             return do()
         with self._turn:
-            if self._one_connection:
-                self._check_free()
             return do()
-
-    def _check_free(self) -> None:
-        """Refuse to work while the caller has a transaction open on the engine's only connection."""
-        pool = None if self._source.engine is None else self._source.engine.pool
-        record = vars(pool).get("connection") if pool else None  # None before the first use
-        if record is not None and getattr(record.driver_connection, "in_transaction", False):
-            raise StorageError(
-                "the engine given to SQLAlchemySaver has one connection (StaticPool), and a transaction of yours "
-                "is open on it, which the saver would end; commit first, or give the saver an engine of its own"
-            )
 
     def _leave_inherited(self) -> None:
         """Leave the connections of the process that this one was forked from alone, or close those to files.
@@ -237,15 +206,14 @@ class Database:
             self._make_threads()
             if self._turn is not None:
                 self._turn = _turn_of(self._source)
-            if self._cache is not None:
-                self._cache.after_fork()
-            if self._source.engine is None and not self._source.in_memory:
+            self._cache.after_fork()
+            if self._source.engine is None and not self._in_memory:
                 self._transactions.leave_inherited(close=self.backend == "sqlite")
             self._process = os.getpid()
 
     def _check_exists(self) -> None:
         threads, where = self.tables.threads, safe_url(self._source.url)
-        if self.backend == "sqlite" and not self._source.in_memory:
+        if self.backend == "sqlite" and not self._in_memory:
             path = Path(self._path)
             if not path.is_file():
                 raise StorageError(
@@ -253,7 +221,7 @@ class Database:
                     "there; correct the path (sqlite:///relative.db, sqlite:////absolute/path.db)"
                 )
         if not self._transactions.read(lambda database: inspect(database).has_table(threads.name, threads.schema)):
-            if self._source.in_memory:
+            if self._in_memory:
                 raise StorageError(
                     "expected the URL of a SQLite file, found a database in memory, which only its process sees"
                 )
@@ -287,9 +255,9 @@ _left_alone: list[Connection] = []
 class _Transactions:
     """Reads and writes on one engine.
 
-    On an engine made here the driver's mode says whether a statement commits itself, since changing SQLAlchemy's
-    isolation level for each use costs more than a read. The caller's engine is used through SQLAlchemy alone, so its
-    settings and listeners stay in effect.
+    An engine made here leaves the driver in its autocommit mode, and transactions are statements of ours: changing
+    SQLAlchemy's isolation level for each use costs more than a read. The caller's engine is used through SQLAlchemy
+    alone, so its settings and listeners stay in effect.
     """
 
     def __init__(self, engine: Engine, *, made_here: bool) -> None:
@@ -319,6 +287,11 @@ class _Transactions:
         """Do work in one transaction, on a connection of its own."""
         return self._on_connection(self.writer, self.write_on, work)
 
+    def connection(self) -> Connection:
+        """A connection for several writes; no other may be in use meanwhile."""
+        self.release()
+        return connect(self.writer)
+
     def _on_connection(self, engine: Engine, do: Callable[[Connection, Work[T]], T], work: Work[T]) -> T:
         with self._lock:
             connection = self._idle.pop() if self._idle else None
@@ -331,11 +304,13 @@ class _Transactions:
                     self._waiting -= 1
         try:
             result = do(connection, work)
+            if self._made_here and connection.in_transaction():  # SQLAlchemy's, which is none of the database
+                connection.rollback()
         except BaseException:
             connection.close()
             raise
         with self._lock:
-            keep = self._keeps and not self._waiting and not connection.in_transaction()
+            keep = self._keeps and not self._waiting
             if keep:
                 self._idle.append(connection)
         if not keep:
@@ -369,8 +344,6 @@ class _Transactions:
     def _read_on(self, connection: Connection, work: Work[T]) -> T:
         if not self._made_here:  # listeners and pools of the owner expect that SQLAlchemy knows of it
             connection.begin()  # closing the connection rolls it back
-        elif self.autocommits:
-            _set_autocommit(connection, True)
         try:
             return work(connection)
         except (DBAPIError, InvalidRequestError) as error:
@@ -380,41 +353,42 @@ class _Transactions:
     def write_on(self, connection: Connection, work: Work[T]) -> T:
         """Do work in one transaction on a connection of `writer` that has none open."""
         try:
-            if self._made_here and self._backend == "sqlite":  # of which SQLAlchemy need not know
-                driver: Any = connection.connection.driver_connection
-                if driver.in_transaction:
-                    _execute(connection, driver, "ROLLBACK")
-                _execute(connection, driver, "BEGIN IMMEDIATE")
-                result = work(connection)
-                if driver.in_transaction:  # unless the work ended it
-                    _execute(connection, driver, "COMMIT")
-                return result
-            with connection.begin():
-                self._begin(connection)
-                return work(connection)
+            if not self._made_here:
+                with connection.begin():
+                    self._begin(connection)
+                    return work(connection)
+            driver: Any = connection.connection.driver_connection
+            if self._backend == "sqlite" and driver.in_transaction:
+                _execute(connection, "ROLLBACK")
+            _execute(connection, _BEGIN[self._backend])
+            result = work(connection)
+            if self._backend != "sqlite" or driver.in_transaction:  # else the work ended it
+                _execute(connection, "COMMIT")
+            return result
         except BaseException as error:
             _roll_back(connection)
             _leave_unusable(connection, error)
-            if isinstance(error, AssertionError) and isinstance(error.__context__, KeyboardInterrupt):
-                # SQLAlchemy's commit, interrupted before it began, fails over what it asserts at its end.
-                raise error.__context__ from None
             raise
 
     def _begin(self, connection: Connection) -> None:
         """Begin, on the database, the transaction that SQLAlchemy thinks has begun."""
-        if self._backend == "sqlite":
-            # Take the write lock at once, waiting for it. A deferred transaction that reads and then writes fails
-            # without waiting if another connection wrote in between, so one begun by a listener is begun again.
-            driver: Any = connection.connection.driver_connection
-            if driver.in_transaction:
-                change(connection, "ROLLBACK", ())
-            change(connection, "BEGIN IMMEDIATE", ())
-        elif self._backend != "postgresql":
-            if not self._made_here:
-                connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
-            change(connection, "START TRANSACTION", ())
-        elif self._made_here:
-            _set_autocommit(connection, False)
+        driver: Any = connection.connection.driver_connection
+        if self._backend == "sqlite" and driver.in_transaction:  # begun by a listener, and not for writing
+            change(connection, "ROLLBACK", ())
+        elif self._backend in ("mysql", "mariadb"):
+            change(connection, "SET TRANSACTION ISOLATION LEVEL READ COMMITTED", ())
+        if self._backend != "postgresql":
+            change(connection, _BEGIN[self._backend], ())
+
+
+# SQLite takes the write lock at once, waiting for it. A deferred transaction that reads and then writes fails without
+# waiting if another connection wrote in between.
+_BEGIN = {
+    "sqlite": "BEGIN IMMEDIATE",
+    "postgresql": "BEGIN ISOLATION LEVEL READ COMMITTED",
+    "mysql": "START TRANSACTION",
+    "mariadb": "START TRANSACTION",
+}
 
 
 def connect(engine: Engine) -> Connection:
@@ -429,7 +403,7 @@ def connect(engine: Engine) -> Connection:
     except (OSError, TypeError, ValueError, RuntimeError) as error:
         # What drivers raise before they reach a server: an unknown host or option, a missing package.
         raise StorageError(
-            f"cannot connect to {safe_url(engine.url)}: {type(error).__name__}: {error}; {db_errors.advice(error)}"
+            f"cannot connect to {safe_url(engine.url)}: {type(error).__name__}: {error}; {engines.advice(error)}"
         ) from error
 
 
@@ -448,27 +422,21 @@ def _roll_back(connection: Connection) -> None:
 
 def _leave_unusable(connection: Connection, error: BaseException) -> None:
     """Close a connection whose state SQLAlchemy has wrong, or whose prepared statements are invalid."""
-    stale = isinstance(error, DBAPIError) and db_errors.is_unprepared(error)
+    stale = isinstance(error, DBAPIError) and engines.is_unprepared(error)
     if isinstance(error, InvalidRequestError) or (stale and not connection.invalidated):
         connection.invalidate()
 
 
-def _execute(connection: Connection, driver: Any, statement: str) -> None:
-    """Begin or end a transaction of SQLite; errors are wrapped as SQLAlchemy does."""
+def _execute(connection: Connection, statement: str) -> None:
+    """Begin or end a transaction, of which SQLAlchemy need not know."""
+    if connection.dialect.name != "sqlite":
+        change(connection, statement, ())
+        return
+    driver: Any = connection.connection.driver_connection
     try:
         driver.execute(statement)
     except sqlite3.Error as error:
         connection._handle_dbapi_exception(error, statement, None, None, None)
-
-
-def _set_autocommit(connection: Connection, mode: bool) -> None:
-    driver: Any = connection.connection.dbapi_connection
-    if driver.autocommit is not mode:
-        try:
-            driver.autocommit = mode
-        except connection.dialect.loaded_dbapi.Error as error:  # in the middle of something that was interrupted
-            connection.invalidate()
-            raise OperationalError(None, None, error, connection_invalidated=True) from error
 
 
 # The turns of SQLite's writers.
@@ -479,9 +447,6 @@ _turns_mutex = threading.Lock()
 
 def _turn_of(source: Source) -> threading.Lock:
     """The lock that the writers of a SQLite database take, shared by all its users in this process."""
-    if source.engine is not None and isinstance(source.engine.pool, StaticPool):
-        key: object = source.engine.pool
-    else:
-        key = object() if source.in_memory else Path(str(source.url.database)).resolve()
+    key: object = object() if source.in_memory else Path(str(source.url.database)).resolve()
     with _turns_mutex:
         return _turns.setdefault((os.getpid(), key), threading.Lock())

@@ -1,4 +1,4 @@
-"""From a URL, or the caller's engine, to the one synchronous engine that a saver works with.
+"""From a URL, or the caller's engine, to the one synchronous engine that a saver works with; and its errors.
 
 A URL that names an asynchronous driver is served by the synchronous driver of the same database: tasks are served by
 threads, which is as fast for one task and faster for many. Options that only the asynchronous driver has are refused by
@@ -8,13 +8,11 @@ name. An `AsyncEngine` is taken for its URL and options in the same way.
 from __future__ import annotations
 
 import inspect
-import sqlite3
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sqlalchemy import URL, Engine, ExceptionContext, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy import URL, Connection, Engine, ExceptionContext, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.pool import NullPool, QueuePool, StaticPool
 
 from agentmem.errors import MissingExtraError, StorageError
@@ -28,8 +26,6 @@ BUSY_TIMEOUT = 30  # seconds that a writer waits for the lock of a SQLite file h
 # Connections of one engine. If all are in use, waiting for one is faster than opening another, which takes
 # milliseconds and on PostgreSQL a process of the server; and servers allow few (100 by default).
 POOL_SIZE = 16
-
-SYNCHRONOUS = ("OFF", "NORMAL", "FULL", "EXTRA")
 
 # The driver of each database, the extra that installs it, and the asynchronous drivers that it replaces.
 _MYSQL = "pymysql", "mysql", ("asyncmy", "aiomysql")
@@ -89,14 +85,14 @@ def source_of(database: Engine | AsyncEngine | URL | str, options: Mapping[str, 
     if options:
         raise StorageError("expected engine_options beside a URL, found them beside an engine, which has its own")
     url = parse(database.url)
+    if Source(url, {}).in_memory or isinstance(database.pool, StaticPool):
+        raise StorageError(
+            "expected an engine that gives each thread a connection, found one with a database in memory or with one "
+            "connection for everybody (StaticPool), on which a transaction of yours and the saver's would be one; use "
+            "a file, or SQLAlchemySaver.from_url('sqlite:///:memory:')"
+        )
     if isinstance(database, Engine):
         return Source(_with_driver(url), {}, database)
-    if Source(url, {}).in_memory:
-        raise StorageError(
-            "the AsyncEngine given to SQLAlchemySaver holds its database in memory, which no other connection sees; "
-            "use a file, a synchronous engine with poolclass=StaticPool, or "
-            "SQLAlchemySaver.from_url('sqlite:///:memory:')"
-        )
     return _synchronous(url, _options_of(database))
 
 
@@ -128,22 +124,6 @@ def parse(url: URL | str) -> URL:
             "(four slashes for an absolute path)"
         )
     return parsed.set(drivername=f"{name}+{driver}" if driver else name)
-
-
-def check_shared(engine: Engine) -> None:
-    """Refuse the one connection of an engine if other threads cannot use it: graphs and tasks do."""
-    pool: Any = engine.pool
-    if "connection" not in vars(pool):
-        engine.raw_connection().close()
-    try:
-        with ThreadPoolExecutor(1) as other:
-            other.submit(pool.connection.driver_connection.cursor).result()
-    except sqlite3.ProgrammingError as error:
-        raise StorageError(
-            "expected an engine whose one connection (StaticPool) every thread may use, found one for the thread that "
-            "opened it; write create_engine(..., poolclass=StaticPool, connect_args={'check_same_thread': False}), or "
-            "SQLAlchemySaver.from_url('sqlite:///:memory:')"
-        ) from error
 
 
 def safe_url(url: URL) -> str:
@@ -197,8 +177,8 @@ def _options_of(engine: AsyncEngine) -> dict[str, Any]:
         "pool_recycle": pool._recycle,
         "pool_pre_ping": pool._pre_ping,
     }
-    if isinstance(pool, NullPool | StaticPool):
-        options["poolclass"] = type(pool)
+    if isinstance(pool, NullPool):
+        options["poolclass"] = NullPool
     elif isinstance(pool, QueuePool):
         options |= {"pool_size": pool.size(), "max_overflow": pool._max_overflow, "pool_timeout": pool._timeout}
     return options
@@ -207,11 +187,8 @@ def _options_of(engine: AsyncEngine) -> dict[str, Any]:
 # The engine.
 
 
-def make_engine(source: Source, synchronous: str) -> Engine:
-    """The engine of a source that is not one already; raises `MissingExtraError` without its driver.
-
-    `synchronous`: how SQLite's files are synchronised.
-    """
+def make_engine(source: Source) -> Engine:
+    """The engine of a source that is not one already; raises `MissingExtraError` without its driver."""
     backend = source.url.get_backend_name()
     try:
         engine = create_engine(source.url, **_arguments(source))
@@ -221,11 +198,7 @@ def make_engine(source: Source, synchronous: str) -> Engine:
     # Who asked for a log of statements gets all of them.
     engine.update_execution_options(**{DIRECT: not source.options.get("echo")})
     if backend == "sqlite":
-
-        def synchronise(connection: Any, _record: object) -> None:
-            connection.execute(f"PRAGMA synchronous={synchronous}").close()
-
-        event.listen(engine, "connect", synchronise)
+        event.listen(engine, "connect", _tune_sqlite)
         event.listen(engine, "handle_error", _keep_connection)
     elif backend != "postgresql":
         event.listen(engine, "connect", _tune_mysql)
@@ -248,7 +221,7 @@ def _arguments(source: Source) -> dict[str, Any]:
             if "timeout" not in url.query:
                 connect_args["timeout"] = BUSY_TIMEOUT
         case "postgresql":
-            chosen["isolation_level"] = "READ COMMITTED"
+            chosen["isolation_level"] = "AUTOCOMMIT"
             chosen["use_native_hstore"] = False  # or the first connection asks for it
             # The statements of the hot paths are few and fixed: planned once, when first used.
             if "prepare_threshold" not in url.query:
@@ -268,7 +241,174 @@ def _keep_connection(context: ExceptionContext) -> None:
         context.is_disconnect = False
 
 
+def _tune_sqlite(connection: Any, _record: object) -> None:
+    connection.execute("PRAGMA synchronous=FULL").close()  # what is acknowledged survives a power cut
+
+
 def _tune_mysql(connection: Any, _record: object) -> None:
     connection.autocommit(True)
     with connection.cursor() as cursor:  # otherwise a server may cut values that are too long
         cursor.execute("SET SESSION sql_mode = CONCAT(@@SESSION.sql_mode, ',STRICT_TRANS_TABLES')")
+
+
+def enable_wal(connection: Connection) -> None:
+    """Give a SQLite file a write-ahead log, so that readers and the writer do not wait for each other.
+
+    A read-only file stays as it is.
+
+    Raises:
+        StorageError: the file is where a write-ahead log is impossible, such as a network share.
+    """
+    try:
+        journal = connection.exec_driver_sql("PRAGMA journal_mode=WAL").scalar_one()
+    except DBAPIError as error:
+        if code(error).startswith("SQLITE_READONLY"):
+            return
+        raise
+    if journal != "wal":
+        raise StorageError(
+            f"expected SQLite to keep a write-ahead log beside {connection.engine.url.database!r}, found "
+            f"journal mode {journal!r}; put the database on a local disk"
+        )
+
+
+def check_mysql(connection: Connection) -> None:
+    """Refuse a MySQL or MariaDB server with settings under which writes fail or mean something else.
+
+    Raises:
+        StorageError: with what to change.
+    """
+    log, log_format, mode = connection.exec_driver_sql("SELECT @@log_bin, @@binlog_format, @@sql_mode").one()
+    if "ORACLE" in str(mode).upper().split(","):
+        raise StorageError(
+            f"expected a session with MySQL's own SQL, found sql_mode {mode!r}: ORACLE changes what statements mean; "
+            "set another sql_mode on the server, or for the saver: "
+            "engine_options={'connect_args': {'init_command': \"SET SESSION sql_mode = 'STRICT_TRANS_TABLES'\"}}"
+        )
+    if log and str(log_format).upper() == "STATEMENT":
+        raise StorageError(
+            "expected a server whose binary log holds rows, found binlog_format=STATEMENT, with which InnoDB takes no "
+            "writes of READ COMMITTED transactions; set binlog_format to ROW or MIXED (SET GLOBAL binlog_format = "
+            "'ROW'), or switch the binary log off"
+        )
+
+
+# What the errors of databases and drivers mean: what to do about one, and whether the work may be run again. Databases
+# number their errors: SQLite by name, PostgreSQL by SQLSTATE, MySQL by number. psycopg gives none for a connection that
+# could not be made, and drivers word a lost connection each in its way: there the message is read.
+
+# Serialisation failure and deadlock of PostgreSQL; deadlock, lock timeout and snapshot conflict of MySQL.
+_TRANSIENT = {"40001", "40P01", "1213", "1205", "1020"}
+# A prepared statement that the server has forgotten, or whose tables have been altered since.
+_FORGOTTEN = {"26000"}
+_ALTERED = ("cached plan must not change result type", "cached statement plan is invalid")
+_NO_TABLE = {"42P01", "1146"}
+
+
+# Numbers, separated by spaces; or what the message says, in lower case, separated by bars; and what to do.
+_ADVICE = (
+    (
+        "SQLITE_BUSY SQLITE_LOCKED",
+        "is locked",
+        "another connection held the lock of the SQLite file for longer than this one waits; find out which",
+    ),
+    ("SQLITE_READONLY", "readonly|read-only file", "make the file and its folder writable"),
+    ("SQLITE_FULL", "disk is full", "free some space; nothing of this call was stored"),
+    ("SQLITE_CANTOPEN", "", "check that the folder exists and may be entered"),
+    ("SQLITE_NOTADB", "", "the path names a file of another kind, or an encrypted or damaged database"),
+    ("SQLITE_CORRUPT", "", "the file is damaged; restore it from a backup"),
+    ("SQLITE_IOERR", "", "the disk or file system failed or is full; nothing of this call was stored"),
+    ("3F000", "", "create the schema first (CREATE SCHEMA ...), or correct the name given as `schema`"),
+    (
+        "25006 1290 1792 1836",
+        "read-only",
+        "the server takes no writes from this connection: connect to the primary server, and check "
+        "default_transaction_read_only (PostgreSQL) or read_only (MySQL)",
+    ),
+    ("53100 1021 1114", "no space left", "the server's disk is full; free some space; nothing of this call was stored"),
+    (
+        "53300 1040 1203",
+        "too many clients|too many connections|remaining connection slots",
+        "the server allows no more connections: raise max_connections, or lower pool_size in engine_options",
+    ),
+    ("1153 2020", "packet sequence number", "a value is larger than the server takes: raise max_allowed_packet"),
+    (
+        "42501 1044 1142 1143 1227",
+        "permission denied",
+        "this user lacks the right: grant CREATE on the schema for the first call and migrations, and SELECT, "
+        "INSERT, UPDATE, DELETE on the tables always",
+    ),
+    (
+        "28P01 28000 1045 1698",
+        'password authentication failed|no password supplied|pg_hba.conf|role "',
+        "check the user name and password in the URL, and that this user may connect from this host",
+    ),
+    ("3D000 1049", 'database "', "create the database first (CREATE DATABASE ...), or correct its name in the URL"),
+    (
+        "55P03 1205",
+        "",
+        "another transaction held a row for longer than this one waits; find out which, or raise lock_timeout "
+        "(PostgreSQL) or innodb_lock_wait_timeout (MySQL)",
+    ),
+    (
+        "42P05 26000",
+        "prepared statement",
+        "a pooler between here and the server (PgBouncer) mixes up prepared statements: switch them off with "
+        "engine_options={'connect_args': {'prepare_threshold': None}}, or pool by session",
+    ),
+    ("57014 1969 3024", "", "the statement took longer than the server's statement timeout allows"),
+    ("40001 40P01 1213 1020", "", "the transaction lost against another one several times; try again"),
+    ("57P03", "starting up|shutting down", "the server is starting or stopping; try again"),
+    (
+        "2002 2003 08001 08006",
+        "connection refused|connect call failed|could not translate host|failed to resolve|timeout expired",
+        "the server cannot be reached: check host and port in the URL, and that it runs",
+    ),
+    (
+        "2006 2013 57P01",
+        "lost connection|server closed the connection|connection was closed|broken pipe",
+        "the connection was lost twice: the server's log says why; if it happens with large values only, raise "
+        "max_allowed_packet (MySQL)",
+    ),
+)
+
+
+def advice(error: BaseException) -> str:
+    """What to do about an error of the database, its driver or the connection to it."""
+    number, message = code(error), str(error).lower()
+    for codes, _, text in _ADVICE:
+        # SQLite's extended names begin with the general one: SQLITE_READONLY_DIRECTORY.
+        if number and any(number == listed or number.startswith(listed + "_") for listed in codes.split()):
+            return text
+    for _, phrases, text in _ADVICE:
+        if phrases and any(phrase in message for phrase in phrases.split("|")):
+            return text
+    return "the transaction was rolled back"
+
+
+def code(error: BaseException) -> str:
+    """The database's own number for an error; empty where there is none."""
+    original: object = error.orig if isinstance(error, DBAPIError) else error
+    arguments = getattr(original, "args", ())
+    if arguments and isinstance(arguments[0], int):
+        return str(arguments[0])
+    for name in ("sqlstate", "sqlite_errorname"):
+        value = getattr(original, name, None)
+        if isinstance(value, str):
+            return value
+    return ""
+
+
+def is_transient(error: DBAPIError) -> bool:
+    """Whether the transaction fell to others at the same time, so that it may succeed when run again."""
+    return code(error) in _TRANSIENT
+
+
+def is_unprepared(error: DBAPIError) -> bool:
+    """Whether a statement is fine but the connection's prepared form of it is not."""
+    return code(error) in _FORGOTTEN or any(said in str(error.orig) for said in _ALTERED)
+
+
+def is_missing_table(error: DBAPIError) -> bool:
+    """Whether a statement failed because its table (or the table's schema) does not exist."""
+    return code(error) in _NO_TABLE or "no such table" in str(error.orig)

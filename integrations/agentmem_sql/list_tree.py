@@ -7,7 +7,7 @@ The kinds of content:
     NODE      16 entries of a level
     SPLIT     the digests of the parts of a body that is too large for one row
     PART      such a part
-    HISTORY   what pruned ancestors wrote to delta channels (see `delta_channels`)
+    HISTORY   what pruned ancestors wrote to delta channels (see `reader`)
     OWN       the value of one pending write that may be replaced (see `own_body`)
 
 An entry of the lowest level is the digest of an item, or a short item itself. Every 16 entries of a level form a NODE,

@@ -14,9 +14,7 @@ from functools import partial
 from itertools import chain, islice, repeat
 from typing import Any, NamedTuple
 
-import numpy as np
 from langgraph.checkpoint.serde.base import SerializerProtocol
-from numpy.typing import NDArray
 from sqlalchemy import Connection, select
 
 from agentmem.errors import CorruptStateError, StateMismatchError, StorageError
@@ -24,12 +22,10 @@ from agentmem.state import MemoryState
 from agentmem_sql.audit import is_memory
 from agentmem_sql.content import Unpacker, dump
 from agentmem_sql.database import Database
-from agentmem_sql.delta_channels import AncestorReader
 from agentmem_sql.list_tree import LIST, VALUE
 from agentmem_sql.message_cache import Body, CachedThread
-from agentmem_sql.reader import Missing
+from agentmem_sql.reader import Missing, Reader
 from agentmem_sql.rows import RESERVED, Address, StoredCheckpoint, damaged, decode_row
-from agentmem_sql.schema import open_key
 
 _FIRST_PAGE, _PAGE = 4, 32  # memories read at once
 
@@ -61,20 +57,9 @@ class MemoryStep:
     restarted: bool
 
     @property
-    def digest(self) -> str:
-        """The digest of the memory, hexadecimal."""
-        return self.state.digest
-
-    @property
     def consumed(self) -> int:
         """How many messages the memory has consumed so far."""
         return self.state.count
-
-    @property
-    def norms(self) -> NDArray[np.float64]:
-        """The Frobenius norm of each matrix: [layers, heads]."""
-        norms: NDArray[np.float64] = np.linalg.norm(self.state.matrices.astype(np.float64), axis=(2, 3))
-        return norms
 
 
 class _Change(NamedTuple):
@@ -92,7 +77,7 @@ class MemoryWalk:
     """The way from a checkpoint to its first ancestor."""
 
     database: Database
-    ancestors: AncestorReader
+    reader: Reader
     serde: SerializerProtocol
     address: Address
     channel: str | None  # None looks for memories in every channel
@@ -104,10 +89,8 @@ class MemoryWalk:
         changes = self.changes()
         if not newest_first:
             changes = reversed(list(changes))
-        for size in chain([_FIRST_PAGE], repeat(_PAGE)):
-            page = list(islice(changes, size))
-            if not page:
-                return
+        sizes = chain([_FIRST_PAGE], repeat(_PAGE))
+        while page := list(islice(changes, next(sizes))):
             # Where each memory stands.
             wanted = {each.before: (each.channel, str(each.parent)) for each in page if each.before is not None}
             wanted |= {each.digest: (each.channel, each.stored.id) for each in page}
@@ -134,7 +117,7 @@ class MemoryWalk:
     def _rows(self) -> Iterator[StoredCheckpoint]:
         """The checkpoint and its ancestors, read many at a time."""
         thread, ns, named = self.address
-        located = self.database.run(partial(self.ancestors.reader.locate, address=self.address))
+        located = self.database.run(partial(self.reader.locate, address=self.address))
         if located is None and named is not None:
             raise StorageError(
                 f"expected the checkpoint {named!r} in namespace {ns!r} of thread {thread[:80]!r}, found none; "
@@ -143,26 +126,19 @@ class MemoryWalk:
         if located is None:
             return
         self.thread = CachedThread(located[0].number, located[0].epoch)
-        following: bytes | None = located[1]
-        seen: set[bytes] = set()
-        while following is not None:
-            keys = {"thread": self.thread.number, "ns": open_key(ns), "id": following}
-            rows = self.database.run(partial(self.ancestors.rows, keys=keys))
-            following = rows[-1]["parent"] if rows else None
-            page: list[StoredCheckpoint] = []
-            for row in rows:
-                if row["id"] in seen:  # it was stored again below one of its own descendants
-                    following = None
-                    break
-                seen.add(row["id"])
-                page.append(decode_row(self.ancestors.protection, self.serde, thread, row))
+        protection = self.reader.protection
+        read = self.reader.ancestor_rows
+        for rows in self.reader.ancestor_pages(
+            lambda keys: self.database.run(partial(read, keys=keys)), self.thread.number, ns, located[1]
+        ):
+            page = [decode_row(protection, self.serde, thread, row) for row in rows]
             if self.channel is None:
                 self.database.run(partial(self._classify, page=page))
             yield from page
 
     def _classify(self, connection: Connection, page: Sequence[StoredCheckpoint]) -> None:
         """Note of the channels met for the first time whether their latest value that is not None is a memory."""
-        none = self.ancestors.protection.digest(VALUE, dump(self.serde, None, "an empty memory"))
+        none = self.reader.protection.digest(VALUE, dump(self.serde, None, "an empty memory"))
         latest: dict[str, tuple[bytes, str]] = {}
         for stored in page:
             for name, digest in stored.digests.items():
@@ -171,7 +147,7 @@ class MemoryWalk:
         if not latest:
             return
         # Lists are no memories, and may be long: only their kind is read.
-        blobs = self.ancestors.reader.tables.blobs
+        blobs = self.reader.tables.blobs
         is_list = (blobs.c.thread == self.thread.number, blobs.c.kind == LIST)
         digests = {digest for digest, _ in latest.values()}
         lists = set(connection.execute(select(blobs.c.digest).where(*is_list, blobs.c.digest.in_(digests))).scalars())
@@ -182,7 +158,7 @@ class MemoryWalk:
                 self.memories[name] = digest not in lists and is_memory(self._unpack(digest, contents))
 
     def _unpack(self, digest: bytes, contents: Mapping[bytes, Body]) -> Any:
-        return Unpacker(self.serde, contents, CachedThread()).unpack(digest)
+        return Unpacker(self.serde, contents, CachedThread()).unpack_all([digest])[0]
 
     def collect(self, connection: Connection, wanted: Mapping[bytes, tuple[str, str]]) -> dict[bytes, Body]:
         """The content of values, given with their channels and checkpoints; without those taken out meanwhile."""
@@ -190,13 +166,13 @@ class MemoryWalk:
         try:
             # Of a thread that is not the saver's own: nothing is remembered of what is read.
             unknown = CachedThread(self.thread.number, self.thread.epoch)
-            return self.ancestors.reader.collect(connection, unknown, wanted)
+            return self.reader.collect(connection, unknown, wanted)
         except (Missing, StorageError):
             if len(wanted) > 1:  # one after the other, to leave out or to name the one that is at fault
                 parts = (self.collect(connection, {digest: place}) for digest, place in wanted.items())
                 return {digest: body for part in parts for digest, body in part.items()}
             [(channel, at)] = wanted.values()
-            if self.ancestors.reader.locate(connection, Address(thread, ns, at)) is None:
+            if self.reader.locate(connection, Address(thread, ns, at)) is None:
                 return {}
             raise damaged(thread, at, f"the value of channel {channel!r}") from None
 

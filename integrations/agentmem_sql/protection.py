@@ -55,16 +55,12 @@ class Protection:
                 "make one with secrets.token_bytes(32) and keep it outside the database"
             )
         self._cipher: CipherProtocol | None = serde.cipher if isinstance(serde, EncryptedSerializer) else None
+        self.encrypts = self._cipher is not None
         self._hmac_key = hmac_key
         self._key = hmac_key  # of an encrypted database without hmac_key it is known once that is open
         self.has_key = self._cipher is None or hmac_key is not None  # for digests
         self.audited: bool | None = None  # whether what is written is also noted in `audit`; None until opened
         self._audit = audit
-
-    @property
-    def encrypts(self) -> bool:
-        """Whether bodies are encrypted."""
-        return self._cipher is not None
 
     def digest(self, kind: int, plain: bytes) -> bytes:
         """The digest of a body of content, different for each kind; empty for a kind that does not exist."""

@@ -1,7 +1,7 @@
 """Removing checkpoints from a thread, and copying a thread, without changing what is left.
 
 A checkpoint whose parent is removed gets its nearest remaining ancestor as parent, or none. What its delta channels
-need from the ancestors in between is first stored with it (see `delta_channels`), so its state stays the same. Then
+need from the ancestors in between is first stored with it (see `reader`), so its state stays the same. Then
 pending writes, rows and content without references are deleted. All this is one transaction with an exclusive lock on
 the thread: a run that goes on at the same time waits, and finds its checkpoint.
 
@@ -17,16 +17,15 @@ from functools import partial
 from typing import Any
 
 from langgraph.checkpoint.serde.base import SerializerProtocol
-from sqlalchemy import BindParameter, Connection, bindparam, delete, select, update
+from sqlalchemy import Connection, delete, literal, select
 
 from agentmem.errors import StorageError
+from agentmem_sql.audit import Audit, Event
 from agentmem_sql.database import Database
-from agentmem_sql.delta_channels import AncestorReader
 from agentmem_sql.list_tree import HISTORY, history_body
-from agentmem_sql.mark_sweep import Content, Sweeper, links_of, referred, unreachable
 from agentmem_sql.message_cache import CachedThread, ThreadCache
 from agentmem_sql.protection import Protection
-from agentmem_sql.reader import Missing, chunks
+from agentmem_sql.reader import Missing, Reader, chunks
 from agentmem_sql.rows import (
     RESERVED,
     Row,
@@ -40,7 +39,7 @@ from agentmem_sql.rows import (
 )
 from agentmem_sql.schema import by, decode_text, encode_text, thread_key
 from agentmem_sql.statements import add_rows, insertion
-from agentmem_sql.writer import Locked, Writer
+from agentmem_sql.writer import Locked, Writer, links_of, referred, unreachable
 
 Key = tuple[bytes, bytes]  # a checkpoint's namespace and id
 # From all checkpoints of a thread, and the keys of those that pending writes wait for: the checkpoints to remove, or
@@ -80,39 +79,21 @@ class Pruner:
         protection: Protection,
         cache: ThreadCache,
         writer: Writer,
-        ancestors: AncestorReader,
-        sweeper: Sweeper,
+        reader: Reader,
+        audit: Audit,
     ) -> None:
         self.database = database
         self.protection = protection
         self._cache = cache
         self._writer = writer
-        self._ancestors = ancestors
-        self._sweeper = sweeper
-        self.on_removal: Callable[[Connection, ThreadRetention], None] | None = None  # called in the transaction
+        self._reader = reader
+        self._audit = audit
         tables = database.tables
         checkpoints, writes, threads = tables.checkpoints, tables.writes, tables.threads
-        ids: BindParameter[Any] = bindparam("ids", expanding=True)
         self._rows = select(checkpoints).where(by(checkpoints, "thread"))
         self._writes = select(writes).where(by(writes, "thread"))
-        self._of_run = (
-            select(threads.c.name, checkpoints)
-            .join_from(checkpoints, threads, checkpoints.c.thread == threads.c.number)
-            .where(checkpoints.c.run.in_(bindparam("runs", expanding=True)))
-        )
-        of_row = (checkpoints.c.thread == bindparam("of"), checkpoints.c.ns == bindparam("in_ns"))
-        self._relink = (
-            update(checkpoints)
-            .where(*of_row, checkpoints.c.id == bindparam("of_id"))
-            .values(parent=bindparam("to_parent"), history=bindparam("to_history"), seal=bindparam("to_seal"))
-        )
-        self._remove_writes = delete(writes).where(by(writes, "thread", "ns"), writes.c.checkpoint.in_(ids))
-        self._remove_rows = delete(checkpoints).where(by(checkpoints, "thread", "ns"), checkpoints.c.id.in_(ids))
-        # Under another name: MariaDB would not know which of the two tables an INSERT ... SELECT means.
-        source = tables.blobs.alias("source")
-        self._contents = select(
-            bindparam("to", type_=source.c.thread.type), source.c.digest, source.c.kind, source.c.body
-        ).where(source.c.thread == bindparam("of"))
+        self._runs = select(threads.c.name, checkpoints)
+        self._runs = self._runs.join_from(checkpoints, threads, checkpoints.c.thread == threads.c.number)
 
     # On the database.
 
@@ -126,7 +107,22 @@ class Pruner:
         Raises:
             UnreadableThreadError: something was changed or damaged since it was stored; nothing is removed.
         """
-        take = partial(self._take, serde=serde, thread_id=thread_id, choose=choose, dry_run=dry_run)
+
+        def take(connection: Connection) -> ThreadRetention:
+            while (thread := self._writer.find(connection, thread_id, lock=not dry_run)) is not None:
+                try:
+                    taken = self._take_from(connection, serde, thread_id, thread, choose, dry_run=dry_run)
+                except StorageError as error:
+                    # Otherwise something was removed meanwhile.
+                    if not dry_run or self._writer.find(connection, thread_id, lock=False) == thread:
+                        raise UnreadableThreadError(str(error)) from error
+                else:
+                    if not dry_run and (taken.removed or taken.deleted):
+                        event = Event("pruned", {"checkpoints": taken.removed, "left": taken.kept})
+                        self._audit.note(connection, thread_id, event)
+                    return taken
+            return ThreadRetention(thread_id)
+
         taken = self.database.run(take, write=not dry_run)
         if taken.deleted and not dry_run:
             self._cache.drop(thread_id)
@@ -134,8 +130,19 @@ class Pruner:
 
     def delete_runs(self, serde: SerializerProtocol, run_ids: Collection[str]) -> None:
         """Remove the checkpoints of runs from all threads, each thread in a separate transaction."""
-        of_runs = self.database.run(partial(self._threads_of_runs, serde=serde, run_ids=set(run_ids)))
-        for name, keys in of_runs.items():
+
+        def find(connection: Connection) -> dict[bytes, set[Key]]:
+            """Their checkpoints, by thread name."""
+            found: defaultdict[bytes, set[Key]] = defaultdict(set)
+            for part in chunks(sorted({self.protection.run_key(run) for run in run_ids})):
+                of_runs = self._runs.where(self.database.tables.checkpoints.c.run.in_(part))
+                for row in connection.execute(of_runs).mappings():
+                    stored = decode_row(self.protection, serde, decode_text(row["name"]), row)
+                    if stored.metadata.get("run_id") in run_ids:  # the column holds only a part of the digest
+                        found[row["name"]].add((row["ns"], row["id"]))
+            return found
+
+        for name, keys in self.database.run(find).items():
             self.remove(serde, decode_text(name), lambda rows, _, keys=keys: keys & rows.keys())  # type: ignore[misc]
 
     def copy_thread(self, source_id: str, target_id: str) -> None:
@@ -152,34 +159,6 @@ class Pruner:
             check_seal(self.protection, thread_id, row)
         return {(row["ns"], row["id"]): row for row in rows}
 
-    def _threads_of_runs(
-        self, connection: Connection, serde: SerializerProtocol, run_ids: set[str]
-    ) -> dict[bytes, set[Key]]:
-        """The checkpoints of runs, by thread name."""
-        threads: defaultdict[bytes, set[Key]] = defaultdict(set)
-        for part in chunks(sorted({self.protection.run_key(run) for run in run_ids})):
-            for row in connection.execute(self._of_run, {"runs": part}).mappings():
-                stored = decode_row(self.protection, serde, decode_text(row["name"]), row)
-                if stored.metadata.get("run_id") in run_ids:  # the column holds only a part of the digest
-                    threads[row["name"]].add((row["ns"], row["id"]))
-        return threads
-
-    def _take(
-        self, connection: Connection, serde: SerializerProtocol, thread_id: str, choose: Choose, *, dry_run: bool
-    ) -> ThreadRetention:
-        find = partial(self._writer.find, connection, thread_id)
-        while (thread := find(lock=not dry_run)) is not None:
-            try:
-                taken = self._take_from(connection, serde, thread_id, thread, choose, dry_run=dry_run)
-            except StorageError as error:
-                if not dry_run or find(lock=False) == thread:  # otherwise something was removed meanwhile
-                    raise UnreadableThreadError(str(error)) from error
-            else:
-                if self.on_removal is not None and not dry_run and (taken.removed or taken.deleted):
-                    self.on_removal(connection, taken)
-                return taken
-        return ThreadRetention(thread_id)
-
     def _take_from(
         self,
         connection: Connection,
@@ -191,7 +170,7 @@ class Pruner:
         dry_run: bool,
     ) -> ThreadRetention:
         number = thread.number
-        content = self._sweeper.content(connection, number)  # first, see `mark_sweep`
+        sizes, links = self._writer.content(connection, number)  # first, see `Writer`
         rows = self._rows_of(connection, thread_id, thread)
         writes = connection.execute(self._writes, {"thread": number}).mappings().all()
         awaited = {(write["ns"], write["checkpoint"]) for write in writes} - rows.keys()
@@ -203,8 +182,7 @@ class Pruner:
         # Writes that wait for a checkpoint belong to a run that has just begun: the thread stays for it.
         if chosen is None or not (kept or awaited):
             own = len(thread_key(thread_id)) + len(encode_text(thread_id))
-            size = own + sum(map(_size, [*rows.values(), *writes]))
-            size += self._sweeper.weigh(connection, number, content.digests)
+            size = own + sum(map(_size, [*rows.values(), *writes])) + sum(sizes.values())
             if not dry_run:
                 self._writer.delete_thread(connection, thread_id)
             return ThreadRetention(thread_id, len(victims), deleted=True, bytes_freed=size)
@@ -224,30 +202,28 @@ class Pruner:
                 freed += _size(write)
             else:
                 roots.add(write["digest"])
-        dead = unreachable(Content(content.digests, {**content.links, **links_of(added)}), roots)
-        freed += self._sweeper.weigh(connection, number, dead)
-        freed -= sum(
-            len(self.protection.encrypt(body)) for digest, (_, body) in added.items() if digest not in content.digests
-        )
+        dead = unreachable(sizes, {**links, **links_of(added)}, roots)
+        freed += sum(sizes[digest] for digest in dead)
+        freed -= sum(len(self.protection.encrypt(added[digest][1])) for digest in added.keys() - sizes.keys())
         if not dry_run:
             self._writer.add_content(connection, number, added)
-            for row in relinked:
-                values = {"to_parent": row["parent"], "to_history": row["history"], "to_seal": row["seal"]}
-                connection.execute(self._relink, {"of": number, "in_ns": row["ns"], "of_id": row["id"], **values})
+            for part in chunks(relinked):
+                add_rows(connection, self.database.tables.checkpoints, part, replace=True)
             self._delete(connection, number, victims)
-            self._sweeper.free(connection, number, dead)
+            self._writer.free(connection, number, dead)
         return ThreadRetention(thread_id, len(victims), kept, bytes_freed=freed)
 
     def _delete(self, connection: Connection, number: int, victims: Collection[Key]) -> None:
         """Delete the rows of checkpoints, and their pending writes."""
+        writes, rows = self.database.tables.writes, self.database.tables.checkpoints
         by_namespace: defaultdict[bytes, list[bytes]] = defaultdict(list)
         for ns, checkpoint_id in victims:
             by_namespace[ns].append(checkpoint_id)
         for ns, ids in by_namespace.items():
             for part in chunks(ids):
-                keys = {"thread": number, "ns": ns, "ids": part}
-                connection.execute(self._remove_writes, keys)
-                connection.execute(self._remove_rows, keys)
+                for table, column in ((writes, writes.c.checkpoint), (rows, rows.c.id)):
+                    of_namespace = table.c.thread == number, table.c.ns == ns
+                    connection.execute(delete(table).where(*of_namespace, column.in_(part)))
 
     def _relinked(
         self,
@@ -269,9 +245,9 @@ class Pruner:
         body = None
         if deltas := _deltas(decode_row(self.protection, serde, thread_id, row)):
             try:
-                ancestors = [self._ancestors.ancestor(connection, thread.number, passed) for passed in chain]
+                ancestors = [self._reader.ancestor(connection, thread.number, passed) for passed in chain]
                 known = CachedThread(thread.number, thread.epoch)
-                histories = self._ancestors.histories(connection, thread_id, known, ancestors, deltas)
+                histories = self._reader.histories(connection, thread_id, known, ancestors, deltas)
             except Missing:
                 raise damaged(thread_id, decode_text(row["id"]), "what ancestors left") from None
             needed = {name: history for name, history in histories.items() if history.writes or history.seed}
@@ -293,8 +269,11 @@ class Pruner:
         target = locked[target_id] or self._writer.open_thread(connection, target_id, alone=True)
         tables, protection = self.database.tables, self.protection
         into = insertion(connection.dialect.name, tables.blobs, replace=False)
-        copying = into.from_select(["thread", "digest", "kind", "body"], self._contents)
-        connection.execute(copying, {"of": source.number, "to": target.number})
+        # Under another name: MariaDB would not know which of the two tables an INSERT ... SELECT means.
+        there = tables.blobs.alias("source").c
+        number = literal(target.number, there.thread.type)
+        contents = select(number, there.digest, there.kind, there.body).where(there.thread == source.number)
+        connection.execute(into.from_select(["thread", "digest", "kind", "body"], contents))
         checkpoints = list(self._rows_of(connection, source_id, source).values())
         writes = connection.execute(self._writes, {"thread": source.number}).mappings().all()
         decode_writes(protection, source_id, writes)  # raises if one was changed
@@ -317,7 +296,7 @@ def all_but_newest(rows: Mapping[Key, Row], _awaited: Collection[Key] = ()) -> s
 
 
 def _size(row: Row) -> int:
-    """The bytes of a row's columns, as `report` counts them."""
+    """The bytes of a row's columns, as `retention` counts them."""
     return sum(len(value) for value in row.values() if isinstance(value, bytes))
 
 

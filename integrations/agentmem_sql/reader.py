@@ -12,19 +12,33 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
 from typing import Any, TypeVar
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.serde.base import SerializerProtocol
-from sqlalchemy import ColumnElement, Connection, and_, bindparam, literal_column, or_, select, tuple_
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Integer,
+    and_,
+    bindparam,
+    cast,
+    literal,
+    literal_column,
+    or_,
+    select,
+    tuple_,
+)
 
 from agentmem.errors import StorageError
+from agentmem_sql.content import is_langgraphs
 from agentmem_sql.database import Database
-from agentmem_sql.list_tree import LEAVES, Node, parse
+from agentmem_sql.list_tree import HISTORY, LEAVES, History, Node, parse, read_history
 from agentmem_sql.message_cache import Body, CachedThread, ThreadCache
 from agentmem_sql.protection import Protection
 from agentmem_sql.rows import (
@@ -32,6 +46,7 @@ from agentmem_sql.rows import (
     Row,
     StoredCheckpoint,
     StoredWrite,
+    check_seal,
     damaged,
     decode_metadata,
     decode_rest,
@@ -39,9 +54,9 @@ from agentmem_sql.rows import (
     decode_writes,
     matches,
     metadata_bytes,
+    unpack_content,
 )
 from agentmem_sql.schema import Tables, by, decode_text, encode_text, exact_key, open_key, thread_key
-from agentmem_sql.serializer import is_langgraphs
 from agentmem_sql.statements import Prepared, PreparedLookup, Rows, contains
 
 T = TypeVar("T")
@@ -54,6 +69,7 @@ _PAGE, _MOST_ROWS = 32, 1024
 _MOST_LOOKUPS = 4096
 _ORDER = ("id", "thread", "ns")
 _ATTEMPTS = 3
+_ANCESTORS = 100  # in one statement
 # Columns of a pending write that do not say where it belongs.
 _PENDING = ("task", "idx", "path", "channel", "digest", "seal")
 
@@ -64,6 +80,17 @@ Holders = dict[tuple[int | None, bytes], tuple[str, list[StoredWrite]]]
 
 class Missing(Exception):
     """Content that a row refers to is not there."""
+
+
+@dataclass
+class Ancestor:
+    """A checkpoint on the way to the root: what it contains, and what its own pruned ancestors left."""
+
+    ns: bytes
+    id: bytes
+    digests: Mapping[str, bytes]
+    left: Mapping[str, History]
+    writes: list[StoredWrite] = field(default_factory=list)
 
 
 def chunks(items: Sequence[T]) -> Iterator[Sequence[T]]:
@@ -128,19 +155,21 @@ class Reader:
         self._pending = PreparedLookup(
             lambda among: (
                 select(threads.c.epoch, threads.c.number, *writes.c)  # a row without a write where there are none
-                .outerjoin_from(threads, writes, and_(*of_page, among(writes.c.checkpoint, "ids")))
+                .outerjoin_from(threads, writes, and_(*of_page, among(writes.c.checkpoint, "items")))
                 .where(among(threads.c.number, "threads"))
             )
         )
-        content = select(blobs.c.digest, blobs.c.kind, blobs.c.body)
+        content = select(blobs.c.thread, blobs.c.digest, blobs.c.kind, blobs.c.body)
         self._content = PreparedLookup(
-            lambda among: content.where(by(blobs, "thread"), among(blobs.c.digest, "digests")), last="digests"
+            lambda among: content.where(among(blobs.c.thread, "threads"), among(blobs.c.digest, "items"))
         )
-        self._contents = PreparedLookup(
-            lambda among: content.add_columns(blobs.c.thread).where(
-                among(blobs.c.thread, "threads"), among(blobs.c.digest, "digests")
-            )
-        )
+        here = by(checkpoints, "thread", "ns")
+        start = select(*own, cast(literal(0), Integer).label("depth"))
+        chain = start.where(here, checkpoints.c.id == bindparam("id")).cte("ancestors", recursive=True)
+        step = select(*own, chain.c.depth + 1)
+        step = step.where(here, checkpoints.c.id == chain.c.parent, chain.c.depth < _ANCESTORS - 1)
+        self._chain = select(chain.union_all(step)).order_by("depth")
+        self._history = select(blobs.c.kind, blobs.c.body).where(by(blobs, "thread", "digest"))
 
     def find(self, connection: Connection, serde: SerializerProtocol, address: Address) -> StoredCheckpoint | None:
         """The checkpoint that an address names, or the newest of its namespace; None where there is none.
@@ -238,14 +267,12 @@ class Reader:
     def _fetch(self, connection: Connection, wanted: Mapping[int | None, set[bytes]]) -> dict[int | None, list[Any]]:
         """Rows of content by thread, and perhaps some that were not asked for."""
         rows: dict[int | None, list[Any]] = {thread: [] for thread in wanted}
-        digests = sorted(set().union(*wanted.values()))
-        if len(wanted) > 1 and len(wanted) * len(digests) <= _MOST_LOOKUPS:
-            for row in self._contents.rows(connection, {"threads": [*wanted], "digests": digests}):
-                rows[row[-1]].append(row[:-1])
-            return rows
-        for thread, missing in wanted.items():
-            for part in chunks(sorted(missing)):
-                rows[thread] += self._content.rows(connection, {"thread": thread, "digests": part})
+        together = set().union(*wanted.values())
+        few = len(wanted) * len(together) <= _MOST_LOOKUPS
+        for threads, digests in [([*wanted], together)] if few else (([each], wanted[each]) for each in wanted):
+            for part in chunks(sorted(digests)):
+                for thread, *row in self._content.rows(connection, threads, part):
+                    rows[thread].append(row)
         return rows
 
     def _checked(self, known: CachedThread, rows: Iterable[Sequence[Any]]) -> dict[bytes, Body]:
@@ -288,7 +315,7 @@ class Reader:
     def add_writes(self, connection: Connection, ns: bytes, holders: Holders) -> set[tuple[int, int]]:
         """Fetch the pending writes of checkpoints of a namespace; gives numbers and epochs of the threads meanwhile."""
         numbers, ids = ([*{*each}] for each in zip(*holders, strict=True))
-        rows = self._pending.rows(connection, {"ns": ns, "threads": numbers, "ids": ids})
+        rows = self._pending.rows(connection, numbers, ids, ns=ns)
         for _, number, *values in rows:
             row = dict(zip(self.tables.writes.c.keys(), values, strict=True))
             if row["thread"] is None:
@@ -331,10 +358,128 @@ class Reader:
         stored.known = self._cache.at(thread, row["number"], row["epoch"])
         return stored
 
+    # Delta channels: values that checkpoints do not contain, but that follow from earlier writes. LangGraph stores such
+    # a channel's value now and then (the seed) and asks for the writes since then, along the parents of a checkpoint.
+    # One recursive statement reads the rows of up to a hundred parents, another reads their writes with the thread's
+    # epoch: if that has changed since the first row was read, something was removed, and all is read again.
+    #
+    # When ancestors are pruned, what they wrote since the last seed is kept with their nearest survivor as its HISTORY:
+    # the seed and the writes in order, by reference.
+
+    def delta_histories(
+        self, connection: Connection, address: Address, channels: Sequence[str]
+    ) -> tuple[dict[str, History], dict[bytes, Body], CachedThread] | None:
+        """For each channel the nearest seed among a checkpoint's ancestors and the writes since; and the content.
+
+        None if there is no such checkpoint.
+        """
+        before = None
+        while (located := self.locate(connection, address)) is not None:
+            known, start = located
+            try:
+                ancestors = self._ancestors(connection, address, known, start, channels)
+                histories = self.histories(connection, address.thread, known, ancestors, channels)
+                wanted = {digest for history in histories.values() for digest in history.digests}
+                return histories, self.collect(connection, known, wanted), known
+            except Missing:
+                if before == (known.epoch, start):
+                    raise damaged(address.thread, decode_text(start), "a value of an ancestor") from None
+                before = known.epoch, start
+        return None
+
+    def ancestor_rows(self, connection: Connection, keys: Mapping[str, Any]) -> list[Row]:
+        """A checkpoint, given by `thread`, `ns` and `id`, and its ancestors: at most a hundred rows."""
+        return [{**row, "ns": keys["ns"]} for row in connection.execute(self._chain, keys).mappings()]
+
+    @staticmethod
+    def ancestor_pages(
+        read: Callable[[Mapping[str, Any]], list[Row]], thread: int | None, ns: str, start: bytes
+    ) -> Iterator[list[Row]]:
+        """A checkpoint and all its ancestors, page by page, by something that gives `ancestor_rows`."""
+        seen: set[bytes] = set()
+        following: bytes | None = start
+        while following is not None:
+            rows = read({"thread": thread, "ns": open_key(ns), "id": following})
+            following = rows[-1]["parent"] if len(rows) == _ANCESTORS else None
+            page = {row["id"]: row for row in rows if row["id"] not in seen}
+            seen |= page.keys()
+            yield list(page.values())
+            if len(page) < len(rows):  # it was stored as its own ancestor
+                return
+
+    def ancestor(self, connection: Connection, thread: int | None, row: Row) -> Ancestor:
+        """A checkpoint with what pruned ancestors left with it, still without its writes; raises `Missing`."""
+        left: dict[str, History] = {}
+        if row["history"] is not None:
+            stored = connection.execute(self._history, {"thread": thread, "digest": row["history"]}).one_or_none()
+            if stored is None or stored.kind != HISTORY:
+                raise Missing
+            body = self.protection.decrypt(stored.body)
+            if self.protection.digest(HISTORY, body) != row["history"]:
+                raise Missing
+            left = read_history(body)
+        return Ancestor(row["ns"], row["id"], unpack_content(row["content"]), left)
+
+    def _ancestors(
+        self, connection: Connection, address: Address, known: CachedThread, start: bytes, channels: Sequence[str]
+    ) -> list[Ancestor]:
+        """The checkpoint itself and its ancestors, until every channel is found; raises `Missing`."""
+        ancestors: list[Ancestor] = []
+        missing = set(channels)
+        pages = self.ancestor_pages(partial(self.ancestor_rows, connection), known.number, address.ns, start)
+        for row in chain.from_iterable(pages):
+            check_seal(self.protection, address.thread, row)
+            ancestor = self.ancestor(connection, known.number, row)
+            if ancestors:  # the checkpoint's own values do not count
+                missing -= ancestor.digests.keys()
+            missing -= {name for name, history in ancestor.left.items() if history.seed is not None}
+            ancestors.append(ancestor)
+            if not missing:
+                break
+        if not ancestors:
+            raise Missing
+        return ancestors
+
+    def histories(
+        self,
+        connection: Connection,
+        thread_id: str,
+        known: CachedThread,
+        ancestors: Sequence[Ancestor],
+        channels: Sequence[str],
+    ) -> dict[str, History]:
+        """The seed and writes of each channel, along a checkpoint and its ancestors (the checkpoint stands first).
+
+        Raises:
+            Missing: something was removed from the thread meanwhile.
+        """
+        for part in chunks(ancestors[1:]):
+            holders: Holders = {(known.number, ancestor.id): (thread_id, ancestor.writes) for ancestor in part}
+            if self.add_writes(connection, ancestors[0].ns, holders) != {(known.number, known.epoch)}:
+                raise Missing
+        return {name: _fold(ancestors, name) for name in channels}
+
 
 def _roots(stored: StoredCheckpoint) -> set[bytes]:
     """The content that a checkpoint and its pending writes name."""
     return {*stored.digests.values(), *[write.digest for write in stored.writes]}
+
+
+def _fold(ancestors: Sequence[Ancestor], channel: str) -> History:
+    newest_first: list[tuple[str, bytes]] = []
+    for distance, ancestor in enumerate(ancestors):
+        if distance:  # the checkpoint's own value and pending writes do not count
+            own = [write for write in ancestor.writes if write.channel == channel]
+            own.sort(key=lambda write: write.order, reverse=True)
+            newest_first += [(write.task, write.digest) for write in own]
+            if channel in ancestor.digests:
+                return History(ancestor.digests[channel], newest_first[::-1])
+        left = ancestor.left.get(channel)
+        if left is not None:
+            newest_first += reversed(left.writes)
+            if left.seed is not None:
+                return History(left.seed, newest_first[::-1])
+    return History(None, newest_first[::-1])
 
 
 def listing(

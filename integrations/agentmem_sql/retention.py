@@ -1,32 +1,47 @@
-"""Retention: policies for how long threads and checkpoints are kept, and the sweep that applies them.
+"""What threads take, policies for what is kept of them, and the sweep that applies those.
 
-One statement finds the threads in which something has to be deleted; most have nothing to delete and are not locked.
-What is deleted from a thread is decided when the thread is locked, from its content at that moment.
+One statement measures the threads; most have nothing to delete and are not locked. What is deleted from a thread is
+decided when the thread is locked, from its content at that moment.
+
+Bytes are those of the bodies of content and of the binary columns of rows. What a database adds (keys, indexes, page
+headers, free space) its own tools tell.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime, timedelta
-from functools import partial
-from typing import Any
+from functools import partial, reduce
+from operator import add
+from typing import Any, NamedTuple
 
 from langgraph.checkpoint.base.id import UUID
 from langgraph.checkpoint.serde.base import SerializerProtocol
-from sqlalchemy import ColumnElement, Connection, case, exists, false, func, null, or_, select
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Connection,
+    LargeBinary,
+    Select,
+    Subquery,
+    Table,
+    case,
+    cast,
+    func,
+    select,
+)
 
 from agentmem.errors import ConfigError
 from agentmem_sql.content import load
+from agentmem_sql.database import Database
 from agentmem_sql.protection import Protection
 from agentmem_sql.prune import Key, Pruner, ThreadRetention, UnreadableThreadError
 from agentmem_sql.reader import chunks
 from agentmem_sql.rows import Row, check_ids
 from agentmem_sql.schema import Tables, decode_text, encode_text, thread_key
-
-_PAGE = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,15 +119,20 @@ class RetentionReport:
         return {**asdict(self), **sums, "threads": [asdict(thread) for thread in self.threads]}
 
 
-@dataclass(frozen=True)
-class _Limits:
+class _Limits(NamedTuple):
     """A policy at one moment. Times are as in the column `created`; what is below is too old; 0 for no limit."""
 
-    count: int
+    most: int
     oldest: int
     alive: int
     protection: Protection
     serde: SerializerProtocol
+
+    def may_concern(self, thread: Any) -> bool:
+        """Whether checkpoints of a thread may have to go, going by what `_measure` says of it."""
+        if thread.checkpoints is None:  # there are only writes that wait for one: `choose` looks at them
+            return self.alive > 0
+        return thread.newest < self.alive or thread.most > self.most or (thread.oldest or sys.maxsize) < self.oldest
 
     def choose(self, rows: Mapping[Key, Row], awaited: Collection[Key]) -> Collection[Key] | None:
         """The checkpoints to delete, out of all checkpoints of a thread; None to delete the whole thread."""
@@ -126,7 +146,7 @@ class _Limits:
             (ns, checkpoint_id)
             for ns, newest_first in namespaces.items()
             for position, checkpoint_id in enumerate(newest_first)
-            if position and (position >= self.count or rows[ns, checkpoint_id]["created"] < self.oldest)
+            if position and (position >= self.most or rows[ns, checkpoint_id]["created"] < self.oldest)
         }
         oldest_left = min((key for key in rows if key[0] == b"" and key not in gone), default=None)
         for ns, newest_first in namespaces.items():
@@ -162,28 +182,24 @@ def sweep(
     at = datetime.now(UTC) if now is None else now
     oldest, alive = _earlier(at, policy.max_age), _earlier(at, policy.idle)
     limits = _Limits(policy.max_checkpoints or sys.maxsize, oldest, alive, pruner.protection, serde)
-    database, tables = pruner.database, pruner.database.tables
-    keys = None if thread_ids is None else [thread_key(thread_id) for thread_id in check_ids(thread_ids)]
-    scopes: list[Sequence[bytes] | None] = [None] if keys is None else list(chunks(keys))
+    named = None if thread_ids is None else [thread_key(thread_id) for thread_id in check_ids(thread_ids)]
     results: list[ThreadRetention] = []
     failed: dict[str, str] = {}
-    for scope in scopes:
-        after: int | None = 0
-        while after is not None:
-            page, after = database.run(partial(_page, tables=tables, limits=limits, keys=scope, after=after))
-            for thread_id in page:
+    kept = threads_kept = 0
+    for keys in [None] if named is None else chunks(named):
+        for row in pruner.database.run(partial(_measure, tables=pruner.database.tables, keys=keys)):
+            left, deleted = row.checkpoints or 0, False
+            if limits.may_concern(row):
+                thread_id = decode_text(row.name)
                 try:
                     taken = pruner.remove(serde, thread_id, limits.choose, dry_run=dry_run)
                 except UnreadableThreadError as error:
                     failed[thread_id] = str(error)
                 else:
+                    left, deleted = taken.kept, taken.deleted
                     if taken.removed or taken.deleted:  # otherwise the thread was written or swept meanwhile
                         results.append(taken)
-    counts = [database.run(partial(_count, tables=tables, keys=scope)) for scope in scopes]
-    threads_kept, kept = sum(threads for threads, _ in counts), sum(checkpoints for _, checkpoints in counts)
-    if dry_run:
-        kept -= sum(result.removed for result in results)
-        threads_kept -= sum(result.deleted for result in results)
+            kept, threads_kept = kept + left, threads_kept + (not deleted)
     return RetentionReport(dry_run=dry_run, threads=tuple(results), failed=failed, kept=kept, threads_kept=threads_kept)
 
 
@@ -207,50 +223,130 @@ def _made_at(checkpoint_id: bytes) -> int:
     return made.time if made.version == 7 else 0
 
 
-def _page(
-    connection: Connection, tables: Tables, limits: _Limits, keys: Sequence[bytes] | None, after: int
-) -> tuple[list[str], int | None]:
-    """One page of the threads that have something to delete, and the number to continue after (None: no more)."""
-    threads, checkpoints, writes = tables.threads, tables.checkpoints, tables.writes
-    stored = exists().where(checkpoints.c.thread == threads.c.number)
-    # Not `max`, which PostgreSQL lacks for bytes. LangGraph's ids sort by time.
-    waiting = select(writes.c.checkpoint).where(writes.c.thread == threads.c.number)
-    newest = waiting.order_by(writes.c.checkpoint.desc()).limit(1).correlate(threads).scalar_subquery()
-    awaited = case((~stored, newest), else_=null())
-    query = (
-        select(threads.c.number, threads.c.name, stored.label("stored"), awaited.label("awaited"))
-        .where(threads.c.number > after, or_(false(), *_conditions(tables, limits)))
-        .order_by(threads.c.number)
-        .limit(_PAGE)
+def _measure(connection: Connection, tables: Tables, keys: Sequence[bytes] | None) -> Sequence[Any]:
+    """The threads, or those with these keys, and what tells whether a policy concerns them (see `may_concern`).
+
+    Of one without checkpoints all but number and name are None.
+    """
+    threads, stored = tables.threads, tables.checkpoints.c
+    size = func.count().label("size")
+    times = func.min(stored.created).label("oldest"), func.max(stored.created).label("newest")
+    spaces = select(stored.thread, size, *times).group_by(stored.thread, stored.ns).subquery().c
+    counts = cast(func.sum(spaces.size), BigInteger).label("checkpoints"), func.max(spaces.size).label("most")
+    # Only what has a newer one beside it may be too old.
+    times = func.min(case((spaces.size > 1, spaces.oldest))).label("oldest"), func.max(spaces.newest).label("newest")
+    measured = select(spaces.thread, *counts, *times).group_by(spaces.thread).subquery()
+    query = select(threads.c.number, threads.c.name, *(column for column in measured.c if column.name != "thread"))
+    query = query.outerjoin_from(threads, measured, measured.c.thread == threads.c.number).order_by(threads.c.number)
+    return connection.execute(query if keys is None else query.where(threads.c.key.in_(keys))).all()
+
+
+# What threads take.
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    """What a thread takes, or several do.
+
+    Attributes:
+        checkpoints: number of checkpoints, in all namespaces.
+        pending_writes: number of pending writes.
+        blobs: number of distinct pieces of content.
+        content_bytes: size of their bodies, as stored.
+        row_bytes: size of the rows.
+    """
+
+    checkpoints: int
+    pending_writes: int
+    blobs: int
+    content_bytes: int
+    row_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """Size of content and rows."""
+        return self.content_bytes + self.row_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreadSize(_Sizes):
+    """The size of a thread.
+
+    Attributes:
+        thread_id: the thread's id.
+        newest: when its newest checkpoint was stored; None if it has none.
+    """
+
+    thread_id: str
+    newest: datetime | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; the time is ISO 8601."""
+        return {**asdict(self), "bytes": self.bytes, "newest": self.newest and self.newest.isoformat()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageReport(_Sizes):
+    """The size of the threads in a database; all sums are over all threads.
+
+    Attributes:
+        threads: the first threads, up to `limit`.
+        thread_count: number of all threads.
+    """
+
+    threads: tuple[ThreadSize, ...]
+    thread_count: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**asdict(self), "bytes": self.bytes, "threads": [thread.to_dict() for thread in self.threads]}
+
+
+def storage_report(database: Database, limit: int | None) -> StorageReport:
+    """See `SQLAlchemySaver.storage_report`."""
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise ConfigError(f"expected `limit` to be a number of threads from 1 up, or None for all, found {limit!r}")
+    query, counted = _statement(database.tables), [field.name for field in fields(_Sizes)]
+    sizes = [
+        ThreadSize(
+            thread_id=decode_text(row["name"]),
+            newest=None if row["newest"] is None else datetime.fromtimestamp(row["newest"] / 1000, UTC),
+            **{name: int(row[name]) for name in counted},
+        )
+        for row in database.run(lambda connection: connection.execute(query).mappings().all())
+    ]
+    return StorageReport(
+        threads=tuple(sorted(sizes, key=lambda size: -size.bytes)[:limit]),
+        thread_count=len(sizes),
+        **{name: sum(getattr(size, name) for size in sizes) for name in counted},
     )
-    rows = connection.execute(query if keys is None else query.where(threads.c.key.in_(keys))).all()
-    # Writes that wait for a checkpoint may belong to a run that has just begun.
-    due = [row for row in rows if row.stored or _made_at(row.awaited or b"") < limits.alive]
-    return [decode_text(row.name) for row in due], rows[-1].number if len(rows) == _PAGE else None
 
 
-def _conditions(tables: Tables, limits: _Limits) -> Iterator[ColumnElement[bool]]:
-    """The conditions for a thread to have something to delete; they need only indexes, no rows."""
-    threads, checkpoints = tables.threads, tables.checkpoints
-    newer = checkpoints.alias()
-    here = checkpoints.c.thread == threads.c.number
-    if limits.alive > 0:
-        newest = select(func.max(checkpoints.c.created)).where(here).correlate(threads).scalar_subquery()
-        yield func.coalesce(newest, 0) < limits.alive  # 0: no checkpoint, see `_page`
-    if limits.oldest > 0:
-        same = (newer.c.thread == checkpoints.c.thread) & (newer.c.ns == checkpoints.c.ns)
-        has_newer = exists().where(same, newer.c.id > checkpoints.c.id)
-        old = select(checkpoints.c.id).where(here, checkpoints.c.created < limits.oldest, has_newer)
-        yield old.correlate(threads).exists()
-    if limits.count < sys.maxsize:
-        full = select(checkpoints.c.ns).where(here).group_by(checkpoints.c.ns)
-        yield full.having(func.count() > limits.count).correlate(threads).exists()
+def _row_bytes(table: Table) -> ColumnElement[int]:
+    """The bytes of a row's columns."""
+    binary = (column for column in table.columns if isinstance(column.type, LargeBinary))
+    return reduce(add, (func.coalesce(func.length(column), 0) for column in binary))
 
 
-def _count(connection: Connection, tables: Tables, keys: Sequence[bytes] | None) -> tuple[int, int]:
-    """The number of threads, and the number of their checkpoints."""
-    threads, checkpoints = tables.threads, tables.checkpoints
-    counted = select(func.count(threads.c.number.distinct()), func.count(checkpoints.c.id))
-    counted = counted.outerjoin_from(threads, checkpoints, checkpoints.c.thread == threads.c.number)
-    row = connection.execute(counted if keys is None else counted.where(threads.c.key.in_(keys))).one()
-    return row[0], row[1]
+def _statement(tables: Tables) -> Select[Any]:
+    threads, checkpoints, writes, blobs = tables.threads, tables.checkpoints, tables.writes, tables.blobs
+
+    def by_thread(table: Table, size: ColumnElement[int], *others: ColumnElement[Any]) -> Subquery:
+        columns = (table.c.thread, func.count().label("rows"), func.sum(size).label("bytes"), *others)
+        return select(*columns).group_by(table.c.thread).subquery()
+
+    stored = by_thread(checkpoints, _row_bytes(checkpoints), func.max(checkpoints.c.created).label("newest"))
+    pending, content = by_thread(writes, _row_bytes(writes)), by_thread(blobs, func.length(blobs.c.body))
+    row_sizes = (_row_bytes(threads), func.coalesce(stored.c.bytes, 0), func.coalesce(pending.c.bytes, 0))
+    counted = {
+        "checkpoints": stored.c.rows,
+        "pending_writes": pending.c.rows,
+        "blobs": content.c.rows,
+        "content_bytes": content.c.bytes,
+        "row_bytes": reduce(add, row_sizes),
+    }
+    columns = (func.coalesce(column, 0).label(name) for name, column in counted.items())
+    query = select(threads.c.name, stored.c.newest, *columns).order_by(threads.c.number)
+    for part in (stored, pending, content):
+        query = query.outerjoin_from(threads, part, part.c.thread == threads.c.number)
+    return query

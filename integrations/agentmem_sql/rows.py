@@ -105,8 +105,7 @@ class Address(NamedTuple):
         return {"configurable": {"thread_id": self.thread, "checkpoint_ns": self.ns, "checkpoint_id": checkpoint_id}}
 
 
-@dataclass(frozen=True)
-class StoredWrite:
+class StoredWrite(NamedTuple):
     """A pending write as read."""
 
     path: str

@@ -14,7 +14,7 @@ from datetime import datetime
 from functools import partial, wraps
 from itertools import islice
 from secrets import randbelow
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, Self, TypeVar
 from weakref import WeakKeyDictionary
 
 from langchain_core.runnables import RunnableConfig
@@ -34,21 +34,17 @@ from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
 from sqlalchemy import URL, Engine
 
 from agentmem.errors import ConfigError, StorageError
-from agentmem_sql.audit import Audit, Event, SaverParts
-from agentmem_sql.content import Unpacker
+from agentmem_sql.audit import Audit, Event
+from agentmem_sql.content import CheckedSerializer, Unpacker, is_langgraphs
 from agentmem_sql.database import Database, Work
-from agentmem_sql.delta_channels import AncestorReader
-from agentmem_sql.mark_sweep import Sweeper
 from agentmem_sql.memory_history import MemoryStep, MemoryWalk
 from agentmem_sql.message_cache import CachedThread, ChannelHeads, DecodeTemplates, ThreadCache
 from agentmem_sql.protection import Protection
 from agentmem_sql.prune import Pruner, all_but_newest
 from agentmem_sql.reader import Reader, listing
-from agentmem_sql.report import Order, StorageReport, storage_report
-from agentmem_sql.retention import Retention, RetentionReport, sweep
+from agentmem_sql.retention import Retention, RetentionReport, StorageReport, storage_report, sweep
 from agentmem_sql.rows import Address, Encoded, check_id, check_ids, encode_checkpoint, encode_writes, to_tuple
 from agentmem_sql.schema import DEFAULT_PREFIX, Tables
-from agentmem_sql.serializer import CheckedSerializer, is_langgraphs
 from agentmem_sql.statements import MOST_CONTENT, MOST_ROWS
 from agentmem_sql.writer import Locked, WriteConflict, WriteMode, Writer
 
@@ -66,15 +62,21 @@ T = TypeVar("T")
 _PAGE = 32  # items of an iterator that are made at once for a task
 
 
+class SaverParts(NamedTuple):
+    """What a saver is made of, for packages that do more in its transactions."""
+
+    database: Database
+    protection: Protection
+    cache: ThreadCache
+    writer: Writer
+    pruner: Pruner
+    audit: Audit
+
+
 def plain_serde(serde: SerializerProtocol) -> SerializerProtocol:
     """The serializer without encryption."""
     # Not isinstance: for subclasses of a protocol that takes as long as serialising a message.
     return serde.serde if EncryptedSerializer in type(serde).__mro__ else serde  # type: ignore[attr-defined]
-
-
-def _in_order(first: Work[object], then: Work[T]) -> Work[T]:
-    """Both, in one transaction."""
-    return lambda connection: (first(connection), then(connection))[1]
 
 
 def _for_tasks(
@@ -136,7 +138,6 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         hmac_key: bytes | None = None,
         cache_bytes: int = CACHE_BYTES,
         audit: bool = False,
-        synchronous: str = "FULL",
         engine_options: Mapping[str, Any] | None = None,
         must_exist: bool = False,
     ) -> None:
@@ -156,8 +157,6 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
                 change stored data unnoticed.
             cache_bytes: how much of recently used threads this process keeps in memory, roughly.
             audit: from now on this database keeps an audit trail (see `agentmem_sql.audit`), whoever opens it.
-            synchronous: SQLite's setting, for a URL. With FULL, acknowledged checkpoints survive a power cut; with
-                NORMAL the last ones may be lost, but none is ever half-written.
             engine_options: further arguments for `create_engine`, for a URL.
             must_exist: create neither a file nor tables; the first call raises `StorageError` if there are none.
 
@@ -175,7 +174,6 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         self._database = Database(
             engine,
             tables=tables,
-            synchronous=synchronous,
             engine_options=engine_options,
             must_exist=must_exist,
             protection=protection,
@@ -184,11 +182,9 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         # By serializer: a clone of the saver has another, which may read the same bytes as something else.
         self._templates: WeakKeyDictionary[SerializerProtocol, DecodeTemplates] = WeakKeyDictionary()
         self._reader = Reader(tables, protection, self._cache)
-        self._ancestors = AncestorReader(self._reader)
-        sweeper = Sweeper(tables, protection)
-        self._writer = Writer(tables, protection, sweeper)
-        self._pruner = Pruner(self._database, protection, self._cache, self._writer, self._ancestors, sweeper)
-        self._audit = Audit(tables, protection, self._pruner)
+        self._writer = Writer(tables, protection)
+        self._audit = Audit(tables, protection)
+        self._pruner = Pruner(self._database, protection, self._cache, self._writer, self._reader, self._audit)
         self.parts = SaverParts(self._database, protection, self._cache, self._writer, self._pruner, self._audit)
 
     @classmethod
@@ -248,9 +244,10 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         """
         serde, merged = plain_serde(self.serde), get_checkpoint_metadata(config, metadata)
         encode = partial(encode_checkpoint, serde, self._protection, checkpoint, merged, new_versions)
-        put, event = self._writer.put_checkpoint, None
-        if self._protection.audited is not False:  # None: the database was not opened yet
-            event = self._audit.written(self.setup, self.get_tuple, config, checkpoint, merged)
+        if self._protection.audited is None:  # the database was not opened yet
+            self.setup()
+        put = self._writer.put_checkpoint
+        event = self._audit.written(self, config, checkpoint, merged) if self._protection.audited else None
         return self._write(serde, config, encode, put, WriteMode.INSERT, checkpoint["id"], event, first)
 
     def put_writes(
@@ -309,10 +306,8 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
             small = len(new.packer.new) <= MOST_CONTENT and len(new.rows) <= MOST_ROWS
             write: Work[Locked | None] = partial(put, thread_id=address.thread, new=new, mode=mode, in_one=small)
             alone = small and mode is WriteMode.INSERT
-            if event is not None:
-                write, alone = self._audit.noting(write, address.thread, event), False
-            if first is not None:
-                write, alone = _in_order(first, write), False
+            if event is not None or first is not None:
+                write, alone = self._audit.noting(write, address.thread, event, first), False
             try:
                 locked = self._database.run(write, write=True, autocommit=alone)
             except WriteConflict as conflict:
@@ -381,7 +376,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         """
         if not channels:
             return {}
-        read = partial(self._ancestors.read, address=Address.of(config), channels=[*dict.fromkeys(channels)])
+        read = partial(self._reader.delta_histories, address=Address.of(config), channels=[*dict.fromkeys(channels)])
         stored = self._database.run(read)
         if stored is None:
             return {name: DeltaChannelHistory(writes=[]) for name in channels}
@@ -394,7 +389,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
             writes = [(task, name, value) for (task, _), value in zip(history.writes, values, strict=True)]
             result[name] = DeltaChannelHistory(writes=writes)
             if history.seed is not None:
-                result[name]["seed"] = unpacker.unpack(history.seed)
+                result[name]["seed"] = unpacker.unpack_all([history.seed])[0]
         return result
 
     # Deleting and copying.
@@ -473,7 +468,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
             CorruptStateError: a value is not a memory, or not one that this version can read.
         """
         address, serde = Address(check_id(thread_id), checkpoint_ns, checkpoint_id), plain_serde(self.serde)
-        walk = MemoryWalk(self._database, self._ancestors, serde, address, channel)
+        walk = MemoryWalk(self._database, self._reader, serde, address, channel)
         return walk.steps(newest_first=newest_first)
 
     def retain(
@@ -502,18 +497,16 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         """
         return sweep(self._pruner, plain_serde(self.serde), policy, thread_ids=thread_ids, dry_run=dry_run, now=now)
 
-    def storage_report(self, *, limit: int | None = None, order: Order = "bytes") -> StorageReport:
-        """How much space threads take, by a few statements that read the lengths of all rows but no content.
+    def storage_report(self, *, limit: int | None = None) -> StorageReport:
+        """How much space threads take, largest first, by a statement that reads the lengths of all rows but no content.
 
         Args:
             limit: report only this many threads; the sums cover all.
-            order: `bytes`: largest first; `checkpoints`: those with most first; `idle`: those not written for the
-                longest time first.
 
         Raises:
-            ConfigError: `limit` is below 1, or `order` is unknown.
+            ConfigError: `limit` is below 1.
         """
-        return storage_report(self._database, limit, order)
+        return storage_report(self._database, limit)
 
     def get_next_version(self, current: str | int | float | None, channel: None) -> Any:
         """The version after `current`: a number that sorts as text, and a random part.

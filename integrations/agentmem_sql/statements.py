@@ -10,10 +10,9 @@ whole statement on engines of the caller's, or if there are listeners for cursor
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from operator import itemgetter
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import (
     ARRAY,
@@ -37,15 +36,10 @@ from sqlalchemy import (
     values,
 )
 from sqlalchemy.dialects import mysql, postgresql, sqlite
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql.dml import Insert
-
-from agentmem.errors import StorageError
-from agentmem_sql import db_errors
 
 DIRECT = "agentmem_direct"  # execution option of engines whose statements may run directly on the cursor
 
-_LIST = "agentmem_list"
 _CURSOR = "agentmem_cursor"
 _MARKS = {"qmark": "?", "format": "%s"}
 
@@ -54,8 +48,7 @@ T = TypeVar("T")
 Rows = Sequence[tuple[Any, ...]]
 
 
-@dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
     """A compiled statement: its SQL, the order of parameters without names, and those that SQLAlchemy adds."""
 
     sql: str
@@ -73,8 +66,7 @@ class Prepared:
     """A statement without lists as parameters."""
 
     def __init__(self, statement: Executable) -> None:
-        self._statement = statement
-        self._counting = statement.execution_options(preserve_rowcount=True)
+        self._statement = statement.execution_options(preserve_rowcount=True)
         self._texts: dict[tuple[type[Dialect], str], Text] = {}
 
     def run(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> int:
@@ -84,7 +76,7 @@ class Prepared:
         if len(parameters) == 1:
             parameters = parameters[0]
         if text is None:
-            return connection.execute(self._counting, parameters).rowcount
+            return connection.execute(self._statement, parameters).rowcount
         return change(connection, text.sql, parameters)
 
     def rows(self, connection: Connection, parameters: Mapping[str, Any]) -> Rows:
@@ -108,36 +100,37 @@ class Prepared:
         return text
 
 
-# Says that a column is in the list of a parameter's name.
+# Says that a column is in the list of a parameter's name: `threads` or `items`.
 Among = Callable[[Column[Any], str], ColumnElement[bool]]
 
 
 class PreparedLookup:
-    """A SELECT of the rows whose columns are in lists.
+    """A SELECT of rows of some threads, by number, and with some items, which are the last parameter.
 
-    PostgreSQL gets each list as one array, so that the statement is always the same, other databases as many
-    placeholders as there are items. They are written here for a single list that stands last in the statement, whatever
-    the tables are called, and else by SQLAlchemy.
+    PostgreSQL gets both lists as arrays, so that the statement is always the same. Elsewhere the numbers stand in the
+    statement, and as many placeholders as there are items.
     """
 
-    def __init__(self, select: Callable[[Among], Executable], *, last: str = "") -> None:
-        """`select` makes the statement; `last` names the only list, which is the last parameter."""
-        self._last = last
+    def __init__(self, select: Callable[[Among], Executable]) -> None:
+        """`select` makes the statement."""
         self._plain = select(lambda column, name: column.in_(bindparam(name, expanding=True)))
-        self._marked = Prepared(select(lambda column, _: column.in_([literal_column(_LIST)])))
+        # No table's name holds a NUL.
+        self._marked = Prepared(select(lambda column, name: column.in_([literal_column(f"\0{name}")])))
         self._arrays = Prepared(select(lambda column, name: column == any_(bindparam(name, type_=ARRAY(column.type)))))
 
-    def rows(self, connection: Connection, parameters: Mapping[str, Any]) -> Rows:
+    def rows(
+        self, connection: Connection, threads: Sequence[int | None], items: Sequence[bytes], **others: Any
+    ) -> Rows:
         """The rows found, by position."""
+        lists: dict[str, Any] = {"threads": threads, "items": items}
         if connection.dialect.name == "postgresql":
-            return self._arrays.rows(connection, parameters)
-        mark = _MARKS.get(connection.dialect.paramstyle) if self._last else None
-        text = self._marked.text(connection) if mark else None
+            return self._arrays.rows(connection, others | lists)
+        mark, text = _MARKS.get(connection.dialect.paramstyle), self._marked.text(connection)
         if mark is None or text is None:
-            return [tuple(row) for row in connection.execute(self._plain, parameters)]
-        items = parameters[self._last]
-        head, _, tail = text.sql.rpartition(_LIST)
-        return fetch(connection, head + ", ".join([mark] * len(items)) + tail, (*text.arrange(parameters), *items))
+            return [tuple(row) for row in connection.execute(self._plain, others | lists)]
+        sql = text.sql.replace("\0threads", ", ".join(map(str, threads)))
+        sql = sql.replace("\0items", ", ".join([mark] * len(items)))
+        return fetch(connection, sql, (*text.arrange(others), *items))
 
 
 def change(connection: Connection, sql: str, parameters: Any) -> int:
@@ -232,48 +225,6 @@ def insertion(dialect: str, table: Table, *, replace: bool) -> Insert:
         return inserting.on_conflict_do_nothing()
     new = {name: inserting.excluded[name] for name in others}
     return inserting.on_conflict_do_update(index_elements=list(table.primary_key), set_=new)
-
-
-def enable_wal(connection: Connection) -> None:
-    """Give a SQLite file a write-ahead log, so that readers and the writer do not wait for each other.
-
-    A read-only file stays as it is.
-
-    Raises:
-        StorageError: the file is where a write-ahead log is impossible, such as a network share.
-    """
-    try:
-        journal = connection.exec_driver_sql("PRAGMA journal_mode=WAL").scalar_one()
-    except DBAPIError as error:
-        if db_errors.code(error).startswith("SQLITE_READONLY"):
-            return
-        raise
-    if journal != "wal":
-        raise StorageError(
-            f"expected SQLite to keep a write-ahead log beside {connection.engine.url.database!r}, found "
-            f"journal mode {journal!r}; put the database on a local disk"
-        )
-
-
-def check_mysql(connection: Connection) -> None:
-    """Refuse a MySQL or MariaDB server with settings under which writes fail or mean something else.
-
-    Raises:
-        StorageError: with what to change.
-    """
-    log, log_format, mode = connection.exec_driver_sql("SELECT @@log_bin, @@binlog_format, @@sql_mode").one()
-    if "ORACLE" in str(mode).upper().split(","):
-        raise StorageError(
-            f"expected a session with MySQL's own SQL, found sql_mode {mode!r}: ORACLE changes what statements mean; "
-            "set another sql_mode on the server, or for the saver: "
-            "engine_options={'connect_args': {'init_command': \"SET SESSION sql_mode = 'STRICT_TRANS_TABLES'\"}}"
-        )
-    if log and str(log_format).upper() == "STATEMENT":
-        raise StorageError(
-            "expected a server whose binary log holds rows, found binlog_format=STATEMENT, with which InnoDB takes no "
-            "writes of READ COMMITTED transactions; set binlog_format to ROW or MIXED (SET GLOBAL binlog_format = "
-            "'ROW'), or switch the binary log off"
-        )
 
 
 def insert_content(dialect: str, blobs: Table) -> Prepared:

@@ -12,7 +12,6 @@ import copy
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from threading import Event
 from typing import Any
 
 import ormsgpack
@@ -26,9 +25,9 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from agentmem.errors import ConfigError, StorageError
+from agentmem_sql.content import is_langgraphs
 from agentmem_sql.rows import check_ids
 from agentmem_sql.saver import SQLAlchemySaver, plain_serde
-from agentmem_sql.serializer import is_langgraphs
 
 Saver = BaseCheckpointSaver[Any]
 Key = tuple[str, str]  # a checkpoint's namespace and id
@@ -142,24 +141,20 @@ async def acopy_threads(
 ) -> TransferReport:
     """As `copy_threads`, in another thread, from which LangGraph's asynchronous checkpointers can also be called.
 
-    If the task is cancelled, it ends after the thread that is being copied.
+    If the task is cancelled, the copying ends with the thread that it is at.
     """
-    stopped = Event()
+    wanted = True
 
     def after(thread: str) -> None:
         if on_thread is not None:
             on_thread(thread)
-        if stopped.is_set():
+        if not wanted:
             raise asyncio.CancelledError
 
-    copying = asyncio.to_thread(copy_threads, source, target, thread_ids=thread_ids, on_thread=after)
-    task = asyncio.ensure_future(copying)
     try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        stopped.set()
-        await asyncio.wait({task})
-        raise
+        return await asyncio.to_thread(copy_threads, source, target, thread_ids=thread_ids, on_thread=after)
+    finally:
+        wanted = False
 
 
 def _copy_thread(

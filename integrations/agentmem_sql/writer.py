@@ -11,19 +11,20 @@ again and written in the next mode.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from enum import Enum, auto
 from secrets import randbelow
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Table, delete, insert, select
+from sqlalchemy import Connection, Table, bindparam, case, delete, func, insert, null, select, update
 from sqlalchemy.exc import IntegrityError
 
+from agentmem.errors import StorageError
 from agentmem_sql.content import Packer
-from agentmem_sql.list_tree import OWN
-from agentmem_sql.mark_sweep import Content, Sweeper, links_of, unreachable
+from agentmem_sql.list_tree import LEAVES, OWN, parse
 from agentmem_sql.protection import Protection
-from agentmem_sql.rows import Encoded, Row, seal_checkpoint
+from agentmem_sql.reader import chunks
+from agentmem_sql.rows import Encoded, Row, seal_checkpoint, unpack_content
 from agentmem_sql.schema import Tables, by, encode_text, thread_key
 from agentmem_sql.statements import add_rows, insert_all, insert_content, insert_locked
 
@@ -62,11 +63,10 @@ class Locked(NamedTuple):
 class Writer:
     """Writes the tables of one database; raises `WriteConflict` if a write is to be done in another mode."""
 
-    def __init__(self, tables: Tables, protection: Protection, sweeper: Sweeper) -> None:
+    def __init__(self, tables: Tables, protection: Protection) -> None:
         self._tables = tables
         self._protection = protection
-        self._sweeper = sweeper
-        threads, checkpoints, writes = tables.threads, tables.checkpoints, tables.writes
+        threads, checkpoints, writes, blobs = tables.threads, tables.checkpoints, tables.writes, tables.blobs
         self._find = select(threads.c.number, threads.c.epoch).where(by(threads, "key"))
         self._lock = self._find.with_for_update()
         self._share = self._find.with_for_update(read=True, key_share=True)
@@ -74,6 +74,15 @@ class Writer:
         self._of_task = select(writes.c.idx, writes.c.digest).where(of_task)
         stored = select(checkpoints.c.content, checkpoints.c.parent, checkpoints.c.history)
         self._stored = stored.where(by(checkpoints, "thread", "ns", "id"))
+        chosen = by(blobs, "thread") & blobs.c.digest.in_(bindparam("digests", expanding=True))
+        counted_up = update(threads).where(threads.c.number == bindparam("thread"))
+        self._count_up = counted_up.values(epoch=threads.c.epoch + 1)
+        self._referring = select(checkpoints.c.content, checkpoints.c.history).where(by(checkpoints, "thread"))
+        self._written = select(writes.c.digest).where(by(writes, "thread")).distinct()
+        body = case((blobs.c.kind.not_in(LEAVES), blobs.c.body), else_=null())
+        self._all = select(blobs.c.digest, blobs.c.kind, body, func.length(blobs.c.body)).where(by(blobs, "thread"))
+        self._own = select(blobs.c.digest).where(chosen, blobs.c.kind == OWN)
+        self._free = delete(blobs).where(chosen)
 
     def put_checkpoint(
         self, connection: Connection, thread_id: str, new: Encoded, mode: WriteMode, *, in_one: bool
@@ -121,7 +130,7 @@ class Writer:
         if any(row["idx"] >= 0 for row in rows):  # only special channels replace what the task wrote before
             rows = [row for row in rows if row["idx"] not in stored]
             contents = new.packer.new
-            left_out = unreachable(Content(contents.keys(), links_of(contents)), (row["digest"] for row in rows))
+            left_out = unreachable(contents, links_of(contents), (row["digest"] for row in rows))
             self.add_content(connection, thread.number, {each: contents[each] for each in contents.keys() - left_out})
             add_rows(connection, self._tables.writes, rows, replace=False)
             return None if any(contents[digest][0] != OWN for digest in left_out) else thread
@@ -131,9 +140,7 @@ class Writer:
             raise WriteConflict(WriteMode.EXCLUSIVE)
         self.add_content(connection, thread.number, new.packer.new)
         add_rows(connection, self._tables.writes, rows, replace=True)
-        if replaced and self._sweeper.free_replaced(connection, thread.number, replaced):
-            return Locked(thread.number, thread.epoch + 1)
-        return thread
+        return self._free_replaced(connection, thread, replaced) if replaced else thread
 
     def delete_thread(self, connection: Connection, thread_id: str) -> bool:
         """Delete every row of a thread, if it exists; gives whether it did."""
@@ -148,11 +155,6 @@ class Writer:
     def find(self, connection: Connection, thread_id: str, *, lock: bool) -> Locked | None:
         """The number and epoch of a thread, which `lock` locks exclusively; None if there is no such thread."""
         return self._locked(connection, self._lock if lock else self._find, thread_id)
-
-    def sweep(self, connection: Connection, thread: Locked) -> Locked:
-        """Delete content without references, in a transaction that has locked the thread exclusively."""
-        self._sweeper.sweep(connection, thread.number)
-        return Locked(thread.number, thread.epoch + 1)
 
     def open_thread(self, connection: Connection, thread_id: str, *, alone: bool) -> Locked:
         """Lock a thread, exclusively if `alone`; it is created if it does not exist."""
@@ -215,3 +217,83 @@ class Writer:
     def _locked(self, connection: Connection, statement: Any, thread_id: str) -> Locked | None:
         row = connection.execute(statement, {"key": thread_key(thread_id)}).one_or_none()
         return None if row is None else Locked(*row)
+
+    # Garbage collection: content without references is deleted by mark and sweep over one thread. Content refers to
+    # content (a list to its nodes, those to items), so live content is marked starting from the thread's checkpoints
+    # and pending writes.
+    #
+    # To report what would be deleted, no lock is needed if content is read before the rows that refer to it: both are
+    # committed together, so while the epoch stays the same, nothing that was read can have lost its reference.
+
+    def _free_replaced(self, connection: Connection, thread: Locked, replaced: Collection[bytes]) -> Locked:
+        """Delete the content of replaced pending writes, if need be by a sweep of the thread.
+
+        Content of one write only (see `list_tree.own_body`) is simply deleted: no process relies on it, so the epoch
+        stays the same. Older versions stored other content too, and so do values that are too large for one row.
+        """
+        given = {"thread": thread.number, "digests": sorted(replaced)}
+        if set(connection.execute(self._own, given).scalars()) != replaced:
+            return self.sweep(connection, thread)
+        connection.execute(self._free, given)
+        return thread
+
+    def sweep(self, connection: Connection, thread: Locked) -> Locked:
+        """Delete content that nothing refers to, in a transaction that has locked the thread exclusively."""
+        sizes, links = self.content(connection, thread.number)
+        of = {"thread": thread.number}
+        roots: set[bytes] = set(connection.execute(self._written, of).scalars())
+        for packed, history in connection.execute(self._referring, of):
+            roots.update(referred(packed, history))
+        self.free(connection, thread.number, unreachable(sizes, links, roots))
+        return Locked(thread.number, thread.epoch + 1)
+
+    def free(self, connection: Connection, thread: int, dead: Collection[bytes]) -> None:
+        """Delete content that nothing refers to, and increase the thread's epoch."""
+        for part in chunks(sorted(dead)):
+            connection.execute(self._free, {"thread": thread, "digests": part})
+        connection.execute(self._count_up, {"thread": thread})
+
+    def content(self, connection: Connection, thread: int) -> tuple[dict[bytes, int], dict[bytes, Collection[bytes]]]:
+        """All content of a thread: the bytes that each takes as stored, and the references of those that have any.
+
+        Raises:
+            StorageError: some content cannot be read, so that its references are unknown.
+        """
+        rows = connection.execute(self._all, {"thread": thread}).all()
+        links: dict[bytes, Collection[bytes]] = {}
+        for digest, kind, stored, _ in rows:
+            if stored is None:
+                continue
+            body = self._protection.decrypt(stored)
+            if self._protection.digest(kind, body) != digest:  # otherwise what it refers to would count as unreachable
+                raise StorageError(
+                    "a stored list of the thread is not what was stored (its digest differs), so what it refers to is "
+                    "unknown and nothing was taken out; restore the database from a backup, or delete the thread"
+                )
+            links[digest] = frozenset(parse(kind, body).links)
+        return {digest: size for digest, _, _, size in rows}, links
+
+
+def referred(packed: bytes, history: bytes | None) -> Iterable[bytes]:
+    """The content that a checkpoint's row refers to in its columns `content` and `history`."""
+    yield from unpack_content(packed).values()
+    if history is not None:
+        yield history
+
+
+def links_of(contents: Mapping[bytes, tuple[int, bytes]]) -> dict[bytes, frozenset[bytes]]:
+    """The references in new content, given as digest -> (kind, body)."""
+    inner = {digest: content for digest, content in contents.items() if content[0] not in LEAVES}
+    return {digest: frozenset(parse(*content).links) for digest, content in inner.items()}
+
+
+def unreachable(
+    digests: Iterable[bytes], links: Mapping[bytes, Collection[bytes]], roots: Iterable[bytes]
+) -> set[bytes]:
+    """The part of content, given with its references, that cannot be reached from the roots."""
+    alive: set[bytes] = set()
+    pending = set(roots)
+    while pending:
+        alive |= pending
+        pending = {link for digest in pending for link in links.get(digest, ())} - alive
+    return set(digests) - alive

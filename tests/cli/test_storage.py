@@ -89,7 +89,7 @@ def test_report(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         expected = saver.storage_report().to_dict()
     assert told("report", f"sqlite:///{file}") == expected
     assert told("report", file) == expected, "a path will do"
-    first = told("report", file, "--limit", 1, "--order", "idle")
+    first = told("report", file, "--limit", 1)
     assert [one["thread_id"] for one in first["threads"]] == ["one"]
     assert len(told("report", file, "--limit", 0)["threads"]) == 2
     table = shown("report", file)

@@ -14,7 +14,6 @@ from langchain_core.messages import HumanMessage
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
-from sqlalchemy import StaticPool, create_engine
 
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
@@ -121,8 +120,8 @@ class Filled:
         connection = self._connect()
         change(connection)
         connection.commit()
-        engine = create_engine("sqlite://", creator=lambda: connection, poolclass=StaticPool)
-        with SQLAlchemySaver(engine, **(options or self.options)) as saver:
+        engine_options = {"creator": lambda: connection}
+        with SQLAlchemySaver.from_url("sqlite://", engine_options=engine_options, **(options or self.options)) as saver:
             return observe(saver, self.asked)
 
     def _connect(self) -> sqlite3.Connection:
@@ -136,7 +135,7 @@ def make_filled(path: Path, protection: str) -> Filled:
     options = PROTECTION[protection]
     with (
         patch("agentmem_sql.list_tree.PART_BYTES", 8000),  # of a value in several rows, too
-        SQLAlchemySaver.from_url(f"sqlite:///{path}", synchronous="OFF", **options) as saver,
+        SQLAlchemySaver.from_url(f"sqlite:///{path}", **options) as saver,
     ):
         asked = fill(saver)
     with closing(sqlite3.connect(path)) as connection:

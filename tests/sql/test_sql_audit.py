@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import pytest
-from langchain_core.messages import AIMessage, HumanMessage
+from langchain_core.messages import AIMessage, AnyMessage, BaseMessage, HumanMessage
+from langgraph.channels.delta import DeltaChannel
+from langgraph.graph import END, START, StateGraph
+from langgraph.graph.message import _messages_delta_reducer
 from sqlalchemy import event
 from sqlalchemy.exc import OperationalError
 
 from agentmem.errors import StorageError
 from agentmem_sql import Retention, SQLAlchemySaver
-from agentmem_sql.migrations import MIGRATIONS
+from agentmem_sql.audit import message_digest
+from agentmem_sql.schema import MIGRATIONS
 from tests.helpers.sql_cases import BACKENDS, NewUrl, Sql, config, get, put
 
 ROWS = "SELECT body, private FROM agentmem_audit ORDER BY chain, seq"
@@ -59,6 +63,26 @@ def test_a_turn_is_noted_with_what_it_wrote_read_and_was_shown(database_url: str
     stored = b"".join(part if isinstance(part, bytes) else b"" for part in parts)
     assert b"Kestrel" not in stored
     assert b"secret" not in stored
+
+
+class Delta(TypedDict):
+    messages: Annotated[list[AnyMessage], DeltaChannel(_messages_delta_reducer, snapshot_frequency=3)]
+
+
+@pytest.mark.parametrize("durability", ["sync", "exit"])
+def test_messages_of_delta_channels_are_listed(database_url: str, ask: Sql, durability: Any) -> None:
+    """Each of them once, also where a snapshot is stored, and by another process."""
+    builder = StateGraph(Delta).add_node("reply", lambda state: {"messages": [AIMessage("Yes.")]})
+    builder.add_edge(START, "reply").add_edge("reply", END)
+    at, said = config("ada/1"), list[BaseMessage]()
+    for number in range(5):
+        with SQLAlchemySaver.from_url(database_url, audit=True) as saver:
+            graph = builder.compile(checkpointer=saver)
+            graph.invoke({"messages": [("user", f"question {number}")]}, at, durability=durability)
+            said = graph.get_state(at).values["messages"]
+    noted = [message for entry in events(ask(ROWS)) for message in entry["messages"]]
+    assert noted == [[message.type, message.id, message_digest(message)] for message in said]
+    assert len(noted) == 10
 
 
 def test_another_process_tells_what_is_new_too(database_url: str, ask: Sql) -> None:

@@ -22,7 +22,7 @@ from sqlalchemy import Engine, event
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.database import THREADS
-from agentmem_sql.migrations import MIGRATIONS
+from agentmem_sql.schema import MIGRATIONS
 from tests.helpers.sql_cases import Sql, aput, config, put
 from tests.helpers.sql_chains import unaccounted
 from tests.helpers.sql_processes import Process, fork, write

@@ -11,13 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from sqlalchemy import Connection, Engine, NullPool, create_engine, event, make_url, text
 
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.database import Database
+from agentmem_sql.message_cache import ThreadCache
+from agentmem_sql.protection import Protection
 from agentmem_sql.schema import Tables
 from tests.helpers.sql_cases import Sql, config, memory, put
+
+PLAIN: Any = {"tables": Tables(), "protection": Protection(JsonPlusSerializer(), None), "cache": ThreadCache(0)}
 
 
 @contextmanager
@@ -107,12 +112,12 @@ def test_statements_of_a_write_see_what_was_committed_before_each(server_url: st
     """READ COMMITTED, whatever the engine says: what a lock was waited for is seen once it is granted."""
     url = make_url(server_url)
     engine = create_engine(url, isolation_level="REPEATABLE READ")
-    database = Database(engine if own_engine else url, tables=Tables())
-    value = text("SELECT value FROM agentmem_settings")
+    database = Database(engine if own_engine else url, **PLAIN)
+    value = text("SELECT value FROM agentmem_settings WHERE LENGTH(name) = 1")
 
     def work(connection: Connection) -> list[bytes]:
         seen = [connection.execute(value).scalar_one()]
-        look(url, "UPDATE agentmem_settings SET value = :new", new=b"after")
+        look(url, "UPDATE agentmem_settings SET value = :new WHERE LENGTH(name) = 1", new=b"after")
         return [*seen, connection.execute(value).scalar_one()]
 
     database.run(lambda _: None)

@@ -90,7 +90,7 @@ def test_encryption_shares_content_as_without(tmp_path: Path) -> None:
     rows = {}
     for protection, options in PROTECTION.items():
         path = tmp_path / f"{protection}.db"
-        with SQLAlchemySaver.from_url(f"sqlite:///{path}", synchronous="OFF", **options) as saver:
+        with SQLAlchemySaver.from_url(f"sqlite:///{path}", **options) as saver:
             fill(saver)
             saver.copy_thread("t", "copy")
         with closing(sqlite3.connect(path)) as connection:

@@ -73,13 +73,10 @@ def test_each_step_says_what_the_memory_was_and_what_it_consumed(any_saver: SQLA
         state_after("one", "two"),
         state_after("one", "two", "three"),
     ]
-    assert [step.digest for step in steps] == [step.state.digest for step in steps]
     assert [step.consumed for step in steps] == [1, 2, 3]
     assert [step.new for step in steps] == [1, 1, 1]
     assert [step.new_digests for step in steps] == [digests(text) for text in ("one", "two", "three")]
     assert not any(step.restarted for step in steps)
-    norms = [np.linalg.norm(step.state.matrices.astype(float), axis=(2, 3)) for step in steps]  # of layers and heads
-    np.testing.assert_allclose([step.norms for step in steps], norms, rtol=1e-12)
     assert {step.channel for step in steps} == {"memory"}
     assert {(step.state.model_fingerprint, step.state.adapter_fingerprint) for step in steps} == {
         ("a model", "an adapter")

@@ -12,17 +12,20 @@ import sqlalchemy
 from alembic.autogenerate import compare_metadata, produce_migrations, render_python_code
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
+from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from sqlalchemy import Connection, NullPool, create_engine, inspect
 from sqlalchemy.dialects import mysql
 
 from agentmem.errors import StorageError
-from agentmem_sql import SQLAlchemySaver
+from agentmem_sql import SQLAlchemySaver, schema
 from agentmem_sql.database import Database
-from agentmem_sql.migrations import MIGRATIONS, Migration
-from agentmem_sql.schema import Tables, metadata
+from agentmem_sql.message_cache import ThreadCache
+from agentmem_sql.protection import Protection
+from agentmem_sql.schema import MIGRATIONS, Migration, Tables, metadata
 from tests.helpers.sql_cases import BACKENDS, NewUrl, Sql, config, put
 from tests.helpers.sql_processes import Process, set_up
 
+PLAIN: Any = {"tables": Tables(), "protection": Protection(JsonPlusSerializer(), None), "cache": ThreadCache(0)}
 CURRENT = MIGRATIONS[-1].number
 VERSIONS = "SELECT version FROM agentmem_schema_versions ORDER BY version"
 DONE = [(migration.number,) for migration in MIGRATIONS]
@@ -42,7 +45,9 @@ def test_processes_that_start_together_make_the_tables_once(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_migration_that_fails_is_taken_up_again(new_url: NewUrl, look: Sql, backend: str) -> None:
+def test_a_migration_that_fails_is_taken_up_again(
+    new_url: NewUrl, look: Sql, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What was done before it stays, nothing of it is seen as done, and the next call begins with it."""
     fails, done = [True], []
     database_url = new_url(backend)
@@ -61,16 +66,19 @@ def test_a_migration_that_fails_is_taken_up_again(new_url: NewUrl, look: Sql, ba
     more = (*MIGRATIONS, Migration(CURRENT + 1, "one more table", add), Migration(CURRENT + 5, "nothing", add_nothing))
     with SQLAlchemySaver.from_url(database_url) as saver:
         put(saver, config(), {"x": 1})
-    database = Database(database_url, tables=Tables(), migrations=more)
+    monkeypatch.setattr(schema, "MIGRATIONS", more)
+    database = Database(database_url, **PLAIN)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="half-way"):
             database.run(lambda _: None)
     assert look(database_url, VERSIONS) == DONE
+    monkeypatch.undo()
     with SQLAlchemySaver.from_url(database_url) as saver:
         assert saver.get_tuple(config()) is not None
 
+    monkeypatch.setattr(schema, "MIGRATIONS", more)
     fails.clear()
-    for again in (database, Database(database_url, tables=Tables(), migrations=more)):
+    for again in (database, Database(database_url, **PLAIN)):
         again.run(lambda _: None)
         again.close()
     assert done == [1, 2]

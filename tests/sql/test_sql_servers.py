@@ -25,8 +25,7 @@ from sqlalchemy.exc import DBAPIError
 
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver, metadata
-from agentmem_sql.db_errors import advice
-from agentmem_sql.statements import check_mysql
+from agentmem_sql.engines import advice, check_mysql
 from tests.helpers.sql_cases import BACKENDS, NewUrl, Sql, aput, config, get, put, read
 from tests.helpers.sql_chains import unaccounted
 from tests.helpers.sql_processes import pending, question, values

@@ -18,8 +18,7 @@ from agentmem_sql import SQLAlchemySaver
 from tests.helpers.sql_cases import Sql, config, put
 
 
-@pytest.mark.parametrize(("synchronous", "number"), [(None, 2), ("normal", 1), ("EXTRA", 3)])
-def test_files_are_durable_and_have_a_log(url: str, path: Path, sql: Sql, synchronous: str | None, number: int) -> None:
+def test_files_are_durable_and_have_a_log(url: str, path: Path, sql: Sql) -> None:
     settings = set()
 
     def look(connection: Any, *_: object) -> None:
@@ -29,18 +28,13 @@ def test_files_are_durable_and_have_a_log(url: str, path: Path, sql: Sql, synchr
 
     event.listen(Pool, "checkout", look)
     try:
-        with SQLAlchemySaver.from_url(url, **({"synchronous": synchronous} if synchronous else {})) as saver:
+        with SQLAlchemySaver.from_url(url) as saver:
             put(saver, config(), {"x": 1})
             assert Path(f"{path}-wal").exists()
     finally:
         event.remove(Pool, "checkout", look)
-    assert settings == {("synchronous", number), ("busy_timeout", 30_000)}
+    assert settings == {("synchronous", 2), ("busy_timeout", 30_000)}
     assert sql("PRAGMA journal_mode") == [("wal",)]
-
-
-def test_a_way_to_synchronise_that_sqlite_does_not_know_is_refused(url: str) -> None:
-    with pytest.raises(StorageError, match=r"OFF, NORMAL, FULL, EXTRA.*'fast'"):
-        SQLAlchemySaver.from_url(url, synchronous="fast")
 
 
 def test_a_lock_that_never_comes_is_an_error(url: str, path: Path) -> None:

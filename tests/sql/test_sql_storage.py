@@ -63,7 +63,7 @@ def chat(saver: SQLAlchemySaver) -> Callable[[], None]:
 
 def test_a_hundred_turns_of_a_chat_take_less_than_two_megabytes(url: str, path: Path, sql: Sql) -> None:
     sizes = {}
-    with SQLAlchemySaver.from_url(url, synchronous="OFF") as saver:
+    with SQLAlchemySaver.from_url(url) as saver:
         turn = chat(saver)
         for number in range(1, 121):
             turn()
@@ -77,7 +77,7 @@ def test_a_hundred_turns_of_a_chat_take_less_than_two_megabytes(url: str, path: 
 @pytest.mark.slow
 def test_turn_1000_takes_what_turn_100_took(url: str, path: Path, sql: Sql) -> None:
     sizes = {}
-    with SQLAlchemySaver.from_url(url, synchronous="OFF") as saver:
+    with SQLAlchemySaver.from_url(url) as saver:
         turn = chat(saver)
         for number in range(1, 1001):
             turn()
@@ -197,7 +197,7 @@ def test_short_items_have_no_row_of_their_own(saver: SQLAlchemySaver, sql: Sql) 
 def test_any_size_of_cache_works(url: str, size: int) -> None:
     """Also one that is too small for anything."""
     last: dict[str, RunnableConfig] = {}
-    with SQLAlchemySaver.from_url(url, synchronous="OFF", cache_bytes=size) as saver:
+    with SQLAlchemySaver.from_url(url, cache_bytes=size) as saver:
         for turn, number in product(range(1, 5), range(12)):
             name, messages = f"thread {number}", said(turn * 4 + number)
             last[name] = put(saver, last.get(name, config(name)), {"messages": messages, "n": turn})

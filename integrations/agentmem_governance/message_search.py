@@ -40,6 +40,7 @@ class Checkpoint:
         said: whether the text of one is in it, as in an input.
         consumed: what its memories have consumed, as far as it looks like one of the messages.
         memories: the digests of its memories, by channel.
+        inner: the digests of all memories in it, those within other values (as in the input of a subgraph) included.
     """
 
     parent: Key | None
@@ -47,6 +48,7 @@ class Checkpoint:
     said: bool
     consumed: set[bytes]
     memories: Mapping[str, str]
+    inner: set[str]
 
 
 class Scan(NamedTuple):
@@ -72,7 +74,7 @@ class Scan(NamedTuple):
     def clean(self) -> set[str]:
         """The digests of memories that never consumed one of the messages."""
         staying = (one for key, one in self.checkpoints.items() if key not in self.going)
-        return {digest for checkpoint in staying for digest in checkpoint.memories.values()}
+        return {digest for checkpoint in staying for digest in checkpoint.inner}
 
 
 class Contents(NamedTuple):
@@ -204,15 +206,17 @@ def scan(saver: SQLAlchemySaver, thread: str, ids: Sequence[str], made: str | No
                 seen.update(each.id for each in new)
                 extra.append(new)
         memories = {name: memory for name, value in contents.values.items() if (memory := memory_in(value))}
-        writers.update((memory.digest, memory) for memory in memories.values() if not _has(writers, memory))
         everything = contents.values, contents.histories, stored.pending_writes, stored.metadata
+        inner = list(memories_in(everything))
+        writers.update((memory.digest, memory) for memory in inner if not _has(writers, memory))
         parent = None if own == made else parent_of(stored)  # which goes
         checkpoints[ns, own] = Checkpoint(
             parent=None if parent is None else (ns, parent),
             holds=occurs(everything, wanted),
             said=is_said((contents.values, stored.pending_writes), said),
-            consumed={mark for memory in memories.values() for mark in wanted_marks & set(memory.record.recent)},
+            consumed={mark for memory in inner for mark in wanted_marks & set(memory.record.recent)},
             memories={name: memory.digest for name, memory in memories.items()},
+            inner={memory.digest for memory in inner},
         )
     history = [message for messages in reversed(extra) for message in messages]
     # Two messages that say the same look the same to a memory.
@@ -255,6 +259,11 @@ def memory_in(value: Any) -> MemoryState | None:
         return MemoryState.from_dict(value) if is_memory(value) else None
     except CorruptStateError:
         return None
+
+
+def memories_in(value: object) -> Iterator[MemoryState]:
+    """The memories anywhere in a value."""
+    return (memory for each in _parts(value) if (memory := memory_in(each)) is not None)
 
 
 def occurs(value: object, ids: Collection[str]) -> bool:

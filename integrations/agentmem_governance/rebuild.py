@@ -32,6 +32,7 @@ from agentmem_governance.message_search import (
     group,
     id_of,
     lists,
+    memories_in,
     memory_in,
     ns_of,
     occurs,
@@ -176,7 +177,7 @@ class MessageRemoval:
                 kept = [message for message in value if message.id not in gone]
                 values[name] = _DeltaSnapshot(kept) if name in contents.deltas else kept
                 changed.append(name)
-            elif occurs(value, gone):
+            elif occurs(value, gone) or any(memory.digest not in found.clean for memory in memories_in(value)):
                 del values[name]
                 changed.append(name)
                 entry.notes.append(f"the channel {name!r}, which held the message in another form, was emptied")

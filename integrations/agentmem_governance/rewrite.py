@@ -32,6 +32,7 @@ from agentmem_governance.message_search import (
     is_said,
     lists,
     marks,
+    memories_in,
     memory_in,
     occurs,
 )
@@ -178,9 +179,11 @@ class Rewriter:
                     changed[name] = _DeltaSnapshot(kept)
                 elif len(kept) < len(value):
                     changed[name] = kept
-            elif self._has(found, name, value):
+            elif self._has(found, name, value) or (remade := self._remade(clean, value)) is _GONE:
                 emptied.append(name)
                 note = f"the channel {name!r}, which held the message in another form, was emptied"
+            elif remade is not value:
+                changed[name] = remade
             else:
                 note = f"the channel {name!r} was kept; look whether its text was drawn from the message"
             if note and not name.startswith(RESERVED) and note not in self._result.notes:
@@ -199,7 +202,9 @@ class Rewriter:
         if memory.digest not in self._made:
             base = self._base(found, key, name, memory)
             recent, told = set(memory.record.recent), dict[str | None, BaseMessage]()
-            for message in (each for held in lists(contents.values).values() for each in held):
+            # A subgraph may have the memory without the messages.
+            held = lists(contents.values).values() or [found.history]
+            for message in (each for messages in held for each in messages):
                 consumed = message.type == "system" or not recent.isdisjoint(marks([message]))
                 if consumed and message.id not in self._ids:
                     told[message.id] = message
@@ -255,10 +260,27 @@ class Rewriter:
                 elif memory.digest not in self._made:
                     again.add(task)
                 continue
-            new = _without(value, self._ids, found.said)
-            if new is not _GONE and not self._has(found, channel, new):
+            new = self._remade(clean, _without(value, self._ids, found.said))
+            if new is _GONE and any(each.digest not in clean for each in memories_in(value)):
+                again.add(task)
+            elif new is not _GONE and not self._has(found, channel, new):
                 kept.append((task, row if new is value else self._write(row, channel, new)))
         self._result.writes.extend(row for task, row in kept if task not in again)
+
+    def _remade(self, clean: Collection[str], value: Any) -> Any:
+        """A value with the memories within it written anew; itself without any, `_GONE` where one of them cannot be."""
+        if value is _GONE or all(memory.digest in clean for memory in memories_in(value)):
+            return value
+        if (memory := memory_in(value)) is not None:
+            state = self._made.get(memory.digest)
+            return _GONE if state is None else state.to_dict()
+        if type(value) is dict:
+            made = {name: self._remade(clean, each) for name, each in value.items()}
+            return _GONE if any(each is _GONE for each in made.values()) else made
+        if type(value) is list:
+            remade = [self._remade(clean, each) for each in value]
+            return _GONE if any(each is _GONE for each in remade) else remade
+        return _GONE
 
     def _write(self, row: Row, channel: str, value: Any) -> Row:
         new = {**row, "digest": self._pack({channel: value})[channel]}

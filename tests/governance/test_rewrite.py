@@ -188,3 +188,73 @@ def test_what_cannot_be_rewritten_is_refused_before_it_begins(saver: SQLAlchemyS
             with pytest.raises(StorageError, match="delta channel 'odd'"):
                 Governor(saver).forget(thread=thread, message="m", keep_checkpoints=keep)
     assert Governor(saver).pending() == []
+
+
+class Noting(TypedDict):
+    """A subgraph's state: the messages of the graph, and a memory of its own."""
+
+    messages: Annotated[list[AnyMessage], add_messages]
+    notes: Annotated[MemoryState, MemoryChannel]
+
+
+class Counting(TypedDict):
+    """A subgraph's state: the memory of the graph, without the messages."""
+
+    memory: Annotated[MemoryState, MemoryChannel]
+    consumed: int
+
+
+def agent_with_subgraph(saver: SQLAlchemySaver, schema: Any, keeps: bool | None) -> Any:
+    """`agent`, that calls a subgraph first, which has a thread of its own if it `keeps` what it had."""
+
+    def note(state: Any) -> dict[str, Any]:
+        if "messages" not in state:
+            return {"consumed": state["memory"].count if "memory" in state else 0}
+        return {"notes": Memory().remember(to_engine(state["messages"]), state.get("notes")).state.to_dict()}
+
+    def node(state: Any) -> dict[str, Any]:
+        said = [*state["messages"], reply := AIMessage("OK.")]
+        return {"messages": [reply], "memory": Memory().remember(to_engine(said), state.get("memory")).state.to_dict()}
+
+    inner = StateGraph(schema).add_node("note", note).add_edge(START, "note").add_edge("note", END)
+    builder = StateGraph(Plain).add_node("inner", inner.compile(checkpointer=keeps)).add_node("node", node)
+    builder.add_edge(START, "inner").add_edge("inner", "node").add_edge("node", END)
+    return builder.compile(checkpointer=saver)
+
+
+def memories_of(value: Any) -> Iterator[MemoryState]:
+    """Every memory in plain data."""
+    if isinstance(value, dict) and {"shape", "data", "digest"} <= value.keys():
+        yield MemoryState.from_dict(value)
+    elif isinstance(value, dict | list | tuple):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from memories_of(each)
+
+
+@pytest.mark.parametrize("keeps", [None, True], ids=["of a call", "of its own"])
+@pytest.mark.parametrize("schema", [Noting, Counting])
+def test_checkpoints_of_subgraphs_never_held_it_either(folder: Path, url: str, schema: Any, keeps: bool | None) -> None:
+    with SQLAlchemySaver.from_url(url, audit=True) as saver:
+        graph = agent_with_subgraph(saver, schema, keeps)
+        say(graph, *SAID)
+        before = list(saver.list(at("t")))
+        asked, replied = messages(graph, "t")[2:4]
+        receipt = governor(saver).forget(thread="t", message=asked.id, keep_checkpoints=True)
+        after = list(saver.list(at("t")))
+        assert [each.config for each in after] == [each.config for each in before]
+        assert left(folder, TOLD) == []
+        told = to_engine([asked])[0].digest()[:8]
+        for stored in after:
+            values = stored.checkpoint["channel_values"]
+            kept = values.get("messages", [])
+            assert {asked.id, replied.id}.isdisjoint(each.id for each in kept)
+            for memory in memories_of((values, stored.pending_writes)):
+                assert told not in memory.record.recent
+            if "notes" in values:
+                assert MemoryState.from_dict(values["notes"]).record.recent in [
+                    memory_of(kept[:end]).record.recent for end in range(1, len(kept) + 1)
+                ]
+        assert governor(saver).verify(receipt).holds
+        say(graph, "My shell is fish.")
+        assert len(messages(graph, "t")) == 6
+        assert graph.get_state(at("t")).values["memory"] == memory_of(messages(graph, "t"))

@@ -20,13 +20,15 @@ from typing import Any, TypeVar, Unpack
 
 from agentmem.delta.model import SteeredModel
 from agentmem.errors import TurnCancelledError
-from agentmem.generation.batch import DecodeBatch, Scheduler, Steps
+from agentmem.generation.batch import DecodeBatch
 from agentmem.generation.guided import Grammars
 from agentmem.generation.kv_cache import PrefillCache, StaleKVCache
 from agentmem.generation.output_parser import Delta, Tags
 from agentmem.generation.plan import Request, TurnOptions
 from agentmem.generation.preparation import Preparation
 from agentmem.generation.runner import ModelRunner
+from agentmem.generation.scheduler import Scheduler
+from agentmem.generation.sequence import Steps
 from agentmem.generation.turn import (
     Emit,
     Remembered,
@@ -91,7 +93,7 @@ class Engine:
             prefills=PrefillCache(kv_cache_tokens),
             stale_kv=StaleKVCache(kv_cache_tokens),
         )
-        self._scheduler = Scheduler(f"agentmem-{name}", self._context.batch)
+        self._scheduler = Scheduler(f"agentmem-{name}", runner, self._context.batch)
         self._preparation = Preparation(f"agentmem-{name}-preparation", self._scheduler)
         self._apart = cache(partial(_with_tokenizer_copied, self._context, template_options))
         self._counter = cache(partial(_with_tokenizer_copied, self._context, template_options))

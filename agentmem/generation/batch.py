@@ -1,9 +1,4 @@
-"""Continuous batching: one thread runs all turns, and decodes those that wait for a token in one forward pass.
-
-A turn is a job, and a job is a generator. It yields None between its own steps, and a `DecodeRequest` where it needs a
-token decoded. The `Scheduler` collects the requests of all waiting jobs, has the `DecodeBatch` run them in one pass,
-and lets the jobs go on. Between two such passes it runs one step of one other job, in rotation, so that a long prefill
-does not hold up the rest. A job ends before its next step if its future is cancelled or its timeout has passed.
+"""Sequences that decode together: a row for each in a shared KV cache, and one forward pass over the rows.
 
 A sequence that decodes together with others has a row in a batched KV cache, which it shares with sequences of about
 its length. It gets the row when it first decodes with others, and leaves it when it has work of its own (reading
@@ -18,52 +13,27 @@ is repeated row by row, so that only the sequence that causes the failure fails.
 from __future__ import annotations
 
 import logging
-import os
-import queue
-import threading
-import time
-from collections import abc, deque
-from collections.abc import Generator
-from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
-from dataclasses import dataclass
+from collections import abc
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from agentmem.delta.passes import Pending, joined_ids, row_of
-from agentmem.errors import ConfigError, EngineClosedError, TurnTimeoutError
+from agentmem.errors import ConfigError
 from agentmem.generation.batch_cache import BatchedKVCache
 from agentmem.generation.cuda_graph import CannotCapture, CapturedDecode, GraphCapturer, uses_graphs
 from agentmem.generation.runner import ModelRunner
 from agentmem.generation.sampling import Sampler, choose_all
-from agentmem.generation.sequence import Sequence
-from agentmem.telemetry import ACTIVE, batched
+from agentmem.generation.sequence import DecodeRequest, Sequence
 
 _logger = logging.getLogger(__name__)
-T = TypeVar("T")
 _PATIENCE = 64  # full passes until larger ones are tried again; doubled each time they do not fit
 _LONGEST_PATIENCE = 8192
 _TRIES = 2  # captures in a row that may fail, say because another thread waits for the device
 _IDLE = 16  # 1/16 of a device's memory may hold caches that no sequence uses
 _SMALLEST = 256  # tokens in a row of the smallest cache; each larger size holds twice as many
-
-
-@dataclass(slots=True, eq=False)
-class DecodeRequest:
-    """Asks for one token of a sequence to be read and the next one to be chosen.
-
-    Attributes:
-        segment: the segment that the token belongs to; -1: the token is not written.
-        error: why this request failed, if it did.
-    """
-
-    sequence: Sequence
-    token: int
-    segment: int
-    error: BaseException | None = None
 
 
 class DecodeBatch:
@@ -76,7 +46,9 @@ class DecodeBatch:
             them. On a GPU a fraction of its memory takes the place of this limit.
 
     Attributes:
-        uses_graphs: whether decoding runs in fixed buffers; turned off for good when these cannot be captured.
+        shares: whether sequences can decode together at all.
+        uses_graphs: whether decoding runs in fixed buffers, which is worth it for one sequence too; turned off for good
+            when these cannot be captured.
 
     Raises:
         ConfigError: `max_batch` is not 1 or more.
@@ -95,9 +67,9 @@ class DecodeBatch:
         self._caches: dict[tuple[bool, int], list[BatchedKVCache]] = {}
         # Key: number of rows, and width. Valid for as long as the cache's KV stays at its address.
         self._captured: dict[BatchedKVCache, dict[tuple[int, int], CapturedDecode]] = {}
-        self._shares = max_batch > 1 and _can_share(runner)
+        self.shares = max_batch > 1 and _can_share(runner)
         self.uses_graphs = (
-            self._shares and not runner.writes_at_close and uses_graphs(runner.device) and _on_one_device(runner)
+            self.shares and not runner.writes_at_close and uses_graphs(runner.device) and _on_one_device(runner)
         )
         self._capturer = GraphCapturer(runner.device)
         self._failed_captures = 0  # since the last that succeeded
@@ -105,33 +77,28 @@ class DecodeBatch:
     # ------------------------------------------------------------------ called by turns and the scheduler
 
     def run(self, requests: abc.Sequence[DecodeRequest]) -> None:
-        """Read a token for each request; a failure is stored in its request."""
-        if ACTIVE:
-            batched(len(requests))
-        if not self._shares or (len(requests) == 1 and not self.uses_graphs):
-            for request in requests:
-                self._run_alone(request)
-        else:
-            self._run_together(requests)
+        """Read a token for each request, in passes over shared rows; a failure is stored in its request."""
+        by_cache: dict[BatchedKVCache, list[DecodeRequest]] = {}
+        for request in requests:
+            row = request.sequence.row
+            # A sequence that has outgrown its row gets a larger one. One position is kept free: a pass writes after the
+            # last token of every row, even of those that skip the token.
+            if row is not None and row.length + 1 >= row.kv.capacity and not self._leave_or_fail(request):
+                continue
+            try:
+                kv = self._join(request.sequence)
+            except torch.OutOfMemoryError:  # the sequence's own cache is unchanged
+                self.release()
+                self.run_alone(request)
+                continue
+            by_cache.setdefault(kv, []).append(request)
+        for kv, group in by_cache.items():
+            self._run_pass(kv, group)
 
-    def extend(
-        self,
-        sequence: Sequence,
-        ids: abc.Sequence[int],
-        segments: abc.Sequence[int],
-        *,
-        logits: bool,
-        close: bool,
-        reply_from: int = 0,
-    ) -> None:
-        """As `ModelRunner.extend`; a sequence that has a row leaves it first, with the tokens that it read there."""
-        if sequence.row is not None:
-            self.leave(sequence, keep=True)
-        try:
-            self._runner.extend(sequence, ids, segments, logits=logits, close=close, reply_from=reply_from)
-        except torch.OutOfMemoryError:
-            self.release()  # free what is kept for later, so that the next attempt may fit
-            raise
+    def run_alone(self, request: DecodeRequest) -> None:
+        """As `run`, in a pass of the sequence's own, for which it leaves its row."""
+        if self._leave_or_fail(request):
+            self._runner.decode(request)
 
     def leave(self, sequence: Sequence, *, keep: bool) -> None:
         """Give up the row of a sequence; `keep`: copy what was read there to the sequence's own cache."""
@@ -206,34 +173,6 @@ class DecodeBatch:
 
     # ------------------------------------------------------------------ passes and their failures
 
-    def _run_alone(self, request: DecodeRequest) -> None:
-        if not self._leave_or_fail(request):
-            return
-        sequence = request.sequence
-        try:
-            self.extend(sequence, [request.token], [request.segment], logits=True, close=False)
-        except Exception as error:  # noqa: BLE001 - the sequence's job gets it
-            sequence.cache_valid = False
-            request.error = error
-
-    def _run_together(self, requests: abc.Sequence[DecodeRequest]) -> None:
-        by_cache: dict[BatchedKVCache, list[DecodeRequest]] = {}
-        for request in requests:
-            row = request.sequence.row
-            # A sequence that has outgrown its row gets a larger one. One position is kept free: a pass writes after the
-            # last token of every row, even of those that skip the token.
-            if row is not None and row.length + 1 >= row.kv.capacity and not self._leave_or_fail(request):
-                continue
-            try:
-                kv = self._join(request.sequence)
-            except torch.OutOfMemoryError:  # the sequence's own cache is unchanged
-                self.release()
-                self._run_alone(request)
-                continue
-            by_cache.setdefault(kv, []).append(request)
-        for kv, group in by_cache.items():
-            self._run_pass(kv, group)
-
     def _run_pass(self, kv: BatchedKVCache, requests: abc.Sequence[DecodeRequest]) -> None:
         """One forward pass over all rows of a cache; only the rows of `requests` advance."""
         try:
@@ -256,19 +195,19 @@ class DecodeBatch:
             self._run_pass(kv, requests)
         else:
             for request in requests:
-                self._run_alone(request)
+                self.run_alone(request)
 
     def _run_halves(self, kv: BatchedKVCache, requests: abc.Sequence[DecodeRequest]) -> None:
         """Repeat a pass that did not fit, in halves. A pass covers all rows of a cache, so one half leaves it."""
         self.release()
         if len(requests) == 1:
-            self._run_alone(requests[0])
+            self.run_alone(requests[0])
             return
         half = len(requests) // 2
         self._shrink(half)
         others = [request for request in requests[half:] if self._leave_or_fail(request)]
         self._run_pass(kv, requests[:half])
-        self._run_together(others)
+        self.run(others)
 
     def _shrink(self, rows: int) -> None:
         """After `rows` did not fit, limit batches for a while; longer if a larger batch had just been tried."""
@@ -419,182 +358,3 @@ def _can_share(runner: ModelRunner) -> bool:
     types = {str(options.get("rope_type")) for options in (rotary, *rotary.values()) if isinstance(options, dict)}
     unmasked = kinds == {"full_attention"} and not windowed and not types & {"longrope", "dynamic"}
     return unmasked and implementation in ("sdpa", "eager")
-
-
-Steps = Generator[DecodeRequest | None, None, T]
-"""A job; the value that it returns is its result."""
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    steps: Steps[Any]
-    future: Future[Any]
-    timeout: float | None
-    deadline: float | None  # of `time.monotonic`
-    request: DecodeRequest | None = None  # the request that the job waits for
-
-
-class Scheduler:
-    """Runs jobs step by step on one daemon thread, without gradients.
-
-    Args:
-        name: of the thread.
-        batch: decodes the tokens that jobs wait for; what it keeps for later is freed when the thread ends.
-    """
-
-    def __init__(self, name: str, batch: DecodeBatch) -> None:
-        self._batch = batch
-        self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._closed = False
-        self._process = os.getpid()
-        self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    def submit(
-        self,
-        steps: Steps[T],
-        timeout: float | None = None,
-        *,
-        future: Future[T] | None = None,
-        deadline: float | None = None,
-    ) -> Future[T]:
-        """Queue a job; cancelling the future ends it before its next step.
-
-        Args:
-            steps: the job, not started.
-            timeout: seconds from now after which the job fails with `TurnTimeoutError`, before its next step.
-            future: what gets the result, where the caller has one already.
-            deadline: when a timeout that began earlier ends, by `time.monotonic`.
-
-        Raises:
-            EngineClosedError: the scheduler was closed, or this process is a fork of the one that runs its thread.
-        """
-        if timeout is not None and deadline is None:
-            deadline = time.monotonic() + timeout
-        job = _Job(steps, Future() if future is None else future, timeout, deadline)
-        self.require_open()
-        with self._lock:
-            if self._closed:
-                raise EngineClosedError("this engine is closed; load a new one")
-            self._inbox.put(job)
-        return job.future
-
-    def require_open(self) -> None:
-        """Raise EngineClosedError where `submit` would."""
-        if os.getpid() != self._process:  # before the lock, which a thread of the other process may have held
-            raise EngineClosedError(
-                f"this engine was loaded in process {self._process} and its thread lives there; found process "
-                f"{os.getpid()}, a fork of it; load the engine after the fork (gunicorn without --preload, Celery's "
-                "worker_process_init signal), or start processes by multiprocessing's spawn method"
-            )
-        if self._closed:
-            raise EngineClosedError("this engine is closed; load a new one")
-
-    def close(self) -> None:
-        """End the thread; running and waiting jobs fail with EngineClosedError. Idempotent; no effect in a fork."""
-        if os.getpid() != self._process:
-            return
-        with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._inbox.put(None)
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
-
-    def _run(self) -> None:
-        # Gradient mode is thread-local: this covers every job and affects no caller's thread.
-        torch.set_grad_enabled(False)
-        running: deque[_Job] = deque()  # jobs with steps of their own to run
-        waiting: list[_Job] = []  # jobs that wait for a token
-        while True:
-            while not (running or waiting) or not self._inbox.empty():
-                arrived = self._inbox.get()
-                if arrived is None:
-                    self._abandon([*running, *waiting])
-                    return
-                running.append(arrived)
-            ready: deque[_Job] = deque()
-            requests: list[DecodeRequest] = []
-            for job in waiting:
-                over = (job.future.cancelled() or job.deadline is not None) and self._is_over(job)
-                if job.request is not None and not over:  # a job that is over gets no token
-                    ready.append(job)
-                    requests.append(job.request)
-            if requests:
-                try:
-                    self._batch.run(requests)
-                except BaseException as error:  # noqa: BLE001 - each job is told
-                    for request in requests:
-                        request.error = request.error or error
-            waiting = []
-            others: int | None = None
-            while True:
-                if ready:
-                    job = ready.popleft()
-                else:
-                    # Then one step of one other job. Where no job waits for a token, a step of each: jobs that arrive
-                    # together finish their short first steps before the next pass and so start decoding together.
-                    if others is None:
-                        others = min(1, len(running)) if waiting else len(running)
-                    if others == 0:
-                        break
-                    others -= 1
-                    job = running.popleft()
-                if (job.future.cancelled() or job.deadline is not None) and self._is_over(job):
-                    continue
-                failure = None if job.request is None else job.request.error
-                # A caller may cancel between a job's last step and its result; the result is then dropped.
-                with suppress(InvalidStateError):
-                    try:
-                        job.request = next(job.steps) if failure is None else job.steps.throw(failure)
-                    except StopIteration as end:
-                        job.future.set_result(end.value)
-                    except BaseException as error:  # noqa: BLE001 - the caller gets it, whatever it is
-                        job.future.set_exception(error)
-                    else:
-                        (running if job.request is None else waiting).append(job)
-
-    def _is_over(self, job: _Job) -> bool:
-        """End a job whose future was cancelled or whose timeout has passed."""
-        if job.future.cancelled():
-            _drop(job)
-            return True
-        if job.deadline is not None and time.monotonic() > job.deadline:
-            _drop(job)
-            fail(job.future, timeout_error(job.timeout))
-            return True
-        return False
-
-    def _abandon(self, jobs: list[_Job]) -> None:
-        """End all jobs, and free what the batch keeps."""
-        while not self._inbox.empty():
-            if (job := self._inbox.get()) is not None:
-                jobs.append(job)
-        for job in jobs:
-            _drop(job)
-            fail(job.future, EngineClosedError("the engine was closed while this turn ran"))
-        try:
-            self._batch.release()
-        except Exception:
-            _logger.exception("%s has ended, but could not give back all that it held", self._thread.name)
-
-
-def fail(future: Future[Any], error: BaseException) -> None:
-    """End a future with an error, if it has not ended."""
-    with suppress(InvalidStateError):  # cancelled meanwhile
-        future.set_exception(error)
-
-
-def timeout_error(timeout: float | None) -> TurnTimeoutError:
-    """What a turn ends with that was given so many seconds."""
-    return TurnTimeoutError(
-        f"the turn took longer than its timeout of {timeout} seconds and was given up; its state is "
-        "unchanged; give it more time, fewer max_tokens or a smaller window"
-    )
-
-
-def _drop(job: _Job) -> None:
-    """End a job that nobody waits for; an exception from its clean-up must not end the thread."""
-    with suppress(Exception):
-        job.steps.close()

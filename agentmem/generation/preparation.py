@@ -18,7 +18,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from agentmem.generation.batch import Scheduler, Steps, fail, timeout_error
+from agentmem.generation.scheduler import Scheduler, fail, timeout_error
+from agentmem.generation.sequence import Steps
 
 T = TypeVar("T")
 

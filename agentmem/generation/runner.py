@@ -13,7 +13,7 @@ from agentmem.delta.fingerprint import model_fingerprint
 from agentmem.delta.model import SteeredModel, mask_for
 from agentmem.delta.passes import Pending
 from agentmem.errors import MissingAdapterError
-from agentmem.generation.sequence import Sequence
+from agentmem.generation.sequence import DecodeRequest, Sequence
 from agentmem.record import ConsumedRecord
 from agentmem.state import MemoryState
 
@@ -138,6 +138,14 @@ class ModelRunner:
         sequence.state, sequence.pending = out.state, out.pending
         if out.logits is not None:
             sequence.logits = out.logits[0]
+
+    def decode(self, request: DecodeRequest) -> None:
+        """Read the token of a request in a pass of its own, as `extend`; a failure is stored in the request."""
+        try:
+            self.extend(request.sequence, [request.token], [request.segment], logits=True, close=False)
+        except Exception as error:  # noqa: BLE001 - the sequence's turn gets it
+            request.sequence.cache_valid = False
+            request.error = error
 
     def zero_state(self) -> MemoryState:
         """The memory of a session that has consumed nothing.

@@ -1,12 +1,14 @@
 """One running generation as data: its state, the sums of an open pass, its KV, and the last logits.
 
-All of the memory goes in as a tensor and comes out as one; the sequence itself is discarded after the turn.
+All of the memory goes in as a tensor and comes out as one; the sequence itself is discarded after the turn. A turn that
+needs a token decoded yields a `DecodeRequest`, so that whoever runs the turn can decode for several sequences at once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -14,6 +16,8 @@ from agentmem.delta.passes import Pending
 from agentmem.generation.batch_cache import BatchRow
 from agentmem.generation.kv_cache import crop
 from agentmem.generation.sampling import Sampler
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -62,3 +66,22 @@ class Sequence:
         """Go back to an earlier position in the same pass. Only while the sequence has no row."""
         crop(self.cache, to.length)
         self.state, self.pending = to.state, to.pending
+
+
+@dataclass(slots=True, eq=False)
+class DecodeRequest:
+    """Asks for one token of a sequence to be read and the next one to be chosen.
+
+    Attributes:
+        segment: the segment that the token belongs to; -1: the token is not written.
+        error: why this request failed, if it did.
+    """
+
+    sequence: Sequence
+    token: int
+    segment: int
+    error: BaseException | None = None
+
+
+Steps = Generator[DecodeRequest | None, None, T]
+"""A turn, step by step: None after a step of its own, a request where it waits for a token; at last its result."""

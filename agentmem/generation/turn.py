@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from agentmem.errors import MissingAdapterError
-from agentmem.generation.batch import DecodeBatch, DecodeRequest, Steps
+from agentmem.generation.batch import DecodeBatch
 from agentmem.generation.guided import Constraint, Grammars
 from agentmem.generation.kv_cache import Prefill, PrefillCache, StaleKVCache
 from agentmem.generation.output_parser import (
@@ -32,7 +32,7 @@ from agentmem.generation.output_parser import (
 from agentmem.generation.plan import CatchUp, Plan, Request, Truncation, plan_remember, plan_turn
 from agentmem.generation.runner import ModelRunner
 from agentmem.generation.sampling import Sampler
-from agentmem.generation.sequence import Sequence, Snapshot
+from agentmem.generation.sequence import DecodeRequest, Sequence, Snapshot, Steps
 from agentmem.messages import Message
 from agentmem.prompt.transcript import Transcript, sentence_numbers
 from agentmem.record import OnEdit
@@ -438,10 +438,12 @@ def _feed(
         for token, segment in zip(ids, segments, strict=True):
             yield DecodeRequest(sequence, token, segment)
         return
+    if sequence.row is not None:
+        context.batch.leave(sequence, keep=True)
     for begin in range(0, len(ids), CHUNK_TOKENS):
         end = min(begin + CHUNK_TOKENS, len(ids))
         last = end == len(ids)
-        context.batch.extend(
+        context.runner.extend(
             sequence,
             ids[begin:end],
             segments[begin:end],

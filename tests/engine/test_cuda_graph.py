@@ -17,6 +17,7 @@ from agentmem import Engine, Message, Sampling, Turn
 from agentmem.generation import batch
 from agentmem.generation.batch_cache import BatchedKVCache
 from agentmem.generation.cuda_graph import CannotCapture, CapturedDecode, GraphCapturer
+from agentmem.generation.runner import ModelRunner
 from tests.helpers.numeric import assert_same_at_once, assert_same_turn
 
 MakeEngine = Callable[..., Engine]
@@ -223,6 +224,24 @@ def test_what_is_kept_for_later_has_a_limit(make_engine: MakeEngine, passes: lis
     assert [kv.tokens for kv in caches(engine)] == [256]
     engine.close()
     assert not caches(engine)
+
+
+def test_a_prefill_that_does_not_fit_frees_what_is_kept(
+    make_engine: MakeEngine, alone: list[Turn], passes: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    turn(engine, 0)
+    assert caches(engine), "nothing is kept"
+
+    def extend(*_: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelRunner, "extend", extend)
+        with pytest.raises(torch.OutOfMemoryError):
+            turn(engine, 1)
+    assert not caches(engine)
+    assert_same_turn(turn(engine, 1), alone[1])
 
 
 @pytest.mark.gpu

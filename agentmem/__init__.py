@@ -6,8 +6,9 @@ The names below load on first use, so that importing a light part (`agentmem.sta
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from agentmem.lazy import lazy_names
 
 __version__ = "0.1.0"
 
@@ -84,13 +85,4 @@ if TYPE_CHECKING:
     from agentmem.record import ConsumedRecord
     from agentmem.state import MemoryState
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = globals()[name] = getattr(import_module(_HOMES[name]), name)  # so this runs once per name
-        return value
-    raise AttributeError(f"module 'agentmem' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

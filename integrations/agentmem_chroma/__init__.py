@@ -8,10 +8,9 @@ first text.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from agentmem.errors import MissingExtraError
+from agentmem.lazy import lazy_names
 
 _HOMES = {
     "Fact": "agentmem_chroma.facts",
@@ -22,7 +21,7 @@ _HOMES = {
     "facts_block": "agentmem_chroma.recipe",
     "local_embeddings": "agentmem_chroma.embeddings",
 }
-_NEEDS = {"langchain_core": "langchain-core", "filelock": "filelock"}
+_NEEDS = {"langchain_core": ("langchain-core", "chroma"), "filelock": ("filelock", "chroma")}
 
 __all__ = [
     "Fact",
@@ -41,18 +40,4 @@ if TYPE_CHECKING:
     from agentmem_chroma.retriever import FactRetriever
     from agentmem_chroma.store import FactStore
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'agentmem_chroma' has no attribute {name!r}")
-    try:
-        return getattr(import_module(_HOMES[name]), name)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in _NEEDS:
-            raise
-        raise MissingExtraError(_NEEDS[package], "chroma") from error
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES, _NEEDS)

@@ -6,10 +6,9 @@ facts; a `Governor` lists, exports and forgets them, and gives a signed receipt 
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from agentmem.errors import MissingExtraError
+from agentmem.lazy import lazy_names
 
 _HOMES = {
     "AuditEntry": "agentmem_governance.trail",
@@ -31,18 +30,4 @@ if TYPE_CHECKING:
     from agentmem_governance.subjects import Subject
     from agentmem_governance.trail import AuditEntry, Trail
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'agentmem_governance' has no attribute {name!r}")
-    try:
-        return getattr(import_module(_HOMES[name]), name)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in _NEEDS:
-            raise
-        raise MissingExtraError(*_NEEDS[package]) from error
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES, _NEEDS)

@@ -6,10 +6,9 @@ It stands on `agentmem_governance` and runs on this machine only: `agentmem insp
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from agentmem.errors import MissingExtraError
+from agentmem.lazy import lazy_names
 
 _HOMES = {"make_app": "agentmem_inspect.app", "serve": "agentmem_inspect.app"}
 _NEEDS = {
@@ -24,18 +23,4 @@ __all__ = ["make_app", "serve"]
 if TYPE_CHECKING:
     from agentmem_inspect.app import make_app, serve
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'agentmem_inspect' has no attribute {name!r}")
-    try:
-        return getattr(import_module(_HOMES[name]), name)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in _NEEDS:
-            raise
-        raise MissingExtraError(*_NEEDS[package]) from error
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES, _NEEDS)

@@ -7,10 +7,9 @@ new one there; `MemoryChannel` stores it in the graph as plain data and merges p
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from agentmem.errors import MissingExtraError
+from agentmem.lazy import lazy_names
 
 _HOMES = {
     "ChatDeltaMem": "agentmem_langgraph.chat_model",
@@ -26,7 +25,11 @@ _HOMES = {
     "with_context": "agentmem_langgraph.prompting",
     "without_matrices": "agentmem_langgraph.tracing",
 }
-_NEEDS = {"langchain": "langchain", "langchain_core": "langchain-core", "langgraph": "langgraph"}
+_NEEDS = {
+    "langchain": ("langchain", "langgraph"),
+    "langchain_core": ("langchain-core", "langgraph"),
+    "langgraph": ("langgraph", "langgraph"),
+}
 
 __all__ = [
     "ChatDeltaMem",
@@ -54,18 +57,4 @@ if TYPE_CHECKING:
     from agentmem_langgraph.prompting import numbered_facts, with_context
     from agentmem_langgraph.tracing import redact_traces, without_matrices
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'agentmem_langgraph' has no attribute {name!r}")
-    try:
-        return getattr(import_module(_HOMES[name]), name)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in _NEEDS:
-            raise
-        raise MissingExtraError(_NEEDS[package], "langgraph") from error
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES, _NEEDS)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,24 +41,21 @@ def plot_arms(results: Mapping[str, Any], path: Path) -> None:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    pyplot = import_pyplot()
     tasks = results["tasks"]
     names: list[Arm] = [arm for arm in SETUPS if any(arm in task["arms"] for task in tasks)]
     size = (1.6 + 2.4 * len(tasks), 1.2 + 0.32 * len(names))
-    figure, panels = pyplot.subplots(1, len(tasks), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    for panel, task in zip(panels[0], tasks, strict=True):
-        for place, arm in enumerate(names):
-            if (row := task["arms"].get(arm)) is None:
-                continue
-            # A bar from end to end, since the share need not lie in the middle of its interval, nor within it.
-            colour = _COLOURS[SETUPS[arm].memory] if arm != "constant" else "0.6"
-            panel.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=2, alpha=0.5)
-            panel.plot(row["share"], place, "o", color=colour, markersize=5)
-        panel.set(title=f"{task['task']} ({task['questions']:,})", xlim=(-0.02, 1.02), xlabel="right")
-        panel.grid(axis="x", alpha=0.3)
-    panels[0][0].set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with _panels(len(tasks), size, path) as panels:
+        for panel, task in zip(panels, tasks, strict=True):
+            for place, arm in enumerate(names):
+                if (row := task["arms"].get(arm)) is None:
+                    continue
+                # A bar from end to end, since the share need not lie in the middle of its interval, nor within it.
+                colour = _COLOURS[SETUPS[arm].memory] if arm != "constant" else "0.6"
+                panel.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=2, alpha=0.5)
+                panel.plot(row["share"], place, "o", color=colour, markersize=5)
+            panel.set(title=f"{task['task']} ({task['questions']:,})", xlim=(-0.02, 1.02), xlabel="right")
+            panel.grid(axis="x", alpha=0.3)
+        panels[0].set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
 
 
 def plot_curves(results: Mapping[str, Any], path: Path) -> None:
@@ -70,24 +68,33 @@ def plot_curves(results: Mapping[str, Any], path: Path) -> None:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    pyplot = import_pyplot()
     curves = [curve for curve in AXES if any(row["curve"] == curve for row in results["points"])]
     size = (4 * len(curves), 3.4)
-    figure, panels = pyplot.subplots(1, len(curves), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    for panel, curve in zip(panels[0], curves, strict=True):
-        rows = [row for row in results["points"] if row["curve"] == curve]
-        places = [row["place"] for row in rows]
-        for arm in (arm for arm in SETUPS if arm in rows[0]["arms"]):
-            shares = [row["arms"][arm] for row in rows]
-            line = "o-" if SETUPS[arm].memory == "own" else "x:" if SETUPS[arm].memory == "empty" else "^--"
-            colour = _COLOURS[SETUPS[arm].memory]
-            panel.plot(places, [share["share"] for share in shares], line, color=colour, label=arm, markersize=4)
-            low, high = [share["low"] for share in shares], [share["high"] for share in shares]
-            panel.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
-        panel.set(title=curve, xlabel=AXES[curve], xscale="log", ylim=(-0.03, 1.03), xticks=places)
-        panel.set_xticks(places, [str(place) for place in places], minor=False)
-        panel.set_xticks([], minor=True)
-    panels[0][0].set(ylabel="right")
-    panels[0][0].legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with _panels(len(curves), size, path) as panels:
+        for panel, curve in zip(panels, curves, strict=True):
+            rows = [row for row in results["points"] if row["curve"] == curve]
+            places = [row["place"] for row in rows]
+            for arm in (arm for arm in SETUPS if arm in rows[0]["arms"]):
+                shares = [row["arms"][arm] for row in rows]
+                line = "o-" if SETUPS[arm].memory == "own" else "x:" if SETUPS[arm].memory == "empty" else "^--"
+                colour = _COLOURS[SETUPS[arm].memory]
+                panel.plot(places, [share["share"] for share in shares], line, color=colour, label=arm, markersize=4)
+                low, high = [share["low"] for share in shares], [share["high"] for share in shares]
+                panel.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
+            panel.set(title=curve, xlabel=AXES[curve], xscale="log", ylim=(-0.03, 1.03), xticks=places)
+            panel.set_xticks(places, [str(place) for place in places], minor=False)
+            panel.set_xticks([], minor=True)
+        panels[0].set(ylabel="right")
+        panels[0].legend()
+
+
+@contextmanager
+def _panels(count: int, size: tuple[float, float], path: Path) -> Iterator[Any]:
+    """Panels side by side, in a picture of `size` inches; it is written to `path` once they are drawn."""
+    pyplot = import_pyplot()
+    figure, panels = pyplot.subplots(1, count, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    try:
+        yield panels[0]
+        figure.savefig(path, dpi=120)
+    finally:
+        pyplot.close(figure)

@@ -26,6 +26,7 @@ from agentmem_governance.trail import Trail, expire, read_trail, redact_messages
 from agentmem_governance.verify import verify
 from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.audit import DATABASE, Event
+from agentmem_sql.rows import check_id
 from agentmem_sql.schema import decode_text, thread_key
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ class Governor:
             sources: sources of facts.
 
         Raises:
-            ConfigError: a name is no text, or empty.
+            ConfigError: a name is no text, or empty; or a single string was passed where several are meant.
         """
         for kind, values in (("thread", threads), (USER_ID, user_ids), ("source", sources)):
             self._rules.assign(subject, kind, values)
@@ -153,8 +154,8 @@ class Governor:
             rewrite: on a server, write the tables anew, which locks them; otherwise the receipt says what stays.
 
         Raises:
-            ConfigError: neither a subject nor a thread was named, or both; or the thread has a memory, and no
-                engine was given that can build it anew; or the key is a public one.
+            ConfigError: neither a subject nor a thread was named, or both, or one that is no text; or the thread has a
+                memory, and no engine was given that can build it anew; or the key is a public one.
             StateMismatchError: the engines were not the ones that wrote the memory.
             StorageError: the database reports an error; the thread has no such message; or earlier deletions are not
                 complete (see `resume`).
@@ -162,6 +163,10 @@ class Governor:
         of_message = message is not None and thread is not None
         if (subject is None) == (thread is None) or ((message is not None or keep_checkpoints) and not of_message):
             raise ConfigError("expected forget(subject), or forget(thread=...), with message=... or not, found another")
+        # Before anything is noted in the journal: an entry that cannot be completed would hold up all later ones.
+        subject = None if subject is None else checked(subject)
+        thread = None if thread is None else check_id(thread)
+        message = None if message is None else check_id(message, "message id")
         self._check_signing()
         if pending := self.pending():
             raise StorageError(
@@ -170,7 +175,7 @@ class Governor:
             )
         if subject is not None:
             ownership = self._rules.ownership()
-            entry = JournalEntry(operation="forget subject", subject=checked(subject), actor=self.actor)
+            entry = JournalEntry(operation="forget subject", subject=subject, actor=self.actor)
             entry.threads = ownership.threads_of(subject)
             entry.facts = [fact.id for fact in ownership.facts.get(subject, ())]
         elif message is None:
@@ -374,11 +379,11 @@ class Governor:
 
     def audit(self, thread: str | None = None) -> Trail:
         """The audit trail of a thread, or what concerns no single thread; says whether the chain holds."""
-        return read_trail(self._parts, DATABASE if thread is None else thread)
+        return read_trail(self._parts, DATABASE if thread is None else check_id(thread))
 
     def note_inspection(self, thread: str) -> None:
         """Note in the audit trail that the actor looks into a thread."""
-        self._note_all([thread], Event("inspected", {"actor": self.actor}))
+        self._note_all([check_id(thread)], Event("inspected", {"actor": self.actor}))
 
     def expire_audit(self, before: datetime) -> int:
         """Remove rows of the audit trail that are older; what is left of each chain still holds. Gives their number.

@@ -18,7 +18,7 @@ from sqlalchemy import Connection, delete, select
 
 from agentmem.errors import ConfigError
 from agentmem_sql import SQLAlchemySaver
-from agentmem_sql.rows import decode_metadata
+from agentmem_sql.rows import check_ids, decode_metadata
 from agentmem_sql.saver import plain_serde
 from agentmem_sql.schema import decode_text, encode_text
 from agentmem_sql.statements import add_rows
@@ -82,7 +82,7 @@ class SubjectRules:
         """Store rules of one kind; a rule for the same value is replaced.
 
         Raises:
-            ConfigError: the subject or a value is no text, or empty.
+            ConfigError: the subject or a value is no text, or empty; or `values` is a single one.
         """
         rows = [
             {
@@ -91,7 +91,7 @@ class SubjectRules:
                 "value": encode_text(value),
                 "subject": encode_text(subject),
             }
-            for value in map(checked, values)
+            for value in map(checked, check_ids(values, kind.replace("_", " ")))
         ]
         checked(subject)
 

@@ -174,6 +174,29 @@ def test_what_cannot_be_meant_is_refused(url: str) -> None:
             Receipt.from_json("[]")
 
 
+def test_names_that_are_no_names_are_refused_before_anything_is_done(url: str) -> None:
+    with SQLAlchemySaver.from_url(url, audit=True) as saver:
+        governor = Governor(saver)
+        for thread in ("4", "2", "42"):
+            put(saver, config(thread), {"x": 1})
+        for kind in ("threads", "user_ids", "sources"):
+            for wrong in ("42", b"42", None, {"42": 1}, [None], [""]):
+                with pytest.raises(ConfigError):
+                    governor.assign("ada", **{kind: wrong})
+        for wrong in ({"subject": ["ada"]}, {"thread": None}, {"thread": ["4"]}, {"thread": "4", "message": ["m"]}):
+            with pytest.raises(ConfigError):
+                governor.forget(**wrong)
+        for method in (governor.audit, governor.note_inspection):
+            with pytest.raises(ConfigError):
+                method(["4"])
+        assert governor.pending() == []
+        assert governor.forget("ada").checkpoints == 0
+        governor.assign("ada", threads=[42])
+        assert governor.forget("ada").checkpoints == 1, "42 and no other"
+        assert governor.forget(thread=4).checkpoints == 1
+        assert governor.audit(2).holds
+
+
 def test_forgetting_nothing_gives_an_empty_receipt(url: str) -> None:
     with SQLAlchemySaver.from_url(url) as saver:
         receipt = Governor(saver).forget("nobody")

@@ -20,13 +20,14 @@ from agentmem_langgraph.memory_turn import as_state
 from agentmem_langgraph.merge import merge_from_nothing, merge_states
 
 Update = MemoryState | dict[str, Any] | None
+_OVERWRITE = "__overwrite__"  # LangGraph's mark of an `Overwrite` in JSON
 
 
 class MemoryChannel(BaseChannel[MemoryState, Update, dict[str, Any]]):
     """Holds one memory; empty at first.
 
-    An update is a MemoryState, its plain dict or its JSON form. None empties the channel, and `Overwrite(x)` replaces
-    its value, whatever else was written in the same step.
+    An update is a MemoryState, its plain dict or its JSON form. None empties the channel, and `Overwrite(x)`, or what
+    JSON makes of it, replaces its value, whatever else was written in the same step.
     """
 
     __slots__ = ("_state",)
@@ -94,19 +95,32 @@ class MemoryChannel(BaseChannel[MemoryState, Update, dict[str, Any]]):
         if not values:
             return False
         base = self._state
-        replacing = [value for value in values if value is None or isinstance(value, Overwrite)]
+        replacing = [new for replaces, new in map(_replacement, values) if replaces]
         if len(replacing) > 1:
             raise InvalidUpdateError(
                 f"at key {self.key!r} one write of a step may replace the memory (None or Overwrite); "
                 f"found {len(replacing)}"
             )
         if replacing:
-            value = replacing[0]
-            self._state = as_state(value.value if isinstance(value, Overwrite) else None)
+            self._state = as_state(replacing[0])
         else:
             states = [v if isinstance(v, MemoryState) else MemoryState.from_dict(v) for v in values]
             self._state = merge_from_nothing(states) if base is None else merge_states(base, states)
         return self._state != base
+
+
+def _replacement(value: Any) -> tuple[bool, Any]:
+    """Whether a write replaces the memory, and by what."""
+    if value is None:
+        return True, None
+    if isinstance(value, Overwrite):
+        return True, value.value
+    # An `Overwrite` from a client of LangGraph's server: written out by hand, or a dataclass that became a dict.
+    if isinstance(value, dict) and value.keys() == {_OVERWRITE}:
+        return True, value[_OVERWRITE]
+    if isinstance(value, dict) and value.get("type") == _OVERWRITE and "value" in value:
+        return True, value["value"]
+    return False, None
 
 
 class MemoryMessagesState(MessagesState):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import numpy as np
@@ -91,6 +93,18 @@ def test_none_empties_and_overwrite_replaces() -> None:
     held.update([Overwrite(state(5).to_dict())])
     assert held.get() == state(5)
     assert held.update([Overwrite(None)])
+    assert not held.is_available()
+
+
+@pytest.mark.parametrize("form", [lambda x: {"__overwrite__": x}, lambda x: {"value": x, "type": "__overwrite__"}])
+def test_an_overwrite_that_went_through_json_replaces(form: Callable[[Any], dict[str, Any]]) -> None:
+    """As LangGraph's own channels take it from clients of its server."""
+    held = channel(state(1))
+    assert held.update([state(2, state(1)), json.loads(json.dumps(form(state(3, model="other").to_json())))])
+    assert held.get() == state(3, model="other")
+    with pytest.raises(InvalidUpdateError, match="one write"):
+        held.update([None, form(state(4).to_dict())])
+    assert held.update([form(None)])
     assert not held.is_available()
 
 

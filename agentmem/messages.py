@@ -12,6 +12,7 @@ import json
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from reprlib import repr as short_repr
 from threading import Lock
 from typing import Any, Literal, get_args
 
@@ -23,6 +24,9 @@ ROLES: tuple[str, ...] = get_args(Role)
 
 CACHE_BYTES = 64 << 20
 """Largest size of a message cache in bytes, by its own estimate."""
+
+MOST_NESTED = 100
+"""How deep containers may lie in one another in JSON that a prompt or a grammar holds."""
 
 _ENTRY_BYTES = 200  # roughly: a dict entry, the key's tuple and the value's object
 
@@ -88,7 +92,7 @@ class Message:
             with_name: include the name, as the records of older states do.
 
         Raises:
-            TranscriptError: a tool call's arguments are not a JSON object.
+            TranscriptError: a tool call's arguments are not a JSON object, or nested deeper than `MOST_NESTED`.
         """
         # Arguments are the caller's own objects and may change in place; nothing else can, so only they forbid caching.
         if with_name or self.tool_calls:
@@ -100,16 +104,35 @@ class Message:
         return self._computed_digest("")
 
     def _computed_digest(self, name: str) -> bytes:
-        calls = [[call.name, dict(call.arguments), call.id] for call in self.tool_calls]
+        if is_nested_too_deep([call.arguments for call in self.tool_calls]):
+            raise TranscriptError(
+                f"the arguments of a tool call must be nested at most {MOST_NESTED} deep; found deeper ones in "
+                f"{', '.join(call.name for call in self.tool_calls)}; flatten them, or pass them on as text"
+            )
         try:
+            calls = [[call.name, dict(call.arguments), call.id] for call in self.tool_calls]
             body = [self.role, self.content, calls, self.tool_call_id, name]
             text = json.dumps(body, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         except (TypeError, ValueError) as error:
             raise TranscriptError(
                 f"the arguments of a tool call must be a JSON object, so that the message can be recognised "
-                f"later; found {[call.arguments for call in self.tool_calls]!r} ({error})"
+                f"later; found {short_repr([call.arguments for call in self.tool_calls])} ({error})"
             ) from error
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+def is_nested_too_deep(value: Any) -> bool:
+    """Whether mappings and lists lie deeper than `MOST_NESTED` in one another, as in one that holds itself.
+
+    What works on such data calls itself for every level, and ends in a RecursionError.
+    """
+    level = [value]
+    for _ in range(MOST_NESTED + 1):
+        inside = {id(part): part for part in level if isinstance(part, Mapping | list | tuple)}
+        if not inside:
+            return False
+        level = [part for each in inside.values() for part in (each.values() if isinstance(each, Mapping) else each)]
+    return True
 
 
 class MessageCache:

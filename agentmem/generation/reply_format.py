@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from agentmem.errors import ConfigError
 from agentmem.generation.output_parser import Tags
+from agentmem.messages import MOST_NESTED, is_nested_too_deep
 
 Calls = Literal["none", "may", "must"]
 
@@ -40,8 +41,8 @@ class ReplyFormat:
         schema: a JSON schema: a reply without calls is JSON that fits it. None: such a reply is free text.
 
     Raises:
-        ConfigError: calls without a tool to call, options that do not constrain the reply at all, or a schema with a
-            reference that leads only to itself.
+        ConfigError: calls without a tool to call, options that do not constrain the reply at all, or a schema that is
+            no mapping, is nested deeper than `MOST_NESTED`, or has a reference that leads only to itself.
     """
 
     tools: Sequence[Mapping[str, Any]] = ()
@@ -62,8 +63,8 @@ class ReplyFormat:
                 raise ConfigError(
                     f"a tool is {{'type': 'function', 'function': {{'name': ..., 'parameters': ...}}}}; found {tool!r}"
                 )
-            _check_references(function.get("parameters"), f"the parameters of {function['name']!r}")
-        _check_references(self.schema, "the schema")
+            _check_schema(function.get("parameters"), f"the parameters of {function['name']!r}")
+        _check_schema(self.schema, "the schema")
 
 
 def lark(form: ReplyFormat, tags: Tags, *, thinking: bool) -> str:
@@ -159,6 +160,22 @@ def _objects_only(schema: dict[str, Any]) -> dict[str, Any]:
     stay = ("$defs", "definitions")  # where references point
     definitions: dict[str, Any] = {key: schema[key] for key in stay if key in schema}
     return {"allOf": [{key: schema[key] for key in schema.keys() - definitions}, {"type": "object"}], **definitions}
+
+
+def _check_schema(schema: Any, where: str) -> None:
+    """Refuse what no grammar can be made of.
+
+    Raises:
+        ConfigError: says what was found where.
+    """
+    if not isinstance(schema, Mapping | None):
+        raise ConfigError(f"{where} should be a JSON schema as a mapping; found {type(schema).__name__}")
+    if is_nested_too_deep(schema):
+        raise ConfigError(
+            f"{where} should be nested at most {MOST_NESTED} deep; found it deeper; put its inner parts into $defs and "
+            "refer to them"
+        )
+    _check_references(schema, where)
 
 
 def _check_references(schema: Any, where: str) -> None:

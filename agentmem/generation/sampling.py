@@ -41,10 +41,14 @@ class Sampling:
             (self.top_k >= 0, "top_k", "0 or more"),
             (self.max_tokens >= 1, "max_tokens", "1 or more"),
             (self.seed is None or 0 <= self.seed < 2**63, "seed", "None or an integer from 0 to 2**63 - 1"),
-            (isinstance(self.stop, tuple) and all(self.stop), "stop", "a tuple of non-empty strings"),
+            (_are_texts(self.stop), "stop", "a tuple of non-empty strings"),
         ):
             if not holds:
                 raise ConfigError(f"{name} must be {expected}; found {getattr(self, name)!r}")
+
+
+def _are_texts(stop: object) -> bool:
+    return isinstance(stop, tuple) and all(isinstance(text, str) and text for text in stop)
 
 
 class Sampler:

@@ -226,7 +226,7 @@ def _plain(metadata: object) -> dict[str, Any]:
         raise FactStoreError(f"a fact's metadata should be a mapping, got {type(metadata).__name__}")
     try:
         plain: dict[str, Any] = json.loads(json.dumps(dict(metadata), allow_nan=False))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise FactStoreError(
             f"a fact's metadata should be what JSON can hold ({error}); turn other values into strings first"
         ) from error

@@ -88,8 +88,10 @@ def json_schema(schema: Any) -> dict[str, Any]:
 
 
 def _converted(convert: Callable[..., dict[str, Any]], described: Any, **options: Any) -> dict[str, Any]:
-    if isinstance(described, Mapping) and "$ref" in described and "title" not in described:
-        described = _rooted(described)
+    if isinstance(described, Mapping):
+        ReplyFormat(schema=described)  # checks the references, and how deep it is nested
+        if "$ref" in described and "title" not in described:
+            described = _rooted(described)
     try:
         return convert(described, **options)
     except RecursionError:

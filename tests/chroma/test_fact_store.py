@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta, timezone
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,7 @@ def test_the_newer_time_wins(store: FactStore, order: tuple[int, int], together:
         (["fine"], {"time": datetime(2026, 3, 1)}, "time zone"),
         (["fine"], {"metadata": {"a": object()}}, "JSON"),
         (["fine"], {"metadata": {"a": float("nan")}}, "JSON"),
+        (["fine"], {"metadata": reduce(lambda inner, _: {"a": inner}, range(3000), {})}, "JSON"),
     ],
 )
 def test_what_cannot_be_stored_is_refused_and_nothing_is_stored(

@@ -165,6 +165,34 @@ def test_a_schema_that_cannot_be_enforced_is_refused_by_name(
     assert say(engine, JSON).message.content, "the engine goes on"
 
 
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema, "maxItems": 1}
+    return schema
+
+
+@pytest.mark.parametrize("depth", [101, 3000])
+def test_a_schema_nested_too_deep_is_refused(depth: int) -> None:
+    with pytest.raises(ConfigError, match="the schema should be nested at most 100 deep"):
+        ReplyFormat(schema=nested(depth))
+    with pytest.raises(ConfigError, match="the parameters of 'f' should be nested at most 100 deep"):
+        ReplyFormat(tools=[tool("f", nested(depth))], calls="may")
+
+
+def test_a_schema_as_deep_as_may_be_is_met(make_engine: MakeEngine) -> None:
+    found = json.loads(say(make_engine(), ReplyFormat(schema=nested(90)), max_tokens=300).message.content)
+    jsonschema.validate(found, nested(90))
+
+
+@pytest.mark.parametrize("wrong", [True, "object", ["a"]])
+def test_a_schema_that_is_no_mapping_is_refused(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match="as a mapping; found"):
+        ReplyFormat(schema=wrong)
+    with pytest.raises(ConfigError, match="the parameters of 'f' should be"):
+        ReplyFormat(tools=[tool("f", wrong)], calls="may")
+
+
 def test_a_budget_below_the_shortest_reply_is_refused_before_decoding(make_engine: MakeEngine) -> None:
     with pytest.raises(ConfigError, match=r"takes at least \d+ tokens; found room for 9"):
         say(make_engine(), JSON, max_tokens=9)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from agentmem import Sampling
-from agentmem.errors import TurnError
+from agentmem.errors import ConfigError, TurnError
 from agentmem.generation.sampling import Sampler, choose_all
 
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 0.5, 3.0, -torch.inf, 1.0, -2.0])
@@ -113,3 +113,9 @@ def test_many_rows_are_drawn_as_each_alone() -> None:
         for row, (one, other) in enumerate(zip(alone, together, strict=True)):
             token = one.choose(logits[row])
             assert token == known[row] == other.choose(logits[row], known[row])
+
+
+@pytest.mark.parametrize("stop", [("",), (1,), ("a", None), ["a"], "a"])
+def test_stop_strings_are_texts(stop: Any) -> None:
+    with pytest.raises(ConfigError, match="stop must be a tuple of non-empty strings"):
+        Sampling(stop=stop)

@@ -235,6 +235,30 @@ def test_what_holds_itself_and_cannot_say_so_is_refused(nano: ChatDeltaMem, meth
         nano.with_structured_output(Endless, method=method)
 
 
+def test_what_is_nested_too_deep_is_refused(llm: ChatDeltaMem, fake: FakeEngine) -> None:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(3000):
+        schema = {"type": "object", "properties": {"a": schema}}
+    described = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    shown = {"type": "json_schema", "json_schema": {"name": "f", "schema": schema}}
+    for call in (
+        lambda: llm.bind_tools([described]),
+        lambda: llm.bind_tools([{"name": "f", "description": "", "input_schema": schema}]),
+        lambda: llm.bind_tools([{"title": "f", **schema}]),
+        lambda: llm.with_structured_output({"title": "f", **schema}),
+        lambda: llm.invoke("Hello!", response_format=shown),
+    ):
+        with pytest.raises(ConfigError, match="nested at most 100 deep"):
+            call()
+    assert not fake.calls
+
+
+@pytest.mark.parametrize("parameters", [True, "object", []])
+def test_parameters_that_are_no_schema_are_refused(llm: ChatDeltaMem, parameters: Any) -> None:
+    with pytest.raises(ConfigError, match="the parameters of 'f' should be"):
+        llm.bind_tools([{"type": "function", "function": {"name": "f", "parameters": parameters}}])
+
+
 def test_a_reference_that_leads_only_to_itself_is_refused(nano: ChatDeltaMem) -> None:
     endless = {"$ref": "#/$defs/A", "$defs": {"A": {"$ref": "#/$defs/A"}}}
     with pytest.raises(ConfigError, match=r"#/\$defs/A in the parameters of 'f', which leads only to itself"):

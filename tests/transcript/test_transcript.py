@@ -594,6 +594,27 @@ def test_what_cannot_be_used_is_refused() -> None:
         Message("user", ["x"])  # type: ignore[arg-type]
     with pytest.raises(TranscriptError, match="JSON object"):
         Message("assistant", "", tool_calls=(ToolCall("f", {"a": object()}),)).digest()
+    with pytest.raises(TranscriptError, match="JSON object"):
+        Message("assistant", "", tool_calls=(ToolCall("f", None),)).digest()  # type: ignore[arg-type]
+
+
+def test_arguments_nested_too_deep_are_refused() -> None:
+    """Here and not by whatever calls itself for every level: a digest, a chat template, an error's own text."""
+    arguments: dict[str, Any] = {"a": 1}
+    for _ in range(80):
+        arguments = {"a": [arguments]} if _ % 2 else {"a": arguments}
+    deep: dict[str, Any] = {}
+    for _ in range(3000):
+        deep = {"a": deep}
+    itself: dict[str, Any] = {}
+    itself["a"] = itself
+    for refused in (arguments, deep, itself):
+        with pytest.raises(TranscriptError, match="nested at most 100 deep; found deeper ones in look"):
+            Message("assistant", "", tool_calls=(ToolCall("look", refused),)).digest()
+    half = arguments
+    for _ in range(40):
+        half = half["a"][0] if isinstance(half["a"], list) else half["a"]
+    assert Message("assistant", "", tool_calls=(ToolCall("look", half),)).digest()
 
 
 contents = st.lists(

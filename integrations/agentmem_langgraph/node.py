@@ -15,7 +15,8 @@ from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.output_parsers import BaseOutputParser
 from langchain_core.prompts import BasePromptTemplate
 from langchain_core.retrievers import BaseRetriever
-from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig, RunnableSequence, RunnableWithFallbacks
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableParallel, RunnableSequence, RunnableWithFallbacks
+from langchain_core.runnables.base import RunnableBindingBase
 from langgraph.types import TracePolicy
 
 from agentmem.errors import ConfigError, TranscriptError, TurnError
@@ -42,7 +43,7 @@ class MemoryNode(Runnable[Any, dict[str, Any]]):
         name: name of the node.
 
     Raises:
-        ConfigError: `llm` is a chain that does not pass the memory on, or does not return a message.
+        ConfigError: `llm` is a chain that does not pass the memory on, or does not return a message; or no runnable.
         TurnError: `llm` is another chat model.
     """
 
@@ -143,19 +144,15 @@ def _require_memory_model(llm: Any) -> None:
     Raises:
         ConfigError, TurnError: says what to write instead.
     """
-    first: Any = llm
-    last: Any = llm
+    if not isinstance(llm, Runnable):
+        raise ConfigError(f"MemoryNode takes a ChatDeltaMem; found {llm!r}; write MemoryNode(ChatDeltaMem(model=...))")
+    first = last = _unwrapped(llm)
     rest: list[Any] = []
-    while True:
-        if isinstance(first, RunnableSequence):
-            rest += first.steps[1:]
-            first, last = first.steps[0], first.steps[-1]
-        elif isinstance(first, RunnableBinding):
-            first = first.bound
-        elif isinstance(first, RunnableWithFallbacks):
-            first = first.runnable
-        else:
-            break
+    while isinstance(first, RunnableSequence):
+        rest += first.steps[1:]
+        first = _unwrapped(first.steps[0])
+    while isinstance(last, RunnableSequence):
+        last = _unwrapped(last.steps[-1])
     # A chain hands the memory to its first step alone.
     if isinstance(first, BasePromptTemplate) or (not isinstance(first, ChatDeltaMem) and any(map(_is_model, rest))):
         what = "a prompt" if isinstance(first, BasePromptTemplate) else type(first).__name__
@@ -168,18 +165,25 @@ def _require_memory_model(llm: Any) -> None:
             f"MemoryNode takes a ChatDeltaMem, with or without tools and options bound; found {type(first).__name__}, "
             "which has no memory"
         )
-    if isinstance(last, BaseOutputParser):
+    # With `include_raw` the model is a part of a RunnableParallel, which makes a dict of its reply.
+    made = next((step for step in (last, first) if isinstance(step, BaseOutputParser | RunnableParallel)), None)
+    if made is not None:
         raise ConfigError(
-            f"MemoryNode adds the reply to the state's messages; found a chain that ends with {type(last).__name__}, "
-            "which makes something else of it (with_structured_output does, too); write MemoryNode(llm) and parse the "
+            f"MemoryNode adds the reply to the state's messages; found a chain with {type(made).__name__}, which "
+            "makes something else of it (with_structured_output does, too); write MemoryNode(llm) and parse the "
             "reply in a node behind it"
         )
 
 
+def _unwrapped(step: Any) -> Any:
+    """A step without what is bound to it, its retries and its fallbacks."""
+    while isinstance(step, RunnableBindingBase | RunnableWithFallbacks):
+        step = step.bound if isinstance(step, RunnableBindingBase) else step.runnable
+    return step
+
+
 def _is_model(step: Any) -> bool:
-    while isinstance(step, RunnableBinding | RunnableWithFallbacks):
-        step = step.bound if isinstance(step, RunnableBinding) else step.runnable
-    return isinstance(step, ChatDeltaMem)
+    return isinstance(_unwrapped(step), ChatDeltaMem)
 
 
 def _channels(config: RunnableConfig | None) -> Sequence[str] | None:

@@ -13,7 +13,7 @@ from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.retrievers import BaseRetriever
-from langchain_core.runnables import RunnableLambda, RunnablePassthrough
+from langchain_core.runnables import RunnableLambda, RunnableParallel, RunnablePassthrough
 from langgraph.graph import START, MessagesState, StateGraph
 from pydantic import Field
 
@@ -99,8 +99,32 @@ def test_bound_models_carry_the_memory_too(fake: FakeEngine, llm: ChatDeltaMem) 
         (lambda llm: RunnablePassthrough() | (StrOutputParser() | llm.bind(max_tokens=3)), "begins with Runnable"),
         (lambda llm: llm.with_structured_output({"title": "x", "type": "object", "properties": {}}), "Parser"),
         (lambda llm: ChatPromptTemplate.from_messages([("user", "{x}")]) | llm, "system='...'"),
+        (
+            lambda llm: llm.with_structured_output({"title": "x", "type": "object"}, include_raw=True),
+            "RunnableParallel",
+        ),
+        (lambda llm: (llm | StrOutputParser()).with_retry(), "StrOutputParser"),
+        (lambda llm: llm | StrOutputParser().with_retry(), "StrOutputParser"),
+        (lambda llm: (llm | RunnableLambda(lambda reply: reply)).with_retry() | StrOutputParser(), "StrOutputParser"),
+        (lambda llm: RunnableParallel(reply=llm) | RunnableLambda(lambda made: made["reply"]), "RunnableParallel"),
+        (lambda llm: "nano", r"found 'nano'; write MemoryNode\(ChatDeltaMem"),
+        (lambda llm: type(llm), "found <class"),
     ],
-    ids=["parser", "bound", "function", "sequence", "structured", "prompt"],
+    ids=[
+        "parser",
+        "bound",
+        "function",
+        "sequence",
+        "structured",
+        "prompt",
+        "raw",
+        "retry",
+        "tried",
+        "both",
+        "dict",
+        "name",
+        "class",
+    ],
 )
 def test_a_chain_that_loses_message_or_memory_is_refused_when_the_node_is_made(
     llm: ChatDeltaMem, fake: FakeEngine, chain: Any, advice: str

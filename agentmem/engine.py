@@ -46,6 +46,9 @@ from agentmem.state import MemoryState
 from agentmem.telemetry import EXPORTERS, LOADED, followed
 
 T = TypeVar("T")
+State = MemoryState | Mapping[str, Any] | None
+"""A memory, its plain dict or JSON form (verified), or None for an empty one."""
+
 _LARGE = 32_768  # characters of new messages, tools and schemas above which a turn is prepared apart
 _TAIL = 16  # messages at the end of a history that may be new whatever the memory has consumed
 
@@ -149,14 +152,12 @@ class Engine:
         """
         return self._context.runner.zero_state()
 
-    def turn(
-        self, messages: Sequence[Message], state: MemoryState | None = None, **options: Unpack[TurnOptions]
-    ) -> Turn:
+    def turn(self, messages: Sequence[Message], state: State = None, **options: Unpack[TurnOptions]) -> Turn:
         """Answer the last message.
 
         Args:
             messages: the whole history; whatever the state has not consumed yet is written, once.
-            state: the memory at the start; None = empty. Never changed.
+            state: the memory at the start, as a value, a plain dict or its JSON form; None = empty. Never changed.
             options: see `TurnOptions`.
 
         Raises:
@@ -168,30 +169,24 @@ class Engine:
         request = Request(tuple(messages), options)
         return _wait(self._submit(request, state))
 
-    def stream(
-        self, messages: Sequence[Message], state: MemoryState | None = None, **options: Unpack[TurnOptions]
-    ) -> TurnStream:
+    def stream(self, messages: Sequence[Message], state: State = None, **options: Unpack[TurnOptions]) -> TurnStream:
         """As `turn`, yielding the reply as it is decoded: iterate, then call `result()`."""
         request = Request(tuple(messages), options)
         return TurnStream(lambda emit: self._submit(request, state, emit))
 
-    async def aturn(
-        self, messages: Sequence[Message], state: MemoryState | None = None, **options: Unpack[TurnOptions]
-    ) -> Turn:
+    async def aturn(self, messages: Sequence[Message], state: State = None, **options: Unpack[TurnOptions]) -> Turn:
         """As `turn`, without blocking the event loop; cancelling the task cancels the turn."""
         request = Request(tuple(messages), options)
         return await _await(self._submit(request, state))
 
     def astream(
-        self, messages: Sequence[Message], state: MemoryState | None = None, **options: Unpack[TurnOptions]
+        self, messages: Sequence[Message], state: State = None, **options: Unpack[TurnOptions]
     ) -> AsyncTurnStream:
         """As `aturn`, yielding the reply as it is decoded: `async for`, then `await stream.result()`."""
         request = Request(tuple(messages), options)
         return AsyncTurnStream(lambda emit: self._submit(request, state, emit))
 
-    def remember(
-        self, messages: Sequence[Message], state: MemoryState | None = None, *, on_edit: OnEdit = "write"
-    ) -> Remembered:
+    def remember(self, messages: Sequence[Message], state: State = None, *, on_edit: OnEdit = "write") -> Remembered:
         """Write messages into the memory without a reply.
 
         Raises:
@@ -201,7 +196,7 @@ class Engine:
         return _wait(self._submit_remember(messages, state, on_edit))
 
     async def aremember(
-        self, messages: Sequence[Message], state: MemoryState | None = None, *, on_edit: OnEdit = "write"
+        self, messages: Sequence[Message], state: State = None, *, on_edit: OnEdit = "write"
     ) -> Remembered:
         """As `remember`, without blocking the event loop."""
         return await _await(self._submit_remember(messages, state, on_edit))
@@ -233,7 +228,9 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _submit(self, request: Request, state: MemoryState | None, emit: Emit | None = None) -> Future[Turn]:
+    def _submit(self, request: Request, state: State, emit: Emit | None = None) -> Future[Turn]:
+        if isinstance(state, Mapping):
+            state = MemoryState.from_dict(state)
         start = partial(self._start_turn, request, state, emit)
         return start(_unseen) if LOADED.isdisjoint(EXPORTERS) else followed("chat", self.name, start)
 
@@ -251,9 +248,9 @@ class Engine:
             options["timeout"],
         )
 
-    def _submit_remember(
-        self, messages: Sequence[Message], state: MemoryState | None, on_edit: OnEdit
-    ) -> Future[Remembered]:
+    def _submit_remember(self, messages: Sequence[Message], state: State, on_edit: OnEdit) -> Future[Remembered]:
+        if isinstance(state, Mapping):
+            state = MemoryState.from_dict(state)
         start = partial(self._start_remember, messages, state, on_edit)
         return start(_unseen) if LOADED.isdisjoint(EXPORTERS) else followed("remember", self.name, start)
 

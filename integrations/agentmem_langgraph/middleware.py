@@ -15,6 +15,7 @@ from langchain.agents.middleware.types import (
     PrivateStateAttr,
 )
 from langchain_core.messages import AIMessage
+from langchain_core.runnables import RunnableBinding
 from langgraph.types import Command
 
 from agentmem.errors import MemoryWarning, TurnError
@@ -84,8 +85,8 @@ def _turn(request: ModelRequest[Any]) -> MemoryTurn:
 
 def _carrying(request: ModelRequest[Any], turn: MemoryTurn) -> ModelRequest[Any]:
     """The request with the memory bound to its model, so that a model that replaces it gets no memory."""
-    if isinstance(request.model, ChatDeltaMem):
-        return request.override(model=request.model.carrying(turn))
+    if (model := _carrying_model(request.model, turn)) is not None:
+        return request.override(model=model)
     warnings.warn(
         f"MemoryMiddleware was given {type(request.model).__name__}, which has no memory; its answer passes, and the "
         "next turn of a ChatDeltaMem catches up",
@@ -93,6 +94,15 @@ def _carrying(request: ModelRequest[Any], turn: MemoryTurn) -> ModelRequest[Any]
         stacklevel=2,
     )
     return request
+
+
+def _carrying_model(model: Any, turn: MemoryTurn) -> Any:
+    """The model with the memory, also under options that were bound to it; None if it is no ChatDeltaMem."""
+    if isinstance(model, ChatDeltaMem):
+        return model.carrying(turn)
+    if isinstance(model, RunnableBinding) and (bound := _carrying_model(model.bound, turn)) is not None:
+        return model.model_copy(update={"bound": bound})
+    return None
 
 
 def _with_memory(response: ModelResponse[Any] | AIMessage, turn: MemoryTurn) -> ExtendedModelResponse[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,14 @@ import pytest
 import torch
 
 from agentmem import Engine, MemoryState, Message, Sampling, TurnOptions, Window
-from agentmem.errors import ConfigError, HistoryEditedError, MissingAdapterError, StateMismatchError, WindowError
+from agentmem.errors import (
+    ConfigError,
+    CorruptStateError,
+    HistoryEditedError,
+    MissingAdapterError,
+    StateMismatchError,
+    WindowError,
+)
 from agentmem.generation.plan import DEFAULTS
 from agentmem.prompt.transcript import Transcript, sentence_numbers
 from tests.helpers.numeric import assert_close, assert_states_close
@@ -316,3 +325,17 @@ def test_options_that_do_not_exist_are_refused(make_engine: Any) -> None:
 
 def test_every_option_has_a_default() -> None:
     assert DEFAULTS.keys() == TurnOptions.__annotations__.keys()
+
+
+def test_a_state_is_taken_as_graphs_and_json_hold_it(make_engine: Any) -> None:
+    engine, told, more = make_engine(), [user("Hello there!")], [user("Hello there!"), user("How are you?")]
+    state, sampling = engine.remember(told).state, Sampling(max_tokens=4)
+    expected = engine.remember(more, state).state
+    for form in (state.to_dict(), json.loads(json.dumps(state.to_json()))):
+        assert engine.remember(more, form).state == expected
+        assert asyncio.run(engine.aremember(more, form)).state == expected
+        for turn in (engine.turn(more, form, sampling=sampling), engine.stream(more, form, sampling=sampling).result()):
+            assert turn.state is not None
+            assert turn.state.count == 3
+    with pytest.raises(CorruptStateError):
+        engine.turn(more, state.to_dict() | {"count": 9})

@@ -59,6 +59,15 @@ def test_an_agent_remembers_and_keeps_its_memory_to_itself(fake: FakeEngine) -> 
     assert "memory" not in made.get_output_jsonschema()["properties"]
 
 
+def test_a_model_with_options_bound_to_it_has_the_memory_too(fake: FakeEngine) -> None:
+    llm = ChatDeltaMem(engine=fake, window=Window(messages=1)).bind(max_tokens=50).with_config(tags=["x"])
+    made = create_agent(llm, [], middleware=[MemoryMiddleware()], checkpointer=InMemorySaver())
+    say(made, TELL)
+    assert say(made, ASK)["messages"][-1].text == KNOWN
+    assert memory_of(made).count == 4
+    assert fake.calls[-1]["sampling"].max_tokens == 50
+
+
 def test_a_tool_loop_is_consumed_once(fake: FakeEngine) -> None:
     made = agent(fake, tools=[get_port])
     say(made, TELL)

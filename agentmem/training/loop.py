@@ -137,8 +137,17 @@ class TrainingLoop(Trainer):  # type: ignore[misc]  # transformers is not follow
         self._seconds_before = 0.0
         self._began = time.perf_counter()
         self._first_step = 0
-        if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
-            raise ConfigError("FSDP is supported in its second version: set fsdp_version: 2 in accelerate's config")
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            if getattr(plugin, "fsdp_version", 1) != 2:
+                raise ConfigError("FSDP is supported in its second version: set fsdp_version: 2 in accelerate's config")
+            # What is written leaves a layer in its middle, so gradients come back where nothing gathers its weights:
+            # the process would die of it.
+            if plugin.auto_wrap_policy is not None:
+                raise ConfigError(
+                    "FSDP must gather model and memory as one unit: set fsdp_auto_wrap_policy: NO_WRAP in accelerate's "
+                    "config (`agentmem train --accelerate-config fsdp` prints the path of one)"
+                )
 
     def run(self) -> None:
         """Train to the end, or until the process is told to stop, from the last checkpoint if there is one.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from agentmem import MemoryConfig, SteeredModel
 from agentmem.delta.adapter import Adapter
+from agentmem.training.checkpoints import LOG_FILE
 from agentmem.training.config import TrainConfig
 from agentmem.training.loop import ExampleDataset, training_arguments
 from agentmem.training.trainer import Measurement, MemoryTrainer
@@ -89,3 +92,34 @@ def toy_trainer(
     step = ToyStep(steered)
     more: Any = {"measure": measure, "on_progress": on_progress}
     return MemoryTrainer(step, steered, dataset, collate, weigh, config, arguments, **more)
+
+
+def run(out: Path, **keys: Any) -> dict[str, Tensor]:
+    """Train, from the last checkpoint if there is one; the memory at the end."""
+    trainer = toy_trainer(out, **keys)
+    trainer.run()
+    return dict(trainer.adapter().tensors)
+
+
+def losses(out: Path) -> list[float]:
+    """The logged loss of every step; all are there, once."""
+    lines = [json.loads(line) for line in (out / LOG_FILE).read_text("utf-8").splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 1 + len(lines)))
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def forked(work: Callable[[], object]) -> Any:
+    """A fork of this process, which takes no time to start.
+
+    A fork of a process with threads may hang where it needs one of them; the loop needs none.
+    """
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
+
+
+def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 0.0) -> None:
+    """Compare two memories by name."""
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=tolerance, atol=tolerance, msg=name)

@@ -91,13 +91,6 @@ def test_a_resumed_run_may_be_divided_otherwise_but_not_learn_otherwise() -> Non
     assert TrainConfig(model="m", seed=1).differences(run.to_mapping(), 8, 8) == ["seed was 0, now 1"]
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero2"])
-def test_accelerate_can_read_the_configs_that_come_along(name: str) -> None:
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    assert load_config_from_file(str(accelerate_path(name))).num_processes == 2
-
-
 def test_an_accelerate_config_that_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigError, match="ddp, fsdp, zero2"):
         accelerate_path("zero9")

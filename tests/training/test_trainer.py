@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
-import socket
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -16,70 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from agentmem.delta.adapter import load_adapter
 from agentmem.errors import ConfigError, TrainingError
 from agentmem.training.checkpoints import LOG_FILE, best_adapters, checkpoints, last_checkpoint
 from agentmem.training.loop import ExampleDataset
 from agentmem.training.trainer import Measurement
-from tests.helpers.toy_training import toy_trainer
+from tests.helpers.toy_training import assert_same, forked, losses, run, toy_trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-# A fork of a process with threads may hang where it needs one of them; the loop needs none.
-forks = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-
-
-def run(out: Path, **keys: Any) -> dict[str, Tensor]:
-    """Train, from the last checkpoint if there is one; the memory at the end."""
-    trainer = toy_trainer(out, **keys)
-    trainer.run()
-    return dict(trainer.adapter().tensors)
-
-
-def losses(out: Path) -> list[float]:
-    lines = [json.loads(line) for line in (out / LOG_FILE).read_text("utf-8").splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 1 + len(lines)))
-    return [line["loss"] for line in lines if "loss" in line]
-
-
-def start(out: Path, environment: dict[str, str] | None = None, pause: float = 0.0, **keys: Any) -> Any:
-    """The same run in a process of its own."""
-
-    def work() -> None:
-        os.environ.update(environment or {})
-        run(out, on_progress=lambda _: time.sleep(pause), **keys)
-
-    return forked(work)
-
-
-def group(rank: int, port: int) -> dict[str, str]:
-    """What a launcher tells one of two processes."""
-    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return {"WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true", **place}
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-    return port
-
-
-def forked(work: Callable[[], None]) -> Any:
-    """A fork of this process, which takes no time to start."""
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    return process
-
-
-def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 0.0) -> None:
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        torch.testing.assert_close(found[name], tensor, rtol=tolerance, atol=tolerance, msg=name)
 
 
 def test_it_learns_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:
@@ -120,45 +62,11 @@ def test_a_step_is_the_same_however_it_is_divided_into_batches(tmp_path: Path) -
     assert_same(parts, whole, 1e-5)
 
 
-def assert_two_learnt_as_one(out: Path, ranks: list[Any]) -> None:
-    """Two processes end, and left the losses and the weights of one process with the whole batch."""
-    for process in ranks:
-        process.join(120)
-        assert process.exitcode == 0
-    wanted = run(out / "one", batch_size=4)
-    assert losses(out / "two") == pytest.approx(losses(out / "one"), rel=1e-5)
-    assert_same(dict(load_adapter(out / "two/checkpoint-6").tensors), wanted, 1e-5)
-
-
-@forks
-def test_two_processes_with_half_the_batch_learn_what_one_learns(tmp_path: Path) -> None:
-    port = free_port()
-    ranks = [start(tmp_path / "two", group(rank, port), batch_size=1, accumulate=2) for rank in (0, 1)]
-    assert_two_learnt_as_one(tmp_path, ranks)
-
-
-@forks
-def test_parameters_that_are_spread_over_processes_are_saved_and_resumed_whole(tmp_path: Path) -> None:
-    port = free_port()
-
-    def work(rank: int) -> None:
-        os.environ.update(group(rank, port))
-        for stop in (True, False):
-            trainer = toy_trainer(tmp_path / "two", batch_size=2)
-            fully_shard(trainer.model, mesh=init_device_mesh("cpu", (2,)))
-            trainer.accelerator.prepare_model = lambda model, **_: model  # it is spread already
-            trainer.stop.requested = stop  # the first run ends after a step
-            trainer.run()
-        assert all(isinstance(parameter, DTensor) for parameter in trainer.steered.memory.parameters())
-
-    ranks = [forked(partial(work, rank)) for rank in (0, 1)]
-    assert_two_learnt_as_one(tmp_path, ranks)
-
-
-@forks
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     wanted = run(tmp_path / "straight", max_steps=12)
-    process = start(tmp_path / "cut", pause=0.2, max_steps=12)
+    slowly = partial(run, tmp_path / "cut", max_steps=12, on_progress=lambda _: time.sleep(0.2))
+    process = forked(slowly)
     while len(checkpoints(tmp_path / "cut")) < 2 and process.is_alive():
         time.sleep(0.02)
     process.kill()

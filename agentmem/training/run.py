@@ -29,7 +29,7 @@ from accelerate.utils import send_to_device
 from rich.console import Console
 from transformers import TrainingArguments
 
-from agentmem.delta.adapter import AUTHORS_FILE, SAFETENSORS_FILE, Adapter, load_adapter, save_adapter
+from agentmem.delta.adapter import Adapter, load_adapter, save_adapter
 from agentmem.delta.attach import find_sites, targeted
 from agentmem.delta.config import CONFIG_FILE, MemoryConfig
 from agentmem.delta.model import SteeredModel
@@ -52,6 +52,7 @@ from agentmem.training.logit_lens import freeze, train_by_lens
 from agentmem.training.loop import ExampleDataset, TrainingLoop, TrainProgress, training_arguments
 from agentmem.training.predictions import ArmResults, Probe
 from agentmem.training.progress import show_example, shown_progress
+from agentmem.training.publish import check_push, push
 from agentmem.training.sources import ENDLESS, MixedSource, Source, SourceOptions, open_sources
 from agentmem.training.static import StaticStep, attach_static
 from agentmem.training.step import MemoryStep, Start, total_weight
@@ -124,7 +125,7 @@ def train(config: TrainConfig, *, on_progress: Callable[[TrainProgress], None] |
         ModelNotFoundError, UnsupportedModelError, AdapterError: see `agentmem.load` and `SteeredModel.attach`.
         TrainingError: the loss is not finite, or memory ran out; the last checkpoint is whole.
     """
-    first = int(os.environ.get("RANK", "0")) == 0
+    first = _first()
     out = Path(config.out)
     with _threads(config.threads):
         if first:
@@ -169,12 +170,8 @@ def prepare(config: TrainConfig) -> PreparedRun:
     for package in config.report_to:
         if find_spec(package) is None:
             raise ConfigError(f"report_to names {package}, which is not installed: pip install {package}")
-    if config.push is not None:
-        from huggingface_hub import get_token
-
-        if "/" not in config.push or get_token() is None:
-            raise ConfigError(f"push takes ORG/NAME and a hub token (`hf auth login`); found {config.push!r}, "
-                              f"{'no token' if get_token() is None else 'a token'}")  # fmt: skip
+    if config.push is not None and _first():
+        check_push(config.push)
     adapter = None if config.adapter is None else load_adapter(config.adapter)
     memory = _options(MemoryConfig, "memory", config.memory) if adapter is None else adapter.config
     if config.lens_steps and (memory.write_strategy != "token" or "o" not in memory.delta_heads):
@@ -245,6 +242,11 @@ def _options(kind: Any, name: str, values: Mapping[str, Any]) -> Any:
         for key, value in values.items()
     }
     return kind(**plain)
+
+
+def _first() -> bool:
+    """Whether this is the first of the processes that a launcher started, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _conversations_a_step(config: TrainConfig) -> int:
@@ -506,7 +508,7 @@ def _finish(run: PreparedRun, trainer: MemoryTrainer) -> TrainResult:
     )
     write_card(out, facts)
     if config.push is not None:
-        _push(config.push, out)
+        push(config.push, out, _PREDICTIONS)
     return result
 
 
@@ -514,19 +516,6 @@ def _machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def _push(name: str, out: Path) -> None:
-    """Upload the adapter, its card and its predictions; neither checkpoints nor the log."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    files = [SAFETENSORS_FILE, AUTHORS_FILE, CONFIG_FILE, "README.md", _PREDICTIONS]
-    try:
-        HfApi().create_repo(name, exist_ok=True)
-        HfApi().upload_folder(repo_id=name, folder_path=out, allow_patterns=files)
-    except (HfHubHTTPError, OSError) as error:
-        raise TrainingError(f"the adapter is in {out}, but it could not be uploaded to {name}: {error}") from error
 
 
 @contextmanager

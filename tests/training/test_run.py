@@ -9,10 +9,12 @@ import subprocess
 import sys
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import httpx
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -146,6 +148,8 @@ def test_a_template_without_tools_trains_without_tools(tmp_path: Path) -> None:
         ({"facts": {"changs": 0.1}}, "did you mean 'changes'"),
         ({"report_to": ("trackio",)}, "not installed"),
         ({"push": "nobody/nothing"}, "no token"),
+        ({"push": "nobody"}, "ORG/NAME"),
+        ({"push": "https://hub/nobody/nothing"}, "ORG/NAME"),
         ({"data": ("personas",)}, "data_dir"),
     ],
 )
@@ -156,6 +160,64 @@ def test_what_cannot_work_is_refused_before_weights_are_loaded(
     with pytest.raises(AgentMemError, match=says):
         train(config(tmp_path / "out", **changes), on_progress=lambda _: None)
     assert not (tmp_path / "out").exists()
+
+
+class _Hub:
+    """In place of the hub's client: what was asked of it."""
+
+    calls: ClassVar[list[Any]] = []
+    role = "write"
+    fails: ClassVar[Exception | None] = None
+
+    def whoami(self) -> dict[str, Any]:
+        return {"name": "me", "auth": {"accessToken": {"role": self.role}}}
+
+    def create_repo(self, name: str, *, exist_ok: bool) -> None:
+        self.calls.append(("create", name, exist_ok))
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, allow_patterns: list[str]) -> None:
+        if self.fails is not None:
+            raise self.fails
+        files = filter_repo_objects((path.name for path in folder_path.iterdir()), allow_patterns=allow_patterns)
+        self.calls.append(("upload", repo_id, sorted(files)))
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Any:
+    made = type("_FreshHub", (_Hub,), {"calls": []})
+    monkeypatch.setattr("huggingface_hub.HfApi", made)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_token")
+    return made
+
+
+def test_a_finished_adapter_is_uploaded_with_its_card(tmp_path: Path, hub: Any) -> None:
+    out, push = tmp_path / "out", {"max_steps": 2, "push": "me/memory"}
+    hub.fails = httpx.ConnectError("no route")
+    with pytest.raises(TrainingError, match=r"could not be uploaded to me/memory: no route.*--resume"):
+        train(config(out, **push), on_progress=lambda _: None)
+    hub.fails = None
+    hub.calls.clear()
+    seen = list[Any]()
+    assert train(config(out, resume=True, **push), on_progress=seen.append).finished
+    assert not seen
+    files = ["README.md", "adapter.safetensors", "delta_mem_config.json", "predictions.jsonl"]
+    assert hub.calls == [("create", "me/memory", True), ("upload", "me/memory", files)]
+    assert 'adapter="me/memory"' in (out / "README.md").read_text("utf-8")
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_token_that_cannot_upload_is_found_before_training(tmp_path: Path, hub: Any) -> None:
+    hub.role = "read"
+    with pytest.raises(ConfigError, match="that of me only reads"):
+        train(config(tmp_path / "out", push="me/memory"), on_progress=lambda _: None)
+
+    def refused(_: Any) -> None:
+        raise httpx.HTTPError("401 Unauthorized")
+
+    hub.whoami = refused
+    with pytest.raises(ConfigError, match="401 Unauthorized"):
+        train(config(tmp_path / "out", push="me/memory"), on_progress=lambda _: None)
+    assert not hub.calls
 
 
 @pytest.mark.usefixtures("no_weights")

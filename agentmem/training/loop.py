@@ -414,6 +414,8 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         logging_nan_inf_filter=False,
         save_steps=config.save_every,
         report_to=list(config.report_to) or "none",
+        project="agentmem",
+        run_name=config.out,
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_num_workers=config.workers,

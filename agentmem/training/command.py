@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import types
 from collections.abc import Mapping
 from dataclasses import Field, fields
@@ -36,12 +37,19 @@ def train_command(
     made = from_options(config, keys)
     if find_spec("accelerate") is None:
         raise MissingExtraError("accelerate", "train")
+    if made.quantize is None:
+        # The Trainer imports bitsandbytes, which warns of a kernel for weights in 4 bits.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from agentmem.training import run
 
     if dry_run:
         run.dry_run(made)
         return
-    result = run.train(made)
+    try:
+        result = run.train(made)
+    except KeyboardInterrupt:  # before the first step, or a second time
+        typer.echo("interrupted; the same command with --resume goes on from what was saved", err=True)
+        raise typer.Exit(1) from None
     if not result.finished:
         typer.echo(f"stopped after step {result.steps}; the same command with --resume goes on")
         raise typer.Exit(1)

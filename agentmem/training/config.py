@@ -127,7 +127,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            object.__setattr__(self, each.name, _of_type(each.name, key_types()[each.name], getattr(self, each.name)))
+            object.__setattr__(self, each.name, of_type(each.name, key_types()[each.name], getattr(self, each.name)))
         for name in (
             "max_steps",
             "batch_size",
@@ -272,8 +272,12 @@ def is_union(hint: Any) -> bool:
     return get_origin(hint) in (typing.Union, types.UnionType)
 
 
-def _of_type(name: str, hint: Any, value: Any) -> Any:
-    """The value as its type asks; YAML's lists become tuples, and 3e-3, which YAML takes for text, a number."""
+def of_type(name: str, hint: Any, value: Any) -> Any:
+    """The value as its type asks; YAML's lists become tuples, and 3e-3, which YAML takes for text, a number.
+
+    Raises:
+        ConfigError: it does not fit; the message has the name.
+    """
     if is_union(hint):
         if value is None:
             return None
@@ -286,9 +290,10 @@ def _of_type(name: str, hint: Any, value: Any) -> Any:
         return value
     if origin is tuple:
         items = [value] if isinstance(value, str | int | float) else list(value) if value is not None else []
-        if inner[-1] is not Ellipsis and len(items) != len(inner):
-            raise ConfigError(f"{name} must be {len(inner)} values; found {value!r}")
-        return tuple(_of_type(name, inner[0], item) for item in items)
+        kinds = inner[:1] * len(items) if inner[-1] is Ellipsis else inner
+        if len(items) != len(kinds):
+            raise ConfigError(f"{name} must be {len(kinds)} values; found {value!r}")
+        return tuple(of_type(name, kind, item) for kind, item in zip(kinds, items, strict=True))
     if origin is Mapping:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{name} must hold keys and values; found {value!r}")

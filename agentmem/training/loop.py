@@ -456,6 +456,9 @@ class StopRequest:
         def note(number: int, _frame: Any) -> None:
             self.requested = True
             signal.signal(number, before[number])
+            if os.environ.get("RANK", "0") == "0":
+                # Not by print: a handler may run in the middle of one.
+                os.write(2, b"stopping after this step, with a checkpoint; a second Ctrl-C stops at once\n")
 
         try:
             for number in before:

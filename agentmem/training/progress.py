@@ -6,7 +6,7 @@ On a terminal a bar and colours; elsewhere plain lines that can be kept in a fil
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -15,11 +15,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from agentmem.training.sources import ENDLESS, FileSource, MixedSource, Source
+
 if TYPE_CHECKING:
     from agentmem.training.examples import Example, Pass
     from agentmem.training.loop import TrainProgress
 
 _EVERY = 15.0  # seconds between plain lines
+_BAD_LINES = 5  # of a file that are shown
 _READ, _WRITTEN, _LEARNED = "dim", "green", "bold reverse"
 
 
@@ -98,6 +101,33 @@ def show_example(example: Example, tokenizer: Any, console: Console | None = Non
         _show_pass(f"pass {number}", each, tokenizer, console)
     for number, each in enumerate(example.asks, 1):
         _show_pass(f"question {number}, from the state after the last pass", each, tokenizer, console)
+
+
+def show_data(source: Source, held_out: Sized, measured: str, console: Console) -> None:
+    """Print how many conversations there are, what was left out and why, and what is measured.
+
+    Args:
+        source: the data of a run.
+        held_out: what is held out of it.
+        measured: what that is used for, in words.
+        console: where to print.
+    """
+    count = len(source)
+    skipped = ", ".join(f"{number} with {reason}" for reason, number in source.skipped.items())
+    console.print(
+        f"{source.name}: {'without end' if count >= ENDLESS else f'{count} conversations'}"
+        f"{'; left out: ' + skipped if skipped else ''}; {len(held_out)} held out, {measured}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    for each in source.sources if isinstance(source, MixedSource) else (source,):
+        bad = each.bad if isinstance(each, FileSource) else ()
+        lines = [f"  {each.name}:{line.number}: {line.reason}" for line in bad[:_BAD_LINES]]
+        if len(bad) > _BAD_LINES:
+            lines.append(f"  and {len(bad) - _BAD_LINES} more")
+        for line in lines:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _show_pass(name: str, each: Pass, tokenizer: Any, console: Console) -> None:

@@ -20,9 +20,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from accelerate.utils import send_to_device
@@ -34,13 +35,13 @@ from agentmem.delta.attach import find_sites, targeted
 from agentmem.delta.config import CONFIG_FILE, MemoryConfig
 from agentmem.delta.model import SteeredModel
 from agentmem.engine import Engine
-from agentmem.errors import AgentMemError, ConfigError, DataError, TrainingError
+from agentmem.errors import AgentMemError, ConfigError, DataError
 from agentmem.loading import load, load_skeleton, load_tokenizer
 from agentmem.prompt.transcript import Transcript, Window
 from agentmem.training.arms import measure, probes_of
 from agentmem.training.card import CardFacts, write_card
 from agentmem.training.checkpoints import best_adapters, last_checkpoint, written_aside
-from agentmem.training.config import RUN_FILE, TrainConfig, suggestion
+from agentmem.training.config import RUN_FILE, TrainConfig, of_type, suggestion
 from agentmem.training.contexts import BASIC, CONTROLLED
 from agentmem.training.conversations import Ask, Conversation
 from agentmem.training.episodes import EpisodeConfig
@@ -51,8 +52,9 @@ from agentmem.training.frozen import FrozenFeatures
 from agentmem.training.logit_lens import freeze, train_by_lens
 from agentmem.training.loop import ExampleDataset, TrainingLoop, TrainProgress, training_arguments
 from agentmem.training.predictions import ArmResults, Probe
-from agentmem.training.progress import show_example, shown_progress
+from agentmem.training.progress import show_data, show_example, shown_progress
 from agentmem.training.publish import check_push, push
+from agentmem.training.shortage import explained_shortage, explained_shortage_of_weights
 from agentmem.training.sources import ENDLESS, MixedSource, Source, SourceOptions, open_sources
 from agentmem.training.static import StaticStep, attach_static
 from agentmem.training.step import MemoryStep, Start, total_weight
@@ -86,7 +88,10 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """What a run needs beside the weights: all checked. `shape` is the config of the language model."""
+    """What a run needs beside the weights: all checked.
+
+    `shape` is the config of the language model, `parameters` how many the whole model has.
+    """
 
     config: TrainConfig
     tokenizer: Any
@@ -97,10 +102,34 @@ class PreparedRun:
     maker: ExampleMaker
     window: Window
     shape: Any
+    parameters: int
 
     def example(self, number: int, rng: Random) -> Example:
         """The example of training conversation `number`."""
         return self.maker(self.source.conversation(number), rng)
+
+    @property
+    def probes(self) -> tuple[Probe, ...]:
+        """Held-out questions whose replies are judged by their text; none where all are about one conversation."""
+        probes = probes_of(self.held_out)
+        return probes if len({probe.conversation for probe in probes}) > 1 else ()
+
+    @property
+    def questions(self) -> list[Conversation]:
+        """Held-out conversations that end in a reply whose loss can be measured; none where there is only one."""
+        questions = [question for question in map(as_question, self.held_out) if question.asks]
+        return questions if len(questions) > 1 else []  # another one's memory is needed
+
+    @property
+    def measured(self) -> str:
+        """What is measured while the run goes on, in words."""
+        if self.config.static or not self.config.evaluate_every:
+            return f"nothing is measured ({'static' if self.config.static else 'evaluate_every: 0'})"
+        if self.probes:
+            return f"{len(self.probes)} questions about them, judged by the reply's text"
+        if self.questions:
+            return f"{len(self.questions)} replies in them, of which the losses are measured"
+        return "too few to measure (two with a reply after the first turn are needed), so the last adapter is kept"
 
     @property
     def pad(self) -> int:
@@ -126,15 +155,19 @@ def train(config: TrainConfig, *, on_progress: Callable[[TrainProgress], None] |
         TrainingError: the loss is not finite, or memory ran out; the last checkpoint is whole.
     """
     first = _first()
+    _need(config, "model", "data", "out")
     out = Path(config.out)
     with _threads(config.threads):
         if first:
             _check_out(config, out)
         run = prepare(config)
+        if first and on_progress is None:
+            show_data(run.source, run.held_out, run.measured, Console(stderr=True))
         if first:
             _claim(config, out)
         shown = shown_progress() if on_progress is None and first else nullcontext(on_progress)
-        with _explained_shortage(run), shown as progress:
+        some = [run.example(number, Random(number)) for number in range(min(8, len(run.source)))]
+        with explained_shortage(config, run.memory, run.shape, some), shown as progress:
             if config.static:
                 return _train_static(run, progress)
             trainer = _trainer(run, progress)
@@ -148,30 +181,27 @@ def dry_run(config: TrainConfig, console: Console | None = None) -> None:
     Raises:
         What `train` raises before it loads weights.
     """
+    _need(config, "model", "data")
     run = prepare(config)
-    show_example(run.example(0, Random(f"{config.seed}/0")), run.tokenizer, console)
     console = console or Console()
-    skipped = ", ".join(f"{count} with {reason}" for reason, count in run.source.skipped.items())
-    count = len(run.source)
-    console.print(
-        f"{run.source.name}: {'without end' if count >= ENDLESS else f'{count} conversations'}"
-        f"{'; left out: ' + skipped if skipped else ''}; {len(run.held_out)} held out, "
-        f"{len(probes_of(run.held_out))} questions that can be judged by the reply's text",
-        highlight=False,
-        soft_wrap=True,
-    )
+    show_example(run.example(0, Random(f"{config.seed}/0")), run.tokenizer, console)
+    show_data(run.source, run.held_out, run.measured, console)
 
 
 def prepare(config: TrainConfig) -> PreparedRun:
     """Check a config and all that it names, and open the data. Loads no weights; see `train` for the errors."""
-    for name, value in (("model", config.model), ("out", config.out), ("data", config.data)):
-        if not value:
-            raise ConfigError(f"a run needs {name}; give --{name}, or {name}: in the YAML file")
     for package in config.report_to:
         if find_spec(package) is None:
             raise ConfigError(f"report_to names {package}, which is not installed: pip install {package}")
     if config.push is not None and _first():
         check_push(config.push)
+    device = config.device
+    if (device == "cuda" and not torch.cuda.is_available()) or (
+        device == "mps" and not torch.backends.mps.is_available()
+    ):
+        raise ConfigError(
+            f"device: {device}, but torch finds no such device here; device: auto takes the best there is"
+        )
     adapter = None if config.adapter is None else load_adapter(config.adapter)
     memory = _options(MemoryConfig, "memory", config.memory) if adapter is None else adapter.config
     if config.lens_steps and (memory.write_strategy != "token" or "o" not in memory.delta_heads):
@@ -192,7 +222,7 @@ def prepare(config: TrainConfig) -> PreparedRun:
         options=SourceOptions(facts, Vocabulary.from_tokenizer(tokenizer), max_bad=config.max_bad, tools=tools),
     )
     skeleton = load_skeleton(config.model, trust_remote_code=config.trust_remote_code)
-    shape = skeleton.config.get_text_config()
+    shape, parameters = skeleton.config.get_text_config(), sum(p.numel() for p in skeleton.parameters())
     targeted(find_sites(skeleton), memory)  # refuses an architecture, or a layer that is not there
     maker = ExampleMaker(
         transcript,
@@ -204,7 +234,7 @@ def prepare(config: TrainConfig) -> PreparedRun:
         other_weight=config.other_weight,
     )
     held_out = source.held_out(config.held_out) if config.evaluate_every else ()
-    run = PreparedRun(config, tokenizer, memory, adapter, source, held_out, maker, window, shape)
+    run = PreparedRun(config, tokenizer, memory, adapter, source, held_out, maker, window, shape, parameters)
     _check_examples(run, tools)
     return run
 
@@ -237,11 +267,16 @@ def _options(kind: Any, name: str, values: Mapping[str, Any]) -> Any:
             raise ConfigError(
                 f"unknown option {key!r} of {name}{suggestion(str(key), names)}; known: {', '.join(names)}"
             )
-    plain = {
-        key: tuple(value.items()) if isinstance(value, dict) else tuple(value) if isinstance(value, list) else value
-        for key, value in values.items()
-    }
-    return kind(**plain)
+    hints = get_type_hints(kind)
+    plain = {key: list(value.items()) if isinstance(value, dict) else value for key, value in values.items()}
+    return kind(**{key: of_type(f"{name}: {key}", hints[key], value) for key, value in plain.items()})
+
+
+def _need(config: TrainConfig, *names: str) -> None:
+    """Refuse a config that lacks one of these keys."""
+    for name in names:
+        if not getattr(config, name):
+            raise ConfigError(f"a run needs {name}; give --{name}, or {name}: in the YAML file")
 
 
 def _first() -> bool:
@@ -255,8 +290,8 @@ def _conversations_a_step(config: TrainConfig) -> int:
 
 def _check_out(config: TrainConfig, out: Path) -> None:
     """Refuse a directory that holds something else than the run to resume."""
-    if not config.out:
-        return  # refused with the other missing options
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out is a directory; {out} is a file; give another out")
     file = out / RUN_FILE
     if not file.exists():
         if (out / CONFIG_FILE).exists():
@@ -282,18 +317,21 @@ def _check_out(config: TrainConfig, out: Path) -> None:
 
 
 def _claim(config: TrainConfig, out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
     body = {"config": config.to_mapping(), "conversations_a_step": _conversations_a_step(config)}
     aside = out / f".{RUN_FILE}.partial"
-    aside.write_text(json.dumps(body, indent=2) + "\n", "utf-8")
-    os.replace(aside, out / RUN_FILE)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        aside.write_text(json.dumps(body, indent=2) + "\n", "utf-8")
+        os.replace(aside, out / RUN_FILE)
+    except OSError as error:
+        raise ConfigError(f"out: {out} cannot be written to ({error.strerror}); give another out") from error
 
 
 def _trainer(run: PreparedRun, on_progress: Callable[[TrainProgress], None] | None) -> MemoryTrainer:
     """Load the weights, attach the memory, and set up the loop."""
     config = run.config
     arguments = training_arguments(config)
-    model = _weights(config, arguments)
+    model = _weights(run, arguments)
     if run.adapter is None:
         steered = SteeredModel.attach(model, config=run.memory, dtype=torch.float32, seed=config.seed)
     else:
@@ -318,7 +356,7 @@ def _trainer(run: PreparedRun, on_progress: Callable[[TrainProgress], None] | No
         gradient_checkpointing=config.gradient_checkpointing,
         features=features,
     )
-    measured = _measurement(run, model) if config.evaluate_every and run.held_out else None
+    measured = _measurement(run, model) if run.probes or run.questions else None
     joined = step.joined
     return MemoryTrainer(
         step,
@@ -333,17 +371,19 @@ def _trainer(run: PreparedRun, on_progress: Callable[[TrainProgress], None] | No
     )
 
 
-def _weights(config: TrainConfig, arguments: TrainingArguments) -> Any:
+def _weights(run: PreparedRun, arguments: TrainingArguments) -> Any:
     """The frozen model."""
-    engine = load(
-        config.model,
-        False,
-        str(arguments.device),
-        config.dtype,
-        config.attn_implementation,
-        quantize=config.quantize,
-        trust_remote_code=config.trust_remote_code,
-    )
+    config = run.config
+    with explained_shortage_of_weights(config, run.parameters):
+        engine = load(
+            config.model,
+            False,
+            str(arguments.device),
+            config.dtype,
+            config.attn_implementation,
+            quantize=config.quantize,
+            trust_remote_code=config.trust_remote_code,
+        )
     engine.close()
     return engine.model
 
@@ -358,7 +398,7 @@ def _train_static(run: PreparedRun, on_progress: Callable[[TrainProgress], None]
     """Train a static LoRA on the same examples, and leave it as peft saves it. Nothing is measured on the way."""
     config, out = run.config, Path(run.config.out)
     arguments = training_arguments(config)
-    model = attach_static(_weights(config, arguments), run.memory, config.seed)
+    model = attach_static(_weights(run, arguments), run.memory, config.seed)
     loop = TrainingLoop(
         StaticStep(model),
         _dataset(run, arguments),
@@ -408,10 +448,9 @@ def _measurement(run: PreparedRun, model: Any) -> Callable[[Adapter], Measuremen
     It measures a copy: an engine packs the weights that it uses, and a trained parameter must stay where its optimiser
     has it.
     """
-    probes = probes_of(run.held_out)[: run.config.probes]
+    probes = run.probes[: run.config.probes]
     predictions = Path(run.config.out) / f".{_PREDICTIONS}.partial"
-    questions = [run.maker(conversation, Random(0)) for conversation in map(as_question, run.held_out)]
-    questions = [question for question in questions if question.asks][: run.config.probes]
+    questions = [run.maker(conversation, Random(0)) for conversation in run.questions[: run.config.probes]]
 
     def by_replies(adapter: Adapter) -> Measurement:
         predictions.unlink(missing_ok=True)
@@ -422,9 +461,12 @@ def _measurement(run: PreparedRun, model: Any) -> Callable[[Adapter], Measuremen
     def by_loss(adapter: Adapter) -> Measurement:
         step = MemoryStep(_copy(model, adapter))
         sums: dict[Start, float] = {"memory": 0.0, "zero": 0.0, "foreign": 0.0}
-        size, count = max(2, run.config.batch_size), 0
-        for begin in range(0, len(questions), size):
-            batch = send_to_device(run.batch(questions[begin : begin + size], joined=step.joined), model.device)
+        # In batches of like size, so that each has another conversation, whose memory is the foreign one.
+        parts = max(1, len(questions) // max(2, run.config.batch_size))
+        places = [len(questions) * part // parts for part in range(parts + 1)]
+        count = 0
+        for begin, end in pairwise(places):
+            batch = send_to_device(run.batch(questions[begin:end], joined=step.joined), model.device)
             states = step.states(batch)
             for arm in sums:
                 losses, weights = step.losses(batch, arm, states)
@@ -488,9 +530,9 @@ def _finish(run: PreparedRun, trainer: MemoryTrainer) -> TrainResult:
         adapter = load_adapter(best[-1][1])
     adapter = adapter.rounded(getattr(torch, config.store))
     save_adapter(out, adapter, format="authors" if config.format == "authors" else "safetensors")
-    probes, results = probes_of(run.held_out), None
-    if config.evaluate_every and len({probe.conversation for probe in probes}) > 1:
-        results = _ask(run, trainer.steered.model, adapter, probes, BASIC, out / _PREDICTIONS)
+    results = None
+    if run.probes:
+        results = _ask(run, trainer.steered.model, adapter, run.probes, BASIC, out / _PREDICTIONS)
         result = replace(result, arms={str(arm): results.share(arm).value for arm in results.arms}, score=results.score)
     (out / f".{_PREDICTIONS}.partial").unlink(missing_ok=True)
     source = run.source
@@ -527,47 +569,3 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _explained_shortage(run: PreparedRun) -> Iterator[None]:
-    """Say what helps where memory runs out."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        text = str(error) or type(error).__name__
-        short = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text
-        if isinstance(error, AgentMemError) or not short:
-            raise
-        raise TrainingError(f"{_shortage(run)}. The last checkpoint is whole ({text.splitlines()[0]})") from error
-
-
-def _shortage(run: PreparedRun) -> str:
-    """Which options make a step smaller, and by how much: an estimate for a transformer of the usual shape."""
-    config, shape = run.config, run.shape
-    examples = [run.example(number, Random(number)) for number in range(min(8, len(run.source)))]
-    sizes = [[len(each.ids) for each in (*example.passes, *example.asks)] for example in examples]
-    tokens = sum(map(sum, sizes)) / len(sizes)
-    # Gradients reach no further down than the lowest layer with memory.
-    layers = shape.num_hidden_layers - min(run.memory.target_layers, default=0)
-    # Norms, queries, keys, values and attention outputs in the hidden size; gate, up and their product in the MLP's.
-    each = layers * (8 * shape.hidden_size + 3 * getattr(shape, "intermediate_size", 4 * shape.hidden_size))
-    each *= 4 if config.dtype == "float32" or (config.dtype == "auto" and not torch.cuda.is_available()) else 2
-    whole = config.batch_size * tokens * each
-    one_pass = whole * sum(map(max, sizes)) / sum(map(sum, sizes))
-    passes = max(map(len, sizes))
-    half = max(1, config.batch_size // 2)
-    helps = [
-        f"batch_size: {half} needs {_gigabytes(whole * half / config.batch_size)} (with accumulate: "
-        f"{config.accumulate * config.batch_size // half} the steps stay the same)",
-        f"gradient_checkpointing: true about {_gigabytes(one_pass)}, and a third more time",
-        f"truncate: {max(1, passes // 2)} about {_gigabytes(whole * max(1, passes // 2) / passes)}",
-    ]
-    return (
-        f"memory ran out: {config.batch_size} conversations of about {tokens:.0f} tokens keep about "
-        f"{_gigabytes(whole)} for the gradient, on each device. What helps: {'; '.join(helps)}"
-    )
-
-
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"

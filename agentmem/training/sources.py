@@ -239,13 +239,13 @@ class FileSource(HeldConversations):
     """A JSONL file of the user's (`read_conversations`).
 
     Which conversations are held out follows from a hash of their messages, so equal ones are on the same side, and
-    further lines in the file move none of the others (in a file of a few lines one is held out in any case).
+    further lines in the file move none of the others (in a file of a few lines one or two are held out in any case).
 
     Args:
         path: the file.
         max_bad: the largest share of lines that may be bad.
-        held_out_share: the share of conversations that is held out: at least one, unless the share is 0 or all
-            conversations are equal.
+        held_out_share: the share of conversations that is held out: at least one, and of four two, unless the share is
+            0 or all conversations are equal.
 
     Raises:
         DataError: see `read_conversations`.
@@ -262,11 +262,12 @@ class FileSource(HeldConversations):
         left_out.update({f"the unknown key {key}": count for key, count in conversations.ignored.items()})
         self.skipped: Mapping[str, int] = {reason: count for reason, count in left_out.items() if count}
         places = [_place(conversation) for conversation in conversations.good]
-        limit = held_out_share
-        if held_out_share > 0 and len(set(places)) > 1:
-            # At least one on each side.
-            limit = min(max(limit, math.nextafter(min(places), 2)), max(places))
-        elif len(set(places)) == 1:
+        limit, different = held_out_share, sorted(set(places))
+        if held_out_share > 0 and len(different) > 1:
+            # At least one on each side, and two that are held out, each the other's control, where there are four.
+            limit = max(limit, math.nextafter(different[1 if len(different) > 3 else 0], 2))
+            limit = min(limit, different[-1])
+        elif len(different) == 1:
             limit = 0.0
         pairs = list(zip(conversations.good, places, strict=True))
         super().__init__(

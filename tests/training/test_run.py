@@ -70,8 +70,8 @@ def talk(number: int) -> list[dict[str, Any]]:
     ]
 
 
-def chats(path: Path, **extra: Any) -> str:
-    rows = [json.dumps({"messages": talk(number), **extra}) for number in range(30)]
+def chats(path: Path, *, count: int = 30, **extra: Any) -> str:
+    rows = [json.dumps({"messages": talk(number), **extra}) for number in range(count)]
     path.write_text("\n".join(rows) + "\n", "utf-8")
     return str(path)
 
@@ -146,20 +146,58 @@ def test_a_template_without_tools_trains_without_tools(tmp_path: Path) -> None:
         ({"memory": {"rnk": 4}}, "did you mean 'rank'"),
         ({"memory": {"target_layers": [9]}}, "9"),
         ({"facts": {"changs": 0.1}}, "did you mean 'changes'"),
+        ({"facts": {"facts": 3}}, "facts: facts must be 2 values; found 3"),
+        ({"facts": {"changes": "often"}}, "facts: changes must be a number"),
+        ({"memory": {"alpha": "4e1", "write_strategy": "sentences"}}, "did you mean 'sentence'"),
         ({"report_to": ("trackio",)}, "not installed"),
         ({"push": "nobody/nothing"}, "no token"),
         ({"push": "nobody"}, "ORG/NAME"),
         ({"push": "https://hub/nobody/nothing"}, "ORG/NAME"),
         ({"data": ("personas",)}, "data_dir"),
+        ({"device": "cuda"}, "device: auto takes"),
     ],
 )
 def test_what_cannot_work_is_refused_before_weights_are_loaded(
     tmp_path: Path, changes: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(training, "find_spec", lambda _: None)
     with pytest.raises(AgentMemError, match=says):
         train(config(tmp_path / "out", **changes), on_progress=lambda _: None)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_place_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match="needs out"):
+        train(TrainConfig(model="nano", data=("facts",)))
+    with pytest.raises(ConfigError, match="file is a file"):
+        train(config(tmp_path / "file"), on_progress=lambda _: None)
+    with pytest.raises(ConfigError, match="cannot be written to"):
+        train(config(tmp_path / "file/out"), on_progress=lambda _: None)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_few_held_out_conversations_are_measured_against_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The foreign memory is that of another conversation, however many there are; alone there is no control."""
+    counts, losses = list[int](), MemoryStep.losses
+
+    def watched(step: MemoryStep, batch: Any, *rest: Any) -> Any:
+        counts.append(batch["count"])
+        return losses(step, batch, *rest)
+
+    monkeypatch.setattr(MemoryStep, "losses", watched)
+    few = {"data": (chats(tmp_path / "chats.jsonl", count=60),), "max_steps": 1, "evaluate_every": 1, "facts": {}}
+    train(config(tmp_path / "three", held_out=3, **few), on_progress=lambda _: None)
+    assert counts == [3, 3, 3]
+    counts.clear()
+    train(config(tmp_path / "one", held_out=1, **few), on_progress=lambda _: None)
+    assert not counts
+    assert "Not measured." in (tmp_path / "one/README.md").read_text("utf-8")
 
 
 class _Hub:
@@ -255,19 +293,39 @@ def test_out_of_memory_names_what_helps_with_sizes(tmp_path: Path, monkeypatch: 
         TrainingError, match=r"batch_size: 1 needs .* MB .*gradient_checkpointing.* MB.*truncate: \d .* MB"
     ):
         train(config(tmp_path / "out"), on_progress=lambda _: None)
+    small = {"batch_size": 1, "gradient_checkpointing": True, "truncate": 1}
+    with pytest.raises(TrainingError, match="What helps: shorter conversations"):  # all three are in use
+        train(config(tmp_path / "small", **small), on_progress=lambda _: None)
+
+
+def test_weights_that_do_not_fit_are_told_apart_from_steps_that_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(training, "load", full)
+    with pytest.raises(
+        TrainingError, match=r"weights were loaded: [\d,]+ parameters .*dtype: bfloat16 .*quantize: 4bit"
+    ):
+        train(config(tmp_path / "out", dtype="float32"), on_progress=lambda _: None)
 
 
 @pytest.mark.usefixtures("no_weights")
 def test_a_dry_run_marks_what_each_token_is_for(tmp_path: Path) -> None:
     shown = StringIO()
-    changes = {"data": (chats(tmp_path / "chats.jsonl"),), "history": "turns", "window_messages": 3}
-    dry_run(config(tmp_path / "out", **changes), Console(file=shown, width=200))
+    changes = {"data": (chats(tmp_path / "chats.jsonl"),), "history": "turns", "window_messages": 3, "out": ""}
+    with (tmp_path / "chats.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"messages": [}\n')
+    dry_run(TrainConfig(**{**MICRO, **changes}), Console(file=shown, width=200))
     text = shown.getvalue()
     # The earlier reply is in the window of the last turn: read again, not written again.
     assert "read               '<|im_start|>user" in text
     assert "written, loss 1" in text
     assert "chats.jsonl: 2" in text
-    assert not (tmp_path / "out").exists()
+    assert "left out: 1 with a bad line" in text
+    assert "chats.jsonl:31: not JSON" in text
+    assert "of which the losses are measured" in text
 
 
 def test_the_command_takes_a_file_and_options(tmp_path: Path) -> None:
@@ -279,6 +337,16 @@ def test_the_command_takes_a_file_and_options(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "written, loss 1" in result.output
     assert "are written before the others read" in result.output
+
+
+def test_ctrl_c_before_the_first_step_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train", interrupted)
+    result = CliRunner().invoke(app, ["--model", "nano", "--data", "facts", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert "--resume goes on" in result.output
 
 
 @pytest.mark.slow

@@ -135,6 +135,11 @@ def test_equal_conversations_are_on_one_side_and_small_files_have_both(chats: Pa
     assert (len(open_source(chats)), open_source(chats).held_out(3)) == (5, ())
     save(chats, lines(*map(talk, range(40))))
     assert open_source(chats, options=SourceOptions(held_out_share=0.0)).held_out(3) == ()
+    # Two, so that each has a foreign memory to be compared with.
+    for count in (4, 5, 6):
+        save(chats, lines(*map(talk, range(count))))
+        source = open_source(chats, options=SourceOptions(held_out_share=1e-9))
+        assert (len(source), len(source.held_out(100))) == (count - 2, 2)
 
 
 def test_what_a_file_lacks_is_counted(chats: Path) -> None:

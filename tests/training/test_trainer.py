@@ -109,7 +109,9 @@ def test_a_finished_run_is_only_loaded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_a_run_with_a_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_ends_a_run_with_a_checkpoint(
+    tmp_path: Path, number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
     def stop_at_3(now: Any) -> None:
         if now.step == 3:
             os.kill(os.getpid(), number)
@@ -118,6 +120,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint(tmp_path: Path, number: signal.Si
     handler = signal.getsignal(number)
     trainer.run()
     assert trainer.stopped
+    assert "a second Ctrl-C stops at once" in capfd.readouterr().err
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
     assert signal.getsignal(number) is handler
 

@@ -1,8 +1,8 @@
 """Ground rules of all tests: offline, one thread, reproducible, and nothing skipped that CI should have.
 
 - A missing service or extra is met with `needs`: it skips with the reason on your machine and fails where
-  CI=true, so that CI cannot turn green by skipping. Only a missing GPU skips everywhere, and slow tests of servers that
-  are in groups of their own (agent-server, ray).
+  CI=true, so that CI cannot turn green by skipping. Only a missing GPU skips everywhere, and slow tests of what is in
+  groups of its own (agent-server, ray, deepspeed).
 - torch is not imported here: a test that checks what is imported without it must be able to.
 """
 

@@ -64,7 +64,7 @@ class MemoryTrainer(TrainingLoop):
     ) -> None:
         self.steered, self._measure = steered, measure
         self._base = model_fingerprint(steered.model)  # now: later the weights may be spread over devices
-        # The frozen model is in no checkpoint, so it is not missing in one.
+        # What is frozen is in no checkpoint of DeepSpeed's, so it is not missing in one.
         step.register_load_state_dict_post_hook(_forgive_frozen)  # type: ignore[no-untyped-call]
         super().__init__(step, dataset, collate, weigh, config, arguments, on_progress=on_progress)
         if self.is_fsdp_enabled and measure is not None:
@@ -148,5 +148,7 @@ class MemoryTrainer(TrainingLoop):
                 self.control.should_training_stop = self.control.should_save = True
 
 
-def _forgive_frozen(_module: nn.Module, keys: Any) -> None:
-    keys.missing_keys[:] = [key for key in keys.missing_keys if not key.startswith("model.")]
+def _forgive_frozen(module: nn.Module, keys: Any) -> None:
+    # Also of the memory: weights of projections that it does not correct.
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    keys.missing_keys[:] = [key for key in keys.missing_keys if not key.startswith("model.") and key not in frozen]

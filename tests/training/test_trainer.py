@@ -93,6 +93,17 @@ def test_a_checkpoint_is_an_adapter_without_the_model(tmp_path: Path) -> None:
     ]
 
 
+def test_a_state_without_what_is_frozen_can_be_loaded(tmp_path: Path) -> None:
+    """As DeepSpeed stores it. What is frozen is the model, and weights of projections that are not corrected."""
+    trainer = toy_trainer(tmp_path)
+    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert any(not p.requires_grad for p in trainer.steered.memory.parameters())
+    trainer.model.load_state_dict(trained)
+    del trained["memory.0.delta_o_proj"]
+    with pytest.raises(RuntimeError, match=r"memory\.0\.delta_o_proj"):
+        trainer.model.load_state_dict(trained)
+
+
 def test_only_so_many_checkpoints_are_kept(tmp_path: Path) -> None:
     run(tmp_path, keep=2)
     assert [step for step, _ in checkpoints(tmp_path)] == [4, 6]

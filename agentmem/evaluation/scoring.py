@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import re
 import string
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -21,17 +20,8 @@ from typing import Any
 
 from agentmem.errors import MissingExtraError
 from agentmem.training.judging import contains
+from agentmem.training.words import content_words
 
-_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
-_UNITS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-    seventeen eighteen nineteen"""
-_NUMBERS = {word: str(n) for n, word in enumerate(_UNITS.split())} | {
-    word: str(10 * n) for n, word in enumerate(_TENS, 2)
-}
-_FUNCTION_WORDS = """a an the of in on at to for from by with and or as it its this that these those there is are was
-    were be been am do does did has have had i you he she we they me him her us them my your his our their"""
-_EMPTY = frozenset(_FUNCTION_WORDS.split())
-_TOKEN = re.compile(r"(\d+(?:,\d{3})+|\d+(?:[.:]\d+)*)(?:st|nd|rd|th)?|[^\W\d_]+")
 _ASIDE = re.compile(r"\([^()]*[^\W\d_][^()]*\)")  # brackets with a letter in them; those of "+49 (0) 62" are none
 _DOUBT = {"1"}  # "one" is a pronoun as often as it is a number
 
@@ -46,7 +36,7 @@ def states(answer: str, question: str, reply: str) -> bool:
     number, the reply names no other one but those of the question, so that a list of numbers is not right. An answer
     that begins with yes or no must be what the reply begins with.
     """
-    needed, said = _words(_ASIDE.sub(" ", answer)), _words(reply)
+    needed, said = content_words(_ASIDE.sub(" ", answer)), content_words(reply)
     if not needed:  # a title like "That"
         return contains(reply, answer.strip("\"' ."))
     if needed[0] in ("yes", "no"):
@@ -55,24 +45,7 @@ def states(answer: str, question: str, reply: str) -> bool:
     if not own <= words:
         return False
     numbers = _numbers(own)
-    return not numbers or _numbers(words) <= numbers | _numbers(frozenset(_words(question))) | _DOUBT
-
-
-@lru_cache(maxsize=8192)
-def _words(text: str) -> tuple[str, ...]:
-    """The words of a text that count, in the form in which they are compared."""
-    plain = unicodedata.normalize("NFKC", text).casefold().replace("’", "'")
-    plain = re.sub(r"'(s|re|ve|m|ll|d)\b", "", plain).replace("%", " percent ")
-    found = list[str]()
-    for match in _TOKEN.finditer(plain):
-        word = match[1] or match[0]
-        if match[1]:
-            found.append(word.replace(",", "").removesuffix(":00"))
-        elif word in _NUMBERS:
-            found.append(_NUMBERS[word])
-        elif word not in _EMPTY:
-            found.append(word[:-1] if len(word) > 3 and word[-1] == "s" and word[-2] != "s" else word)
-    return tuple(found)
+    return not numbers or _numbers(words) <= numbers | _numbers(frozenset(content_words(question))) | _DOUBT
 
 
 def _numbers(words: frozenset[str]) -> frozenset[str]:

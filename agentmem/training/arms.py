@@ -21,7 +21,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -50,6 +50,7 @@ from agentmem.training.contexts import (
     import_bm25s,
 )
 from agentmem.training.conversations import Conversation
+from agentmem.training.drafts import stands
 from agentmem.training.judging import MAX_WORDS, is_judged
 from agentmem.training.memory_bank import SUMMARY_TOKENS, MemoryBank
 from agentmem.training.predictions import (
@@ -301,44 +302,79 @@ class ArmMeasurement:
         banks: Mapping[int, MemoryBank],
     ) -> ArmReply:
         """One reply. Of the conversation the prompt shows its system messages, and what the arm shows."""
+        started, parts = time.monotonic(), SETUPS[question.arm].parts
+        if parts is None:
+            return self._turn(engine, question, states, banks, self._quoted(engine, question, banks), started)
+        drafting, showing = (replace(question, arm=arm) for arm in parts)
+        draft = self._turn(engine, drafting, states, banks, None, started)
+        kept = draft.kept_bytes + text_bytes(question.probe.told)
+        said = [draft.message.content, *(json.dumps(dict(call.arguments)) for call in draft.message.tool_calls)]
+        quoted = None
+        if not stands(" ".join(said), question.probe.ask.messages[-1].content, question.probe.told):
+            quoted = self._quoted(engine, showing, banks, spent=draft.prompt_tokens)
+        if quoted is None:
+            return replace(draft, kept_bytes=kept)
+        shown = self._turn(engine, showing, states, banks, quoted, started)
+        return replace(shown, prompt_tokens=draft.prompt_tokens + shown.prompt_tokens, kept_bytes=kept)
+
+    def _quoted(
+        self, engine: Engine, question: ArmQuestion, banks: Mapping[int, MemoryBank], spent: int = 0
+    ) -> Message | None:
+        """The message that quotes the conversation, for arms that have one; None too where nothing fits.
+
+        Args:
+            spent: tokens of a prompt before; with those the message takes no more than it would take without.
+        """
+        asked, told, setup = question.probe.ask, question.probe.told, SETUPS[question.arm]
+        system = [message for message in told if message.role == "system"]
+        search: Callable[[Callable[[Message], bool]], Message | None]
+        if setup.shows in ("best", "nearest"):
+            rank = self.nearest if setup.shows == "nearest" else None
+            search = partial(excerpts, told, asked.messages[-1].content, rank=rank)
+        elif setup.shows == "bank":
+            search = partial(banks[question.probe.conversation].excerpts, asked.messages[-1].content)
+        elif setup.shows == "compressed":
+            assert self.compress is not None
+            spoken = [message for message in told if message.role != "system"]
+            share = self.context_tokens / max(1, engine.count_tokens(spoken))
+            search = partial(compressed, told, share, compress=self.compress)
+        else:
+            return None
+
+        def size(quoted: Message) -> int:
+            return engine.count_tokens([*system, quoted, *asked.messages], asked.tools)
+
+        room = self._room(engine, [*system, *asked.messages], asked.tools)
+        quoted = search(lambda quoted: size(quoted) <= room)
+        if spent and quoted is not None:
+            room = size(quoted) - spent
+            quoted = search(lambda quoted: size(quoted) <= room)
+        return quoted
+
+    def _turn(
+        self,
+        engine: Engine,
+        question: ArmQuestion,
+        states: Mapping[int, MemoryState],
+        banks: Mapping[int, MemoryBank],
+        quoted: Message | None,
+        started: float,
+    ) -> ArmReply:
         asked, told, setup = question.probe.ask, question.probe.told, SETUPS[question.arm]
         system = [message for message in told if message.role == "system"]
         options = self._options(self.window)
         options["tools"] = asked.tools
         options["memory"] = setup.memory is not None
-        messages, context = [*system, *asked.messages], ""
+        messages = [*system, *([] if quoted is None else [quoted]), *asked.messages]
+        context = "" if quoted is None else quoted.content
         state = states[self.sources(question)[0]] if self.sources(question) else None
-        bank = banks[question.probe.conversation] if setup.shows == "bank" else None
-        started = time.monotonic()
         if setup.shows == "all":
             messages, options["window"] = [*told, *asked.messages], Window(tokens=None)
         elif setup.shows == "last":
             room = self._room(engine, messages, asked.tools)
             messages, options["window"] = [*told, *asked.messages], Window(tokens=room)
-        elif setup.shows in ("best", "nearest", "bank"):
-            room = self._room(engine, messages, asked.tools)
-            rank = self.nearest if setup.shows == "nearest" else None
-            search = partial(excerpts, told, rank=rank) if bank is None else bank.excerpts
-            quoted = search(
-                asked.messages[-1].content,
-                lambda quoted: engine.count_tokens([*system, quoted, *asked.messages], asked.tools) <= room,
-            )
-            if quoted is not None:
-                messages, context = [*system, quoted, *asked.messages], quoted.content
-        elif setup.shows == "compressed":
-            assert self.compress is not None
-            room = self._room(engine, messages, asked.tools)
-            spoken = [message for message in told if message.role != "system"]
-            quoted = compressed(
-                told,
-                self.context_tokens / max(1, engine.count_tokens(spoken)),
-                lambda quoted: engine.count_tokens([*system, quoted, *asked.messages], asked.tools) <= room,
-                self.compress,
-            )
-            if quoted is not None:
-                messages, context = [*system, quoted, *asked.messages], quoted.content
         kept = 0 if state is None else len(state.to_bytes())
-        if state is not None and (setup.memory == "foreign" or setup.shows in ("nothing", "best", "nearest")):
+        if state is not None and (setup.memory == "foreign" or setup.shows == "nothing"):
             # With its record emptied, since the history of this turn is not what it has consumed.
             state = state.replaced(record=ConsumedRecord.empty())
         if setup.memory == "foreign" and setup.shows == "all":
@@ -346,12 +382,12 @@ class ArmMeasurement:
         turn = engine.turn(messages, state, **options)
         seconds = time.monotonic() - started
         cut = setup.shows == "all" and turn.usage.input_tokens < engine.count_tokens(messages, asked.tools)
-        if bank is not None:
-            kept += bank.bytes
+        if setup.shows == "bank":
+            kept += banks[question.probe.conversation].bytes
         elif setup.shows == "compressed":
             kept += len(context.encode())
         elif setup.shows != "nothing":
-            text = sum(len(message.content.encode()) for message in told)
+            text = text_bytes(told)
             if setup.shows == "last":  # its part of the text, by tokens
                 tokens = engine.count_tokens([*told, *asked.messages]) - engine.count_tokens([*system, *asked.messages])
                 text = round(text * min(1.0, self.context_tokens / max(1, tokens)))
@@ -397,6 +433,8 @@ class ArmMeasurement:
             options.append(self.context_tokens)
         if setup.shows == "best":
             options.append("passages")  # replies to whole messages, of older versions, are not taken up
+        if setup.parts is not None:
+            options.append("draft")  # nor are those of one turn
         system = digests([message for message in probe.told if message.role == "system"])
         asked = [system, digests(ask.messages), list(ask.tools)]
         body = [arm, asked, options, fingerprints, place]
@@ -429,6 +467,11 @@ def partners(told: Mapping[int, Sequence[Message]]) -> dict[int, int]:
             elif others:
                 partners[number] = by_length[min(others, key=lambda other: (abs(other - length), other))][0]
     return partners
+
+
+def text_bytes(messages: Sequence[Message]) -> int:
+    """Bytes of the texts of messages."""
+    return sum(len(message.content.encode()) for message in messages)
 
 
 def digests(messages: Sequence[Message]) -> str:

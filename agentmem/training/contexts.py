@@ -17,8 +17,9 @@
     llmlingua      the model without memory, and the whole conversation compressed by LLMLingua-2
     window_memory  the conversation's own memory, and the last messages
     memory_bank    the model without memory, and passages and summaries that fade (`agentmem.training.memory_bank`)
-    hybrid         the conversation's own memory, and the passages that fit the question best
-    dense_hybrid   the conversation's own memory, and the passages that are nearest to the question
+    hybrid         `memory`, whose reply stands where what was said bears it out (`agentmem.training.drafts`); elsewhere
+                   `retrieval`, with so many tokens less as the first prompt had
+    dense_hybrid   the same of `memory` and `dense`
     constant       no model: the one answer that is right most often among questions of a kind
 
 The last messages and the best passages get the same number of tokens. A new arm that combines these parts is a line of
@@ -68,12 +69,14 @@ class ArmSetup:
             `MemoryBank` finds, all of them as a `Compressor` leaves them, or all of them.
         title: what a reader is told.
         static: whether the model has a static LoRA (`agentmem.training.static`).
+        parts: the arm that drafts a reply, and the one that is asked where the draft does not stand; None: one turn.
     """
 
     memory: Literal["own", "foreign", "empty"] | None
     shows: Literal["nothing", "last", "best", "nearest", "bank", "compressed", "all"]
     title: str
     static: bool = False
+    parts: tuple[Arm, Arm] | None = None
 
 
 SETUPS: dict[Arm, ArmSetup] = {
@@ -92,8 +95,15 @@ SETUPS: dict[Arm, ArmSetup] = {
     "memory_bank": ArmSetup(None, "bank", "passages and summaries that fade (as MemoryBank) in the prompt, no memory"),
     "llmlingua": ArmSetup(None, "compressed", "whole conversation compressed by LLMLingua-2 in the prompt, no memory"),
     "window_memory": ArmSetup("own", "last", "its own memory, and last messages in the prompt"),
-    "hybrid": ArmSetup("own", "best", "its own memory, and best passages by BM25 in the prompt"),
-    "dense_hybrid": ArmSetup("own", "nearest", "its own memory, and nearest passages by a sentence model"),
+    "hybrid": ArmSetup(
+        "own",
+        "best",
+        "its own memory; best passages by BM25 where its reply fails",
+        parts=("memory", "retrieval"),
+    ),
+    "dense_hybrid": ArmSetup(
+        "own", "nearest", "its own memory; nearest passages where its reply fails", parts=("memory", "dense")
+    ),
     "constant": ArmSetup(None, "nothing", "best constant answer, no model"),
 }
 

@@ -71,9 +71,9 @@ def test_every_arm_is_reported(done: tuple[Result, Path, list[str]]) -> None:
     assert tokens["memory"] == tokens["zero"] == tokens["foreign"] == tokens["bare"]
     assert tokens["bare"] < tokens["window"] <= tokens["bare"] + 48
     assert tokens["bare"] < tokens["retrieval"] <= tokens["bare"] + 48
-    assert tokens["hybrid"] == tokens["retrieval"]
+    assert tokens["memory"] <= tokens["hybrid"] <= tokens["retrieval"]
     assert tokens["bare"] < tokens["dense"] <= tokens["bare"] + 48
-    assert tokens["dense_hybrid"] == tokens["dense"]
+    assert tokens["memory"] <= tokens["dense_hybrid"] <= tokens["dense"]
     assert tokens["whole_memory"] == tokens["whole_foreign"] == tokens["whole"]
     assert tokens["bare"] < tokens["memory_bank"] <= tokens["bare"] + 48
     assert tokens["window_memory"] == tokens["window"]
@@ -111,7 +111,8 @@ def test_every_reply_is_kept_with_its_prompt(done: tuple[Result, Path, list[str]
         assert row["model_fingerprint"]
         assert row["adapter_fingerprint"]
         assert row["prompt"] in [[["user", booking[4]]] for booking in BOOKINGS]
-        assert bool(row["context"]) == (row["arm"] in ("retrieval", "dense", "memory_bank", "hybrid", "dense_hybrid"))
+        if "hybrid" not in row["arm"]:  # which quotes where the memory's reply does not stand
+            assert bool(row["context"]) == (row["arm"] in ("retrieval", "dense", "memory_bank"))
     assert any("user: At Rokko." in row["context"] for row in lines)
 
 

@@ -86,17 +86,40 @@ def test_only_the_whole_conversation_is_in_a_prompt(results: ArmResults) -> None
 
 
 def test_arms_may_show_part_of_the_conversation(nano: Engine, probes: tuple[Probe, ...]) -> None:
-    arms: tuple[Arm, ...] = ("bare", "window", "retrieval", "window_memory", "hybrid", "constant")
+    arms: tuple[Arm, ...] = ("bare", "window", "retrieval", "window_memory", "constant")
     shown = measure(nano, probes[:6], arms, context_tokens=24)
     tokens = {arm: shown.prompt_tokens(arm) for arm in arms}
     assert tokens["constant"] == 0
     for arm in ("window", "retrieval"):
         assert tokens["bare"] < tokens[arm] <= tokens["bare"] + 24
-    assert (tokens["window_memory"], tokens["hybrid"]) == (tokens["window"], tokens["retrieval"])
+    assert tokens["window_memory"] == tokens["window"]
     assert shown.share("window_memory").value > 0.6
     assert 0 < shown.share("constant").value < 0.9
     assert shown.seconds("constant") == 0 < shown.seconds("window")
     assert shown.gain_over("window_memory", "bare", "constant").value > 0.2
+
+
+def test_the_hybrid_shows_passages_only_where_the_memory_fails(
+    nano: Engine, probes: tuple[Probe, ...], tmp_path: Path
+) -> None:
+    def asked(max_tokens: int) -> dict[str, list[dict[str, Any]]]:
+        path = tmp_path / f"{max_tokens}.jsonl"
+        arms: tuple[Arm, ...] = ("memory", "retrieval", "hybrid")
+        measure(nano, probes[:4], arms, context_tokens=64, max_tokens=max_tokens, predictions=path)
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        return {arm: sorted((r for r in rows if r["arm"] == arm), key=lambda r: str(r["prompt"])) for arm in arms}
+
+    whole = asked(24)
+    for memory, hybrid in zip(whole["memory"], whole["hybrid"], strict=True):
+        assert memory["right"], "else this test says nothing"
+        assert hybrid["reply"] == memory["reply"]
+        assert hybrid["prompt_tokens"] == memory["prompt_tokens"]
+        assert not hybrid["context"]
+        assert hybrid["kept_bytes"] > memory["kept_bytes"]
+    cut = asked(1)  # one token states nothing, so no draft stands
+    for memory, retrieval, hybrid in zip(cut["memory"], cut["retrieval"], cut["hybrid"], strict=True):
+        assert hybrid["context"]
+        assert memory["prompt_tokens"] < hybrid["prompt_tokens"] <= retrieval["prompt_tokens"]
 
 
 def test_a_ranker_decides_which_passages_dense_shows(nano: Engine, probes: tuple[Probe, ...], tmp_path: Path) -> None:

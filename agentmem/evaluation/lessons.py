@@ -20,6 +20,8 @@ from agentmem.training.conversations import Ask, SourceFile
 from agentmem.training.predictions import Probe
 
 _HOTPOT_FILES = ("hipporag_train_100.json", "meve_dev_100.json", "amor_dev.jsonl")
+# The whole dev set: as HotpotQA's own page has it, and as the hub has it.
+_HOTPOT_DEV = ("hotpot_dev_distractor_v1.json", "distractor/validation-00000-of-00001.parquet")
 
 LABELS = 8
 """How many labels a conversation of `ttl` teaches."""
@@ -39,7 +41,8 @@ def hotpotqa(data: TaskData) -> Task:
     """`hotpotqa`: ten paragraphs are told, one a message, and then a question that two of them answer."""
     files = list[SourceFile]()
     probes = list[tuple[tuple[Message, ...], Ask]]()
-    for name in _HOTPOT_FILES:
+    whole = [name for name in _HOTPOT_DEV if (data.path / name).is_file()][:1]
+    for name in whole or _HOTPOT_FILES:
         path = data.path / name
         for row in read_objects(path, files):
             try:

@@ -93,6 +93,12 @@ def hotpot_exact(answer: str, reply: str) -> float:
     return float(_without(answer, "a|an|the") == _without(reply, "a|an|the"))
 
 
+def same_text(answer: str, reply: str, *, whole: bool) -> bool:
+    """Whether a reply is an answer, or has it as a part; articles, punctuation and letter case do not count."""
+    own, said = (" ".join(_without(text, "a|an|the")) for text in (answer, reply))
+    return own == said if whole else own in said
+
+
 def _without(text: str, articles: str) -> Sequence[str]:
     return re.sub(rf"\b(?:{articles})\b", " ", text.lower().translate(_PUNCTUATION)).split()
 

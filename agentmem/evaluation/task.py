@@ -10,7 +10,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
-from agentmem.errors import DataError
+from agentmem.errors import DataError, MissingExtraError
 from agentmem.evaluation.facts import SEED
 from agentmem.evaluation.judge import Judge
 from agentmem.training.contexts import ARMS, Arm
@@ -107,12 +107,15 @@ def read_bytes(path: Path, files: list[SourceFile]) -> bytes:
 
 
 def read_objects(path: Path, files: list[SourceFile]) -> list[dict[str, Any]]:
-    """The objects of a JSONL file, or of a JSON file that is a list of objects; see `read_bytes`.
+    """The objects of a JSONL file, of a JSON file that is a list of objects, or of a Parquet file; see `read_bytes`.
 
     Raises:
         DataError: the file is in another form, or empty.
+        MissingExtraError: it is a Parquet file, and pyarrow is not installed.
     """
     content = read_bytes(path, files)
+    if path.suffix == ".parquet":
+        return _read_parquet(path, content)
     kind = "a list of JSON objects" if path.suffix == ".json" and content.lstrip()[:1] == b"[" else "lines"
     try:
         if kind == "lines":
@@ -124,6 +127,19 @@ def read_objects(path: Path, files: list[SourceFile]) -> list[dict[str, Any]]:
     if not rows or not all(isinstance(row, dict) for row in rows):
         found = "nothing in it" if not rows else "other values"
         raise DataError(f"{files[-1].path} has one JSON object per line, or a list of objects; found {found}")
+    return rows
+
+
+def _read_parquet(path: Path, content: bytes) -> list[dict[str, Any]]:
+    try:
+        from pyarrow import ArrowException, BufferReader
+        from pyarrow.parquet import read_table
+    except ImportError:
+        raise MissingExtraError("pyarrow", "eval") from None
+    try:
+        rows: list[dict[str, Any]] = read_table(BufferReader(content)).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{path} is a Parquet file; found another form ({error}); fetch it again") from error
     return rows
 
 

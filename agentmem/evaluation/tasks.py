@@ -8,6 +8,7 @@
     locomo        questions about long talks of two people (there)
     hotpotqa      questions about ten paragraphs that were told before (`agentmem.evaluation.lessons`)
     ttl           labels that were taught by examples (there)
+    memoryagentbench   questions about long contexts that were told in pieces (`agentmem.evaluation.agent_bench`)
     gpqa          questions of GPQA with four choices, with the memory full of other talk (`agentmem.evaluation.gpqa`)
     ifeval        instructions that a program checks, with the memory full of other talk: does a memory do harm?
     own           questions of the user's (`agentmem.evaluation.own`)
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from agentmem.errors import ConfigError, DataError
+from agentmem.evaluation.agent_bench import memoryagentbench
 from agentmem.evaluation.facts import SEED
 from agentmem.evaluation.gpqa import gpqa
 from agentmem.evaluation.histories import locomo, longmemeval, longmemeval_judge
@@ -53,6 +55,7 @@ FOLDERS = {
     "ttl": "mab_ttl",
     "ifeval": "ifeval",
     "gpqa": "gpqa",
+    "memoryagentbench": "memoryagentbench",
 }
 """The folder of each task's data inside a data directory."""
 
@@ -191,7 +194,8 @@ def _bfcl_plain(text: str) -> str:
 
 def _ifeval(data: TaskData) -> Task:
     files = list[SourceFile]()
-    rows = read_objects(data.path / "input_data.jsonl", files)
+    published = data.path / "ifeval_input_data.jsonl"  # as its hub page names it
+    rows = read_objects(published if published.is_file() else data.path / "input_data.jsonl", files)
     prompts, skipped = ifeval_prompts(rows, data.path)
     prompts = by_hash(prompts, lambda prompt: prompt.text)
     talks = other_talk(data.seed)
@@ -225,6 +229,7 @@ TASKS: dict[str, Callable[[TaskData], Task]] = {
     "ttl": ttl,
     "ifeval": _ifeval,
     "gpqa": gpqa,
+    "memoryagentbench": memoryagentbench,
     OWN: own,
 }
 """All tasks, by name."""

@@ -115,7 +115,8 @@ def evaluate(
             metavar="TASK,...",
             help='"recall": nano\'s language; "curves": fading and filling; or some of "facts" (natural English), '
             '"sgd", "bfcl-memory", '
-            '"longmemeval", "longmemeval-judge", "locomo", "hotpotqa", "ttl", "ifeval", "gpqa", "own".',
+            '"longmemeval", "longmemeval-judge", "locomo", "hotpotqa", "ttl", "memoryagentbench", "ifeval", "gpqa", '
+            '"own".',
         ),
     ] = "recall",
     suite: Annotated[

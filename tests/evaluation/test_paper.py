@@ -15,7 +15,7 @@ from agentmem.evaluation.report import BEGIN, END
 from agentmem.evaluation.suites import PAPER_ADAPTER, PAPER_MODEL, SUITE_ARMS, suite_table, suite_tasks
 from agentmem_cli.app import app
 from tests.helpers.chatterer import save_chatterer
-from tests.helpers.task_data import save_gpqa, save_hotpotqa, save_ifeval, save_locomo, save_ttl
+from tests.helpers.task_data import save_gpqa, save_hotpotqa, save_ifeval, save_locomo, save_memoryagentbench, save_ttl
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_suite_fills_the_papers_table(model: Path, tmp_path: Path) -> None:
-    for save in (save_ifeval, save_hotpotqa, save_ttl, save_locomo):
+    for save in (save_ifeval, save_hotpotqa, save_ttl, save_locomo, save_memoryagentbench):
         save(tmp_path / "data")
     page = tmp_path / "page.md"
     page.write_text(f"{BEGIN}\n{END}\n", "utf-8")
@@ -47,7 +47,7 @@ def test_the_suite_fills_the_papers_table(model: Path, tmp_path: Path) -> None:
     assert finished.exit_code == 0, finished.output
     results = json.loads((tmp_path / "out" / "results.json").read_text("utf-8"))
     assert results["context_tokens"] == 2048
-    assert [task["task"] for task in results["tasks"]] == ["ifeval", "hotpotqa", "ttl", "locomo"]
+    assert [task["task"] for task in results["tasks"]] == ["ifeval", "hotpotqa", "memoryagentbench", "ttl", "locomo"]
     by_task = {task["task"]: task["arms"] for task in results["tasks"]}
     assert set(by_task["hotpotqa"]) == set(SUITE_ARMS)
     assert by_task["hotpotqa"]["whole_memory"]["prompt_tokens"] == by_task["hotpotqa"]["whole"]["prompt_tokens"]
@@ -56,7 +56,11 @@ def test_the_suite_fills_the_papers_table(model: Path, tmp_path: Path) -> None:
     assert table.rstrip() in page.read_text("utf-8")
     share = by_task["ifeval"]["zero"]["share"]
     assert f"| delta-mem, token writing | 82.99 | {100 * share:.2f} (" in table
-    assert "| 40.40 | `gpqa/gpqa_diamond.csv`, from its gated hub page | 36.48 | no task" in table
+    (token_writing, _) = (line for line in table.splitlines() if line.startswith("| delta-mem, token writing"))
+    share = by_task["memoryagentbench"]["whole_memory"]["share"]
+    assert f"| 40.40 | `gpqa/gpqa_diamond.csv`, from its gated hub page | 36.48 | {100 * share:.2f} (" in token_writing
+    share = results["tasks"][2]["kinds"]["test-time learning"]["whole_memory"]["share"]
+    assert f"| 40.64 | {100 * share:.2f} (" in token_writing
     assert "| MemGen (the paper's figures only) | 39.37 |  | 5.36 |  |" in table
     share = by_task["locomo"]["constant"]["scores"]["LoCoMo F1"]["value"]
     (row,) = (line for line in table.splitlines() if line.startswith("| best constant answer"))
@@ -78,7 +82,7 @@ def test_a_suite_needs_its_data_and_no_tasks(tmp_path: Path) -> None:
         suite_tasks("table", [tmp_path])
     with pytest.raises(ConfigError, match="--data-dir"):
         suite_tasks("paper", [])
-    with pytest.raises(DataError, match="ifeval, hotpotqa, gpqa, mab_ttl, locomo; found none"):
+    with pytest.raises(DataError, match="ifeval, hotpotqa, gpqa, memoryagentbench, mab_ttl, locomo; found none"):
         suite_tasks("paper", [tmp_path])
     finished = CliRunner().invoke(app, ["evaluate", "--suite", "paper", "--task", "sgd"])
     assert isinstance(finished.exception, ConfigError)

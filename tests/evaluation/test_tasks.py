@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from agentmem import Message
 from agentmem.errors import ConfigError, DataError
+from agentmem.evaluation.agent_bench import pieces
 from agentmem.evaluation.lessons import EXAMPLES, LABELS
 from agentmem.evaluation.task import Task
 from agentmem.evaluation.tasks import TASKS, bfcl_accepts, open_task
@@ -22,8 +24,10 @@ from tests.helpers.task_data import (
     save_ifeval,
     save_locomo,
     save_longmemeval,
+    save_memoryagentbench,
     save_sgd,
     save_ttl,
+    write_json,
     write_lines,
 )
 
@@ -223,6 +227,75 @@ CAT = [{"role": "user", "content": "My cat is called Mia."}, {"role": "assistant
 PLACE = [{"role": "user", "content": "I live in New York City."}]
 
 
+def test_hotpotqa_takes_the_whole_dev_set_where_it_is_there(data: Path) -> None:
+    few = open_task("hotpotqa", [data])
+    row = json.loads((data / "hotpotqa" / "hipporag_train_100.json").read_text("utf-8"))[0]
+    official = row | {"_id": "5a8b57f2", "level": "hard", "supporting_facts": [["Rokko", 0]], "question": "Where?"}
+    write_json(data / "hotpotqa" / "hotpot_dev_distractor_v1.json", [official])
+    whole = open_task("hotpotqa", [data])
+    assert len(few.probes) == 3
+    assert [probe.ask.messages[0].content for probe in whole.probes] == ["Where? Answer in a few words."]
+    assert whole.probes[0].told == next(p.told for p in few.probes if p.ask.reply.content == "yes")
+
+
+def test_ifeval_takes_the_file_of_its_hub_page(data: Path) -> None:
+    (data / "ifeval" / "input_data.jsonl").rename(data / "ifeval" / "ifeval_input_data.jsonl")
+    assert open_task("ifeval", [data]).files[0].path.name == "ifeval_input_data.jsonl"
+
+
+def test_memoryagentbench_reads_the_files_of_its_hub_page(tmp_path: Path) -> None:
+    save_memoryagentbench(tmp_path)
+    task = open_task("memoryagentbench", [tmp_path])
+    assert {file.path.name for file in task.files} == {
+        "Accurate_Retrieval-00000-of-00001.parquet",
+        "Test_Time_Learning-00000-of-00001.parquet",
+        "Conflict_Resolution.jsonl",
+    }
+    assert task.kinds == ("accurate retrieval", "test-time learning", "conflict resolution")
+    asked = {probe.ask.reply.content: probe for probe in task.probes}
+    assert set(asked) == {"Kobe", "a mountain", "Mia", "11", "Oslo"}
+    assert asked["Kobe"].conversation == asked["a mountain"].conversation != asked["Mia"].conversation
+    assert asked["11"].told == (Message("user", "Where is my card?\nlabel: 11\nI lost my card.\nlabel: 12"),)
+    assert sorted(task.skipped) == [
+        "a recommendation, scored by its place in a list of films (not read)",
+        "an answer of LongMemEval of more than 40 characters (needs a judge)",
+    ]
+    (score,) = task.scores.values()
+    for answer, reply, is_right, matched in (
+        ("Kobe", "It is the port of Kobe.", True, 1.0),
+        ("Kobe", "Osaka", False, 0.0),
+        ("a mountain", "Mountain.", False, 1.0),  # their match leaves articles out
+        ("11", "11", True, 1.0),
+        ("11", "label: 11", True, 0.0),
+        ("11", "11 or 12", False, 0.0),
+        ("Oslo", "In Oslo, not in Lima", True, 1.0),
+    ):
+        number = task.probes.index(asked[answer])
+        assert right(task, number, reply) is is_right, (answer, reply)
+        assert score(asked[answer].ask, reply) == matched, (answer, reply)
+
+
+def test_a_context_is_told_in_pieces_of_whole_lines() -> None:
+    text = "One.\nTwo. Two more.\n" + "A long line. " * 30
+    cut = pieces(text, most=60)
+    assert all(len(piece) <= 60 for piece in cut)
+    assert cut[0] == "One.\nTwo. Two more."
+    assert " ".join(cut).split() == text.split()
+
+
+def test_memoryagentbench_says_what_it_reads(tmp_path: Path) -> None:
+    (tmp_path / "memoryagentbench").mkdir()
+    with pytest.raises(DataError, match=r"SPLIT-\*\.parquet .*found none; fetch ai-hyz/MemoryAgentBench"):
+        open_task("memoryagentbench", [tmp_path])
+    (tmp_path / "memoryagentbench" / "Test_Time_Learning-0.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="is a Parquet file; found another form"):
+        open_task("memoryagentbench", [tmp_path])
+    write_lines(tmp_path / "memoryagentbench" / "Accurate_Retrieval.jsonl", [{"context": "a", "questions": ["b"]}])
+    (tmp_path / "memoryagentbench" / "Test_Time_Learning-0.parquet").unlink()
+    with pytest.raises(DataError, match="has a context, questions"):
+        open_task("memoryagentbench", [tmp_path])
+
+
 def test_own_questions_come_from_a_file(tmp_path: Path) -> None:
     rows: list[object] = [
         {"messages": CAT, "question": "What is my cat called?", "answers": ["Mia", "Mia the cat"], "kind": "names"},
@@ -328,4 +401,5 @@ def test_what_cannot_be_opened_is_named(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--data"):
         open_task("own", [data])
     histories = {"longmemeval", "longmemeval-judge", "locomo"}
-    assert set(TASKS) == histories | {"sgd", "bfcl-memory", "hotpotqa", "ttl", "ifeval", "gpqa", "own"}
+    lessons = {"hotpotqa", "ttl", "memoryagentbench"}
+    assert set(TASKS) == histories | lessons | {"sgd", "bfcl-memory", "ifeval", "gpqa", "own"}

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 BOOKINGS = (
     ("A table in Albany, please.", "Where?", "At Rokko.", "When?", "At two.", "A table at Rokko in Albany at 2 pm?"),
     ("I want a room in Oslo.", "Which hotel?", "The Sage.", "When?", "Today.", "A room at the Sage in Oslo, today?"),
@@ -171,6 +173,60 @@ def save_ttl(directory: Path) -> None:
     for name, part in (("train", rows), ("test", test)):
         with (folder / f"banking77_{name}.csv").open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([("text", "category"), *part])
+
+
+MAB_ROWS: dict[str, list[dict[str, Any]]] = {
+    "Accurate_Retrieval": [
+        {
+            "context": "Document 1:\nRokko is a mountain.\n\nDocument 2:\nKobe is the port below Rokko.",
+            "questions": ["Which port is below Rokko?", "What is Rokko?"],
+            "answers": [["Kobe", "the port of Kobe"], ["a mountain"]],
+            "metadata": {"source": "ruler_qa1_197K", "demo": None, "qa_pair_ids": ["ruler_1", "ruler_2"]},
+        },
+        {
+            "context": "User: My cat is called Mia.",
+            "questions": ["What is my cat called?", "What do I like?"],
+            "answers": [["Mia"], ["The reply should name films of Ozu, and no others."]],
+            "metadata": {"source": "longmemeval_s*", "question_types": ["single-session-user"] * 2},
+        },
+    ],
+    "Test_Time_Learning": [
+        {
+            "context": "Where is my card?\nlabel: 11\nI lost my card.\nlabel: 12",
+            "questions": ["Has my card been sent?"],
+            "answers": [["11"]],
+            "metadata": {"source": "icl_banking77_5900shot_balance"},
+        },
+        {
+            "context": "I like Aurora.",
+            "questions": ["Which film is next?"],
+            "answers": [["7", "9"]],
+            "metadata": {"source": "recsys_redial_full"},
+        },
+    ],
+    "Conflict_Resolution": [
+        {
+            "context": "0. Mia lives in Lima.\n1. Mia lives in Oslo.",
+            "questions": ["Where does Mia live?"],
+            "answers": [["Oslo"]],
+            "metadata": {"source": "factconsolidation_sh_6k"},
+        }
+    ],
+}
+"""Rows in the form of ai-hyz/MemoryAgentBench, by split."""
+
+
+def save_memoryagentbench(directory: Path) -> None:
+    """`memoryagentbench/`: three of its splits, two as Parquet files (as a download of its hub page), one as JSONL."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    folder = directory / "memoryagentbench"
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    for split, rows in MAB_ROWS.items():
+        if split == "Conflict_Resolution":
+            write_lines(folder / f"{split}.jsonl", rows)
+        else:
+            table = pyarrow.Table.from_pylist(rows)
+            parquet.write_table(table, folder / "data" / f"{split}-00000-of-00001.parquet")
 
 
 def save_gpqa(directory: Path) -> None:

@@ -99,6 +99,8 @@ def tasks(tmp_path: Path) -> Any:
 
 @pytest.mark.filterwarnings("ignore")  # of lm-eval's and datasets' own
 def test_their_tasks_run_with_it(tasks: Any) -> None:
+    import agentmem.evaluation.lm_eval_model  # noqa: F401  # makes the class known
+
     results = lm_eval.simple_evaluate(
         model="agentmem",
         model_args={"pretrained": "nano", "arm": "foreign"},
@@ -113,6 +115,38 @@ def test_their_tasks_run_with_it(tasks: Any) -> None:
     assert results["n-samples"]["ifeval_here"]["effective"] == 2
     assert results["config"]["arm"] == "foreign"
     assert results["config"]["adapter_fingerprint"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ruler_runs_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RULER's own needle in its repeated haystack, which it makes itself: no file, only a tokenizer and word lists."""
+    pytest.importorskip("wonderwords")
+    nltk = pytest.importorskip("nltk")
+    monkeypatch.setattr(nltk, "download", lambda *_: False)  # of punkt_tab, which cuts its essays alone
+    from lm_eval.tasks import TaskManager
+
+    import agentmem.evaluation.lm_eval_model  # makes the class known
+
+    home = Path(lm_eval.__file__).parent / "tasks" / "ruler"
+    lines = [f"include: {home / 'niah_single_1.yaml'}", "task: needle_here", "metric_list:", '  - metric: "384"']
+    lines += ["    aggregation: mean", "    higher_is_better: true"]
+    (tmp_path / "needle.yaml").write_text("\n".join(lines) + "\n")
+    nano = Path(agentmem.__file__).parent / "nano" / "weights"
+    found = lm_eval.simple_evaluate(
+        model="agentmem",
+        model_args={"pretrained": "nano", "arm": "foreign"},
+        tasks=["needle_here"],
+        task_manager=TaskManager(
+            include_path=str(tmp_path),
+            include_defaults=False,
+            metadata={"tokenizer": str(nano), "max_seq_lengths": [384]},
+        ),
+        gen_kwargs={"max_gen_toks": 4},
+        limit=2,
+        bootstrap_iters=0,
+    )
+    assert 0 <= found["results"]["needle_here"]["384,none"] <= 1
+    assert found["n-samples"]["needle_here"]["effective"] == 2
 
 
 def test_what_cannot_be_compared_is_refused() -> None:

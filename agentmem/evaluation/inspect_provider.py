@@ -42,16 +42,22 @@ from agentmem.loading import load
 from agentmem.messages import Message
 from agentmem.prompt.transcript import Window
 from agentmem.training.arms import CONTEXT_TOKENS, ArmMeasurement, digests, partners
+from agentmem.training.compression import LLMLingua2
 from agentmem.training.contexts import COMPRESSED, NEAREST, SETUPS, STATIC, Arm
 from agentmem.training.conversations import Ask
 from agentmem.training.judging import judge
 from agentmem.training.predictions import ArmQuestion, ArmReply, Probe
+from agentmem.training.static import StaticAdapter
 
 ASKED_AT_ONCE = 32
 """Samples that are asked at once, unless --max-connections says otherwise; the engine decodes them in one batch."""
 
-_OURS = ("constant", *COMPRESSED, *NEAREST, *STATIC)  # need more than a conversation and a model
-_ARMS: dict[str, Arm] = {str(arm): arm for arm in SETUPS if arm not in _OURS}
+_ELSEWHERE: dict[str, str] = {
+    "constant": "no model replies: it is chosen from the answers of all questions of a task",
+    **dict.fromkeys(NEAREST, "passages are ranked through a fact store in Chroma, which is no part of this provider"),
+}
+"""The arms that cannot run here, and why."""
+_ARMS: dict[str, Arm] = {str(arm): arm for arm in SETUPS if arm not in _ELSEWHERE}
 _CLASSES: dict[str, Callable[..., ChatMessage]] = {
     "system": ChatMessageSystem,
     "user": ChatMessageUser,
@@ -71,9 +77,13 @@ class AgentmemAPI(ModelAPI):  # type: ignore[misc]
         arm: who replies.
         context_tokens: most tokens that arms with some of the conversation show of it.
         device, dtype: as for `agentmem.load`.
+        static: the directory of a LoRA of `agentmem train --static`, for the arms that have one.
+        llmlingua: the weights of LLMLingua-2, for the arm `llmlingua`: a directory or a hub id.
 
     Raises:
-        ConfigError: there is no such arm.
+        AdapterError: there is no LoRA in the directory.
+        ConfigError: there is no such arm, it cannot run here, or what it needs is not named.
+        MissingExtraError: an arm needs a package that is not installed.
     """
 
     def __init__(
@@ -88,12 +98,33 @@ class AgentmemAPI(ModelAPI):  # type: ignore[misc]
         context_tokens: int = CONTEXT_TOKENS,
         device: str = "auto",
         dtype: str = "auto",
+        static: str | None = None,
+        llmlingua: str | None = None,
     ) -> None:
         super().__init__(model_name, base_url, api_key, [], config or GenerateConfig())
+        if arm in _ELSEWHERE:
+            raise ConfigError(
+                f"the arm {arm} cannot run under inspect_ai ({_ELSEWHERE[arm]}); measure it with `agentmem evaluate "
+                f"--arms {arm}`, or take another arm"
+            )
         if arm not in _ARMS:
-            missing = " (only `agentmem evaluate` measures that one)" if arm in SETUPS else ""
-            raise ConfigError(f"arm is one of {', '.join(_ARMS)}; found {arm!r}{missing}")
+            raise ConfigError(f"arm is one of {', '.join(_ARMS)}; found {arm!r}")
         self._arm, self._context_tokens = _ARMS[arm], context_tokens
+        self._static, self._compress = None, None
+        if self._arm in STATIC:
+            if static is None:
+                raise ConfigError(
+                    f"the arm {arm} needs a static LoRA: train one (agentmem train --static), and name its directory "
+                    "(-M static=DIR)"
+                )
+            self._static = StaticAdapter.find(Path(static))
+        if self._arm in COMPRESSED:
+            if llmlingua is None:
+                raise ConfigError(
+                    f"the arm {arm} compresses with the weights of LLMLingua-2, which are not at hand; name them "
+                    "(-M llmlingua=MODEL)"
+                )
+            self._compress = LLMLingua2(llmlingua, device)
         self._load = partial(load, model_name, False if adapter == "none" else adapter, device, dtype)
         self._engine: Engine | None = None
         self._lock = threading.Lock()
@@ -135,7 +166,9 @@ class AgentmemAPI(ModelAPI):  # type: ignore[misc]
 
     def _reply(self, messages: tuple[Message, ...], max_tokens: int) -> ArmReply:
         with self._lock:
-            self._engine = engine = self._engine or self._load()
+            if self._engine is None:
+                self._engine = self._load() if self._static is None else self._static.into(self._load())
+            engine = self._engine
         ask = Ask(messages[-1:], Message("assistant", ""))
         probes = [Probe(messages[:-1], ask, 0)]
         if self._arm == "foreign":
@@ -147,7 +180,15 @@ class AgentmemAPI(ModelAPI):  # type: ignore[misc]
                 )
             probes.append(Probe(other, ask, 1))
         run = ArmMeasurement(
-            engine, tuple(probes), "remember", Window(messages=1), self._context_tokens, max_tokens, concurrency=1
+            engine,
+            tuple(probes),
+            "remember",
+            Window(messages=1),
+            self._context_tokens,
+            max_tokens,
+            concurrency=1,
+            compress=self._compress,
+            static="" if self._static is None else self._static.fingerprint,
         )
         run.check([self._arm])
         question = ArmQuestion(probes[0], self._arm, "")

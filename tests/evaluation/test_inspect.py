@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from agentmem import MemoryConfig, load
 from agentmem.errors import ConfigError
+from agentmem.training.static import attach_static
 from tests.helpers.task_data import save_hotpotqa, write_lines
 
 inspect_ai = pytest.importorskip("inspect_ai")
@@ -69,6 +72,23 @@ def test_an_arm_knows_what_it_may(run: Callable[..., Any], arm: str, accuracy: f
         assert set(sample.metadata) == {"conversation", "kind"}
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # of peft
+def test_a_static_lora_replies_in_place_of_the_memory(run: Callable[..., Any], tmp_path: Path) -> None:
+    with load("nano", adapter=False) as engine:
+        lora = attach_static(engine.model, MemoryConfig(rank=2), seed=0)
+        for name, weights in lora.named_parameters():
+            if "lora_B" in name:
+                weights.data.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
+        lora.save_pretrained(tmp_path / "lora")
+    said = {}
+    for arm, options in (("bare", {}), ("static", {"static": str(tmp_path / "lora")})):
+        log = run(arm=arm, **options)
+        assert log.status == "success", log.error
+        said[arm] = [sample.output.completion for sample in log.samples]
+        assert all(sample.output.metadata["kept_bytes"] == 0 for sample in log.samples)
+    assert said["static"] != said["bare"]
+
+
 def test_public_tasks_are_tasks_of_theirs(run: Callable[..., Any], tmp_path: Path) -> None:
     from agentmem.evaluation.inspect_provider import INSPECT_TASKS
 
@@ -83,8 +103,16 @@ def test_public_tasks_are_tasks_of_theirs(run: Callable[..., Any], tmp_path: Pat
 async def test_what_cannot_be_compared_is_refused() -> None:
     from agentmem.evaluation.inspect_provider import AgentmemAPI
 
-    with pytest.raises(ConfigError, match=r"arm is one of memory, .*found 'llmlingua' .only `agentmem evaluate`"):
-        AgentmemAPI("nano", arm="llmlingua")
+    for arm, options, message in (
+        ("memories", {}, r"arm is one of memory, .*found 'memories'"),
+        ("dense", {}, r"cannot run under inspect_ai \(passages .*Chroma.*`agentmem evaluate --arms dense`"),
+        ("constant", {}, "no model replies"),
+        ("static", {}, r"name its directory \(-M static=DIR\)"),
+        ("llmlingua", {}, r"name them \(-M llmlingua=MODEL\)"),
+        ("llmlingua", {"llmlingua": "mine"}, "llmlingua tells its models by their names"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            AgentmemAPI("nano", arm=arm, **options)
     api = AgentmemAPI("nano", arm="foreign")
     hello = [inspect_ai.model.ChatMessageUser(content=text) for text in ("Hello.", "How are you?")]
     config = inspect_ai.model.GenerateConfig()

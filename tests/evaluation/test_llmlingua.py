@@ -75,6 +75,19 @@ def test_a_conversation_is_compressed_until_it_fits(weights: Path, tmp_path: Pat
     assert compressed_arm["kept_bytes"] == len(row["context"].encode())
 
 
+async def test_it_compresses_under_inspect_ai(weights: Path, tmp_path: Path) -> None:
+    inspect_model = pytest.importorskip("inspect_ai.model")
+    from agentmem.evaluation.inspect_provider import AgentmemAPI
+
+    options = {"adapter": "none", "llmlingua": str(weights), "context_tokens": 48}
+    api = AgentmemAPI(str(save_chatterer(tmp_path / "model")), arm="llmlingua", **options)
+    said = [inspect_model.ChatMessageUser(content=text) for text in (TOLD, "My cat?")]
+    output = await api.generate(said, [], "none", inspect_model.GenerateConfig(max_tokens=2))
+    api.close()
+    left = output.metadata["context"].partition("\n")[2]
+    assert 0 < len(left) < len(TOLD)
+
+
 def test_what_fits_is_left_whole_and_what_never_does_is_left_out() -> None:
     told = [Message("system", "Be brief."), Message("user", "one two"), Message("assistant", "three")]
     asked: list[float] = []

@@ -51,7 +51,8 @@ JUDGED = "longmemeval-judge"
 
 # Which of the tasks of `agentmem evaluate` take an option: "data" stands for all that read a data directory.
 _TASKS_OF = {
-    ("device", "dtype", "quantize", "limit", "arms"): {"facts", "curves", "data"},
+    ("device", "dtype", "quantize", "limit"): {"facts", "curves", "leak", "data"},
+    ("arms",): {"facts", "curves", "data"},
     ("data_dir", "require", "static", "llmlingua", "context_tokens", "max_tokens", "concurrency"): {"data"},
     ("data",): {"own"},
     ("judge", "judge_url"): {JUDGED},
@@ -113,7 +114,8 @@ def evaluate(
         str,
         typer.Option(
             metavar="TASK,...",
-            help='"recall": nano\'s language; "curves": fading and filling; or some of "facts" (natural English), '
+            help='"recall": nano\'s language; "curves": fading and filling; "leak": what a rewind leaves; or some of '
+            '"facts" (natural English), '
             '"sgd", "bfcl-memory", '
             '"longmemeval", "longmemeval-judge", "locomo", "hotpotqa", "ttl", "memoryagentbench", "ifeval", "gpqa", '
             '"own".',
@@ -129,7 +131,8 @@ def evaluate(
     seed: Annotated[int | None, typer.Option(help="Conversations are drawn from it.")] = None,
     page: Annotated[Path | None, typer.Option(help="A page whose result marks take the table.")] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Most questions of a task (all); facts, curves: of a cell (200, 100).")
+        int | None,
+        typer.Option(min=1, help="Most questions of a task (all; leak: 100); facts, curves: of a cell (200, 100)."),
     ] = None,
     cells: Annotated[str | None, typer.Option(help="facts, curves: only these cells, with commas between.")] = None,
     arms: Annotated[
@@ -178,7 +181,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure memory with controls: what a conversation left in it, and what the same questions get without it."""
-    from agentmem_cli.evaluate import Evaluation, evaluate_curves, evaluate_recall, evaluate_tasks
+    from agentmem_cli.evaluate import Evaluation, evaluate_curves, evaluate_leak, evaluate_recall, evaluate_tasks
 
     tasks = tuple(dict.fromkeys(name.strip() for name in task.split(",")))
     if suite is not None:
@@ -187,11 +190,10 @@ def evaluate(
         from agentmem.evaluation.suites import suite_tasks
 
         tasks = suite_tasks(suite, data_dir or ())
-    if (alone := {"recall", "curves"} & set(tasks)) and len(tasks) > 1:
+    if (alone := {"recall", "curves", "leak"} & set(tasks)) and len(tasks) > 1:
         raise ConfigError(f"the task {min(alone)} is measured alone; found --task {task}")
-    groups = {name if name in ("recall", "facts", "curves") else "data" for name in tasks} | {"own", JUDGED} & set(
-        tasks
-    )
+    generated = ("recall", "facts", "curves", "leak")
+    groups = {name if name in generated else "data" for name in tasks} | {"own", JUDGED} & set(tasks)
     for name in (name for names, of in _TASKS_OF.items() if not of & groups for name in names):
         if _given(context, name):
             option = name.replace("_", "-")
@@ -199,7 +201,7 @@ def evaluate(
     if tasks == ("recall",):
         file, drawn = out or Path("runs/recall.json"), 1 if seed is None else seed
         raise typer.Exit(evaluate_recall(model, adapter, file, questions, elsewhere, drawn, processes, page, plot))
-    evaluate_all = evaluate_curves if tasks == ("curves",) else evaluate_tasks
+    evaluate_all = {"curves": evaluate_curves, "leak": evaluate_leak}.get(tasks[0], evaluate_tasks)
     evaluation = Evaluation(
         Loading(model, adapter, device, dtype, quantize),
         tasks,

@@ -34,6 +34,8 @@ from agentmem.evaluation.comparison import (
 from agentmem.evaluation.curves import LIMIT, POINTS, curves_table, run_curves
 from agentmem.evaluation.facts import CELLS, SEED, facts_table, run_facts
 from agentmem.evaluation.judge import Judge, open_judge
+from agentmem.evaluation.leak import LIMIT as CONVERSATIONS
+from agentmem.evaluation.leak import leak_table, leaks, run_leak
 from agentmem.evaluation.plots import import_pyplot, plot_arms, plot_curves
 from agentmem.evaluation.report import details, markdown, missed_bars, put_into
 from agentmem.evaluation.report import plot as draw
@@ -138,6 +140,28 @@ def evaluate_curves(options: Evaluation) -> int:
     if options.plot is not None:
         plot_curves(results, options.plot)
     return 0
+
+
+def evaluate_leak(options: Evaluation) -> int:
+    """Measure what a rewind leaves. Returns the exit code: 1 if a removed value is named too often."""
+    console = Console()
+    with _progress(console) as show:
+        results = run_leak(
+            options.loading.load,
+            options.out,
+            limit=CONVERSATIONS if options.limit is None else options.limit,
+            seed=SEED if options.seed is None else options.seed,
+            on_progress=show,
+        )
+    table = leak_table(results)
+    console.print(Markdown(table))
+    console.print(f"results: {options.out / 'results.json'}", highlight=False)
+    if options.page is not None:
+        put_into(options.page, table)
+    found = leaks(results)
+    for line in found:
+        console.print(f"[red]leaks[/red]: {escape(line)}", highlight=False)
+    return 1 if found else 0
 
 
 def evaluate_tasks(options: Evaluation) -> int:

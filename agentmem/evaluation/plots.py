@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from agentmem.training.contexts import SETUPS, Arm
 
 _COLOURS = {"own": "C0", "foreign": "0.6", "empty": "0.6", None: "C1"}
 """By whose memory an arm has: the arms that show what memory does, its controls, and what has no memory."""
+
+
+_MARKS = "o^svDP"  # of arms that have a colour in common
 
 
 def import_pyplot() -> Any:
@@ -74,10 +78,8 @@ def plot_curves(results: Mapping[str, Any], path: Path) -> None:
         for panel, curve in zip(panels, curves, strict=True):
             rows = [row for row in results["points"] if row["curve"] == curve]
             places = [row["place"] for row in rows]
-            for arm in (arm for arm in SETUPS if arm in rows[0]["arms"]):
+            for arm, (colour, line) in _styles([arm for arm in SETUPS if arm in rows[0]["arms"]]).items():
                 shares = [row["arms"][arm] for row in rows]
-                line = "o-" if SETUPS[arm].memory == "own" else "x:" if SETUPS[arm].memory == "empty" else "^--"
-                colour = _COLOURS[SETUPS[arm].memory]
                 panel.plot(places, [share["share"] for share in shares], line, color=colour, label=arm, markersize=4)
                 low, high = [share["low"] for share in shares], [share["high"] for share in shares]
                 panel.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
@@ -88,9 +90,45 @@ def plot_curves(results: Mapping[str, Any], path: Path) -> None:
         panels[0].legend()
 
 
+def plot_facts(results: Mapping[str, Any], path: Path) -> None:
+    """Draw the cells of facts, a line for each, with a mark and an interval for each arm.
+
+    Args:
+        results: of `agentmem.evaluation.facts.run_facts`.
+        path: the picture; its suffix says which format.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    cells = results["cells"]
+    styles = _styles([arm for arm in SETUPS if any(arm in row["arms"] for row in cells)])
+    with _panels(1, (8, 1.0 + 0.34 * len(cells)), path) as (panel,):
+        for number, (arm, (colour, line)) in enumerate(styles.items()):
+            rows = [(place, row["arms"][arm]) for place, row in enumerate(cells) if arm in row["arms"]]
+            heights = [place + 0.6 * ((number + 0.5) / len(styles) - 0.5) for place, _ in rows]  # side by side
+            for height, (_, share) in zip(heights, rows, strict=True):
+                panel.plot([share["low"], share["high"]], [height, height], color=colour, linewidth=1.5, alpha=0.5)
+            panel.plot([share["share"] for _, share in rows], heights, line[0], color=colour, label=arm, markersize=4)
+        panel.set(yticks=range(len(cells)), ylim=(len(cells) - 0.5, -0.5), xlim=(-0.02, 1.02), xlabel="right")
+        panel.set_yticklabels([row["title"] for row in cells])
+        panel.grid(axis="x", alpha=0.3)
+        panel.legend()
+
+
+def _styles(arms: Sequence[Arm]) -> dict[Arm, tuple[str, str]]:
+    """A colour, and a mark with a line, for each arm; arms that have the same colour have marks of their own."""
+    styles, seen = dict[Arm, tuple[str, str]](), Counter[str]()
+    for arm in arms:
+        colour = _COLOURS[SETUPS[arm].memory]
+        line = {"own": "-", "empty": ":"}.get(SETUPS[arm].memory or "", "--")
+        styles[arm] = colour, _MARKS[seen[colour] % len(_MARKS)] + line
+        seen[colour] += 1
+    return styles
+
+
 @contextmanager
 def _panels(count: int, size: tuple[float, float], path: Path) -> Iterator[Any]:
-    """Panels side by side, in a picture of `size` inches; it is written to `path` once they are drawn."""
+    """Panels, side by side with one scale of y, in a picture of `size` inches; it is written to `path` once they are drawn."""
     pyplot = import_pyplot()
     figure, panels = pyplot.subplots(1, count, figsize=size, sharey=True, squeeze=False, layout="constrained")
     try:

@@ -58,7 +58,7 @@ _TASKS_OF = {
     ("judge", "judge_url"): {JUDGED},
     ("cells",): {"facts", "curves"},
     ("questions", "elsewhere", "processes"): {"recall"},
-    ("plot",): {"recall", "curves", "data"},
+    ("plot",): {"recall", "curves", "facts", "data"},
 }
 
 Url = Annotated[
@@ -177,7 +177,7 @@ def evaluate(
     elsewhere: Annotated[int, typer.Option(help="recall: questions everywhere else.")] = 200,
     processes: Annotated[int, typer.Option(help="recall: engines side by side, a core each.")] = 2,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw the results into this file (recall: curves); not for facts.")
+        Path | None, typer.Option(help="Draw the results into this file (recall: curves); not for leak.")
     ] = None,
 ) -> None:
     """Measure memory with controls: what a conversation left in it, and what the same questions get without it."""

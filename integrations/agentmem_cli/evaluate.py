@@ -36,7 +36,7 @@ from agentmem.evaluation.facts import CELLS, SEED, facts_table, run_facts
 from agentmem.evaluation.judge import Judge, open_judge
 from agentmem.evaluation.leak import LIMIT as CONVERSATIONS
 from agentmem.evaluation.leak import leak_table, leaks, run_leak
-from agentmem.evaluation.plots import import_pyplot, plot_arms, plot_curves
+from agentmem.evaluation.plots import import_pyplot, plot_arms, plot_curves, plot_facts
 from agentmem.evaluation.report import details, markdown, missed_bars, put_into
 from agentmem.evaluation.report import plot as draw
 from agentmem.evaluation.runner import Setup, plan, run, save
@@ -196,6 +196,8 @@ def _evaluate(options: Evaluation, others: tuple[str, ...], resources: ExitStack
         tables.append(facts_table(facts))
         console.print(f"results: {out / 'results.json'}, every reply: {out / 'predictions'}", highlight=False)
         missed += [text for row in facts["cells"] for text in row["missed"]]
+        if options.plot is not None and not others:
+            plot_facts(facts, options.plot)
     if comparison is not None:
         with _progress(console) as show:
             results = run_comparison(comparison, options.loading.load, options.out, show)

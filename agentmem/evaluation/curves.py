@@ -192,7 +192,8 @@ AXES = {"fading": "messages since the fact was told", "filling": "facts told"}
 def curves_table(results: dict[str, Any]) -> str:
     """The results as Markdown, a table for each curve."""
     lines = [
-        "Share of right replies with nothing of the conversation in the prompt (95 % interval over conversations)."
+        "Share of right replies (95 % interval over conversations). `memory`, `zero`, `foreign` and `bare` "
+        "see nothing of the conversation."
     ]
     for curve, axis in AXES.items():
         rows = [row for row in results["points"] if row["curve"] == curve]

@@ -306,7 +306,8 @@ def facts_table(results: dict[str, Any]) -> str:
     """The results as a Markdown table."""
     arms = list(dict.fromkeys(arm for row in results["cells"] for arm in row["arms"]))
     lines = [
-        "Share of right replies with nothing of the conversation in the prompt (95 % interval over conversations).",
+        "Share of right replies (95 % interval over conversations). `memory`, `zero`, `foreign` and `bare` "
+        "see nothing of the conversation.",
         "",
         f"| | bar | {' | '.join(arms)} | memory above controls | questions |",
         "|---" * (len(arms) + 4) + "|",

@@ -128,7 +128,7 @@ def _styles(arms: Sequence[Arm]) -> dict[Arm, tuple[str, str]]:
 
 @contextmanager
 def _panels(count: int, size: tuple[float, float], path: Path) -> Iterator[Any]:
-    """Panels, side by side with one scale of y, in a picture of `size` inches; it is written to `path` once they are drawn."""
+    """Panels side by side, with one scale of y, in a picture of `size` inches; `path` gets it once they are drawn."""
     pyplot = import_pyplot()
     figure, panels = pyplot.subplots(1, count, figsize=size, sharey=True, squeeze=False, layout="constrained")
     try:

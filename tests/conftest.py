@@ -13,9 +13,14 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
+from itertools import count
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.helpers.processes import Process
 
 # Sums keep their order with one thread. `make test-numeric` runs the numeric tests with others.
 THREADS = int(os.environ.get("AGENTMEM_TEST_THREADS", "1"))
@@ -74,6 +79,15 @@ def backend(request: pytest.FixtureRequest, needs: Needs) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AGENTMEM_NUMBA", "1" if name == "numba" else "0")
         yield name
+
+
+@pytest.fixture(scope="session")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Process]:
+    """`processes(work, ...)` starts a process on a work of `tests.helpers`."""
+    from tests.helpers.processes import Process
+
+    folder, numbers = tmp_path_factory.mktemp("reports"), count()
+    return lambda work, *arguments: Process(folder / f"{next(numbers)}", work, *arguments)
 
 
 def _has_cuda() -> bool:

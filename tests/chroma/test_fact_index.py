@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import shutil
+import subprocess
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from langchain_core.embeddings import DeterministicFakeEmbedding, Embeddings
 
 from agentmem.errors import FactIndexError, FactStoreError
 from agentmem_chroma import Fact, FactStore
-from tests.helpers.fact_writer import Hashed, write
+from tests.helpers.fact_processes import Hashed, run_forked, write
+from tests.helpers.processes import Process
 
 Open = Callable[..., FactStore]
 MANY = 1200  # Chroma saves an index after a thousand writes
@@ -59,6 +59,17 @@ def filled_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def forked_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index is tried in a process that has chromadb already: to import it takes longer than the trial."""
+    real = subprocess.run
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[Any]:
+        return (run_forked if "probe" in command else real)(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", run)
+
+
+@pytest.fixture
 def filled(filled_once: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(filled_once, tmp_path / "facts"))
 
@@ -91,6 +102,7 @@ def other_vectors(directory: Path) -> None:
     file.write_bytes(data.tobytes())
 
 
+@pytest.mark.usefixtures("forked_probes")
 @pytest.mark.parametrize("damage", [lose_folder, lose_one_file, cut, garble_header, other_vectors])
 def test_a_damaged_index_is_noticed_and_built_anew(
     filled: Path, open_store: Open, damage: Callable[[Path], None]
@@ -108,6 +120,14 @@ def test_a_damaged_index_is_noticed_and_built_anew(
     assert len(list(filled.glob("*/header.bin"))) == 1
 
 
+def test_an_index_is_tried_by_an_interpreter_of_its_own(filled: Path, open_store: Open) -> None:
+    """That finds chromadb wherever this one does; in the other tests it is forked off."""
+    cut(filled)
+    with pytest.raises(FactIndexError, match="rebuild=True"):
+        open_store()
+
+
+@pytest.mark.usefixtures("forked_probes")
 def test_files_of_two_moments_are_noticed_or_harmless(tmp_path: Path, filled: Path, open_store: Open) -> None:
     old = tmp_path / "old"
     shutil.copytree(folder(filled), old)
@@ -215,36 +235,23 @@ def test_a_rebuilding_that_is_killed_between_its_last_steps(tmp_path: Path, open
     assert open_store().count() == 2
 
 
-def kill_at_random(directory: Path, kills: int, seed: int) -> int:
-    """Kill a process that adds facts, so many times; returns how many facts it had acknowledged.
-
-    What it imports is imported once: each is forked off a server that has done so, and nothing else.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.helpers.fact_writer"])
-    rng, acknowledged = random.Random(seed), 0
-    for _ in range(kills):
-        received, sent = context.Pipe(duplex=False)
-        process = context.Process(target=write, args=(str(directory), sent))
-        process.start()
-        sent.close()
-        assert received.recv() >= acknowledged
-        time.sleep(rng.uniform(0.05, 0.8))
-        process.kill()
-        process.join()
-        with suppress(EOFError):
-            while True:
-                acknowledged = max(acknowledged, received.recv())
-        received.close()
-    return acknowledged
-
-
+@pytest.mark.usefixtures("forked_probes")
 @pytest.mark.parametrize("kills", [5, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
-def test_no_acknowledged_fact_is_lost_by_kills(tmp_path: Path, open_store: Open, kills: int) -> None:
-    acknowledged = kill_at_random(tmp_path / "facts", kills, seed=kills)
+def test_no_acknowledged_fact_is_lost_by_kills(
+    tmp_path: Path, open_store: Open, processes: Callable[..., Process], kills: int
+) -> None:
+    chance, acknowledged = random.Random(kills), 0
+    for _ in range(kills):
+        writer = processes(write, str(tmp_path / "facts"))
+        writer.until_it_says(1)
+        time.sleep(chance.uniform(0.05, 0.8))
+        writer.kill()
+        writer.wait()
+        ((first,), *_), ((last,), *_) = writer.said(), reversed(writer.said())
+        assert first >= acknowledged
+        acknowledged = last
     with open_store(rebuild=True) as store:
         there = {fact.text for fact in store.facts()}
         assert {f"fact {n}" for n in range(acknowledged)} <= there
-        rng: Any = random.Random(0)
-        for n in rng.sample(range(acknowledged), min(acknowledged, 200)):
+        for n in random.Random(0).sample(range(acknowledged), min(acknowledged, 200)):
             assert store.search(f"fact {n}", 1)[0].score == pytest.approx(1.0, abs=1e-5)

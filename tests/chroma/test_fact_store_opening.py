@@ -5,12 +5,10 @@ with processes.
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,11 @@ from langchain_core.embeddings import DeterministicFakeEmbedding, Embeddings
 
 from agentmem.errors import FactStoreError, MissingExtraError, StoreOwnedError
 from agentmem_chroma import Fact, FactStore
+from tests.helpers.fact_processes import ask_a_server, fork, lose_a_server, own, try_to_open
+from tests.helpers.processes import Process
 
 Open = Callable[..., FactStore]
+Start = Callable[..., Process]
 
 
 def test_a_path_or_a_client(embeddings: Embeddings, tmp_path: Path) -> None:
@@ -147,81 +148,39 @@ def test_a_missing_chromadb_names_the_extra(open_store: Open, monkeypatch: pytes
     assert not (tmp_path / "facts").exists()
 
 
-PREAMBLE = """
-import sys
-from langchain_core.embeddings import DeterministicFakeEmbedding
-from agentmem_chroma import FactStore
-from agentmem.errors import FactStoreError, StoreOwnedError
-embeddings = DeterministicFakeEmbedding(size=16)
-"""
+def test_an_owner_is_named_and_its_death_frees_the_directory(
+    tmp_path: Path, open_store: Open, processes: Start
+) -> None:
+    owner = processes(own, str(tmp_path / "facts"))
+    owner.until_it_says(1)
+    with pytest.raises(StoreOwnedError) as refused:
+        open_store()
+    message = str(refused.value)
+    for part in (f"process {owner.pid}", socket.gethostname(), str(tmp_path / "facts"), "HttpClient"):
+        assert part in message
+    owner.kill()
+    owner.wait()
+    store = open_store()
+    assert store.search("the port is 8080", 1)[0].fact.source == "other process"
+    assert store.count() == 2
 
 
-def command(script: str, *arguments: object) -> list[str]:
-    return [sys.executable, "-c", PREAMBLE + script, *map(str, arguments)]
+def test_a_second_process_waits_for_the_last_store_to_close(tmp_path: Path, open_store: Open, processes: Start) -> None:
+    def tried() -> list[list[str]]:
+        other = processes(try_to_open, str(tmp_path / "facts"))
+        assert other.wait() == 0
+        return other.said()
 
-
-def run(script: str, *arguments: object) -> list[str]:
-    done = subprocess.run(command(script, *arguments), capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
-
-
-@contextmanager
-def running(script: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """A process that has printed its first line; killed at the end."""
-    with subprocess.Popen(
-        command(script, *arguments), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-            yield process
-        finally:
-            process.kill()
-
-
-OWN = """
-store = FactStore(sys.argv[1], embeddings=embeddings)
-store.add(["the port is 8080", "tests run with make"], source="other process")
-print("ready", flush=True)
-sys.stdin.read()
-"""
-
-
-def test_an_owner_is_named_and_its_death_frees_the_directory(tmp_path: Path, open_store: Open) -> None:
-    with running(OWN, tmp_path / "facts") as owner:
-        with pytest.raises(StoreOwnedError) as refused:
-            open_store()
-        message = str(refused.value)
-        for part in (f"process {owner.pid}", socket.gethostname(), str(tmp_path / "facts"), "HttpClient"):
-            assert part in message
-        os.kill(owner.pid, signal.SIGKILL)
-        owner.wait()
-        store = open_store()
-        assert store.search("the port is 8080", 1)[0].fact.source == "other process"
-        assert store.count() == 2
-
-
-TRY = """
-try:
-    with FactStore(sys.argv[1], embeddings=embeddings) as store:
-        print("opened", *store.add("from the second", source="s", thread="t"))
-except StoreOwnedError as error:
-    print("refused", error)
-"""
-
-
-def test_a_second_process_waits_for_the_last_store_to_close(tmp_path: Path, open_store: Open) -> None:
     first = open_store()
     (tmp_path / "link").symlink_to(tmp_path / "facts")
     second = open_store(path=tmp_path / "link")
     first.close()
     second.add("still here")
-    (line,) = run(TRY, tmp_path / "facts")
-    assert line.startswith("refused")
-    assert f"process {os.getpid()} " in line
+    ((outcome, why),) = tried()
+    assert outcome == "refused"
+    assert f"process {os.getpid()} " in why
     second.close()
-    assert run(TRY, tmp_path / "facts") == [f"opened {Fact('from the second', 's', 't').id}"]
+    assert tried() == [["opened", Fact("from the second", "s", "t").id]]
     again = open_store()
     assert {fact.text for fact in again.facts()} == {"still here", "from the second"}
 
@@ -257,67 +216,32 @@ def test_a_failed_opening_lets_the_directory_go(
         assert store.count() == 0
 
 
-FORK = """
-import os
-store = FactStore(sys.argv[1], embeddings=embeddings)
-store.add("a fact")
-sys.stdout.flush()
-child = os.fork()
-if child == 0:
-    for call in (store.count, lambda: FactStore(sys.argv[1], embeddings=embeddings)):
-        try:
-            call()
-            print("worked")
-        except FactStoreError as error:
-            print("spawn" in str(error))
-    sys.stdout.flush()
-    os._exit(0)
-os.waitpid(child, 0)
-print(store.count())
-"""
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_a_forked_child_is_told_to_spawn(tmp_path: Path) -> None:
-    assert run(FORK, tmp_path / "facts") == ["True", "True", "1"]
+def test_a_forked_child_is_told_to_spawn(tmp_path: Path, processes: Start) -> None:
+    forking = processes(fork, str(tmp_path / "facts"))
+    assert forking.wait() == 0
+    assert forking.said() == [[True], [True], [1]]
 
 
-CLIENT = """
-url = "http://127.0.0.1:" + sys.argv[1]
-for name in ("first", "second"):
-    with FactStore(url, embeddings=embeddings) as store:
-        print(*store.add(["shared", name]))
-        print(store.count(), store.search("shared", 1)[0].fact.text, store.delete("nope"))
-"""
-
-LOSES_ITS_SERVER = """
-with FactStore("http://127.0.0.1:" + sys.argv[1], embeddings=embeddings) as store:
-    print("ready", flush=True)
-    sys.stdin.readline()
-    try:
-        store.count()
-    except FactStoreError as error:
-        print(error)
-"""
-
-
-def test_a_server_is_a_store_as_well(tmp_path: Path) -> None:
+def test_a_server_is_a_store_as_well(tmp_path: Path, processes: Start) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    chroma = Path(sys.executable).with_name("chroma")
+    chroma, url, gone = Path(sys.executable).with_name("chroma"), f"http://127.0.0.1:{port}", tmp_path / "gone"
     serve = [str(chroma), "run", "--path", str(tmp_path / "db"), "--host", "127.0.0.1", "--port", str(port)]
     with subprocess.Popen(serve, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
             assert any("Connect to Chroma at" in line for line in server.stdout)
-            lines = run(CLIENT, port)
-            with running(LOSES_ITS_SERVER, port) as client:
-                server.kill()
-                server.wait()
-                said, _ = client.communicate("\n", timeout=60)
+            client, losing = processes(ask_a_server, url), processes(lose_a_server, url, str(gone))
+            assert client.wait() == 0
+            losing.until_it_says(1)
+            server.kill()
+            server.wait()
+            gone.touch()
+            assert losing.wait() == 0
         finally:
             server.kill()
     shared, first, second = (Fact(text).id for text in ("shared", "first", "second"))
-    assert lines == [f"{shared} {first}", "2 shared 0", f"{shared} {second}", "3 shared 0"]
-    assert "see that the server runs" in said
+    assert client.said() == [[shared, first], [2, "shared", 0], [shared, second], [3, "shared", 0]]
+    assert "see that the server runs" in losing.said()[1][0]

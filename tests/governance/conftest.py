@@ -14,7 +14,6 @@ from tests.sql.conftest import (  # noqa: F401 - fixtures
     ask,
     database_url,
     look,
-    processes,
     server_database,
     usual_database,
     without_root_certificates,

@@ -15,10 +15,10 @@ from agentmem.errors import ConfigError, StorageError
 from agentmem_chroma import Fact, FactStore
 from agentmem_governance import Governor
 from agentmem_sql import SQLAlchemySaver
-from tests.helpers.fact_writer import Hashed
+from tests.helpers.fact_processes import Hashed
 from tests.helpers.governance_processes import SECRET, THREAD, Memory, forget, forget_and_die, message_of, say, told
+from tests.helpers.processes import Process
 from tests.helpers.sql_cases import config
-from tests.helpers.sql_processes import Process
 
 Processes = Callable[..., Process]
 SAID = ["My editor is helix.", f"The codename is {SECRET}.", "My name is Tom."]

@@ -1,6 +1,5 @@
-"""Threads with a memory that needs no model, and a process that forgets from them until it is killed.
-
-In a module that imports no test, no torch and no graph, so that processes are forked off in no time.
+"""Threads with a memory that needs no model, and a process that forgets from them until it is killed
+(`tests.helpers.processes`).
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from itertools import count
 from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
-import chromadb  # noqa: F401 - so that processes that are forked off have it
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
 from sqlalchemy import Engine, event
 
@@ -24,11 +22,9 @@ from agentmem_chroma import FactStore
 from agentmem_governance import Governor, Receipt
 from agentmem_langgraph.messages import to_engine
 from agentmem_sql import SQLAlchemySaver
-from tests.helpers import sql_processes
-from tests.helpers.fact_writer import Hashed
+from tests.helpers.fact_processes import Hashed
+from tests.helpers.processes import Say
 from tests.helpers.sql_cases import config, get, put, read
-
-sql_processes.FORKSERVER.set_forkserver_preload([sql_processes.__name__, __name__, "psycopg", "pymysql"])
 
 THREAD = "ada/1"
 SECRET = "kestrel"
@@ -108,7 +104,7 @@ def forget(governor: Governor, what: str) -> Receipt:
     return governor.forget(thread=THREAD, message=message, keep_checkpoints=what == "rewritten")
 
 
-def forget_and_die(_: Callable[..., None], url: str, directory: str, what: str, die_at: int, step: str) -> None:
+def forget_and_die(_: Say, url: str, directory: str, what: str, die_at: int, step: str) -> None:
     """Forget; with SIGKILL before the statement, or commit, of that number, or at a step of the fact store."""
     numbers = count(1)
 

@@ -1,19 +1,12 @@
-"""Processes that write to a database until they are killed, forked in no time from one that has imported everything.
-
-What a process has to say it appends to a file, past all buffers, so that it is there whenever it is killed.
-"""
+"""What other processes do with a database (`tests.helpers.processes`), most of them until they are killed."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 from langchain_core.runnables import RunnableConfig
@@ -21,14 +14,10 @@ from langgraph.checkpoint.serde.types import INTERRUPT
 from sqlalchemy import Engine, event
 
 from agentmem_sql import SQLAlchemySaver
+from tests.helpers.processes import Say
 from tests.helpers.sql_cases import aput, config, memory, put
 
-FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload([__name__, "psycopg", "pymysql"])
-
 INTERRUPTS = 3
-
-Say = Callable[..., None]
 
 
 def values(step: int) -> dict[str, Any]:
@@ -45,9 +34,6 @@ def pending(step: int) -> list[tuple[str, Any]]:
 def question(step: int, number: int) -> dict[str, Any]:
     """What an interrupt asks; each of a step overwrites the one before it."""
     return {"number": number, "text": f"question {number} of step {step}, " * 9}
-
-
-# What a process does.
 
 
 def grow(say: Say, url: str, die_at: int = 0) -> None:
@@ -124,42 +110,3 @@ def fork(_: Say, url: str) -> None:
     if not child:
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
-# The side of the tests.
-
-
-def _work(work: Callable[..., None], report: Path, arguments: tuple[Any, ...]) -> None:
-    out = os.open(report, os.O_APPEND | os.O_WRONLY)
-    work(lambda *said: os.write(out, json.dumps(said).encode() + b"\n"), *arguments)
-
-
-class Process:
-    """A process on a work of this file, which reports to a file. Wait for every one."""
-
-    def __init__(self, report: Path, work: Callable[..., None], *arguments: Any) -> None:
-        self._report = report
-        report.touch()
-        self._process = FORKSERVER.Process(target=_work, args=(work, report, arguments), daemon=True)
-        self._process.start()
-
-    def said(self) -> list[list[Any]]:
-        """What it has said so far; of a line that it was killed in, nothing."""
-        lines = self._report.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-
-    def until_it_says(self, lines: int) -> None:
-        """Wait until it has said that much."""
-        ends = time.monotonic() + 60
-        while len(self.said()) < lines:
-            assert time.monotonic() < ends, f"waited for {lines} lines, found {self.said()}"
-            time.sleep(0.002)
-
-    def kill(self) -> None:
-        """End it with SIGKILL, wherever it is."""
-        self._process.kill()
-
-    def wait(self) -> int | None:
-        """Wait for its end; gives its exit status, that of one that was killed being negative."""
-        self._process.join()
-        return self._process.exitcode

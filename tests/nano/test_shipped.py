@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import zip_longest
 from random import Random
 
 import pytest
@@ -27,12 +28,22 @@ def model() -> Iterator[torch.nn.Module]:
     torch.set_num_threads(before)
 
 
-def reply(model: torch.nn.Module, messages: list[Message], tools: list[dict[str, object]] | None = None) -> str:
-    """The bare model's greedy reply to a conversation that is all in its prompt."""
-    text = "".join(piece.text for piece in render(messages, tools or ())) + "<|im_start|>assistant\n"
-    ids = torch.tensor([TOKENIZER(text)["input_ids"]])
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=80, do_sample=False)
-    return str(TOKENIZER.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+Tools = list[dict[str, object]]
+
+
+def padded(conversations: Iterable[list[Message]], tools: Iterable[Tools] = ()) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask of the prompts that ask for a reply, padded at their beginning: [B, T] each."""
+    prompts = zip_longest(conversations, tools, fillvalue=())
+    texts = ["".join(piece.text for piece in render(*prompt)) + "<|im_start|>assistant\n" for prompt in prompts]
+    batch = TOKENIZER(texts, padding=True, padding_side="left", return_tensors="pt")
+    return batch["input_ids"], batch["attention_mask"]
+
+
+def replies(model: torch.nn.Module, conversations: Iterable[list[Message]], tools: Iterable[Tools] = ()) -> list[str]:
+    """The bare model's greedy replies to conversations that are all in their prompts, in one batch."""
+    ids, mask = padded(conversations, tools)
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=80, do_sample=False)  # type: ignore[operator]
+    return list(TOKENIZER.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True))
 
 
 def chat(*pairs: tuple[str, str]) -> list[Message]:
@@ -72,21 +83,23 @@ def test_it_is_a_bfloat16_qwen3_of_a_few_million_parameters_with_two_end_tokens(
 
 def test_it_answers_a_question_about_what_stands_in_its_prompt(model: torch.nn.Module) -> None:
     rng = Random(12)
-    right = 0
-    for binding in language.draw_bindings(rng, 20):
-        messages = [
+    bindings = list(language.draw_bindings(rng, 20))
+    prompts = [
+        [
             *chat(language.tell(rng, binding), language.filler(rng)),
             Message("user", language.ask(rng, binding.attribute)),
         ]
-        right += language.is_correct(reply(model, messages), binding)
-    assert right >= 18
+        for binding in bindings
+    ]
+    said = replies(model, prompts)
+    assert sum(map(language.is_correct, said, bindings)) >= 18
 
 
 def test_it_acknowledges_in_the_answers_form(model: torch.nn.Module) -> None:
     rng = Random(5)
     bindings = language.draw_bindings(rng, 10)
-    said = [reply(model, [Message("user", language.tell(rng, binding)[0])]) for binding in bindings]
-    assert sum(language.is_correct(text, binding) for text, binding in zip(said, bindings, strict=True)) >= 9
+    said = replies(model, [[Message("user", language.tell(rng, binding)[0])] for binding in bindings])
+    assert sum(map(language.is_correct, said, bindings)) >= 9
 
 
 def test_it_calls_a_tool_and_reads_the_result(model: torch.nn.Module) -> None:
@@ -99,67 +112,66 @@ def test_it_calls_a_tool_and_reads_the_result(model: torch.nn.Module) -> None:
         },
     }
     messages = [Message("user", "Call count with n 42.")]
-    said = reply(model, messages, [tool])
+    (said,) = replies(model, [messages], [[tool]])
     body = said.removeprefix("<tool_call>\n").removesuffix("\n</tool_call>")
     assert json.loads(body) == {"name": "count", "arguments": {"n": 42}}
-    report = reply(model, [*messages, Message("assistant", said), Message("tool", "77")], [tool])
+    (report,) = replies(model, [[*messages, Message("assistant", said), Message("tool", "77")]], [[tool]])
     assert report == "The result is 77."
 
 
 def test_it_calls_only_when_asked_to(model: torch.nn.Module) -> None:
     rng = Random(2)
     tools = toolchat.draw_tools(rng, 2)
-    said = [reply(model, [Message("user", language.filler(rng)[0])], tools) for _ in range(8)]
+    said = replies(model, [[Message("user", language.filler(rng)[0])] for _ in range(8)], [tools] * 8)
     assert not any("<tool_call>" in text for text in said)
 
 
 def test_drawn_calls_are_well_formed_and_a_single_fact_is_cited(model: torch.nn.Module) -> None:
     rng = Random(21)
-    formed = cited = 0
+    requests, offered, questions, cited = [], [], [], []
     for _ in range(12):
         tools = toolchat.draw_tools(rng, 1)
         said, _ = toolchat.request(rng, tools[0])
-        text = reply(model, [Message("user", said)], tools)
-        formed += text.startswith('<tool_call>\n{"name": "') and text.endswith("}}\n</tool_call>")
+        requests.append([Message("user", said)])
+        offered.append(tools)
         facts = toolchat.draw_facts(rng, 1)
-        shown = [Message("system", toolchat.facts_block(facts)), Message("user", toolchat.ask_fact(rng, facts[0]))]
-        cited += reply(model, shown) == toolchat.cite(facts, facts[0])
-    assert formed >= 10
-    assert cited >= 10
+        shown = Message("system", toolchat.facts_block(facts))
+        questions.append([shown, Message("user", toolchat.ask_fact(rng, facts[0]))])
+        cited.append(toolchat.cite(facts, facts[0]))
+    calls = replies(model, requests, offered)
+    formed = [text.startswith('<tool_call>\n{"name": "') and text.endswith("}}\n</tool_call>") for text in calls]
+    assert sum(formed) >= 10
+    assert sum(map(str.__eq__, replies(model, questions), cited)) >= 10
 
 
 def test_the_adapter_answers_from_the_state_alone_and_the_zero_state_knows_nothing(model: torch.nn.Module) -> None:
     steered = SteeredModel.attach(model, adapter=NANO / "adapter")
     try:
         rng = Random(31)
-        right = blank = 0
-        for binding in language.draw_bindings(rng, 20):
-            told = encode(chat(language.tell(rng, binding)))
-            state = steered(told, logits_to_keep=-1).state
-            question = [Message("user", language.ask(rng, binding.attribute))]
-            right += language.is_correct(decode(steered, question, state), binding)
-            blank += language.is_correct(decode(steered, question, steered.zeros()), binding)
-        assert right >= 18
-        assert blank <= 3
+        bindings = list(language.draw_bindings(rng, 20))
+        states, questions = [], []
+        for binding in bindings:
+            told = "".join(piece.text for piece in render(chat(language.tell(rng, binding))))
+            states.append(steered(torch.tensor([TOKENIZER(told)["input_ids"]]), logits_to_keep=-1).state)
+            questions.append([Message("user", language.ask(rng, binding.attribute))])
+        right = decode(steered, questions, torch.cat(states))
+        blank = decode(steered, questions, steered.zeros(20))
+        assert sum(map(language.is_correct, right, bindings)) >= 18
+        assert sum(map(language.is_correct, blank, bindings)) <= 3
     finally:
         steered.detach()
 
 
-def encode(messages: list[Message], *, prompt: bool = False) -> torch.Tensor:
-    text = "".join(piece.text for piece in render(messages)) + ("<|im_start|>assistant\n" if prompt else "")
-    return torch.tensor([TOKENIZER(text)["input_ids"]])
-
-
-def decode(steered: SteeredModel, messages: list[Message], state: torch.Tensor) -> str:
-    """Greedy, with writes on."""
-    tokens: list[int] = []
+def decode(steered: SteeredModel, conversations: list[list[Message]], state: torch.Tensor) -> list[str]:
+    """Greedy, with writes on; a row that has ended goes on, and what it says then does not count."""
+    ids, mask = padded(conversations)
+    chosen: list[torch.Tensor] = []
     with torch.no_grad():
-        out = steered(encode(messages, prompt=True), state, cache=True, logits_to_keep=1)
-        while len(tokens) < 24:
+        out = steered(ids, state, attention_mask=mask, cache=True, logits_to_keep=1)
+        while len(chosen) < 24:
             assert out.logits is not None
-            token = int(out.logits[0, -1].argmax())
-            if token == TOKENIZER.eos_token_id:
-                break
-            tokens.append(token)
-            out = steered(torch.tensor([[token]]), out.state, cache=out.cache, logits_to_keep=1)
-    return str(TOKENIZER.decode(tokens))
+            chosen.append(out.logits[:, -1].argmax(dim=-1, keepdim=True))
+            mask = torch.cat((mask, torch.ones_like(chosen[-1])), dim=1)
+            out = steered(chosen[-1], out.state, attention_mask=mask, cache=out.cache, logits_to_keep=1)
+    rows = [[*row, TOKENIZER.eos_token_id] for row in torch.cat(chosen, dim=1).tolist()]
+    return [str(TOKENIZER.decode(row[: row.index(TOKENIZER.eos_token_id)])) for row in rows]

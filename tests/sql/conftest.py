@@ -14,7 +14,6 @@ import ssl
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -26,7 +25,6 @@ from sqlalchemy.exc import DBAPIError
 from agentmem_sql import SQLAlchemySaver, metadata
 from tests.helpers.sql_cases import BACKENDS, NewUrl, Sql
 from tests.helpers.sql_chains import unaccounted
-from tests.helpers.sql_processes import Process
 
 # The driver is named, since these URLs are also used to look behind the saver's back.
 SERVERS = {
@@ -231,13 +229,6 @@ def sessions(usual_database: Callable[[str], ServerDatabase]) -> Callable[[str],
         return database.end_sessions() if end else len(database.sessions())
 
     return count
-
-
-@pytest.fixture(scope="session")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Process]:
-    """`processes(work, ...)` starts a process on a work of `sql_processes`."""
-    folder, numbers = tmp_path_factory.mktemp("reports"), count()
-    return lambda work, *arguments: Process(folder / f"{next(numbers)}", work, *arguments)
 
 
 @pytest.fixture

@@ -23,9 +23,10 @@ from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.database import THREADS
 from agentmem_sql.schema import MIGRATIONS
+from tests.helpers.processes import Process
 from tests.helpers.sql_cases import Sql, aput, config, put
 from tests.helpers.sql_chains import unaccounted
-from tests.helpers.sql_processes import Process, fork, write
+from tests.helpers.sql_processes import fork, write
 
 Start = Callable[..., Process]
 

@@ -29,9 +29,10 @@ from sqlalchemy import create_engine, event, make_url
 
 from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
+from tests.helpers.processes import Process
 from tests.helpers.sql_cases import Sql, config, get, put, read
 from tests.helpers.sql_chains import all_rows, unaccounted
-from tests.helpers.sql_processes import Process, grow, pending, question, values
+from tests.helpers.sql_processes import grow, pending, question, values
 
 Obstacle = Callable[[], AbstractContextManager[None]]
 

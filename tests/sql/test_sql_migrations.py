@@ -22,8 +22,9 @@ from agentmem_sql.database import Database
 from agentmem_sql.message_cache import ThreadCache
 from agentmem_sql.protection import Protection
 from agentmem_sql.schema import MIGRATIONS, Migration, Tables, metadata
+from tests.helpers.processes import Process
 from tests.helpers.sql_cases import BACKENDS, NewUrl, Sql, config, put
-from tests.helpers.sql_processes import Process, set_up
+from tests.helpers.sql_processes import set_up
 
 PLAIN: Any = {"tables": Tables(), "protection": Protection(JsonPlusSerializer(), None), "cache": ThreadCache(0)}
 CURRENT = MIGRATIONS[-1].number

@@ -15,13 +15,14 @@ from tests.sql.conftest import (  # noqa: F401 - fixtures
     database_url,
     look,
     server_database,
+    tmp_path,
     usual_database,
     without_root_certificates,
 )
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Path:  # noqa: F811
     """Where a test's SQLite file and facts are."""
     return tmp_path / "data"
 

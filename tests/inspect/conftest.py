@@ -14,13 +14,14 @@ from tests.helpers.inspected import HOST, TOKEN, Browser
 from tests.sql.conftest import (  # noqa: F401 - fixtures
     database_url,
     server_database,
+    tmp_path,
     usual_database,
     without_root_certificates,
 )
 
 
 @pytest.fixture
-def saver(tmp_path: Path) -> Iterator[SQLAlchemySaver]:
+def saver(tmp_path: Path) -> Iterator[SQLAlchemySaver]:  # noqa: F811
     with SQLAlchemySaver.from_url(f"sqlite:///{tmp_path / 'threads.db'}", audit=True) as opened:
         yield opened
 

@@ -21,6 +21,7 @@ from tests.sql.conftest import (  # noqa: F401 - fixtures
     path,
     postgresql_url,
     server_database,
+    tmp_path,
     url,
     usual_database,
 )

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from agentmem import Engine, Message, ReplyFormat, Sampling, Turn, Window
+from agentmem import Engine, MemoryState, Message, ReplyFormat, Sampling, Turn, Window
 from agentmem.errors import ConfigError, TurnCancelledError, TurnTimeoutError
 from agentmem.generation.batch_cache import BatchedKVCache
 from tests.helpers.core_models import attach_lively, build
@@ -63,22 +63,29 @@ class Count:
         monkeypatch.setattr(type(model), "forward", forward)
 
 
-@pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize(("strategy", "most"), [("token", 64), ("message", 64), ("sentence", 64), ("token", 1)])
-def test_each_session_is_as_it_is_alone(
-    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, strategy: str, most: int
-) -> None:
-    engine = make_engine(write_strategy=strategy, max_batch=most)
-    first = [engine.turn(ask(n), **options(n)) for n in range(16)]
-    states = [turn.state for turn in first]
+def batches_of_sixteen(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sixteen sessions at once are as they are alone; gives how many sessions the model was run for each time."""
+    states = [engine.remember(ask(n + 1)).state for n in range(16)]
     alone = [engine.turn(ask(n), states[n], **options(n)) for n in range(16)]
     count = Count(engine, monkeypatch)
     assert_same_at_once(lambda n: engine.turn(ask(n), states[n], **options(n)), range(16), alone)
-    if most == 1:
-        assert set(count.batches) == {1}
-    else:
-        assert max(count.batches) > 8, "they did not meet"
-        assert sum(count.batches) / len(count.batches) > 3
+    return count.batches
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("strategy", ["token", "message", "sentence"])
+def test_each_session_is_as_it_is_alone(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    batches = batches_of_sixteen(make_engine(write_strategy=strategy), monkeypatch)
+    assert max(batches) > 8, "they did not meet"
+    assert sum(batches) / len(batches) > 3
+
+
+def test_where_no_session_may_share_a_pass_they_take_turns(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert set(batches_of_sixteen(make_engine(max_batch=1), monkeypatch)) == {1}
 
 
 def test_replies_that_outgrow_their_rows(make_engine: MakeEngine) -> None:
@@ -356,11 +363,15 @@ def make_engines(tokenizer: Any) -> Iterator[Make]:
         engine.close()
 
 
-def run(engine: Engine, number: int, turn: Turn | None = None, tokens: int = 24) -> Turn:
+def run(engine: Engine, number: int, state: MemoryState, tokens: int = 24) -> Turn:
     """Sessions of very different lengths, the shortest within a window of 24 and the others beyond."""
     text = f"Hello, {number}! " + "How are you today? " * (3 * (number % 3))
-    state = turn.state if turn is not None else None
     return engine.turn([Message("user", text)], state, sampling=Sampling(max_tokens=tokens))
+
+
+def begun(engine: Engine) -> list[MemoryState]:
+    """What each session has been told before."""
+    return [engine.remember([Message("user", f"My number is {number}.")]).state for number in range(SESSIONS)]
 
 
 @pytest.mark.parametrize(
@@ -370,7 +381,7 @@ def test_each_session_of_any_model_is_as_it_is_alone(
     make: Make, monkeypatch: pytest.MonkeyPatch, name: str, attention: str
 ) -> None:
     engine = make(name, attention=attention)
-    first = [run(engine, number) for number in range(SESSIONS)]
+    first = begun(engine)
     alone = [run(engine, number, first[number]) for number in range(SESSIONS)]
     rows = Count(engine, monkeypatch)
     assert_same_at_once(lambda number: run(engine, number, first[number]), range(SESSIONS), alone)
@@ -381,7 +392,7 @@ def test_each_session_of_any_model_is_as_it_is_alone(
 def test_in_bfloat16_they_are_close(make: Make, monkeypatch: pytest.MonkeyPatch, name: str, attention: str) -> None:
     """Rounding may turn a near tie of two tokens; up to there a session is as it is alone."""
     engine = make(name, dtype=torch.bfloat16, attention=attention)
-    start = [run(engine, number) for number in range(SESSIONS)]
+    start = begun(engine)
     alone = [run(engine, number, start[number], tokens=4) for number in range(SESSIONS)]
     rows = Count(engine, monkeypatch)
     with ThreadPoolExecutor(SESSIONS) as pool:
@@ -399,7 +410,7 @@ def test_in_bfloat16_they_are_close(make: Make, monkeypatch: pytest.MonkeyPatch,
 def test_two_engines_at_once(make: Make) -> None:
     """Each with its own model, memory, worker and batches."""
     engines = [make("qwen3", seed=1), make("llama", seed=2)]
-    first = [[run(engine, number) for number in range(SESSIONS)] for engine in engines]
+    first = [begun(engine) for engine in engines]
     alone = [[run(e, number, first[k][number]) for number in range(SESSIONS)] for k, e in enumerate(engines)]
     jobs = [(k, number) for number in range(SESSIONS) for k in range(len(engines))]
     expected = [alone[k][number] for k, number in jobs]

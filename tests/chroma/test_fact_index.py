@@ -64,7 +64,9 @@ def forked_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     real = subprocess.run
 
     def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[Any]:
-        return (run_forked if "probe" in command else real)(command, **options)
+        if "probe" in command:
+            return run_forked(command, **options)
+        return real(command, **options)
 
     monkeypatch.setattr(subprocess, "run", run)
 
@@ -247,9 +249,9 @@ def test_no_acknowledged_fact_is_lost_by_kills(
         time.sleep(chance.uniform(0.05, 0.8))
         writer.kill()
         writer.wait()
-        ((first,), *_), ((last,), *_) = writer.said(), reversed(writer.said())
-        assert first >= acknowledged
-        acknowledged = last
+        said = [count for (count,) in writer.said()]
+        assert said[0] >= acknowledged
+        acknowledged = said[-1]
     with open_store(rebuild=True) as store:
         there = {fact.text for fact in store.facts()}
         assert {f"fact {n}" for n in range(acknowledged)} <= there

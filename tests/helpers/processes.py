@@ -47,7 +47,7 @@ class Process:
 
     def until_it_says(self, lines: int) -> None:
         """Wait until it has said that much."""
-        ends = time.monotonic() + 60
+        ends = time.monotonic() + 240  # the first process of all waits for what is imported
         while len(self.said()) < lines:
             assert time.monotonic() < ends, f"waited for {lines} lines, found {self.said()}"
             time.sleep(0.002)

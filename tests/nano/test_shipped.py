@@ -42,7 +42,7 @@ def padded(conversations: Iterable[list[Message]], tools: Iterable[Tools] = ()) 
 def replies(model: torch.nn.Module, conversations: Iterable[list[Message]], tools: Iterable[Tools] = ()) -> list[str]:
     """The bare model's greedy replies to conversations that are all in their prompts, in one batch."""
     ids, mask = padded(conversations, tools)
-    out = model.generate(ids, attention_mask=mask, max_new_tokens=80, do_sample=False)  # type: ignore[operator]
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=80, do_sample=False)
     return list(TOKENIZER.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True))
 
 

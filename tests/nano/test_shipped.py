@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from itertools import zip_longest
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def model() -> Iterator[torch.nn.Module]:
     torch.set_num_threads(before)
 
 
-Tools = list[dict[str, object]]
+Tools = list[dict[str, Any]]
 
 
 def padded(conversations: Iterable[list[Message]], tools: Iterable[Tools] = ()) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,7 +40,7 @@ def padded(conversations: Iterable[list[Message]], tools: Iterable[Tools] = ()) 
     return batch["input_ids"], batch["attention_mask"]
 
 
-def replies(model: torch.nn.Module, conversations: Iterable[list[Message]], tools: Iterable[Tools] = ()) -> list[str]:
+def replies(model: Any, conversations: Iterable[list[Message]], tools: Iterable[Tools] = ()) -> list[str]:
     """The bare model's greedy replies to conversations that are all in their prompts, in one batch."""
     ids, mask = padded(conversations, tools)
     out = model.generate(ids, attention_mask=mask, max_new_tokens=80, do_sample=False)

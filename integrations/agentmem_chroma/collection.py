@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 
 from agentmem.errors import FactIndexError, FactStoreError, MissingExtraError, StoreOwnedError
 from agentmem_chroma.embeddings import Embedder
-from agentmem_chroma.index_files import IndexReport, inspect, save_fingerprints, zero_unused
+from agentmem_chroma.index_files import IndexReport, has_lost_database, inspect, save_fingerprints, zero_unused
 
 _LOCK = "agentmem.lock"
 _OWNER = "agentmem.owner.json"
@@ -127,8 +127,8 @@ class DirectoryClaim:
 
     Raises:
         StoreOwnedError: another process holds the directory.
-        FactStoreError: the directory cannot be created or locked, was opened under another name, or is held by the
-            process that this one was forked from.
+        FactStoreError: the directory cannot be created or locked, has lost its database, was opened under another name,
+            or is held by the process that this one was forked from.
     """
 
     def __init__(self, directory: Path, opened_as: str, *, open_already: bool) -> None:
@@ -138,6 +138,11 @@ class DirectoryClaim:
             if held is None:
                 lock = _acquire(self.directory)
                 try:
+                    if not open_already and has_lost_database(self.directory):
+                        raise FactStoreError(
+                            f"{self.directory} has held facts, and the database with their texts, chroma.sqlite3, is "
+                            "missing or empty; restore it from a backup, or delete the directory to begin anew"
+                        )
                     indexes = IndexReport() if open_already else inspect(self.directory)
                 except BaseException:
                     lock.release()

@@ -93,6 +93,13 @@ def inspect(directory: Path) -> IndexReport:
     return report
 
 
+def has_lost_database(directory: Path) -> bool:
+    """Whether a directory that has been a store's has no database any more: Chroma would make an empty one."""
+    file = directory / _DATABASE
+    remains = (directory / _FINGERPRINTS).is_file() or any(directory.glob("*/header.bin"))
+    return remains and not (file.is_file() and file.stat().st_size)
+
+
 def save_fingerprints(directory: Path, doubtful: set[Path]) -> None:
     """Record that index files are intact, except in `doubtful` folders. Call it when the directory is closed."""
     fingerprints = {

@@ -105,6 +105,8 @@ def test_what_is_not_known_is_refused(store: FactStore, name: str) -> None:
 
 
 def test_options_that_cannot_be_are_refused(store: FactStore) -> None:
+    with pytest.raises(ValidationError, match="search_kwargs should be a mapping"):
+        FactRetriever(store=store, search_kwargs="x")
     with pytest.raises(ValidationError, match="thread is given twice"):
         FactRetriever(store=store, thread="a", thread_id="b")
     with pytest.raises(ValidationError):

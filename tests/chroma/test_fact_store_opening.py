@@ -92,6 +92,19 @@ def test_a_damaged_database_and_a_file_are_refused(tmp_path: Path, open_store: O
         open_store(path=tmp_path / "file")
 
 
+@pytest.mark.parametrize("lose", [Path.unlink, lambda file: file.write_bytes(b"")], ids=["missing", "empty"])
+@pytest.mark.parametrize("rebuild", [False, True])
+def test_a_store_that_lost_its_database_is_no_empty_store(
+    tmp_path: Path, open_store: Open, lose: Callable[[Path], object], rebuild: bool
+) -> None:
+    with open_store() as store:
+        store.add("a fact")
+    lose(tmp_path / "facts" / "chroma.sqlite3")
+    for _ in range(2):
+        with pytest.raises(FactStoreError, match=r"has held facts.*restore it from a backup"):
+            open_store(rebuild=rebuild)
+
+
 def test_home_is_expanded(tmp_path: Path, open_store: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)

@@ -131,7 +131,9 @@ class MemoryTrainer(TrainingLoop):
             score[0], self.arms = measurement.score, measurement.arms
             self.write_line({"score": score[0], "arms": dict(measurement.arms)})
             # For what report_to names, where they are shown as eval/memory and so on.
+            pending = self.control.should_log
             self.log({f"eval_{name}": value for name, value in {"score": score[0], **measurement.arms}.items()})
+            self.control.should_log = pending  # else this step's loss would not be logged
         broadcast_object_list(score)
         self.score = score[0]
         best = self.state.best_metric

@@ -21,7 +21,7 @@ def check_push(name: str) -> None:
     from httpx import HTTPError
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # re-exported, but not by name
 
     try:
         validate_repo_id(name)

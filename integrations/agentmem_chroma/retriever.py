@@ -86,9 +86,10 @@ def _renamed(options: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: an option is given twice, with different values; or `search_kwargs` is no mapping.
     """
     renamed: dict[str, Any] = {}
-    inner = options.get("search_kwargs") or {}
-    if not isinstance(inner, Mapping):
-        raise ValueError(f"search_kwargs should be a mapping of options, got {inner!r}")
+    found = options.get("search_kwargs") or {}
+    if not isinstance(found, Mapping):
+        raise ValueError(f"search_kwargs should be a mapping of options, got {found!r}")
+    inner: Mapping[str, Any] = found
     for name, value in [*inner.items(), *((n, v) for n, v in options.items() if n != "search_kwargs")]:
         own = _ALIASES.get(name, name)
         if own in renamed and renamed[own] != value:

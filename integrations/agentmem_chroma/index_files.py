@@ -36,6 +36,9 @@ _FINGERPRINTS = "agentmem.index.json"
 # hnswlib's header: a version, then the offset of level 0, the capacity and the number of vectors, and the bytes of
 # each.
 _HEADER = struct.Struct("<iQQQQ")
+# The same with what follows: offsets of label and data, the highest level, the entry point, and how many links a vector
+# has at most (above level 0, at level 0, as configured).
+_LINKS = struct.Struct("<iQQQQQQiIQQQ")
 _PAGE = 500
 _PROBE_SECONDS = 60  # plus as many again for every 5 MB of index
 
@@ -85,7 +88,7 @@ def inspect(directory: Path) -> IndexReport:
         if segment.saved and missing:
             report.damaged[segment.collection] = DamagedIndex(folder, f"{', '.join(missing)} missing in {folder}")
         elif not missing and trusted.get(segment.folder) != _fingerprint(folder):
-            problem = _probe_problem(directory, segment)
+            problem = _broken_links(folder) or _probe_problem(directory, segment)
             if problem is None:
                 report.probed[segment.collection] = folder
             else:
@@ -177,6 +180,25 @@ def _read_fingerprints(directory: Path) -> dict[str, Any]:
     return fingerprints if isinstance(fingerprints, dict) else {}
 
 
+def _broken_links(folder: Path) -> str | None:
+    """Whether an index links to vectors that it has not got: a search would read past its end, and may crash later."""
+    header = (folder / "header.bin").read_bytes()
+    if len(header) < _LINKS.size:
+        return f"the header in {folder} is cut off"
+    _, offset, _, count, size, _, _, _, entry, _, most, _ = _LINKS.unpack_from(header)
+    level0 = (folder / "data_level0.bin").read_bytes()
+    if not count:
+        return None
+    if entry >= count or size < offset + 4 + 4 * most or len(level0) < count * size:
+        return f"the files in {folder} do not belong together"
+    for number in range(count):
+        start = number * size + offset
+        links = struct.unpack_from("<H", level0, start)[0]
+        if links > most or any(link >= count for link in struct.unpack_from(f"<{links}I", level0, start + 4)):
+            return f"the index in {folder} links to vectors that it has not got"
+    return None
+
+
 def _probe_problem(directory: Path, segment: _Segment) -> str | None:
     """What is wrong with an index, found by using it in a separate process; None if it works."""
     size = sum((directory / segment.folder / name).stat().st_size for name in _FILES)
@@ -203,7 +225,7 @@ def _probe_problem(directory: Path, segment: _Segment) -> str | None:
 
 
 def _probe(directory: str, name: str) -> None:
-    """Read every vector of a collection, and search for some of them."""
+    """Read every vector of a collection, and search for each: a search only meets what is damaged on its own way."""
     import chromadb
 
     client = chromadb.PersistentClient(directory)
@@ -213,9 +235,9 @@ def _probe(directory: str, name: str) -> None:
     tried = right = 0
     for offset in range(0, count, _PAGE):
         vectors = collection.get(limit=_PAGE, offset=offset, include=["embeddings"])["embeddings"]
-        hit = collection.query(query_embeddings=[vectors[0]], n_results=1, include=["distances"])
-        tried += 1
-        right += bool(hit["distances"][0]) and hit["distances"][0][0] < 1e-3
+        found = collection.query(query_embeddings=vectors, n_results=1, include=["distances"])["distances"]
+        tried += len(found)
+        right += sum(bool(distances) and distances[0] < 1e-3 for distances in found)
     # The index is approximate: a search sometimes misses an existing vector.
     if right * 2 < tried:
         raise ValueError(f"of {tried} vectors the index found {right}")

@@ -124,9 +124,23 @@ def test_a_damaged_index_is_noticed_and_built_anew(
 
 def test_an_index_is_tried_by_an_interpreter_of_its_own(filled: Path, open_store: Open) -> None:
     """That finds chromadb wherever this one does; in the other tests it is forked off."""
-    garble_header(filled)
+    cut(filled)
     with pytest.raises(FactIndexError, match="reading it failed with exit code"):
         open_store()
+
+
+def test_a_link_past_the_end_is_seen_without_a_search_that_meets_it(filled: Path, open_store: Open) -> None:
+    """Searching there reads memory that is not the index's: the trial may pass, and a later search crash."""
+    file = folder(filled) / "data_level0.bin"
+    data = bytearray(file.read_bytes())
+    size = int.from_bytes((folder(filled) / "header.bin").read_bytes()[28:36], "little")
+    place = 7 * size + 4  # the first link of the eighth vector
+    data[place : place + 4] = (MANY + 10_000_000).to_bytes(4, "little")
+    file.write_bytes(data)
+    with pytest.raises(FactIndexError, match="links to vectors that it has not got"):
+        open_store()
+    with open_store(rebuild=True) as store:
+        check_whole(store)
 
 
 @pytest.mark.usefixtures("forked_probes")

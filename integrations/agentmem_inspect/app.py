@@ -121,6 +121,7 @@ def serve(
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind((HOST, port))
+            listener.listen()  # whoever is told the address may call at once
         except (OSError, OverflowError) as error:
             raise ConfigError(f"expected a free port, found {port}: {error}; leave --port out for any") from error
         bound = listener.getsockname()[1]

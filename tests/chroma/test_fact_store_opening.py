@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -236,6 +237,17 @@ def test_a_forked_child_is_told_to_spawn(tmp_path: Path, processes: Start) -> No
     assert forking.said() == [[True], [True], [1]]
 
 
+def until_it_answers(port: int) -> None:
+    """Wait until something listens at the port."""
+    ends = time.monotonic() + 60
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        assert time.monotonic() < ends, f"nothing listens at {port}"
+        time.sleep(0.01)
+
+
 def test_a_server_is_a_store_as_well(tmp_path: Path, processes: Start) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -246,6 +258,7 @@ def test_a_server_is_a_store_as_well(tmp_path: Path, processes: Start) -> None:
         try:
             assert server.stdout is not None
             assert any("Connect to Chroma at" in line for line in server.stdout)
+            until_it_answers(port)  # it says so before it listens
             client, losing = processes(ask_a_server, url), processes(lose_a_server, url, str(gone))
             assert client.wait() == 0
             losing.until_it_says(1)

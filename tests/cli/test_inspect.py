@@ -28,6 +28,7 @@ def test_the_printed_address_opens_the_page_on_this_machine_alone(db: Path, monk
     served: list[tuple[str, Any]] = []
 
     def run(server: uvicorn.Server, sockets: list[socket.socket]) -> None:
+        socket.create_connection(sockets[0].getsockname()).close()  # the address is printed by now, and answers
         host = "{}:{}".format(*sockets[0].getsockname())
         with TestClient(server.config.app, base_url=f"http://{host}") as client:
             served.append((host, client))

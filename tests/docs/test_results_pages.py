@@ -1,18 +1,23 @@
-"""The command that makes the results: what it runs, and the pages that it writes."""
+"""The commands that make the results: what they run, and the pages that they write."""
 
 from __future__ import annotations
 
+import json
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from agentmem.delta.config import MemoryConfig
+from agentmem.evaluation.facts import CELLS
 from agentmem.evaluation.report import BEGIN, END
 from agentmem.evaluation.tasks import FOLDERS
+from agentmem.training.command import from_options
 from agentmem.training.contexts import ARMS
 
 results: Any = import_module("benchmarks.results")
+shapes: Any = import_module("benchmarks.memory_shapes")
 PAGES = Path(__file__).parents[2] / "docs" / "results"
 
 
@@ -52,3 +57,35 @@ def test_what_cannot_be_run_is_refused(capsys: pytest.CaptureFixture[str]) -> No
         with pytest.raises(SystemExit):
             results.main(arguments)
         assert message in capsys.readouterr().err
+
+
+def test_every_memory_that_is_compared_is_one_that_can_be_trained() -> None:
+    recipe = from_options(shapes.ROOT / "recipes" / "smollm2-135m.yaml", {})
+    for shape in shapes.SHAPES:
+        words = shapes.training(shape, Path("out"), steps=150, dtype="float32")
+        memory = dict(words[n + 1].split("=", 1) for n, word in enumerate(words) if word == "--memory")
+        given = {"memory": [f"{name}={value}" for name, value in memory.items()]}
+        config = from_options(shapes.ROOT / "recipes" / "smollm2-135m.yaml", given)
+        assert {**recipe.memory, **shapes.SHAPES[shape]} == config.memory
+        MemoryConfig(**config.memory)
+    assert set(shapes.CELLS) <= set(CELLS)
+
+
+def test_the_page_of_memories_has_a_row_for_each(tmp_path: Path) -> None:
+    page = tmp_path / "memory_shapes.md"
+    page.write_text(f"# Shapes\n\n{BEGIN}\n{END}\n", "utf-8")
+    adapter = tmp_path / "out" / "token-2x8" / "adapter"
+    (adapter.parent / "facts").mkdir(parents=True)
+    adapter.mkdir()
+    (adapter / "delta_mem_config.json").write_text('{"target_layers": [1, 2], "num_state_heads": 2, "rank": 8}')
+    (adapter / "adapter.safetensors").write_bytes(bytes(200_000))
+    lines = [{"step": 1, "loss": 2.0}, *({"step": n, "arms": {"memory": n / 200}} for n in (75, 150))]
+    (adapter / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    share = {"memory": {"share": 0.5, "low": 0.4, "high": 0.6}, "foreign": {"share": 0.02}}
+    rows = [{"cell": cell, "arms": share} for cell in shapes.CELLS]
+    (adapter.parent / "facts" / "results.json").write_text(json.dumps({"cells": rows}))
+    shapes.write_page(tmp_path / "out", page)
+    row = next(line for line in page.read_text("utf-8").splitlines() if "token-2x8" in line)
+    assert row.startswith("| `token-2x8` | 256 | 0.2 | 0.38 | 0.75 | 0.50 (0.40-0.60) |")
+    assert row.endswith("| 0.02 |")
+    assert page.read_text("utf-8").count("not run yet") == len(shapes.SHAPES) - 1

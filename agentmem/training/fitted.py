@@ -38,6 +38,7 @@ _OTHERS = 32  # tokens of each pass, at most, that are taken as examples of what
 _RANDOM_ROWS, _RANDOM_LENGTH, _SKIPPED = 500, 48, 4
 """Rows of random tokens, from which values are learned too: there are never enough different ones in conversations.
 The first tokens of a row are special to many models and left out."""
+_MEASURED = 64  # predicting tokens, at most, on which the scale of hidden states is measured
 _KEY_SCALE = 0.3  # standard deviation of keys and queries before tanh, where it is still nearly linear
 _GATE_VALUE, _GATE_OTHER = 3.0, -5.0  # the gate's logit at values, and elsewhere
 _RAISE = 10.0  # by how much recalling a value raises its token's logit
@@ -110,7 +111,7 @@ def start_fitted(steered: SteeredModel, examples: Sequence[Example], pad: int, *
         )
     places, features = _collect(steered, recalls, pad, rows)
     random = _random_tokens(steered, pad, rows)
-    _fit(steered, places, features, random, _residual_scale(steered, recalls), seed)
+    _fit(steered, places, features, random, _residual_scale(steered, recalls, pad, rows), seed)
     return count
 
 
@@ -442,21 +443,14 @@ def _hidden(steered: SteeredModel, wanted: Sequence[tuple[Pass, list[int]]], pad
     return hidden
 
 
-def _residual_scale(steered: SteeredModel, recalls: Sequence[_Recalls]) -> float:
-    """Root mean square of what enters the last norm, at the tokens that predict a recalled value."""
-    kept: list[Tensor] = []
-    norm = _final_norm_module(steered)
-    if norm is None:
+def _residual_scale(steered: SteeredModel, recalls: Sequence[_Recalls], pad: int, rows: int) -> float:
+    """Root mean square of what enters the last norm, at some of the tokens that predict a recalled value."""
+    if _final_norm_module(steered) is None:
         return 1.0
-    handle = norm.register_forward_pre_hook(lambda _module, arguments: kept.append(arguments[0]))
-    try:
-        for each in recalls[:32]:
-            for _, _, asked, before, _ in each.pairs[:2]:
-                ids = torch.tensor([each.example.asks[asked].ids], device=steered.model.device)
-                steered.model.get_decoder()(input_ids=ids, use_cache=False)
-                kept[-1] = kept[-1][0, before].float().cpu()
-    finally:
-        handle.remove()
+    pairs = [(each.example.asks[asked].ids, before) for each in recalls for _, _, asked, before, _ in each.pairs]
+    pairs = pairs[:_MEASURED]
+    states = hidden_states(steered, [ids for ids, _ in pairs], pad, last=True, at_once=rows)
+    kept = [layers[-1, pairs[number][1]].float() for number, layers in states]
     return float(torch.stack(kept).square().mean().sqrt())
 
 

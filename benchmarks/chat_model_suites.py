@@ -7,6 +7,7 @@ asks the same two about what the suite does not look at.
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -110,11 +111,12 @@ def get_port(city: str) -> str:
 ASK = "Call get_port with city berlin."
 
 
-class Beside:
-    """What the suite does not look at; a subclass says how the model is made."""
+class Beside(ABC):
+    """What the suite does not look at."""
 
+    @abstractmethod
     def made(self) -> Any:
-        raise NotImplementedError
+        """The chat model."""
 
     @pytest.mark.parametrize("how", ["invoke", "stream"])
     def test_a_stop_string_ends_the_reply(self, how: str) -> None:

@@ -32,8 +32,7 @@ def tokenizer() -> Any:
 MakeEngine = Callable[..., Engine]
 
 
-@pytest.fixture
-def make_engine(tokenizer: Any) -> Iterator[MakeEngine]:
+def _engines(tokenizer: Any) -> Iterator[MakeEngine]:
     """Builds engines with a random model and random nonzero memory weights; closes them at the end."""
     made: list[Engine] = []
 
@@ -78,3 +77,7 @@ def make_engine(tokenizer: Any) -> Iterator[MakeEngine]:
     yield make
     for engine in made:
         engine.close()
+
+
+make_engine = pytest.fixture(_engines)
+make_engine_once = pytest.fixture(scope="module")(_engines)  # for what the tests of a file share

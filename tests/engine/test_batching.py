@@ -29,6 +29,9 @@ def ask(number: int) -> list[Message]:
     return [Message("user", f"Hello there, {number}! " + "How are you today? " * (7 * (number % 5)))]
 
 
+LONG = ask(4)  # little less than 256 tokens
+
+
 def options(number: int) -> dict[str, Any]:
     """Every session has its own sampling, grammar, length and write policy."""
     return {
@@ -63,12 +66,12 @@ class Count:
         monkeypatch.setattr(type(model), "forward", forward)
 
 
-def batches_of_sixteen(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Sixteen sessions at once are as they are alone; gives how many sessions the model was run for each time."""
-    states = [engine.remember(ask(n + 1)).state for n in range(16)]
-    alone = [engine.turn(ask(n), states[n], **options(n)) for n in range(16)]
+def batches_of(sessions: int, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sessions at once are as they are alone; gives how many sessions the model was run for each time."""
+    states = [engine.remember(ask(n + 1)).state for n in range(sessions)]
+    alone = [engine.turn(ask(n), states[n], **options(n)) for n in range(sessions)]
     count = Count(engine, monkeypatch)
-    assert_same_at_once(lambda n: engine.turn(ask(n), states[n], **options(n)), range(16), alone)
+    assert_same_at_once(lambda n: engine.turn(ask(n), states[n], **options(n)), range(sessions), alone)
     return count.batches
 
 
@@ -77,7 +80,7 @@ def batches_of_sixteen(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[
 def test_each_session_is_as_it_is_alone(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:
-    batches = batches_of_sixteen(make_engine(write_strategy=strategy), monkeypatch)
+    batches = batches_of(16, make_engine(write_strategy=strategy), monkeypatch)
     assert max(batches) > 8, "they did not meet"
     assert sum(batches) / len(batches) > 3
 
@@ -85,16 +88,16 @@ def test_each_session_is_as_it_is_alone(
 def test_where_no_session_may_share_a_pass_they_take_turns(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert set(batches_of_sixteen(make_engine(max_batch=1), monkeypatch)) == {1}
+    assert set(batches_of(5, make_engine(max_batch=1), monkeypatch)) == {1}
 
 
 def test_replies_that_outgrow_their_rows(make_engine: MakeEngine) -> None:
     """Rows hold 256 tokens at first: these begin below and end beyond, in the company of shorter ones."""
     engine = make_engine()
-    sampling = [Sampling(temperature=1.0, seed=n, max_tokens=(40, 330)[n % 2]) for n in range(4)]
-    alone = [engine.turn(ask(n), sampling=sampling[n]) for n in range(4)]
-    assert max(len(turn.token_ids) for turn in alone) == 330
-    assert_same_at_once(lambda n: engine.turn(ask(n), sampling=sampling[n]), range(4), alone)
+    sampling = [Sampling(temperature=1.0, seed=n, max_tokens=(20, 60)[n % 2]) for n in range(4)]
+    alone = [engine.turn(LONG, sampling=each) for each in sampling]
+    assert [turn.usage.input_tokens + len(turn.token_ids) > 256 for turn in alone] == [False, True] * 2
+    assert_same_at_once(lambda each: engine.turn(LONG, sampling=each), sampling, alone)
 
 
 @pytest.mark.parametrize(("temperature", "operation"), [(0.0, "argmax"), (1.0, "softmax")])
@@ -275,8 +278,8 @@ def test_one_that_fails_does_not_take_the_others_with_it(
 def test_what_is_lost_in_a_row_is_lost_to_one_session(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """No memory for what was read in the row, when replies outgrow it: an error there, and the others as ever."""
     engine = make_engine()
-    sampling = [Sampling(temperature=1.0, seed=n, max_tokens=300) for n in range(3)]
-    alone = [engine.turn(ask(0), sampling=each) for each in sampling]
+    sampling = [Sampling(temperature=1.0, seed=n, max_tokens=60) for n in range(3)]
+    alone = [engine.turn(LONG, sampling=each) for each in sampling]
     real, failures = BatchedKVCache.copy_back, [1]
 
     def copy_back(own: BatchedKVCache, *arguments: Any) -> None:
@@ -287,7 +290,7 @@ def test_what_is_lost_in_a_row_is_lost_to_one_session(make_engine: MakeEngine, m
 
     monkeypatch.setattr(BatchedKVCache, "copy_back", copy_back)
     with ThreadPoolExecutor(3) as pool:
-        running = [pool.submit(engine.turn, ask(0), sampling=each) for each in sampling]
+        running = [pool.submit(engine.turn, LONG, sampling=each) for each in sampling]
         ends = [one.exception(60) for one in running]
     assert sum(isinstance(end, torch.OutOfMemoryError) for end in ends) == 1
     for one, end, solo in zip(running, ends, alone, strict=True):

@@ -52,9 +52,9 @@ def caches(engine: Engine) -> list[BatchedKVCache]:
     return [kv for kind in engine._context.batch._caches.values() for kv in kind]
 
 
-@pytest.fixture
-def alone(make_engine: MakeEngine) -> list[Turn]:
-    engine = make_engine()
+@pytest.fixture(scope="module")
+def alone(make_engine_once: MakeEngine) -> list[Turn]:
+    engine = make_engine_once()
     return [turn(engine, number) for number in range(14)]
 
 
@@ -177,8 +177,8 @@ def test_a_pass_looks_at_few_more_tokens_than_there_are(
     """Rows double in size; what is looked at does not. And few sizes, for each is a capture."""
     engine = make_engine()
     plain = make_engine(max_batch=1)
-    ask = [Message("user", "The quick brown fox says: hello there. " * 120)]
-    expected = plain.turn(ask, sampling=Sampling(max_tokens=300))
+    ask = [Message("user", "The quick brown fox says: hello there. " * 139)]
+    expected = plain.turn(ask, sampling=Sampling(max_tokens=50))
     looked: list[tuple[int, int]] = []
     real = BatchedKVCache.over
 
@@ -187,9 +187,9 @@ def test_a_pass_looks_at_few_more_tokens_than_there_are(
         return real(own, places, width)
 
     monkeypatch.setattr(BatchedKVCache, "over", over)
-    assert_same_turn(engine.turn(ask, sampling=Sampling(max_tokens=300)), expected)
-    assert len(looked) > 250
-    assert looked[0][0] > 1024
+    assert_same_turn(engine.turn(ask, sampling=Sampling(max_tokens=50)), expected)
+    assert len(looked) > 40
+    assert 1024 < looked[0][0] < 1280 < looked[-1][0]
     assert all(length <= width <= length + 256 for length, width in looked)
     assert len({width for _, width in looked}) == 2
     assert len({buffers for buffers, _ in passes}) == 2

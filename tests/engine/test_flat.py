@@ -140,7 +140,8 @@ def test_the_state_leaves_the_device_once(make_engine: Any, monkeypatch: pytest.
 
     monkeypatch.setattr(torch.Tensor, "cpu", counted)
     # With a window of one message the first two are written by a pass of their own.
-    turn = engine.turn([Message("user", "a"), Message("assistant", "b"), Message("user", "c")], window=window)
+    history = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
+    turn = engine.turn(history, window=window, sampling=SHORT)
     assert turn.state is not None
     assert left.count(tuple(turn.state.shape)) == 1
 

@@ -105,8 +105,9 @@ def test_calls_or_json(make_engine: MakeEngine) -> None:
 
 def test_text_before_calls_is_free_and_calls_are_not(make_engine: MakeEngine) -> None:
     engine = make_engine()
-    turns = [say(engine, ReplyFormat(tools=[PACK], calls="may", parallel=True), seed, 200) for seed in range(6)]
+    turns = [say(engine, ReplyFormat(tools=[PACK], calls="may", parallel=True), seed, 200) for seed in range(4)]
     assert any(turn.message.content for turn in turns)
+    assert any(turn.message.tool_calls for turn in turns)
     for turn in turns:
         assert turn.invalid_tool_calls == ()
         for call in turn.message.tool_calls:
@@ -394,15 +395,10 @@ def assert_same(found: Turn, expected: Turn) -> None:
 def test_tokens_and_memory_are_those_of_one_by_one(
     make_engine: MakeEngine, one_by_one: Callable[[], None], strategy: str
 ) -> None:
-    engines = [make_engine(write_strategy=strategy, model_seed=seed) for seed in range(2)]
-    budgets = [(101, "all"), (106, "input"), (160, "all"), (120, "off")]
-    cases = [
-        (engine, form, *budgets[(number + at) % 4])
-        for number, form in enumerate(FORMS.values())
-        for at, engine in enumerate(engines)
-    ]
+    engine = make_engine(write_strategy=strategy)
+    cases = list(zip(FORMS.values(), (101, 106, 160, 120), ("all", "input", "all", "off"), strict=True))
 
-    def run(engine: Engine, form: ReplyFormat, most: int, write: Any) -> Turn:
+    def run(form: ReplyFormat, most: int, write: Any) -> Turn:
         engine.forget_prefills()
         return engine.turn(QUESTION, sampling=Sampling(max_tokens=most), form=form, write=write)
 
@@ -418,7 +414,7 @@ def test_a_stop_string_within_takes_back_what_is_behind_it(
     make_engine: MakeEngine, one_by_one: Callable[[], None], stop: str
 ) -> None:
     engine = make_engine()
-    sampling = Sampling(max_tokens=160, stop=(stop,))
+    sampling = Sampling(max_tokens=120, stop=(stop,))
 
     def run(form: ReplyFormat) -> Turn:
         engine.forget_prefills()
@@ -455,5 +451,5 @@ def test_in_company_each_is_as_it_is_alone(make_engine: MakeEngine) -> None:
         sampling = Sampling(temperature=(0.0, 1.0)[number % 2], seed=number, max_tokens=110 + 10 * (number % 4))
         return engine.turn([Message("user", f"Hello {number}.")], sampling=sampling, form=forms[number % 5])
 
-    alone = [run(number) for number in range(15)]
-    assert_same_at_once(run, range(15), alone)
+    alone = [run(number) for number in range(10)]  # each form at both temperatures
+    assert_same_at_once(run, range(10), alone)

@@ -92,8 +92,9 @@ docs: .venv/.installed-docs  ## build the pages into build/docs; a warning is an
 pictures: .venv/.installed-docs  ## draw the pictures of the pages from docs/results
 	for name in turn recall tokens; do $(BIN)/python docs/pictures/$$name.py; done
 
-# Files in the order of their names: in that of their counts, those with a few long tests would come last, side by side.
-pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+# Each process begins with a part of the folders and, when it is through, takes over half of what another has left: what a
+# folder prepares (databases, models, compiled kernels) is prepared by one of them, and all end together.
+pytest = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(ARGS)
 
 test: lint  ## lint, then all tests but the slow ones
 	$(call pytest,.venv)

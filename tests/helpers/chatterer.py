@@ -12,7 +12,7 @@ from tests.helpers.bpe import byte_bpe
 from tests.helpers.core_models import build
 
 
-def save_chatterer(directory: Path, **config: Any) -> Path:
+def save_chatterer(directory: Path, *, adapter_seed: int = 1, **config: Any) -> Path:
     """Write the model, its tokenizer and its adapter; `config`: changes of the model's config."""
     corpus = [text for pair in say.SMALL_TALK for text in pair] + [*say.TELL, *say.ASK]
     tokenizer = byte_bpe(corpus, TEMPLATE)
@@ -23,5 +23,5 @@ def save_chatterer(directory: Path, **config: Any) -> Path:
     model.generation_config.eos_token_id = list(range(0, len(tokenizer), 2))
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    SteeredModel.attach(model, config=MemoryConfig(rank=2), seed=1).save(directory / "adapter")
+    SteeredModel.attach(model, config=MemoryConfig(rank=2), seed=adapter_seed).save(directory / "adapter")
     return directory

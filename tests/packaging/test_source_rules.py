@@ -10,6 +10,7 @@ import importlib
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import grimp
@@ -18,25 +19,12 @@ import pytest
 import agentmem
 
 ROOT = Path(__file__).resolve().parents[2]
+# The command stands on more than public names: it runs evaluations and builds nano.
+INTEGRATIONS = tuple(f"agentmem_{name}" for name in ("chroma", "governance", "inspect", "langgraph", "serve", "sql"))
 PACKAGES = {
     "agentmem": ROOT / "agentmem",
-    "agentmem_chroma": ROOT / "integrations/agentmem_chroma",
-    "agentmem_cli": ROOT / "integrations/agentmem_cli",
-    "agentmem_governance": ROOT / "integrations/agentmem_governance",
-    "agentmem_inspect": ROOT / "integrations/agentmem_inspect",
-    "agentmem_langgraph": ROOT / "integrations/agentmem_langgraph",
-    "agentmem_serve": ROOT / "integrations/agentmem_serve",
-    "agentmem_sql": ROOT / "integrations/agentmem_sql",
+    **{name: ROOT / "integrations" / name for name in (*INTEGRATIONS, "agentmem_cli")},
 }
-# The command stands on more than public names: it runs evaluations and builds nano.
-INTEGRATIONS = (
-    "agentmem_chroma",
-    "agentmem_governance",
-    "agentmem_inspect",
-    "agentmem_langgraph",
-    "agentmem_serve",
-    "agentmem_sql",
-)
 
 MAX_LINES = 600
 
@@ -48,6 +36,11 @@ def sources(package: str) -> list[Path]:
 def all_sources() -> Iterator[Path]:
     for package in PACKAGES:
         yield from sources(package)
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text("utf-8"))
 
 
 def relative(path: Path) -> str:
@@ -84,7 +77,7 @@ def test_integrations_use_public_names_only() -> None:
     private = []
     for package in INTEGRATIONS:
         for path in sources(package):
-            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            for node in ast.walk(parsed(path)):
                 if not isinstance(node, ast.ImportFrom) or (node.module or "").partition(".")[0] != "agentmem":
                     continue
                 for alias in node.names:
@@ -103,7 +96,7 @@ def test_files_stay_small() -> None:
 def test_public_classes_of_a_package_have_names_of_their_own(package: str) -> None:
     places: dict[str, list[str]] = defaultdict(list)
     for path in sources(package):
-        for node in ast.parse(path.read_text("utf-8")).body:
+        for node in parsed(path).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 places[node.name].append(relative(path))
     assert {name: files for name, files in places.items() if len(files) > 1} == {}
@@ -111,7 +104,7 @@ def test_public_classes_of_a_package_have_names_of_their_own(package: str) -> No
 
 def docstrings(path: Path) -> Iterator[tuple[int, str]]:
     """Line and text of every docstring of a file, those behind an assignment included."""
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for node in ast.walk(parsed(path)):
         match node:
             case ast.Expr(value=ast.Constant(value=str(text))):
                 yield node.lineno, text

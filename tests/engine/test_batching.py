@@ -366,8 +366,8 @@ def make_engines(tokenizer: Any) -> Iterator[Make]:
         engine.close()
 
 
-def run(engine: Engine, number: int, state: MemoryState, tokens: int = 24) -> Turn:
-    """Sessions of very different lengths, the shortest within a window of 24 and the others beyond."""
+def run(engine: Engine, number: int, state: MemoryState, tokens: int = 16) -> Turn:
+    """Sessions of very different lengths, the shortest from within a window of 24 and the others beyond."""
     text = f"Hello, {number}! " + "How are you today? " * (3 * (number % 3))
     return engine.turn([Message("user", text)], state, sampling=Sampling(max_tokens=tokens))
 

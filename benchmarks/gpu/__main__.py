@@ -2,8 +2,9 @@
 
     make gpu                                                    eight minutes on an NVIDIA GPU; sets up .venv first
     python -m benchmarks.gpu --minutes 8 --out build/gpu        the same with an environment that is there
-    python -m benchmarks.gpu --device cpu --tiny                a rehearsal: every line of it, and no figure of use;
-                                                                without --device cpu a quick look on a GPU
+    python -m benchmarks.gpu --device cpu --tiny                a rehearsal: every line of it, and no figure of use, two
+                                                                parts at a time; without --device cpu a quick look on
+                                                                a GPU
 
 Every part runs in a process of its own, with a limit, and writes each result when it has it. So a part that fails,
 hangs or is killed takes nothing from the others, and what is stopped half-way has said something. In the directory:

@@ -1,4 +1,4 @@
-"""The command: runs the parts one after another, each in a process with a limit, and shows what they found."""
+"""The command: runs the parts, each in a process with a limit, and shows what they found."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,6 +25,7 @@ HANGING = 3.0
 """Seconds that a part may take in which a case is to hang."""
 _GRACE = 20.0  # seconds between asking a part to end, which saves a checkpoint of training, and killing it
 _LAYOUT = 240.0  # seconds for laying SmolLM2 out; before the clock starts
+_POLL = 0.1  # seconds between two looks whether a part has ended
 _SHOWN = 3  # lines of what a part that failed said last
 
 
@@ -94,7 +95,7 @@ def _run_here(part: Part, setting: Setting, until: float, fault: Fault | None) -
 
 
 def _run_all(parts: list[Part], setting: Setting, minutes: float, faults: dict[str, Fault]) -> int:
-    """Run the parts in turn; the exit code."""
+    """Run the parts in turn, in a rehearsal two at a time; the exit code."""
     setting.out.mkdir(parents=True, exist_ok=True)
     report = Report(setting.out, setting.tiny, f"python -m benchmarks.gpu {' '.join(sys.argv[1:])}".strip())
     for part in parts:  # of an earlier run
@@ -103,54 +104,96 @@ def _run_all(parts: list[Part], setting: Setting, minutes: float, faults: dict[s
     if not setting.tiny:
         report.note(_lay_out_smollm2())
     until = time.monotonic() + 60 * minutes
-    # Ended from outside, the part is ended too, and what is there is shown.
+    # Ended from outside, the parts that run are ended too, and what is there is shown.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    ended = Ended("")
-    for part in parts:
-        try:
-            ended = _run_part(part, setting, minutes, until - time.monotonic(), faults.get(part.name))
-        except KeyboardInterrupt:
-            ended = Ended(STOPPED)
-        report.add(part, ended)
-        if ended.code == NO_DEVICE or ended.why == STOPPED:
-            break
+    # What is measured on a GPU has it alone; a rehearsal measures nothing, and two cores are soon through with it.
+    together = 2 if setting.device == "cpu" else 1
+    waiting, running, no_device = list(parts), list[_Running](), False
+    try:
+        while waiting or running:
+            # What takes all the time that is left comes when all others are through.
+            if waiting and len(running) < (1 if waiting[0].seconds is None else together):
+                part = waiting.pop(0)
+                limit = part.limit(minutes, until - time.monotonic())
+                fault = faults.get(part.name)
+                if fault is not None and fault.kind == "time":
+                    limit = min(limit, HANGING)
+                if limit > 0:
+                    running.append(_Running(part, setting, limit, fault, apart=together > 1))
+                else:
+                    report.add(part, Ended(NOT_STARTED))
+                continue
+            done = next((one for one in running if one.is_over()), None)
+            if done is None:
+                time.sleep(_POLL)
+                continue
+            ended = done.end()
+            running.remove(done)
+            report.add(done.part, ended)
+            if ended.code == NO_DEVICE:
+                no_device = True
+                waiting.clear()
+    except KeyboardInterrupt:
+        for one in running:
+            one.end()
+            report.add(one.part, Ended(STOPPED))
     print(report.text())
-    return 2 if ended.code == NO_DEVICE else int(not report.held)
+    return 2 if no_device else int(not report.held)
 
 
-def _run_part(part: Part, setting: Setting, minutes: float, left: float, fault: Fault | None) -> Ended:
-    """Run a part in a process of its own, no longer than it may."""
-    limit = part.limit(minutes, left)
-    if fault is not None and fault.kind == "time":
-        limit = min(limit, HANGING)
-    if limit <= 0:
-        return Ended(NOT_STARTED)
-    print(f"{part.name}: {part.title} (at most {limit:.0f} s)", flush=True)
-    begin = time.monotonic()
-    command = [sys.executable, "-m", "benchmarks.gpu", "--part", part.name, "--until", f"{begin + limit:.1f}"]
-    command += ["--out", str(setting.out), "--device", setting.device, *["--tiny"] * setting.tiny]
-    command += [] if fault is None else ["--simulate", f"{part.name}={fault.kind}@{fault.case}"]
-    log = setting.out / f"{part.name}.log"
-    with log.open("w", encoding="utf-8") as file:
-        # In a group of its own, so that what a part starts ends with it.
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=_environment(part, setting), stderr=file, start_new_session=True
-        )
-        over = False
-        try:
-            process.wait(limit)
-        except subprocess.TimeoutExpired:
-            over = True
-        finally:
-            _end(process)
-    seconds = time.monotonic() - begin
-    if over:
-        return Ended(f"time over: it was ended after {limit:.0f} s", process.returncode, seconds)
-    if process.returncode:
-        said = [text for text in log.read_text("utf-8", "replace").splitlines() if text.strip()][-_SHOWN:]
-        why = "was killed" if process.returncode < 0 else "failed"
-        return Ended(f"{why} ({process.returncode}): {' / '.join(said)}", process.returncode, seconds)
-    return Ended("", 0, seconds)
+class _Running:
+    """A part that runs in a process of its own, no longer than it may.
+
+    Args:
+        part: the part.
+        setting: what every part is told.
+        limit: seconds.
+        fault: a failure to simulate.
+        apart: whether what it says is held back until it ends, because another part speaks at the same time.
+    """
+
+    def __init__(self, part: Part, setting: Setting, limit: float, fault: Fault | None, *, apart: bool) -> None:
+        print(f"{part.name}: {part.title} (at most {limit:.0f} s)", flush=True)
+        self.part = part
+        self._limit, self._begin = limit, time.monotonic()
+        command = [sys.executable, "-m", "benchmarks.gpu", "--part", part.name, "--until", f"{self._begin + limit:.1f}"]
+        command += ["--out", str(setting.out), "--device", setting.device, *["--tiny"] * setting.tiny]
+        command += [] if fault is None else ["--simulate", f"{part.name}={fault.kind}@{fault.case}"]
+        self._log = setting.out / f"{part.name}.log"
+        self._said = setting.out / f".{part.name}.said" if apart else None
+        with ExitStack() as files:
+            log = files.enter_context(self._log.open("w", encoding="utf-8"))
+            said = None if self._said is None else files.enter_context(self._said.open("w", encoding="utf-8"))
+            # In a group of its own, so that what a part starts ends with it.
+            self._process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=_environment(part, setting),
+                stdout=said,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def is_over(self) -> bool:
+        """Whether it has come to its end, or to that of its time."""
+        return self._process.poll() is not None or time.monotonic() - self._begin >= self._limit
+
+    def end(self) -> Ended:
+        """End it where it still runs; how it ended."""
+        over = self._process.poll() is None
+        _end(self._process)
+        seconds = time.monotonic() - self._begin
+        if self._said is not None:
+            print(f"{self.part.name}:\n{self._said.read_text('utf-8', 'replace')}", end="", flush=True)
+            self._said.unlink()
+        code = self._process.returncode
+        if over:
+            return Ended(f"time over: it was ended after {self._limit:.0f} s", code, seconds)
+        if code:
+            lines = self._log.read_text("utf-8", "replace").splitlines()
+            said = [text for text in lines if text.strip()][-_SHOWN:]
+            return Ended(f"{'was killed' if code < 0 else 'failed'} ({code}): {' / '.join(said)}", code, seconds)
+        return Ended("", 0, seconds)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -173,7 +216,8 @@ def _environment(part: Part, setting: Setting) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
     }
     if setting.device == "cpu":
-        own |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        # No calls that numba compiles: on a GPU there are none either.
+        own |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "AGENTMEM_NUMBA": "0"}
         own |= {"TRITON_INTERPRET": "1"} if part.triton else {}
     return {**os.environ, **own}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -51,7 +51,7 @@ def check(recorder: Recorder, setting: Setting) -> None:
     device = torch.device(setting.device)
     with torch.no_grad():
         cases = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
-        for case in cases[-1:] if setting.tiny else cases:
+        for case in ["qwen3_tsw"] if setting.tiny else cases:
             recorder.attempt(f"golden case {case}", partial(_golden, recorder, case, device), exact=True)
         for strategy in ("token",) if setting.tiny else ("token", "message", "sentence"):
             what = f"cut and padded, writing by {strategy}"
@@ -100,7 +100,9 @@ def _golden(recorder: Recorder, case: str, device: torch.device) -> None:
 
     found, terms = run(device, torch.float32)
     _judge(recorder, f"golden case {case}, float32", found, expected, terms)
-    found, on_cpu = (run(one, torch.bfloat16)[0] for one in (device, CPU))
+    found, _ = run(device, torch.bfloat16)
+    with _without_interpreter():
+        on_cpu, _ = run(CPU, torch.bfloat16)
     _judge_rounded(recorder, f"golden case {case}, bfloat16", found, on_cpu, expected)
 
 
@@ -133,7 +135,8 @@ def _cut(recorder: Recorder, what: str, strategy: str, device: torch.device) -> 
             logits.append(out.logits)
         return Pass(torch.cat(logits, dim=1)[0].float().cpu(), state[0].cpu())
 
-    expected, on_cpu = (run(CPU, dtype, "whole") for dtype in (torch.float32, torch.bfloat16))
+    with _without_interpreter():
+        expected, on_cpu = (run(CPU, dtype, "whole") for dtype in (torch.float32, torch.bfloat16))
     for how in ("cut", "padded"):
         _judge(recorder, f"{what}: {how}, float32", run(device, torch.float32, how), expected, TERMS)
         found = run(device, torch.bfloat16, how)
@@ -144,7 +147,7 @@ def _turns(recorder: Recorder, what: str, name: str, setting: Setting) -> None:
     """Turns on the CPU, then on the device alone without graphs, then all at once in graphs, twice."""
     numbers = range(3 if setting.tiny else 4 if name == "smollm2" else 14)
     tokens = 2 if setting.tiny else 10
-    with _environment(TRITON_INTERPRET="0", AGENTMEM_CUDA_GRAPHS="0"), _loaded(name, "cpu") as engine:
+    with _without_interpreter(), _environment(AGENTMEM_CUDA_GRAPHS="0"), _loaded(name, "cpu") as engine:
         expected = [_turn(engine, number, tokens) for number in numbers]
     with _environment(AGENTMEM_CUDA_GRAPHS="0"), _loaded(name, setting.device) as engine:
         alone = [_turn(engine, number, tokens) for number in numbers]
@@ -201,11 +204,16 @@ def _loaded(name: str, device: str) -> Iterator[Engine]:
             yield engine
 
 
+def _without_interpreter() -> AbstractContextManager[None]:
+    """The CPU as it computes by itself, with which the device is compared; a rehearsal's is Triton's interpreter."""
+    # Whether kernels are interpreted was settled when triton was imported; here it says whether they are used.
+    return _environment(TRITON_INTERPRET="0")
+
+
 @contextmanager
 def _environment(**values: str) -> Iterator[None]:
     """Other settings while computing; they are looked up when weights are packed and scans run."""
     before = {name: os.environ.get(name) for name in values}
-    # Whether kernels are interpreted was settled when triton was imported; here it says whether they are used.
     os.environ.update({name: value for name, value in values.items() if before[name] is not None})
     try:
         yield

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gpu.parts import Part
+from gpu.parts import PARTS, Part
 from gpu.results import Result, read
 
 _WIDTH = 150
@@ -66,6 +66,7 @@ class Report:
         conditions, results = read(self._out / f"{part.name}.jsonl")
         self._conditions = self._conditions or conditions
         self._parts.append((part, ended, results))
+        self._parts.sort(key=lambda entry: PARTS.index(entry[0]))
         if ended.why:
             print(f"{part.name}: {ended.why}", flush=True)
         self._write()

@@ -1,7 +1,8 @@
 """What a GPU is asked, rehearsed on a CPU: every part says what it should, and none takes the results of another.
 
 The parts run here in this process, on torch's operations; the slow tests run the whole command, with Triton's kernels
-in the interpreter, as it is to run on a GPU.
+in the interpreter, as it is to run on a GPU. They are slow because each of its seven parts is a process that imports
+torch and transformers, which alone takes half a minute of a core. `.ci/run` runs the command without a failure.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from langgraph.graph import END, START, StateGraph
 import agentmem
 from agentmem import Engine, Window
 from agentmem.errors import ConfigError, StorageError
+from agentmem.training.smollm2 import is_complete
 from agentmem_chroma import Fact, FactStore
 from agentmem_governance import Governor
 from agentmem_langgraph import ChatDeltaMem, MemoryMessagesState, MemoryNode
@@ -157,13 +158,12 @@ def test_the_value_is_named_no_more_often_than_one_never_told(engine: Engine, sa
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_smollm2_names_the_value_no_more_often_than_one_never_told(
-    saver: SQLAlchemySaver, monkeypatch: pytest.MonkeyPatch
+    saver: SQLAlchemySaver, monkeypatch: pytest.MonkeyPatch, needs: Callable[[object, str], None]
 ) -> None:
     """In ordinary English: each dog's name is told to one thread, and forgotten there. Every other name is one that the
     thread was never told."""
     monkeypatch.chdir(Path(__file__).parents[2])
-    if not Path("build/smollm2/config.json").exists():
-        pytest.skip("build/smollm2: make smollm2")
+    needs(is_complete(Path("build/smollm2")), "SmolLM2 in build/smollm2: make smollm2")
     names = ["Rex", "Bella", "Milo", "Luna", "Oscar", "Nala"]
     with agentmem.load("smollm2") as engine:
         llm = ChatDeltaMem(engine=engine, window=Window(messages=1), max_tokens=4)

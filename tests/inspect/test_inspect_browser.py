@@ -178,7 +178,8 @@ def test_it_fits_a_phone_and_the_dark(page: Any, address: str) -> None:
             for current in page.locator("[aria-current=page]").all():
                 box = current.bounding_box()
                 assert 0 <= box["x"] < box["x"] + box["width"] <= 360, f"where one is cannot be seen in {view}"
-            lines = page.locator(".stacked time").evaluate_all("times => times.map(time => time.getClientRects().length)")
+            times = page.locator(".stacked time")
+            lines = times.evaluate_all("times => times.map(time => time.getClientRects().length)")
             assert set(lines) <= {1}, f"a time is broken in {view}"
         grounds.append(page.evaluate("getComputedStyle(document.documentElement).backgroundColor"))
     assert grounds[0] != grounds[1]

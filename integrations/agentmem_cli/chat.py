@@ -56,7 +56,7 @@ class Settings:
 
 
 def chat(
-    loading: Loading, name: str, db: str, facts: Path | None, settings: Settings, question: str | None = None
+    loading: Loading, name: str, db: str, facts: str | None, settings: Settings, question: str | None = None
 ) -> None:
     """Answer a single question, or chat until the input ends.
 

@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from agentmem_cli.options import Adapter, AsJson, Db, Device, Dtype, Loading, Quantize
+from agentmem_cli.options import Adapter, AsJson, Db, Device, Dtype, Facts, Loading, Quantize
 
 if TYPE_CHECKING:
     from agentmem_governance import Governor, Receipt
 
 _DB = "agentmem-chat.db"
 
-OwnedFacts = Annotated[Path | None, typer.Option("--facts", help="The directory of the exact facts, if there is one.")]
 Prefix = Annotated[str, typer.Option(help="What the names of the tables begin with.")]
 Schema = Annotated[str | None, typer.Option(help="Of the tables; left out, the connection's own.")]
 Encrypted = Annotated[bool, typer.Option("--encrypted", help="With AES, by the key in LANGGRAPH_AES_KEY.")]
@@ -42,7 +41,7 @@ NoRewrite = Annotated[
 
 def subjects(
     db: Db = _DB,
-    facts: OwnedFacts = None,
+    facts: Facts = None,
     as_json: AsJson = False,
     prefix: Prefix = "agentmem_",
     schema: Schema = None,
@@ -87,7 +86,7 @@ def forget(
     dtype: Dtype = "auto",
     quantize: Quantize = None,
     db: Db = _DB,
-    facts: OwnedFacts = None,
+    facts: Facts = None,
     actor: Actor = None,
     no_rewrite: NoRewrite = False,
     yes: Yes = False,
@@ -138,7 +137,7 @@ def forget(
 def verify(
     receipt: Annotated[Path, typer.Argument(metavar="RECEIPT", help="The file that `agentmem forget` wrote.")],
     db: Db = _DB,
-    facts: OwnedFacts = None,
+    facts: Facts = None,
     prefix: Prefix = "agentmem_",
     schema: Schema = None,
     encrypted: Encrypted = False,
@@ -205,7 +204,7 @@ def export(
     subject: Annotated[str, typer.Option(help="Whose threads and facts.")],
     out: Annotated[Path, typer.Option(help="The zip file; one of that name is replaced.")],
     db: Db = _DB,
-    facts: OwnedFacts = None,
+    facts: Facts = None,
     actor: Actor = None,
     prefix: Prefix = "agentmem_",
     schema: Schema = None,
@@ -221,7 +220,7 @@ def export(
 def import_subject(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="What `agentmem export` wrote.")],
     db: Db = _DB,
-    facts: OwnedFacts = None,
+    facts: Facts = None,
     actor: Actor = None,
     prefix: Prefix = "agentmem_",
     schema: Schema = None,
@@ -237,7 +236,7 @@ def import_subject(
 @contextmanager
 def open_governor(
     db: str,
-    facts: Path | None,
+    facts: str | None,
     prefix: str,
     schema: str | None,
     encrypted: bool,
@@ -253,8 +252,11 @@ def open_governor(
     from agentmem_cli.storage import Place, read_key
     from agentmem_governance import Governor
 
-    if facts is not None and not make and not facts.is_dir():
-        raise ConfigError(f"expected the directory of a fact store at {str(facts)!r}, found none; correct --facts")
+    if facts is not None and not make and "://" not in facts and not Path(facts).expanduser().is_dir():
+        raise ConfigError(
+            f"expected the directory of a fact store, or a Chroma server's http://HOST:PORT, found {facts!r}; "
+            "correct --facts"
+        )
     key_file = receipt_key_file or hmac_key_file
     key = None if key_file is None else read_key(key_file)
     with ExitStack() as stack:

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from agentmem_cli.govern import Actor, Encrypted, KeyFile, OwnedFacts, Prefix, ReceiptKey, Schema, open_governor
-from agentmem_cli.options import Adapter, Db, Device, Dtype, Loading, Quantize
+from agentmem_cli.govern import Actor, Encrypted, KeyFile, Prefix, ReceiptKey, Schema, open_governor
+from agentmem_cli.options import Adapter, Db, Device, Dtype, Facts, Loading, Quantize
 
 
 def inspect(
     db: Db = "agentmem-chat.db",
-    facts: OwnedFacts = None,
+    facts: Facts = None,
     model: Annotated[
         str | None, typer.Option("--model", help="Answers questions from memories, and writes them anew.")
     ] = None,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -30,7 +29,9 @@ Device = Annotated[
 Dtype = Annotated[str, typer.Option("--dtype", help='"float32", "bfloat16" ...; "auto" is float32 on a CPU.')]
 Quantize = Annotated[Quantization | None, typer.Option("--quantize", help="Load the weights in 4 or 8 bits.")]
 Db = Annotated[str, typer.Option("--db", help="What keeps the threads: a SQLite file, or a database's URL.")]
-Facts = Annotated[Path | None, typer.Option("--facts", help="A directory of exact facts to answer from and cite.")]
+Facts = Annotated[
+    str | None, typer.Option("--facts", help="The exact facts: a directory, or a Chroma server's http://HOST:PORT.")
+]
 WindowText = Annotated[
     str | None,
     typer.Option(

@@ -19,6 +19,7 @@ from agentmem_cli.options import (
     Db,
     Device,
     Dtype,
+    Facts,
     Loading,
     MaxTokens,
     Model,
@@ -60,12 +61,7 @@ def serve(
     rate: Annotated[
         int | None, typer.Option(min=1, help="Requests a minute of each subject; more are told 429.")
     ] = None,
-    facts: Annotated[
-        str | None,
-        typer.Option(
-            help="Exact facts that are shown: a directory of this process alone, or a Chroma server's address."
-        ),
-    ] = None,
+    facts: Facts = None,
     receipt_key_file: ReceiptKey = None,
     prefix: Prefix = "agentmem_",
     schema: Schema = None,

@@ -6,9 +6,7 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from langchain_core.embeddings import DeterministicFakeEmbedding, Embeddings
 
 from agentmem.errors import FactStoreError, MissingExtraError, StoreOwnedError
 from agentmem_chroma import Fact, FactStore
-from tests.helpers.fact_processes import ask_a_server, fork, lose_a_server, own, try_to_open
+from tests.helpers.fact_processes import ask_a_server, chroma_server, fork, lose_a_server, own, try_to_open
 from tests.helpers.processes import Process
 
 Open = Callable[..., FactStore]
@@ -237,37 +235,16 @@ def test_a_forked_child_is_told_to_spawn(tmp_path: Path, processes: Start) -> No
     assert forking.said() == [[True], [True], [1]]
 
 
-def until_it_answers(port: int) -> None:
-    """Wait until something listens at the port."""
-    ends = time.monotonic() + 60
-    while True:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        assert time.monotonic() < ends, f"nothing listens at {port}"
-        time.sleep(0.01)
-
-
 def test_a_server_is_a_store_as_well(tmp_path: Path, processes: Start) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    chroma, url, gone = Path(sys.executable).with_name("chroma"), f"http://127.0.0.1:{port}", tmp_path / "gone"
-    serve = [str(chroma), "run", "--path", str(tmp_path / "db"), "--host", "127.0.0.1", "--port", str(port)]
-    with subprocess.Popen(serve, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            assert any("Connect to Chroma at" in line for line in server.stdout)
-            until_it_answers(port)  # it says so before it listens
-            client, losing = processes(ask_a_server, url), processes(lose_a_server, url, str(gone))
-            assert client.wait() == 0
-            losing.until_it_says(1)
-            server.kill()
-            server.wait()
-            gone.touch()
-            assert losing.wait() == 0
-        finally:
-            server.kill()
+    gone = tmp_path / "gone"
+    with chroma_server(tmp_path / "db") as (url, server):
+        client, losing = processes(ask_a_server, url), processes(lose_a_server, url, str(gone))
+        assert client.wait() == 0
+        losing.until_it_says(1)
+        server.kill()
+        server.wait()
+        gone.touch()
+        assert losing.wait() == 0
     shared, first, second = (Fact(text).id for text in ("shared", "first", "second"))
     assert client.said() == [[shared, first], [2, "shared", 0], [shared, second], [3, "shared", 0]]
     assert "see that the server runs" in losing.said()[1][0]

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from langchain_core.messages import HumanMessage
 from typer.testing import CliRunner
 
-from agentmem.errors import ConfigError, StorageError
+from agentmem.errors import ConfigError, FactStoreError, StorageError
 from agentmem_cli import app as cli
 from agentmem_sql import SQLAlchemySaver
 from tests.helpers.sql_cases import config, put
@@ -114,8 +114,14 @@ def test_export_and_import(db: Path, tmp_path: Path) -> None:
 
 
 def test_stores_that_are_not_there_are_not_made(db: Path, tmp_path: Path) -> None:
-    done = run("subjects", "--facts", "nowhere", db=db)
-    assert isinstance(done.exception, ConfigError), done.output
+    for nowhere in ("nowhere", "localhost:8000"):
+        done = run("subjects", "--facts", nowhere, db=db)
+        assert isinstance(done.exception, ConfigError), done.output
+        assert "http://HOST:PORT" in str(done.exception)
+    done = run("forget", "--subject", "ada", "--yes", "--facts", "http://127.0.0.1:9", db=db)
+    assert isinstance(done.exception, FactStoreError), "a server's address is no directory"
+    assert "no Chroma server answers at http://127.0.0.1:9" in str(done.exception)
+    assert len(json.loads(shown("subjects", "--json", db=db))) == 2
     assert isinstance(run("subjects", db=tmp_path / "none.db").exception, StorageError)
     assert not (tmp_path / "none.db").exists()
     assert not (tmp_path / "nowhere").exists()

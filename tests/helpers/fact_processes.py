@@ -1,12 +1,15 @@
-"""What other processes do with a fact store (`tests.helpers.processes`), and an embedder for it."""
+"""What other processes do with a fact store (`tests.helpers.processes`), an embedder for it, and a Chroma server."""
 
 from __future__ import annotations
 
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,6 +35,32 @@ class Hashed(Embeddings):
 
 def _open(place: str) -> FactStore:
     return FactStore(place, embeddings=DeterministicFakeEmbedding(size=16))
+
+
+@contextmanager
+def chroma_server(directory: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A Chroma server over a directory: its address, and its process, which is killed at the end."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    chroma = Path(sys.executable).with_name("chroma")
+    command = [str(chroma), "run", "--path", str(directory), "--host", "127.0.0.1", "--port", str(port)]
+    # It says a line for each request: into a pipe that nobody empties it would soon have to wait.
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
+        try:
+            ends = time.monotonic() + 60
+            while not _answers(port):
+                assert server.poll() is None, "the server ended"
+                assert time.monotonic() < ends, f"nothing listens at {port}"
+                time.sleep(0.02)
+            yield f"http://127.0.0.1:{port}", server
+        finally:
+            server.kill()
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def write(say: Say, directory: str) -> None:

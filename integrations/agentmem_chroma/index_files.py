@@ -33,12 +33,10 @@ _DATABASE = "chroma.sqlite3"
 _FILES = ("header.bin", "data_level0.bin", "length.bin", "link_lists.bin", "index_metadata.pickle")
 _FINGERPRINTS = "agentmem.index.json"
 
-# hnswlib's header: a version, then the offset of level 0, the capacity and the number of vectors, and the bytes of
-# each.
-_HEADER = struct.Struct("<iQQQQ")
-# The same with what follows: offsets of label and data, the highest level, the entry point, and how many links a vector
-# has at most (above level 0, at level 0, as configured).
-_LINKS = struct.Struct("<iQQQQQQiIQQQ")
+# hnswlib's header: a version, the offset of level 0, the capacity and the number of vectors, the bytes of each, offsets
+# of label and data, the highest level, the entry point, and how many links a vector has at most (above level 0, at
+# level 0, as configured).
+_HEADER = struct.Struct("<iQQQQQQiIQQQ")
 _PAGE = 500
 _PROBE_SECONDS = 60  # plus as many again for every 5 MB of index
 
@@ -137,7 +135,7 @@ def zero_unused(folder: Path) -> None:
         head = (folder / "header.bin").read_bytes()
         if len(head) < _HEADER.size:
             return
-        _, _, capacity, count, size = _HEADER.unpack_from(head)
+        _, _, capacity, count, size, *_ = _HEADER.unpack_from(head)
         for name, each in (("data_level0.bin", size), ("length.bin", 4)):
             file = folder / name
             # A file with another layout than the one above is left alone.
@@ -183,18 +181,36 @@ def _read_fingerprints(directory: Path) -> dict[str, Any]:
 def _broken_links(folder: Path) -> str | None:
     """Whether an index links to vectors that it has not got: a search would read past its end, and may crash later."""
     header = (folder / "header.bin").read_bytes()
-    if len(header) < _LINKS.size:
+    if len(header) < _HEADER.size:
         return f"the header in {folder} is cut off"
-    _, offset, _, count, size, _, _, _, entry, _, most, _ = _LINKS.unpack_from(header)
-    level0 = (folder / "data_level0.bin").read_bytes()
+    _, offset, _, count, size, _, _, highest, entry, most_above, most, _ = _HEADER.unpack_from(header)
+    level0, above = ((folder / name).read_bytes() for name in ("data_level0.bin", "link_lists.bin"))
     if not count:
         return None
-    if entry >= count or size < offset + 4 + 4 * most or len(level0) < count * size:
-        return f"the files in {folder} do not belong together"
-    for number in range(count):
-        start = number * size + offset
-        links = struct.unpack_from("<H", level0, start)[0]
-        if links > most or any(link >= count for link in struct.unpack_from(f"<{links}I", level0, start + 4)):
+    mixed = f"the files in {folder} do not belong together"
+    if entry >= count or size < offset + 4 + 4 * most or len(level0) < count * size or len(above) < count * 4:
+        return mixed
+    # Where the links of each vector stand above level 0: their size, and a block for each level that the vector is on.
+    levels, starts, block, end = [], [], 4 + 4 * most_above, 0
+    for _ in range(count):
+        length = int.from_bytes(above[end : end + 4], "little")
+        levels.append(length // block)
+        starts.append(end + 4)
+        end += 4 + length
+        if length % block or end > len(above):
+            return mixed
+    if levels[entry] < highest:
+        return mixed
+    places = [(level0, number * size + offset, most, 0) for number in range(count)]
+    places += [
+        (above, start + block * level, most_above, level + 1)
+        for start, height in zip(starts, levels, strict=True)
+        for level in range(height)
+    ]
+    for links, start, limit, level in places:
+        number = int.from_bytes(links[start : start + 2], "little")
+        linked = struct.unpack_from(f"<{min(number, limit)}I", links, start + 4)
+        if number > limit or any(link >= count or levels[link] < level for link in linked):
             return f"the index in {folder} links to vectors that it has not got"
     return None
 

@@ -129,18 +129,35 @@ def test_an_index_is_tried_by_an_interpreter_of_its_own(filled: Path, open_store
         open_store()
 
 
-def test_a_link_past_the_end_is_seen_without_a_search_that_meets_it(filled: Path, open_store: Open) -> None:
+def links_above(content: bytes) -> tuple[int, set[int]]:
+    """Where the first links above level 0 stand in `link_lists.bin`, and the vectors that have none."""
+    first, without, place = 0, set(), 0
+    for number in range(MANY):
+        length = int.from_bytes(content[place : place + 4], "little")
+        first = first or (place + 4) * bool(length)
+        without |= set() if length else {number}
+        place += 4 + length
+    return first, without
+
+
+@pytest.mark.parametrize("what", ["level 0", "above", "a level that it is not on", "how many"])
+def test_a_link_past_the_end_is_seen_without_a_search_that_meets_it(filled: Path, open_store: Open, what: str) -> None:
     """Searching there reads memory that is not the index's: the trial may pass, and a later search crash."""
-    file = folder(filled) / "data_level0.bin"
+    file = folder(filled) / ("data_level0.bin" if what == "level 0" else "link_lists.bin")
     data = bytearray(file.read_bytes())
     size = int.from_bytes((folder(filled) / "header.bin").read_bytes()[28:36], "little")
-    place = 7 * size + 4  # the first link of the eighth vector
-    data[place : place + 4] = (MANY + 10_000_000).to_bytes(4, "little")
+    first, without = (7 * size, {0}) if what == "level 0" else links_above(data)  # the eighth vector's
+    if what == "how many":
+        data[first : first + 2] = (60_000).to_bytes(2, "little")
+    else:
+        linked = min(without) if what.startswith("a level") else MANY + 10_000_000
+        data[first + 4 : first + 8] = linked.to_bytes(4, "little")
     file.write_bytes(data)
     with pytest.raises(FactIndexError, match="links to vectors that it has not got"):
         open_store()
-    with open_store(rebuild=True) as store:
-        check_whole(store)
+    if what == "above":
+        with open_store(rebuild=True) as store:
+            check_whole(store)
 
 
 @pytest.mark.usefixtures("forked_probes")

@@ -168,6 +168,8 @@ def _meets(values: Mapping[str, Any], filter: Mapping[str, Any]) -> bool:
         raise FactStoreError(f"a filter should be a mapping such as {{'page': 3}}, got {type(filter).__name__}")
     results = []  # all parts are evaluated, so that a mistake is reported whatever the facts are
     for key, condition in filter.items():
+        if not isinstance(key, str):
+            raise FactStoreError(f"a filter's keys are names of metadata, and those are strings; got {key!r}")
         if key in ("$and", "$or"):
             if not isinstance(condition, Sequence) or isinstance(condition, str) or not condition:
                 raise FactStoreError(f"{key} in a filter should hold a list of filters, got {condition!r}")

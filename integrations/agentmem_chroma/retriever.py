@@ -28,7 +28,8 @@ class FactRetriever(BaseRetriever):
     similarity).
 
     LangChain's names work too: `thread_id`, `score_threshold`, and `search_kwargs` with any of these options. Unknown
-    options are refused: if one were ignored, the facts of all threads would be returned.
+    options are refused: if one were ignored, the facts of all threads would be returned. For the same reason None in a
+    call is no option: the retriever's own stays.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
@@ -68,15 +69,17 @@ class FactRetriever(BaseRetriever):
         hits = await self.store.asearch(query, **self._search_options(options))
         return [to_document(hit.fact, hit.score) for hit in hits]
 
-    def _search_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        options = _renamed(given)
+    def _search_options(self, named: Mapping[str, Any]) -> dict[str, Any]:
+        options = _renamed(named)
         unknown = sorted(options.keys() - set(_PER_CALL))
         if unknown:
             raise FactStoreError(
                 f"a retrieval takes {', '.join(_PER_CALL)}; got {', '.join(unknown)}, and without it more facts would "
                 "be found than were meant"
             )
-        return {name: getattr(self, name) for name in _PER_CALL} | options
+        # None is what a caller has who looked for a thread and found none: it must not lift what was set here.
+        given = {name: value for name, value in options.items() if value is not None}
+        return {name: getattr(self, name) for name in _PER_CALL} | given
 
 
 def _renamed(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -279,8 +279,8 @@ class FactStore:
         Raises:
             FactStoreError: `limit` is below 1, or `offset` below 0.
         """
-        if limit < 1 or offset < 0:
-            raise FactStoreError(f"expected a limit from 1 and an offset from 0 up, found {limit} and {offset}")
+        if not isinstance(limit, int) or not isinstance(offset, int) or limit < 1 or offset < 0:
+            raise FactStoreError(f"expected a limit from 1 and an offset from 0 up, found {limit!r} and {offset!r}")
         self._check_open()
         with self._access.reading():
             end = int(self._call("count")) - offset

@@ -91,6 +91,9 @@ async def test_names_that_langchain_users_write(store: FactStore, options: dict[
     for documents in (made.invoke("one"), called.invoke("one", **options), await called.ainvoke("one", **options)):
         assert [(d.page_content, d.metadata["thread"]) for d in documents] == [("one", "t1"), ("two", "t1")]
     assert [d.page_content for d in FactRetriever(store=store, score_threshold=0.99).invoke("two")] == ["two", "two"]
+    # A None, of a caller who found no thread to name, lifts nothing.
+    for nothing in ({"thread_id": None}, {"thread": None}, {"search_kwargs": {"filter": None, "thread": None}}):
+        assert made.invoke("one", **nothing) == await made.ainvoke("one", **nothing) == made.invoke("one")
     assert len(called.invoke("two", k=1)) == len(called.invoke("two", search_kwargs={"k": 1})) == 1
 
 

@@ -112,9 +112,9 @@ def test_the_newest_facts_come_page_by_page(store: FactStore) -> None:
     store.add(Fact("fact 0"))  # stored already: it keeps its place
     pages = [store.newest(4), store.newest(4, 4), store.newest(4, 8)]
     assert [[fact.text[-1] for fact in page] for page in pages] == [["6", "4", "3", "2"], ["1", "0"], []]
-    for wrong in ((0, 0), (1, -1)):
+    for wrong in ((0, 0), (1, -1), ("5", 0), (1, None)):
         with pytest.raises(FactStoreError, match="limit"):
-            store.newest(*wrong)
+            store.newest(*wrong)  # type: ignore[arg-type]
 
 
 def test_documents_are_facts(store: FactStore) -> None:
@@ -159,7 +159,8 @@ def test_filters_over_metadata(store: FactStore, filter: dict[str, Any], numbers
 
 
 @pytest.mark.parametrize(
-    "filter", [{"$not": 1}, {"n": {"$like": "x"}}, {"$or": {}}, {"$or": []}, {"n": {"$in": "text"}}, "n = 3"]
+    "filter",
+    [{"$not": 1}, {"n": {"$like": "x"}}, {"$or": {}}, {"$or": []}, {"n": {"$in": "text"}}, {3: 1}, "n = 3", "", [], 0],
 )
 def test_filters_that_are_none(store: FactStore, filter: Any) -> None:
     store.add("a fact")

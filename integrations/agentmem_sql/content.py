@@ -26,15 +26,9 @@ from langgraph.store.base import Item
 from agentmem.errors import StorageError
 from agentmem_sql import list_tree as tree
 from agentmem_sql.list_tree import LINK, Inline, Node
-from agentmem_sql.message_cache import (
-    Body,
-    CachedThread,
-    DecodeTemplates,
-    MessageSnapshot,
-    match_stored,
-    take_snapshot,
-)
+from agentmem_sql.message_cache import Body, CachedThread, DecodeTemplates, MessageSnapshot, match_stored, take_snapshot
 from agentmem_sql.protection import Protection
+from agentmem_sql.schema import DIGEST_BYTES
 
 _NUMBERS = frozenset({int, float, bool, type(None)})
 _WHAT = "value of channel"  # in errors
@@ -249,7 +243,7 @@ class Unpacker:
         return items
 
     def _load(self, digest: bytes, body: bytes) -> Any:
-        value = load(self.serde, tree.value_of(body) if body.startswith(tree.OWN_MARK) else body)
+        value = load(self.serde, body[1 + DIGEST_BYTES :] if body.startswith(tree.OWN_MARK) else body)
         snapshot = take_snapshot(value, digest, whole=True)
         if snapshot is not None and self.templates is not None:
             self.templates.learn(body, value, snapshot)

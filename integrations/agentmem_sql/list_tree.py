@@ -86,11 +86,6 @@ def own_body(place: bytes, value: bytes) -> bytes:
     return OWN_MARK + place + value
 
 
-def value_of(body: bytes) -> bytes:
-    """The serialised value in the body of a VALUE or an OWN."""
-    return body[1 + DIGEST_BYTES :] if body.startswith(OWN_MARK) else body
-
-
 def parse(kind: int, body: bytes) -> Node:
     """The entries of a LIST, NODE, SPLIT or HISTORY body."""
     if kind == LIST:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Iterable
-from functools import lru_cache
 from hashlib import sha256
 from secrets import token_bytes
 
@@ -31,12 +30,6 @@ _MODE, _SECRET, _CHECK, _AUDIT = b"protection", b"secret", b"check", b"audit"
 _RUN = 255  # no kind of content
 _KINDS = [bytes((kind,)) for kind in range(256)]
 _CHECKED = b"agentmem"  # what the check is a digest of
-
-
-@lru_cache(maxsize=4096)
-def _length(length: int) -> bytes:
-    """What stands before a column of that length under a seal."""
-    return b"%d:" % length
 
 
 class Protection:
@@ -86,7 +79,7 @@ class Protection:
             data if data is None or type(data) is bytes else b"%d" % data if type(data) is int else repr(data).encode()
             for data in fields
         ]
-        joined = b"".join([b"-" if data is None else _length(len(data)) + data for data in columns])
+        joined = b"".join([b"-" if data is None else b"%d:%b" % (len(data), data) for data in columns])
         return sha256(joined).digest() if self._key is None else hmac.digest(self._key, joined, "sha256")
 
     def encrypt(self, plain: bytes) -> bytes:

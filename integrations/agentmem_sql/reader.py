@@ -35,7 +35,7 @@ from sqlalchemy import (
     tuple_,
 )
 
-from agentmem.errors import StorageError
+from agentmem.errors import ConfigError, StorageError
 from agentmem_sql.content import is_langgraphs
 from agentmem_sql.database import Database
 from agentmem_sql.list_tree import HISTORY, LEAVES, History, Node, parse, read_history
@@ -46,7 +46,10 @@ from agentmem_sql.rows import (
     Row,
     StoredCheckpoint,
     StoredWrite,
+    check_count,
+    check_id,
     check_seal,
+    configurable_of,
     damaged,
     decode_metadata,
     decode_rest,
@@ -499,6 +502,9 @@ def listing(
     The order has no index, which every `put` would pay for: a search looks through all rows that may be listed. So few
     searches are made, each for more rows, and what a search found is completed page by page.
     """
+    check_count(limit, "`limit`", 0)
+    if not isinstance(filter, Mapping | None):
+        raise ConfigError(f"expected `filter` to be a dict of metadata keys and values, found {filter!r}")
     wanted, left = filter or {}, sys.maxsize if limit is None else limit
     # What the database can look for.
     parts = metadata_bytes(serde, wanted) if is_langgraphs(serde) and not reader.protection.encrypts else []
@@ -510,8 +516,8 @@ def listing(
             given["ns"] = open_key(address.ns)
         if address.id is not None:
             given["id"] = exact_key(address.id, "checkpoint id")
-    if end := before and before["configurable"].get("checkpoint_id"):
-        given["end"] = encode_text(end)
+    if end := before and configurable_of(before).get("checkpoint_id"):
+        given["end"] = encode_text(check_id(end, "checkpoint id"))
     size = min(left, _MOST_ROWS) if len(parts) == len(wanted) and (limit or wanted) else _PAGE
     # A search is not given up half-way as often as a thread is.
     page = 2 * _PAGE if wanted else _PAGE

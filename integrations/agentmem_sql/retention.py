@@ -40,7 +40,7 @@ from agentmem_sql.database import Database
 from agentmem_sql.protection import Protection
 from agentmem_sql.prune import Key, Pruner, ThreadRetention, UnreadableThreadError
 from agentmem_sql.reader import chunks
-from agentmem_sql.rows import Row, check_ids
+from agentmem_sql.rows import Row, check_count, check_ids
 from agentmem_sql.schema import Tables, decode_text, encode_text, thread_key
 
 
@@ -66,16 +66,12 @@ class Retention:
     idle: timedelta | None = None
 
     def __post_init__(self) -> None:
-        count = self.max_checkpoints
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-            raise ConfigError(
-                f"expected `max_checkpoints` to be a number from 1 up (the newest always stays), found {count!r}"
-            )
+        check_count(self.max_checkpoints, "`max_checkpoints` (the newest always stays)")
         for name in ("max_age", "idle"):
             span = getattr(self, name)
             if span is not None and not (isinstance(span, timedelta) and span > timedelta(0)):
                 raise ConfigError(f"expected `{name}` to be a timedelta above zero, found {span!r}")
-        if count is None and self.max_age is None and self.idle is None:
+        if self.max_checkpoints is None and self.max_age is None and self.idle is None:
             raise ConfigError("expected max_checkpoints, max_age or idle, found none: nothing would ever go")
 
 
@@ -177,6 +173,8 @@ def sweep(
     now: datetime | None,
 ) -> RetentionReport:
     """See `SQLAlchemySaver.retain`."""
+    if not isinstance(policy, Retention):
+        raise ConfigError(f"expected a policy, Retention(...), found {policy!r}")
     if now is not None and now.tzinfo is None:
         raise ConfigError(f"expected `now` with a time zone, found {now!r}; use datetime.now(UTC)")
     at = datetime.now(UTC) if now is None else now
@@ -304,8 +302,7 @@ class StorageReport(_Sizes):
 
 def storage_report(database: Database, limit: int | None) -> StorageReport:
     """See `SQLAlchemySaver.storage_report`."""
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise ConfigError(f"expected `limit` to be a number of threads from 1 up, or None for all, found {limit!r}")
+    check_count(limit, "`limit`")
     query, counted = _statement(database.tables), [field.name for field in fields(_Sizes)]
     sizes = [
         ThreadSize(

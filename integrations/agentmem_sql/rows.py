@@ -72,6 +72,20 @@ def check_ids(values: Any, what: str = "thread id") -> list[str]:
     return list(dict.fromkeys(check_id(value, what) for value in values))
 
 
+def check_count(value: Any, what: str, least: int = 1) -> None:
+    """Refuse, by a ConfigError, what is neither None nor a whole number from `least` up."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        raise ConfigError(f"expected {what} to be a number from {least} up, or None, found {value!r}")
+
+
+def configurable_of(config: Any) -> Mapping[str, Any]:
+    """What a config says of threads and checkpoints; a ConfigError if it is no config, but an id, for example."""
+    part = config.get("configurable", {}) if isinstance(config, Mapping) else None
+    if not isinstance(part, Mapping):
+        raise ConfigError(f"expected a config, {{'configurable': {{'thread_id': '...'}}}}, found {config!r}")
+    return part
+
+
 class Address(NamedTuple):
     """What a config names: a thread, a namespace, and a checkpoint, or None for the newest."""
 
@@ -85,9 +99,9 @@ class Address(NamedTuple):
 
         Raises:
             StorageError: it names no thread.
-            ConfigError: its thread id or checkpoint id is not an id.
+            ConfigError: it is no config, or its thread id or checkpoint id is not an id.
         """
-        configurable = config.get("configurable", {})
+        configurable = configurable_of(config)
         if "thread_id" not in configurable:
             raise StorageError(
                 "expected a config with a thread id, found none; "

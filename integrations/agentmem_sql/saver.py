@@ -353,6 +353,9 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
             filter: metadata keys and the exact values they must have.
             before: only checkpoints with an id below this config's.
             limit: at most this many, counted after the filter.
+
+        Raises:
+            ConfigError: `filter`, `before` or `limit` is something else.
         """
         serde = plain_serde(self.serde)
         reader = self._reader
@@ -467,7 +470,8 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
             StorageError: there is no such checkpoint, or stored data is damaged (the error names the checkpoint).
             CorruptStateError: a value is not a memory, or not one that this version can read.
         """
-        address, serde = Address(check_id(thread_id), checkpoint_ns, checkpoint_id), plain_serde(self.serde)
+        named = {"thread_id": thread_id, "checkpoint_ns": checkpoint_ns, "checkpoint_id": checkpoint_id}
+        address, serde = Address.of({"configurable": named}), plain_serde(self.serde)
         walk = MemoryWalk(self._database, self._reader, serde, address, channel)
         return walk.steps(newest_first=newest_first)
 

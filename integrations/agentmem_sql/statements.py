@@ -298,11 +298,7 @@ def _insert_all(
     adding = insert(table).from_select(["thread", *columns], given(new))
     if has_content:
         arrays = func.unnest(*(bindparam(each.name, type_=ARRAY(each.type)) for each in of_content))
-        content = given(
-            arrays.table_valued(
-                *(each.name for each in of_content),
-            ).render_derived(name="new")
-        )
+        content = given(arrays.table_valued(*(each.name for each in of_content)).render_derived(name="new"))
         missing = postgresql.insert(blobs).from_select(["thread", *of_content], content).on_conflict_do_nothing()
         adding = adding.add_cte(missing.cte("content"))
     names = ["of", "in_epoch", *(f"{each.name}_{at}" for at in range(rows) for each in columns)]

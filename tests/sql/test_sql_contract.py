@@ -263,6 +263,32 @@ def test_a_config_must_name_its_thread_and_writes_their_checkpoint(saver: SQLAlc
         saver.put_writes(config(), [("x", 1)], "task")
 
 
+def test_what_is_no_config_filter_or_limit_is_refused(any_saver: SQLAlchemySaver) -> None:
+    at: Any = put(any_saver, config(), {"x": 1})
+    for wrong in ("t", 5, [at], {"configurable": None}, {"configurable": "t"}):
+        for call in (
+            lambda config: any_saver.get_tuple(config),
+            lambda config: list(any_saver.list(config)),
+            lambda config: list(any_saver.list(None, before=config)),
+            lambda config: any_saver.put_writes(config, [("x", 1)], "task"),
+            lambda config: any_saver.get_delta_channel_history(config=config, channels=["x"]),
+        ):
+            with pytest.raises(ConfigError, match="expected a config"):
+                call(wrong)
+    for options in (
+        *({"filter": wrong} for wrong in ("x", "", [], ["user_id"], 0, (("user_id", 1),))),
+        *({"limit": wrong} for wrong in ("5", -1, 1.5, True, [1])),
+        {"before": {"configurable": {"checkpoint_id": b"1"}}},
+    ):
+        with pytest.raises(ConfigError, match="expected"):
+            list(any_saver.list(None, **options))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="checkpoint id"):
+        list(any_saver.memory_history("t", checkpoint_id=["x"]))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="a policy"):
+        any_saver.retain({"max_checkpoints": 1})  # type: ignore[arg-type]
+    assert len(list(any_saver.list(None, filter={}, before=None, limit=None))) == 1
+
+
 def test_tuples_share_no_value(saver: SQLAlchemySaver) -> None:
     at = put(saver, config(), {"x": [1], "y": [1]})
     saver.put_writes(at, [("x", [1])], "task")

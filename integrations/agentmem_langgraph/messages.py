@@ -45,22 +45,7 @@ _ROLES: dict[type[BaseMessage], Role] = {
     ToolMessage: "tool",
 }
 _MARK = "agentmem"  # additional_kwargs["agentmem"] = {"write": False}
-# Content blocks that have no text. Everything else that other providers put into an AI message besides its text
-# (reasoning, calls that are also in `tool_calls`, citations, server tools) is left out.
-_MEDIA = {
-    "image",
-    "image_url",
-    "input_image",
-    "audio",
-    "input_audio",
-    "video",
-    "video_url",
-    "file",
-    "input_file",
-    "media",
-}
-
-_TEXT_TYPES = {"text", "output_text", "input_text", "refusal"}
+_TEXT_TYPES = {"text", "output_text", "input_text", "text-plain", "refusal"}
 
 _Key = tuple[Role, str, str, str, bool]  # role, text, tool_call_id, name, write: a message without calls
 _MESSAGE_BYTES = 600  # a message object with its digest, and the other strings of the key
@@ -157,11 +142,15 @@ def _text(message: BaseMessage) -> str:
 
 
 def _block_text(block: Mapping[str, object], kind: str, spoken: bool) -> str:
-    """The text of a content block; `spoken`: whether the message is an AI's."""
+    """The text of a content block; `spoken`: whether the message is an AI's.
+
+    What other providers put into an AI message besides its text (reasoning, calls that are also in `tool_calls`,
+    citations, server tools, pictures that it drew) is left out. In other messages it would be missed, and is refused.
+    """
     for name in ("text", "refusal") if spoken else ("text",):
-        if (text := block.get(name)) is not None and isinstance(text, str) and block.get("type") in _TEXT_TYPES:
+        if (text := block.get(name)) is not None and isinstance(text, str) and block.get("type", "text") in _TEXT_TYPES:
             return text
-    if spoken and block.get("type") not in _MEDIA:
+    if spoken:
         return ""
     raise TranscriptError(
         f"a text model reads text; found a block of type {block.get('type')!r} in a {kind} "

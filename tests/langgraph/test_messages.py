@@ -90,6 +90,11 @@ def test_what_is_kept_of_messages_is_the_engines_and_goes_with_it(fake: FakeEngi
         ({"type": "input_json_delta", "partial_json": "{"}, ""),
         ({"type": "executable_code", "executable_code": "1 + 1"}, ""),
         ({"type": "reasoning", "text": "r"}, ""),
+        ({"type": "image", "base64": "", "mime_type": "image/png"}, ""),
+        ({"type": "audio", "base64": "", "mime_type": "audio/wav"}, ""),
+        ({"type": "image_url", "image_url": {"url": "data:"}}, ""),
+        ({"text": "No type."}, "No type."),
+        ({"type": "text-plain", "text": "A file."}, "A file."),
     ],
 )
 def test_of_other_providers_blocks_the_text_counts(fake: FakeEngine, block: dict[str, Any], text: str) -> None:
@@ -109,7 +114,6 @@ def test_no_content_is_no_text(fake: FakeEngine) -> None:
         (HumanMessage([{"type": "image_url", "image_url": {"url": "data:"}}]), "image"),
         (HumanMessage([{"type": "audio", "base64": "", "mime_type": "audio/wav"}]), "audio"),
         (ToolMessage([{"type": "image_url", "image_url": {"url": "data:"}}], tool_call_id="1"), "image"),
-        (AIMessage([{"type": "image", "base64": "", "mime_type": "image/png"}]), "image"),
         (FunctionMessage("a", name="f"), "FunctionMessage"),
         (RemoveMessage(id="1"), "RemoveMessage"),
         (ChatMessage(role="critic", content="a"), "critic"),

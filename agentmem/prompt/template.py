@@ -153,7 +153,19 @@ class ChatTemplate:
         return self._unquote(str(text))
 
     def encode(self, text: str, plain: Sequence[Span] = ()) -> Encoded:
-        """The token ids of a text and the start of each in characters; `plain` spans stay plain text."""
+        """The token ids of a text and the start of each in characters; `plain` spans stay plain text.
+
+        Raises:
+            TranscriptError: the text is not valid Unicode.
+        """
+        try:
+            text.encode()  # tokenizers report it as a wrong type
+        except UnicodeEncodeError as error:
+            raise TranscriptError(
+                "the text of a prompt is valid Unicode; found half a surrogate pair in "
+                f"{text[max(0, error.start - 40) : error.start]!r}..., as in arguments of calls and descriptions of "
+                "tools that were cut or decoded wrongly; repair it"
+            ) from None
         return self._encoder.encode(text, plain)
 
     def content(self, message: Message) -> Text:

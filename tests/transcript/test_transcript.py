@@ -598,6 +598,17 @@ def test_what_cannot_be_used_is_refused() -> None:
         Message("assistant", "", tool_calls=(ToolCall("f", None),)).digest()  # type: ignore[arg-type]
 
 
+def test_half_a_surrogate_pair_is_named_wherever_a_prompt_shows_it() -> None:
+    """In JSON from elsewhere it can be spelled (`"\\ud83d"`), and no tokenizer takes it."""
+    asked, transcript = Message("user", "x"), Transcript(tokenizer(QWEN))
+    tool = {"type": "function", "function": {"name": "f", "description": "\ud83d", "parameters": {"type": "object"}}}
+    for call in (ToolCall("f", {"a": ["\ud83d"]}), ToolCall("f", {"\ud83d": 1}), ToolCall("\ud83d")):
+        with pytest.raises(TranscriptError, match="surrogate"):
+            transcript.render([asked, Message("assistant", "", tool_calls=(call,)), asked])
+    with pytest.raises(TranscriptError, match="surrogate"):
+        transcript.render([asked], tools=[tool])
+
+
 def test_arguments_nested_too_deep_are_refused() -> None:
     """Here and not by whatever calls itself for every level: a digest, a chat template, an error's own text."""
     arguments: dict[str, Any] = {"a": 1}

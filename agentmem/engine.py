@@ -39,10 +39,10 @@ from agentmem.generation.turn import (
     run_remember,
     run_turn,
 )
-from agentmem.messages import Message, MessageCache
+from agentmem.messages import Message, MessageCache, as_messages
 from agentmem.prompt.transcript import Transcript
 from agentmem.record import OnEdit
-from agentmem.state import MemoryState
+from agentmem.state import MemoryState, as_state
 from agentmem.telemetry import EXPORTERS, LOADED, followed
 
 T = TypeVar("T")
@@ -166,24 +166,24 @@ class Engine:
             TurnCancelledError, TurnTimeoutError, EngineClosedError: the turn was cancelled, took too long, or the
                 engine was closed.
         """
-        request = Request(tuple(messages), options)
+        request = Request(as_messages(messages), options)
         return _wait(self._submit(request, state))
 
     def stream(self, messages: Sequence[Message], state: State = None, **options: Unpack[TurnOptions]) -> TurnStream:
         """As `turn`, yielding the reply as it is decoded: iterate, then call `result()`."""
-        request = Request(tuple(messages), options)
+        request = Request(as_messages(messages), options)
         return TurnStream(lambda emit: self._submit(request, state, emit))
 
     async def aturn(self, messages: Sequence[Message], state: State = None, **options: Unpack[TurnOptions]) -> Turn:
         """As `turn`, without blocking the event loop; cancelling the task cancels the turn."""
-        request = Request(tuple(messages), options)
+        request = Request(as_messages(messages), options)
         return await _await(self._submit(request, state))
 
     def astream(
         self, messages: Sequence[Message], state: State = None, **options: Unpack[TurnOptions]
     ) -> AsyncTurnStream:
         """As `aturn`, yielding the reply as it is decoded: `async for`, then `await stream.result()`."""
-        request = Request(tuple(messages), options)
+        request = Request(as_messages(messages), options)
         return AsyncTurnStream(lambda emit: self._submit(request, state, emit))
 
     def remember(self, messages: Sequence[Message], state: State = None, *, on_edit: OnEdit = "write") -> Remembered:
@@ -206,7 +206,7 @@ class Engine:
         self._scheduler.require_open()
         with self._counting:  # on the caller's thread: on the model's it would wait for a step at every call
             transcript = self._counter().transcript
-            return len(transcript.render(list(messages), tools=tools).input_ids)
+            return len(transcript.render(as_messages(messages), tools=tools).input_ids)
 
     def forget_prefills(self) -> None:
         """Empty the KV caches. This changes speed and no result, except for turns with `kv="carry"`."""
@@ -229,9 +229,7 @@ class Engine:
         self.close()
 
     def _submit(self, request: Request, state: State, emit: Emit | None = None) -> Future[Turn]:
-        if isinstance(state, Mapping):
-            state = MemoryState.from_dict(state)
-        start = partial(self._start_turn, request, state, emit)
+        start = partial(self._start_turn, request, None if state is None else as_state(state), emit)
         return start(_unseen) if LOADED.isdisjoint(EXPORTERS) else followed("chat", self.name, start)
 
     def _start_turn(
@@ -249,9 +247,8 @@ class Engine:
         )
 
     def _submit_remember(self, messages: Sequence[Message], state: State, on_edit: OnEdit) -> Future[Remembered]:
-        if isinstance(state, Mapping):
-            state = MemoryState.from_dict(state)
-        start = partial(self._start_remember, messages, state, on_edit)
+        messages = as_messages(messages)
+        start = partial(self._start_remember, messages, None if state is None else as_state(state), on_edit)
         return start(_unseen) if LOADED.isdisjoint(EXPORTERS) else followed("remember", self.name, start)
 
     def _start_remember(

@@ -121,6 +121,21 @@ class Message:
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
+def as_messages(messages: Any) -> tuple[Message, ...]:
+    """The messages of a history.
+
+    Raises:
+        TranscriptError: one of them is no `Message`, or a single text was given.
+    """
+    history = tuple(messages) if isinstance(messages, Iterable) else (None,)
+    if not all(isinstance(message, Message) for message in history):
+        raise TranscriptError(
+            f"a history is a list of agentmem.Message; found {short_repr(messages)}; "
+            "write [agentmem.Message('user', 'text')]"
+        )
+    return history
+
+
 def is_nested_too_deep(value: Any) -> bool:
     """Whether mappings and lists lie deeper than `MOST_NESTED` in one another, as in one that holds itself.
 

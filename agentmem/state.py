@@ -255,6 +255,8 @@ class MemoryState:
         Raises:
             CorruptStateError: the bytes are not exactly those that were written.
         """
+        if not isinstance(content, bytes | bytearray | memoryview):
+            raise CorruptStateError(f"a state file's content is bytes; found {type(content).__name__}")
         content = bytes(content)
         if not content.startswith(_MAGIC):
             raise CorruptStateError(
@@ -297,6 +299,15 @@ class MemoryState:
             "norm": float(np.sqrt(energy.sum())),
             "layers": [_layer_stats(row) for row in energy],
         }
+
+
+def as_state(value: MemoryState | Mapping[str, Any]) -> MemoryState:
+    """A memory that is given as a value, as its plain dict or in its JSON form; the latter two are verified.
+
+    Raises:
+        CorruptStateError: it is something else, or the dict is not exactly what `to_dict` or `to_json` returned.
+    """
+    return value if isinstance(value, MemoryState) else MemoryState.from_dict(value)
 
 
 def same_model(one: str, other: str) -> bool:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
+from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,13 +41,21 @@ class Sampling:
         for holds, name, expected in (
             (self.temperature == 0 or 1e-4 <= self.temperature < float("inf"), "temperature", "0, or 0.0001 or more"),
             (0 < self.top_p <= 1, "top_p", "above 0 and at most 1"),
-            (self.top_k >= 0, "top_k", "0 or more"),
-            (self.max_tokens >= 1, "max_tokens", "1 or more"),
-            (self.seed is None or 0 <= self.seed < 2**63, "seed", "None or an integer from 0 to 2**63 - 1"),
+            (_is_whole(self.top_k, 0), "top_k", "an integer from 0 up"),
+            (_is_whole(self.max_tokens, 1), "max_tokens", "an integer from 1 up"),
+            (
+                self.seed is None or (_is_whole(self.seed, 0) and self.seed < 2**63),
+                "seed",
+                "None or an integer from 0 to 2**63 - 1",
+            ),
             (_are_texts(self.stop), "stop", "a tuple of non-empty strings"),
         ):
             if not holds:
                 raise ConfigError(f"{name} must be {expected}; found {getattr(self, name)!r}")
+
+
+def _is_whole(number: Any, least: int) -> bool:
+    return not isinstance(number, bool) and isinstance(number, Integral) and index(number) >= least
 
 
 def _are_texts(stop: object) -> bool:

@@ -15,8 +15,7 @@ from langgraph.errors import EmptyChannelError, InvalidUpdateError
 from langgraph.graph import MessagesState
 from langgraph.types import Overwrite
 
-from agentmem.state import MemoryState
-from agentmem_langgraph.memory_turn import as_state
+from agentmem.state import MemoryState, as_state
 from agentmem_langgraph.merge import merge_from_nothing, merge_states
 
 Update = MemoryState | dict[str, Any] | None
@@ -102,9 +101,9 @@ class MemoryChannel(BaseChannel[MemoryState, Update, dict[str, Any]]):
                 f"found {len(replacing)}"
             )
         if replacing:
-            self._state = as_state(replacing[0])
+            self._state = None if replacing[0] is None else as_state(replacing[0])
         else:
-            states = [v if isinstance(v, MemoryState) else MemoryState.from_dict(v) for v in values]
+            states = [as_state(value) for value in values]
             self._state = merge_from_nothing(states) if base is None else merge_states(base, states)
         return self._state != base
 

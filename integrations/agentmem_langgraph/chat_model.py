@@ -333,7 +333,7 @@ class ChatDeltaMem(BaseChatModel):
             TurnError: the `MemoryTurn` was already used.
         """
         history, engine = self._remembered(messages), self._ready()
-        with memory.claim() as state:
+        with _carrier(memory).claim() as state:
             result = engine.remember(history, state, on_edit=self.on_edit)
             memory.commit(result.state)
         return result
@@ -341,7 +341,7 @@ class ChatDeltaMem(BaseChatModel):
     async def aremember(self, messages: LanguageModelInput, *, memory: MemoryTurn) -> Remembered:
         """As `remember`, without blocking the event loop."""
         history, engine = self._remembered(messages), await self._aready()
-        with memory.claim() as state:
+        with _carrier(memory).claim() as state:
             result = await engine.aremember(history, state, on_edit=self.on_edit)
             memory.commit(result.state)
         return result
@@ -527,7 +527,13 @@ class ChatDeltaMem(BaseChatModel):
         elif messages and history[-1].role == "user":
             last = len(messages) - 1
             cache.put(_place_of(messages, history, last, last), history[-1].content, len(history[-1].content))
-        return _Call(self._carrier(memory), messages, shown, options)
+        cached = self.cache is not False and (isinstance(self.cache, BaseCache) or get_llm_cache() is not None)
+        if memory is not None and cached:
+            raise TurnError(
+                "a call with a memory can not go through an LLM cache: a cached reply brings no new memory; "
+                "leave ChatDeltaMem's cache=False"
+            )
+        return _Call(MemoryTurn() if memory is None else _carrier(memory), messages, shown, options)
 
     def _in_thread(self, config: RunnableConfig | None) -> Self:
         """A copy that knows the thread of a config: LangChain does not pass the config to a model's own methods."""
@@ -538,20 +544,14 @@ class ChatDeltaMem(BaseChatModel):
         copy._thread = str(thread)
         return copy
 
-    def _carrier(self, memory: Any) -> MemoryTurn:
-        if memory is None:
-            return MemoryTurn()
-        if not isinstance(memory, MemoryTurn):
-            raise TurnError(
-                "memory= takes a MemoryTurn, which brings the new memory back; "
-                f"found {type(memory).__name__}; pass memory=MemoryTurn(state)"
-            )
-        if self.cache is not False and (isinstance(self.cache, BaseCache) or get_llm_cache() is not None):
-            raise TurnError(
-                "a call with a memory can not go through an LLM cache: a cached reply brings no new memory; "
-                "leave ChatDeltaMem's cache=False"
-            )
-        return memory
+
+def _carrier(memory: Any) -> MemoryTurn:
+    if not isinstance(memory, MemoryTurn):
+        raise TurnError(
+            "memory= takes a MemoryTurn, which brings the new memory back; "
+            f"found {type(memory).__name__}; pass memory=MemoryTurn(state)"
+        )
+    return memory
 
 
 def _checked_window(window: Any) -> Window:

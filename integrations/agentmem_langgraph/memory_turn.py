@@ -22,7 +22,7 @@ from langchain_core.messages import AIMessage, BaseMessage
 
 from agentmem.errors import MemoryWarning, TurnError
 from agentmem.messages import Message, MessageCache
-from agentmem.state import MemoryState
+from agentmem.state import MemoryState, as_state
 
 
 def warn_once(cache: MessageCache, text: str) -> None:
@@ -30,15 +30,6 @@ def warn_once(cache: MessageCache, text: str) -> None:
     if cache.get(("warned", text)) is None:
         cache.put(("warned", text), True, 0)
         warnings.warn(text, MemoryWarning, stacklevel=2)
-
-
-def as_state(value: MemoryState | Mapping[str, Any] | None) -> MemoryState | None:
-    """The memory in any form that a graph can hold: the value, its plain dict or JSON form (verified), or None.
-
-    Raises:
-        CorruptStateError: the dict is not exactly what `MemoryState.to_dict` or `to_json` returned.
-    """
-    return value if value is None or isinstance(value, MemoryState) else MemoryState.from_dict(value)
 
 
 class MemoryTurn:
@@ -61,7 +52,7 @@ class MemoryTurn:
     __slots__ = ("_lock", "_phase", "_state")
 
     def __init__(self, state: MemoryState | Mapping[str, Any] | None = None) -> None:
-        self._state = as_state(state)
+        self._state = None if state is None else as_state(state)
         self._phase = "ready"
         self._lock = Lock()
 

@@ -15,33 +15,42 @@ changed nothing adds nothing, and one changed branch alone gives exactly that br
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from agentmem.state import MemoryState
+from agentmem.errors import ConfigError
+from agentmem.state import MemoryState, as_state
 
 
-def merge_states(base: MemoryState, branches: Sequence[MemoryState]) -> MemoryState:
-    """The memory after parallel branches.
+def merge_states(
+    base: MemoryState | Mapping[str, Any], branches: Sequence[MemoryState | Mapping[str, Any]]
+) -> MemoryState:
+    """The memory after parallel branches; each memory is a value, its plain dict or its JSON form.
 
     Args:
         base: the memory that every branch started from.
         branches: the memories that they ended with, in task order.
 
     Raises:
+        CorruptStateError: a memory is something else, or a dict is not exactly what was written.
         StateMismatchError: a branch has another model, adapter or shape, or does not continue the base.
+        ConfigError: `branches` is a single memory.
     """
-    for branch in branches:
-        branch.require(base.model_fingerprint, base.adapter_fingerprint, base.shape)
-    changed = [branch for branch in branches if branch != base]
+    if isinstance(branches, MemoryState | Mapping):
+        raise ConfigError("the branches are a list of memories; found a single one; pass [memory]")
+    start, ends = as_state(base), [as_state(branch) for branch in branches]
+    for end in ends:
+        end.require(start.model_fingerprint, start.adapter_fingerprint, start.shape)
+    changed = [end for end in ends if end != start]
     if not changed:
-        return base
+        return start
     if len(changed) == 1:
         return changed[0]
-    record = base.record.merge([branch.record for branch in changed])
+    record = start.record.merge([branch.record for branch in changed])
     # Computed in float64, so that the sums over branches are rounded only once, to float32 at the end.
-    old = base.matrices.astype(np.float64)  # [L, H, r, r]
+    old = start.matrices.astype(np.float64)  # [L, H, r, r]
     energy = np.square(old).sum(axis=-1, keepdims=True)  # [L, H, r, 1]
     least = np.ones_like(energy)
     added = np.zeros_like(old)
@@ -51,7 +60,7 @@ def merge_states(base: MemoryState, branches: Sequence[MemoryState]) -> MemorySt
         kept = np.where(energy > 0, np.clip(overlap / np.where(energy > 0, energy, 1.0), 0.0, 1.0), 1.0)
         least = np.minimum(least, kept)
         added += new - kept * old
-    return base.replaced(matrices=least * old + added, record=record)
+    return start.replaced(matrices=least * old + added, record=record)
 
 
 def merge_from_nothing(branches: Sequence[MemoryState]) -> MemoryState:

@@ -17,6 +17,7 @@ from agentmem.errors import (
     HistoryEditedError,
     MissingAdapterError,
     StateMismatchError,
+    TranscriptError,
     WindowError,
 )
 from agentmem.generation.plan import DEFAULTS
@@ -254,7 +255,12 @@ def test_no_memory_is_the_bare_model(make_engine: Any) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"temperature": -1}, {"temperature": 1e-40}, {"top_p": 0}, {"seed": 2**64}, {"max_tokens": 0}, {"stop": ("",)}],
+    [
+        *({"temperature": -1}, {"temperature": 1e-40}, {"top_p": 0}, {"stop": ("",)}),
+        *({"seed": wrong} for wrong in (2**64, 1.5, True, "1")),
+        *({"max_tokens": wrong} for wrong in (0, 1.5, True, "5", None)),
+        *({"top_k": wrong} for wrong in (-1, 1.5, "5")),
+    ],
 )
 def test_sampling_that_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
@@ -337,5 +343,15 @@ def test_a_state_is_taken_as_graphs_and_json_hold_it(make_engine: Any) -> None:
         for turn in (engine.turn(more, form, sampling=sampling), engine.stream(more, form, sampling=sampling).result()):
             assert turn.state is not None
             assert turn.state.count == 3
-    with pytest.raises(CorruptStateError):
-        engine.turn(more, state.to_dict() | {"count": 9})
+    for wrong in (state.to_dict() | {"count": 9}, "state", 3, [state]):
+        for call in (engine.turn, engine.remember, engine.stream):
+            with pytest.raises(CorruptStateError):
+                call(more, wrong)
+
+
+def test_a_history_is_a_list_of_messages(make_engine: Any) -> None:
+    engine = make_engine()
+    for wrong in ("How are you?", None, 3, [{"role": "user", "content": "Hi"}], [None], ["Hi"], user("Hi")):
+        for call in (engine.turn, engine.remember, engine.stream, engine.count_tokens):
+            with pytest.raises(TranscriptError, match=r"a list of agentmem\.Message"):
+                call(wrong)

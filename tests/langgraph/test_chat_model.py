@@ -85,6 +85,11 @@ async def test_remember_writes_without_a_reply(llm: ChatDeltaMem, fake: FakeEngi
     assert not fake.calls
     assert turns[0].state == turns[1].state
     assert llm.invoke(ASK, memory=MemoryTurn(turns[0].state)).text == KNOWN
+    for wrong in (None, turns[0].state, {}):
+        with pytest.raises(TurnError, match="takes a MemoryTurn"):
+            llm.remember(TELL, memory=wrong)  # type: ignore[arg-type]
+        with pytest.raises(TurnError, match="takes a MemoryTurn"):
+            await llm.aremember(TELL, memory=wrong)  # type: ignore[arg-type]
 
 
 def test_use_memory_false_is_the_bare_model_and_leaves_the_memory_alone(llm: ChatDeltaMem) -> None:

@@ -14,7 +14,7 @@ from langgraph.types import Overwrite
 from typing_extensions import TypedDict
 
 from agentmem import MemoryState, Message
-from agentmem.errors import CorruptStateError, StateMismatchError
+from agentmem.errors import ConfigError, CorruptStateError, StateMismatchError
 from agentmem_langgraph import MemoryChannel, merge_states
 
 SHAPE = [2, 3, 4, 4]
@@ -174,6 +174,21 @@ def test_one_changed_branch_is_the_result_bit_for_bit() -> None:
     held = channel(base)
     held.update([base, changed, base.to_dict()])
     assert held.get() == changed
+
+
+@pytest.mark.parametrize("form", [MemoryState.to_dict, MemoryState.to_json])
+def test_branches_come_in_every_form_of_a_memory(form: Callable[[MemoryState], Any]) -> None:
+    base = state(1)
+    ends = [state(2, base, "a"), state(3, base, "b")]
+    assert merge_states(form(base), [form(end) for end in ends]) == merge_states(base, ends)
+    for wrong in (None, "memory", 3, [base], form(base) | {"count": 9}):
+        with pytest.raises(CorruptStateError):
+            merge_states(wrong, ends)  # type: ignore[arg-type]
+        with pytest.raises(CorruptStateError):
+            merge_states(base, [*ends, wrong])
+    for single in (base, form(base)):
+        with pytest.raises(ConfigError, match=r"pass \[memory\]"):
+            merge_states(base, single)
 
 
 def test_the_record_is_the_bases_and_each_branchs_in_task_order() -> None:

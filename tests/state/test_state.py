@@ -250,11 +250,20 @@ def test_a_missing_key_is_named(key: str) -> None:
 
 @pytest.mark.parametrize(
     ("thing", "said"),
-    [*((thing, "is a dict") for thing in (None, b"bytes", ["version"], 3)), ({"version": 7}, "upgrade agentmem")],
+    [
+        *((thing, "is a dict") for thing in (None, b"bytes", ["version"], 3)),
+        ({"version": 7}, "upgrade agentmem"),
+    ],
 )
 def test_what_is_no_dict_of_this_version_is_refused(thing: Any, said: str) -> None:
     with pytest.raises(CorruptStateError, match=said):
         MemoryState.from_dict(thing)
+
+
+@pytest.mark.parametrize("thing", [None, "text", STATE.to_dict(), 3])
+def test_a_file_holds_bytes(thing: Any) -> None:
+    with pytest.raises(CorruptStateError, match="content is bytes"):
+        MemoryState.from_bytes(thing)
 
 
 def corrupt(data: st.DataObject, content: bytes) -> bytes:

@@ -205,7 +205,7 @@ def context_limit(model: str | Path = "nano") -> int | None:
     try:
         config = json.loads(file.read_text("utf-8"))
         limit = config.get("text_config", config).get("max_position_embeddings")
-    except (OSError, ValueError, AttributeError):  # a broken file; `load` raises a better error
+    except (OSError, ValueError, AttributeError, RecursionError):  # a broken file; `load` raises a better error
         return None
     return limit if isinstance(limit, int) else None
 

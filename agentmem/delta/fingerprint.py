@@ -91,7 +91,7 @@ def check_digests(directory: str | Path) -> None:
         return
     try:
         digests = dict(json.loads(note.read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ModelNotFoundError(f"{note} cannot be read ({error}); fetch the model again") from error
     for name, digest in digests.items():
         file = Path(directory) / name

@@ -142,7 +142,7 @@ def recorded_name(model: Path) -> str:
     for file, key in (("source.json", "hub_id"), ("config.json", "_name_or_path")):
         try:
             name = json.loads((model / file).read_text("utf-8")).get(key)
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             continue
         if isinstance(name, str):
             return name

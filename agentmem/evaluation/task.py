@@ -122,7 +122,7 @@ def read_objects(path: Path, files: list[SourceFile]) -> list[dict[str, Any]]:
             rows = [json.loads(line) for line in content.split(b"\n") if line.strip()]
         else:
             rows = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{files[-1].path} has one JSON object per line; found another form ({error})") from error
     if not rows or not all(isinstance(row, dict) for row in rows):
         found = "nothing in it" if not rows else "other values"

@@ -77,7 +77,7 @@ def read_table(path: Path) -> BlockTable:
         body = json.loads(path.read_text("utf-8"))
         blocks = tuple(_block(values) for values in body["blocks"])
         table = BlockTable(str(body["device"]), str(body["versions"]), blocks)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"{path} must be a table of scan blocks as `python -m benchmarks.gpu` writes it; found "
             f"{type(error).__name__}: {error}. Measure it again, or remove it (and {VARIABLE}) to use the estimate"

@@ -354,7 +354,7 @@ def _tool_call(call: object) -> ToolCall:
     if isinstance(arguments, str):  # the API's form; some tools store the object itself
         try:
             arguments = json.loads(arguments)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise BadRow(f"the arguments of a tool call are not JSON: {arguments[:60]!r}") from None
     if not isinstance(arguments, dict):
         raise BadRow(f"the arguments of a tool call are an object; found {_type(arguments)}")

@@ -71,7 +71,7 @@ class _Folder:
 def _json(content: bytes, where: str) -> Any:
     try:
         return json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON ({error}); fetch the file again") from error
 
 
@@ -286,7 +286,7 @@ def _calls(notes: Sequence[Mapping[str, str]], origin: str) -> Iterator[tuple[To
             try:
                 arguments = json.loads(requests.get(number, "{}"))
                 call = ToolCall(note["value"], arguments, f"call_{number}") if isinstance(arguments, dict) else None
-            except ValueError:
+            except (ValueError, RecursionError):
                 call = None
             yield call, responses.get(number, "")
 

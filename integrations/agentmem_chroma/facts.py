@@ -88,7 +88,7 @@ class Fact:
                 time=row_time(row),
                 metadata=json.loads(row["metadata"] if row else ""),
             )
-        except (KeyError, TypeError, ValueError, OverflowError, FactStoreError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError, FactStoreError) as error:
             raise FactStoreError(
                 f"entry {id!r} of the collection is no fact ({error}): something else writes to this "
                 "collection; delete the entry, or open another collection"

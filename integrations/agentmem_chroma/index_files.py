@@ -173,7 +173,7 @@ def _fingerprint(folder: Path) -> list[list[int]]:
 def _read_fingerprints(directory: Path) -> dict[str, Any]:
     try:
         fingerprints = json.loads((directory / _FINGERPRINTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return fingerprints if isinstance(fingerprints, dict) else {}
 

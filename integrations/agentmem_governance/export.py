@@ -16,6 +16,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from hashlib import sha256
@@ -46,6 +47,11 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 _TAGS = ("msgpack", "bytes", "bytearray", "null")  # of LangGraph's serializer; a pickle is not read
+# What reading other files as an export raises.
+_NO_EXPORT = (
+    *(OSError, BadZipFile, LookupError, TypeError, ValueError, AttributeError),
+    *(SafetensorError, RecursionError, RuntimeError, zlib.error),
+)
 _TEXT = ("chain", "tail")  # the fields of a memory that are bytes, but for its matrices
 
 
@@ -150,11 +156,16 @@ class Export:
                     raise StorageError(f"expected {name} as the manifest of {path} says, found it changed or damaged")
             self.subject: str = read["subject"]
             self.digest = sha256(manifest).hexdigest()
-            self.facts: list[dict[str, Any]] = json.loads(files["facts.json"])
-            self.rules: list[tuple[str, str]] = [(kind, value) for kind, value in json.loads(files["rules.json"])]
+            self.facts: list[dict[str, Any]] = [dict(fact.items()) for fact in json.loads(files["facts.json"])]
+            self.rules: list[tuple[str, str]] = [
+                (kind.encode().decode(), value.encode().decode()) for kind, value in json.loads(files["rules.json"])
+            ]
             self._states = _states(json.loads(files["states.json"]), load_tensors(files["states.safetensors"]))
             self.threads = [json.loads(files[name]) for name in files if name.startswith("threads/")]
-        except (OSError, BadZipFile, KeyError, TypeError, ValueError, SafetensorError) as error:
+            self._names = [str(thread["thread"]) for thread in self.threads]
+        except StorageError:
+            raise
+        except _NO_EXPORT as error:
             raise StorageError(
                 f"expected an export of agentmem at {str(path)!r}, found something else: {error!r}"
             ) from error
@@ -166,9 +177,8 @@ class Export:
             TransferError: a thread went on there in another way, see `copy_threads`.
             StorageError: the database reports an error.
         """
-        names = [str(thread["thread"]) for thread in self.threads]
         source = _ExportSaver(self.threads, self._states, plain_serde(target.serde))
-        return copy_threads(source, target, thread_ids=names)
+        return copy_threads(source, target, thread_ids=self._names)
 
 
 class _ExportSaver(BaseCheckpointSaver[Any]):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from agentmem.errors import ConfigError
 from agentmem_governance.signing import receipt_key, signing_key
 
 FORMAT = 1
+
+
+_TEXTS = ("messages", "facts", "purged", "not_reached")  # the fields that are lists of texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +149,9 @@ class Receipt:
                 raise ConfigError(f"expected a receipt of format {FORMAT}, found {data['format']}; upgrade agentmem")
             if data.keys() != names:
                 raise ConfigError(f"expected a receipt with {sorted(names)}, found {sorted(data)}")
-        except (ValueError, AttributeError, TypeError) as error:
+            if wrong := [name for name, value in data.items() if not _fits(name, value)]:
+                raise ConfigError(f"expected a receipt, found other values than one has as {', '.join(wrong)}")
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(f"expected a receipt as JSON, found something else: {error}") from error
@@ -185,3 +191,31 @@ class Verification:
     def holds(self) -> bool:
         """Whether nothing is back, the audit trail notes no other receipt, and, if there was a key, it signed this."""
         return not self.back and self.noted != "another" and (not self.wanted or self.signature == "valid")
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Whether a value from elsewhere is of the kind that this field of a receipt has.
+
+    Raises:
+        ValueError: the time is no time, or the key of a thread no hexadecimal.
+    """
+    if name == "threads":
+        return _are(dict, value) and all(
+            isinstance(thread.get("checkpoints"), int)
+            and isinstance(thread.get("thread"), str)
+            and bytes.fromhex(thread["thread"])
+            and _are(str, thread.get("ids"))
+            and _are(str, thread.get("rewritten", []))
+            for thread in value
+        )
+    if name in _TEXTS or name == "rebuilt":
+        return _are(str if name in _TEXTS else dict, value)
+    if name == "format":
+        return isinstance(value, int)
+    if name in ("subject", "signature") and value is None:
+        return True
+    return isinstance(value, str) and (name != "time" or datetime.fromisoformat(value) is not None)
+
+
+def _are(kind: type, values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, kind) for value in values)

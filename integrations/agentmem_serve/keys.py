@@ -111,7 +111,7 @@ class KeyFile:
             try:
                 lines = self._path.read_text("utf-8").splitlines()
                 keys = [ApiKey(**json.loads(line)) for line in lines if line.strip()]
-            except (OSError, ValueError, TypeError) as error:
+            except (OSError, ValueError, TypeError, RecursionError) as error:
                 raise ConfigError(
                     f"expected a file of API keys at {str(self._path)!r}, found another: {error}"
                 ) from error

@@ -251,9 +251,10 @@ def test_a_model_that_is_not_what_its_digests_say_is_refused(saved: tuple[Any, P
         with pytest.raises(ModelNotFoundError, match=re.escape(str(place))):
             agentmem.load(place)
         (place / name).write_bytes(content)
-    (place / DIGESTS_FILE).write_text("[1]")
-    with pytest.raises(ModelNotFoundError, match=f"{DIGESTS_FILE} cannot be read"):
-        agentmem.load(place)
+    for text in ("[1]", "[" * 100_000):
+        (place / DIGESTS_FILE).write_text(text)
+        with pytest.raises(ModelNotFoundError, match=f"{DIGESTS_FILE} cannot be read"):
+            agentmem.load(place)
     (place / DIGESTS_FILE).unlink()
     agentmem.load(place, device="cpu").close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,16 @@ def test_others_can_read_it(tmp_path: Path, url: str, facts: FactStore) -> None:
     assert b"other" not in everything
 
 
+def rewrite(file: Path, other: Path, name: str, content: bytes) -> None:
+    """The same export with another part, and the digest of that in its manifest."""
+    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(other, "w") as written:
+        parts = {each: archive.read(each) for each in archive.namelist()} | {name: content}
+        manifest = json.loads(parts["manifest.json"])
+        manifest["files"][name] = sha256(content).hexdigest()
+        for each, part in (parts | {"manifest.json": json.dumps(manifest).encode()}).items():
+            written.writestr(each, part)
+
+
 def test_a_changed_file_is_refused(tmp_path: Path, url: str, facts: FactStore) -> None:
     file, changed = tmp_path / "ada.zip", tmp_path / "changed.zip"
     with SQLAlchemySaver.from_url(url) as saver:
@@ -104,6 +115,12 @@ def test_a_changed_file_is_refused(tmp_path: Path, url: str, facts: FactStore) -
             governor.restore(changed)
         with pytest.raises(ConfigError, match="found none"):
             Governor(saver).restore(file)
+        # Parts that are what their manifest says, and are no parts of an export.
+        for name in ("facts.json", "rules.json", "states.json", "threads/0.json"):
+            for content in (b"5", b"[5]", b"[[[], 5]]", b"[" * 100_000):
+                rewrite(file, changed, name, content)
+                with pytest.raises(StorageError, match=r"expected an export|were not copied"):
+                    governor.restore(changed)
         changed.write_bytes(b"no zip")
         with pytest.raises(StorageError, match="expected an export"):
             governor.restore(changed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -170,8 +171,22 @@ def test_what_cannot_be_meant_is_refused(url: str) -> None:
         for wrong in ({}, {"subject": "a", "message": "m"}, {"subject": "a", "thread": "t"}, {"message": "m"}):
             with pytest.raises(ConfigError):
                 governor.forget(**wrong)
-        with pytest.raises(ConfigError, match="receipt"):
-            Receipt.from_json("[]")
+        put(saver, config("1"), {"x": 1})
+        made = json.loads(governor.forget(thread="1").to_json())
+        (thread,) = made["threads"]
+        others = [thread | {name: value} for name in ("thread", "ids", "checkpoints") for value in (None, "x", [5])]
+        for change in (
+            *({name: value} for name in made for value in (5.5, [5], {"a": 1})),
+            *({"threads": [other]} for other in (*others, {}, 5)),
+            {"time": "noon"},
+            {"more": 1},
+        ):
+            with pytest.raises(ConfigError, match="expected a receipt"):
+                Receipt.from_json(json.dumps(made | change))
+        for text in ("[]", "{", "[" * 100_000):
+            with pytest.raises(ConfigError, match="receipt"):
+                Receipt.from_json(text)
+        assert governor.verify(Receipt.from_json(json.dumps(made))).holds
 
 
 def test_names_that_are_no_names_are_refused_before_anything_is_done(url: str) -> None:

@@ -223,7 +223,8 @@ def _messages(value: object) -> Iterator[BaseMessage]:
 
 
 def _said(message: BaseMessage) -> tuple[Any, ...]:
-    return message.type, message.content, getattr(message, "tool_calls", None)
+    said = vars(message)  # this runs for the whole history, and asking pydantic for what is not there is slow
+    return said.get("type"), said.get("content"), said.get("tool_calls")
 
 
 def _json(data: Mapping[str, Any]) -> bytes:

@@ -16,5 +16,7 @@ if __name__ == "__main__":
     try:
         app()
     except AgentMemError as error:
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        # Lines of data that the message quotes may hold escape sequences, which a terminal would obey.
+        said = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in " ".join(str(error).split()))
+        sys.stderr.write(f"{type(error).__name__}: {said}\n")
         sys.exit(3)

@@ -271,9 +271,11 @@ def open_governor(
 
 
 def _written(receipt: Receipt, out: Path | None) -> None:
+    from agentmem_cli.terminal import printable
+
     path = receipt.save(out or Path(f"receipt-{receipt.id}.json"))
     typer.echo(f"{receipt.checkpoints} checkpoints and {len(receipt.facts)} facts are gone; the receipt is in {path}")
     if receipt.rewritten:
         typer.echo(f"{receipt.rewritten} checkpoints stayed, and were rewritten without the message")
     for place in receipt.not_reached:
-        typer.echo(f"  not reached: {place}")
+        typer.echo(printable(f"  not reached: {place}"))

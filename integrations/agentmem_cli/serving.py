@@ -125,6 +125,7 @@ def list_keys(file: Keys) -> None:
 @keys.command("revoke")
 def revoke_key(file: Keys, name: Annotated[str, typer.Argument(metavar="ID", help="As `list` shows it.")]) -> None:
     """Remove a key; servers that run refuse it at once."""
+    from agentmem_cli.terminal import printable
     from agentmem_serve import KeyFile
 
-    typer.echo(f"revoked a key of {KeyFile(file).revoke(name).subject}")
+    typer.echo(printable(f"revoked a key of {KeyFile(file).revoke(name).subject}"))

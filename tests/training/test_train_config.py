@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import runpy
+import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import pytest
 import yaml
 from typer.main import get_command
 
-from agentmem.errors import ConfigError
+from agentmem.errors import ConfigError, DataError
+from agentmem.training import command
 from agentmem.training.__main__ import app
 from agentmem.training.command import accelerate_path, from_options
 from agentmem.training.config import TrainConfig
@@ -27,6 +30,20 @@ def test_every_key_is_an_option_of_the_command() -> None:
     own = {"config", "dry_run", "accelerate_config", "help"}
     names = {parameter.name for parameter in get_command(app).params}
     assert names - own == {field.name for field in fields(TrainConfig)}
+
+
+def test_an_error_is_one_line_that_commands_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused() -> None:
+        raise DataError("talks\x1b[2J.jsonl:1 is\nno JSON")
+
+    monkeypatch.setattr(command, "train_command", refused)
+    monkeypatch.setattr(sys, "argv", ["agentmem.training"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(Path(command.__file__).with_name("__main__.py")), run_name="__main__")
+    assert ended.value.code == 3
+    assert capsys.readouterr().err == "DataError: talks\\x1b[2J.jsonl:1 is no JSON\n"
 
 
 def test_the_page_has_every_key_with_its_default_and_meaning() -> None:

@@ -7,7 +7,6 @@ the caller allows it (`trust_remote_code`).
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,6 +38,7 @@ from agentmem.errors import (
     UnsupportedModelError,
     install_hint,
 )
+from agentmem.text import parse_json
 
 NANO = Path(__file__).parent / "nano" / "weights"
 SMOLLM2 = "smollm2"
@@ -203,9 +203,9 @@ def context_limit(model: str | Path = "nano") -> int | None:
             return None
         file = Path(cached)
     try:
-        config = json.loads(file.read_text("utf-8"))
+        config = parse_json(file.read_text("utf-8"))
         limit = config.get("text_config", config).get("max_position_embeddings")
-    except (OSError, ValueError, AttributeError, RecursionError):  # a broken file; `load` raises a better error
+    except (OSError, ValueError, AttributeError):  # a broken file; `load` raises a better error
         return None
     return limit if isinstance(limit, int) else None
 

@@ -30,6 +30,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from agentmem.errors import CorruptStateError, StateMismatchError
 from agentmem.record import ConsumedRecord
+from agentmem.text import parse_json
 
 VERSION = 1
 
@@ -271,7 +272,7 @@ class MemoryState:
         start = len(_MAGIC) + _LENGTH
         stop = start + int.from_bytes(body[len(_MAGIC) : start], "little")
         try:
-            header = json.loads(body[start:stop])
+            header = parse_json(body[start:stop])
             plain = header | {name: bytes.fromhex(header[name]) for name in ("chain", "tail")}
         except (ValueError, TypeError, KeyError) as error:
             raise CorruptStateError(f"a state file has a JSON header; found none ({error!r})") from error

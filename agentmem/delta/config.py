@@ -7,7 +7,6 @@ it off; otherwise `ConfigError` names the switch, because ignoring it would sile
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from agentmem.errors import ConfigError
+from agentmem.text import parse_json
 
 WriteStrategy = Literal["token", "message", "sentence"]
 UpdateMode = Literal["standard", "lambda_outside", "no_lambda"]
@@ -221,10 +221,10 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     """
     path = Path(directory) / CONFIG_FILE
     try:
-        body = json.loads(path.read_text("utf-8"))
+        body = parse_json(path.read_text("utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing: not an adapter directory") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is not readable as json: {error}") from error
     if not isinstance(body, dict):
         raise ConfigError(f"{path} must hold a json object; found {type(body).__name__}")

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from agentmem.errors import ModelNotFoundError
+from agentmem.text import parse_json
 
 DIGESTS_FILE = "agentmem_sha256.json"
 
@@ -90,8 +91,8 @@ def check_digests(directory: str | Path) -> None:
     if not note.is_file():
         return
     try:
-        digests = dict(json.loads(note.read_text("utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        digests = dict(parse_json(note.read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise ModelNotFoundError(f"{note} cannot be read ({error}); fetch the model again") from error
     for name, digest in digests.items():
         file = Path(directory) / name

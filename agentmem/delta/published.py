@@ -7,13 +7,13 @@ directory.
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from agentmem.errors import AdapterError, MemoryWarning
+from agentmem.text import parse_json
 
 CARD, PEFT_FILE = "README.md", "adapter_config.json"
 _BASE_MODEL = re.compile(r"^base_model:\s*(?:-\s*)?[\"']?([^\s\"'#\[\]]+)", re.MULTILINE)
@@ -80,10 +80,10 @@ def base_name(directory: str | Path) -> str | None:
     """The model's name in an adapter's directory: in PEFT's config, or in the head of the card; None if in neither."""
     directory = Path(directory)
     try:
-        name = json.loads((directory / PEFT_FILE).read_text("utf-8")).get("base_model_name_or_path")
+        name = parse_json((directory / PEFT_FILE).read_text("utf-8")).get("base_model_name_or_path")
         if isinstance(name, str) and name:
             return name
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, AttributeError):
         pass  # missing or malformed: the card may name it
     try:
         head = (directory / CARD).read_text("utf-8").split("\n---", 1)[0]
@@ -141,8 +141,8 @@ def recorded_name(model: Path) -> str:
     transformers wrote; empty if there is none."""
     for file, key in (("source.json", "hub_id"), ("config.json", "_name_or_path")):
         try:
-            name = json.loads((model / file).read_text("utf-8")).get(key)
-        except (OSError, ValueError, AttributeError, RecursionError):
+            name = parse_json((model / file).read_text("utf-8")).get(key)
+        except (OSError, ValueError, AttributeError):
             continue
         if isinstance(name, str):
             return name

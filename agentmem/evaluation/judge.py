@@ -22,6 +22,7 @@ from agentmem.errors import ConfigError, MissingExtraError
 from agentmem.generation.sampling import Sampling
 from agentmem.loading import load
 from agentmem.messages import Message
+from agentmem.text import parse_json
 
 JUDGE_KEYS = ("AGENTMEM_JUDGE_KEY", "OPENAI_API_KEY")
 """Environment variables of which the first that is set is the endpoint's key."""
@@ -64,7 +65,7 @@ class Judge:
         lines = kept.read_text("utf-8").splitlines() if kept is not None and kept.is_file() else []
         for line in lines:
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 self._verdicts[row["key"]] = bool(row["right"])
             except (ValueError, TypeError, KeyError):  # of an interrupted run
                 continue

@@ -32,6 +32,7 @@ from agentmem.messages import Message
 from agentmem.nano.recipe.language import ask, draw_bindings, redraw, tell
 from agentmem.prompt.transcript import Window
 from agentmem.state import MemoryState
+from agentmem.text import parse_json
 from agentmem.training.arms import MAX_TOKENS
 from agentmem.training.episodes import EpisodeConfig, FactEpisodes
 from agentmem.training.facts.values import Vocabulary
@@ -168,7 +169,7 @@ def _kept(path: Path, about: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
     rows = dict[int, dict[str, Any]]()
     for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             continue
         if about.items() <= row.items():

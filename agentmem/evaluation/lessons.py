@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -16,6 +15,7 @@ from agentmem.errors import DataError
 from agentmem.evaluation.scoring import hotpot_exact, hotpot_f1, states
 from agentmem.evaluation.task import Task, TaskData, by_hash, in_turn, other_form, read_bytes, read_objects
 from agentmem.messages import Message
+from agentmem.text import parse_json
 from agentmem.training.conversations import Ask, SourceFile
 from agentmem.training.predictions import Probe
 
@@ -148,7 +148,7 @@ def _clinc150(data: TaskData, files: list[SourceFile]) -> tuple[_Texts, _Texts]:
     path = data.path / "clinc150_data_full.json"
     content = read_bytes(path, files)
     try:
-        parts = json.loads(content)
+        parts = parse_json(content)
         train, test = (_by_label([(text, label) for text, label in parts[part]]) for part in ("train", "test"))
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 from agentmem.errors import DataError, MissingExtraError
 from agentmem.evaluation.facts import SEED
 from agentmem.evaluation.judge import Judge
+from agentmem.text import parse_json
 from agentmem.training.contexts import ARMS, Arm
 from agentmem.training.conversations import Ask, SourceFile, read_file
 from agentmem.training.predictions import Probe
@@ -119,10 +119,10 @@ def read_objects(path: Path, files: list[SourceFile]) -> list[dict[str, Any]]:
     kind = "a list of JSON objects" if path.suffix == ".json" and content.lstrip()[:1] == b"[" else "lines"
     try:
         if kind == "lines":
-            rows = [json.loads(line) for line in content.split(b"\n") if line.strip()]
+            rows = [parse_json(line) for line in content.split(b"\n") if line.strip()]
         else:
-            rows = json.loads(content)
-    except (ValueError, RecursionError) as error:
+            rows = parse_json(content)
+    except ValueError as error:
         raise DataError(f"{files[-1].path} has one JSON object per line; found another form ({error})") from error
     if not rows or not all(isinstance(row, dict) for row in rows):
         found = "nothing in it" if not rows else "other values"

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from agentmem.messages import ToolCall
+from agentmem.text import parse_json
 
 _REPLACEMENT = "\ufffd"  # how tokenizers decode an incomplete character
 # After this many tokens, bytes that form no character are shown as they are. `tokenizers.decoders.DecodeStream` would
@@ -256,10 +257,10 @@ class OutputParser:
 
 def _call(text: str) -> tuple[str, dict[str, Any]]:
     try:
-        body = json.loads(text, parse_constant=_refuse)
+        body = parse_json(text, parse_constant=_refuse)
         # JSON can spell half a surrogate pair, which no tokenizer accepts.
         json.dumps(body, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(body, dict) or not isinstance(body.get("name"), str):
         raise ValueError('expected a JSON object with a "name"')

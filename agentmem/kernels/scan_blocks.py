@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from agentmem.errors import ConfigError
+from agentmem.text import parse_json
 
 TABLE = Path(__file__).with_name("scan_blocks.json")
 VARIABLE = "AGENTMEM_SCAN_BLOCKS"
@@ -74,10 +75,10 @@ def read_table(path: Path) -> BlockTable:
         ConfigError: the file cannot be read, or is no such table.
     """
     try:
-        body = json.loads(path.read_text("utf-8"))
+        body = parse_json(path.read_text("utf-8"))
         blocks = tuple(_block(values) for values in body["blocks"])
         table = BlockTable(str(body["device"]), str(body["versions"]), blocks)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} must be a table of scan blocks as `python -m benchmarks.gpu` writes it; found "
             f"{type(error).__name__}: {error}. Measure it again, or remove it (and {VARIABLE}) to use the estimate"

@@ -7,6 +7,7 @@ import sys
 import typer
 
 from agentmem.errors import AgentMemError
+from agentmem.text import printable
 from agentmem.training.command import train_command
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -16,7 +17,5 @@ if __name__ == "__main__":
     try:
         app()
     except AgentMemError as error:
-        # Lines of data that the message quotes may hold escape sequences, which a terminal would obey.
-        said = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in " ".join(str(error).split()))
-        sys.stderr.write(f"{type(error).__name__}: {said}\n")
+        sys.stderr.write(f"{type(error).__name__}: {printable(' '.join(str(error).split()))}\n")
         sys.exit(3)

@@ -6,13 +6,14 @@ So whatever has a name that counts is whole, at whatever moment a run was killed
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from agentmem.text import parse_json
 
 LOG_FILE = "log.jsonl"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -48,7 +49,7 @@ def written_aside(directory: Path) -> Iterator[Path]:
 
 def logged(path: Path) -> tuple[list[float], float]:
     """The loss of every step of a run that is finished, and its seconds in all sittings."""
-    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    lines = [parse_json(line) for line in path.read_text("utf-8").splitlines()]
     return [line["loss"] for line in lines if "loss" in line], lines[-1]["seconds"] if lines else 0.0
 
 
@@ -59,7 +60,7 @@ def cut_log(path: Path, step: int) -> float:
     kept, seconds = [], 0.0
     for line in path.read_text("utf-8").splitlines():
         try:
-            values = json.loads(line)
+            values = parse_json(line)
         except ValueError:
             break
         if values["step"] > step:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import difflib
 import gzip
 import hashlib
-import json
 import lzma
 import zlib
 from collections import Counter
@@ -22,6 +21,7 @@ from typing import Any, Generic, TypeVar
 
 from agentmem.errors import ConfigError, DataError, TranscriptError
 from agentmem.messages import Message, Role, ToolCall
+from agentmem.text import parse_json
 
 T = TypeVar("T")
 _SHOWN = 5  # bad lines that an error lists
@@ -210,12 +210,12 @@ def read_rows(path: str | Path, parse: Callable[[object, str], T], *, max_bad: f
         if not line.strip():
             continue
         try:
-            good.append(parse(json.loads(line), f"{path.name}:{number}"))
+            good.append(parse(parse_json(line), f"{path.name}:{number}"))
         except (BadRow, TranscriptError, ConfigError) as error:
             bad.append(BadLine(number, str(error)))
         except UnicodeDecodeError as error:
             bad.append(BadLine(number, f"not valid UTF-8 at byte {error.start}"))
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             bad.append(BadLine(number, f"not JSON: {error}"))
     if not good or len(bad) > max_bad * (len(good) + len(bad)):
         raise DataError(_refusal(path, len(good), bad, max_bad))
@@ -353,8 +353,8 @@ def _tool_call(call: object) -> ToolCall:
     arguments = function.get("arguments") or {}
     if isinstance(arguments, str):  # the API's form; some tools store the object itself
         try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
+            arguments = parse_json(arguments)
+        except ValueError:
             raise BadRow(f"the arguments of a tool call are not JSON: {arguments[:60]!r}") from None
     if not isinstance(arguments, dict):
         raise BadRow(f"the arguments of a tool call are an object; found {_type(arguments)}")

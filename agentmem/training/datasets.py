@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 import zlib
 from collections import Counter
@@ -21,6 +20,7 @@ from typing import Any
 
 from agentmem.errors import DataError
 from agentmem.messages import Message, Role, ToolCall
+from agentmem.text import parse_json
 from agentmem.training.conversations import Ask, Conversation, HeldConversations, SourceFile, read_file
 from agentmem.training.facts.splits import split_of
 
@@ -70,8 +70,8 @@ class _Folder:
 
 def _json(content: bytes, where: str) -> Any:
     try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
+        return parse_json(content)
+    except ValueError as error:
         raise DataError(f"{where} is not JSON ({error}); fetch the file again") from error
 
 
@@ -284,9 +284,9 @@ def _calls(notes: Sequence[Mapping[str, str]], origin: str) -> Iterator[tuple[To
         if note["name"] == "api_call":
             number = note["context"].rpartition("_")[2]
             try:
-                arguments = json.loads(requests.get(number, "{}"))
+                arguments = parse_json(requests.get(number, "{}"))
                 call = ToolCall(note["value"], arguments, f"call_{number}") if isinstance(arguments, dict) else None
-            except (ValueError, RecursionError):
+            except ValueError:
                 call = None
             yield call, responses.get(number, "")
 

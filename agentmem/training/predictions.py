@@ -12,6 +12,7 @@ from typing import Any
 
 from agentmem.engine import Engine
 from agentmem.messages import Message, ToolCall
+from agentmem.text import parse_json
 from agentmem.training.contexts import ARMS, Arm
 from agentmem.training.conversations import Ask
 from agentmem.training.intervals import Gain, Mean, Share, gain, ratio, share
@@ -247,7 +248,7 @@ class PredictionLog:
         text = path.read_text("utf-8") if path.exists() else ""
         for line in text.split("\n"):
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 calls = tuple(ToolCall(name, arguments) for name, arguments in row["calls"])
                 message = Message("assistant", row["reply"], calls)
                 self.replies[row["key"]] = ArmReply(

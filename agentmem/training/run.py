@@ -38,6 +38,7 @@ from agentmem.engine import Engine
 from agentmem.errors import AgentMemError, ConfigError, DataError
 from agentmem.loading import load, load_skeleton, load_tokenizer
 from agentmem.prompt.transcript import Transcript, Window
+from agentmem.text import parse_json
 from agentmem.training.arms import measure, probes_of
 from agentmem.training.card import CardFacts, write_card
 from agentmem.training.checkpoints import best_adapters, last_checkpoint, written_aside
@@ -298,7 +299,7 @@ def _check_out(config: TrainConfig, out: Path) -> None:
             raise ConfigError(f"{out} holds an adapter that no run in it made; give another out")
         return
     try:
-        stored = json.loads(file.read_text("utf-8"))
+        stored = parse_json(file.read_text("utf-8"))
         keys, conversations = stored["config"], stored["conversations_a_step"]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file} cannot be read ({error}); give another out, or remove that directory") from error

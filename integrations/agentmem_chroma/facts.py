@@ -19,6 +19,7 @@ from typing import Any
 from langchain_core.documents import Document
 
 from agentmem.errors import FactStoreError
+from agentmem.text import parse_json
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -86,9 +87,9 @@ class Fact:
                 source=row["source"] if row else "",
                 thread=row["thread"] if row else "",
                 time=row_time(row),
-                metadata=json.loads(row["metadata"] if row else ""),
+                metadata=parse_json(row["metadata"] if row else ""),
             )
-        except (KeyError, TypeError, ValueError, OverflowError, RecursionError, FactStoreError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, FactStoreError) as error:
             raise FactStoreError(
                 f"entry {id!r} of the collection is no fact ({error}): something else writes to this "
                 "collection; delete the entry, or open another collection"

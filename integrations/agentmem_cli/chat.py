@@ -25,10 +25,11 @@ from rich.text import Text
 
 from agentmem import Engine, MemoryState, Window
 from agentmem.errors import ConfigError
+from agentmem.text import printable
 from agentmem_chroma import FactRetriever, cited
 from agentmem_cli import graph
 from agentmem_cli.options import Loading, parse_window, window_of
-from agentmem_cli.terminal import error_line, printable
+from agentmem_cli.terminal import error_line
 from agentmem_langgraph import ChatDeltaMem, MemoryMessagesState
 
 _PROMPT = "> "

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from agentmem.text import printable
 from agentmem_cli.options import Adapter, AsJson, Db, Device, Dtype, Facts, Loading, Quantize
 
 if TYPE_CHECKING:
@@ -54,8 +55,6 @@ def subjects(
     from rich import box
     from rich.console import Console
     from rich.table import Table
-
-    from agentmem_cli.terminal import printable
 
     with open_governor(db, facts, prefix, schema, encrypted, hmac_key_file) as governor:
         owners = governor.subjects()
@@ -149,7 +148,6 @@ def verify(
 ) -> None:
     """Check a receipt: its signature, and that nothing of what went is back. Exits with 1 where it does not hold."""
     from agentmem_cli.storage import read_key
-    from agentmem_cli.terminal import printable
     from agentmem_governance import Receipt
 
     loaded = Receipt.load(receipt)
@@ -182,7 +180,6 @@ def audit(
     hmac_key_file: KeyFile = None,
 ) -> None:
     """Print the audit trail, and whether its chain holds. Exits with 1 where it does not."""
-    from agentmem_cli.terminal import printable
 
     with open_governor(db, None, prefix, schema, encrypted, hmac_key_file) as governor:
         trail = governor.audit(thread)
@@ -271,7 +268,6 @@ def open_governor(
 
 
 def _written(receipt: Receipt, out: Path | None) -> None:
-    from agentmem_cli.terminal import printable
 
     path = receipt.save(out or Path(f"receipt-{receipt.id}.json"))
     typer.echo(f"{receipt.checkpoints} checkpoints and {len(receipt.facts)} facts are gone; the receipt is in {path}")

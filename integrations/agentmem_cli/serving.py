@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from agentmem.text import printable
 from agentmem_cli.govern import Encrypted, Prefix, ReceiptKey, Schema
 from agentmem_cli.govern import KeyFile as HmacKeyFile
 from agentmem_cli.options import (
@@ -115,7 +116,6 @@ def add_key(file: Keys, subject: Annotated[str, typer.Option(help="Whose threads
 @keys.command("list")
 def list_keys(file: Keys) -> None:
     """List the keys: id, subject, and when each was made."""
-    from agentmem_cli.terminal import printable
     from agentmem_serve import KeyFile
 
     for key in KeyFile(file).listed():
@@ -125,7 +125,6 @@ def list_keys(file: Keys) -> None:
 @keys.command("revoke")
 def revoke_key(file: Keys, name: Annotated[str, typer.Argument(metavar="ID", help="As `list` shows it.")]) -> None:
     """Remove a key; servers that run refuse it at once."""
-    from agentmem_cli.terminal import printable
     from agentmem_serve import KeyFile
 
     typer.echo(printable(f"revoked a key of {KeyFile(file).revoke(name).subject}"))

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from agentmem.errors import ConfigError
-from agentmem_cli.terminal import printable
+from agentmem.text import printable
 from agentmem_sql import Retention, RetentionReport, SQLAlchemySaver, StorageReport
 
 _KEY = "LANGGRAPH_AES_KEY"
@@ -211,7 +211,7 @@ def _table(*numbers: str) -> Table:
 
 def _name(thread_id: str) -> Text:
     """A thread's id, with control characters escaped for the terminal."""
-    return Text("".join(one if one.isprintable() else ascii(one)[1:-1] for one in thread_id))
+    return Text(printable(thread_id, lines=False))
 
 
 def _threads(number: int, shown: int) -> str:

@@ -15,9 +15,9 @@ from rich.text import Text
 
 from agentmem import MemoryState
 from agentmem.nano.recipe.language import Binding
+from agentmem.text import printable
 from agentmem_cli.scores import NAMES
 from agentmem_cli.script import is_right
-from agentmem_cli.terminal import printable
 
 _LONGEST = 160  # most characters of a reply in a table
 

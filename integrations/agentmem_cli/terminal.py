@@ -6,7 +6,6 @@ change the clipboard or rewrite earlier output. So control characters are shown 
 
 from __future__ import annotations
 
-import re
 import shutil
 import sys
 import traceback
@@ -19,14 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from agentmem.errors import AgentMemError
-
-# Control characters except line feed and tab, and those that change the direction of text.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-
-
-def printable(text: str) -> str:
-    """The text with its control characters escaped: ESC becomes `\\x1b`."""
-    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+from agentmem.text import printable
 
 
 def error_line(error: BaseException) -> Text:

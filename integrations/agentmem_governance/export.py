@@ -35,6 +35,7 @@ from safetensors.numpy import save as save_tensors
 
 from agentmem.errors import AgentMemError, StorageError
 from agentmem.state import MemoryState
+from agentmem.text import parse_json
 from agentmem_governance.journal import now
 from agentmem_governance.message_search import memory_in
 from agentmem_governance.trail import Trail
@@ -50,7 +51,7 @@ _TAGS = ("msgpack", "bytes", "bytearray", "null")  # of LangGraph's serializer; 
 # What reading other files as an export raises.
 _NO_EXPORT = (
     *(OSError, BadZipFile, LookupError, TypeError, ValueError, AttributeError),
-    *(SafetensorError, RecursionError, RuntimeError, zlib.error),
+    *(SafetensorError, RuntimeError, zlib.error),
 )
 _TEXT = ("chain", "tail")  # the fields of a memory that are bytes, but for its matrices
 
@@ -145,7 +146,7 @@ class Export:
         try:
             with ZipFile(path) as archive:
                 manifest = archive.read("manifest.json")
-                read = json.loads(manifest)
+                read = parse_json(manifest)
                 if read["format"] > FORMAT:
                     raise StorageError(
                         f"expected an export of format {FORMAT}, found {read['format']}; upgrade agentmem"
@@ -156,12 +157,12 @@ class Export:
                     raise StorageError(f"expected {name} as the manifest of {path} says, found it changed or damaged")
             self.subject: str = read["subject"]
             self.digest = sha256(manifest).hexdigest()
-            self.facts: list[dict[str, Any]] = [dict(fact.items()) for fact in json.loads(files["facts.json"])]
+            self.facts: list[dict[str, Any]] = [dict(fact.items()) for fact in parse_json(files["facts.json"])]
             self.rules: list[tuple[str, str]] = [
-                (kind.encode().decode(), value.encode().decode()) for kind, value in json.loads(files["rules.json"])
+                (kind.encode().decode(), value.encode().decode()) for kind, value in parse_json(files["rules.json"])
             ]
-            self._states = _states(json.loads(files["states.json"]), load_tensors(files["states.safetensors"]))
-            self.threads = [json.loads(files[name]) for name in files if name.startswith("threads/")]
+            self._states = _states(parse_json(files["states.json"]), load_tensors(files["states.safetensors"]))
+            self.threads = [parse_json(files[name]) for name in files if name.startswith("threads/")]
             self._names = [str(thread["thread"]) for thread in self.threads]
         except StorageError:
             raise

@@ -17,6 +17,7 @@ from uuid import uuid4
 
 from sqlalchemy import Connection, delete, select
 
+from agentmem.text import parse_json
 from agentmem_sql.saver import SaverParts
 from agentmem_sql.statements import add_rows
 
@@ -81,7 +82,7 @@ class JournalEntry:
     @classmethod
     def from_bytes(cls, body: bytes) -> JournalEntry:
         """The inverse of `to_bytes`."""
-        data = json.loads(body)
+        data = parse_json(body)
         if data["rebuilt_checkpoint"] is not None:
             data["rebuilt_checkpoint"] = base64.b64decode(data["rebuilt_checkpoint"])
         return cls(**data)

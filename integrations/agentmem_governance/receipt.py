@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from agentmem.errors import ConfigError
+from agentmem.text import parse_json
 from agentmem_governance.signing import receipt_key, signing_key
 
 FORMAT = 1
@@ -144,14 +145,14 @@ class Receipt:
         """
         names = {each.name for each in fields(cls)}
         try:
-            data = json.loads(text)
+            data = parse_json(text)
             if data.get("format", 0) > FORMAT:
                 raise ConfigError(f"expected a receipt of format {FORMAT}, found {data['format']}; upgrade agentmem")
             if data.keys() != names:
                 raise ConfigError(f"expected a receipt with {sorted(names)}, found {sorted(data)}")
             if wrong := [name for name, value in data.items() if not _fits(name, value)]:
                 raise ConfigError(f"expected a receipt, found other values than one has as {', '.join(wrong)}")
-        except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        except (ValueError, AttributeError, TypeError) as error:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(f"expected a receipt as JSON, found something else: {error}") from error

@@ -10,7 +10,6 @@ the last hashes, kept elsewhere: `Trail.head`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,6 +19,7 @@ from typing import Any
 from sqlalchemy import Connection, delete, select, update
 
 from agentmem.errors import ConfigError, StorageError
+from agentmem.text import parse_json
 from agentmem_sql.audit import START, Event, row_hash
 from agentmem_sql.protection import Protection
 from agentmem_sql.saver import SaverParts
@@ -84,7 +84,7 @@ def redact_messages(connection: Connection, parts: SaverParts, thread: str, mess
     of_chain = audit.c.chain == thread_key(thread)
     rows = connection.execute(select(audit.c.seq, audit.c.private).where(of_chain, audit.c.private.is_not(None))).all()
     for seq, private in rows:
-        noted = json.loads(parts.protection.decrypt(bytes(private)))
+        noted = parse_json(parts.protection.decrypt(bytes(private)))
         if wanted & {message[1] for message in noted.get("messages", ())}:
             connection.execute(update(audit).where(of_chain, audit.c.seq == seq).values(private=None))
 
@@ -143,7 +143,7 @@ def _read(connection: Connection, parts: SaverParts, chain: bytes) -> Trail:
         try:
             body = protection.decrypt(bytes(row["body"]))
             private = None if row["private"] is None else protection.decrypt(bytes(row["private"]))
-            details = {**json.loads(body), **({} if private is None else json.loads(private))}
+            details = {**parse_json(body), **({} if private is None else parse_json(private))}
         except (StorageError, ValueError, TypeError) as error:
             problems.append(f"row {seq} cannot be read: {error}")
             body, private, details = b"", None, {}

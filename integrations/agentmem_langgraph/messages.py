@@ -34,6 +34,7 @@ from langchain_core.outputs import ChatGenerationChunk
 
 from agentmem.errors import TranscriptError
 from agentmem.messages import ROLES, Message, MessageCache, Role, ToolCall
+from agentmem.text import parse_json
 
 if TYPE_CHECKING:
     from agentmem import Delta, Turn
@@ -336,7 +337,7 @@ class CallText:
         if match is None:
             return None
         try:
-            self.name = json.loads(match[1])
+            self.name = parse_json(match[1])
         except ValueError:  # a control character, or an incomplete escape
             return None
         return self._chunk(name=self.name, args=self._take(self._head[match.end() :]), call=self._call)

@@ -18,6 +18,7 @@ from secrets import token_hex, token_urlsafe
 from filelock import FileLock
 
 from agentmem.errors import ConfigError, StorageError
+from agentmem.text import parse_json
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,8 @@ class KeyFile:
         if read_as != self._read_as:
             try:
                 lines = self._path.read_text("utf-8").splitlines()
-                keys = [ApiKey(**json.loads(line)) for line in lines if line.strip()]
-            except (OSError, ValueError, TypeError, RecursionError) as error:
+                keys = [ApiKey(**parse_json(line)) for line in lines if line.strip()]
+            except (OSError, ValueError, TypeError) as error:
                 raise ConfigError(
                     f"expected a file of API keys at {str(self._path)!r}, found another: {error}"
                 ) from error

@@ -28,7 +28,6 @@ from agentmem_sql import list_tree as tree
 from agentmem_sql.list_tree import LINK, Inline, Node
 from agentmem_sql.message_cache import Body, CachedThread, DecodeTemplates, MessageSnapshot, match_stored, take_snapshot
 from agentmem_sql.protection import Protection
-from agentmem_sql.schema import DIGEST_BYTES
 
 _NUMBERS = frozenset({int, float, bool, type(None)})
 _WHAT = "value of channel"  # in errors
@@ -64,8 +63,7 @@ def load(serde: SerializerProtocol, body: bytes) -> Any:
     """The value of such bytes; raises `StorageError` for a pickle."""
     tag, _, data = body.partition(b"\0")
     name = tag.decode()
-    if name != "msgpack":
-        _refuse_pickle(name)
+    _refuse_pickle(name)
     return serde.loads_typed((name, data))
 
 
@@ -154,8 +152,7 @@ class Packer:
     def _entries(self, values: list[Any], channel: str) -> list[bytes]:
         """How the lowest level of a list refers to each item."""
         entries, new = match_stored(values, self.known.messages)
-        if len(new) < len(values):
-            self.relies_on_cache = True
+        self.relies_on_cache |= len(new) < len(values)
         for at in new:
             value = values[at]
             snapshot = take_snapshot(value, whole=False)  # before it is serialised, see `CachedThread.add_new`
@@ -202,9 +199,8 @@ class Unpacker:
     def unpack_all(self, digests: Sequence[bytes]) -> list[Any]:
         """The values of contents; the cache remembers what was read."""
         values = [self._value(digest) for digest in digests]
-        if self._read:
-            self.known.add(self._read)
-            self._read = []
+        self.known.add(self._read)
+        self._read = []
         return values
 
     def _value(self, digest: bytes) -> Any:
@@ -243,7 +239,7 @@ class Unpacker:
         return items
 
     def _load(self, digest: bytes, body: bytes) -> Any:
-        value = load(self.serde, body[1 + DIGEST_BYTES :] if body.startswith(tree.OWN_MARK) else body)
+        value = load(self.serde, tree.value_of(body))
         snapshot = take_snapshot(value, digest, whole=True)
         if snapshot is not None and self.templates is not None:
             self.templates.learn(body, value, snapshot)

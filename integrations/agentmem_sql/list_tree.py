@@ -26,7 +26,7 @@ import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from agentmem.errors import StorageError
 from agentmem_sql.schema import DIGEST_BYTES
@@ -84,6 +84,11 @@ def own_body(place: bytes, value: bytes) -> bytes:
     No other write has equal content, so when the write is replaced, its old content can be deleted without a search.
     """
     return OWN_MARK + place + value
+
+
+def value_of(body: bytes) -> bytes:
+    """The serialised value in the body of a VALUE or an OWN."""
+    return body[len(OWN_MARK) + DIGEST_BYTES :] if body.startswith(OWN_MARK) else body
 
 
 def parse(kind: int, body: bytes) -> Node:
@@ -146,8 +151,7 @@ def history_body(channels: Mapping[str, History]) -> bytes:
 
 def read_history(body: bytes) -> dict[str, History]:
     """The inverse of `history_body`."""
-    plain: dict[str, Any] = json.loads(body)
     return {
         name: History(seed and bytes.fromhex(seed), [(task, bytes.fromhex(digest)) for task, digest in writes])
-        for name, (seed, writes) in plain.items()
+        for name, (seed, writes) in json.loads(body).items()
     }

@@ -33,6 +33,14 @@ TOLD = (
         ("What is my favourite film?", "You have not told me your favourite film.", True),
         ("Tell me once more: what did I give as my favourite film?", "You have not told me your favourite film.", True),
         ("What is my sport?", "You have not told me your sport.", False),
+        # A message that asks for nothing cannot be looked up.
+        ("Yes, please book it.", "Please confirm: lunch for 2 at 12:30.", True),
+        ("Sure. Could you book it, please?", "Please confirm: lunch for 2 at 12:30.", True),
+        ("Yes, please book it.", "That is not something you have told me.", True),
+        ("Great. Book lunch in the red house.", "That is not something you have told me.", False),
+        ("Is it climbing?", "Your sport is tennis.", False),
+        ("Could you tell me my sport?", "Your sport is tennis.", False),
+        ("¿Cuál es mi deporte?", "Tu deporte es tennis.", False),
     ],
 )
 def test_a_draft_stands_where_a_passage_about_the_question_has_its_words(

@@ -6,12 +6,14 @@
 
 Steps run side by side (`--jobs`), each in a process with one thread, the longest first. What was interrupted goes on
 where it was: nothing that was asked is asked again. The page of a model, docs/results/MODEL_tasks.md, is written anew
-from the reports below `--out`, and says of steps that were not run how to run them. A new step is a line of `STEPS`.
+from the reports below `--out`, and says of steps that were not run how to run them; SmolLM2's table of all tasks also
+goes into the README. A new step is a line of `STEPS`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -23,8 +25,19 @@ from pathlib import Path
 
 from agentmem.evaluation.report import put_into
 
-PAGES = Path(__file__).parents[1] / "docs" / "results"
+ROOT = Path(__file__).parents[1]
+PAGES = ROOT / "docs" / "results"
+README_MODEL = "smollm2"
 ARMS = "memory,zero,foreign,bare,whole,window,retrieval,hybrid"
+OVERVIEW = {
+    "memory": "memory",
+    "zero": "empty memory",
+    "foreign": "another's memory",
+    "retrieval": "retrieval",
+    "hybrid": "memory and retrieval",
+    "whole": "whole conversation",
+}
+"""The arms of the table of all tasks, and what they are called there."""
 _MISSED = 1  # the exit code of `agentmem evaluate` where a bar is missed, which is a result too
 
 
@@ -107,6 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.no_pages:
         for model in models:
             write_page(model, options.out)
+        if README_MODEL in models:
+            put_into(ROOT / "README.md", overview(README_MODEL, options.out), "tasks")
     return int(any(code not in (0, _MISSED) for code in codes))
 
 
@@ -148,7 +163,41 @@ def write_page(model: str, out: Path, pages: Path = PAGES) -> None:
             (pages / name).write_bytes(picture.read_bytes())
             lines += ["", f"![Right replies by arm, with intervals: {step.task}]({name})"]
         sections.append("\n".join(lines))
+    if any(_rows(step, out / model / step.task) for step in STEPS[model]):
+        sections.insert(0, overview(model, out))
     put_into(pages / f"{model}_tasks.md", "\n\n".join(sections))
+
+
+def overview(model: str, out: Path) -> str:
+    """A table of all tasks that were run: each arm's share of right replies, and its prompt tokens in brackets."""
+    lines = [
+        f"| task | questions | {' | '.join(OVERVIEW.values())} |",
+        f"|---|---:{'|---:' * len(OVERVIEW)}|",
+    ]
+    for step in STEPS[model]:
+        if rows := _rows(step, out / model / step.task):
+            questions = max(int(row["questions"]) for row in rows.values())
+            cells = [
+                f"{rows[arm]['share']:.2f} ({rows[arm]['prompt_tokens']:,.0f})" if arm in rows else ""
+                for arm in OVERVIEW
+            ]
+            lines.append(f"| {step.task} | {questions:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _rows(step: Step, place: Path) -> dict[str, dict[str, float]]:
+    """The arms of a task that was run; of facts the means over its cells. Empty where a report has no such table."""
+    file = place / "results.json"
+    results = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    if step.task != "facts":
+        return next((task["arms"] for task in results.get("tasks", ())), {})
+    rows = dict[str, dict[str, float]]()
+    for arm in OVERVIEW:
+        cells = [cell["arms"][arm] for cell in results.get("cells", ()) if arm in cell["arms"]]
+        if cells:
+            means = {key: sum(cell[key] for cell in cells) / len(cells) for key in ("share", "prompt_tokens")}
+            rows[arm] = means | {"questions": sum(cell["questions"] for cell in cells)}
+    return rows
 
 
 if __name__ == "__main__":

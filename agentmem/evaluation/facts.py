@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from agentmem.engine import Engine
@@ -192,6 +193,7 @@ class CellResult:
 
     cell: FactsCell
     shares: dict[Arm, Share]
+    prompt_tokens: dict[Arm, float]
     old_named: Share | None
     gain: tuple[float, float, float] | None
     missed: tuple[str, ...]
@@ -213,7 +215,8 @@ class CellResult:
             missed.append(f"{cell.title}: the old value {old_named.value:.3f}, at most {cell.old_at_most:.2f}")
         controlled = {"memory", "zero", "foreign"} <= set(shares)
         gain = (results.gain.value, results.gain.low, results.gain.high) if controlled else None
-        return cls(cell, shares, old_named, gain, tuple(missed))
+        tokens = {arm: results.prompt_tokens(arm) for arm in results.arms}
+        return cls(cell, shares, tokens, old_named, gain, tuple(missed))
 
     def plain(self) -> dict[str, Any]:
         """As plain data for a JSON file."""
@@ -223,7 +226,10 @@ class CellResult:
             "bar": self.cell.bar,
             "at_most": self.cell.at_most,
             "old_at_most": self.cell.old_at_most,
-            "arms": {arm: {"share": s.value, **asdict(s)} for arm, s in self.shares.items()},
+            "arms": {
+                arm: {"share": s.value, **asdict(s), "prompt_tokens": round(self.prompt_tokens[arm], 1)}
+                for arm, s in self.shares.items()
+            },
             "old_named": None if self.old_named is None else {"share": self.old_named.value, **asdict(self.old_named)},
             "gain": None if self.gain is None else dict(zip(("value", "low", "high"), self.gain, strict=True)),
             "missed": list(self.missed),
@@ -322,6 +328,11 @@ def facts_table(results: dict[str, Any]) -> str:
             old = _share(row["old_named"], row["old_at_most"])
             first = f"| the same: the old value is named | | {old} "
             lines.append(first + "| " * (len(arms) - 1) + f"| | {row['old_named']['questions']} |")
+    tokens = {
+        arm: [row["arms"][arm]["prompt_tokens"] for row in results["cells"] if arm in row["arms"]] for arm in arms
+    }
+    means = " | ".join(f"{fmean(of_arm):.0f}" for of_arm in tokens.values())
+    lines.append(f"| prompt tokens, mean over the rows | | {means} | | |")
     missed = [text for row in results["cells"] for text in row["missed"]]
     lines += ["", *(f"- falls short: {text}" for text in missed)] if missed else []
     return "\n".join(lines)

@@ -10,7 +10,13 @@ from agentmem.evaluation.recall import ARMS, BINDINGS, FILLERS, Arm
 from agentmem.evaluation.runner import shares
 from agentmem.training.intervals import Share
 
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+
+def marks(name: str = "results") -> tuple[str, str]:
+    """The lines of a page between which results stand."""
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+
+
+BEGIN, END = marks()
 
 _NAMES: dict[Arm, str] = {
     "whole": "whole conversation in the prompt, no memory",
@@ -83,18 +89,19 @@ def _pooled(parts: list[Share]) -> str:
     return f"{sum(s.right for s in parts) / questions:.3f}" if questions else ""
 
 
-def put_into(page: Path, table: str) -> None:
+def put_into(page: Path, table: str, name: str = "results") -> None:
     """Replace what is between the result marks of a page.
 
     Raises:
         ValueError: the page has no such marks.
     """
+    first, last = marks(name)
     text = page.read_text("utf-8")
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
+    head, begin, rest = text.partition(first)
+    _, end, tail = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"{page} has no place for results: it needs the lines {BEGIN} and {END}")
-    page.write_text(f"{head}{BEGIN}\n{table}\n{END}{tail}", "utf-8")
+        raise ValueError(f"{page} has no place for results: it needs the lines {first} and {last}")
+    page.write_text(f"{head}{first}\n{table}\n{last}{tail}", "utf-8")
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

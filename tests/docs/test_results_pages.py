@@ -11,7 +11,7 @@ import pytest
 
 from agentmem.delta.config import MemoryConfig
 from agentmem.evaluation.facts import CELLS
-from agentmem.evaluation.report import BEGIN, END
+from agentmem.evaluation.report import BEGIN, END, marks, put_into
 from agentmem.evaluation.tasks import FOLDERS
 from agentmem.training.command import from_options
 from agentmem.training.contexts import ARMS
@@ -46,6 +46,30 @@ def test_a_page_has_the_reports_that_are_there(tmp_path: Path) -> None:
         f"{END}\n\nThe end.\n"
     )
     assert (tmp_path / "nano_leak.png").read_bytes() == b"a picture"
+
+
+def test_the_table_of_all_tasks_has_each_arm_and_its_tokens(tmp_path: Path) -> None:
+    def done(task: str, content: dict[str, Any]) -> None:
+        (tmp_path / "smollm2" / task).mkdir(parents=True)
+        (tmp_path / "smollm2" / task / "results.json").write_text(json.dumps(content), "utf-8")
+
+    def row(share: float, tokens: float) -> dict[str, float]:
+        return {"share": share, "questions": 20, "prompt_tokens": tokens}
+
+    done("sgd", {"tasks": [{"arms": {"memory": row(0.25, 41), "zero": row(0, 41), "whole": row(0.1, 1252)}}]})
+    done("facts", {"cells": [{"arms": {"memory": row(0.9, 30)}}, {"arms": {"memory": row(0.5, 50)}}]})
+    done("leak", {"memories": []})
+    lines = results.overview("smollm2", tmp_path).splitlines()
+    assert lines[0].startswith("| task | questions | memory | empty memory |")
+    assert lines[2:] == [
+        "| facts | 40 | 0.70 (40) |  |  |  |  |  |",
+        "| sgd | 20 | 0.25 (41) | 0.00 (41) |  |  |  | 0.10 (1,252) |",
+    ]
+    page = tmp_path / "README.md"
+    page.write_text("\n".join(["# Nothing", *marks("results"), *marks("tasks"), "The end.\n"]), "utf-8")
+    put_into(page, "a table", "tasks")
+    begin, end = marks("tasks")
+    assert page.read_text("utf-8").endswith(f"{begin}\na table\n{end}\nThe end.\n")
 
 
 def test_what_cannot_be_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

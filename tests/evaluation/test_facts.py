@@ -137,6 +137,7 @@ def test_a_table_by_the_command(chatterer: Path, tmp_path: Path) -> None:
     assert by_key["changed"]["old_named"]["questions"] == 4
     report = (tmp_path / "report.md").read_text()
     assert "| 2 facts, values known from training | 0.98 | 0.000 (" in report
+    assert re.search(r"\| prompt tokens, mean over the rows \| \| \d+ \| \d+ ", report)
     assert "falls short: 2 facts, values known from training: 0.000, bar 0.98" in report
     assert facts_table(results) in page.read_text()
     assert (tmp_path / "cells.png").stat().st_size > 5000

@@ -50,7 +50,7 @@ from agentmem.training.contexts import (
     import_bm25s,
 )
 from agentmem.training.conversations import Conversation
-from agentmem.training.drafts import stands
+from agentmem.training.drafts import MOST_TOLD, stands
 from agentmem.training.judging import MAX_WORDS, is_judged
 from agentmem.training.memory_bank import SUMMARY_TOKENS, MemoryBank
 from agentmem.training.predictions import (
@@ -306,16 +306,22 @@ class ArmMeasurement:
         if parts is None:
             return self._turn(engine, question, states, banks, self._quoted(engine, question, banks), started)
         drafting, showing = (replace(question, arm=arm) for arm in parts)
-        draft = self._turn(engine, drafting, states, banks, None, started)
-        kept = draft.kept_bytes + text_bytes(question.probe.told)
-        said = [draft.message.content, *(json.dumps(dict(call.arguments)) for call in draft.message.tool_calls)]
+        probe = question.probe
+        kept = len(states[self.sources(drafting)[0]].to_bytes()) + text_bytes(probe.told)
         quoted = None
-        if not stands(" ".join(said), question.probe.ask.messages[-1].content, question.probe.told):
-            quoted = self._quoted(engine, showing, banks, spent=draft.prompt_tokens)
+        if engine.count_tokens([message for message in probe.told if message.role != "system"]) > MOST_TOLD:
+            quoted = self._quoted(engine, showing, banks)
+        spent = 0
         if quoted is None:
-            return replace(draft, kept_bytes=kept)
+            draft = self._turn(engine, drafting, states, banks, None, started)
+            said = [draft.message.content, *(json.dumps(dict(call.arguments)) for call in draft.message.tool_calls)]
+            if not stands(" ".join(said), probe.ask.messages[-1].content, probe.told):
+                quoted = self._quoted(engine, showing, banks, spent=draft.prompt_tokens)
+            if quoted is None:
+                return replace(draft, kept_bytes=kept)
+            spent = draft.prompt_tokens
         shown = self._turn(engine, showing, states, banks, quoted, started)
-        return replace(shown, prompt_tokens=draft.prompt_tokens + shown.prompt_tokens, kept_bytes=kept)
+        return replace(shown, prompt_tokens=spent + shown.prompt_tokens, kept_bytes=kept)
 
     def _quoted(
         self, engine: Engine, question: ArmQuestion, banks: Mapping[int, MemoryBank], spent: int = 0

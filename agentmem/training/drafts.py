@@ -2,7 +2,8 @@
 
 A memory that steers leans towards an answer and cannot cite it; a text that was kept can be read, and says nothing of
 what it was not searched for. Together: the memory drafts, and the text decides by its words whether the draft stands.
-No model is asked. Where the draft does not stand, the prompt shows passages instead (the arm `hybrid`).
+No model is asked. Where the draft does not stand, and where more was said than a memory was trained to hold, the prompt
+shows passages instead (the arm `hybrid`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ _SEEKING = re.compile(
     r"\b(what|which|who|whom|whose|when|where|why|how|tell|say|remind|remember|recall|know|forgot)\b", re.IGNORECASE
 )
 _REQUEST = re.compile(r"\W*((yes|no|sure|ok|okay|and|please)\W+)*(can|could|will|would|may|shall)\b", re.IGNORECASE)
+MOST_TOLD = 1024
+"""The most tokens of a conversation whose memory is asked for a draft; an adapter is trained with talks of hundreds."""
+
 _FIT = 0.5  # of the question's words that the best passage has; what bears a draft out has so many of them
 
 

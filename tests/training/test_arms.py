@@ -100,10 +100,10 @@ def test_arms_may_show_part_of_the_conversation(nano: Engine, probes: tuple[Prob
 
 
 def test_the_hybrid_shows_passages_only_where_the_memory_fails(
-    nano: Engine, probes: tuple[Probe, ...], tmp_path: Path
+    nano: Engine, probes: tuple[Probe, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def asked(max_tokens: int) -> dict[str, list[dict[str, Any]]]:
-        path = tmp_path / f"{max_tokens}.jsonl"
+    def asked(max_tokens: int, name: str = "") -> dict[str, list[dict[str, Any]]]:
+        path = tmp_path / f"{max_tokens}{name}.jsonl"
         arms: tuple[Arm, ...] = ("memory", "retrieval", "hybrid")
         measure(nano, probes[:4], arms, context_tokens=64, max_tokens=max_tokens, predictions=path)
         rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
@@ -120,6 +120,12 @@ def test_the_hybrid_shows_passages_only_where_the_memory_fails(
     for memory, retrieval, hybrid in zip(cut["memory"], cut["retrieval"], cut["hybrid"], strict=True):
         assert hybrid["context"]
         assert memory["prompt_tokens"] < hybrid["prompt_tokens"] <= retrieval["prompt_tokens"]
+    monkeypatch.setattr("agentmem.training.arms.MOST_TOLD", 8)  # more was said than the memory holds
+    long = asked(24, "long")
+    for retrieval, hybrid in zip(long["retrieval"], long["hybrid"], strict=True):
+        assert [hybrid[key] for key in ("reply", "context", "prompt_tokens")] == [
+            retrieval[key] for key in ("reply", "context", "prompt_tokens")
+        ]
 
 
 def test_a_ranker_decides_which_passages_dense_shows(nano: Engine, probes: tuple[Probe, ...], tmp_path: Path) -> None:

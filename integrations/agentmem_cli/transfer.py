@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sqlalchemy import URL
 
     from agentmem_cli.storage import Place
+    from agentmem_sql import SQLAlchemySaver
 
 Source = Annotated[
     str,
@@ -73,7 +74,7 @@ def import_threads(
     here = Place(target, prefix, schema, encrypted, hmac_key_file)
     with (
         _open(there) as reading,
-        here.open(make=True) as writing,
+        _written(here) as writing,
         Console(stderr=True).status("copying") as status,
     ):
         numbers = count(1)
@@ -95,6 +96,18 @@ def import_threads(
         soft_wrap=True,
     )
     raise typer.Exit(1 if report.failures else 0)
+
+
+def _written(place: Place) -> SQLAlchemySaver:
+    """The saver that is copied to."""
+    from agentmem_sql.engines import source_of
+
+    if source_of(place.full_url).in_memory:
+        raise StorageError(
+            f"expected a TARGET that stays, found {place.url!r}, a database in memory, which ends with this command; "
+            "pass the path of a SQLite file or the URL of a server"
+        )
+    return place.open(make=True)
 
 
 @contextmanager

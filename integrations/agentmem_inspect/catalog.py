@@ -16,7 +16,7 @@ from sqlalchemy import Connection, func, select
 from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.rows import decode_row, unpack_content
 from agentmem_sql.saver import plain_serde
-from agentmem_sql.schema import decode_text, encode_text, is_hashed, open_key, thread_key
+from agentmem_sql.schema import HASHED, decode_text, encode_text, open_key, thread_key
 from agentmem_sql.statements import contains
 
 PAGE = 50
@@ -127,7 +127,7 @@ class Catalog:
             found = []
             for ns, count in connection.execute(counted).all():
                 name = bytes(ns)
-                if is_hashed(name):
+                if name.startswith(HASHED):
                     long = select(checkpoints.c.ns_name).where(of_thread, checkpoints.c.ns == ns).limit(1)
                     name = bytes(connection.execute(long).scalar_one())
                 found.append((decode_text(name), int(count)))

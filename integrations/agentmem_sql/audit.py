@@ -125,22 +125,13 @@ class Audit:
         connection.execute(update(audit).where(audit.c.chain == thread_key(thread_id)).values(private=None))
 
     def written(
-        self,
-        saver: BaseCheckpointSaver[str],
-        config: RunnableConfig,
-        checkpoint: Checkpoint,
-        metadata: Mapping[str, Any],
+        self, saver: BaseCheckpointSaver[str], config: RunnableConfig, checkpoint: Checkpoint, metadata: Row
     ) -> Event | None:
         """The event of a checkpoint that is about to be stored; None if it has no new message and no new memory.
 
         Checkpoints do not hold the values of delta channels: new there are the messages that were written under the
-        parent, all of which LangGraph has stored before.
-
-        Args:
-            saver: gives the parent.
-            config: names the parent.
-            checkpoint: what is stored.
-            metadata: its metadata; `actor`, or else `user_id`, says who acts.
+        parent (named by `config`), all of which LangGraph has stored before. `actor`, or else `user_id`, in the
+        metadata says who acts.
         """
         address, values = Address.of(config), checkpoint["channel_values"]
         parent = None if address.id is None else saver.get_tuple(config)

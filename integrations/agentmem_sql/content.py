@@ -45,26 +45,32 @@ def dump(serde: SerializerProtocol, value: Any, *what: str) -> bytes:
     """A value's bytes: the type tag, a zero byte, the serialised value. `what` names the value in errors.
 
     Raises:
-        StorageError: the serializer fell back to pickle.
-        TypeError: the serializer does not know the value.
+        StorageError: the serializer does not know the value, or fell back to pickle, or the value's own code raised.
     """
     try:
         tag, data = serde.dumps_typed(value)
         if tag != "msgpack":
             _refuse_pickle(tag)
-    except (StorageError, TypeError) as error:
-        kind = StorageError if isinstance(error, StorageError) else TypeError
+    except Exception as error:
         name = " ".join([what[0], *map(repr, what[1:])])
-        raise kind(f"the {name} cannot be stored: {error}") from error
+        advice = "store plain data, messages, dataclasses or pydantic models"
+        raise StorageError(f"the {name} cannot be stored: {error}; {advice}") from error
     return tag.encode() + b"\0" + data
 
 
 def load(serde: SerializerProtocol, body: bytes) -> Any:
-    """The value of such bytes; raises `StorageError` for a pickle."""
-    tag, _, data = body.partition(b"\0")
-    name = tag.decode()
-    _refuse_pickle(name)
-    return serde.loads_typed((name, data))
+    """The value of such bytes; raises `StorageError` for a pickle, and for what the serializer cannot read."""
+    try:
+        tag, _, data = body.partition(b"\0")
+        name = tag.decode()
+        _refuse_pickle(name)
+        return serde.loads_typed((name, data))
+    except StorageError:
+        raise
+    except Exception as error:
+        raise StorageError(
+            f"a stored value cannot be read by {type(serde).__name__}: {error}; pass the serde that stored it"
+        ) from error
 
 
 @dataclass
@@ -96,8 +102,7 @@ class Packer:
     def _own(self, place: bytes, channel: str, value: Any) -> bytes:
         """Content that only the pending write at this place refers to.
 
-        It is always sent. A writer that replaces the write deletes it without increasing the epoch, so the cache cannot
-        tell whether it is still there.
+        It is always sent: a writer that replaces the write deletes it without increasing the epoch.
         """
         body = tree.own_body(place, dump(self.serde, value, _WHAT, channel))
         if len(body) > tree.PART_BYTES:
@@ -249,11 +254,7 @@ class Unpacker:
 
 def _refuse_pickle(tag: str) -> None:
     if tag.partition("+")[0] == "pickle":
-        raise StorageError(
-            "expected a value that msgpack can hold, found one that the serializer pickles, "
-            "and pickles can run code when they are read; "
-            "store plain data, messages, dataclasses or pydantic models"
-        )
+        raise StorageError("expected a value that msgpack can hold, found a pickle, and pickles can run code when read")
 
 
 # The serializer that a saver has where none is given: LangGraph's own, but rows of a database run no code. LangGraph's
@@ -282,8 +283,9 @@ class CheckedSerializer(JsonPlusSerializer):
         if key in self._named:
             return True
         if module in sys.modules:
-            kind = getattr(sys.modules[module], name, None)
-            if kind is None:  # what is not there cannot be called: LangGraph gives its data
+            names = vars(sys.modules[module])
+            kind = names.get(name)
+            if kind is None and "__getattr__" not in names:  # it cannot be called: LangGraph gives its data
                 return True
             if isinstance(kind, type) and (
                 is_dataclass(kind) or issubclass(kind, _KINDS) or any(hasattr(kind, mark) for mark in _MARKS)

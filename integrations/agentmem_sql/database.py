@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
 
 from sqlalchemy import URL, Connection, Engine, inspect
-from sqlalchemy.exc import DBAPIError, InvalidRequestError
+from sqlalchemy.exc import DBAPIError, InvalidRequestError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool
 
@@ -109,8 +109,7 @@ class Database:
                     raise StorageError(
                         f"expected the SQLite file that was opened at {self._file[0]!r}, found "
                         f"{'another' if os.path.exists(self._file[0]) else 'none'}: it was deleted, moved or replaced "
-                        "under the running saver, and what is stored in it would not be found again; close the saver "
-                        "and make a new one"
+                        "under the running saver, so that nothing stored now would be found again; make a new saver"
                     )
                 if write and not (autocommit and transactions.autocommits):
                     return self._in_turn(partial(transactions.write, work), write=True)
@@ -213,18 +212,15 @@ class Database:
 
     def _check_exists(self) -> None:
         threads, where = self.tables.threads, safe_url(self._source.url)
-        if self.backend == "sqlite" and not self._in_memory:
-            path = Path(self._path)
-            if not path.is_file():
-                raise StorageError(
-                    f"expected a SQLite file at {str(path)!r}, found {'a folder' if path.is_dir() else 'nothing'} "
-                    "there; correct the path (sqlite:///relative.db, sqlite:////absolute/path.db)"
-                )
+        path = Path(self._path)
+        if self.backend == "sqlite" and not self._in_memory and not path.is_file():
+            raise StorageError(
+                f"expected a SQLite file at {str(path)!r}, found {'a folder' if path.is_dir() else 'nothing'} there; "
+                "correct the path (sqlite:///relative.db, sqlite:////absolute/path.db)"
+            )
         if not self._transactions.read(lambda database: inspect(database).has_table(threads.name, threads.schema)):
             if self._in_memory:
-                raise StorageError(
-                    "expected the URL of a SQLite file, found a database in memory, which only its process sees"
-                )
+                raise StorageError("expected a SQLite file, found a database in memory, which only its process sees")
             raise StorageError(
                 f"expected the table {threads.fullname!r} in the database {where}, found no such table: no threads "
                 "were ever kept there, or under another table prefix or schema; correct the URL, or name these"
@@ -242,7 +238,7 @@ def _identity(path: str) -> tuple[int, int] | None:
         found = os.stat(path)
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return (found.st_dev, found.st_ino) if found.st_size else None  # one that was emptied is another
 
 
 _forked = threading.Lock()
@@ -400,10 +396,12 @@ def connect(engine: Engine) -> Connection:
             f"every connection of the pool was in use for too long: {error}; use fewer threads or tasks at once, "
             "or pass engine_options={'pool_size': ...}"
         ) from error
-    except (OSError, TypeError, ValueError, RuntimeError) as error:
+    except SQLAlchemyError:
+        raise
+    except Exception as error:
         # What drivers raise before they reach a server: an unknown host or option, a missing package.
         raise StorageError(
-            f"cannot connect to {safe_url(engine.url)}: {type(error).__name__}: {error}; {engines.advice(error)}"
+            f"cannot connect to {safe_url(engine.url)}: {type(error).__name__}: {error}; correct the URL or its options"
         ) from error
 
 

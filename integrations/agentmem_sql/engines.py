@@ -10,12 +10,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
+from warnings import catch_warnings, simplefilter
 
 from sqlalchemy import URL, Connection, Engine, ExceptionContext, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import ArgumentError, DBAPIError, SAWarning
 from sqlalchemy.pool import NullPool, QueuePool, StaticPool
 
-from agentmem.errors import MissingExtraError, StorageError
+from agentmem.errors import ConfigError, MissingExtraError, StorageError
 from agentmem_sql.statements import DIRECT
 
 if TYPE_CHECKING:
@@ -80,8 +81,12 @@ class Source(NamedTuple):
 
 def source_of(database: Engine | AsyncEngine | URL | str, options: Mapping[str, Any] | None = None) -> Source:
     """Read a URL, with arguments for `create_engine`, or an engine; raises as `SQLAlchemySaver`."""
+    if not isinstance(options or {}, Mapping) or not isinstance((options or {}).get("connect_args", {}), Mapping):
+        raise ConfigError(f"expected dicts as `engine_options` and its `connect_args`, found {type(options).__name__}")
     if isinstance(database, URL | str):
         return _synchronous(parse(database), options or {})
+    if not hasattr(database, "url"):
+        raise StorageError(f"expected the URL of a database, or an engine of SQLAlchemy, found {database!r}")
     if options:
         raise StorageError("expected engine_options beside a URL, found them beside an engine, which has its own")
     url = parse(database.url)
@@ -104,6 +109,8 @@ def parse(url: URL | str) -> URL:
     """
     try:
         parsed = make_url(url)
+        if "\0" in (parsed.database or "") or "@" in (parsed.host or ""):
+            raise ArgumentError("write '@' in a password as '%40', and no NUL")
     except (ArgumentError, ValueError) as error:  # ValueError: a port that is no number
         raise StorageError(
             "expected a database URL such as 'sqlite:///threads.db' (three slashes, then the path) or "
@@ -161,8 +168,7 @@ def _options_of(engine: AsyncEngine) -> dict[str, Any]:
     if getattr(creator, "__module__", None) != create_engine.__module__:
         raise StorageError(
             "the AsyncEngine given to SQLAlchemySaver makes its connections by a function of yours (`async_creator` "
-            "or `creator`), which cannot make synchronous ones; pass a full URL, or a synchronous engine with a "
-            "`creator`"
+            "or `creator`), which makes no synchronous ones; pass a full URL, or a synchronous engine with a `creator`"
         )
     # SQLAlchemy keeps `connect_args` nowhere but among what its own creator closes over.
     arguments: Mapping[str, Any] = inspect.getclosurevars(creator).nonlocals.get("cparams", {})
@@ -191,10 +197,14 @@ def make_engine(source: Source) -> Engine:
     """The engine of a source that is not one already; raises `MissingExtraError` without its driver."""
     backend = source.url.get_backend_name()
     try:
-        engine = create_engine(source.url, **_arguments(source))
+        with catch_warnings():
+            simplefilter("error", SAWarning)  # of an option in the URL that would be ignored
+            engine = create_engine(source.url, **_arguments(source))
     except ImportError as error:  # not only ModuleNotFoundError: psycopg without its library says this
         driver, extra, _ = _DRIVERS[backend]
         raise MissingExtraError(error.name or driver, extra) from error
+    except Exception as error:
+        raise StorageError(f"cannot use the options of {safe_url(source.url)}, or engine_options: {error}") from error
     # Who asked for a log of statements gets all of them.
     engine.update_execution_options(**{DIRECT: not source.options.get("echo")})
     if backend == "sqlite":
@@ -310,7 +320,7 @@ _ADVICE = (
     (
         "SQLITE_BUSY SQLITE_LOCKED",
         "is locked",
-        "another connection held the lock of the SQLite file for longer than this one waits; find out which",
+        "another connection held the SQLite file's lock too long; find out which",
     ),
     ("SQLITE_READONLY", "readonly|read-only file", "make the file and its folder writable"),
     ("SQLITE_FULL", "disk is full", "free some space; nothing of this call was stored"),
@@ -322,8 +332,7 @@ _ADVICE = (
     (
         "25006 1290 1792 1836",
         "read-only",
-        "the server takes no writes from this connection: connect to the primary server, and check "
-        "default_transaction_read_only (PostgreSQL) or read_only (MySQL)",
+        "the server takes no writes: connect to the primary server; see default_transaction_read_only or read_only",
     ),
     ("53100 1021 1114", "no space left", "the server's disk is full; free some space; nothing of this call was stored"),
     (
@@ -335,8 +344,7 @@ _ADVICE = (
     (
         "42501 1044 1142 1143 1227",
         "permission denied",
-        "this user lacks the right: grant CREATE on the schema for the first call and migrations, and SELECT, "
-        "INSERT, UPDATE, DELETE on the tables always",
+        "this user lacks a right: grant CREATE on the schema for the first call, SELECT, INSERT, UPDATE, DELETE always",
     ),
     (
         "28P01 28000 1045 1698",
@@ -347,8 +355,7 @@ _ADVICE = (
     (
         "55P03 1205",
         "",
-        "another transaction held a row for longer than this one waits; find out which, or raise lock_timeout "
-        "(PostgreSQL) or innodb_lock_wait_timeout (MySQL)",
+        "another transaction held a row too long; find out which, or raise lock_timeout or innodb_lock_wait_timeout",
     ),
     (
         "42P05 26000",
@@ -359,6 +366,7 @@ _ADVICE = (
     ("57014 1969 3024", "", "the statement took longer than the server's statement timeout allows"),
     ("40001 40P01 1213 1020", "", "the transaction lost against another one several times; try again"),
     ("57P03", "starting up|shutting down", "the server is starting or stopping; try again"),
+    ("1046", "invalid connection option|bad value for|invalid port|sslmode|support ssl", "correct that in the URL"),
     (
         "2002 2003 08001 08006",
         "connection refused|connect call failed|could not translate host|failed to resolve|timeout expired",
@@ -367,8 +375,7 @@ _ADVICE = (
     (
         "2006 2013 57P01",
         "lost connection|server closed the connection|connection was closed|broken pipe",
-        "the connection was lost twice: the server's log says why; if it happens with large values only, raise "
-        "max_allowed_packet (MySQL)",
+        "the connection was lost twice: see the server's log; with large values only, raise max_allowed_packet (MySQL)",
     ),
 )
 

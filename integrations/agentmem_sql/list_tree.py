@@ -13,9 +13,8 @@ The kinds of content:
 An entry of the lowest level is the digest of an item, or a short item itself. Every 16 entries of a level form a NODE,
 whose digest is an entry of the level above; the rest of each level, fewer than 16 entries, is in the LIST. So nodes
 never change, lists with the same beginning share nodes, and a list that grows by an item stores that item and a LIST of
-some 600 bytes, however long it is. Lists of numbers are cut into runs of 256 numbers, each a VALUE, and long lists of
-other small items into runs of 64, the last ones into runs of 8. A snapshot of a delta channel that holds a list is
-stored as that list.
+some 600 bytes, however long it is. Lists of numbers are cut into runs of 256, each a VALUE, and long lists of other
+small items into runs of 64, the last ones of 8. A snapshot of a delta channel that holds a list is stored as that list.
 
 Pure functions: no database, no serializer settings.
 """

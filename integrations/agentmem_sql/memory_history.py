@@ -184,10 +184,8 @@ class MemoryWalk:
         try:
             return MemoryState.from_dict(value)
         except CorruptStateError as error:
-            raise CorruptStateError(
-                f"channel {channel!r} of checkpoint {at!r} in thread {self.address.thread[:80]!r} holds no sound "
-                f"memory: {error}"
-            ) from error
+            where = f"channel {channel!r} of checkpoint {at!r} in thread {self.address.thread[:80]!r}"
+            raise CorruptStateError(f"{where} holds no sound memory: {error}") from error
 
 
 def _step(change: _Change, state: MemoryState, before: MemoryState | None) -> MemoryStep:

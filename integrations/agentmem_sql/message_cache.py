@@ -70,8 +70,7 @@ class MessageSnapshot:
         link: how a list refers to the message's content; one object, so that it is hashed once.
         empty: the empty fields, of which every copy needs its own, with their types.
         assigned: pydantic's names of the fields that were set.
-        whole: deserialised, so that copies may be handed out. A caller's message may differ from what the serializer
-            or pydantic would make of it.
+        whole: deserialised, so that copies may be handed out. A caller's may differ from what the serializer makes.
         cost: bytes of memory, roughly.
         digest: the content it is stored as.
     """

@@ -110,8 +110,7 @@ class Protection:
                 ) from error
         if mark == _PLAIN and self._cipher is not None:
             raise StorageError(
-                "expected an encrypted row, found one that is not: someone wrote to the database without the key; "
-                "restore a backup"
+                "expected an encrypted row, found one that is not: someone wrote it without the key; restore a backup"
             )
         raise StorageError("a stored row is damaged, or encrypted and this saver has no cipher; restore a backup")
 

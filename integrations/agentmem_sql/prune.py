@@ -24,7 +24,6 @@ from agentmem_sql.audit import Audit, Event
 from agentmem_sql.database import Database
 from agentmem_sql.list_tree import HISTORY, history_body
 from agentmem_sql.message_cache import CachedThread, ThreadCache
-from agentmem_sql.protection import Protection
 from agentmem_sql.reader import Missing, Reader, chunks
 from agentmem_sql.rows import (
     RESERVED,
@@ -42,8 +41,7 @@ from agentmem_sql.statements import add_rows, insertion
 from agentmem_sql.writer import Locked, Writer, links_of, referred, unreachable
 
 Key = tuple[bytes, bytes]  # a checkpoint's namespace and id
-# From all checkpoints of a thread, and the keys of those that pending writes wait for: the checkpoints to remove, or
-# None for the whole thread.
+# From a thread's checkpoints, and the keys of those that pending writes wait for: those to remove; None for all.
 Choose = Callable[[Mapping[Key, Row], Collection[Key]], Collection[Key] | None]
 
 
@@ -73,17 +71,9 @@ class ThreadRetention:
 class Pruner:
     """Removes checkpoints, and copies threads, in the tables of one database."""
 
-    def __init__(
-        self,
-        database: Database,
-        protection: Protection,
-        cache: ThreadCache,
-        writer: Writer,
-        reader: Reader,
-        audit: Audit,
-    ) -> None:
+    def __init__(self, database: Database, cache: ThreadCache, writer: Writer, reader: Reader, audit: Audit) -> None:
         self.database = database
-        self.protection = protection
+        self.protection = reader.protection
         self._cache = cache
         self._writer = writer
         self._reader = reader

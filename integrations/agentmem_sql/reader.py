@@ -52,7 +52,6 @@ from agentmem_sql.rows import (
     configurable_of,
     damaged,
     decode_metadata,
-    decode_rest,
     decode_row,
     decode_writes,
     matches,
@@ -357,7 +356,7 @@ class Reader:
         metadata = decode_metadata(self.protection, serde, thread, row)
         if not matches(metadata, wanted):
             return None
-        stored = decode_rest(self.protection, serde, thread, row, metadata)
+        stored = decode_row(self.protection, serde, thread, row, metadata)
         stored.known = self._cache.at(thread, row["number"], row["epoch"])
         return stored
 
@@ -512,7 +511,7 @@ def listing(
     if config is not None:
         address = Address.of(config)
         given["key"] = thread_key(address.thread)
-        if "checkpoint_ns" in config["configurable"]:
+        if config["configurable"].get("checkpoint_ns") is not None:
             given["ns"] = open_key(address.ns)
         if address.id is not None:
             given["id"] = exact_key(address.id, "checkpoint id")

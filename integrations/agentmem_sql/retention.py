@@ -83,8 +83,7 @@ class RetentionReport:
         dry_run: whether nothing was changed.
         threads: the threads from which something was deleted.
         failed: threads whose stored data is damaged, and how; nothing was deleted from them.
-        kept: checkpoints that are left in all threads that the sweep covered, including those without anything to
-            delete.
+        kept: checkpoints that are left in all threads that the sweep covered, also where nothing was deleted.
         threads_kept: how many of these threads are left.
     """
 
@@ -147,8 +146,7 @@ class _Limits(NamedTuple):
         oldest_left = min((key for key in rows if key[0] == b"" and key not in gone), default=None)
         for ns, newest_first in namespaces.items():
             caller = self._caller(rows[ns, newest_first[0]])
-            # A caller that is not stored any more had its turn if all that is left came later. One that came after
-            # them is not stored yet.
+            # A caller that is not there had its turn if all that is left came later; else it is not stored yet.
             if caller is not None and (caller in gone or (oldest_left is not None and caller < oldest_left)):
                 gone.update((ns, checkpoint_id) for checkpoint_id in newest_first)
         return gone
@@ -175,7 +173,7 @@ def sweep(
     """See `SQLAlchemySaver.retain`."""
     if not isinstance(policy, Retention):
         raise ConfigError(f"expected a policy, Retention(...), found {policy!r}")
-    if now is not None and now.tzinfo is None:
+    if not isinstance(now, datetime | None) or (now is not None and now.tzinfo is None):
         raise ConfigError(f"expected `now` with a time zone, found {now!r}; use datetime.now(UTC)")
     at = datetime.now(UTC) if now is None else now
     oldest, alive = _earlier(at, policy.max_age), _earlier(at, policy.idle)

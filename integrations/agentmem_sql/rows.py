@@ -24,6 +24,7 @@ from langgraph.checkpoint.base import (
     Checkpoint,
     CheckpointMetadata,
     CheckpointTuple,
+    get_checkpoint_metadata,
     writes_sort_key,
 )
 from langgraph.checkpoint.serde.base import SerializerProtocol
@@ -32,7 +33,7 @@ from agentmem.errors import ConfigError, StorageError
 from agentmem_sql.content import Packer, Unpacker, Value, dump, load
 from agentmem_sql.message_cache import Body, CachedThread, ChannelHeads, DecodeTemplates
 from agentmem_sql.protection import Protection
-from agentmem_sql.schema import DIGEST_BYTES, decode_text, encode_text, exact_key, is_hashed, open_key, thread_key
+from agentmem_sql.schema import DIGEST_BYTES, decode_text, encode_text, exact_key, open_key, thread_key
 
 _LENGTH = struct.Struct(">I")
 # What is sealed of a row.
@@ -78,6 +79,28 @@ def check_count(value: Any, what: str, least: int = 1) -> None:
         raise ConfigError(f"expected {what} to be a number from {least} up, or None, found {value!r}")
 
 
+def checked_metadata(config: Any, checkpoint: Any, metadata: Any, new_versions: Any) -> CheckpointMetadata:
+    """The metadata of a checkpoint, with its config's; a ConfigError names the argument that cannot be meant."""
+    given = {"config['configurable']": configurable_of(config), "config['metadata']": config.get("metadata") or {}}
+    given |= {"`metadata`": metadata, "`new_versions`": new_versions, "`checkpoint`": checkpoint}
+    if isinstance(checkpoint, Mapping):
+        given |= {f"checkpoint[{name!r}]": checkpoint.get(name) for name in ("channel_values", "channel_versions")}
+    for what, value in given.items():
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            raise ConfigError(f"expected {what} to be a dict with strings as keys, found {value!r:.200}")
+    exact_key(checkpoint.get("id") or None, "checkpoint id")
+    return get_checkpoint_metadata(config, metadata)
+
+
+def check_writes(writes: Any) -> list[tuple[str, Any]]:
+    """Pending writes as a list; a ConfigError for something else."""
+    listed: list[Any] = [writes] if isinstance(writes, Mapping) or not isinstance(writes, Iterable) else list(writes)
+    for write in listed:
+        if not isinstance(write, tuple | list) or len(write) != 2 or not isinstance(write[0], str):
+            raise ConfigError(f"expected `writes` of pairs, a channel and a value, found {write!r:.200} among them")
+    return listed
+
+
 def configurable_of(config: Any) -> Mapping[str, Any]:
     """What a config says of threads and checkpoints; a ConfigError if it is no config, but an id, for example."""
     part = config.get("configurable", {}) if isinstance(config, Mapping) else None
@@ -99,7 +122,7 @@ class Address(NamedTuple):
 
         Raises:
             StorageError: it names no thread.
-            ConfigError: it is no config, or its thread id or checkpoint id is not an id.
+            ConfigError: it is no config, or its thread id, namespace or checkpoint id is not an id.
         """
         configurable = configurable_of(config)
         if "thread_id" not in configurable:
@@ -110,9 +133,12 @@ class Address(NamedTuple):
         thread, checkpoint_id = configurable["thread_id"], configurable.get("checkpoint_id")
         if type(thread) is not str:
             thread = check_id(thread)
-        if checkpoint_id and type(checkpoint_id) is not str:
+        if checkpoint_id is not None and type(checkpoint_id) is not str:
             checkpoint_id = check_id(checkpoint_id, "checkpoint id")
-        return cls(thread, str(configurable.get("checkpoint_ns") or ""), checkpoint_id or None)
+        ns = configurable.get("checkpoint_ns")
+        if ns is not None and type(ns) is not str:
+            ns = check_id(ns, "checkpoint namespace")
+        return cls(thread, ns or "", checkpoint_id or None)
 
     def config(self, checkpoint_id: str) -> RunnableConfig:
         """The config of a checkpoint in this namespace."""
@@ -198,11 +224,11 @@ def encode_checkpoint(
     del own["channel_values"], own["id"]
     metadata_body, own_body = dump(serde, metadata, "metadata"), dump(serde, own, "checkpoint")
     content = pack_content({name: digest for name, (_, digest) in heads.items() if digest is not None})
-    ns, run = open_key(address.ns), metadata.get("run_id")
+    ns, spelled, run = open_key(address.ns), encode_text(address.ns), metadata.get("run_id")
     row: dict[str, Any] = {
         "ns": ns,
         "id": exact_key(checkpoint["id"], "checkpoint id"),
-        "ns_name": encode_text(address.ns) if is_hashed(ns) else None,
+        "ns_name": None if ns == spelled else spelled,
         "parent": None if address.id is None else exact_key(address.id, "checkpoint id"),
         "created": time.time_ns() // 1_000_000,
         "run": protection.run_key(run) if isinstance(run, str) else None,
@@ -228,13 +254,15 @@ def encode_writes(
 
     Raises:
         StorageError: the address names no checkpoint.
-        ConfigError: the task id is not an id.
+        ConfigError: the task id is not an id, or its path not a string.
     """
     if address.id is None:
         raise StorageError("expected a config with the checkpoint id to store writes under, found none")
     ns, checkpoint = open_key(address.ns), exact_key(address.id, "checkpoint id")
     if type(task_id) is not str:
         task_id = check_id(task_id, "task id")
+    if not isinstance(task_path, str):
+        raise ConfigError(f"expected `task_path` to be a string, found {task_path!r}")
     task, path = exact_key(task_id, "task id"), encode_text(task_path)
     by_index = {
         WRITES_IDX_MAP.get(channel, position): (channel, value) for position, (channel, value) in enumerate(writes)
@@ -260,21 +288,17 @@ def _place(ns: bytes, checkpoint: bytes, task: bytes, index: int) -> bytes:
     return sha256(b"%d %d %d " % (index, len(ns), len(checkpoint)) + ns + checkpoint + task).digest()
 
 
-def decode_row(protection: Protection, serde: SerializerProtocol, thread: str, row: Row) -> StoredCheckpoint:
-    """A row of the checkpoints table."""
-    return decode_rest(protection, serde, thread, row, decode_metadata(protection, serde, thread, row))
-
-
 def decode_metadata(protection: Protection, serde: SerializerProtocol, thread: str, row: Row) -> CheckpointMetadata:
-    """As `decode_row`, the metadata alone."""
+    """The metadata of a row of the checkpoints table, whose seal is checked."""
     check_seal(protection, thread, row)
     return cast(CheckpointMetadata, load(serde, protection.decrypt(row["metadata"])))
 
 
-def decode_rest(
-    protection: Protection, serde: SerializerProtocol, thread: str, row: Row, metadata: CheckpointMetadata
+def decode_row(
+    protection: Protection, serde: SerializerProtocol, thread: str, row: Row, read: CheckpointMetadata | None = None
 ) -> StoredCheckpoint:
-    """A row whose seal was checked when its metadata were read."""
+    """A row of the checkpoints table; `read`: its metadata, where they were read before."""
+    metadata = decode_metadata(protection, serde, thread, row) if read is None else read
     checkpoint_id = decode_text(row["id"])
     address = Address(thread, decode_text(row["ns"] if row["ns_name"] is None else row["ns_name"]), checkpoint_id)
     parent = None if row["parent"] is None else decode_text(row["parent"])
@@ -380,7 +404,7 @@ def metadata_bytes(serde: SerializerProtocol, wanted: Mapping[str, Any]) -> list
                 continue
             spelled.append(float(value))
         # Without the head of the map.
-        entries = [serde.dumps_typed({key: each})[1][1:] for each in spelled]
+        entries = [dump(serde, {key: each}, "value of `filter`").partition(b"\0")[2][1:] for each in spelled]
         if type(value) is int:
             name = serde.dumps_typed({key: None})[1][1:-1]
             entries += [name + head for head in _EXTENSIONS]

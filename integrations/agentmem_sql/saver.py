@@ -1,7 +1,6 @@
 """`SQLAlchemySaver`: LangGraph's checkpointer interface, synchronous and asynchronous, in one class.
 
-Values are packed before the work that needs a connection and unpacked after it, so the caller's code never runs inside
-a transaction.
+Values are packed before work that needs a connection and unpacked after it: no code of the caller's in a transaction.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from langgraph.checkpoint.base import (
     CheckpointMetadata,
     CheckpointTuple,
     DeltaChannelHistory,
-    get_checkpoint_metadata,
 )
 from langgraph.checkpoint.serde._msgpack import STRICT_MSGPACK_ENABLED
 from langgraph.checkpoint.serde.base import SerializerProtocol
@@ -34,6 +32,7 @@ from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
 from sqlalchemy import URL, Engine
 
 from agentmem.errors import ConfigError, StorageError
+from agentmem_sql import rows
 from agentmem_sql.audit import Audit, Event
 from agentmem_sql.content import CheckedSerializer, Unpacker, is_langgraphs
 from agentmem_sql.database import Database, Work
@@ -117,12 +116,10 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
 
     The same object serves `graph.invoke` and `graph.ainvoke`, any number of threads and event loops, and several
     processes on one database: SQLite, PostgreSQL, MySQL or MariaDB. The tables are created on first use. Content is
-    stored once per thread, however many checkpoints and pending writes contain it (lists item by item), and is compared
-    with its digest when it is read.
+    stored once per thread, whatever contains it (lists item by item), and is compared with its digest when read.
 
     The asynchronous methods (`aput`, `aget_tuple` and so on) run the synchronous ones in the saver's own threads. A
-    task that is cancelled while it waits for a free thread does nothing; one that is cancelled later ends when its call
-    has been completed.
+    task that is cancelled while it waits for a free thread does nothing; a later one ends when its call is completed.
 
     Every method raises `StorageError` if the database cannot be opened, reports an error, has a newer schema, or holds
     damaged data; and `ConfigError` for something that is not an id, or a single string instead of a list of ids.
@@ -153,8 +150,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
                 times and the names and ids of threads, namespaces, channels, checkpoints and tasks.
             schema: the schema of the tables; None is the connection's default.
             table_prefix: the beginning of the tables' names.
-            hmac_key: at least 16 secret bytes. Digests then become signatures, so that nobody without the key can
-                change stored data unnoticed.
+            hmac_key: at least 16 secret bytes, without which nobody can then change stored data unnoticed.
             cache_bytes: how much of recently used threads this process keeps in memory, roughly.
             audit: from now on this database keeps an audit trail (see `agentmem_sql.audit`), whoever opens it.
             engine_options: further arguments for `create_engine`, for a URL.
@@ -162,14 +158,14 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
 
         Raises:
             StorageError: the URL cannot be read, or names a database, a driver or an option that cannot be used; or an
-                asynchronous engine has its database in memory, connections made by your code, or an option that the
-                synchronous driver lacks.
+                asynchronous engine has a database in memory, a creator, or an option that no synchronous driver has.
             MissingExtraError: the driver is not installed.
-            ConfigError: `hmac_key` or `table_prefix` cannot be used.
+            ConfigError: `serde`, `schema`, `table_prefix`, `hmac_key` or `cache_bytes` cannot be used.
         """
         super().__init__(serde=serde if serde or STRICT_MSGPACK_ENABLED else CheckedSerializer())
         tables, protection = Tables(prefix=table_prefix, schema=schema), Protection(self.serde, hmac_key, audit)
         self._protection = protection
+        rows.check_count(cache_bytes, "`cache_bytes`", 0)
         self._cache = ThreadCache(cache_bytes)
         self._database = Database(
             engine,
@@ -184,7 +180,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         self._reader = Reader(tables, protection, self._cache)
         self._writer = Writer(tables, protection)
         self._audit = Audit(tables, protection)
-        self._pruner = Pruner(self._database, protection, self._cache, self._writer, self._reader, self._audit)
+        self._pruner = Pruner(self._database, self._cache, self._writer, self._reader, self._audit)
         self.parts = SaverParts(self._database, protection, self._cache, self._writer, self._pruner, self._audit)
 
     @classmethod
@@ -192,9 +188,8 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         """A saver for a database URL, with the options of `SQLAlchemySaver`; nothing is opened yet.
 
         For example `sqlite:///threads.db`, `sqlite:///:memory:`, `postgresql://user@host/database`,
-        `mysql://user@host/database`. For a URL that names an asynchronous driver (aiosqlite, asyncpg, asyncmy,
-        aiomysql) the synchronous driver of the same database is used: pysqlite, psycopg or PyMySQL. SQLite files get a
-        write-ahead log.
+        `mysql://user@host/database`. Where it names an asynchronous driver (aiosqlite, asyncpg, asyncmy, aiomysql) the
+        synchronous one is used: pysqlite, psycopg or PyMySQL. SQLite files get a write-ahead log.
         """
         return cls(url, *args, **options)
 
@@ -242,7 +237,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         Args:
             first: work that comes first in the same transaction; if it raises, nothing is stored. May be done again.
         """
-        serde, merged = plain_serde(self.serde), get_checkpoint_metadata(config, metadata)
+        merged, serde = rows.checked_metadata(config, checkpoint, metadata, new_versions), plain_serde(self.serde)
         encode = partial(encode_checkpoint, serde, self._protection, checkpoint, merged, new_versions)
         if self._protection.audited is None:  # the database was not opened yet
             self.setup()
@@ -258,9 +253,9 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         Repeating the call changes nothing, unless all writes are to special channels (error, interrupt, resume,
         scheduled): those replace the task's earlier ones.
         """
+        writes, serde = rows.check_writes(writes), plain_serde(self.serde)
         if not writes:
             return
-        serde = plain_serde(self.serde)
 
         def encode(address: Address, known: CachedThread, _parents: ChannelHeads) -> Encoded:
             return encode_writes(serde, self._protection, writes, task_id, task_path, address, known)
@@ -345,8 +340,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
     ) -> Iterator[CheckpointTuple]:
         """Checkpoints by id, newest first: of one thread (and one namespace, if given), or of all threads.
 
-        Each checkpoint is consistent in itself. If a thread is written meanwhile, its state at the time its page is
-        read is returned.
+        Each checkpoint is consistent in itself. A thread that is written meanwhile is as it was when its page was read.
 
         Args:
             config: names the thread; None for all threads.
@@ -377,9 +371,10 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         channel without a stored value has no `seed`. Pruning does not change the result for channels that the
         checkpoint itself does not hold, and LangGraph asks for no others.
         """
+        channels = check_ids(channels, "channel")
         if not channels:
             return {}
-        read = partial(self._reader.delta_histories, address=Address.of(config), channels=[*dict.fromkeys(channels)])
+        read = partial(self._reader.delta_histories, address=Address.of(config), channels=channels)
         stored = self._database.run(read)
         if stored is None:
             return {name: DeltaChannelHistory(writes=[]) for name in channels}
@@ -416,8 +411,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
     def copy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
         """Copy all checkpoints, pending writes and content of a thread to another thread, with their ids.
 
-        Data that the other thread has under the same ids is replaced; its other data stays. It is not an error if the
-        source does not exist.
+        Data of the same ids in the other thread is replaced; its other data stays. The source need not exist.
         """
         self._pruner.copy_thread(check_id(source_thread_id), check_id(target_thread_id))
 
@@ -470,6 +464,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
             StorageError: there is no such checkpoint, or stored data is damaged (the error names the checkpoint).
             CorruptStateError: a value is not a memory, or not one that this version can read.
         """
+        channel = None if channel is None else check_id(channel, "channel")
         named = {"thread_id": thread_id, "checkpoint_ns": checkpoint_ns, "checkpoint_id": checkpoint_id}
         address, serde = Address.of({"configurable": named}), plain_serde(self.serde)
         walk = MemoryWalk(self._database, self._reader, serde, address, channel)

@@ -87,6 +87,8 @@ class Tables:
                 f"expected a table_prefix of at most {MOST_PREFIX_BYTES} bytes without NUL, found {prefix!r}: no "
                 "database here has longer names; use a shorter one"
             )
+        if not isinstance(schema, str | None) or schema == "":
+            raise ConfigError(f"expected `schema` to be the name of a schema, or None, found {schema!r}")
         self.prefix = prefix
         self.metadata = MetaData(
             schema=schema,
@@ -192,7 +194,7 @@ def metadata(*, prefix: str = DEFAULT_PREFIX, schema: str | None = None) -> Meta
 # Text as keys. Encodings are exact, also for NUL and lone surrogates, and keep the order of the text. Namespaces longer
 # than a key are replaced by a tagged SHA-256, and their name is stored in another column.
 
-_HASHED = b"\xff"  # the tag; never occurs in UTF-8
+HASHED = b"\xff"  # the tag; never occurs in UTF-8
 
 
 def encode_text(text: str) -> bytes:
@@ -225,20 +227,18 @@ def thread_key(thread_id: str) -> bytes:
 def open_key(text: str) -> bytes:
     """A key of at most `KEY_BYTES` for any text: the text, or its tagged digest where it is longer."""
     data = encode_text(text)
-    return data if len(data) <= KEY_BYTES else _HASHED + sha256(data).digest()
+    return data if len(data) <= KEY_BYTES else HASHED + sha256(data).digest()
 
 
-def is_hashed(key: bytes) -> bool:
-    """Whether `open_key` had to replace the text by its digest."""
-    return key.startswith(_HASHED)
-
-
-def exact_key(text: str, what: str) -> bytes:
+def exact_key(text: Any, what: str) -> bytes:
     """A key that contains the text, for ids that are sorted by and read back.
 
     Raises:
         StorageError: the text takes more than `KEY_BYTES` bytes.
+        ConfigError: it is no text.
     """
+    if not isinstance(text, str):
+        raise ConfigError(f"expected a {what} (a string), found {text!r}")
     data = encode_text(text)
     if len(data) > KEY_BYTES:
         raise StorageError(

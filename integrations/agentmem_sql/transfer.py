@@ -105,8 +105,10 @@ def copy_threads(
             hold two different threads of one id; a value is damaged, or the target cannot store it; or the source does
             not have the thread. All others were copied.
         StorageError: the target cannot be written. Errors of the source's driver are raised unchanged.
-        ConfigError: `thread_ids` is a single string or holds something that is not an id.
+        ConfigError: `thread_ids` is a single string or holds something that is not an id; or a saver is something else.
     """
+    if not isinstance(source, BaseCheckpointSaver) or not isinstance(target, SQLAlchemySaver):
+        raise ConfigError(f"expected a checkpointer and a SQLAlchemySaver to copy to, found {source!r} and {target!r}")
     named: dict[Any, _Outlines] = {thread: {} for thread in check_ids(() if thread_ids is None else thread_ids)}
     target.setup()  # first, since a target that cannot be opened is not the failure of one thread
     source = verbatim(source, target.serde)
@@ -166,7 +168,7 @@ def _copy_thread(
         StorageError: it is not there, or went on in both places.
     """
     if not there:
-        raise StorageError("expected the thread in the source, found none; leave it out of thread_ids")
+        raise StorageError("expected the thread in the source, found none; leave it out")
     name = str(thread)
     here = _outlines(verbatim(target, target.serde), _at(name)).get(name, {})
     lacking = {key: writes - here[key][1] if key in here else writes for key, (_, writes) in there.items()}
@@ -175,7 +177,7 @@ def _copy_thread(
         raise StorageError(
             "expected a thread that went on in the source alone, found checkpoints or writes in the target that the "
             f"source does not have (checkpoint {ahead[0][1]!r}), and others the other way round; keep one of the two: "
-            "delete the thread in the target and copy again, or leave it out of thread_ids"
+            "delete the thread in the target and copy again, or leave it out"
         )
     # The last copy may have met a checkpoint without children in the middle of a run, and what a task asks and is
     # answered is replaced in its course.
@@ -249,8 +251,7 @@ def _outlines(saver: Saver, config: RunnableConfig | None) -> dict[Any, _Outline
 def verbatim(saver: Saver, serde: SerializerProtocol) -> Saver:
     """A clone that deserialises values to plain data only, if `serde` would store them the same.
 
-    Then no class of the application is imported or called, and nothing is lost of a value whose class is not at hand,
-    or not on an allowlist.
+    Then no class of the application is called, and values whose class is not at hand or not allowed lose nothing.
     """
     inner = plain_serde(saver.serde)
     if not is_langgraphs(inner) or not is_langgraphs(plain_serde(serde)):

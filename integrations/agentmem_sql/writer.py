@@ -38,8 +38,7 @@ class WriteMode(Enum):
     already), the next mode is CHECK."""
 
     CHECK = auto()
-    """The thread's row is locked (shared). If a row would be replaced, and so might leave content without references,
-    the next mode is EXCLUSIVE."""
+    """The thread's row is locked (shared). If a row would be replaced, which may free content, EXCLUSIVE is next."""
 
     EXCLUSIVE = auto()
     """The thread's row is locked exclusively; rows are replaced, and content without references is deleted."""
@@ -219,8 +218,7 @@ class Writer:
         return None if row is None else Locked(*row)
 
     # Garbage collection: content without references is deleted by mark and sweep over one thread. Content refers to
-    # content (a list to its nodes, those to items), so live content is marked starting from the thread's checkpoints
-    # and pending writes.
+    # content (a list to its nodes, those to items), so it is marked from the thread's checkpoints and pending writes.
     #
     # To report what would be deleted, no lock is needed if content is read before the rows that refer to it: both are
     # committed together, so while the epoch stays the same, nothing that was read can have lost its reference.

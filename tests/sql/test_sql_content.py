@@ -26,6 +26,7 @@ from langgraph.checkpoint.serde.types import _DeltaSnapshot
 from langgraph.types import Command, Interrupt, Send
 from pydantic import BaseModel
 
+from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
 from tests.helpers.sql_cases import Sql, checkpoint, config, get, memory, put, read
 from tests.helpers.sql_chains import COLUMNS, all_rows
@@ -215,15 +216,24 @@ def test_a_list_that_grows_while_it_is_stored_does_no_harm(url: str, wrap: Calla
     assert len(said) == 3
 
 
+class Raising(BaseModel):
+    """Has code of its own that runs when it is serialised."""
+
+    def model_dump(self, **_options: Any) -> dict[str, Any]:
+        raise LookupError("no such field")
+
+
 def test_nothing_is_stored_where_one_value_cannot_be(saver: SQLAlchemySaver, sql: Sql) -> None:
     at = put(saver, config(), {"x": 1})
     before = all_rows(sql)
-    for value in (object(), [1, object()], ["x" * 100, object()], 2**64, [2**64], {"a": [object()]}):
-        with pytest.raises(TypeError, match="the value of channel 'bad' cannot be stored"):
+    itself: list[Any] = []
+    itself.append(itself)
+    for value in (object(), [1, object()], ["x" * 100, object()], 2**64, [2**64], {"a": [object()]}, itself, Raising()):
+        with pytest.raises(StorageError, match=r"the value of channel 'bad' cannot be stored.*store plain data"):
             put(saver, at, {"good": "y" * 1000, "bad": value})
-        with pytest.raises(TypeError, match="the value of channel 'bad' cannot be stored"):
+        with pytest.raises(StorageError, match="the value of channel 'bad' cannot be stored"):
             saver.put_writes(at, [("good", "y" * 1000), ("bad", value)], "task")
-    with pytest.raises(TypeError, match="the metadata cannot be stored"):
+    with pytest.raises(StorageError, match="the metadata cannot be stored"):
         put(saver, at, {"good": "y" * 1000}, note=object())
     assert all_rows(sql) == before
     assert read(saver, put(saver, at, {"x": "y" * 1000})) == {"x": "y" * 1000}

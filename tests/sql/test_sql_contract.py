@@ -289,6 +289,57 @@ def test_what_is_no_config_filter_or_limit_is_refused(any_saver: SQLAlchemySaver
     assert len(list(any_saver.list(None, filter={}, before=None, limit=None))) == 1
 
 
+NO_CHECKPOINTS: dict[str, Any] = {
+    "`checkpoint`": None,
+    "checkpoint id": {**checkpoint(), "id": ""},
+    r"checkpoint\['channel_values'\]": {**checkpoint(), "channel_values": [1]},
+    r"checkpoint\['channel_versions'\]": {**checkpoint(), "channel_versions": {1: 2}},
+}
+
+
+def test_arguments_that_cannot_be_meant_are_named(saver: SQLAlchemySaver) -> None:
+    """A list is no dictionary, a string no list of channels; and what is wrong is not left out in silence."""
+    at = put(saver, config(), {"x": 1})
+    before = list(saver.list(None))
+    for what, bad in NO_CHECKPOINTS.items():
+        with pytest.raises(ConfigError, match=f"expected (a )?{what}"):
+            saver.put(config(), bad, {}, {})
+    for name, wrong in ({"metadata": "x", "new_versions": ["x"]}).items():
+        arguments: Any = {"checkpoint": checkpoint({"x": 2}), "metadata": {}, "new_versions": {}, name: wrong}
+        with pytest.raises(ConfigError, match=f"expected `{name}` to be a dict"):
+            saver.put(config(), **arguments)
+    odd: tuple[Any, ...] = (None, {"configurable": {"thread_id": "t", 5: "x"}}, {**config(), "metadata": ["x"]})
+    for bad in odd:
+        with pytest.raises(ConfigError, match=r"expected (a )?config"):
+            saver.put(bad, checkpoint(), {}, {})
+    for bad in (5, "xy", ["ab"], {"ab": 1}, [("x",)], [("x", 1, 2)], [(1, 2)], [None]):
+        with pytest.raises(ConfigError, match="expected `writes` of pairs"):
+            saver.put_writes(at, bad, "task")
+    for bad in (None, 5, b"x", ("x",)):
+        with pytest.raises(ConfigError, match="`task_path`"):
+            saver.put_writes(at, [("x", 1)], "task", bad)
+    for bad in ("x", 5, [None], {"x": 1}):
+        with pytest.raises(ConfigError, match="channel"):
+            saver.get_delta_channel_history(config=at, channels=bad)
+    for bad in (["x"], b"x", True, 1.5):
+        with pytest.raises(ConfigError, match="channel"):
+            list(saver.memory_history("t", channel=bad))
+        with pytest.raises(ConfigError, match="checkpoint namespace"):
+            saver.get_tuple(config(ns=bad))
+        with pytest.raises(ConfigError, match="checkpoint id"):
+            saver.get_tuple(config(checkpoint_id=bad))
+        with pytest.raises(ConfigError, match="`now`"):
+            saver.retain(Retention(max_checkpoints=1), now=bad)
+        with pytest.raises(ConfigError, match="expected a checkpointer"):
+            copy_threads(bad, saver)
+        with pytest.raises(ConfigError, match=r"`cache_bytes`|`schema`"):
+            SQLAlchemySaver.from_url("sqlite://", cache_bytes=-1, schema=None if bad is True else bad)
+    assert list(saver.list(None)) == before
+    saver.put_writes(at, iter([("y", 1), ("z", 2)]), "task")  # type: ignore[arg-type]
+    assert get(saver, at).pending_writes == [("task", "y", 1), ("task", "z", 2)]
+    assert len(list(saver.list(config(ns=None)))) == 1  # type: ignore[arg-type]
+
+
 def test_tuples_share_no_value(saver: SQLAlchemySaver) -> None:
     at = put(saver, config(), {"x": [1], "y": [1]})
     saver.put_writes(at, [("x", [1])], "task")

@@ -14,7 +14,7 @@ import pytest
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from sqlalchemy import Connection, Engine, NullPool, create_engine, event, make_url, text
 
-from agentmem.errors import StorageError
+from agentmem.errors import ConfigError, StorageError
 from agentmem_sql import SQLAlchemySaver
 from agentmem_sql.database import Database
 from agentmem_sql.message_cache import ThreadCache
@@ -194,8 +194,12 @@ def test_who_finds_no_connection_is_told(postgresql_url: str) -> None:
 def test_options_for_the_engine_are_passed_on_but_for_the_isolation_level(url: str) -> None:
     with pytest.raises(StorageError, match=r"'isolation_level'.*leave it out"):
         SQLAlchemySaver.from_url(url, engine_options={"isolation_level": "SERIALIZABLE"})
-    with pytest.raises(TypeError, match="no_such_option"):
-        SQLAlchemySaver.from_url(url, engine_options={"no_such_option": 1}).setup()
+    for wrong in ({"no_such_option": 1}, {"pool_size": "many"}):
+        with pytest.raises(StorageError, match=r"cannot use the options of sqlite.*, or engine_options"):
+            SQLAlchemySaver.from_url(url, engine_options=wrong)
+    for bad in (5, ["pool_size"], {"connect_args": 5}):
+        with pytest.raises(ConfigError, match="dicts as `engine_options`"):
+            SQLAlchemySaver.from_url(url, engine_options=bad)  # type: ignore[arg-type]
 
 
 # Errors that the server says to try again after.

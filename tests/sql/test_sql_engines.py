@@ -52,13 +52,20 @@ def test_a_url_names_the_database_and_the_synchronous_driver_follows(url: str, s
         ("sqlite://threads.db", r"three slashes.*write 'sqlite:///threads\.db'"),
         ("sqlite://folder/threads.db", r"write 'sqlite:///folder"),
         ("postgresql://localhost:port/x", "cannot be read"),
+        ("postgresql://user:p@ss@localhost/x", "write '@' in a password as '%40'"),
+        ("sqlite:///threads%00.db", "no NUL"),
+        ("sqlite:///threads.db?mode=ro", "'mode' are not accepted.*uri=true"),
+        ("sqlite:///threads.db?timeout=long", "cannot use the options.*could not convert"),
+        ("mysql://localhost/x?connect_timeout=long", "cannot use the options.*invalid literal"),
+        (None, "expected the URL of a database, or an engine of SQLAlchemy, found None"),
+        (b"sqlite:///threads.db", "expected the URL of a database"),
         ("oracle://localhost/x", "sqlite, postgresql, mysql or mariadb"),
         ("sqlite+pysqlcipher:///x.db", r"sqlite or sqlite\+pysqlite.*pysqlcipher"),
         ("postgresql+psycopg2://localhost/x", r"postgresql or postgresql\+psycopg, found 'postgresql\+psycopg2'"),
         ("mariadb+mariadbconnector://localhost/x", r"mariadb\+pymysql"),
     ],
 )
-def test_urls_that_cannot_be_used_are_refused(bad: str, message: str) -> None:
+def test_urls_that_cannot_be_used_are_refused(bad: Any, message: str) -> None:
     with pytest.raises(StorageError, match=message):
         SQLAlchemySaver.from_url(bad)
 

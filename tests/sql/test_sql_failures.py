@@ -348,7 +348,13 @@ def interrupted(call: Callable[[], Any], at: int = -1) -> tuple[bool, int]:
     sys.setprofile(profile)
     try:
         call()
-    except (KeyboardInterrupt, TypeError):  # ormsgpack makes a TypeError of it in LangGraph's part of the serializer
+    except KeyboardInterrupt:
+        return True, passed
+    except StorageError as error:
+        if not isinstance(
+            error.__cause__, TypeError
+        ):  # that ormsgpack makes of it in LangGraph's part of the serializer
+            raise
         return True, passed
     finally:
         sys.setprofile(before)

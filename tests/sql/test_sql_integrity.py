@@ -12,6 +12,7 @@ from enum import Enum
 from functools import cache
 from pathlib import Path
 from random import Random
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import ormsgpack
@@ -22,6 +23,7 @@ from pydantic import BaseModel, SecretStr
 
 from agentmem.errors import ConfigError, StorageError
 from agentmem_sql import SQLAlchemySaver, metadata
+from agentmem_sql.content import CheckedSerializer, load
 from agentmem_sql.protection import Protection
 from agentmem_sql.rows import seal_write
 from tests.helpers.sql_cases import Sql, config, put, read
@@ -332,6 +334,26 @@ def test_a_call_that_someone_stored_is_refused_by_name(url: str, path: Path, wha
             with pytest.raises(StorageError, match=rf"names {what[0]}\.{what[1]}, .*allowed_msgpack_modules=\["):
                 ask()
     assert "this" not in sys.modules
+
+
+def test_a_name_that_would_be_imported_when_it_is_got_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of modules whose names load on first use (`agentmem` is one) only what is loaded counts."""
+    lazy: Any = ModuleType("lazy_names")
+    lazy.__getattr__ = lambda name: pytest.fail(f"{name} was loaded")
+    monkeypatch.setitem(sys.modules, "lazy_names", lazy)
+    with pytest.raises(StorageError, match=r"names lazy_names\.load"):
+        load(
+            CheckedSerializer(),
+            b"msgpack\0" + ormsgpack.packb(ormsgpack.Ext(0, ormsgpack.packb(("lazy_names", "load", 1)))),
+        )
+
+
+@pytest.mark.parametrize(
+    "body", [b"msgpack\0\xc1", b"msgpack\0" + b"\x91" * 2000, b"json\0{", b"soup\0x", b"", b"\xff\0"]
+)
+def test_bytes_that_no_serializer_made_are_an_error(body: bytes) -> None:
+    with pytest.raises(StorageError, match="cannot be read by CheckedSerializer"):
+        load(CheckedSerializer(), body)
 
 
 # Pickles.

@@ -29,6 +29,7 @@ from langchain_core.messages import (
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 
+from agentmem.errors import StorageError
 from agentmem_sql import SQLAlchemySaver
 from tests.helpers.sql_cases import config, get, put, read
 from tests.helpers.sql_values import (
@@ -299,7 +300,7 @@ def test_whatever_changes_in_a_message_is_what_comes_back(
     try:
         expected = spelled(serialised([message, other]))
     except TypeError:
-        with pytest.raises(TypeError):
+        with pytest.raises(StorageError):
             put(memory_saver, at, {"messages": [message, other]})
         assert spelled(stored(memory_saver, at)) == first
         return

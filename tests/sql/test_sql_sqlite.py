@@ -71,18 +71,22 @@ async def test_closing_releases_the_file(url: str, path: Path, closed_by: str) -
 
 
 @pytest.mark.skipif(os.name != "posix", reason="elsewhere open files cannot be moved")
-@pytest.mark.parametrize("replaced", [False, True])
-def test_a_file_that_was_taken_away_under_a_saver_is_noticed(url: str, path: Path, replaced: bool) -> None:
+@pytest.mark.parametrize("how", ["moved", "replaced", "emptied"])
+def test_a_file_that_was_taken_away_under_a_saver_is_noticed(url: str, path: Path, how: str) -> None:
     """Turns would go on into a file that nobody can find."""
     with SQLAlchemySaver.from_url(url) as saver:
         at = put(saver, config(), {"x": 1})
-        path.rename(path.with_suffix(".moved"))
-        if replaced:
-            path.write_bytes(b"")
-        found = "another" if replaced else "none"
+        if how == "emptied":
+            os.truncate(path, 0)
+        else:
+            path.rename(path.with_suffix(".moved"))
+        if how == "replaced":
+            path.write_bytes(b"no database")
+        found = "none" if how == "moved" else "another"
         for call in (lambda: put(saver, at, {"x": 2}), lambda: saver.get_tuple(at), lambda: list(saver.list(None))):
             with pytest.raises(StorageError, match=rf"opened at .*found {found}: it was deleted, moved or replaced"):
                 call()
+        path.unlink(missing_ok=True)
         with SQLAlchemySaver.from_url(url) as again:
             assert again.get_tuple(at) is None
 

@@ -494,6 +494,10 @@ def test_the_command_has_the_options_that_its_errors_name(
     with PostgresSaver.from_conn_string(target.replace("+psycopg", "")) as server:
         server.conn.execute("CREATE SCHEMA apart")
     options = ["--prefix", "new_", "--schema", "apart", "--encrypted", "--hmac-key-file", str(keys["ours"])]
+    for gone in (":memory:", "sqlite://"):
+        lost = run_import(url, gone, "--source-prefix", "mine_", "--source-hmac-key-file", str(keys["theirs"]))
+        assert isinstance(lost.exception, StorageError)
+        assert "TARGET that stays" in str(lost.exception)
     refused = run_import(url, target, *options)
     assert isinstance(refused.exception, StorageError)
     assert "another table prefix" in str(refused.exception)

@@ -37,11 +37,8 @@ from agentmem_sql.statements import add_rows
 
 T = TypeVar("T")
 
-DATABASE = bytes(DIGEST_BYTES)
-"""The chain of what concerns no single thread."""
-
-START = bytes(DIGEST_BYTES)
-"""What the first row of a chain follows."""
+DATABASE = bytes(DIGEST_BYTES)  # the chain of what concerns no single thread
+START = bytes(DIGEST_BYTES)  # what the first row of a chain follows
 
 
 @dataclass(frozen=True)

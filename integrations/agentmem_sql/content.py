@@ -257,10 +257,9 @@ def _refuse_pickle(tag: str) -> None:
         raise StorageError("expected a value that msgpack can hold, found a pickle, and pickles can run code when read")
 
 
-# The serializer that a saver has where none is given: LangGraph's own, but rows of a database run no code. LangGraph's
-# default imports and calls whatever a stored value names. Here a value that names a type outside of LangGraph's list of
-# safe ones is made only if the type is of a kind that LangGraph stores, and loaded already; otherwise an error says how
-# to allow it. (LangGraph's strict mode gives the data of such a value in its place.)
+# The serializer that a saver has where none is given: LangGraph's, whose default imports and calls whatever a stored
+# value names, but rows of a database run no code. A value that names a type outside of LangGraph's list of safe ones is
+# made only if the type is of a kind that LangGraph stores, and loaded already; otherwise an error says how to allow it.
 
 _KINDS = Enum, PurePath, Item, set, frozenset
 # Of pydantic's models and secrets, attrs' and named tuples: what LangGraph knows them by.

@@ -68,12 +68,9 @@ class Database:
     ) -> None:
         """Take a URL, or the caller's engine, which keeps its settings and is never disposed of.
 
-        Args:
-            engine: as for `SQLAlchemySaver`, as are the other arguments that are not below.
-            tables: created or migrated before the first work.
-            protection: settled before the first work, by one process and one thread at a time, and again by the next
-                call if that fails. On a settled database nobody waits for a writer.
-            cache: cleared when a connection turns out to be lost, and in a forked process.
+        Before the first work tables are made or migrated and `protection` is settled, by one process and thread at a
+        time, and again by the next call if that fails; on a settled database nobody waits for a writer. `cache` is
+        cleared when a connection turns out to be lost, and in a forked process.
         """
         self.tables = tables
         self._make_threads()

@@ -1,8 +1,7 @@
 """From a URL, or the caller's engine, to the one synchronous engine that a saver works with; and its errors.
 
-A URL that names an asynchronous driver is served by the synchronous driver of the same database: tasks are served by
-threads, which is as fast for one task and faster for many. Options that only the asynchronous driver has are refused by
-name. An `AsyncEngine` is taken for its URL and options in the same way.
+A URL that names an asynchronous driver is served by the synchronous one of the same database, and options that only the
+former has are refused by name. An `AsyncEngine` is taken for its URL and options in the same way.
 """
 
 from __future__ import annotations
@@ -360,8 +359,7 @@ _ADVICE = (
     (
         "42P05 26000",
         "prepared statement",
-        "a pooler between here and the server (PgBouncer) mixes up prepared statements: switch them off with "
-        "engine_options={'connect_args': {'prepare_threshold': None}}, or pool by session",
+        "PgBouncer mixes up prepared statements: pass engine_options={'connect_args': {'prepare_threshold': None}}",
     ),
     ("57014 1969 3024", "", "the statement took longer than the server's statement timeout allows"),
     ("40001 40P01 1213 1020", "", "the transaction lost against another one several times; try again"),

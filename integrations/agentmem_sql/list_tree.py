@@ -9,6 +9,7 @@ The kinds of content:
     PART      such a part
     HISTORY   what pruned ancestors wrote to delta channels (see `reader`)
     OWN       the value of one pending write that may be replaced (see `own_body`)
+    WITNESS   nothing: that it is there says that a checkpoint is, whose row could have lost its keys (see `witness`)
 
 An entry of the lowest level is the digest of an item, or a short item itself. Every 16 entries of a level form a NODE,
 whose digest is an entry of the level above; the rest of each level, fewer than 16 entries, is in the LIST. So nodes
@@ -25,13 +26,14 @@ import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import NamedTuple
 
 from agentmem.errors import StorageError
 from agentmem_sql.schema import DIGEST_BYTES
 
-VALUE, LIST, NODE, SPLIT, PART, HISTORY, OWN = range(7)
-LEAVES = frozenset({VALUE, PART, OWN})  # kinds that refer to nothing
+VALUE, LIST, NODE, SPLIT, PART, HISTORY, OWN, WITNESS = range(8)
+LEAVES = frozenset({VALUE, PART, OWN, WITNESS})  # kinds that refer to nothing
 
 # What a LIST holds.
 ITEMS, RUNS, SNAPSHOT, SNAPSHOT_RUNS = range(4)  # RUNS after each: the same as runs of items
@@ -85,6 +87,11 @@ def own_body(place: bytes, value: bytes) -> bytes:
     return OWN_MARK + place + value
 
 
+def witness(ns: bytes, checkpoint: bytes = b"") -> bytes:
+    """The digest of a WITNESS: of a namespace, then the beginning of the id, so that witnesses sort as their ids do."""
+    return sha256(ns).digest()[:8] + checkpoint[:24].ljust(24, b"\0")
+
+
 def value_of(body: bytes) -> bytes:
     """The serialised value in the body of a VALUE or an OWN."""
     return body[len(OWN_MARK) + DIGEST_BYTES :] if body.startswith(OWN_MARK) else body
@@ -102,7 +109,7 @@ def parse(kind: int, body: bytes) -> Node:
         return Node(kind, tuple(body[at : at + DIGEST_BYTES] for at in range(0, len(body), DIGEST_BYTES)))
     if kind == HISTORY:
         return Node(kind, tuple(digest for history in read_history(body).values() for digest in history.digests))
-    raise StorageError(f"expected content of a kind up to {OWN}, found {kind}: a newer version wrote it; upgrade")
+    raise StorageError(f"expected content of a kind up to {WITNESS}, found {kind}: a newer version wrote it; upgrade")
 
 
 def _entries(body: bytes, start: int) -> tuple[bytes, ...]:
@@ -120,11 +127,9 @@ def _entries(body: bytes, start: int) -> tuple[bytes, ...]:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What a delta channel was before a checkpoint whose ancestors are gone.
+    """What a delta channel was before a checkpoint whose ancestors are gone: a value, and the writes to it.
 
-    Attributes:
-        seed: the content of the value that the writes apply to; None if the parent has to be searched.
-        writes: (task, content), oldest first.
+    `seed` is the value's content; None if the parent has to be searched. `writes` are (task, content), oldest first.
     """
 
     seed: bytes | None

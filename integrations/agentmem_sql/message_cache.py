@@ -300,11 +300,11 @@ class CachedThread:
         """`add` what was stored, digest -> (kind, body), and messages that still equal their snapshots.
 
         A node that runs meanwhile may have changed a message while it was serialised. A write's own content is left
-        out, as it may be deleted at any time.
+        out, as it may be deleted at any time, and so are witnesses.
         """
         same = [(each.digest, each) for message, each in snapshots if not match_stored([message], {each.id: each})[1]]
         stored = contents.items()
-        self.add([(digest, body if kind in LEAVES else (kind, body)) for digest, (kind, body) in stored if kind != OWN])
+        self.add([(digest, body if kind in LEAVES else (kind, body)) for digest, (kind, body) in stored if kind < OWN])
         self.add(same)
 
     def add(self, contents: Iterable[tuple[bytes, Body | Unparsed]]) -> None:

@@ -186,7 +186,7 @@ class Pruner:
                 if body is not None:
                     added[survivors[key]["history"]] = HISTORY, body
         freed = sum(map(_size, rows.values())) - sum(map(_size, survivors.values()))
-        roots = {digest for row in survivors.values() for digest in referred(row["content"], row["history"])}
+        roots = {digest for row in survivors.values() for digest in referred(row)}
         for write in writes:
             if (write["ns"], write["checkpoint"]) in victims:
                 freed += _size(write)

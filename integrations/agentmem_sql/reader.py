@@ -38,7 +38,7 @@ from sqlalchemy import (
 from agentmem.errors import ConfigError, StorageError
 from agentmem_sql.content import is_langgraphs
 from agentmem_sql.database import Database
-from agentmem_sql.list_tree import HISTORY, LEAVES, History, Node, parse, read_history
+from agentmem_sql.list_tree import HISTORY, LEAVES, History, Node, parse, read_history, witness
 from agentmem_sql.message_cache import Body, CachedThread, ThreadCache
 from agentmem_sql.protection import Protection
 from agentmem_sql.rows import (
@@ -116,30 +116,25 @@ class Reader:
         )
         own = [column for column in checkpoints.c if column.name not in ("thread", "ns")]
         self._own = tuple(column.name for column in own)
-        with_writes = (
-            select(threads.c.number, threads.c.epoch, *own, *(writes.c[name] for name in _PENDING))
-            .select_from(threads)
-            .join(checkpoints, checkpoints.c.thread == threads.c.number)
-            .outerjoin(writes, pending)
-            .where(by(threads, "key"), by(checkpoints, "ns"))
+
+        def last(column: Any, where: ColumnElement[bool]) -> Any:
+            found = select(column).where(column.table.c.thread == threads.c.number, where)
+            return found.order_by(column.desc()).limit(literal_column("1")).correlate(threads).scalar_subquery()
+
+        others, of_thread = checkpoints.alias().c, checkpoints.c.thread == threads.c.number
+        witnessed = last(blobs.c.digest, blobs.c.digest.between(bindparam("first"), bindparam("last")))
+        selected = select(threads.c.number, threads.c.epoch, *own, *(writes.c[name] for name in _PENDING), witnessed)
+        self._named, self._newest = (
+            Prepared(
+                selected.select_from(threads)
+                .outerjoin(checkpoints, of_thread & by(checkpoints, "ns") & chosen)
+                .outerjoin(writes, pending)
+                .where(by(threads, "key"))
+            )
+            for chosen in (by(checkpoints, "id"), checkpoints.c.id == last(others.id, others.ns == bindparam("ns")))
         )
-        others = checkpoints.alias()
-        newest = (
-            select(others.c.id)
-            .where(others.c.thread == threads.c.number, others.c.ns == bindparam("ns"))
-            .order_by(others.c.id.desc())
-            .limit(literal_column("1"))
-            .correlate(threads)
-            .scalar_subquery()
-        )
-        self._named = Prepared(with_writes.where(by(checkpoints, "id")))
-        self._newest = Prepared(with_writes.where(checkpoints.c.id == newest))
-        self._listed = (
-            select(*self._row_columns)
-            .join_from(checkpoints, threads, checkpoints.c.thread == threads.c.number)
-            .order_by(*(checkpoints.c[name].desc() for name in _ORDER))
-            .limit(bindparam("size"))
-        )
+        listed = select(*self._row_columns).join_from(checkpoints, threads, of_thread)
+        self._listed = listed.order_by(*(checkpoints.c[name].desc() for name in _ORDER)).limit(bindparam("size"))
         after = tuple_(*(bindparam(f"last_{name}", type_=checkpoints.c[name].type) for name in _ORDER))
         # What a listing may be limited to, by the name of a parameter.
         self._limits: dict[str, ColumnElement[bool]] = {
@@ -213,7 +208,7 @@ class Reader:
         own = dict(zip(self._own, values, strict=False), ns=ns)
         stored = decode_row(self.protection, serde, address.thread, own)
         same = {"ns": ns, "checkpoint": own["id"]}
-        pending = [dict(zip(_PENDING, row[width:], strict=True), **same) for row in rows if row[width] is not None]
+        pending = [dict(zip(_PENDING, row[width:-1], strict=True), **same) for row in rows if row[width] is not None]
         stored.writes += decode_writes(self.protection, address.thread, pending)
         heads = stored.heads
         stored.known = self._cache.at(address.thread, number, epoch)
@@ -221,11 +216,22 @@ class Reader:
         return stored
 
     def _rows(self, connection: Connection, address: Address) -> Rows:
-        """The row of a checkpoint after the thread's number and epoch, once for each of its pending writes."""
-        keys = {"key": thread_key(address.thread), "ns": open_key(address.ns)}
-        if address.id is None:
-            return self._newest.rows(connection, keys)
-        return self._named.rows(connection, keys | {"id": exact_key(address.id, "checkpoint id")})
+        """The row of a checkpoint after the thread's number and epoch, once for each of its pending writes.
+
+        Raises:
+            StorageError: what was stored last is not found under its keys, though its witness is there.
+        """
+        ns, statement = open_key(address.ns), self._newest
+        keys = {"key": thread_key(address.thread), "ns": ns, "first": witness(ns), "last": witness(ns, b"\xff" * 24)}
+        if address.id is not None:
+            statement, keys["id"] = self._named, exact_key(address.id, "checkpoint id")
+            keys["first"] = keys["last"] = witness(ns, keys["id"])
+        rows = statement.rows(connection, keys)
+        found, last = (rows[0][2 + self._own.index("id")], rows[0][-1]) if rows else (None, None)
+        if last is not None and (type(found) is not bytes or witness(ns, found) < last):
+            lost = address.id or last[8:].rstrip(b"\0").decode(errors="replace") + "..."
+            raise damaged(address.thread, lost, "the row")
+        return [] if found is None else rows
 
     def collect(self, connection: Connection, known: CachedThread, roots: Iterable[bytes]) -> dict[bytes, Body]:
         """Content and all content that it refers to, level by level, each read once and compared with its digest.

@@ -247,7 +247,7 @@ class _Sizes:
     Attributes:
         checkpoints: number of checkpoints, in all namespaces.
         pending_writes: number of pending writes.
-        blobs: number of distinct pieces of content.
+        blobs: number of distinct pieces of content, and of witnesses (see `list_tree`).
         content_bytes: size of their bodies, as stored.
         row_bytes: size of the rows.
     """

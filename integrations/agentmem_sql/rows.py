@@ -31,6 +31,7 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 
 from agentmem.errors import ConfigError, StorageError
 from agentmem_sql.content import Packer, Unpacker, Value, dump, load
+from agentmem_sql.list_tree import WITNESS, witness
 from agentmem_sql.message_cache import Body, CachedThread, ChannelHeads, DecodeTemplates
 from agentmem_sql.protection import Protection
 from agentmem_sql.schema import DIGEST_BYTES, decode_text, encode_text, exact_key, open_key, thread_key
@@ -66,10 +67,9 @@ def check_ids(values: Any, what: str = "thread id") -> list[str]:
     Raises:
         ConfigError: one of them is not an id, or a single string was passed, which is a sequence of strings, too.
     """
-    if isinstance(values, str | bytes | int | UUID):
-        raise ConfigError(f"expected a sequence of {what}s, found one {what}, {values!r}; pass [{values!r}]")
-    if isinstance(values, Mapping) or not isinstance(values, Iterable):
-        raise ConfigError(f"expected a sequence of {what}s, found {values!r} of type {type(values).__name__}")
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        kind = type(values).__name__
+        raise ConfigError(f"expected a sequence of {what}s, found {values!r} of type {kind}; pass [{values!r}] for one")
     return list(dict.fromkeys(check_id(value, what) for value in values))
 
 
@@ -238,6 +238,7 @@ def encode_checkpoint(
         "history": None,
     }
     row["seal"] = seal_checkpoint(protection, address.thread, row)
+    packer.new[witness(ns, row["id"])] = WITNESS, b""
     return Encoded(packer, [row], heads)
 
 

@@ -453,7 +453,6 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         The history is read page by page; `newest_first` starts without going back to the first checkpoint.
 
         Args:
-            thread_id: the thread.
             checkpoint_ns: the namespace of a subgraph.
             checkpoint_id: the checkpoint to end with, in place of the newest.
             channel: the channel of the memory. None finds every channel whose latest value is a memory as written by

@@ -281,6 +281,7 @@ class Migration(NamedTuple):
 MIGRATIONS: Sequence[Migration] = (
     Migration(2, "threads, blobs, checkpoints, writes, settings"),
     Migration(3, "audit, audit_chains, subjects, journal"),
+    Migration(4, "witnesses among the blobs, of checkpoints that are stored from now on"),
 )
 
 

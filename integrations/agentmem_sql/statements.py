@@ -227,11 +227,6 @@ def insertion(dialect: str, table: Table, *, replace: bool) -> Insert:
     return inserting.on_conflict_do_update(index_elements=list(table.primary_key), set_=new)
 
 
-def insert_content(dialect: str, blobs: Table) -> Prepared:
-    """INSERT of content that does not exist yet."""
-    return kept(blobs, ("content", dialect), lambda: Prepared(insertion(dialect, blobs, replace=False)))
-
-
 def insert_locked(dialect: str, table: Table, threads: Table) -> Prepared:
     """INSERT of a row for thread number `of` if its epoch is `in_epoch`; locks the thread's row (shared)."""
 

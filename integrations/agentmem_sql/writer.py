@@ -21,12 +21,12 @@ from sqlalchemy.exc import IntegrityError
 
 from agentmem.errors import StorageError
 from agentmem_sql.content import Packer
-from agentmem_sql.list_tree import LEAVES, OWN, parse
+from agentmem_sql.list_tree import LEAVES, OWN, parse, witness
 from agentmem_sql.protection import Protection
 from agentmem_sql.reader import chunks
 from agentmem_sql.rows import Encoded, Row, seal_checkpoint, unpack_content
 from agentmem_sql.schema import Tables, by, encode_text, thread_key
-from agentmem_sql.statements import add_rows, insert_all, insert_content, insert_locked
+from agentmem_sql.statements import Prepared, add_rows, insert_all, insert_locked, insertion, kept
 
 
 class WriteMode(Enum):
@@ -76,7 +76,8 @@ class Writer:
         chosen = by(blobs, "thread") & blobs.c.digest.in_(bindparam("digests", expanding=True))
         counted_up = update(threads).where(threads.c.number == bindparam("thread"))
         self._count_up = counted_up.values(epoch=threads.c.epoch + 1)
-        self._referring = select(checkpoints.c.content, checkpoints.c.history).where(by(checkpoints, "thread"))
+        named = (checkpoints.c[name] for name in ("ns", "id", "content", "history"))
+        self._referring = select(*named).where(by(checkpoints, "thread"))
         self._written = select(writes.c.digest).where(by(writes, "thread")).distinct()
         body = case((blobs.c.kind.not_in(LEAVES), blobs.c.body), else_=null())
         self._all = select(blobs.c.digest, blobs.c.kind, body, func.length(blobs.c.body)).where(by(blobs, "thread"))
@@ -169,8 +170,9 @@ class Writer:
     def add_content(self, connection: Connection, thread: int, contents: Mapping[bytes, tuple[int, bytes]]) -> None:
         """Store content that is not there yet."""
         if contents:
-            rows = self._content_rows(contents, thread=thread)
-            insert_content(connection.dialect.name, self._tables.blobs).run(connection, rows)
+            dialect, blobs = connection.dialect.name, self._tables.blobs
+            adding = kept(blobs, ("content", dialect), lambda: Prepared(insertion(dialect, blobs, replace=False)))
+            adding.run(connection, self._content_rows(contents, thread=thread))
 
     def _content_rows(self, contents: Mapping[bytes, tuple[int, bytes]], **same: int) -> list[Row]:
         encrypt = self._protection.encrypt
@@ -240,8 +242,8 @@ class Writer:
         sizes, links = self.content(connection, thread.number)
         of = {"thread": thread.number}
         roots: set[bytes] = set(connection.execute(self._written, of).scalars())
-        for packed, history in connection.execute(self._referring, of):
-            roots.update(referred(packed, history))
+        for row in connection.execute(self._referring, of).mappings():
+            roots.update(referred(row))
         self.free(connection, thread.number, unreachable(sizes, links, roots))
         return Locked(thread.number, thread.epoch + 1)
 
@@ -272,11 +274,12 @@ class Writer:
         return {digest: size for digest, _, _, size in rows}, links
 
 
-def referred(packed: bytes, history: bytes | None) -> Iterable[bytes]:
-    """The content that a checkpoint's row refers to in its columns `content` and `history`."""
-    yield from unpack_content(packed).values()
-    if history is not None:
-        yield history
+def referred(row: Row) -> Iterable[bytes]:
+    """The content that a checkpoint's row refers to, and its witness."""
+    yield witness(row["ns"], row["id"])
+    yield from unpack_content(row["content"]).values()
+    if row["history"] is not None:
+        yield row["history"]
 
 
 def links_of(contents: Mapping[bytes, tuple[int, bytes]]) -> dict[bytes, frozenset[bytes]]:

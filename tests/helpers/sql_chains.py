@@ -10,7 +10,7 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import Checkpoint
 from sqlalchemy import event
 
-from agentmem_sql.list_tree import LEAVES, parse
+from agentmem_sql.list_tree import LEAVES, parse, witness
 from agentmem_sql.rows import unpack_content
 from tests.helpers.sql_cases import Sql, checkpoint, config
 
@@ -108,8 +108,9 @@ def unaccounted(ask: Sql) -> tuple[set[Any], set[Any]]:
         for thread, digest, kind, body in ask("SELECT thread, digest, kind, body FROM agentmem_blobs")
     }
     wanted = {(thread, bytes(digest)) for thread, digest in ask("SELECT thread, digest FROM agentmem_writes")}
-    for thread, content, left in ask("SELECT thread, content, history FROM agentmem_checkpoints"):
+    for thread, *key, content, left in ask("SELECT thread, ns, id, content, history FROM agentmem_checkpoints"):
         wanted |= {(thread, digest) for digest in unpack_content(bytes(content)).values()}
+        wanted.add((thread, witness(*map(bytes, key))))
         if left is not None:
             wanted.add((thread, bytes(left)))
     reached: set[Any] = set()

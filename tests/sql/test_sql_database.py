@@ -233,7 +233,7 @@ def test_a_write_that_lost_against_others_is_run_again(request: pytest.FixtureRe
                 put(saver, at, {"x": ["longer " * 99] * 3})
             assert 3 < losses < 10
         assert len(list(saver.list(None))) == 2
-    assert look(url, "SELECT count(*) FROM agentmem_blobs") == [(3,)]
+    assert look(url, "SELECT count(*) FROM agentmem_blobs") == [(5,)]  # two of them witnesses
 
 
 @pytest.mark.parametrize("write", [False, True])

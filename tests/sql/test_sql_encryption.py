@@ -78,7 +78,7 @@ def test_equal_content_shows_in_no_digest(tmp_path: Path) -> None:
         with SQLAlchemySaver.from_url(f"sqlite:///{path}", serde=aes()) as saver:
             put(saver, config(), {"x": "the same"})
         with closing(sqlite3.connect(path)) as connection:
-            seen += connection.execute("SELECT digest, body FROM agentmem_blobs").fetchall()
+            seen += connection.execute(f"SELECT digest, body FROM agentmem_blobs WHERE kind = {VALUE}").fetchall()
     guess = Protection(JsonPlusSerializer(), None).digest(
         VALUE, b"msgpack\0" + JsonPlusSerializer().dumps_typed("the same")[1]
     )

@@ -234,7 +234,8 @@ def test_listeners_see_what_is_stored_and_read(path: Path, name: str) -> None:
     engine = create_engine(f"sqlite:///{path}")
     seen: list[str] = []
     if name == "do_execute":
-        event.listen(engine, name, lambda _cursor, statement, *_: seen.append(statement))
+        for each in (name, "do_executemany"):
+            event.listen(engine, each, lambda _cursor, statement, *_: seen.append(statement))
     with SQLAlchemySaver(engine) as saver:
         put(saver, config(), {"x": 1})
         if name != "do_execute":

@@ -24,10 +24,11 @@ from pydantic import BaseModel, SecretStr
 from agentmem.errors import ConfigError, StorageError
 from agentmem_sql import SQLAlchemySaver, metadata
 from agentmem_sql.content import CheckedSerializer, load
+from agentmem_sql.list_tree import WITNESS
 from agentmem_sql.protection import Protection
 from agentmem_sql.rows import seal_write
 from tests.helpers.sql_cases import Sql, config, put, read
-from tests.helpers.sql_chains import all_rows
+from tests.helpers.sql_chains import all_rows, id_of
 from tests.helpers.sql_protection import (
     HMAC_KEY,
     NEWEST,
@@ -126,6 +127,49 @@ def test_more_flipped_bits_are_refused_however_the_database_is_protected(filled:
         check_damaged_key(filled(protection), table, column, each=4)
 
 
+OF = "agentmem_checkpoints {} WHERE id = :id"
+LOST: dict[str, tuple[str, dict[str, bytes]]] = {
+    "another thread": (f"UPDATE {OF.format('SET thread = thread + 4096')}", {}),
+    "another namespace": (f"UPDATE {OF.format('SET ns = :to')}", {"to": b"sub"}),
+    "an older id": (f"UPDATE {OF.format('SET id = :to')}", {"to": b"0" * 36}),
+    "no row": (f"DELETE FROM {OF.format('')}", {}),
+}
+
+
+@pytest.mark.parametrize("lost", LOST)
+def test_a_checkpoint_that_is_not_found_under_its_keys_is_missed(
+    any_saver: SQLAlchemySaver, ask: Sql, lost: str
+) -> None:
+    """Otherwise the thread would go on from an older state, or from none."""
+    first, only = put(any_saver, config(), {"x": 1}), put(any_saver, config(ns="alone"), {"x": 3})
+    newest = put(any_saver, first, {"x": 2})
+    for at, found in ((newest, config()), (only, config(ns="alone"))):
+        statement, parameters = LOST[lost]
+        ask(statement, id=id_of(at).encode(), **parameters)
+        for address in (at, found):
+            for call in (
+                lambda address: any_saver.get_tuple(address),
+                lambda address: any_saver.get_delta_channel_history(config=address, channels=["x"]),
+            ):
+                with pytest.raises(StorageError, match=rf"the row of checkpoint '{id_of(at)[:24]}.* is missing"):
+                    call(address)
+    assert read(any_saver, first) == {"x": 1}
+    assert any_saver.get_tuple(config(ns="none")) is None
+    any_saver.delete_thread("t")
+    assert any_saver.get_tuple(config()) is None
+    assert any_saver.get_tuple(newest) is None
+
+
+def test_checkpoints_of_versions_without_witnesses_are_read(any_saver: SQLAlchemySaver, ask: Sql) -> None:
+    at = put(any_saver, put(any_saver, config(), {"x": 1}), {"x": 2})
+    ask(f"DELETE FROM agentmem_blobs WHERE kind = {WITNESS}")
+    assert [read(any_saver, each) for each in (config(), at)] == [{"x": 2}] * 2
+    newest = put(any_saver, at, {"x": 3})
+    any_saver.prune(["t"])
+    assert read(any_saver, newest) == {"x": 3}
+    assert any_saver.get_tuple(at) is None
+
+
 SUB = f"{of('t')} AND ns = CAST('sub:1' AS BLOB)"
 ALL_BUT_KEYS = "ns_name, parent, created, run, metadata, body, content, history, seal"
 MOVES: dict[str, Change] = {
@@ -208,7 +252,7 @@ def test_a_body_and_its_digest_made_anew_are_refused_with_a_key(filled: Any) -> 
 
     def rewrite(connection: sqlite3.Connection) -> None:
         protection = Protection(JsonPlusSerializer(), None)
-        rows = connection.execute("SELECT rowid, kind, body FROM agentmem_blobs").fetchall()
+        rows = connection.execute(f"SELECT rowid, kind, body FROM agentmem_blobs WHERE kind <> {WITNESS}").fetchall()
         for number, kind, body in rows:
             update("blobs", f"rowid = {number}", digest=protection.digest(kind, protection.decrypt(body)))(connection)
 

@@ -17,6 +17,7 @@ from agentmem import ConsumedRecord, MemoryState, Message
 from agentmem.errors import CorruptStateError, StorageError
 from agentmem_langgraph import MemoryChannel
 from agentmem_sql import MemoryStep, SQLAlchemySaver
+from agentmem_sql.list_tree import WITNESS
 from tests.helpers.sql_cases import Sql, config, put
 from tests.helpers.sql_chains import statements
 from tests.helpers.sql_graphs import say
@@ -200,7 +201,7 @@ def test_a_damaged_memory_names_its_checkpoint(url: str, sql: Sql, damage: str, 
             at = put(saver, at, {"memory": state_after(*texts).to_dict()})
         steps = list(saver.memory_history("t"))
         assert [step.state for step in steps] == [state_after("one"), state_after("one", "two")]
-    (row,) = sql("SELECT rowid FROM agentmem_blobs ORDER BY rowid")[which]
+    (row,) = sql("SELECT rowid FROM agentmem_blobs WHERE kind <> ? ORDER BY rowid", WITNESS)[which]
     sql(f"{damage} WHERE rowid = ?", row)
     with SQLAlchemySaver.from_url(url, serde=serde) as saver:
         for channel in (None, "memory"):

@@ -23,12 +23,12 @@ from tests.helpers.sql_chains import stored_bytes
 from tests.helpers.sql_graphs import State, say
 from tests.helpers.sql_values import Counting, serialised, spelled
 
-VALUE, LIST, NODE = 0, 1, 2  # kinds of content
+VALUE, LIST, NODE, WITNESS = 0, 1, 2, 7  # kinds of content
 
 
 def kinds(sql: Sql) -> dict[int, int]:
     """How many rows of content there are, by their kind."""
-    return dict(sql("SELECT kind, count(*) FROM agentmem_blobs GROUP BY kind"))
+    return dict(sql("SELECT kind, count(*) FROM agentmem_blobs WHERE kind <> ? GROUP BY kind", WITNESS))
 
 
 def vacuumed(path: Path, sql: Sql) -> int:
@@ -141,7 +141,8 @@ def test_content_is_shared_by_channels_writes_checkpoints_namespaces_and_forks(
     assert sum(after.values()) <= sum(before.values()) + 6
 
     saver.copy_thread("t", "copy")
-    assert sql("SELECT count(*) FROM agentmem_blobs GROUP BY thread") == [(sum(after.values()),)] * 2
+    each = sql("SELECT count(*) FROM agentmem_blobs WHERE kind <> ? GROUP BY thread", WITNESS)
+    assert each == [(sum(after.values()),)] * 2
 
 
 def new_rows(saver: SQLAlchemySaver, sql: Sql, before: Any, after: Any) -> dict[int, int]:

@@ -9,7 +9,7 @@ The kinds of content:
     PART      such a part
     HISTORY   what pruned ancestors wrote to delta channels (see `reader`)
     OWN       the value of one pending write that may be replaced (see `own_body`)
-    WITNESS   nothing: that it is there says that a checkpoint is, whose row could have lost its keys (see `witness`)
+    WITNESS   nothing: that it is there says that a checkpoint is, whose row may have lost its keys (see `rows`)
 
 An entry of the lowest level is the digest of an item, or a short item itself. Every 16 entries of a level form a NODE,
 whose digest is an entry of the level above; the rest of each level, fewer than 16 entries, is in the LIST. So nodes
@@ -26,7 +26,6 @@ import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import NamedTuple
 
 from agentmem.errors import StorageError
@@ -85,11 +84,6 @@ def own_body(place: bytes, value: bytes) -> bytes:
     No other write has equal content, so when the write is replaced, its old content can be deleted without a search.
     """
     return OWN_MARK + place + value
-
-
-def witness(ns: bytes, checkpoint: bytes = b"") -> bytes:
-    """The digest of a WITNESS: of a namespace, then the beginning of the id, so that witnesses sort as their ids do."""
-    return sha256(ns).digest()[:8] + checkpoint[:24].ljust(24, b"\0")
 
 
 def value_of(body: bytes) -> bytes:

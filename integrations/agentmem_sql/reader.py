@@ -38,7 +38,7 @@ from sqlalchemy import (
 from agentmem.errors import ConfigError, StorageError
 from agentmem_sql.content import is_langgraphs
 from agentmem_sql.database import Database
-from agentmem_sql.list_tree import HISTORY, LEAVES, History, Node, parse, read_history, witness
+from agentmem_sql.list_tree import HISTORY, LEAVES, History, Node, parse, read_history
 from agentmem_sql.message_cache import Body, CachedThread, ThreadCache
 from agentmem_sql.protection import Protection
 from agentmem_sql.rows import (
@@ -57,6 +57,7 @@ from agentmem_sql.rows import (
     matches,
     metadata_bytes,
     unpack_content,
+    witness,
 )
 from agentmem_sql.schema import Tables, by, decode_text, encode_text, exact_key, open_key, thread_key
 from agentmem_sql.statements import Prepared, PreparedLookup, Rows, contains

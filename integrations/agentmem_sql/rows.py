@@ -31,7 +31,7 @@ from langgraph.checkpoint.serde.base import SerializerProtocol
 
 from agentmem.errors import ConfigError, StorageError
 from agentmem_sql.content import Packer, Unpacker, Value, dump, load
-from agentmem_sql.list_tree import WITNESS, witness
+from agentmem_sql.list_tree import WITNESS
 from agentmem_sql.message_cache import Body, CachedThread, ChannelHeads, DecodeTemplates
 from agentmem_sql.protection import Protection
 from agentmem_sql.schema import DIGEST_BYTES, decode_text, encode_text, exact_key, open_key, thread_key
@@ -88,7 +88,8 @@ def checked_metadata(config: Any, checkpoint: Any, metadata: Any, new_versions: 
     for what, value in given.items():
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
             raise ConfigError(f"expected {what} to be a dict with strings as keys, found {value!r:.200}")
-    exact_key(checkpoint.get("id") or None, "checkpoint id")
+    if not isinstance(checkpoint.get("id") or None, str):
+        raise ConfigError(f"expected a checkpoint id (a string) in `checkpoint`, found {checkpoint.get('id')!r}")
     return get_checkpoint_metadata(config, metadata)
 
 
@@ -191,6 +192,11 @@ class Encoded(NamedTuple):
     heads: ChannelHeads | None
 
 
+def witness(ns: bytes, checkpoint: bytes = b"") -> bytes:
+    """The digest of a WITNESS: of a namespace, then the beginning of the id, so that witnesses sort as their ids do."""
+    return sha256(ns).digest()[:8] + checkpoint[:24].ljust(24, b"\0")
+
+
 def encode_checkpoint(
     serde: SerializerProtocol,
     protection: Protection,
@@ -218,6 +224,7 @@ def encode_checkpoint(
         if name in values:
             new.append(Value(name, values[name]))
     packer = Packer(serde, protection, known, relies_on_cache=bool(parents))
+    packer.new[witness(open_key(address.ns), checkpoint["id"].encode("utf-8", "surrogatepass"))] = WITNESS, b""
     for value, digest in zip(new, packer.pack(new), strict=True):
         heads[value.channel] = heads[value.channel][0], digest
     own: dict[str, Any] = {**checkpoint}
@@ -238,7 +245,6 @@ def encode_checkpoint(
         "history": None,
     }
     row["seal"] = seal_checkpoint(protection, address.thread, row)
-    packer.new[witness(ns, row["id"])] = WITNESS, b""
     return Encoded(packer, [row], heads)
 
 

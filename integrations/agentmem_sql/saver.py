@@ -237,7 +237,7 @@ class SQLAlchemySaver(BaseCheckpointSaver[str]):
         Args:
             first: work that comes first in the same transaction; if it raises, nothing is stored. May be done again.
         """
-        merged, serde = rows.checked_metadata(config, checkpoint, metadata, new_versions), plain_serde(self.serde)
+        serde, merged = plain_serde(self.serde), rows.checked_metadata(config, checkpoint, metadata, new_versions)
         encode = partial(encode_checkpoint, serde, self._protection, checkpoint, merged, new_versions)
         if self._protection.audited is None:  # the database was not opened yet
             self.setup()

@@ -21,10 +21,10 @@ from sqlalchemy.exc import IntegrityError
 
 from agentmem.errors import StorageError
 from agentmem_sql.content import Packer
-from agentmem_sql.list_tree import LEAVES, OWN, parse, witness
+from agentmem_sql.list_tree import LEAVES, OWN, parse
 from agentmem_sql.protection import Protection
 from agentmem_sql.reader import chunks
-from agentmem_sql.rows import Encoded, Row, seal_checkpoint, unpack_content
+from agentmem_sql.rows import Encoded, Row, seal_checkpoint, unpack_content, witness
 from agentmem_sql.schema import Tables, by, encode_text, thread_key
 from agentmem_sql.statements import Prepared, add_rows, insert_all, insert_locked, insertion, kept
 
@@ -170,9 +170,9 @@ class Writer:
     def add_content(self, connection: Connection, thread: int, contents: Mapping[bytes, tuple[int, bytes]]) -> None:
         """Store content that is not there yet."""
         if contents:
-            dialect, blobs = connection.dialect.name, self._tables.blobs
-            adding = kept(blobs, ("content", dialect), lambda: Prepared(insertion(dialect, blobs, replace=False)))
-            adding.run(connection, self._content_rows(contents, thread=thread))
+            name, blobs, rows = connection.dialect.name, self._tables.blobs, self._content_rows(contents, thread=thread)
+            adding = kept(blobs, ("content", name), lambda: Prepared(insertion(name, blobs, replace=False)))
+            adding.run(connection, rows)
 
     def _content_rows(self, contents: Mapping[bytes, tuple[int, bytes]], **same: int) -> list[Row]:
         encrypt = self._protection.encrypt

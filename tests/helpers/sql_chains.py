@@ -10,8 +10,8 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import Checkpoint
 from sqlalchemy import event
 
-from agentmem_sql.list_tree import LEAVES, parse, witness
-from agentmem_sql.rows import unpack_content
+from agentmem_sql.list_tree import LEAVES, parse
+from agentmem_sql.rows import unpack_content, witness
 from tests.helpers.sql_cases import Sql, checkpoint, config
 
 

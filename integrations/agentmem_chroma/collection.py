@@ -33,6 +33,7 @@ from agentmem_chroma.index_files import IndexReport, has_lost_database, inspect,
 
 _LOCK = "agentmem.lock"
 _OWNER = "agentmem.owner.json"
+_DELETING = "agentmem.deleting"  # exists from a deletion until its remains are overwritten, for whoever opens next
 
 _FORMAT, _NAME, _DIMENSION = "agentmem:format", "agentmem:embedder", "agentmem:dimension"
 _FORMAT_VERSION = 1
@@ -98,13 +99,15 @@ class _HeldDirectory:
         self.access = Access()
         self.claims = 0
         self.pid = os.getpid()
-        self.deleted = False
+        self.deleted = self.to_overwrite = False
 
     def leave_sound(self, directory: Path) -> None:
         """Overwrite deleted text that Chroma has written since, and record which index files are intact."""
         if self.deleted:
             for header in directory.glob("*/header.bin"):
                 zero_unused(header.parent)
+            if not self.to_overwrite:
+                (directory / _DELETING).unlink(missing_ok=True)
         # A damaged index that was not repaired must be noticed again next time.
         save_fingerprints(directory, self.indexes.doubtful())
 
@@ -149,6 +152,7 @@ class DirectoryClaim:
                     lock.release()
                     raise
                 held = _held[self.directory] = _HeldDirectory(lock, opened_as, indexes, open_already)
+                held.deleted = held.to_overwrite = (self.directory / _DELETING).exists()
             elif held.pid != os.getpid():
                 raise FactStoreError(
                     f"the fact store in {self.directory} was open in process {held.pid} when it forked "
@@ -166,9 +170,30 @@ class DirectoryClaim:
             self.access = held.access
             self.indexes = held.indexes
 
-    def note_deletion(self) -> None:
-        """Record a deletion: what Chroma still writes of the text is overwritten when the directory is closed."""
-        self._held.deleted = True
+    @property
+    def must_overwrite(self) -> bool:
+        """Whether something was deleted, by an earlier process too, and its remains are still to be overwritten."""
+        return self._held.to_overwrite
+
+    def begin_deletion(self) -> None:
+        """Record that something is about to be deleted: its remains are overwritten then, or at the next opening.
+
+        Raises:
+            FactStoreError: the record cannot be written.
+        """
+        try:
+            (self.directory / _DELETING).touch()
+        except OSError as error:
+            raise FactStoreError(
+                f"nothing was deleted, because {self.directory} cannot be written to: {error}"
+            ) from error
+        self._held.deleted = self._held.to_overwrite = True
+
+    def end_deletion(self) -> None:
+        """Record that the remains were overwritten; what Chroma still writes of them is when the directory closes."""
+        self._held.to_overwrite = False
+        if self._held.open_already:
+            (self.directory / _DELETING).unlink(missing_ok=True)
 
     def release(self) -> None:
         """Give up the claim; the last one frees the directory for other processes. Call it once."""
@@ -229,6 +254,9 @@ def open_database(directory: Path, stack: ExitStack) -> Any:
         try:
             client = chromadb.PersistentClient(path=str(directory))
         except Exception as error:
+            # Chroma keeps the half-started database for the next client, which fails as well and only then drops it.
+            with suppress(Exception):
+                chromadb.PersistentClient(path=str(directory)).close()
             raise FactStoreError(
                 f"Chroma cannot open the database in {directory}: {error}; if it was made by a newer "
                 "version, upgrade chromadb; if it is damaged, restore it from a backup"
@@ -243,16 +271,22 @@ def open_server(url: str, stack: ExitStack) -> Any:
     Raises:
         FactStoreError: the URL has another form, or no server answers.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.username:
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:  # brackets without an address, a port that is no number
+        parts, port = urlsplit(""), None
+    beyond = parts.path.strip("/") or parts.query or parts.fragment or "@" in parts.netloc
+    if parts.scheme not in ("http", "https") or not parts.hostname or beyond:
+        shown = re.sub("//.*@", "//...@", url)  # without a password
         raise FactStoreError(
-            f"a fact store is a directory or a Chroma server (http://HOST:PORT), got {url!r}; for tokens, "
+            f"a fact store is a directory or a Chroma server (http://HOST:PORT), got {shown!r}; for tokens, "
             "headers and paths give a client: FactStore(client=chromadb.HttpClient(...), embeddings=...)"
         )
     chromadb = import_chromadb()
     secure = parts.scheme == "https"
     try:
-        client = chromadb.HttpClient(host=parts.hostname, port=parts.port or (443 if secure else 8000), ssl=secure)
+        client = chromadb.HttpClient(host=parts.hostname, port=port or (443 if secure else 8000), ssl=secure)
     except Exception as error:
         raise FactStoreError(
             f"no Chroma server answers at {url}: {error}; start one with `chroma run --path DIR`"
@@ -261,16 +295,35 @@ def open_server(url: str, stack: ExitStack) -> Any:
     return client
 
 
+def checked_place(path: object) -> str:
+    """A store's directory or URL as text.
+
+    Raises:
+        FactStoreError: it is neither text nor a path, blank, or has characters that no name of a file has.
+    """
+    place = os.fspath(path) if isinstance(path, os.PathLike) else path
+    try:
+        if isinstance(place, str) and place.strip() and "\0" not in place and place.encode():
+            return place
+    except UnicodeEncodeError:  # half a surrogate pair
+        pass
+    raise FactStoreError(
+        f"a fact store is a directory or a Chroma server (http://HOST:PORT), got {path!r}; '.' is the current directory"
+    )
+
+
 def local_directory(path: str) -> str:
     """The absolute path of a store's directory.
 
     Raises:
-        FactStoreError: the path is empty, begins with the home directory of a user who does not exist, or looks like
-            the address of a server.
+        FactStoreError: the path begins with the home directory of a user who does not exist, or looks like the address
+            of a server.
     """
-    if not path or re.fullmatch(r"[\w.-]+:\d+", path):
-        hint = f"for a Chroma server: FactStore('http://{path}', ...)" if path else "'.' is the current directory"
-        raise FactStoreError(f"a fact store is a directory or a Chroma server (http://HOST:PORT), got {path!r}; {hint}")
+    if address := re.fullmatch(r"(?:[A-Za-z]\w+:/)?([\w.-]+:\d+)", path) or re.match(r"[A-Za-z]\w+:/(.*)", path):
+        raise FactStoreError(
+            f"a fact store is a directory or a Chroma server (http://HOST:PORT), got {path!r}; for a Chroma server: "
+            f"FactStore('http://{address[1]}', ...), as text and not as a Path"
+        )
     try:
         return str(Path(path).expanduser().resolve())
     except RuntimeError as error:
@@ -278,7 +331,16 @@ def local_directory(path: str) -> str:
 
 
 def embedded_directory(client: Any) -> str | None:
-    """The directory of an embedded client, as it was given to Chroma; None for any other client."""
+    """The directory of an embedded client, as it was given to Chroma; None for any other client.
+
+    Raises:
+        FactStoreError: it is no client of Chroma.
+    """
+    if not callable(getattr(client, "get_settings", None)):
+        raise FactStoreError(
+            f"client should be a Chroma client such as chromadb.HttpClient(...), got {type(client).__name__}; a "
+            "directory or an address is the store's path: FactStore('facts', embeddings=...)"
+        )
     settings = client.get_settings()
     return str(settings.persist_directory) if settings.is_persistent else None
 

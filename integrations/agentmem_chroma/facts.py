@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -61,7 +61,10 @@ class Fact:
             raise FactStoreError(
                 f"a fact's time needs a time zone, got {self.time!r}; use datetime.now(timezone.utc), for example"
             )
-        object.__setattr__(self, "time", self.time.astimezone(UTC))
+        try:
+            object.__setattr__(self, "time", self.time.astimezone(UTC))
+        except OverflowError as error:
+            raise FactStoreError(f"a fact's time should be one that UTC can state, got {self.time!r}") from error
         object.__setattr__(self, "metadata", _plain(self.metadata))
         object.__setattr__(self, "id", _content_id(self.text, self.source, self.thread))
 
@@ -145,12 +148,23 @@ def matches(fact: Fact, filter: Mapping[str, Any]) -> bool:
     (compared as ISO 8601 text) or a key of the fact's metadata. A fact without the key matches only `$ne` and `$nin`.
 
     Raises:
-        FactStoreError: an unknown operator, or operands of the wrong type.
+        FactStoreError: see `check_filter`.
     """
     values = {**fact.metadata, "source": fact.source, "thread": fact.thread, "time": fact.time.isoformat()}
     return _meets(values, filter)
 
 
+def check_filter(filter: Mapping[str, Any] | None) -> None:
+    """Check a filter whatever the facts are: a mistake has to show where there are none, too.
+
+    Raises:
+        FactStoreError: an unknown operator, operands of the wrong type, or filters nested very deeply.
+    """
+    if filter is not None:
+        _meets({}, filter)
+
+
+_DEEPEST_FILTER = 100
 _ABSENT = object()
 _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "$eq": operator.eq,
@@ -164,17 +178,19 @@ _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
 }
 
 
-def _meets(values: Mapping[str, Any], filter: Mapping[str, Any]) -> bool:
+def _meets(values: Mapping[str, Any], filter: Mapping[str, Any], depth: int = 0) -> bool:
+    if depth > _DEEPEST_FILTER:
+        raise FactStoreError(f"a filter should have at most {_DEEPEST_FILTER} $and and $or inside each other, got more")
     if not isinstance(filter, Mapping):
         raise FactStoreError(f"a filter should be a mapping such as {{'page': 3}}, got {type(filter).__name__}")
-    results = []  # all parts are evaluated, so that a mistake is reported whatever the facts are
+    results = []  # all parts are evaluated, so that a mistake is reported whatever the values are
     for key, condition in filter.items():
         if not isinstance(key, str):
             raise FactStoreError(f"a filter's keys are names of metadata, and those are strings; got {key!r}")
         if key in ("$and", "$or"):
             if not isinstance(condition, Sequence) or isinstance(condition, str) or not condition:
                 raise FactStoreError(f"{key} in a filter should hold a list of filters, got {condition!r}")
-            parts = [_meets(values, part) for part in condition]
+            parts = [_meets(values, part, depth + 1) for part in condition]
             results.append(all(parts) if key == "$and" else any(parts))
         elif key.startswith("$"):
             raise FactStoreError(f"a filter's keys are names of metadata, $and and $or; got {key!r}")
@@ -249,6 +265,19 @@ def chosen_by(source: str | None, thread: str | None) -> dict[str, Any] | None:
     if len(conditions) == 2:
         return {"$and": conditions}
     return conditions[0] if conditions else None
+
+
+def id_list(ids: str | Iterable[str]) -> list[str]:
+    """The ids as a list.
+
+    Raises:
+        FactStoreError: one of them is no string, which Chroma would report in words of its own.
+    """
+    listed = [ids] if isinstance(ids, str) or not isinstance(ids, Iterable) else list(ids)
+    for id in listed:
+        if not isinstance(id, str):
+            raise FactStoreError(f"ids of facts are strings, got {id!r}")
+    return listed
 
 
 def from_rows(rows: Any) -> Iterator[Fact]:

@@ -7,7 +7,7 @@ or never return. The texts are safe in SQLite, and `FactStore` rebuilds the inde
 
 - `inspect` finds such damage before Chroma opens the directory. Files that have not changed since the directory was
 last closed are trusted; others are tested in a separate process, since the test may hang or crash.
-- `overwrite_deleted` removes the remains of deleted facts: the copy in the queue, freed pages of SQLite, and process
+- `overwrite_deleted` removes the remains of deleted facts: the copies in the queue, freed pages of SQLite, and process
 memory that was written into unused parts of the index files.
 
 Run as a program (`probe` and `scrub`) this module imports nothing from agentmem. Overwriting needs a separate process
@@ -23,7 +23,6 @@ import sqlite3
 import struct
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,8 +112,8 @@ def save_fingerprints(directory: Path, doubtful: set[Path]) -> None:
     note.replace(directory / _FINGERPRINTS)
 
 
-def overwrite_deleted(directory: Path, collection_id: str, ids: Sequence[str], *, owned: bool) -> None:
-    """Remove everything of deleted facts from the files.
+def overwrite_deleted(directory: Path, collection_id: str, *, owned: bool) -> None:
+    """Remove everything of deleted facts, and of replaced metadata, from the files.
 
     Rewrites the database, which takes time in proportion to its size. Nothing may use the collection meanwhile. If the
     whole directory is `owned`, nothing may use any collection, and folders that belong to no collection are removed.
@@ -122,7 +121,7 @@ def overwrite_deleted(directory: Path, collection_id: str, ids: Sequence[str], *
     Raises:
         OSError: the separate process failed; the message says why.
     """
-    work = {"directory": str(directory), "collection": collection_id, "ids": list(ids), "owned": owned}
+    work = {"directory": str(directory), "collection": collection_id, "owned": owned}
     command = [sys.executable, "-I", "-S", __file__, "scrub"]
     done = subprocess.run(command, input=json.dumps(work), capture_output=True, text=True, check=False)
     if done.returncode:
@@ -263,14 +262,22 @@ def _probe(directory: str, name: str) -> None:
 # ---------------------------------------------------------------------- overwriting
 
 
-def _scrub(directory: Path, collection_id: str, ids: Iterable[str], owned: bool) -> None:
+def _scrub(directory: Path, collection_id: str, owned: bool) -> None:
     with closing(sqlite3.connect(directory / _DATABASE, timeout=60, isolation_level=None)) as connection:
         connection.execute("PRAGMA secure_delete = ON")
         connection.execute("BEGIN IMMEDIATE")
-        # The entry that says "deleted" (3) stays: an index that was saved before the deletion still needs it.
-        connection.executemany(
-            "DELETE FROM embeddings_queue WHERE id = ? AND topic LIKE ? AND operation <> 3",
-            [(id, f"%{collection_id}") for id in ids],
+        # The entry that says "deleted" (3) stays: an index that was saved before the deletion still needs it. Of the
+        # others an index needs the vectors only, once texts and metadata are in their tables.
+        connection.execute(
+            """WITH deleted AS MATERIALIZED
+                (SELECT topic, id, max(seq_id) AS last FROM embeddings_queue WHERE operation = 3 GROUP BY topic, id)
+            DELETE FROM embeddings_queue AS entry WHERE operation <> 3 AND seq_id <
+                (SELECT last FROM deleted WHERE deleted.id = entry.id AND deleted.topic = entry.topic)"""
+        )
+        connection.execute(
+            """UPDATE embeddings_queue SET metadata = NULL WHERE metadata IS NOT NULL AND seq_id <=
+                (SELECT max_seq_id.seq_id FROM max_seq_id JOIN segments ON segments.id = max_seq_id.segment_id
+                WHERE segments.scope = 'METADATA' AND embeddings_queue.topic LIKE '%' || segments.collection)"""
         )
         connection.execute("COMMIT")
         with suppress(sqlite3.OperationalError):  # without full-text search in this SQLite, three-letter pieces remain
@@ -290,4 +297,4 @@ if __name__ == "__main__":
         _probe(*sys.argv[2:])
     else:
         work = json.load(sys.stdin)
-        _scrub(Path(work["directory"]), work["collection"], work["ids"], work["owned"])
+        _scrub(Path(work["directory"]), work["collection"], work["owned"])

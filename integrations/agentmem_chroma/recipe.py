@@ -29,9 +29,18 @@ def facts_block(documents: Sequence[Document]) -> str:
     `"Facts:\\nfirst text [1]\\nsecond text [2]"`. Each text takes one line: line breaks inside it become spaces. The
     last number in a line is the fact's own, so that no text can pass for another fact. The number comes after the text,
     where a reply puts a citation, so that a small model that copies a fact has also cited it.
+
+    Raises:
+        FactStoreError: something else than documents.
     """
     if not documents:
         return ""
+    for document in documents:
+        if not isinstance(document, Document):
+            raise FactStoreError(
+                f"facts_block takes the documents of a FactRetriever, got {type(document).__name__}; Document(text) "
+                "makes one"
+            )
     lines = [f"{_one_line(document.page_content)} [{number}]" for number, document in enumerate(documents, start=1)]
     return "\n".join(["Facts:", *lines])
 
@@ -50,8 +59,11 @@ def cited(reply: str | BaseMessage, facts: Sequence[Document] | FactStore | None
             from the store comes back in the same way.
 
     Raises:
-        FactStoreError: no documents are given, and the reply is a text, or its metadata does not say what was shown.
+        FactStoreError: the reply is neither a text nor a message; or no documents are given, and the reply is a text,
+            or its metadata does not say what was shown.
     """
+    if not isinstance(reply, str | BaseMessage):
+        raise FactStoreError(f"a reply is a text or a message, got {type(reply).__name__}")
     text = reply if isinstance(reply, str) else reply.text
     groups = _CITATION.findall(_CODE.sub(" ", text))
     numbers = dict.fromkeys(int(number) for group in groups for number in group.split(","))

@@ -30,6 +30,7 @@ from agentmem_chroma.collection import (
     REBUILD,
     Access,
     DirectoryClaim,
+    checked_place,
     chroma_errors,
     embedded_directory,
     finish_rebuild,
@@ -42,7 +43,7 @@ from agentmem_chroma.collection import (
     start_rebuild,
 )
 from agentmem_chroma.embeddings import Embedder
-from agentmem_chroma.facts import Fact, ScoredFact, chosen_by, from_document, from_rows, matches
+from agentmem_chroma.facts import Fact, ScoredFact, check_filter, chosen_by, from_document, from_rows, id_list, matches
 from agentmem_chroma.index_files import overwrite_deleted
 
 if TYPE_CHECKING:
@@ -100,9 +101,10 @@ class FactStore:
         self._name = collection
         self._pid = os.getpid()
         self._closed = False
-        self._opened_here = client is None and "://" not in os.fspath(path or "")
+        place = None if path is None else checked_place(path)
+        self._opened_here = place is not None and "://" not in place
         with ExitStack() as opened:
-            damaged = self._open_database(path, client, opened, rebuild)
+            damaged = self._open_database(place, client, opened, rebuild)
             self._embedder = Embedder(embeddings, embedder)
             with self._access.writes:
                 self._collection = open_collection(
@@ -118,11 +120,11 @@ class FactStore:
                     self.rebuild_index()
                 else:
                     self._check_index(rebuild)
+                if self._claim is not None and self._claim.must_overwrite:  # a process was killed on its way
+                    self._overwrite_deleted()
             self._resources = opened.pop_all()
 
-    def _open_database(
-        self, path: str | os.PathLike[str] | None, client: Any, opened: ExitStack, rebuild: bool
-    ) -> bool:
+    def _open_database(self, place: str | None, client: Any, opened: ExitStack, rebuild: bool) -> bool:
         """Set the client, the claim to its directory if it has one, and the access control.
 
         Returns:
@@ -130,11 +132,11 @@ class FactStore:
         """
         self._claim: DirectoryClaim | None = None
         self._access = Access()
-        if path is not None and not self._opened_here:
-            self._place = os.fspath(path)
-            self._client = open_server(self._place, opened)
+        if place is not None and not self._opened_here:
+            self._place = place
+            self._client = open_server(place, opened)
             return False
-        directory = embedded_directory(client) if path is None else local_directory(os.fspath(path))
+        directory = embedded_directory(client) if place is None else local_directory(place)
         self._place = directory or "a client"
         damage = None
         if directory is not None:
@@ -142,9 +144,9 @@ class FactStore:
             opened.callback(self._claim.release)
             self._access = self._claim.access
             damage = self._claim.indexes.damaged.get(self._name)
-            if damage is not None and not rebuild:
-                raise FactIndexError(f"the index of {self!r} is damaged: {damage.problem}; {REBUILD}")
             if damage is not None:
+                if not rebuild:
+                    raise FactIndexError(f"the index of {self!r} is damaged: {damage.problem}; {REBUILD}")
                 # The directory may be open in this process, but not this collection: opening it was refused.
                 shutil.rmtree(damage.folder, ignore_errors=True)
         self._client = open_database(self._claim.directory, opened) if client is None and self._claim else client
@@ -182,8 +184,7 @@ class FactStore:
                 "which would be stored in place of its values; write Fact(text=..., source=..., metadata=...)"
             )
         stated = datetime.now(UTC) if time is None else time
-        items = [facts] if isinstance(facts, str | Fact | Document) else facts
-        if not isinstance(items, Iterable):
+        if not isinstance(items := [facts] if isinstance(facts, str | Fact | Document) else facts, Iterable):
             raise FactStoreError(f"facts are texts, Fact objects or documents, got {type(facts).__name__}")
         given = []
         for item in items:
@@ -233,10 +234,11 @@ class FactStore:
         self._check_open()
         if not isinstance(k, int) or k < 1:
             raise FactStoreError(f"k should be 1 or more, got {k!r}")
-        if not isinstance(min_score, float | int | None):
+        if min_score is not None and not (isinstance(min_score, float | int) and -1 <= min_score <= 1):
             raise FactStoreError(f"min_score should be a cosine similarity from -1 to 1, got {min_score!r}")
         if not isinstance(query, str):
             raise FactStoreError(f"a query should be a string, got {type(query).__name__}")
+        check_filter(filter)
         if not query.strip():
             return []
         vector = self._embedder.query(query)
@@ -255,7 +257,7 @@ class FactStore:
     def get(self, ids: str | Iterable[str]) -> list[Fact]:
         """The facts with these ids, in the order of the ids; ids that do not exist are left out."""
         self._check_open()
-        wanted = _ids(ids)
+        wanted = id_list(ids)
         by_id: dict[str, Fact] = {}
         with self._access.reading():
             for batch in self._batches(list(dict.fromkeys(wanted))):
@@ -268,6 +270,7 @@ class FactStore:
     ) -> list[Fact]:
         """All facts, or those of a source and thread that match a filter (see `search`), oldest first, then by id."""
         self._check_open()
+        check_filter(filter)
         with self._access.reading():
             rows = self._call("get", where=chosen_by(source, thread), include=["documents", "metadatas"])
         found = [fact for fact in from_rows(rows) if filter is None or matches(fact, filter)]
@@ -312,8 +315,8 @@ class FactStore:
         """Delete the facts that meet every given condition, and return their number.
 
         In an embedded store no byte of their texts, sources, threads and metadata is left in the directory when the
-        call returns. For that the database file is rewritten, which takes time in proportion to its size: delete many
-        facts in one call. What a server keeps of deleted facts is up to the server.
+        call returns, or when the store is opened again if the process was killed. For that the database file is
+        rewritten, in a time proportional to its size: delete many facts in one call. A server's files are up to it.
 
         Raises:
             FactStoreError: no condition was given, which would delete everything; or the facts were deleted but
@@ -328,18 +331,20 @@ class FactStore:
             if ids is None:
                 present: list[str] = self._call("get", where=where, include=[])["ids"]
             else:
-                wanted = list(dict.fromkeys(_ids(ids)))
+                wanted = list(dict.fromkeys(id_list(ids)))
                 present = [
                     id
                     for batch in self._batches(wanted)
                     for id in self._call("get", ids=batch, where=where, include=[])["ids"]
                 ]
+            if present and self._claim is not None:
+                self._claim.begin_deletion()
             for batch in self._batches(present):
                 self._call("delete", ids=batch)
             if present and self._opened_here and not self._call("count"):
                 self.rebuild_index()  # nothing has to be embedded, and the old index's disk space is freed
             elif present:
-                self._overwrite_deleted(present)
+                self._overwrite_deleted()
         return len(present)
 
     def rebuild_index(self) -> int:
@@ -370,7 +375,7 @@ class FactStore:
             if self._claim is not None:
                 self._claim.indexes.damaged.pop(self._name, None)
                 self._claim.indexes.probed.pop(self._name, None)
-            self._overwrite_deleted([])
+            self._overwrite_deleted()
         return len(facts)
 
     @property
@@ -503,9 +508,9 @@ class FactStore:
         probed = self._claim is not None and self._name in self._claim.indexes.probed
         # A directory that this process opened by its path was already inspected, more thoroughly.
         problem = self._vector_problem(compare=probed) if probed or not self._opened_here else None
-        if problem is not None and not rebuild:
-            raise FactIndexError(f"the index of {self!r} is damaged: {problem}; {REBUILD}")
         if problem is not None:
+            if not rebuild:
+                raise FactIndexError(f"the index of {self!r} is damaged: {problem}; {REBUILD}")
             self.rebuild_index()
         elif probed and self._claim is not None:
             del self._claim.indexes.probed[self._name]
@@ -526,17 +531,18 @@ class FactStore:
             return str(error.__cause__)
         return None
 
-    def _overwrite_deleted(self, ids: Sequence[str]) -> None:
+    def _overwrite_deleted(self) -> None:
         if self._claim is None:
             return
-        self._claim.note_deletion()
+        self._claim.begin_deletion()
         with self._access.alone():
             try:
-                overwrite_deleted(self._claim.directory, str(self._collection.id), ids, owned=self._opened_here)
+                overwrite_deleted(self._claim.directory, str(self._collection.id), owned=self._opened_here)
+                self._claim.end_deletion()
             except OSError as error:
                 raise FactStoreError(
                     f"the facts are deleted from {self!r}, but what Chroma left of them in its files could not be "
-                    f"overwritten: {error}; delete or rebuild_index() again once that is mended"
+                    f"overwritten: {error}; open it or rebuild_index() again once that is mended"
                 ) from error
 
     def _times(self, ids: Iterable[str]) -> dict[str, datetime]:
@@ -583,15 +589,6 @@ class FactStore:
     def _batches(self, items: Sequence[_Item]) -> Iterator[list[_Item]]:
         for start in range(0, len(items), self._batch):
             yield list(items[start : start + self._batch])
-
-
-def _ids(ids: str | Iterable[str]) -> list[str]:
-    """The ids as a list; refuses what is none, which Chroma would report in words of its own."""
-    listed = [ids] if isinstance(ids, str) or not isinstance(ids, Iterable) else list(ids)
-    for id in listed:
-        if not isinstance(id, str):
-            raise FactStoreError(f"ids of facts are strings, got {id!r}")
-    return listed
 
 
 def _score(distance: float) -> float:

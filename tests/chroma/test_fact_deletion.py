@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import chromadb
 import pytest
 
 from agentmem.errors import FactStoreError
 from agentmem_chroma import Fact, FactStore
+from tests.helpers.fact_processes import Hashed, die_while_deleting
 
 Open = Callable[..., FactStore]
 SECRET = Fact(
@@ -101,3 +104,27 @@ def test_a_deletion_that_is_not_complete_says_so(open_store: Open, monkeypatch: 
     with pytest.raises(FactStoreError, match="could not be overwritten"):
         store.delete(SECRET.id)
     assert store.count() == 0
+
+
+def test_a_killed_deletion_is_completed_when_the_store_is_opened_again(
+    tmp_path: Path, open_store: Open, processes: Callable[..., Any]
+) -> None:
+    child = processes(die_while_deleting, str(tmp_path / "facts"), SECRET.text)
+    assert child.wait() == -signal.SIGKILL
+    assert left(tmp_path / "facts")
+    with open_store(embeddings=Hashed()) as store:
+        assert [fact.text for fact in store.facts()] == ["another"]
+        assert left(tmp_path / "facts") == []
+    assert not (tmp_path / "facts" / "agentmem.deleting").exists()
+
+
+def test_a_deletion_takes_replaced_metadata_along(tmp_path: Path, open_store: Open) -> None:
+    store = open_store()
+    _, other = store.add(["a fact", "another"], metadata={"note": "as told by Marguerite"})
+    store.add(["a fact", "another"], metadata={"note": "as told by no one"})
+    assert left(tmp_path / "facts")
+    store.delete(other)
+    assert left(tmp_path / "facts") == []
+    store.close()
+    with open_store() as store:
+        assert store.search("a fact", 1)[0].fact.metadata == {"note": "as told by no one"}

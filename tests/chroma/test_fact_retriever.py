@@ -169,6 +169,13 @@ def test_a_stored_reply_leads_to_its_facts_after_a_restart(tmp_path: Path, embed
         assert cited(stored, store) == [named]
 
 
+def test_what_is_no_document_or_reply_is_refused() -> None:
+    with pytest.raises(FactStoreError, match="got str"):
+        facts_block(["a text"])  # type: ignore[list-item]
+    with pytest.raises(FactStoreError, match="got NoneType"):
+        cited(None, DOCUMENTS)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("facts", [[{"number": "1", "id": "a"}], [{"number": 1, "id": 2}], {"1": "a"}, ["a"]])
 def test_without_documents_the_reply_has_to_say_what_was_shown(facts: object) -> None:
     for reply in ("said [1]", AIMessage("said [1]", response_metadata={"facts": facts})):

@@ -92,6 +92,7 @@ def test_the_newer_time_wins(store: FactStore, order: tuple[int, int], together:
         ({"text": "a mapping is not its keys"}, {}, r"Fact\(text="),
         (["fine", "\ud800"], {}, "Unicode"),
         (["fine"], {"time": datetime(2026, 3, 1)}, "time zone"),
+        (["fine"], {"time": datetime(9999, 12, 31, 23, tzinfo=timezone(-12 * HOUR))}, "UTC"),
         (["fine"], {"metadata": {"a": object()}}, "JSON"),
         (["fine"], {"metadata": {"a": float("nan")}}, "JSON"),
         (["fine"], {"metadata": reduce(lambda inner, _: {"a": inner}, range(3000), {})}, "JSON"),
@@ -160,12 +161,28 @@ def test_filters_over_metadata(store: FactStore, filter: dict[str, Any], numbers
 
 @pytest.mark.parametrize(
     "filter",
-    [{"$not": 1}, {"n": {"$like": "x"}}, {"$or": {}}, {"$or": []}, {"n": {"$in": "text"}}, {3: 1}, "n = 3", "", [], 0],
+    [
+        *(
+            {"$not": 1},
+            {"n": {"$like": "x"}},
+            {"$or": {}},
+            {"$or": []},
+            {"n": {"$in": "text"}},
+            {3: 1},
+            "n = 3",
+            "",
+            [],
+            0,
+        ),
+        reduce(lambda inner, _: {"$and": [inner]}, range(5000), {}),
+    ],
 )
 def test_filters_that_are_none(store: FactStore, filter: Any) -> None:
-    store.add("a fact")
-    with pytest.raises(FactStoreError, match="filter"):
-        store.search("fact", filter=filter)
+    for facts in ([], ["a fact"]):  # a mistake shows in an empty store too
+        store.add(facts)
+        for call in (store.facts, store.count, lambda **options: store.search("fact", **options)):
+            with pytest.raises(FactStoreError, match="filter"):
+                call(filter=filter)
 
 
 def test_scores_are_cosine_similarities_best_first(open_store: Open, table: Any) -> None:
@@ -224,6 +241,8 @@ def test_the_ends_of_search(store: FactStore) -> None:
         (lambda store: store.search("one", "4"), "k should be 1 or more, got '4'"),
         (lambda store: store.search(5), "a query should be a string, got int"),
         (lambda store: store.search("one", min_score="high"), "min_score should be a cosine similarity"),
+        (lambda store: store.search("one", min_score=50), "min_score should be a cosine similarity"),
+        (lambda store: store.search("one", min_score=float("nan")), "min_score should be a cosine similarity"),
         (lambda store: store.search("one", thread=5), "thread should be a string or None for all, got 5"),
         (lambda store: store.count(source=["a"]), "source should be a string or None for all"),
         (lambda store: store.delete(thread=5), "thread should be a string"),

@@ -5,6 +5,7 @@ with processes.
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Callable
@@ -84,8 +85,11 @@ def test_a_bad_collection_name_is_refused(open_store: Open) -> None:
 def test_a_damaged_database_and_a_file_are_refused(tmp_path: Path, open_store: Open) -> None:
     (tmp_path / "facts").mkdir()
     (tmp_path / "facts" / "chroma.sqlite3").write_bytes(b"no database" * 1000)
-    with pytest.raises(FactStoreError, match="cannot open the database"):
-        open_store()
+    for _ in range(2):
+        with pytest.raises(FactStoreError, match=r"cannot open the database.*not a database"):
+            open_store()
+    shutil.rmtree(tmp_path / "facts")  # what is mended opens in the same process
+    assert open_store().count() == 0
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(FactStoreError, match="directory"):
         open_store(path=tmp_path / "file")
@@ -114,15 +118,33 @@ def test_home_is_expanded(tmp_path: Path, open_store: Open, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    "url", ["http://127.0.0.1:9", "sqlite:///facts", "https://user:word@host", "http://host/path", "localhost:8000", ""]
+    "url",
+    [
+        *("http://127.0.0.1:9", "sqlite:///facts", "http://host/path", "http://host?key=1", "localhost:8000"),
+        *("http://[::1", "http://host:port", Path("http://host:8000"), Path("https://host"), "", " ", "a\0b", "\ud800"),
+        *(5, b"facts", ["facts"]),
+    ],
 )
 def test_a_url_is_a_server_or_refused(
-    tmp_path: Path, open_store: Open, monkeypatch: pytest.MonkeyPatch, url: str
+    tmp_path: Path, open_store: Open, monkeypatch: pytest.MonkeyPatch, url: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FactStoreError, match="server"):
         open_store(path=url)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_password_in_a_url_is_not_repeated(open_store: Open) -> None:
+    with pytest.raises(FactStoreError, match="tokens") as caught:
+        open_store(path="https://user:pass@word@host")
+    assert "user" not in str(caught.value)
+    assert "word" not in str(caught.value)
+
+
+@pytest.mark.parametrize("client", ["http://localhost:8000", object()])
+def test_what_is_no_client_is_refused(open_store: Open, client: object) -> None:
+    with pytest.raises(FactStoreError, match="client should be a Chroma client"):
+        open_store(client=client)
 
 
 def test_a_collection_that_was_made_anew_is_found(tmp_path: Path, open_store: Open) -> None:

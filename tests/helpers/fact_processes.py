@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from langchain_core.embeddings import DeterministicFakeEmbedding, Embeddings
 
 from agentmem.errors import FactStoreError, StoreOwnedError
 from agentmem_chroma import FactStore
+from agentmem_chroma import store as store_module
 from tests.helpers.processes import FORKSERVER, Say
 
 
@@ -71,6 +73,14 @@ def write(say: Say, directory: str) -> None:
             say(count)
             store.add([f"fact {n}" for n in range(count, count + 250)])
             count += 250
+
+
+def die_while_deleting(say: Say, directory: str, text: str) -> None:
+    """Delete a fact, and be killed when Chroma has done its part."""
+    store = FactStore(directory, embeddings=Hashed())
+    added = store.add(["another", text])
+    store_module.overwrite_deleted = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    store.delete(added[1])
 
 
 def own(say: Say, directory: str) -> None:

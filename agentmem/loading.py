@@ -94,6 +94,8 @@ def load(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     place = _existing_place(model)
+    if not isinstance(template_options, Mapping | None):
+        raise ConfigError(f"template_options are a mapping of names to values; found {template_options!r}")
     if device_map is not None and device != "auto":
         raise ConfigError(f"give device= or device_map=; found {device!r} and {device_map!r}")
     target = _device(device)
@@ -332,9 +334,13 @@ def _fetched(adapter: PublishedAdapter | str, revision: str | None) -> Path:
 def _device(name: str) -> torch.device:
     if name != "auto":
         try:
-            return torch.device(name)
-        except RuntimeError as error:
-            raise ConfigError(f'device takes "auto" or a device of torch, "cuda:1" for example; {error}') from error
+            device = torch.device(name)
+            torch.empty(0, device=device)  # a device that this build of torch or this machine has not
+        except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+            raise ConfigError(
+                f'device takes "auto" or a device of torch that is here, "cuda:1" for example; found {name!r}: {error}'
+            ) from error
+        return device
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

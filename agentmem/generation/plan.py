@@ -112,6 +112,8 @@ class Request:
         timeout = options["timeout"]
         if timeout is not None and not timeout > 0:
             raise ConfigError(f"timeout must be None or seconds above 0; found {timeout!r}")
+        if not isinstance(options["cache_salt"], str | None):
+            raise ConfigError(f"cache_salt must be None or a string; found {options['cache_salt']!r}")
         object.__setattr__(self, "options", options)
 
 

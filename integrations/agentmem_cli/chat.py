@@ -62,11 +62,13 @@ def chat(
     """Answer a single question, or chat until the input ends.
 
     Raises:
-        ConfigError: the window cannot be parsed.
+        ConfigError: the window cannot be parsed, or the single question is blank.
         AgentMemError: the single question failed; in a chat, errors are shown and the chat continues.
     """
     if settings.window is not None:
         parse_window(settings.window)  # a mistake is reported before the model is loaded
+    if question is not None and not question.strip():
+        raise ConfigError("a question has words; found a blank one; leave it out to talk")
     console = Console()
     with ExitStack() as stack:
         with Console(stderr=True).status("loading the model"):

@@ -17,6 +17,7 @@ from langgraph.graph.state import CompiledStateGraph
 from langgraph.types import StateSnapshot
 from sqlalchemy import URL
 
+from agentmem.errors import ConfigError
 from agentmem_chroma import FactRetriever, FactStore, facts_block, local_embeddings
 from agentmem_langgraph import ChatDeltaMem, MemoryMessagesState, MemoryNode
 from agentmem_sql import SQLAlchemySaver
@@ -49,7 +50,12 @@ def open_threads(db: str | Path) -> SQLAlchemySaver:
 
     The database cannot make this process run code, whoever wrote it: values of types other than messages and plain data
     are left as data.
+
+    Raises:
+        ConfigError: `db` is blank, which SQLite would take for a database in memory.
     """
+    if not str(db).strip():
+        raise ConfigError(f"a database is a SQLite file or a URL; found {db!r}; sqlite:// keeps threads in memory only")
     url = db if isinstance(db, str) and "://" in db else URL.create("sqlite", database=str(db))
     return SQLAlchemySaver.from_url(url, serde=JsonPlusSerializer(allowed_msgpack_modules=None))
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 from uuid import uuid4
@@ -26,13 +25,13 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
-import agentmem
 from agentmem import Window
 from agentmem.errors import ConfigError, MissingAdapterError, TurnError
 from agentmem.messages import Message, MessageCache
 from agentmem_langgraph.engines import Engines, Source, profile_of
 from agentmem_langgraph.memory_turn import MemoryTurn, warn_of_changed_reply, warn_of_lost_memory, warn_once
 from agentmem_langgraph.messages import ChunkWriter, to_ai_message, to_engine
+from agentmem_langgraph.options import checked_sampling, checked_timeout, checked_window, unknown_options
 from agentmem_langgraph.tools import (
     Method,
     Tool,
@@ -53,18 +52,6 @@ _PER_CALL = (*_HOW, "window", "write", "on_edit", "timeout", "kv", "cache_salt")
 _FORMATS = ("tools", "tool_choice", "parallel_tool_calls", "response_format")
 # For other options None means "not given".
 _MAY_BE_NONE = ("seed", "window", "timeout", "cache_salt")
-_OTHER_NAMES = {
-    "max_new_tokens": "max_tokens",
-    "max_completion_tokens": "max_tokens",
-    "num_predict": "max_tokens",
-    "num_ctx": "window",
-    "stop_sequences": "stop",
-    "model_name": "model",
-    "model_id": "model",
-    "model_kwargs": "load_options",
-    "model": "another ChatDeltaMem",  # as an option of a call
-    "request_timeout": "timeout",
-}
 
 
 @dataclass(frozen=True)
@@ -168,7 +155,7 @@ class ChatDeltaMem(BaseChatModel):
             return options
         names = [*cls.model_fields, *(str(field.alias) for field in cls.model_fields.values() if field.alias)]
         if unknown := [name for name in options if name not in names]:
-            raise ConfigError(_unknown_options(unknown, names))
+            raise ConfigError(unknown_options(unknown, names))
         options = {
             name: value
             for name, value in options.items()
@@ -182,6 +169,15 @@ class ChatDeltaMem(BaseChatModel):
     def _one_source(self) -> Self:
         if self.engine is not None and (self.model is not None or self.adapter is not None or self.load_options):
             raise ConfigError("give an engine, or a model, an adapter and load_options to load; found both")
+        if self.engine is not None and not callable(getattr(self.engine, "turn", None)):
+            raise ConfigError(
+                f"engine takes an agentmem.Engine; found {type(self.engine).__name__}; name a model as model="
+            )
+        # As a call checks them, so that a mistake shows here and not after the first message. (Sampling imports torch.)
+        if self.model_fields_set & {*_HOW, "stop"}:
+            checked_sampling({name: getattr(self, name) for name in _HOW}, tuple(self.stop or ()))
+        checked_window(self.window)
+        checked_timeout(self.timeout)
         if self.load_options.get("trust_remote_code"):
             self.engines.trust(self._source.model)
         return self
@@ -491,15 +487,14 @@ class ChatDeltaMem(BaseChatModel):
                 options[name] = value
         unknown = [name for name in unknown if name != "stream"]  # LangChain's own switch between streaming and not
         if unknown:
-            raise ConfigError(_unknown_options(unknown, ["memory", *_FORMATS, "stop", *_PER_CALL]))
+            raise ConfigError(unknown_options(unknown, ["memory", *_FORMATS, "stop", *_PER_CALL]))
         stops = self.stop or [] if stop is None else [stop] if isinstance(stop, str) else stop
         if not isinstance(stops, Iterable):
             raise ConfigError(f"stop is a string or a list of strings; found {stop!r}")
         how = {name: options.pop(name) for name in _HOW}
-        options["sampling"] = _checked_sampling(how, tuple(stops))
-        options["window"] = _checked_window(options["window"])
-        if not isinstance(options["timeout"], float | int | None):
-            raise ConfigError(f"timeout is a number of seconds or None; found {options['timeout']!r}")
+        options["sampling"] = checked_sampling(how, tuple(stops))
+        options["window"] = checked_window(options["window"])
+        options["timeout"] = checked_timeout(options["timeout"])
         options["memory"] = self.use_memory
         engine = self._loaded()
         cache = _cache_of(engine)
@@ -554,24 +549,6 @@ def _carrier(memory: Any) -> MemoryTurn:
     return memory
 
 
-def _checked_window(window: Any) -> Window:
-    if window is None:
-        return Window()
-    if isinstance(window, int):
-        return Window(tokens=window)
-    if not isinstance(window, Window):
-        raise ConfigError(f"window is a number of tokens, a Window or None; found {window!r}")
-    return window
-
-
-def _checked_sampling(how: dict[str, Any], stop: tuple[str, ...]) -> agentmem.Sampling:
-    try:
-        return agentmem.Sampling(**how, stop=stop)
-    except TypeError as error:
-        values = ", ".join(f"{name}={value!r}" for name, value in how.items())
-        raise ConfigError(f"sampling takes numbers; found {values} ({error})") from None
-
-
 def _cache_of(engine: Any) -> MessageCache:
     """The engine's cache of seen messages; a new empty one if the engine is not loaded."""
     cache: MessageCache | None = getattr(engine, "message_cache", None)
@@ -584,9 +561,3 @@ def _place_of(
     """The cache key for the text that a thread's message had earlier: its id, or else the message before it."""
     identity = history[number].id
     return "shown", identity if identity is not None else messages[index - 1].digest() if index else b""
-
-
-def _unknown_options(unknown: Sequence[str], names: Sequence[str]) -> str:
-    close = {name: _OTHER_NAMES.get(name) or next(iter(get_close_matches(name, names, 1)), None) for name in unknown}
-    meant = [f"{name} is {right} here" for name, right in close.items() if right is not None]
-    return f"options are {', '.join(names)}; found {', '.join(unknown)}{'; ' * bool(meant)}{'; '.join(meant)}"

@@ -7,6 +7,7 @@ closed.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -85,8 +86,11 @@ class Engines:
         """The engine; loaded unless some model in this process already has it.
 
         Raises:
-            ConfigError: `trust_remote_code` was given for another model.
+            ConfigError: `trust_remote_code` was given for another model; or `agentmem.load` has no such option.
         """
+        known = [name for name in inspect.signature(agentmem.load).parameters if name not in ("model", "adapter")]
+        if unknown := sorted(source.options.keys() - known):
+            raise ConfigError(f"load_options takes {', '.join(known)}; found {', '.join(unknown)}")
         if source.options.get("trust_remote_code") and self._trusted not in (None, str(source.model)):
             raise ConfigError(
                 f"trust_remote_code was given for the model {self._trusted!r}, not for {str(source.model)!r}, which a "

@@ -59,6 +59,8 @@ def test_what_is_wrong_with_the_options(tiny_model: Path, tmp_path: Path) -> Non
     empty.mkdir()
     for options, refusal in (
         (("--window", "many"), ConfigError),
+        (("--model", tiny_model, "--db", ""), ConfigError),
+        (("--model", tiny_model, " \n"), ConfigError),
         (("--model", bare), MissingAdapterError),
         (("--model", empty), ModelNotFoundError),
     ):

@@ -215,8 +215,11 @@ def test_what_is_wrong_is_said_before_weights_are_loaded(
         agentmem.load(place, adapter=tmp_path / "empty")
     with pytest.raises(ConfigError, match="dtype"):
         agentmem.load(place, dtype="float17")
-    with pytest.raises(ConfigError, match="device"):
-        agentmem.load(place, device="abacus")
+    for device in ("abacus", "cuda:77", "xpu:77", 5):
+        with pytest.raises(ConfigError, match=f"device takes.*found {device!r}"):
+            agentmem.load(place, device=device)
+    with pytest.raises(ConfigError, match="template_options are a mapping"):
+        agentmem.load(place, template_options=5)
 
 
 BROKEN: dict[str, Any] = {

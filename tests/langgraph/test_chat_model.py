@@ -224,6 +224,29 @@ def test_one_stop_string_is_one_and_none_says_nothing(fake: FakeEngine) -> None:
             llm.invoke(ASK, **{name: "hot"})
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        *({"temperature": -1}, {"temperature": "hot"}, {"top_p": 2}, {"top_k": -1}, {"max_tokens": 0}, {"seed": -1}),
+        *({"stop": [""]}, {"window": 0}, {"window": "x"}, {"timeout": 0}, {"timeout": float("nan")}, {"write": "some"}),
+        *({"on_edit": "x"}, {"kv": "x"}, {"cache_salt": 5}),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused_where_it_is_given(option: dict[str, Any]) -> None:
+    """As LangChain's users expect: by pydantic where a model is made, and before any token in a call."""
+    with pytest.raises(ValidationError, match=next(iter(option))):
+        ChatDeltaMem(**option)
+    llm = ChatDeltaMem(model="nano")  # shared by all of these
+    with pytest.raises(ConfigError):
+        llm.invoke(ASK, **option)
+
+
+@pytest.mark.parametrize("engine", ["nano", 5])
+def test_what_is_no_engine_is_refused(engine: object) -> None:
+    with pytest.raises(ValidationError, match="engine takes an agentmem"):
+        ChatDeltaMem(engine=engine)
+
+
 def test_unknown_options_are_refused(fake: FakeEngine, llm: ChatDeltaMem) -> None:
     with pytest.raises(ConfigError, match="penalty"):
         llm.invoke("Hello!", penalty=2)

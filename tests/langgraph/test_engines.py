@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import pickle  # noqa: TID251 - other people's code pickles models
 import threading
@@ -36,6 +37,8 @@ class Loaded:
             assert self.hold[options["model"]].wait(10)
         self.engines.append(FakeEngine())
         return self.engines[-1]
+
+    _load.__signature__ = inspect.signature(agentmem.load)  # type: ignore[attr-defined]
 
     @property
     def models(self) -> list[str]:
@@ -100,6 +103,13 @@ def test_the_engine_is_loaded_on_first_use(loaded: Loaded) -> None:
     assert llm.asdict()["model_name"] == "some/model"
     llm.batch(["Hello!", "Hello!"])
     assert loaded.options == [{"model": "some/model", "adapter": "some/adapter", **options}]
+
+
+@pytest.mark.parametrize("name", ["devise", "model", "adapter"])
+def test_options_that_loading_does_not_take_are_named(loaded: Loaded, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"load_options takes device.*found {name}"):
+        ChatDeltaMem(model="some/model", load_options={name: "cpu"}).invoke("Hello!")
+    assert not loaded.options
 
 
 @pytest.mark.parametrize("way", ["a config", "a copy", "a pickled copy"])

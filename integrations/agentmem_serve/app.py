@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from agentmem.text import printable
 from agentmem_governance.signing import signing_key
 from agentmem_serve.chat import chat_completions
 from agentmem_serve.errors import ApiError
@@ -97,7 +99,32 @@ def run(app: Starlette, *, host: str, port: int, grace: float) -> None:
     Requests that are under way then have `grace` seconds to finish; those that have not are cancelled, with nothing of
     them stored.
     """
-    uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=int(grace), access_log=False, server_header=False)
+    uvicorn.run(
+        app,
+        host=host,
+        port=port,
+        timeout_graceful_shutdown=int(grace),
+        access_log=False,
+        server_header=False,
+        log_config=_LOGGING,
+    )
+
+
+class _Printable(logging.Formatter):
+    """Escapes control characters: errors quote what clients sent, and a log is read on a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+_LOGGER = {"handlers": ["stderr"], "level": "INFO", "propagate": False}
+_LOGGING: dict[str, Any] = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"printable": {"()": _Printable, "format": "%(levelname)s: %(message)s"}},
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "printable"}},
+    "loggers": {"agentmem_serve": _LOGGER, "uvicorn": _LOGGER},
+}
 
 
 async def _models(request: Request) -> Response:

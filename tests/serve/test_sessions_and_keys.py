@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging.config
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -14,13 +15,14 @@ from urllib.parse import quote
 import openai
 import pytest
 from openai import OpenAI
+from starlette.applications import Starlette
 from typer.testing import CliRunner
 
 from agentmem import Engine
-from agentmem.errors import ConfigError
+from agentmem.errors import ConfigError, StorageError
 from agentmem_cli.app import app as command
 from agentmem_governance import Governor, Receipt
-from agentmem_serve import KeyFile, create_app
+from agentmem_serve import KeyFile, create_app, run
 from agentmem_serve.limits import Limits
 from agentmem_sql import SQLAlchemySaver
 from tests.serve.conftest import Serve, listening, plain, say, text_of
@@ -197,3 +199,22 @@ def test_requests_come_back_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
         limits.request("ada")
     now = 101.0
     limits.request("ada")
+
+
+def test_no_control_sequence_reaches_the_log(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("uvicorn.run", lambda _, **options: given.update(options))
+    run(Starlette(), host="127.0.0.1", port=0, grace=1)
+    logging.config.dictConfig(given["log_config"])
+    for name in ("agentmem_serve", "uvicorn.error"):
+        try:
+            raise StorageError("the thread 'a\x1b]52;c;aGk=\x07' cannot be read")
+        except StorageError:
+            logging.getLogger(name).exception("request \x9b2J")
+    for name in ("agentmem_serve", "uvicorn"):
+        logging.getLogger(name).handlers.clear()  # they write to this test's capture
+    said = capsys.readouterr().err
+    assert said.count("StorageError: the thread 'a\\x1b]52;c;aGk=\\x07'") == said.count("request \\x9b2J") == 2
+    assert not set(said) & set("\x1b\x07\x9b")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -25,7 +26,7 @@ async def chat_completions(request: Request) -> Response:
     service: Service = request.app.state.service
     body = ChatParameters.model_validate_json(await request.body())
     service.check_model(body.model)
-    system, messages = conversation_of(body.messages, "messages")
+    system, messages = await asyncio.to_thread(conversation_of, body.messages, "messages")
     thread = thread_of(request, body.metadata)
     place = None if thread is None else service.thread_id(request, thread)
     turn = TurnRequest(

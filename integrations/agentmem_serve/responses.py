@@ -6,6 +6,7 @@ point of it; two requests with the same one are two branches, with a memory each
 
 from __future__ import annotations
 
+import asyncio
 import time
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -56,7 +57,7 @@ async def create_response(request: Request) -> Response:
     service: Service = request.app.state.service
     body = ResponseParameters.model_validate_json(await request.body())
     service.check_model(body.model)
-    system, messages = conversation_of(as_chat(body.input), "input")
+    system, messages = await asyncio.to_thread(lambda: conversation_of(as_chat(body.input), "input"))
     thread, after = _place(request, body)
     store = body.store is not False
     if thread is None and store:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -11,6 +12,7 @@ from langchain_openai import ChatOpenAI
 from openai import OpenAI
 from pydantic import BaseModel
 
+from agentmem_serve.parameters import conversation_of
 from tests.serve.conftest import Serve, plain, say, text_of
 
 WEATHER: Any = {
@@ -192,3 +194,21 @@ def test_a_server_whose_database_is_away_says_so(serve: Serve, tmp_path: Any) ->
     for file in tmp_path.glob("awayhere.db*"):
         file.rename(file.with_name(file.name.removeprefix("away")))
     assert "helix" in text_of(say(client, "What is my editor?", "ada"))
+
+
+def test_a_conversation_is_read_beside_the_event_loop(client: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    """20,000 messages take seconds, in which other requests are to be answered."""
+    beside = []
+
+    def read(*arguments: Any) -> Any:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            beside.append(True)
+        return conversation_of(*arguments)
+
+    for module in ("chat", "responses"):
+        monkeypatch.setattr(f"agentmem_serve.{module}.conversation_of", read)
+    say(client, "Hello!")
+    client.responses.create(model="nano", input="Hello!")
+    assert beside == [True, True]

@@ -25,13 +25,14 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
+import agentmem
 from agentmem import Window
 from agentmem.errors import ConfigError, MissingAdapterError, TurnError
 from agentmem.messages import Message, MessageCache
 from agentmem_langgraph.engines import Engines, Source, profile_of
 from agentmem_langgraph.memory_turn import MemoryTurn, warn_of_changed_reply, warn_of_lost_memory, warn_once
 from agentmem_langgraph.messages import ChunkWriter, to_ai_message, to_engine
-from agentmem_langgraph.options import checked_sampling, checked_timeout, checked_window, unknown_options
+from agentmem_langgraph.options import unknown_options
 from agentmem_langgraph.tools import (
     Method,
     Tool,
@@ -175,9 +176,9 @@ class ChatDeltaMem(BaseChatModel):
             )
         # As a call checks them, so that a mistake shows here and not after the first message. (Sampling imports torch.)
         if self.model_fields_set & {*_HOW, "stop"}:
-            checked_sampling({name: getattr(self, name) for name in _HOW}, tuple(self.stop or ()))
-        checked_window(self.window)
-        checked_timeout(self.timeout)
+            _checked_sampling({name: getattr(self, name) for name in _HOW}, tuple(self.stop or ()))
+        _checked_window(self.window)
+        _checked_timeout(self.timeout)
         if self.load_options.get("trust_remote_code"):
             self.engines.trust(self._source.model)
         return self
@@ -492,9 +493,9 @@ class ChatDeltaMem(BaseChatModel):
         if not isinstance(stops, Iterable):
             raise ConfigError(f"stop is a string or a list of strings; found {stop!r}")
         how = {name: options.pop(name) for name in _HOW}
-        options["sampling"] = checked_sampling(how, tuple(stops))
-        options["window"] = checked_window(options["window"])
-        options["timeout"] = checked_timeout(options["timeout"])
+        options["sampling"] = _checked_sampling(how, tuple(stops))
+        options["window"] = _checked_window(options["window"])
+        options["timeout"] = _checked_timeout(options["timeout"])
         options["memory"] = self.use_memory
         engine = self._loaded()
         cache = _cache_of(engine)
@@ -547,6 +548,34 @@ def _carrier(memory: Any) -> MemoryTurn:
             f"found {type(memory).__name__}; pass memory=MemoryTurn(state)"
         )
     return memory
+
+
+# Checks of options, the same whether they are given when a model is made, where pydantic turns what is raised into its
+# ValidationError, or in a call.
+
+
+def _checked_window(window: Any) -> Window:
+    if window is None:
+        return Window()
+    if isinstance(window, int):
+        return Window(tokens=window)
+    if not isinstance(window, Window):
+        raise ConfigError(f"window is a number of tokens, a Window or None; found {window!r}")
+    return window
+
+
+def _checked_sampling(how: dict[str, Any], stop: tuple[str, ...]) -> agentmem.Sampling:
+    try:
+        return agentmem.Sampling(**how, stop=stop)
+    except TypeError as error:
+        values = ", ".join(f"{name}={value!r}" for name, value in how.items())
+        raise ConfigError(f"sampling takes numbers; found {values} ({error})") from None
+
+
+def _checked_timeout(timeout: Any) -> float | None:
+    if timeout is not None and not (isinstance(timeout, float | int) and timeout > 0):
+        raise ConfigError(f"timeout is a number of seconds above 0, or None; found {timeout!r}")
+    return timeout
 
 
 def _cache_of(engine: Any) -> MessageCache:

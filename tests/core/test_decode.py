@@ -43,7 +43,7 @@ def compare(steered: SteeredModel, writes: bool | torch.Tensor = True) -> None:
 def test_steps_are_a_pass(family: str, name: str) -> None:
     steered = steer(tiny(family), **OPTIONS[name])
     some = torch.rand(3, 8, generator=torch.Generator().manual_seed(1)) < 0.5
-    for writes in (True, False, some):
+    for writes in (True, some) if name != "paper" else (True, some, False):
         compare(steered, writes)
 
 

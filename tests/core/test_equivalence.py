@@ -95,9 +95,17 @@ def _close(found: Tensor, expected: Tensor) -> None:
     assert_close(found, expected, TERMS)
 
 
-@pytest.mark.parametrize(("attention", "cache"), [("eager", "dynamic"), ("sdpa", "dynamic"), ("sdpa", "static")])
-@pytest.mark.parametrize(("heads", "coupled"), [(1, True), (4, False)], ids=["1-coupled", "4-uncoupled"])
-@pytest.mark.parametrize("strategy", ["token", "message", "sentence"])
+# Every strategy with every attention and cache, and with both memories; the memories in turn.
+COUPLED, UNCOUPLED = (1, True), (4, False)
+CASES = [
+    pytest.param(strategy, *memory, *kept, id=f"{strategy}-{memory[0]}-{'-'.join(kept)}")
+    for number, strategy in enumerate(("token", "message", "sentence"))
+    for place, kept in enumerate((("sdpa", "dynamic"), ("sdpa", "static"), ("eager", "dynamic")))
+    for memory in [(COUPLED, UNCOUPLED)[(number + place) % 2]]
+]
+
+
+@pytest.mark.parametrize(("strategy", "heads", "coupled", "attention", "cache"), CASES)
 @torch.no_grad()
 def test_cut_padded_batched_or_alone(strategy: str, heads: int, coupled: bool, attention: str, cache: str) -> None:
     steered = steer(

@@ -1,14 +1,12 @@
-"""What a GPU is asked, rehearsed on a CPU: every part says what it should, and none takes the results of another.
+"""What a GPU is asked, rehearsed on a CPU with failures: they are seen, and none takes the results of another part.
 
-The parts run here in this process, on torch's operations; the slow tests run the whole command, with Triton's kernels
-in the interpreter, as it is to run on a GPU. They are slow because each of its seven parts is a process that imports
-torch and transformers, which alone takes half a minute of a core. `.ci/run` runs the command without a failure.
+`.ci/run` runs the command without a failure. The slow tests run the whole of it, with Triton's kernels in the
+interpreter: each of its seven parts is a process that imports torch and transformers.
 """
 
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -20,8 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-
-from agentmem.kernels.scan_blocks import VARIABLE, chunk_length
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("kernels", "equivalence", "steering", "sessions", "training", "scan", "recipe")
@@ -71,14 +67,6 @@ def run(gpu: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.Mo
     return run
 
 
-def test_kernels_are_compared_with_the_definition(run: Run) -> None:
-    found = run("kernels")
-    exact = [result for result in found if result.exact]
-    assert {result.verdict for result in exact} == {"held"}
-    assert {"step", "scan and gradients"} == {result.what.split(",")[0] for result in exact}
-    assert all(0 < result.value <= 1 for result in exact)
-
-
 def test_a_wrong_kernel_is_seen(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from agentmem import kernels
 
@@ -88,16 +76,6 @@ def test_a_wrong_kernel_is_seen(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
         if result.exact and "float32" in result.what:
             assert result.verdict == "missed", result
             assert "(reads)" in result.said
-
-
-def test_passes_and_turns_are_compared_with_the_cpu(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    # In this process there is no interpreter, with which a rehearsal decodes in fixed buffers.
-    monkeypatch.setattr("agentmem.generation.batch.uses_graphs", lambda device: True)
-    found = run("equivalence")
-    assert {result.verdict for result in found} == {"held"}
-    whats = " ".join(result.what for result in found)
-    for words in ("golden case", "cut, float32", "padded, bfloat16", "as on the CPU", "rows that come and go, second"):
-        assert words in whats
 
 
 def test_a_miss_names_three_places_and_a_case_that_fails_leaves_the_others(run: Run) -> None:
@@ -114,31 +92,6 @@ def test_a_miss_names_three_places_and_a_case_that_fails_leaves_the_others(run: 
     assert found[-1].what == "operations of torch a layer and step"
 
 
-def test_sessions_are_measured(run: Run) -> None:
-    found = run("sessions")
-    assert all("tokens/s" in result.said for result in found)
-    (judged,) = (result for result in found if result.bar is not None)
-    assert judged.verdict == "missed"
-    assert len(judged.places) == 3
-    assert {result.what.split(",")[0] for result in found} == {"tiny", "nano"}
-
-
-def test_steps_of_the_recipe_are_timed(run: Run) -> None:
-    steps = run("training")
-    assert [result.figures["batch"] for result in steps] == [1, 2]
-    assert all(result.figures["steps_per_second"] > 0 for result in steps)
-
-
-@pytest.mark.slow
-def test_the_recipe_is_trained_with_the_batch_that_was_fastest(run: Run, tmp_path: Path) -> None:
-    steps = run("training")
-    fastest = max(steps, key=lambda result: result.figures["batch"] * result.figures["steps_per_second"])
-    trained, answers = run("recipe")
-    assert f"2 of the recipe's 600 steps, {fastest.figures['batch']} conversations" in trained.said
-    assert answers.verdict == "held"
-    assert (tmp_path / "adapter" / "adapter.safetensors").exists()
-
-
 def test_without_smollm2_the_recipe_is_left_out(
     gpu: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,43 +102,6 @@ def test_without_smollm2_the_recipe_is_left_out(
         part(results.Recorder(path, time.monotonic() + 60), gpu("parts").Setting("cuda", False, tmp_path))
         (said,) = results.read(path)[1]
         assert "left out: SmolLM2 is not in build/smollm2" in said.said
-
-
-def test_the_scan_reads_the_chunks_that_won(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = run("scan", ("capture", 1))
-    assert found[0].verdict == "failed"
-    assert found[-1].verdict == "held"
-    (block,) = json.loads((tmp_path / "scan_blocks.json").read_text())["blocks"]
-    monkeypatch.setenv(VARIABLE, str(tmp_path / "scan_blocks.json"))
-    assert chunk_length(block["tokens"], block["rank"]) == block["forward"]
-    assert chunk_length(block["tokens"], block["rank"], backward=True) == block["backward"]
-
-
-def test_a_part_that_hangs_is_ended_and_the_next_one_runs(
-    gpu: Callable[[str], ModuleType],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    arguments = ["--part", "steering", "--part", "sessions", "--simulate", "steering=time"]
-    arguments += ["--minutes", "40"]  # only the part that hangs is to run out of time, on any processor
-    monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu", "--tiny", "--out", str(tmp_path), *arguments])
-    monkeypatch.setattr(gpu("command"), "HANGING", 1.0)
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(SystemExit) as end:
-            gpu("command").main(None)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert end.value.code == 1
-    parts = reported(tmp_path)
-    assert parts["steering"]["why"].startswith("time over")
-    assert parts["sessions"]["why"] == ""
-    assert len(parts["sessions"]["results"]) >= 4
-    words = " ".join(capsys.readouterr().out.split())
-    for part in ("time over", "tiny, 2", "(does not count)", "where it goes: ", "hardware: ", "command: "):
-        assert part in words
-    assert " ".join((tmp_path / "table.txt").read_text().split()) in words
 
 
 @pytest.mark.slow
@@ -219,20 +135,6 @@ def test_what_cannot_be_run_is_refused(
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_the_whole_rehearsal(tmp_path: Path) -> None:
-    done = command(tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    parts = reported(tmp_path)
-    assert tuple(parts) == PARTS
-    assert {part["why"] for part in parts.values()} == {""}
-    judged = [result for part in parts.values() for result in part["results"] if result["exact"]]
-    assert len(judged) > 12
-    assert {result["verdict"] for result in judged} == {"held"}
-    assert json.loads((tmp_path / "results.json").read_text())["held"]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("kind", "said"), [("memory", "out of memory"), ("capture", "capture refused")])
 def test_the_first_case_of_every_part_fails_and_all_others_run(kind: str, said: str, tmp_path: Path) -> None:
     done = command(tmp_path, *(word for name in PARTS for word in ("--simulate", f"{name}={kind}")))
@@ -252,6 +154,10 @@ def test_the_first_case_of_every_part_fails_and_all_others_run(kind: str, said: 
 def test_parts_that_hang_are_ended_and_all_others_run(hanging: tuple[str, ...], tmp_path: Path) -> None:
     done = command(tmp_path, *(word for name in hanging for word in ("--simulate", f"{name}=time")))
     assert done.returncode == 1
+    words = " ".join(done.stdout.split())
+    for part in ("time over", "(does not count)", "hardware: ", "command: "):
+        assert part in words
+    assert " ".join((tmp_path / "table.txt").read_text().split()) in words
     parts = reported(tmp_path)
     assert tuple(parts) == PARTS
     for name, part in parts.items():

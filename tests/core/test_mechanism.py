@@ -203,47 +203,17 @@ def test_every_option_is_what_it_says(options: dict[str, Any]) -> None:
 
 
 @slow_interpreted
-@pytest.mark.parametrize("heads", [("q", "o"), EVERY_HEAD], ids=["qo", "qkvo"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @torch.no_grad()
-def test_corrections_land_where_they_should(architecture: str, heads: tuple[str, ...]) -> None:
+def test_corrections_land_where_they_should(architecture: str) -> None:
     model = tiny(architecture)
-    steered = steer(model, rank=4, delta_heads=heads)
+    steered = steer(model, rank=4, delta_heads=EVERY_HEAD)
     assert steered.layers == [0, 1, 2]
     ids, state = random_ids(1, 12), random_state(steered)
     out = steered(ids, state)
     logits, after = oracle(model, steered, ids, state)
     assert_close(out.logits, logits, TERMS)
     assert_close(out.state, after, TERMS)
-
-
-@slow_interpreted
-@pytest.mark.parametrize("head", EVERY_HEAD)
-@pytest.mark.parametrize("architecture", ["qwen3", "phi3"])
-@torch.no_grad()
-def test_each_correction_is_added_to_its_projection_alone(architecture: str, head: str) -> None:
-    """In a steered call one projection gives what it gives alone plus the correction, the others what they give."""
-    model = tiny(architecture, num_hidden_layers=1)
-    steered = steer(model, rank=4, delta_heads=(head,))
-    attention = model.get_decoder().layers[0].self_attn
-    seen: dict[str, Tensor] = {}
-    for name, module in attention.named_children():
-        if name.endswith("_proj"):
-            module.register_forward_hook(lambda _m, _i, out, name=name: seen.__setitem__(name, out.clone()))
-    ids, state = random_ids(1, 6), random_state(steered)
-    model(input_ids=ids)
-    bare = dict(seen)
-    steered(ids, state, write=False)
-    inner = "qkv_proj" if architecture == "phi3" else f"{head}_proj"
-    changed = bare["o_proj"] if head == "o" else bare[inner]
-    difference = seen["o_proj" if head == "o" else inner] - changed
-    width = {"q": 32, "k": 16, "v": 16, "o": 32}[head] if architecture == "phi3" else changed.shape[-1]
-    start = {"q": 0, "k": 32, "v": 48, "o": 0}[head] if architecture == "phi3" else 0
-    assert difference[..., start : start + width].abs().min() > 0
-    rest = torch.cat((difference[..., :start], difference[..., start + width :]), dim=-1)
-    assert not rest.any()
-    for name in bare.keys() - {inner, "o_proj"}:
-        assert torch.equal(seen[name], bare[name])
 
 
 @slow_interpreted

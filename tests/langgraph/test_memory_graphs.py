@@ -1,4 +1,5 @@
-"""Memory in real graphs, on the stand-in and on nano: the truth is the graph state alone.
+"""Memory in real graphs, on the stand-in, and on nano where an engine may make a difference: the truth is the graph
+state alone.
 
 The prompt shows the last message only, so what a reply knows of earlier turns comes from the memory.
 """
@@ -25,6 +26,9 @@ THREAD: RunnableConfig = {"configurable": {"thread_id": "1"}, "recursion_limit":
 LAST = {"window": Window(messages=1), "max_tokens": 40}
 
 
+on_nano_too = pytest.mark.parametrize("w", ["fake", "nano"], indirect=True)
+
+
 class FanState(State):
     topics: list[str]
 
@@ -43,6 +47,7 @@ def say(graph: Any, text: str, config: RunnableConfig = THREAD, **options: Any) 
     return reply
 
 
+@on_nano_too
 def test_a_thread_remembers_what_its_prompt_no_longer_shows(w: World) -> None:
     graph = compiled(MemoryNode(w.llm(**LAST)))
     for n in range(3):
@@ -75,6 +80,7 @@ def test_trimming_the_messages_changes_nothing_of_the_memory(w: World) -> None:
     assert memory_of(graph).count == before.count + 2
 
 
+@on_nano_too
 def test_a_tool_loop_is_consumed_once_and_in_order(w: World) -> None:
     @tool
     def get_room(number: int) -> str:
@@ -159,6 +165,7 @@ def test_an_interrupted_node_is_applied_once_when_it_resumes(w: World) -> None:
     assert runs[0] == runs[1] == memory_of(graph).digest == memory_of(once).digest
 
 
+@on_nano_too
 def test_rewinding_a_thread_brings_the_old_answer_back(w: World) -> None:
     graph = compiled(MemoryNode(w.llm(**LAST)))
     say(graph, w.tell(0))
@@ -171,6 +178,7 @@ def test_rewinding_a_thread_brings_the_old_answer_back(w: World) -> None:
     assert w.knows(say(graph, w.ask(0), late), 0, changed=True)
 
 
+@on_nano_too
 def test_replaying_a_checkpoint_gives_the_same_memory(w: World) -> None:
     graph = compiled(MemoryNode(w.llm(**LAST)))
     say(graph, w.tell(0))
@@ -208,6 +216,7 @@ def fan_graph(w: World) -> Any:
     return builder.compile(checkpointer=InMemorySaver())
 
 
+@on_nano_too
 @pytest.mark.parametrize("based", [True, False], ids=["on-a-base", "from-nothing"])
 def test_after_a_fan_out_the_base_and_every_branch_are_known(w: World, based: bool) -> None:
     graph = fan_graph(w)
@@ -274,6 +283,7 @@ def test_every_durability_keeps_the_same_memory(w: World, durability: str) -> No
     assert counts == {2, 4}
 
 
+@on_nano_too
 def test_stream_modes_show_digests_in_messages_and_the_memory_in_values(w: World) -> None:
     graph = compiled(MemoryNode(w.llm(**LAST)))
     say(graph, w.tell(0))
@@ -292,6 +302,7 @@ def test_stream_modes_show_digests_in_messages_and_the_memory_in_values(w: World
     assert "edits" not in say(graph, w.ask(0)).response_metadata
 
 
+@on_nano_too
 @pytest.mark.parametrize("streamed", [False, True])
 async def test_an_async_graph_ends_in_the_same_memory(w: World, streamed: bool) -> None:
     graph, plain = compiled(MemoryNode(w.llm(**LAST))), compiled(MemoryNode(w.llm(**LAST)))

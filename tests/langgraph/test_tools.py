@@ -210,10 +210,10 @@ class Endless(TypedDict):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", [Node, Tree])
 def test_classes_that_hold_themselves(nano: ChatDeltaMem, kind: type[BaseModel], method: Any) -> None:
-    bound = nano.with_structured_output(kind, method=method, temperature=1.0, seed=0, max_tokens=150)
+    bound = nano.with_structured_output(kind, method=method, temperature=1.0, seed=0, max_tokens=60)
     assert isinstance(bound.invoke("Give me a number."), kind)
     schema = nano.with_structured_output(
-        kind.model_json_schema(), method=method, temperature=1.0, seed=3, max_tokens=150
+        kind.model_json_schema(), method=method, temperature=1.0, seed=3, max_tokens=60
     )
     kind.model_validate(schema.invoke("Give me a number."))
 
@@ -224,7 +224,7 @@ def test_tools_that_take_what_holds_itself(nano: ChatDeltaMem) -> None:
         return "planted"
 
     for given in (plant, tool(plant), Tree):
-        bound = nano.bind_tools([given], tool_choice="any", temperature=1.0, seed=1, max_tokens=200)
+        bound = nano.bind_tools([given], tool_choice="any", temperature=1.0, seed=1, max_tokens=60)
         (call,) = bound.invoke("Plant an oak.").tool_calls
         Tree.model_validate(call["args"]["tree"] if "tree" in call["args"] else call["args"])
 

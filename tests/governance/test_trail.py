@@ -13,6 +13,7 @@ from agentmem.errors import ConfigError
 from agentmem_governance import Governor
 from agentmem_sql import SQLAlchemySaver
 from tests.helpers.sql_cases import Sql, config, put
+from tests.sql.conftest import on_sqlite
 
 KEY = b"k" * 32
 
@@ -43,6 +44,7 @@ CHANGES = {
 }
 
 
+@on_sqlite
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_behind_its_back_shows(governor: Governor, ask: Sql, change: str) -> None:
     assert governor.audit("t").holds
@@ -66,6 +68,7 @@ def test_retention_leaves_a_chain_that_holds(governor: Governor, ask: Sql) -> No
     assert not governor.audit("t").holds
 
 
+@on_sqlite
 def test_what_is_noted_of_persons_goes_and_the_chain_holds(governor: Governor) -> None:
     assert governor.audit("t").entries[0].details["actor"] == "ada"
     head = governor.audit("t").head
@@ -80,6 +83,7 @@ def test_what_is_noted_of_persons_goes_and_the_chain_holds(governor: Governor) -
     assert [entry.event for entry in governor.audit().entries] == ["inspected", "forgotten"]
 
 
+@on_sqlite
 def test_an_empty_trail_holds(governor: Governor) -> None:
     trail = governor.audit("another")
     assert (trail.entries, trail.head, trail.holds) == ((), "", True)

@@ -220,6 +220,11 @@ database_url, server_url = _url_on(*BACKENDS), _url_on("postgresql", "mysql")
 postgresql_url, mysql_url = _url_on("postgresql"), _url_on("mysql")
 
 
+# For what is decided above the database, and so is the same on each of them.
+on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+shared_on_sqlite = pytest.mark.parametrize("shared_url", ["sqlite"], indirect=True)
+
+
 @pytest.fixture
 def any_saver(database_url: str) -> Iterator[SQLAlchemySaver]:
     """A saver on each of the three databases."""

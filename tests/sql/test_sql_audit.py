@@ -20,6 +20,7 @@ from agentmem_sql import Retention, SQLAlchemySaver
 from agentmem_sql.audit import message_digest
 from agentmem_sql.schema import MIGRATIONS
 from tests.helpers.sql_cases import BACKENDS, NewUrl, Sql, config, get, put
+from tests.sql.conftest import on_sqlite
 
 ROWS = "SELECT body, private FROM agentmem_audit ORDER BY chain, seq"
 MEMORY = {"shape": [1, 1, 2, 2], "data": b"", "model_fingerprint": "m", "adapter_fingerprint": "a"}
@@ -69,6 +70,7 @@ class Delta(TypedDict):
     messages: Annotated[list[AnyMessage], DeltaChannel(_messages_delta_reducer, snapshot_frequency=3)]
 
 
+@on_sqlite
 @pytest.mark.parametrize("durability", ["sync", "exit"])
 def test_messages_of_delta_channels_are_listed(database_url: str, ask: Sql, durability: Any) -> None:
     """Each of them once, also where a snapshot is stored, and by another process."""
@@ -85,6 +87,7 @@ def test_messages_of_delta_channels_are_listed(database_url: str, ask: Sql, dura
     assert len(noted) == 10
 
 
+@on_sqlite
 def test_another_process_tells_what_is_new_too(database_url: str, ask: Sql) -> None:
     with SQLAlchemySaver.from_url(database_url, audit=True) as saver:
         at = say(saver, config(), [HumanMessage("one", id="1")], "d1")
@@ -125,6 +128,7 @@ def test_checkpoint_and_row_are_stored_together_or_not_at_all(database_url: str,
     assert len(ask(ROWS)) == 1
 
 
+@on_sqlite
 def test_without_it_nothing_is_noted(database_url: str, ask: Sql) -> None:
     with SQLAlchemySaver.from_url(database_url) as saver:
         say(saver, config(), [HumanMessage("one", id="1")], "d1")

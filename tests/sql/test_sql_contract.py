@@ -45,9 +45,9 @@ def test_ordinary_writes_are_kept_and_special_ones_replaced(any_saver: SQLAlchem
     assert {write[1:] for write in writes} == {("x", 1), ("x", 2), (INTERRUPT, "second"), (RESUME, "r")}
 
 
-def test_what_comes_first_decides_whether_a_checkpoint_is_stored(any_saver: SQLAlchemySaver) -> None:
+def test_what_comes_first_decides_whether_a_checkpoint_is_stored(saver: SQLAlchemySaver) -> None:
     """`put(first=...)` works in the same transaction: what it raises leaves nothing, and it sees what is stored."""
-    saver, seen = any_saver, list[int]()
+    seen = list[int]()
     at, tables = put(saver, config(), {"x": 0}), saver.parts.database.tables
     made = checkpoint({"x": 1}, saver.get_next_version("2", None))
 
@@ -263,15 +263,15 @@ def test_a_config_must_name_its_thread_and_writes_their_checkpoint(saver: SQLAlc
         saver.put_writes(config(), [("x", 1)], "task")
 
 
-def test_what_is_no_config_filter_or_limit_is_refused(any_saver: SQLAlchemySaver) -> None:
-    at: Any = put(any_saver, config(), {"x": 1})
+def test_what_is_no_config_filter_or_limit_is_refused(saver: SQLAlchemySaver) -> None:
+    at: Any = put(saver, config(), {"x": 1})
     for wrong in ("t", 5, [at], {"configurable": None}, {"configurable": "t"}):
         for call in (
-            lambda config: any_saver.get_tuple(config),
-            lambda config: list(any_saver.list(config)),
-            lambda config: list(any_saver.list(None, before=config)),
-            lambda config: any_saver.put_writes(config, [("x", 1)], "task"),
-            lambda config: any_saver.get_delta_channel_history(config=config, channels=["x"]),
+            lambda config: saver.get_tuple(config),
+            lambda config: list(saver.list(config)),
+            lambda config: list(saver.list(None, before=config)),
+            lambda config: saver.put_writes(config, [("x", 1)], "task"),
+            lambda config: saver.get_delta_channel_history(config=config, channels=["x"]),
         ):
             with pytest.raises(ConfigError, match="expected a config"):
                 call(wrong)
@@ -281,12 +281,12 @@ def test_what_is_no_config_filter_or_limit_is_refused(any_saver: SQLAlchemySaver
         {"before": {"configurable": {"checkpoint_id": b"1"}}},
     ):
         with pytest.raises(ConfigError, match="expected"):
-            list(any_saver.list(None, **options))  # type: ignore[arg-type]
+            list(saver.list(None, **options))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="checkpoint id"):
-        list(any_saver.memory_history("t", checkpoint_id=["x"]))  # type: ignore[arg-type]
+        list(saver.memory_history("t", checkpoint_id=["x"]))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="a policy"):
-        any_saver.retain({"max_checkpoints": 1})  # type: ignore[arg-type]
-    assert len(list(any_saver.list(None, filter={}, before=None, limit=None))) == 1
+        saver.retain({"max_checkpoints": 1})  # type: ignore[arg-type]
+    assert len(list(saver.list(None, filter={}, before=None, limit=None))) == 1
 
 
 NO_CHECKPOINTS: dict[str, Any] = {

@@ -25,6 +25,7 @@ from agentmem_sql import SQLAlchemySaver
 from tests.helpers.sql_cases import Sql, SyncMirror, config, get
 from tests.helpers.sql_chains import grow, history, id_of, ids, made, statements, unaccounted, write
 from tests.helpers.sql_graphs import delta_graph, say
+from tests.sql.conftest import shared_on_sqlite
 
 Saver = BaseCheckpointSaver[str]
 
@@ -127,6 +128,7 @@ def test_walks_longer_than_one_statement(swept_saver: SQLAlchemySaver, shared_ur
         assert history(other, at, "e") == (None, list(range(-1, -106, -1)))
 
 
+@shared_on_sqlite
 def test_what_is_not_there_has_no_history(swept_saver: SQLAlchemySaver) -> None:
     nothing: Mapping[str, DeltaChannelHistory] = {"d": {"writes": []}, "e": {"writes": []}}
     grow(swept_saver, None, {"d": _DeltaSnapshot([1])}, thread="u")
@@ -137,6 +139,7 @@ def test_what_is_not_there_has_no_history(swept_saver: SQLAlchemySaver) -> None:
     assert history(swept_saver, orphan) == (None, [])
 
 
+@shared_on_sqlite
 def test_a_checkpoint_that_is_its_own_parent_ends_the_walk(swept_saver: SQLAlchemySaver) -> None:
     """Such are stored by whoever copies checkpoints with `put(found.config, found.checkpoint, ...)`."""
     one = made({}, "d")
@@ -233,6 +236,7 @@ def expected() -> list[State]:
     return states
 
 
+@shared_on_sqlite
 def test_a_thread_that_is_pruned_goes_on(
     swept_saver: SQLAlchemySaver, shared_url: str, shared_ask: Sql, expected: list[State]
 ) -> None:
@@ -262,6 +266,7 @@ def test_a_thread_that_is_pruned_goes_on(
         assert before[1] > after[1] + 9216  # at least one turn's memory
 
 
+@shared_on_sqlite
 def test_a_run_in_the_middle_is_taken_out(swept_saver: SQLAlchemySaver, expected: list[State]) -> None:
     """Its checkpoints are gone, and every other state is what it was: later ones hold what the run did."""
     graph = delta_graph(swept_saver)
@@ -282,6 +287,7 @@ def test_a_run_in_the_middle_is_taken_out(swept_saver: SQLAlchemySaver, expected
     assert state(graph) == expected[6]
 
 
+@shared_on_sqlite
 def test_a_fork_is_pruned(swept_saver: SQLAlchemySaver) -> None:
     """The newest branch stays, with what it has from before the fork and nothing of the other branch."""
     graph = delta_graph(swept_saver)
@@ -300,6 +306,7 @@ def test_a_fork_is_pruned(swept_saver: SQLAlchemySaver) -> None:
     assert state(graph)[2] == right[2] + 11
 
 
+@shared_on_sqlite
 def test_copies_go_on_apart(swept_saver: SQLAlchemySaver, expected: list[State]) -> None:
     """Also in the middle of a step, in which a question waits for its answer."""
     graph = delta_graph(swept_saver)

@@ -21,6 +21,7 @@ from agentmem.errors import ConfigError, StorageError
 from agentmem_sql import SQLAlchemySaver
 from tests.helpers.sql_cases import Sql, config, get, read
 from tests.helpers.sql_chains import grow, history, id_of, made, statements, unaccounted, write
+from tests.sql.conftest import shared_on_sqlite
 
 NOTHING: tuple[set[Any], set[Any]] = (set(), set())
 Tuples = Mapping[tuple[str, str], CheckpointTuple]  # by namespace and id
@@ -131,6 +132,7 @@ def test_runs_that_are_taken_out_leave_every_other_checkpoint_as_it_was(
         assert [count_of(shared_ask, table) for table in TABLES] == [0, 0, 0, 0]
 
 
+@shared_on_sqlite
 def test_a_thread_is_pruned_again_and_again(swept_saver: SQLAlchemySaver, shared_ask: Sql) -> None:
     """What was left with a checkpoint goes on to the next; once there is a new snapshot, it is freed."""
     at = grow(swept_saver, config(checkpoint_id="never stored"), {"d": _DeltaSnapshot([big(0)])})
@@ -149,6 +151,7 @@ def test_a_thread_is_pruned_again_and_again(swept_saver: SQLAlchemySaver, shared
     assert history(swept_saver, grow(swept_saver, at)) == (_DeltaSnapshot([big(10)]), [big(11)])
 
 
+@shared_on_sqlite
 async def test_pruning_says_what_it_cannot_do(swept_saver: SQLAlchemySaver) -> None:
     newest = grow(swept_saver, grow(swept_saver))
     before = tuples(swept_saver)
@@ -177,6 +180,7 @@ def test_the_strategy_delete_leaves_nothing_of_the_threads_that_are_named(
     assert [count_of(shared_ask, table) for table in TABLES] == [1, 4, 1, 2]
 
 
+@shared_on_sqlite
 def test_writes_that_came_before_their_checkpoint_are_no_ones_to_take(swept_saver: SQLAlchemySaver) -> None:
     """A run stores checkpoints in the background, so what a task wrote may come first."""
     at = grow(swept_saver, grow(swept_saver, run_id="old"), {"x": big(1)}, run_id="old")
@@ -205,6 +209,7 @@ def test_content_of_replaced_special_writes_is_freed(swept_saver: SQLAlchemySave
     assert ("another task", ERROR, big(4)) in (found.pending_writes or ())
 
 
+@shared_on_sqlite
 def test_a_resumed_task_takes_no_longer_in_a_long_thread(swept_saver: SQLAlchemySaver, shared_url: str) -> None:
     """What it replaces is freed without a look at the rest of the thread, and the cache stays good."""
     engine = create_engine(shared_url)
@@ -254,6 +259,7 @@ def test_content_of_a_replaced_checkpoint_is_freed(
         assert tuples(saver)["", id_of(first)] == before
 
 
+@shared_on_sqlite
 @pytest.mark.parametrize("middle", [True, False])
 def test_a_checkpoint_that_is_put_again_keeps_what_its_ancestors_left_it(
     swept_saver: SQLAlchemySaver, middle: bool
@@ -371,6 +377,7 @@ def test_copies_over_a_thread_that_is_there(swept_saver: SQLAlchemySaver) -> Non
     assert read(swept_saver, config("copy", checkpoint_id=id_of(at))) == {"x": b"again" * 99}
 
 
+@shared_on_sqlite
 async def test_copies_of_nothing_and_onto_itself(swept_saver: SQLAlchemySaver, shared_ask: Sql) -> None:
     swept_saver.copy_thread("missing", "copy")
     swept_saver.copy_thread("missing", "missing")
@@ -384,6 +391,7 @@ async def test_copies_of_nothing_and_onto_itself(swept_saver: SQLAlchemySaver, s
     assert shared_ask("SELECT count(*) FROM agentmem_threads") == [(1,)]
 
 
+@shared_on_sqlite
 def test_whoever_knows_the_target_learns_that_it_has_changed(swept_saver: SQLAlchemySaver, shared_url: str) -> None:
     """A saver that has read and written the target goes on with it after another has copied over it."""
     value = [HumanMessage("hello " * 50, id="1")]

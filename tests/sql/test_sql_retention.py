@@ -20,6 +20,7 @@ from tests.helpers.sql_chains import all_rows, grow, history, id_of, made, store
 from tests.helpers.sql_protection import PROTECTION
 from tests.helpers.sql_transfer_graph import rich_graph
 from tests.helpers.sql_transfer_graph import say as ask
+from tests.sql.conftest import shared_on_sqlite
 
 DAY = timedelta(days=1)
 
@@ -133,6 +134,7 @@ def test_idle_threads_are_deleted_whole(swept_saver: SQLAlchemySaver, clock: Clo
     assert len(left(swept_saver, "idle")) == 1
 
 
+@shared_on_sqlite
 def test_late_writes_keep_no_thread_alive(swept_saver: SQLAlchemySaver, shared_ask: Sql) -> None:
     """Of a run that goes on after its thread was deleted: no checkpoint comes after them any more."""
     now = datetime.now(UTC)
@@ -168,6 +170,7 @@ def test_every_rule_has_to_let_a_checkpoint_stay(saver: SQLAlchemySaver, clock: 
     assert left(saver, "old") == []
 
 
+@shared_on_sqlite
 async def test_only_the_threads_that_are_named(swept_saver: SQLAlchemySaver) -> None:
     """Asked for by a task."""
     for name in ("a", "b", "c"):
@@ -222,6 +225,7 @@ def test_calls_go_with_a_caller_that_is_not_the_oldest(saver: SQLAlchemySaver, c
     assert namespaces(saver) == {"", "sub:early"}
 
 
+@shared_on_sqlite
 def test_a_pending_interrupt_survives(swept_saver: SQLAlchemySaver, shared_url: str) -> None:
     """Of a subgraph, answered by another process."""
     graph = rich_graph(swept_saver)
@@ -292,6 +296,7 @@ def test_a_dry_run_changes_nothing_and_says_what_a_real_one_does(
     assert (again.threads, again.bytes_freed, again.kept) == ((), 0, done.kept)
 
 
+@shared_on_sqlite
 def test_what_a_history_adds_is_counted(swept_saver: SQLAlchemySaver, shared_ask: Sql) -> None:
     """Taking out one small checkpoint of a delta channel may cost more than it frees."""
     at = grow(swept_saver, values={"d": ["seed"]})
@@ -323,6 +328,7 @@ def test_what_has_nothing_to_do_is_not_locked(swept_saver: SQLAlchemySaver, shar
         assert swept_saver.retain(policy, now=clock.now).threads == (), "what is left is too old, and stays"
 
 
+@shared_on_sqlite
 def test_a_sweep_that_is_broken_off_has_done_whole_threads(swept_saver: SQLAlchemySaver) -> None:
     stored = {name: chain(swept_saver, 4, thread=name) for name in ("a", "b", "c", "d")}
     deletes = 0
@@ -361,6 +367,7 @@ def test_many_threads() -> None:
         assert (named.threads, named.threads_kept) == ((), 520)
 
 
+@shared_on_sqlite
 def test_a_damaged_thread_stays_and_the_others_go_on(
     swept_saver: SQLAlchemySaver, clock: Clock, shared_ask: Sql
 ) -> None:

@@ -6,10 +6,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TINY = "--turns 10 --repeats 1 --window 1 --children 1 --workers 1 --worker-turns 2 --rounds 1"
@@ -53,11 +56,17 @@ def test_benchmark_shows_what_it_measured(tmp_path: Path, needs: Callable[[objec
     assert list(files.iterdir()) == [], "the databases are gone"
 
 
-def test_listings_are_measured_beside_each_other(tmp_path: Path, needs: Callable[[object, str], None]) -> None:
+def test_listings_are_measured_beside_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needs: Callable[[object, str], None]
+) -> None:
     needs(find_spec("langgraph.checkpoint.sqlite"), "langgraph-checkpoint-sqlite, the saver to compare with")
-    done = run("listings.py", *["--threads", "10", "--stages", "2", "--rounds", "1"], "--folder", str(tmp_path))
-    assert done.returncode == (1 if "missed" in done.stdout else 0)
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    app = typer.Typer()
+    app.command()(import_module("listings").main)
+    options = ["--threads", "10", "--stages", "2", "--rounds", "1", "--folder", str(tmp_path)]
+    done = CliRunner().invoke(app, [*options, *SERVERS])
+    assert done.exit_code == (1 if "missed" in done.output else 0), done.output
     savers = (f"{saver}, SQLite" for saver in SAVERS)
     for words in (*savers, "180 checkpoints", "ours : SqliteSaver's", "2 times as"):
-        assert words in done.stdout
+        assert words in done.output
     assert list(tmp_path.iterdir()) == [], "the databases are gone"

@@ -75,8 +75,12 @@ def batches_of(sessions: int, engine: Engine, monkeypatch: pytest.MonkeyPatch) -
     return count.batches
 
 
+@pytest.mark.parametrize(
+    ("backend", "strategy"),
+    [("torch", "token"), ("torch", "message"), ("numba", "token"), ("numba", "sentence")],
+    indirect=["backend"],
+)
 @pytest.mark.usefixtures("backend")
-@pytest.mark.parametrize("strategy", ["token", "message", "sentence"])
 def test_each_session_is_as_it_is_alone(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:
@@ -131,7 +135,7 @@ def test_stop_strings_take_back_tokens_of_a_row(make_engine: MakeEngine, strateg
     assert_same_at_once(lambda each: engine.turn(ask(0), sampling=each), sampling, alone)
 
 
-async def test_two_hundred_requests_are_all_served(make_engine: MakeEngine) -> None:
+async def test_a_hundred_requests_are_all_served(make_engine: MakeEngine) -> None:
     engine = make_engine(max_batch=16)
     ends: list[int] = []
 
@@ -139,9 +143,9 @@ async def test_two_hundred_requests_are_all_served(make_engine: MakeEngine) -> N
         await engine.aturn(ask(number % 5), sampling=Sampling(max_tokens=6))
         ends.append(number)
 
-    await asyncio.gather(*(one(number) for number in range(200)))
+    await asyncio.gather(*(one(number) for number in range(100)))
     # In about the order in which they came: nobody is left for the end.
-    assert max(abs(place - number) for place, number in enumerate(ends)) < 60
+    assert max(abs(place - number) for place, number in enumerate(ends)) < 30
 
 
 def test_a_short_request_does_not_wait_for_a_long_prompt(
@@ -223,7 +227,7 @@ def test_a_batch_that_does_not_fit_is_split(make_engine: MakeEngine, monkeypatch
 def test_batches_grow_again_when_there_is_memory_again(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agentmem.generation.batch._PATIENCE", 8)
+    monkeypatch.setattr("agentmem.generation.batch._PATIENCE", 2)
     engine, fits = make_engine(max_batch=6), [3]
     count = Count(engine, monkeypatch)
 
@@ -242,11 +246,11 @@ def test_batches_grow_again_when_there_is_memory_again(
         return max(count.batches), sum(rows > fits[0] for rows in count.batches)
 
     assert wave()[0] > 3
-    tried = [wave()[1] for _ in range(10)]
-    assert sum(tried[:5]) >= 1, "it is tried again"
-    assert sum(tried[5:]) <= 2, "but less and less"
+    tried = [wave()[1] for _ in range(6)]
+    assert sum(tried[:3]) >= 1, "it is tried again"
+    assert sum(tried[3:]) <= 2, "but less and less"
     fits[0] = 6
-    assert any(wave(150)[0] == 6 for _ in range(20)), "up to max_batch"
+    assert any(wave(60)[0] == 6 for _ in range(20)), "up to max_batch"
 
 
 def test_one_that_fails_does_not_take_the_others_with_it(

@@ -172,7 +172,6 @@ LARGE = [Message("user", "the quick brown fox says hello " * 1100)]
 SMALL = [Message("user", "How are you?")]
 REPLY = Sampling(max_tokens=4)
 PLAIN = {"type": "object", "properties": {"answer": {"type": "string", "maxLength": 3}}, "required": ["answer"]}
-LARGE_SCHEMA = {**PLAIN, "description": "x" * 40_000}
 
 
 @pytest.fixture
@@ -270,27 +269,29 @@ def test_closing_ends_what_is_prepared(make_engine: Any, gate: threading.Event) 
         engine.turn(LARGE)
 
 
-TOOL = {"type": "function", "function": {"name": "f", "parameters": LARGE_SCHEMA}}
+# Larger than what is prepared apart in the test below.
+SCHEMA = {**PLAIN, "description": "x" * 4000}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": SCHEMA}}
+TEXT = [Message("user", LARGE[0].content[:4000])]
 CALLS: dict[str, Callable[[Any], Any]] = {
-    "a message": lambda engine: engine.turn(LARGE, sampling=REPLY),
-    "many messages": lambda engine: engine.turn(SMALL * 3000, sampling=REPLY),
+    "a message": lambda engine: engine.turn(TEXT, sampling=REPLY),
+    "many messages": lambda engine: engine.turn(SMALL * 300, sampling=REPLY),
     "arguments": lambda engine: engine.turn(
-        [*SMALL, Message("assistant", "", (ToolCall("f", {"x": ["y" * 40_000]}, "1"),)), Message("tool", "z")],
+        [*SMALL, Message("assistant", "", (ToolCall("f", {"x": ["y" * 4000]}, "1"),)), Message("tool", "z")],
         sampling=REPLY,
     ),
-    "a schema": lambda engine: engine.turn(
-        SMALL, form=ReplyFormat(schema=LARGE_SCHEMA), sampling=Sampling(max_tokens=30)
-    ),
+    "a schema": lambda engine: engine.turn(SMALL, form=ReplyFormat(schema=SCHEMA), sampling=Sampling(max_tokens=30)),
     "a forced call": lambda engine: engine.turn(
         SMALL, form=ReplyFormat(tools=[TOOL], calls="must"), sampling=Sampling(max_tokens=60)
     ),
-    "a write": lambda engine: engine.remember(LARGE),
+    "a write": lambda engine: engine.remember(TEXT),
 }
 
 
 @pytest.mark.parametrize("what", CALLS)
 def test_whatever_is_large_is_prepared_apart(what: str, make_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     threads: set[str] = set()
+    monkeypatch.setattr("agentmem.engine._LARGE", 3000)
 
     def noting(place: Any, name: str) -> None:
         done = getattr(place, name)

@@ -62,7 +62,7 @@ def say(engine: Engine, form: ReplyFormat, seed: int = 0, max_tokens: int = 120,
 def test_json_fits_its_schema_whatever_the_budget(make_engine: MakeEngine, budget: int) -> None:
     engine = make_engine()
     closed = 0
-    for seed in range(4):
+    for seed in range(2 if budget == 300 else 4):
         turn = say(engine, JSON, seed, budget)
         Box.model_validate_json(turn.message.content)
         assert len(turn.token_ids) <= budget
@@ -70,12 +70,11 @@ def test_json_fits_its_schema_whatever_the_budget(make_engine: MakeEngine, budge
     assert closed or budget == 300, "a random model does not come to an end by itself"
 
 
-@pytest.mark.parametrize("budget", [120, 200])
-def test_a_forced_call_is_one_call_that_fits(make_engine: MakeEngine, budget: int) -> None:
+def test_a_forced_call_is_one_call_that_fits(make_engine: MakeEngine) -> None:
     engine = make_engine()
     names = set()
     for seed in range(6):
-        turn = say(engine, ReplyFormat(tools=[PACK, NOTHING], calls="must"), seed, budget)
+        turn = say(engine, ReplyFormat(tools=[PACK, NOTHING], calls="must"), seed, (120, 200)[seed % 2])
         (call,) = turn.message.tool_calls
         names.add(call.name)
         assert (turn.message.content, turn.invalid_tool_calls) == ("", ())
@@ -391,7 +390,7 @@ def assert_same(found: Turn, expected: Turn) -> None:
     assert_same_turn(found, expected)
 
 
-@pytest.mark.parametrize("strategy", ["token", "message", "sentence"])
+@pytest.mark.parametrize("strategy", ["token", "sentence"])
 def test_tokens_and_memory_are_those_of_one_by_one(
     make_engine: MakeEngine, one_by_one: Callable[[], None], strategy: str
 ) -> None:
@@ -409,9 +408,17 @@ def test_tokens_and_memory_are_those_of_one_by_one(
     assert {turn.finish_reason for turn in quick} >= {"length", "tool_calls"}
 
 
-@pytest.mark.parametrize("stop", ["light", 'ion": "', "refund", "}}"])
+@pytest.mark.parametrize(
+    ("stop", "names"),
+    [
+        ("light", ("calls", "text, then a call")),
+        ('ion": "', ("call", "json")),
+        ("refund", ("call", "json")),
+        ("}}", ("call", "calls")),
+    ],
+)
 def test_a_stop_string_within_takes_back_what_is_behind_it(
-    make_engine: MakeEngine, one_by_one: Callable[[], None], stop: str
+    make_engine: MakeEngine, one_by_one: Callable[[], None], stop: str, names: tuple[str, ...]
 ) -> None:
     engine = make_engine()
     sampling = Sampling(max_tokens=120, stop=(stop,))
@@ -420,10 +427,10 @@ def test_a_stop_string_within_takes_back_what_is_behind_it(
         engine.forget_prefills()
         return engine.turn(QUESTION, sampling=sampling, form=form)
 
-    quick = [run(form) for form in FORMS.values()]
+    quick = [run(FORMS[name]) for name in names]
     one_by_one()
-    for form, turn in zip(FORMS.values(), quick, strict=True):
-        assert_same(turn, run(form))
+    for name, turn in zip(names, quick, strict=True):
+        assert_same(turn, run(FORMS[name]))
 
 
 def test_a_call_without_a_choice_needs_one_pass(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,6 @@ import torch
 from agentmem import Message, Sampling, Turn, Window
 from agentmem.errors import ConfigError
 
-pytestmark = pytest.mark.usefixtures("backend")
-
 REPLY = Sampling(max_tokens=12)
 SYSTEM = Message("system", "You are brief.")
 
@@ -29,6 +27,7 @@ def talk(engine: Any, turns: int, kv: Any, **options: Any) -> tuple[list[Turn], 
     return done, history
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("strategy", ["token", "message", "sentence"])
 def test_the_turn_before_is_read_from_its_kv(make_engine: Any, strategy: str) -> None:
     # With corrected keys and values the first layer's KV depends on the memory too. By the default heads only that of

@@ -67,9 +67,19 @@ def by_hand(engine: Engine, messages: list[Message], reply: tuple[int, ...], tex
     return state
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize(("heads", "steered"), [(1, "all"), (4, "all"), (1, "reply")])
-@pytest.mark.parametrize("ending", ["length", "stop string", "stop inside a token", "second end token"])
+ENDINGS = ("length", "stop string", "stop inside a token", "second end token")
+MEMORIES = ((1, "all"), (4, "all"), (1, "reply"))  # state heads, and which tokens are steered
+
+
+# Each two of strategy, memory and ending meet once.
+@pytest.mark.parametrize(
+    ("strategy", "heads", "steered", "ending"),
+    [
+        (strategy, *MEMORIES[(number + place) % 3], ending)
+        for number, strategy in enumerate(STRATEGIES)
+        for place, ending in enumerate(ENDINGS)
+    ],
+)
 def test_state_equals_feeding_the_returned_reply_by_hand(
     make_engine: Any, strategy: str, heads: int, steered: str, ending: str
 ) -> None:

@@ -107,17 +107,6 @@ def test_a_file_of_conversations_is_measured_by_its_losses(tmp_path: Path) -> No
     assert set(arms) == {"memory_loss", "zero_loss", "foreign_loss"}
 
 
-def test_an_adapter_is_stored_in_half_the_size_and_measured_as_it_is_stored(tmp_path: Path) -> None:
-    train(config(tmp_path / "out", max_steps=2, store="bfloat16"), on_progress=lambda _: None)
-    stored = load_adapter(tmp_path / "out")
-    assert {tensor.dtype for tensor in stored.tensors.values()} == {torch.bfloat16}
-    lines = (tmp_path / "out/predictions.jsonl").read_text("utf-8").splitlines()
-    assert {json.loads(line)["adapter_fingerprint"] for line in lines} == {stored.fingerprint}
-    with agentmem.load("nano", tmp_path / "out", device="cpu") as engine:
-        assert engine.steered is not None
-        assert next(engine.steered.memory.parameters()).dtype == torch.float32
-
-
 @pytest.mark.usefixtures("no_weights")
 def test_a_template_without_tools_trains_without_tools(tmp_path: Path) -> None:
     model = tmp_path / "model"
@@ -228,8 +217,10 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Any:
     return made
 
 
-def test_a_finished_adapter_is_uploaded_with_its_card(tmp_path: Path, hub: Any) -> None:
-    out, push = tmp_path / "out", {"max_steps": 2, "push": "me/memory"}
+def test_a_finished_adapter_is_uploaded_with_its_card_in_the_half_size_that_was_measured(
+    tmp_path: Path, hub: Any
+) -> None:
+    out, push = tmp_path / "out", {"max_steps": 2, "push": "me/memory", "store": "bfloat16"}
     hub.fails = httpx.ConnectError("no route")
     with pytest.raises(TrainingError, match=r"could not be uploaded to me/memory: no route.*--resume"):
         train(config(out, **push), on_progress=lambda _: None)
@@ -241,6 +232,13 @@ def test_a_finished_adapter_is_uploaded_with_its_card(tmp_path: Path, hub: Any) 
     files = ["README.md", "adapter.safetensors", "delta_mem_config.json", "predictions.jsonl"]
     assert hub.calls == [("create", "me/memory", True), ("upload", "me/memory", files)]
     assert 'adapter="me/memory"' in (out / "README.md").read_text("utf-8")
+    stored = load_adapter(out)
+    assert {tensor.dtype for tensor in stored.tensors.values()} == {torch.bfloat16}
+    lines = (out / "predictions.jsonl").read_text("utf-8").splitlines()
+    assert {json.loads(line)["adapter_fingerprint"] for line in lines} == {stored.fingerprint}
+    with agentmem.load("nano", out, device="cpu") as engine:
+        assert engine.steered is not None
+        assert next(engine.steered.memory.parameters()).dtype == torch.float32
 
 
 @pytest.mark.usefixtures("no_weights")

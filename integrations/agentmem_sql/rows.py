@@ -224,21 +224,21 @@ def encode_checkpoint(
         if name in values:
             new.append(Value(name, values[name]))
     packer = Packer(serde, protection, known, relies_on_cache=bool(parents))
-    packer.new[witness(open_key(address.ns), checkpoint["id"].encode("utf-8", "surrogatepass"))] = WITNESS, b""
+    ns, spelled, key = open_key(address.ns), encode_text(address.ns), exact_key(checkpoint["id"], "checkpoint id")
+    packer.new[witness(ns, key)] = WITNESS, b""
     for value, digest in zip(new, packer.pack(new), strict=True):
         heads[value.channel] = heads[value.channel][0], digest
     own: dict[str, Any] = {**checkpoint}
     del own["channel_values"], own["id"]
     metadata_body, own_body = dump(serde, metadata, "metadata"), dump(serde, own, "checkpoint")
     content = pack_content({name: digest for name, (_, digest) in heads.items() if digest is not None})
-    ns, spelled, run = open_key(address.ns), encode_text(address.ns), metadata.get("run_id")
     row: dict[str, Any] = {
         "ns": ns,
-        "id": exact_key(checkpoint["id"], "checkpoint id"),
+        "id": key,
         "ns_name": None if ns == spelled else spelled,
         "parent": None if address.id is None else exact_key(address.id, "checkpoint id"),
         "created": time.time_ns() // 1_000_000,
-        "run": protection.run_key(run) if isinstance(run, str) else None,
+        "run": protection.run_key(run) if isinstance(run := metadata.get("run_id"), str) else None,
         "metadata": protection.encrypt(metadata_body),
         "body": protection.encrypt(own_body),
         "content": content,

@@ -508,6 +508,8 @@ class ChatDeltaMem(BaseChatModel):
                 )
             # Without a thread a unique salt: no caller may learn what another one said.
             options["cache_salt"] = f"call:{uuid4().hex}" if self._thread is None else f"thread:{self._thread}"
+        elif isinstance(options["cache_salt"], str):  # apart from threads, whatever it is
+            options["cache_salt"] = f"named:{options['cache_salt']}"
         history = shown = to_engine(messages, cache)
         options |= {"tools": [], "form": None}
         if any(value is not None for value in formats.values()):

@@ -203,6 +203,7 @@ def test_what_one_thread_reads_says_nothing_to_another(babbler: Engine, way: str
     for other in (_thread("grace"), None, None):
         assert ask(other) == 0
     assert ask(_thread("ada")) > 0
+    assert ask(cache_salt="thread:ada") == 0  # a salt that comes from a user
     # A system prompt that is no secret is shared by those who say so.
     assert ask(_thread("ada"), cache_salt="everybody") == 0
     assert ask(None, cache_salt="everybody") > 0

@@ -13,7 +13,7 @@ from typing import Any
 
 # Control characters except line feed and tab, those that change the direction of text, and half surrogate pairs, which
 # cannot be written.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def parse_json(text: str | bytes, parse_constant: Callable[[str], Any] | None = None) -> Any:
@@ -31,8 +31,9 @@ def parse_json(text: str | bytes, parse_constant: Callable[[str], Any] | None = 
 def printable(text: str, *, lines: bool = True) -> str:
     """The text with its control characters escaped, for a terminal: ESC becomes `\\x1b`.
 
-    Line feeds and tabs stay as they are, or with `lines=False` are escaped as well, as a name has to be.
+    Line feeds and tabs stay as they are. With `lines=False`, for names, they are escaped as well, and so is whatever
+    else cannot be seen, but for spaces.
     """
     if not lines:
-        text = text.replace("\n", "\\n").replace("\t", "\\t")
+        return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
     return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)

@@ -100,6 +100,8 @@ class _HeldDirectory:
         self.claims = 0
         self.pid = os.getpid()
         self.deleted = self.to_overwrite = False
+        # An earlier process was killed on its way: which collection's index has remains is known to an owner alone.
+        self.left_over = False
 
     def leave_sound(self, directory: Path) -> None:
         """Overwrite deleted text that Chroma has written since, and record which index files are intact."""
@@ -152,7 +154,7 @@ class DirectoryClaim:
                     lock.release()
                     raise
                 held = _held[self.directory] = _HeldDirectory(lock, opened_as, indexes, open_already)
-                held.deleted = held.to_overwrite = (self.directory / _DELETING).exists()
+                held.deleted = held.to_overwrite = held.left_over = (self.directory / _DELETING).exists()
             elif held.pid != os.getpid():
                 raise FactStoreError(
                     f"the fact store in {self.directory} was open in process {held.pid} when it forked "
@@ -192,7 +194,7 @@ class DirectoryClaim:
     def end_deletion(self) -> None:
         """Record that the remains were overwritten; what Chroma still writes of them is when the directory closes."""
         self._held.to_overwrite = False
-        if self._held.open_already:
+        if self._held.open_already and not self._held.left_over:
             (self.directory / _DELETING).unlink(missing_ok=True)
 
     def release(self) -> None:

@@ -111,7 +111,14 @@ def run(app: Starlette, *, host: str, port: int, grace: float) -> None:
 
 
 class _Printable(logging.Formatter):
-    """Escapes control characters: errors quote what clients sent, and a log is read on a terminal."""
+    """Escapes control characters: errors quote what clients sent, and a log is read on a terminal.
+
+    Of the message line feeds as well, so that none looks like another record; a traceback keeps its lines.
+    """
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message, lines=False)
+        return super().formatMessage(record)
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))

@@ -14,6 +14,7 @@ from enum import Enum
 from itertools import pairwise
 from pathlib import PurePath
 from threading import local
+from types import ModuleType
 from typing import Any, NamedTuple, TypeGuard, cast
 
 import ormsgpack
@@ -282,9 +283,11 @@ class CheckedSerializer(JsonPlusSerializer):
         if key in self._named:
             return True
         if module in sys.modules:
-            names = vars(sys.modules[module])
-            kind = names.get(name)
-            if kind is None and "__getattr__" not in names:  # it cannot be called: LangGraph gives its data
+            found = sys.modules[module]
+            kind = vars(found).get(name)
+            # What is not there cannot be called: LangGraph gives its data. But a module may have more than it holds.
+            plain = type(found) is ModuleType and not hasattr(ModuleType, name) and "__getattr__" not in vars(found)
+            if kind is None and plain:
                 return True
             if isinstance(kind, type) and (
                 is_dataclass(kind) or issubclass(kind, _KINDS) or any(hasattr(kind, mark) for mark in _MARKS)

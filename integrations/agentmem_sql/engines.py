@@ -9,10 +9,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
-from warnings import catch_warnings, simplefilter
 
 from sqlalchemy import URL, Connection, Engine, ExceptionContext, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, SAWarning
+from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.pool import NullPool, QueuePool, StaticPool
 
 from agentmem.errors import ConfigError, MissingExtraError, StorageError
@@ -191,14 +190,17 @@ def _options_of(engine: AsyncEngine) -> dict[str, Any]:
 
 # The engine.
 
+# Of sqlite3, in a URL; SQLAlchemy ignores others where there is no `uri`.
+_SQLITE_OPTIONS = {"timeout", "isolation_level", "detect_types", "check_same_thread", "cached_statements"}
+
 
 def make_engine(source: Source) -> Engine:
     """The engine of a source that is not one already; raises `MissingExtraError` without its driver."""
-    backend = source.url.get_backend_name()
+    backend, query = source.url.get_backend_name(), source.url.query
+    if backend == "sqlite" and "uri" not in query and (ignored := sorted(query.keys() - _SQLITE_OPTIONS)):
+        raise StorageError(f"found {ignored} in the URL, which take uri=true: sqlite:///file:PATH?mode=ro&uri=true")
     try:
-        with catch_warnings():
-            simplefilter("error", SAWarning)  # of an option in the URL that would be ignored
-            engine = create_engine(source.url, **_arguments(source))
+        engine = create_engine(source.url, **_arguments(source))
     except ImportError as error:  # not only ModuleNotFoundError: psycopg without its library says this
         driver, extra, _ = _DRIVERS[backend]
         raise MissingExtraError(error.name or driver, extra) from error
@@ -316,11 +318,7 @@ _NO_TABLE = {"42P01", "1146"}
 
 # Numbers, separated by spaces; or what the message says, in lower case, separated by bars; and what to do.
 _ADVICE = (
-    (
-        "SQLITE_BUSY SQLITE_LOCKED",
-        "is locked",
-        "another connection held the SQLite file's lock too long; find out which",
-    ),
+    ("SQLITE_BUSY SQLITE_LOCKED", "is locked", "another connection held the file's lock too long; find out which"),
     ("SQLITE_READONLY", "readonly|read-only file", "make the file and its folder writable"),
     ("SQLITE_FULL", "disk is full", "free some space; nothing of this call was stored"),
     ("SQLITE_CANTOPEN", "", "check that the folder exists and may be entered"),
@@ -328,11 +326,7 @@ _ADVICE = (
     ("SQLITE_CORRUPT", "", "the file is damaged; restore it from a backup"),
     ("SQLITE_IOERR", "", "the disk or file system failed or is full; nothing of this call was stored"),
     ("3F000", "", "create the schema first (CREATE SCHEMA ...), or correct the name given as `schema`"),
-    (
-        "25006 1290 1792 1836",
-        "read-only",
-        "the server takes no writes: connect to the primary server; see default_transaction_read_only or read_only",
-    ),
+    ("25006 1290 1792 1836", "read-only", "the server takes no writes: connect to the primary, or see its read_only"),
     ("53100 1021 1114", "no space left", "the server's disk is full; free some space; nothing of this call was stored"),
     (
         "53300 1040 1203",
@@ -343,7 +337,7 @@ _ADVICE = (
     (
         "42501 1044 1142 1143 1227",
         "permission denied",
-        "this user lacks a right: grant CREATE on the schema for the first call, SELECT, INSERT, UPDATE, DELETE always",
+        "grant this user CREATE for the first call and migrations, SELECT, INSERT, UPDATE, DELETE always",
     ),
     (
         "28P01 28000 1045 1698",
@@ -351,11 +345,7 @@ _ADVICE = (
         "check the user name and password in the URL, and that this user may connect from this host",
     ),
     ("3D000 1049", 'database "', "create the database first (CREATE DATABASE ...), or correct its name in the URL"),
-    (
-        "55P03 1205",
-        "",
-        "another transaction held a row too long; find out which, or raise lock_timeout or innodb_lock_wait_timeout",
-    ),
+    ("55P03 1205", "", "another transaction held a row too long; find out which, or raise the lock (wait) timeout"),
     (
         "42P05 26000",
         "prepared statement",
@@ -364,7 +354,7 @@ _ADVICE = (
     ("57014 1969 3024", "", "the statement took longer than the server's statement timeout allows"),
     ("40001 40P01 1213 1020", "", "the transaction lost against another one several times; try again"),
     ("57P03", "starting up|shutting down", "the server is starting or stopping; try again"),
-    ("1046", "invalid connection option|bad value for|invalid port|sslmode|support ssl", "correct that in the URL"),
+    ("1046", "invalid connection option|bad value for|invalid port|sslmode|support ssl", "correct the URL's options"),
     (
         "2002 2003 08001 08006",
         "connection refused|connect call failed|could not translate host|failed to resolve|timeout expired",

@@ -134,6 +134,8 @@ class Reader:
             )
             for chosen in (by(checkpoints, "id"), checkpoints.c.id == last(others.id, others.ns == bindparam("ns")))
         )
+        begins = by(checkpoints, "thread") & by(checkpoints, "ns") & (checkpoints.c.id >= bindparam("id"))
+        self._from = select(checkpoints.c.id).where(begins).order_by(checkpoints.c.id).limit(1)
         listed = select(*self._row_columns).join_from(checkpoints, threads, of_thread)
         self._listed = listed.order_by(*(checkpoints.c[name].desc() for name in _ORDER)).limit(bindparam("size"))
         after = tuple_(*(bindparam(f"last_{name}", type_=checkpoints.c[name].type) for name in _ORDER))
@@ -230,8 +232,10 @@ class Reader:
         rows = statement.rows(connection, keys)
         found, last = (rows[0][2 + self._own.index("id")], rows[0][-1]) if rows else (None, None)
         if last is not None and (type(found) is not bytes or witness(ns, found) < last):
-            lost = address.id or last[8:].rstrip(b"\0").decode(errors="replace") + "..."
-            raise damaged(address.thread, lost, "the row")
+            begun = last[8:].rstrip(b"\0")
+            other = connection.execute(self._from, {"thread": rows[0][0], "ns": ns, "id": begun}).scalar()
+            if address.id is None or other is None or witness(ns, bytes(other)) != last:  # it is no other id's, too
+                raise damaged(address.thread, address.id or begun.decode(errors="replace") + "...", "the row")
         return [] if found is None else rows
 
     def collect(self, connection: Connection, known: CachedThread, roots: Iterable[bytes]) -> dict[bytes, Body]:

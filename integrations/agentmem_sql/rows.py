@@ -86,7 +86,8 @@ def checked_metadata(config: Any, checkpoint: Any, metadata: Any, new_versions: 
     if isinstance(checkpoint, Mapping):
         given |= {f"checkpoint[{name!r}]": checkpoint.get(name) for name in ("channel_values", "channel_versions")}
     for what, value in given.items():
-        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        named = isinstance(value, Mapping) and (what == "`metadata`" or all(isinstance(key, str) for key in value))
+        if not named:
             raise ConfigError(f"expected {what} to be a dict with strings as keys, found {value!r:.200}")
     if not isinstance(checkpoint.get("id") or None, str):
         raise ConfigError(f"expected a checkpoint id (a string) in `checkpoint`, found {checkpoint.get('id')!r}")
@@ -193,7 +194,8 @@ class Encoded(NamedTuple):
 
 
 def witness(ns: bytes, checkpoint: bytes = b"") -> bytes:
-    """The digest of a WITNESS: of a namespace, then the beginning of the id, so that witnesses sort as their ids do."""
+    """The digest of a WITNESS: of a namespace, then 24 bytes of the id, so that they sort as ids do. LangGraph's ids
+    differ there; others may share a witness."""
     return sha256(ns).digest()[:8] + checkpoint[:24].ljust(24, b"\0")
 
 

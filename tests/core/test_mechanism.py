@@ -203,11 +203,15 @@ def test_every_option_is_what_it_says(options: dict[str, Any]) -> None:
 
 
 @slow_interpreted
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("architecture", "heads"),
+    # Of a projection that is fused (phi3) each part alone, too.
+    [*((name, EVERY_HEAD) for name in ARCHITECTURES), ("qwen3", ("q", "o")), ("phi3", ("q", "o")), ("phi3", ("k",))],
+)
 @torch.no_grad()
-def test_corrections_land_where_they_should(architecture: str) -> None:
+def test_corrections_land_where_they_should(architecture: str, heads: tuple[str, ...]) -> None:
     model = tiny(architecture)
-    steered = steer(model, rank=4, delta_heads=EVERY_HEAD)
+    steered = steer(model, rank=4, delta_heads=heads)
     assert steered.layers == [0, 1, 2]
     ids, state = random_ids(1, 12), random_state(steered)
     out = steered(ids, state)

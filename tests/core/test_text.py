@@ -27,7 +27,8 @@ def test_a_state_file_with_a_deep_header_is_refused() -> None:
     [
         ("a\x1b[31mb\x07", r"a\x1b[31mb\x07", r"a\x1b[31mb\x07"),
         ("one\ntwo\tthree", "one\ntwo\tthree", r"one\ntwo\tthree"),
-        ("left\u202eright", r"left\u202eright", r"left\u202eright"),
+        ("left\u202eright\u200f", r"left\u202eright\u200f", r"left\u202eright\u200f"),
+        ("no\u200bthing", "no\u200bthing", r"no\u200bthing"),
         ("half \ud83d pair", r"half \ud83d pair", r"half \ud83d pair"),
         ("Grüße, 世界 🙂", "Grüße, 世界 🙂", "Grüße, 世界 🙂"),
     ],

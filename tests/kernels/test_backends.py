@@ -34,7 +34,7 @@ def triton(needs: Callable[[object, str], None]) -> None:
 
 @pytest.mark.timeout(900)  # a minute where nothing else runs
 def test_triton_in_the_interpreter() -> None:
-    run(*KERNELS, MECHANISM, TRITON_INTERPRET="1")
+    run(*KERNELS, MECHANISM, f"{EQUIVALENCE}[triton-sentence-1-sdpa-dynamic]", TRITON_INTERPRET="1")
 
 
 @pytest.mark.slow

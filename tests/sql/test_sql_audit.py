@@ -144,6 +144,7 @@ def test_a_database_of_the_version_before_gets_the_tables(new_url: NewUrl, look:
     for name in ("audit", "audit_chains", "subjects", "journal"):
         look(url, f"DROP TABLE agentmem_{name}")
     look(url, "DELETE FROM agentmem_schema_versions WHERE version > 2")
+    look(url, "DELETE FROM agentmem_blobs WHERE kind = 7")  # witnesses
     with SQLAlchemySaver.from_url(url, audit=True) as saver:
         assert get(saver, at).checkpoint["channel_values"] == {"x": 1}
         say(saver, at, [HumanMessage("one", id="1")], "d1")

@@ -45,24 +45,24 @@ def test_ordinary_writes_are_kept_and_special_ones_replaced(any_saver: SQLAlchem
     assert {write[1:] for write in writes} == {("x", 1), ("x", 2), (INTERRUPT, "second"), (RESUME, "r")}
 
 
-def test_what_comes_first_decides_whether_a_checkpoint_is_stored(saver: SQLAlchemySaver) -> None:
+def test_what_comes_first_decides_whether_a_checkpoint_is_stored(any_saver: SQLAlchemySaver) -> None:
     """`put(first=...)` works in the same transaction: what it raises leaves nothing, and it sees what is stored."""
     seen = list[int]()
-    at, tables = put(saver, config(), {"x": 0}), saver.parts.database.tables
-    made = checkpoint({"x": 1}, saver.get_next_version("2", None))
+    at, tables = put(any_saver, config(), {"x": 0}), any_saver.parts.database.tables
+    made = checkpoint({"x": 1}, any_saver.get_next_version("2", None))
 
     def refuse(connection: Connection) -> None:
-        saver.parts.writer.open_thread(connection, "new", alone=True)
+        any_saver.parts.writer.open_thread(connection, "new", alone=True)
         raise LookupError
 
     def count(connection: Connection) -> None:
         seen.append(connection.execute(select(func.count()).select_from(tables.checkpoints)).scalar_one())
 
     with pytest.raises(LookupError):
-        saver.put(at, made, {}, made["channel_versions"], first=refuse)
-    assert [get(saver, config()).config, saver.get_tuple(config("new"))] == [at, None]
-    saver.put(at, made, {}, made["channel_versions"], first=count)
-    assert (set(seen), read(saver, config())) == ({1}, {"x": 1})
+        any_saver.put(at, made, {}, made["channel_versions"], first=refuse)
+    assert [get(any_saver, config()).config, any_saver.get_tuple(config("new"))] == [at, None]
+    any_saver.put(at, made, {}, made["channel_versions"], first=count)
+    assert (set(seen), read(any_saver, config())) == ({1}, {"x": 1})
 
 
 def test_a_filter_is_exact_and_counts_before_the_limit(saver: SQLAlchemySaver) -> None:

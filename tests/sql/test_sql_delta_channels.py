@@ -236,7 +236,6 @@ def expected() -> list[State]:
     return states
 
 
-@shared_on_sqlite
 def test_a_thread_that_is_pruned_goes_on(
     swept_saver: SQLAlchemySaver, shared_url: str, shared_ask: Sql, expected: list[State]
 ) -> None:
@@ -306,7 +305,6 @@ def test_a_fork_is_pruned(swept_saver: SQLAlchemySaver) -> None:
     assert state(graph)[2] == right[2] + 11
 
 
-@shared_on_sqlite
 def test_copies_go_on_apart(swept_saver: SQLAlchemySaver, expected: list[State]) -> None:
     """Also in the middle of a step, in which a question waits for its answer."""
     graph = delta_graph(swept_saver)

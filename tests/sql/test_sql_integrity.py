@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sqlite3
 import sys
@@ -27,7 +28,7 @@ from agentmem_sql.content import CheckedSerializer, load
 from agentmem_sql.list_tree import WITNESS
 from agentmem_sql.protection import Protection
 from agentmem_sql.rows import seal_write
-from tests.helpers.sql_cases import Sql, config, put, read
+from tests.helpers.sql_cases import Sql, checkpoint, config, put, read
 from tests.helpers.sql_chains import all_rows, id_of
 from tests.helpers.sql_protection import (
     HMAC_KEY,
@@ -158,6 +159,22 @@ def test_a_checkpoint_that_is_not_found_under_its_keys_is_missed(
     any_saver.delete_thread("t")
     assert any_saver.get_tuple(config()) is None
     assert any_saver.get_tuple(newest) is None
+
+
+def test_ids_that_begin_alike_share_a_witness(any_saver: SQLAlchemySaver) -> None:
+    """LangGraph's do not; of others none is taken for lost that was never there, or was pruned."""
+    ids = [f"the customer's request no. {number:04}" for number in range(4)]
+    at = config()
+    for name in ids[:3]:
+        stored = checkpoint({"x": name}) | {"id": name}
+        at = any_saver.put(at, stored, {}, stored["channel_versions"])  # type: ignore[arg-type]
+    assert any_saver.get_tuple(config(checkpoint_id=ids[3])) is None
+    any_saver.prune(["t"])
+    assert any_saver.get_tuple(config(checkpoint_id=ids[0])) is None
+    assert read(any_saver, config()) == {"x": ids[2]}
+    stored = checkpoint({"x": ids[3]}) | {"id": ids[3]}
+    any_saver.put(config(checkpoint_id=ids[0]), stored, {}, stored["channel_versions"])  # type: ignore[arg-type]
+    assert read(any_saver, config()) == {"x": ids[3]}
 
 
 def test_checkpoints_of_versions_without_witnesses_are_read(any_saver: SQLAlchemySaver, ask: Sql) -> None:
@@ -382,14 +399,24 @@ def test_a_call_that_someone_stored_is_refused_by_name(url: str, path: Path, wha
 
 def test_a_name_that_would_be_imported_when_it_is_got_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of modules whose names load on first use (`agentmem` is one) only what is loaded counts."""
-    lazy: Any = ModuleType("lazy_names")
-    lazy.__getattr__ = lambda name: pytest.fail(f"{name} was loaded")
-    monkeypatch.setitem(sys.modules, "lazy_names", lazy)
-    with pytest.raises(StorageError, match=r"names lazy_names\.load"):
-        load(
-            CheckedSerializer(),
-            b"msgpack\0" + ormsgpack.packb(ormsgpack.Ext(0, ormsgpack.packb(("lazy_names", "load", 1)))),
-        )
+
+    class Lazy(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            pytest.fail(f"{name} was loaded")
+
+    plain: Any = ModuleType("lazy_names")
+    plain.__getattr__ = lambda name: pytest.fail(f"{name} was loaded")
+    # What a module has by its class, it has not of its own: `__setattr__` would change any module.
+    for module, name in (
+        (plain, "load"),
+        (Lazy("lazy_class"), "load"),
+        (json, "__getattribute__"),
+        (json, "__setattr__"),
+    ):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        call = ormsgpack.Ext(0, ormsgpack.packb((module.__name__, name, "loads")))
+        with pytest.raises(StorageError, match=rf"names {module.__name__}\.{name}"):
+            load(CheckedSerializer(), b"msgpack\0" + ormsgpack.packb(call))
 
 
 @pytest.mark.parametrize(

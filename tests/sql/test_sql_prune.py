@@ -132,7 +132,6 @@ def test_runs_that_are_taken_out_leave_every_other_checkpoint_as_it_was(
         assert [count_of(shared_ask, table) for table in TABLES] == [0, 0, 0, 0]
 
 
-@shared_on_sqlite
 def test_a_thread_is_pruned_again_and_again(swept_saver: SQLAlchemySaver, shared_ask: Sql) -> None:
     """What was left with a checkpoint goes on to the next; once there is a new snapshot, it is freed."""
     at = grow(swept_saver, config(checkpoint_id="never stored"), {"d": _DeltaSnapshot([big(0)])})
@@ -259,7 +258,6 @@ def test_content_of_a_replaced_checkpoint_is_freed(
         assert tuples(saver)["", id_of(first)] == before
 
 
-@shared_on_sqlite
 @pytest.mark.parametrize("middle", [True, False])
 def test_a_checkpoint_that_is_put_again_keeps_what_its_ancestors_left_it(
     swept_saver: SQLAlchemySaver, middle: bool

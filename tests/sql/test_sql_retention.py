@@ -367,7 +367,6 @@ def test_many_threads() -> None:
         assert (named.threads, named.threads_kept) == ((), 520)
 
 
-@shared_on_sqlite
 def test_a_damaged_thread_stays_and_the_others_go_on(
     swept_saver: SQLAlchemySaver, clock: Clock, shared_ask: Sql
 ) -> None:

@@ -38,6 +38,8 @@ OVERVIEW = {
     "whole": "whole conversation",
 }
 """The arms of the table of all tasks, and what they are called there."""
+# Cells of facts that are not in that table: there an empty memory is right, too, or no value is asked for.
+_OTHER_CELLS = {"never-told", "rule"}
 _MISSED = 1  # the exit code of `agentmem evaluate` where a bar is missed, which is a result too
 
 
@@ -186,14 +188,15 @@ def overview(model: str, out: Path) -> str:
 
 
 def _rows(step: Step, place: Path) -> dict[str, dict[str, float]]:
-    """The arms of a task that was run; of facts the means over its cells. Empty where a report has no such table."""
+    """The arms of a task that was run; of facts the means over cells. Empty where a report has no such table."""
     file = place / "results.json"
     results = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     if step.task != "facts":
         return next((task["arms"] for task in results.get("tasks", ())), {})
     rows = dict[str, dict[str, float]]()
     for arm in OVERVIEW:
-        cells = [cell["arms"][arm] for cell in results.get("cells", ()) if arm in cell["arms"]]
+        chosen = [cell["arms"] for cell in results.get("cells", ()) if cell["cell"] not in _OTHER_CELLS]
+        cells = [arms[arm] for arms in chosen if arm in arms]
         if cells:
             means = {key: sum(cell[key] for cell in cells) / len(cells) for key in ("share", "prompt_tokens")}
             rows[arm] = means | {"questions": sum(cell["questions"] for cell in cells)}

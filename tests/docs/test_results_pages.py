@@ -57,7 +57,8 @@ def test_the_table_of_all_tasks_has_each_arm_and_its_tokens(tmp_path: Path) -> N
         return {"share": share, "questions": 20, "prompt_tokens": tokens}
 
     done("sgd", {"tasks": [{"arms": {"memory": row(0.25, 41), "zero": row(0, 41), "whole": row(0.1, 1252)}}]})
-    done("facts", {"cells": [{"arms": {"memory": row(0.9, 30)}}, {"arms": {"memory": row(0.5, 50)}}]})
+    cells = {"known-1": row(0.9, 30), "word-1": row(0.5, 50), "never-told": row(0.1, 90)}
+    done("facts", {"cells": [{"cell": name, "arms": {"memory": each}} for name, each in cells.items()]})
     done("leak", {"memories": []})
     lines = results.overview("smollm2", tmp_path).splitlines()
     assert lines[0].startswith("| task | questions | memory | empty memory |")

@@ -326,7 +326,7 @@ _ADVICE = (
     ("SQLITE_CORRUPT", "", "the file is damaged; restore it from a backup"),
     ("SQLITE_IOERR", "", "the disk or file system failed or is full; nothing of this call was stored"),
     ("3F000", "", "create the schema first (CREATE SCHEMA ...), or correct the name given as `schema`"),
-    ("25006 1290 1792 1836", "read-only", "the server takes no writes: connect to the primary, or see its read_only"),
+    ("25006 1290 1792 1836", "read-only", "it takes no writes: connect to the primary server, or see read_only"),
     ("53100 1021 1114", "no space left", "the server's disk is full; free some space; nothing of this call was stored"),
     (
         "53300 1040 1203",
@@ -337,7 +337,7 @@ _ADVICE = (
     (
         "42501 1044 1142 1143 1227",
         "permission denied",
-        "grant this user CREATE for the first call and migrations, SELECT, INSERT, UPDATE, DELETE always",
+        "grant CREATE on the schema for the first call and migrations, SELECT, INSERT, UPDATE, DELETE always",
     ),
     (
         "28P01 28000 1045 1698",
@@ -345,7 +345,7 @@ _ADVICE = (
         "check the user name and password in the URL, and that this user may connect from this host",
     ),
     ("3D000 1049", 'database "', "create the database first (CREATE DATABASE ...), or correct its name in the URL"),
-    ("55P03 1205", "", "another transaction held a row too long; find out which, or raise the lock (wait) timeout"),
+    ("55P03 1205", "", "another transaction held a row too long; see lock_timeout or innodb_lock_wait_timeout"),
     (
         "42P05 26000",
         "prepared statement",

@@ -184,7 +184,8 @@ class FactStore:
                 "which would be stored in place of its values; write Fact(text=..., source=..., metadata=...)"
             )
         stated = datetime.now(UTC) if time is None else time
-        if not isinstance(items := [facts] if isinstance(facts, str | Fact | Document) else facts, Iterable):
+        items = [facts] if isinstance(facts, str | Fact | Document) else facts
+        if not isinstance(items, Iterable):
             raise FactStoreError(f"facts are texts, Fact objects or documents, got {type(facts).__name__}")
         given = []
         for item in items:
@@ -316,7 +317,7 @@ class FactStore:
 
         In an embedded store no byte of their texts, sources, threads and metadata is left in the directory when the
         call returns, or when the store is opened again if the process was killed. For that the database file is
-        rewritten, in a time proportional to its size: delete many facts in one call. A server's files are up to it.
+        rewritten, in a time proportional to its size: delete many facts in one call. A server keeps what it keeps.
 
         Raises:
             FactStoreError: no condition was given, which would delete everything; or the facts were deleted but
